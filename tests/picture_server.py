@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from vision_rows import picture
 
@@ -26,11 +27,16 @@ class Web(BaseHTTPRequestHandler):
     server: Any
 
     def do_GET(self) -> None:
-        name = self.path.split("?")[0].strip("/")
+        url = urlsplit(self.path)  # a proxy is asked for a whole one
+        name = url.path.strip("/")
         self.server.asked.append(name)
+        self.server.hosts.append(url.netloc or self.headers["Host"])
+        self.server.keys += self.headers.get_all("Proxy-Authorization", [])
         turns = {"turned": "/0.png", "to-file": "file:///etc/passwd", "to-ftp": "ftp://127.0.0.1/0.png", "loop": "/loop", "to-data": "data:image/png;base64,AAAA"}  # fmt: skip
         if name in turns:
             return self.reply(302, b"", Location=turns[name])
+        if name == "to":
+            return self.reply(302, b"", Location=bytes.fromhex(url.query).decode("latin-1"))
         if name.endswith(".png"):
             return self.reply(200, png(int(name.removesuffix(".png"))), **{"Content-Type": "text/html"})
         if name == "a%20b":
@@ -46,6 +52,10 @@ class Web(BaseHTTPRequestHandler):
         if name in ("endless", "drip"):
             return self.pour(b"x" * 4096 if name == "endless" else b"x", 0 if name == "endless" else 0.1)
         return self.reply(404, b"")
+
+    def do_CONNECT(self) -> None:
+        self.server.hosts.append(self.path)
+        self.reply(403, b"")
 
     def reply(self, code: int, content: bytes, length: int | None = None, **headers: str) -> None:
         self.send_response(code)
@@ -70,9 +80,9 @@ class Web(BaseHTTPRequestHandler):
 
 @contextmanager
 def picture_server() -> Iterator[Any]:
-    """Run one; `asked` has the paths that were asked for."""
+    """Run one; `asked` has the paths that were asked for, `hosts` of which server, and `keys` for a proxy."""
     found: Any = ThreadingHTTPServer(("127.0.0.1", 0), Web)
-    found.daemon_threads, found.asked = True, []
+    found.daemon_threads, found.asked, found.hosts, found.keys = True, [], [], []
     threading.Thread(target=found.serve_forever, daemon=True).start()
     yield found
     found.shutdown()

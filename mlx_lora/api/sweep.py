@@ -139,6 +139,7 @@ class SweepJob:
                 raise InputError(
                     f"--resume: the sweep in {out} has another {', '.join(changed)}; give the same as before, or another --out"
                 )
+            state.candidates = found  # of --vary; the file may be a stranger's, and a candidate is a run's settings
             return state
         if (out / SWEEP_FILE).exists() and not asked.force:
             raise InputError(

@@ -17,6 +17,7 @@ from mlx_lora.api.base import TextSettings, text_pieces
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import own_template
+from mlx_lora.data.examples import MOST_CHARACTERS
 from mlx_lora.data.files import read_tools
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, with_limits_of_run
 from mlx_lora.models.load import load_base
@@ -145,6 +146,8 @@ def read_prompt(prompt: str) -> str:
         text.encode()  # bytes of an argument that are not UTF-8 become lone surrogates
     except UnicodeError:
         raise InputError("--prompt: not UTF-8; give it as UTF-8 text") from None
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"--prompt: {len(text):,} characters; give at most {MOST_CHARACTERS:,}")
     if not text:
         raise InputError("--prompt: empty; give some text")
     return text

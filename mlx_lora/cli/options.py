@@ -148,16 +148,16 @@ class NumberOrWord(click.ParamType):
             self.fail(f"{value!r} is neither a number nor {self._word}", param, ctx)
 
 
-config_option = click.option(
-    "-c",
-    "--config",
-    "config_file",
-    cls=console.Option,
-    group=MODEL,
-    metavar="FILE",
-    help="YAML file of settings of mlx-lora, mlx-lm, mlx-lm-lora, TRL, Axolotl or LLaMA-Factory, or the name of a recipe "
-    f"({', '.join(recipe_names())}); flags override it.",
-)
+def config_option(function: Callable) -> Callable:
+    """Add the options of a settings file, which the function takes as `config_file` and `allow_code`."""
+    return click.option(
+        "-c", "--config", "config_file", cls=console.Option, group=MODEL, metavar="FILE",
+        help="YAML file of settings of mlx-lora, mlx-lm, mlx-lm-lora, TRL, Axolotl or LLaMA-Factory, or the name of a recipe "
+        f"({', '.join(recipe_names())}); flags override it.",
+    )(click.option(
+        "--allow-code", is_flag=True, cls=console.Option, group=MODEL, common=False,
+        help="Run the code that the file of --config names, such as a reward's FILE.py, or the model's own by trust_remote_code.",
+    )(function))  # fmt: skip
 
 
 class AdapterOption(click.Option):

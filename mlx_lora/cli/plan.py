@@ -105,7 +105,8 @@ OF_CLIENTS = {"model", "revision", "bits", "dtype", "rank", "max_seq_length", "m
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, macs: str | None, as_json: bool, **options: Any
+    config_file: str | None, allow_code: bool, chip: str | None, memory_gb: int | None, all_chips: bool, macs: str | None,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
@@ -119,7 +120,7 @@ def main(
     if link_gbit is not None and not several:
         raise InputError("--link-gbit: only for --macs or --hostfile; add one of them, or leave it out")
     given = flags.given(options)
-    settings = train_settings(given, read_settings(config_file, given))
+    settings = train_settings(given, read_settings(config_file, given, allow_code))
     if clients is not None:
         if config_file or macs or hostfile or all_chips or budget or set(given) - OF_CLIENTS:
             raise InputError(

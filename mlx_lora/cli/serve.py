@@ -136,7 +136,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     app = make_app(
         engine,
         GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
-        AnswerLimits(settings.max_tokens, context, settings.request_timeout, images, settings.fetch_images),
+        AnswerLimits(settings.max_tokens, context, settings.request_timeout, images),
         int(time.time()),
         [
             *Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
@@ -173,11 +173,10 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
         raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
     if settings.allow_origin or settings.allow_hub:
         raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
-    pictures = settings.images_from or settings.fetch_images
-    if named.adapters or named.blends or settings.adapters_from or pictures:
+    if named.adapters or named.blends or settings.adapters_from or settings.images_from:
         raise InputError(
             "--training: clients create their adapters themselves, and show no pictures; leave --adapter, --blend, "
-            "--adapters-from, --images-from and --fetch-images out"
+            "--adapters-from and --images-from out"
         )
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")

@@ -47,9 +47,11 @@ def main(
     config_file: str | None, vary: tuple[str, ...], seeds: int, budget: str, out: Path, resume: bool, as_json: bool, **options: Any
 ) -> int:  # fmt: skip
     """Train all combinations of the values for a few steps, the better ones for more, and the best one in full."""
-    force = options.pop("force")
+    force, allow_code = options.pop("force"), options.pop("allow_code")
     given = flags.given(options)
-    content = {name: value for name, value in read_settings(config_file, given).items() if name not in SET_BY_SWEEP}
+    content = {
+        name: value for name, value in read_settings(config_file, given, allow_code).items() if name not in SET_BY_SWEEP
+    }
     settings = train_settings(given, content)
     amount = read_budget(budget)
     from mlx_lora.api.sweep import SweepJob, SweepSettings  # slow to import, and --help does not need it

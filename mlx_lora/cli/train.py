@@ -60,12 +60,14 @@ class TrainCommand(flags.SettingsCommand):
     help="Report on the data and plan the run as `plan` does; train and write nothing.",
 )  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
-def main(config_file: str | None, runs: tuple[str, ...], dry_run: bool, **options: Any) -> int:
+def main(
+    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **options: Any
+) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
     if runs:
-        return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run})
-    settings = train_settings(given, read_settings(config_file, given))
+        return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run}, allow_code)
+    settings = train_settings(given, read_settings(config_file, given, allow_code))
     for note in idle_notes(settings.to_flat(), given):
         console.echo(f"note: {note}")
     try:
@@ -81,13 +83,16 @@ def main(config_file: str | None, runs: tuple[str, ...], dry_run: bool, **option
         return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run)
 
 
-def run_several(files: Sequence[str], given: dict[str, Any], others: dict[str, Any]) -> int:
+def run_several(
+    files: Sequence[str], given: dict[str, Any], others: dict[str, Any], allow_code: bool = False
+) -> int:  # fmt: skip
     """Train the runs of several settings files, and return the exit code.
 
     Args:
         files: of --runs.
         given: flags, which override what all files say.
         others: options of the command that do not go with --runs -> their values.
+        allow_code: whether the files may name code to run.
 
     Raises:
         InputError: they cannot be trained together.
@@ -101,7 +106,7 @@ def run_several(files: Sequence[str], given: dict[str, Any], others: dict[str, A
         raise InputError(f"--runs: found {counted(len(files), 'settings file')}; give two or more, or --config for one")
     if find_launch(dict(os.environ)) is not None:
         raise InputError("--runs: trains in a single process; start it without a launcher")
-    settings = [train_settings(given, read_settings(file, given)) for file in files]
+    settings = [train_settings(given, read_settings(file, given, allow_code)) for file in files]
     _starting()
     from mlx_lora.trainer.header import interrupted_line  # slow to import, see `run`
     from mlx_lora.trainer.several_runs import SeveralRuns, failures

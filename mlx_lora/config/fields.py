@@ -26,6 +26,7 @@ class SettingRow:
         alone: the value of a flag without a value, and of `true` in a settings file.
         also: mlx-lm's spelling of the flag, which the command line takes too.
         word: a word that is allowed instead of a number.
+        runs: a pattern of the values that run Python (config/load.py); empty: none does.
     """
 
     help: str
@@ -41,6 +42,7 @@ class SettingRow:
     alone: str | None = None
     also: str | None = None
     word: str | None = None
+    runs: str = ""
 
     def check(self, value: Any) -> None:
         """Check a value of the right type.

@@ -3,13 +3,21 @@
 The file is ours, or with `migrate/` another trainer's. A bare word names a recipe: a settings file with its data that comes
 with the package, found from any folder. Names of settings in PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth are
 translated into ours: `migrate/` reads whole files of theirs, and errors about unknown flags and keys give advice.
+
+A file may be a stranger's, and so may a run folder. So a setting in a file that runs Python (`runs` in its row) counts only if the
+command line has it too, or --allow-code, or if a person agreed. What was agreed to is kept in the cache, outside of the folders
+that it is about: code/ has an empty file for each such setting of a file, which is named by a check sum. It also has those of the
+runs that were started here, so that they go on without a question.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +25,10 @@ from typing import Any
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.objectives import VERIFIERS
-from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
+from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
+from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir, sha256_of
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
 from mlx_lora.utils.text import closest
 
@@ -105,6 +115,7 @@ _OTHER_WAYS = {
     "pref_ftx": _LIKELIHOOD,
     "length_normalize": "use --loss-type sigmoid_norm",
     "clear_cache_threshold": "use --memory-budget; MLX's buffer cache is a sixteenth of it",
+    "fetch_images": "only train and evaluate download pictures; send serve a data URL, or the name of a file of --images-from",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
 }
 # Settings of earlier versions -> their values in a file, such as run.yaml, that changed nothing; others are refused with advice.
@@ -224,22 +235,34 @@ def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], pr
 # The file of --config
 
 
-def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(path: str | None, flags: Mapping[str, Any], allow_code: bool = False) -> dict[str, Any]:
     """Return the settings in a file with our names; empty without a file.
 
     Args:
         path: the YAML file, or the name of a recipe.
         flags: the settings given on the command line; other trainers' defaults for these are not reported.
+        allow_code: whether the file may name code to run.
 
     Raises:
-        InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours.
+        InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours; or it
+            names code, and nobody agreed to run it.
     """
     if not path:
+        if allow_code:
+            raise InputError("--allow-code: only for the file of --config or --runs; leave it out")
         return {}
     content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     from mlx_lora.config.migrate import migrate  # only files need it
 
-    return migrate(content, flags, path)
+    content = migrate(content, flags, path)
+    code = code_of({**content, **flags})
+    code = unknown_code(Path(path), {name: text for name, text in code.items() if name not in decided_by(flags)})
+    if code and not allow_code:
+        asked = asked_about(Path(path), code)
+        if not console.agreed(f"{asked}. Run it?", usual=False):
+            raise InputError(f"--config {path}: {asked}; read it, then add --allow-code, or give these flags yourself")
+        keep_allowed(Path(path), code, with_content=True)
+    return content
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -258,6 +281,70 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+# Code that a file names
+
+CODE_FILES = re.compile(r"[^,:]+\.(?:py|toml|ya?ml)(?=[:,]|$)")  # in a value such as FILE.py:NAME,FILE.py:NAME
+MOST_ALLOWED = 5000  # check sums that are kept, the newest
+
+
+def code_of(settings: Mapping[str, Any], folder: str = "") -> dict[str, str]:
+    """Return the settings that run code, by name, with whole paths; for trust_remote_code, the models whose code runs.
+
+    Args:
+        settings: by name, checked or as they are in a file.
+        folder: where relative names start; "": the current folder.
+    """
+
+    def whole(name: str) -> str:
+        path = os.path.abspath(os.path.join(folder, os.path.expanduser(name.strip())))
+        return path if os.path.exists(path) else name
+
+    trusted = " and ".join(whole(str(settings[name])) for name in ("model", "teacher") if settings.get(name))
+    texts = {name: str(settings.get(name)) for name, row in ROWS.items() if row.runs}
+    return {
+        name: trusted if name == "trust_remote_code" else CODE_FILES.sub(lambda found: whole(found[0]), text)
+        for name, text in texts.items()
+        if re.search(ROWS[name].runs, text)
+    }
+
+
+def asked_about(file: Path, code: Mapping[str, str]) -> str:
+    """Return what a person is told of the code of a settings file: one printable line with all paths."""
+    said = ", ".join(f"{flag_of(name)} ({text})" for name, text in code.items())
+    return console.printable(f"{os.path.abspath(file)} runs code: {said}", limit=10**6)
+
+
+def unknown_code(file: Path, code: Mapping[str, str]) -> dict[str, str]:
+    """Return what nobody agreed to on this machine, of the code of a settings file."""
+    return {
+        name: text
+        for name, text in code.items()
+        if not any(os.path.exists(_allowed(file, name, text, with_content)) for with_content in (False, True))
+    }
+
+
+def keep_allowed(file: Path, code: Mapping[str, str], with_content: bool = False) -> None:
+    """Keep that the code of a settings file may run; if the cache cannot be written, it is asked about again.
+
+    Args:
+        file: has the settings.
+        code: of `code_of`.
+        with_content: only as long as the files of code have the same content.
+    """
+    with contextlib.suppress(OSError):
+        for name, text in code.items():
+            cache_dir("code").mkdir(parents=True, exist_ok=True)
+            _allowed(file, name, text, with_content).touch()
+        for old in sorted(cache_dir("code").iterdir(), key=lambda one: one.stat().st_mtime)[:-MOST_ALLOWED]:
+            old.unlink()
+
+
+def _allowed(file: Path, name: str, text: str, with_content: bool) -> Path:
+    """Return the file in the cache that says that a setting of a settings file may run code."""
+    files = [Path(one) for one in CODE_FILES.findall(text) if with_content and os.path.isfile(one)]
+    return cache_dir("code") / sha256_of(json.dumps([os.path.realpath(file), name, text, *map(sha256_of, files)]))
 
 
 # Recipes

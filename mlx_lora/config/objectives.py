@@ -82,13 +82,13 @@ class ObjectiveSettings:
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
         "exact_match, number_match, math-verify, reasoning-gym, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
-        "commas and added.", OBJECTIVE)
+        "commas and added.", OBJECTIVE, runs=r"\.py:")
     environment: str | None = setting(None, "grpo, rloo: a class as FILE.py:CLASS, whose reset begins an episode of several "
         "turns. Its step answers the model and rewards it, instead of --reward; without step, its public methods are tools, "
         "as in TRL's environment_factory. verifiers:NAME, or verifiers:FILE.toml: an environment of that package, which brings its "
-        "own tasks, tools, and rewards.", OBJECTIVE)
+        "own tasks, tools, and rewards.", OBJECTIVE, runs=rf"\.py:|{VERIFIERS}")
     tools: str | None = setting(None, "grpo, rloo: functions that the model may call, as FILE.py or FILE.py:NAME,NAME; --reward "
-        "rewards the whole episode.", OBJECTIVE)
+        "rewards the whole episode.", OBJECTIVE, runs=r"\.py")
     max_turns: int = setting(10, "With --environment or --tools: maximum number of the model's answers in an episode; "
         "--max-new-tokens limits all of them together.", OBJECTIVE, at_least=1, at_most=10**6)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
-from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.objectives import VERIFIERS, ObjectiveSettings
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
 
@@ -51,7 +51,7 @@ class ModelSettings:
         MODEL, at_least=2, at_most=8)
     dtype: str = setting("auto", "Compute dtype; auto: float32 on a CPU, bfloat16 on a GPU.", MODEL, choices=DTYPES)
     trust_remote_code: bool = setting(False, "Let the model's repository run its own tokenizer code.",
-        MODEL, may_change=True, per_machine=True)
+        MODEL, may_change=True, per_machine=True, runs="True")
     quantized_matmul: str = setting("auto",
         "How layers multiply by quantized weights: packed (mx.quantized_matmul), dense (dequantize, then GEMM), or auto "
         "(whichever is faster for the number of rows, as measured on this machine).",
@@ -69,7 +69,7 @@ class DataSettings:
     data: str | None = setting(None,
         "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare, reasoning-gym:NAME or verifiers:NAME. Separate "
         "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
-        MODEL, common=True, may_change=True, per_machine=True)
+        MODEL, common=True, may_change=True, per_machine=True, runs=VERIFIERS)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
         "Column of the prompt; several columns, separated by commas, are joined with line breaks (default: the usual names).", MODEL)
@@ -264,10 +264,10 @@ class LoopSettings:
         VALIDATION, may_change=True, choices=("loss", "accuracy", "macro_f1", "mrr", "ndcg", "task"))
     eval_tasks: str | None = setting(None,
         "Score the model at each validation, as `evaluate` does: a file of rows with their answers, a task's YAML file, or the "
-        "name of one of lm-eval's tasks.", VALIDATION, may_change=True, per_machine=True)
+        "name of one of lm-eval's tasks.", VALIDATION, may_change=True, per_machine=True, runs=r"\.ya?ml")
     eval_metric: str | None = setting(None,
         "Metric of --eval-tasks: for rows one of `evaluate --metric` (default: exact_match), for a task one of its own "
-        "(default: the first for which higher is better).", VALIDATION, may_change=True)
+        "(default: the first for which higher is better).", VALIDATION, may_change=True, runs=r"\.py")
     eval_rows: int = setting(50, "Rows of --eval-tasks at each validation, from the first on.",
         VALIDATION, may_change=True, at_least=1, at_most=10**6)
     eval_max_tokens: int = setting(128, "Tokens of an answer to the rows of --eval-tasks, at most.",
@@ -324,8 +324,6 @@ class ServeSettings:
         "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
     images_from: str | None = setting(None,
         "Folder below which clients may name pictures as files (default: none; data URLs always work).", SERVER)
-    fetch_images: bool = setting(False,
-        "Download pictures that clients name by a web address, from public servers only (default: refuse them).", SERVER)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)

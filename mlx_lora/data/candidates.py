@@ -21,7 +21,16 @@ import numpy as np
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, EmptyPart, Fields, FormatError, MissingColumn, OwnEntry, Text
+from mlx_lora.data.examples import (
+    Completion,
+    EmptyPart,
+    Fields,
+    FormatError,
+    MissingColumn,
+    OwnEntry,
+    Text,
+    tokenizable,
+)
 from mlx_lora.data.formats import columns_of, usual_names
 from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.tokenize import Encoded, Encoder
@@ -164,4 +173,4 @@ def _texts(value: Any, name: str) -> list[str]:
         raise FormatError(f"{name} has something else than texts")
     if not all(text.strip() for text in texts):
         raise EmptyPart(f"{name} has an empty text")
-    return texts
+    return list(map(tokenizable, texts))

@@ -27,7 +27,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.examples import FormatError
-from mlx_lora.data.sandbox import DATE_FUNCTION, MAX_TEMPLATE_CHARACTERS, render_chat, tokenizer_panics
+from mlx_lora.data.sandbox import MAX_TEMPLATE_CHARACTERS, render_chat, tokenizer_panics
+from mlx_lora.data.template_worker import DATE_FUNCTION
 from mlx_lora.utils.errors import InputError
 
 # What content may rightly have: thinking, calls, and places of images and sounds. These tokens end no turn.

@@ -4,8 +4,8 @@
 
 What comes is checked like any other picture (data/images.py), whatever its server calls it. Data can be anybody's, so an address
 may lead to an http or https server only, also after it was redirected, and a public server may not redirect to one in the local
-network. A server that downloads for its clients allows no local addresses at all: the addresses that a name stands for are
-looked up once, checked, and these are then connected to, so that a second look-up cannot give another one.
+network. The addresses that a name stands for are looked up once and checked, and these are connected to, so that a second look-up
+cannot give another one. A proxy looks names up itself, so only the first address is asked of it, and no redirection.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import re
 import shutil
 import socket
 import ssl
+import string
 import threading
-import time
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import closing, contextmanager, suppress
+from functools import cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Any
-from urllib import request as web
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from mlx_lora.data.examples import FormatError
 from mlx_lora.utils.errors import first_line
@@ -45,6 +44,9 @@ MOST_REDIRECTIONS = 5
 PART_BYTES = 1 << 16
 AGENT = "mlx-lora (reads pictures of a training set)"
 SCHEMES = ("http", "https")
+UNICAST = ipaddress.ip_network("2000::/3")  # the part of IPv6 that the internet has
+MOVED = (301, 302, 303, 307, 308)
+SERVER = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE)  # a name or an address, and a port
 
 
 def is_on_web(source: str | bytes) -> bool:
@@ -91,14 +93,14 @@ class ImageDownloads:
         self._refused[url] = why
 
     def _try(self, url: str) -> None:
-        host = _host_of(url)
-        if self._silent[host] >= MOST_SILENT:
+        server = "/".join(url.split("/", 3)[:3])
+        if self._silent[server] >= MOST_SILENT:
             self._refused[url] = f"its server did not answer {MOST_SILENT} times"
             return
         try:
             self._keep(_file_of(url), download(url))
         except NoAnswer as error:
-            self._silent[host] += 1
+            self._silent[server] += 1
             self._refused[url] = str(error)
         except FormatError as error:
             self._refused[url] = str(error)
@@ -131,12 +133,6 @@ def _file_of(url: str) -> Path:
     return cache_dir(KIND) / sha256_of(url)
 
 
-def _host_of(url: str) -> str:
-    with suppress(ValueError):
-        return urlsplit(url).netloc
-    return ""
-
-
 # One download
 
 
@@ -144,195 +140,169 @@ class NoAnswer(FormatError):
     """A server cannot be reached, or says nothing."""
 
 
-def download(url: str, public_only: bool = False, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -> bytes:
+def download(url: str, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -> bytes:
     """Return the file at a web address.
 
     Args:
         url: http or https.
-        public_only: allow no address of the local network, and use no proxy.
         most_bytes: of the file.
         seconds: until it is there.
 
     Raises:
         FormatError: it cannot be downloaded; the message is the reason.
     """
-    try:
-        asked = _Request(_quoted(url), public_only)
-    except ValueError as error:
-        raise FormatError(f"is no web address ({first_line(error)})") from error
-    late = threading.Timer(seconds, asked.stop)  # a server that sends a byte now and then
+    way = _Way(min(ANSWER_S, seconds))
+    late = threading.Timer(seconds, way.stop)  # a server that sends a byte now and then
     late.daemon = True
     late.start()
     try:
-        return _content(_opener(public_only), asked, most_bytes, min(ANSWER_S, seconds))
+        for turn in range(MOST_REDIRECTIONS + 1):
+            try:
+                parts = _parsed(url)
+            except ValueError as error:
+                what = "is redirected to where a picture may not be" if turn else "is no web address"
+                raise FormatError(f"{what} ({first_line(error)})") from error
+            with way.reply(parts) as reply:
+                moved = reply.headers.get("Location") if reply.status in MOVED else None
+                if moved is None:
+                    return _content(reply, most_bytes, way)
+            # A header has bytes, which http.client reads as Latin-1.
+            url = urljoin(parts.geturl(), quote(moved, safe=string.punctuation, encoding="latin-1"))
+        raise FormatError("is redirected too often")
     except FormatError:
         raise
-    except HTTPError as error:
-        error.close()
-        turned = 300 <= error.code < 400
-        raise FormatError(
-            "is redirected too often, or to where a picture may not be"
-            if turned
-            else f"its server says {error.code} {error.reason}"
-        ) from error
     except (OSError, HTTPException, ValueError) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, FormatError):
-            raise reason from error
-        if asked.is_late:
+        if way.is_late:
             raise NoAnswer(f"was not there after {seconds:.0f} s") from error
-        if isinstance(reason, TimeoutError):
+        if isinstance(error, TimeoutError):
             raise NoAnswer("its server does not answer") from error
-        words = getattr(reason, "strerror", None) or str(reason).partition("\n")[0] or type(error).__name__
-        raise NoAnswer(f"cannot be downloaded ({words})") from error
+        raise NoAnswer(f"cannot be downloaded ({getattr(error, 'strerror', None) or first_line(error)})") from error
     finally:
         late.cancel()
 
 
-def _quoted(url: str) -> str:
-    """Return an address without spaces and letters that must be written in another way.
+def _parsed(url: str) -> SplitResult:
+    """Return the parts of an address, in the letters in which it is sent.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it has no http or https server, or names it in another way than by a name or an IP address.
     """
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        raise ValueError("it has control characters")
     parts = urlsplit(url)
-    if parts.scheme.lower() not in SCHEMES or not parts.hostname:
-        raise ValueError("it has no server")
-    path, query = (quote(part, safe="%/:?@!$&'()*+,;=~[]") for part in (parts.path, parts.query))
-    return parts._replace(path=path, query=query, fragment="").geturl()
+    server = parts.netloc.encode("idna").decode("ascii")
+    if parts.scheme not in SCHEMES or not SERVER.fullmatch(server):
+        raise ValueError("it does not begin with http or https and the name of a server")
+    path, query = (quote(part, safe="%/:?@!$&'()*+,;=~[]") for part in (parts.path or "/", parts.query))
+    return parts._replace(netloc=server, path=path, query=query, fragment="")
 
 
-def _content(opener: web.OpenerDirector, asked: _Request, most_bytes: int, answer_s: float) -> bytes:
+def _content(reply: HTTPResponse, most_bytes: int, way: _Way) -> bytes:
+    if not 200 <= reply.status < 300:
+        raise FormatError(f"its server says {reply.status} {reply.reason}")
     parts, size = [], 0
-    with opener.open(asked, timeout=answer_s) as reply:
-        said = reply.headers.get("Content-Length", "")
-        if said.isdecimal() and int(said) > most_bytes:
-            raise FormatError(f"has {int(said) / (1 << 20):,.0f} MiB, more than {most_bytes >> 20}")
-        while part := reply.read1(PART_BYTES):
-            size += len(part)
-            if size > most_bytes:
-                raise FormatError(f"has more than {most_bytes >> 20} MiB")
-            parts.append(part)
-    if asked.is_late or (said.isdecimal() and size != int(said)):
+    said = reply.headers.get("Content-Length", "")
+    if said.isdecimal() and int(said) > most_bytes:
+        raise FormatError(f"has {int(said) / (1 << 20):,.0f} MiB, more than {most_bytes >> 20}")
+    while part := reply.read1(PART_BYTES):
+        size += len(part)
+        if size > most_bytes:
+            raise FormatError(f"has more than {most_bytes >> 20} MiB")
+        parts.append(part)
+    if way.is_late or (said.isdecimal() and size != int(said)):
         raise OSError("its end is missing")
     return b"".join(parts)
 
 
-class _Request(web.Request):
-    """A request, what it found of its server's addresses, and the way to stop it.
+class _Way:
+    """The way to a picture, over all redirections.
 
     Attributes:
-        public_only: whether addresses of the local network are refused.
-        is_local: whether the server that answered has such an address.
-        is_late: whether the request was stopped.
+        public_only: whether only public servers may follow, because one was asked, or a proxy.
+        is_late: whether it was stopped.
     """
 
-    def __init__(self, url: str, public_only: bool, before: _Request | None = None):
-        super().__init__(url, headers={"User-Agent": AGENT, "Accept": "image/*"})
-        self.public_only, self.is_local = public_only, False
-        self.first = before.first if before else self
-        self.turns: int = before.turns + 1 if before else 0
-        self.is_late, self.socket = False, None
+    def __init__(self, answer_s: float):
+        self.public_only = self.is_late = False
+        self._answer_s = answer_s
+        self._socket: socket.socket | None = None
 
-    socket: socket.socket | None
+    @contextmanager
+    def reply(self, parts: SplitResult) -> Iterator[HTTPResponse]:
+        """Ask a server, or a proxy for it, and yield what it says.
 
-    @property
-    def uses_proxy(self) -> bool:
-        """Whether it goes to a proxy, which looks the address up."""
-        return self.host != urlsplit(self.full_url).netloc
+        Raises:
+            FormatError: the server is in the local network, where that is not allowed.
+            OSError, HTTPException: it does not answer.
+        """
+        host, path = str(parts.hostname), f"{parts.path}?{parts.query}" if parts.query else parts.path
+        headers = {"User-Agent": AGENT, "Accept": "image/*", "Connection": "close"}
+        proxy = None if self.public_only or proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+        asked = urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else parts
+        if "https" in (parts.scheme, asked.scheme):
+            connection = HTTPSConnection(
+                str(asked.hostname), asked.port, timeout=self._answer_s, context=_certificates()
+            )
+        else:
+            connection = HTTPConnection(str(asked.hostname), asked.port, timeout=self._answer_s)
+        with closing(connection):
+            if proxy:
+                self.public_only = True
+                name = f"{unquote(asked.username or '')}:{unquote(asked.password or '')}".encode()
+                known = {"Proxy-Authorization": f"Basic {b64encode(name).decode()}"} if asked.username else {}
+                if parts.scheme == "https":
+                    connection.set_tunnel(host, parts.port or 443, known)
+                else:
+                    path, headers = parts.geturl(), headers | known
+                connection.connect()
+            else:
+                connection.sock = self._connected(host, connection.port)
+                if parts.scheme == "https":
+                    connection.sock = _certificates().wrap_socket(connection.sock, server_hostname=host)
+            self._socket = connection.sock
+            if self.is_late:
+                raise TimeoutError
+            connection.request("GET", path, headers=headers)
+            with connection.getresponse() as reply:
+                yield reply
 
-    def opened(self, connection: socket.socket) -> None:
-        """Note what `stop` is to close."""
-        self.first.socket = connection
-        if self.first.is_late:
-            self.stop()
+    def _connected(self, host: str, port: int) -> socket.socket:
+        """Return a connection to one of a host's addresses."""
+        addresses = [str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if self.public_only and not all(map(is_public, addresses)):
+            raise FormatError("is redirected into the local network, where no picture is fetched from")
+        failed = OSError("no address")
+        for address in addresses:
+            try:
+                found = socket.create_connection((address, port), self._answer_s)
+            except OSError as error:
+                failed = error
+            else:
+                self.public_only = self.public_only or is_public(address)
+                return found
+        raise failed
 
     def stop(self) -> None:
-        """End the request from another thread."""
-        self.first.is_late = True
-        if self.first.socket is not None:
+        """End it from another thread."""
+        self.is_late = True
+        if self._socket is not None:
             with suppress(OSError):
-                self.first.socket.shutdown(socket.SHUT_RDWR)
-
-
-class _CheckedConnection(HTTPConnection):
-    """A connection to an address that was checked."""
-
-    def __init__(self, asked: _Request, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._asked = asked
-
-    def connect(self) -> None:
-        if self._asked.uses_proxy:
-            super().connect()
-        else:
-            self.sock = _connected(self._asked, self.host, self.port, self.timeout)
-        self._asked.opened(self.sock)
-
-
-class _CheckedTLSConnection(HTTPSConnection, _CheckedConnection):
-    """The same with TLS, which is put around the connection."""
-
-
-def _connected(asked: _Request, host: str, port: int, timeout: float | None) -> socket.socket:
-    """Return a connection to one of a host's addresses.
-
-    Raises:
-        FormatError: one is of the local network, where that is not allowed.
-        OSError: none answers.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(one[4][0]) for one in found]
-    asked.is_local = not all(map(is_public, addresses))
-    if asked.is_local and asked.public_only:
-        raise FormatError("leads into the local network, where no picture is fetched from")
-    failed: OSError = OSError("no address")
-    for address in addresses:
-        try:
-            return socket.create_connection((address, port), timeout)
-        except OSError as error:
-            failed = error
-    raise failed
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # of TLS, too, what is below it
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the internet."""
+    """Return whether an IP address is one of the internet.
+
+    One with an IPv4 address inside is none, because a gateway may unpack it.
+    """
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
-    return (mapped or found).is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        inside = found.teredo or found.sixtofour or (int(found) >> 32) & 0xFDFFFFFF == 0x5EFE  # the last: ISATAP
+        return found in UNICAST and found.is_global and not inside
+    return found.is_global and not found.is_multicast
 
 
-class _Connecting(web.HTTPHandler):
-    def http_open(self, req: Any) -> HTTPResponse:
-        return self.do_open(partial(_CheckedConnection, req), req)  # pyright: ignore[reportArgumentType] # it is only called
-
-
-class _ConnectingTLS(web.HTTPSHandler):
-    def https_open(self, req: Any) -> HTTPResponse:
-        made = partial(_CheckedTLSConnection, req, context=_certificates())
-        return self.do_open(made, req)  # pyright: ignore[reportArgumentType] # it is only called
-
-
-class _Redirecting(web.HTTPRedirectHandler):
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> _Request:
-        if (elsewhere := urlsplit(newurl).scheme.lower() not in SCHEMES) or req.turns >= MOST_REDIRECTIONS:
-            fp.close()
-            raise FormatError(f"is redirected {'to where a picture may not be' if elsewhere else 'too often'}")
-        return _Request(newurl, req.public_only or not req.is_local, req)
-
-
-def _opener(public_only: bool) -> web.OpenerDirector:
-    """Return what opens addresses of http and https, and no others."""
-    proxies = web.ProxyHandler({} if public_only else None)
-    handlers: Sequence[Any] = (
-        proxies, _Connecting(), _ConnectingTLS(), _Redirecting(), web.HTTPDefaultErrorHandler(), web.HTTPErrorProcessor(),
-    )  # fmt: skip
-    opener = web.OpenerDirector()
-    for handler in handlers:
-        opener.add_handler(handler)
-    return opener
-
-
+@cache
 def _certificates() -> ssl.SSLContext:
     """Return whom to trust: those whom the system trusts, and Mozilla's list, because Python on a Mac may have none."""
     import certifi  # comes with the hub's client
@@ -340,27 +310,3 @@ def _certificates() -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.load_verify_locations(certifi.where())
     return context
-
-
-# For a server's clients
-
-
-def downloaded(urls: Sequence[str], most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -> list[bytes]:
-    """Return the pictures at some public addresses, which nothing keeps.
-
-    Args:
-        urls: in order.
-        most_bytes: of all of them.
-        seconds: for all of them.
-
-    Raises:
-        FormatError: one cannot be downloaded.
-    """
-    found: list[bytes] = []
-    end = time.monotonic() + seconds
-    for url in urls:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise NoAnswer(f"was not there after {seconds:.0f} s")
-        found.append(download(url, True, most_bytes - sum(map(len, found)), left))
-    return found

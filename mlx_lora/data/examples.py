@@ -23,6 +23,7 @@ from mlx_lora.utils.parsing import check_value, parse_json
 Fields = dict[str, Any]
 Message = dict[str, Any]
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a longer record means a damaged file
+MOST_CHARACTERS = 16_000_000  # of a text: the tokenizer needs 150 to 450 bytes of memory for each
 
 
 # Records
@@ -87,6 +88,13 @@ class FormatError(ValueError):
 
 class MissingColumn(FormatError):
     """The record has not all of the columns that its format, or the settings, ask for."""
+
+
+def tokenizable(text: str) -> str:
+    """Return a text; FormatError if it is too long for the tokenizer."""
+    if len(text) > MOST_CHARACTERS:
+        raise FormatError(f"a text of {len(text):,} characters, the most is {MOST_CHARACTERS:,}; divide it")
+    return text
 
 
 class EmptyRecord(FormatError):

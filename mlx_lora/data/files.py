@@ -150,7 +150,7 @@ def named_sets(data: str) -> list[tuple[str, float]]:
 
 def is_local(name: str) -> bool:
     """Tell whether a set is on this disk, a recipe's among them, and not on the hub."""
-    return _exists(name) or name in recipe_names()
+    return (_exists(name) and not name.startswith(VERIFIERS)) or name in recipe_names()
 
 
 def _name_and_weight(text: str) -> tuple[str, str | None]:

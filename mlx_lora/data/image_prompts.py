@@ -24,7 +24,6 @@ from mlx_lora.data.image_tokens import ImageReader, ImageRenderer, ImageRowEncod
 from mlx_lora.data.images import COLUMNS, MARK, PLACE, QUESTIONS, TURNS, ImageConversation, mark, with_marks
 from mlx_lora.data.prompts import Prompt, parse_prompt, prompt_of
 from mlx_lora.data.render import Rendered
-from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.utils.errors import InputError
 
@@ -197,10 +196,9 @@ def _before_answer(encoder: ImageRowEncoder, turns: list[Message], example: Imag
         raise InputError("prompts with pictures require a chat template, and the model has none; give --chat-template")
     if example.tools:
         raise FormatError("a prompt with tools; with --images, prompts have none")
-    with CLOCK.held():
-        tokens, digests = _tokens_before_answer(
-            encoder.reader, encoder.tokenizer, renderer, turns, example.sources, encoder.allow_special_tokens
-        )
+    tokens, digests = _tokens_before_answer(
+        encoder.reader, encoder.tokenizer, renderer, turns, example.sources, encoder.allow_special_tokens
+    )
     return tokens, encoder.reader.table.number_of(digests)
 
 

@@ -35,9 +35,10 @@ from mlx_lora.data.examples import (
     OwnEntry,
     Text,
     conversation,
+    tokenizable,
 )
 from mlx_lora.data.formats import columns_of, not_there, sharegpt_messages, usual_names
-from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
+from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
 
@@ -148,6 +149,7 @@ def _chat(turns: Any, tools: Any) -> Conversation:
         isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
     )
     chat = conversation(turns if answered else [*turns, ANSWER], tools, None)
+    tokenizable("".join(turn["content"] for turn in chat.messages))
     return chat if answered else replace(chat, messages=chat.messages[:-1])
 
 
@@ -160,7 +162,7 @@ def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
     text = "\n".join(part for part in texts if part.strip())
     if not text.strip():
         raise EmptyPart("empty text")
-    return Text(text, ends=False, pair=texts if tuple(names) in PAIRS else None)  # pyright: ignore[reportArgumentType]
+    return Text(tokenizable(text), ends=False, pair=texts if tuple(names) in PAIRS else None)  # pyright: ignore[reportArgumentType]
 
 
 def encode_texts(
@@ -186,15 +188,14 @@ def encode_texts(
             if encoder.template is None:
                 raise InputError("chats require a chat template, but none was given; give one with --chat-template")
             try:
-                with CLOCK.held():
-                    ids[number] = chat_tokens(
-                        tokenizer,
-                        example.messages,
-                        encoder.template,
-                        example.tools,
-                        encoder.day,
-                        encoder.allow_special_tokens,
-                    )
+                ids[number] = chat_tokens(
+                    tokenizer,
+                    example.messages,
+                    encoder.template,
+                    example.tools,
+                    encoder.day,
+                    encoder.allow_special_tokens,
+                )
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 dropped[number] = f"the chat template refuses it ({error})"
     dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}

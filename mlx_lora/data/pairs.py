@@ -29,7 +29,16 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of, number_of
+from mlx_lora.data.examples import (
+    BadRow,
+    EmptyRecord,
+    Fields,
+    FormatError,
+    MissingColumn,
+    keys_of,
+    number_of,
+    tokenizable,
+)
 from mlx_lora.data.files import DataFile, all_files, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
@@ -166,7 +175,7 @@ def _text(value: Any, name: str) -> str:
         raise FormatError(f"{name} is no text; it must be one")
     if not value.strip():
         raise EmptyRecord(f"{name} is empty; fill it, or remove the row")
-    return value
+    return tokenizable(value)
 
 
 def _texts(value: Any, name: str) -> list[str]:

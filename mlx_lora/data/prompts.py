@@ -22,9 +22,18 @@ import numpy as np
 
 from mlx_lora.data.chat_template import chat_tokens, controls_of, tokens_after_turn
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Message, Text, keys_of
+from mlx_lora.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Fields,
+    FormatError,
+    Message,
+    Text,
+    keys_of,
+    tokenizable,
+)
 from mlx_lora.data.formats import GIVEN, QUESTIONS, fitting, opened, opening, parse_record, usual_names
-from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
 
@@ -299,10 +308,9 @@ def observation_tokens(encoder: Encoder, example: Conversation | Completion, tex
         {"role": "user", "content": text},
     ]
     try:
-        with CLOCK.held():
-            return tokens_after_turn(
-                tokenizer, turns, ANSWER_MARK, encoder.template, encoder.day, encoder.allow_special_tokens
-            )
+        return tokens_after_turn(
+            tokenizer, turns, ANSWER_MARK, encoder.template, encoder.day, encoder.allow_special_tokens
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"--environment: the chat template refuses an observation as the user's turn ({error}); give another with "
@@ -391,15 +399,15 @@ def prompt_tokens(encoder: Encoder, example: Conversation | Completion) -> list[
     tokenizer: Any = encoder.tokenizer
     if isinstance(example, Completion):
         if encoder.plain:
-            return tokenizer.encode(example.prompt)
+            return tokenizer.encode(tokenizable(example.prompt))
         example = Conversation(
             [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": STAND_IN}]
         )
     if encoder.template is None:
         raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
     turns = _before_answer(example)
-    with CLOCK.held():
-        return chat_tokens(tokenizer, turns, encoder.template, example.tools, encoder.day, encoder.allow_special_tokens)
+    tokenizable("".join(turn["content"] for turn in turns))
+    return chat_tokens(tokenizer, turns, encoder.template, example.tools, encoder.day, encoder.allow_special_tokens)
 
 
 def _as_example(record: Fields) -> Conversation | Completion | None:

@@ -11,7 +11,9 @@ import base64
 import codecs
 import contextlib
 import csv
+import io
 import json
+import os
 import re
 import warnings
 import zipfile
@@ -19,17 +21,19 @@ from collections.abc import Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 from xml.etree.ElementTree import ParseError
 
 from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Fields, Record, as_record, checked
-from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.parsing import page_bytes, parse_json, parse_yaml
 
 # Real texts can be compressed to a tenth, repeated ones even more.
-LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 256 * 2**20, 100, 10_000
+LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 32 * 2**20, 100, 10_000
+TOO_MUCH = f"unpacks to more than {MOST_UNPACKED} times its size; is it a data file?"
+LONG_ROW = f"row longer than {MAX_LINE_BYTES // 2**20} MiB"
 SEPARATORS = ",;\t"
 PROBED_ROWS = 20
 EXCEL_HINT = "Excel calls that 'CSV UTF-8'"
@@ -142,7 +146,9 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
             names = [page.title for page in book.worksheets]
     except broken as error:
-        raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
+        raise InputError(
+            f"{path} is not a readable .xlsx file ({first_line(error)[:200]}); save it again as .xlsx"
+        ) from error
     try:
         if sheet is not None and sheet not in names:
             raise InputError(f"{path} has no sheet {sheet!r}; its sheets are {', '.join(names[:8]) or 'none'}")
@@ -159,7 +165,9 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
         page.reset_dimensions()  # else it reads only as far as the file claims; some programs write less than there is
         yield from _sheet_rows(path, page.iter_rows(values_only=True), empty)
     except broken as error:
-        raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
+        raise InputError(
+            f"{path} is not a readable .xlsx file ({first_line(error)[:200]}); save it again as .xlsx"
+        ) from error
     finally:
         book.close()
 
@@ -167,6 +175,7 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
 def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iterator[Record | BadRow]:
     """Yield the rows below the header, the first row that has content; `empty` is the error if there is none."""
     header: list[str] = []
+    allowance = _Allowance(path, 0)  # many cells may have the same text, which is in the file once
     for number, values in enumerate(rows, 1):
         cells = [None if value is None else _cell(value) for value in values]
         if not any(cells):
@@ -174,12 +183,14 @@ def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iter
         if not header:  # the first row that has content
             header = _header(path, [cell or "" for cell in cells])
             continue
-        if any(cells[len(header) :]):
-            yield BadRow(number, f"{len(cells)} columns, the first row has {len(header)}", "row")
+        too_many, too_long = any(cells[len(header) :]), sum(len(cell or "") for cell in cells) > MAX_LINE_BYTES
+        if too_many or too_long:
+            why = f"{len(cells)} columns, the first row has {len(header)}" if too_many else LONG_ROW
+            yield BadRow(number, why, "row")
             continue
         cells += [None] * (len(header) - len(cells))
         record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
-        yield checked(number, record, json.dumps(record, ensure_ascii=False), "row")
+        yield allowance.record(number, record)
     if not header:
         raise InputError(empty)
 
@@ -191,23 +202,19 @@ def _cell(value: Any) -> str:
     return str(value)  # a date and a time as in 2026-11-26 09:30:00
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _check_unpacked(path: Path) -> None:
     """Refuse a file whose parts would unpack to far more than its size."""
     with zipfile.ZipFile(path) as parts:
         unpacked = sum(part.file_size for part in parts.infolist())
     if unpacked > LEAST_UNPACKED_BYTES + path.stat().st_size * MOST_UNPACKED:
-        raise InputError(f"{path} unpacks to more than {MOST_UNPACKED} times its size; is it a data file?")
+        raise InputError(f"{path} {TOO_MUCH}")
 
 
 def read_parquet(path: Path) -> Iterator[Record | BadRow]:
     """Yield the rows of a .parquet file, numbered from 1.
 
     Raises:
-        InputError: pyarrow is not installed, or the file cannot be read.
+        InputError: pyarrow is not installed, the file cannot be read, or it unpacks to too much.
     """
     try:
         import pyarrow
@@ -216,21 +223,55 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
         raise InputError(f"{path} requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            allowance = _Allowance(path, file.metadata.num_rows)
-            # Read texts as dictionaries: a repeated text is only stored once until its row is read.
-            texts = [
-                c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type == "BYTE_ARRAY"
-            ]
-            with parquet.ParquetFile(path, read_dictionary=texts) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    for row in range(batch.num_rows):
-                        number += 1
-                        (value,) = batch.slice(row, 1).to_pylist()
-                        yield allowance.record(number, {key: _jsonable(item) for key, item in value.items()})
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a readable parquet file: {reason}") from error
+        with path.open("rb") as opened:
+            opened.seek(-8, os.SEEK_END)
+            opened.seek(-8 - int.from_bytes(opened.read(4), "little"), os.SEEK_END)
+            # Without the Arrow types that it may name, among them lists of a fixed size, which a single bit makes large.
+            footer = parquet.read_metadata(io.BytesIO(opened.read().replace(b"ARROW:schema", b"arrow:schema")))
+        with parquet.ParquetFile(path, metadata=footer) as file:
+            allowance = _Allowance(path, footer.num_rows)
+            if sum(page_bytes(path, file)) > allowance.left:
+                raise InputError(f"{path} {TOO_MUCH}")
+            columns = [file.schema.column(place) for place in range(len(file.schema))]
+        # Read texts as dictionaries: a repeated text is only stored once until its row is read.
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, metadata=footer, read_dictionary=texts) as file:
+            for batch in map(pyarrow.RecordBatch.to_struct_array, file.iter_batches(batch_size=256)):
+                fits = _unpacked_bytes(batch) <= MAX_LINE_BYTES
+                for row in map(batch.slice, range(len(batch)), repeat(1)):
+                    number += 1
+                    if not fits and _unpacked_bytes(row) > MAX_LINE_BYTES:
+                        yield BadRow(number, LONG_ROW, "row")
+                        continue
+                    (value,) = row.to_pylist()
+                    yield allowance.record(number, {key: _jsonable(item) for key, item in value.items()})
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from error
+
+
+def _unpacked_bytes(array: Any) -> int:
+    """Return the bytes of the values of an Arrow array; a text counts each time that it is used."""
+    import pyarrow.compute as compute
+
+    if hasattr(array, "dictionary"):
+        lengths = compute.call_function("binary_length", [array.dictionary])
+        return compute.call_function("sum", [lengths.take(array.indices)]).as_py() or 0
+    if not array.type.num_fields:
+        return array.nbytes
+    parts = (
+        array.flatten()
+        if hasattr(array, "field")
+        else [array.values[array.offsets[0].as_py() : array.offsets[-1].as_py()]]
+    )
+    return sum(map(_unpacked_bytes, parts))
 
 
 def _jsonable(value: Any) -> Any:
@@ -258,7 +299,7 @@ class _Allowance:
     def __init__(self, path: Path, rows: int):
         """Refuse a file that claims to have more rows than bytes."""
         self._path, size = path, path.stat().st_size
-        self._left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
+        self.left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
         if rows > size + LEAST_ROWS:
             raise InputError(f"{path}: {size} bytes that claim to hold {rows} rows; download it again")
 
@@ -273,10 +314,10 @@ class _Allowance:
         except (TypeError, ValueError):
             return BadRow(number, "has a value that JSON does not support; keep texts, numbers and lists", "row")
         if len(text) > MAX_LINE_BYTES:
-            return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB", "row")
-        self._left -= len(text)
-        if self._left < 0:
-            raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it a data file?")
+            return BadRow(number, LONG_ROW, "row")
+        self.left -= len(text)
+        if self.left < 0:
+            raise InputError(f"{self._path} {TOO_MUCH}")
         return checked(number, value, text, "row")
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -35,10 +35,10 @@ from functools import cached_property
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.assistant_spans import AssistantTurns, Span
+from mlx_lora.data.assistant_spans import AssistantTurns, Span, common_prefix
 from mlx_lora.data.chat_template import PROBE, Specials, controls_of
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message, call_of
-from mlx_lora.data.sandbox import render_chat
+from mlx_lora.data.sandbox import render_ahead, render_chat
 from mlx_lora.utils.files import sha256_of
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
@@ -116,7 +116,22 @@ class Renderer:
         self._tokenizer, self._template, self._day = tokenizer, template, day
         self._specials = Specials(tokenizer)
         self._call_format = 0  # the number of the format that the last conversation with calls needed
+        self._is_exact = False  # whether the last conversation needed the exact path
+        self._ahead: dict[tuple[int, ...], tuple[list[Message], str | Exception]] = {}  # by the ids of the messages
         self.generation_prompt = self._find_generation_prompt()
+
+    def render_ahead(self, conversations: Sequence[Conversation]) -> None:
+        """Render conversations that `render` will be asked for, together, which takes less time."""
+        plain = [one.messages for one in conversations if one.tools is None and not _has_calls(one.messages)]
+        chats = [(messages, False) for messages in plain]
+        if self._is_exact:
+            chats += [(messages[:-1], True) for messages in plain if len(messages) > 1]
+        outcomes = render_ahead(self._tokenizer, chats, self._template, self._day)
+        # The messages are kept, so that no others get their ids.
+        self._ahead = {
+            (asks, *map(id, messages)): (messages, outcome)
+            for (messages, asks), outcome in zip(chats, outcomes, strict=False)
+        }
 
     def render(self, conversation: Conversation) -> Rendering:
         """Render one conversation and find the trained spans.
@@ -140,6 +155,7 @@ class Renderer:
         """Render messages without control tokens of their own."""
         messages, text = self._shown(conversation)
         spans = self._fast_spans(text, messages, conversation.tools)
+        self._is_exact = spans is None
         if spans is not None:
             trained = [
                 span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0
@@ -190,6 +206,11 @@ class Renderer:
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         """Return a rendering; with `prompt`, it ends with the generation prompt, as at inference."""
         try:
+            if tools is None and (known := self._ahead.pop((prompt, *map(id, messages)), None)):
+                outcome = known[1]
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return outcome
             return render_chat(self._tokenizer, messages, self._template, tools, prompt, self._day)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -213,9 +234,7 @@ class Renderer:
         except FormatError:
             return Frame(prompt, frozenset([""]), None)
         answers = text.find("qzx"), text.rfind("wvw")
-        shown = prompt
-        while shown and not text.startswith(shown, len(before)):
-            shown = shown[:-1]
+        shown = prompt[: common_prefix(prompt, text[len(before) : len(before) + len(prompt)])]
         if not shown or answers[0] < len(before) + len(shown) or answers[1] < answers[0]:
             return Frame(prompt, frozenset([""]), None)
         leads = {""}

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.chat_template import controls_of, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
-from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
+from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.utils.errors import InputError
 
-BATCH_ROWS = 1000
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1_000_000  # a batch ends with the first row that makes it longer
+AHEAD_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -129,36 +130,47 @@ class Encoder:
         # The tokenizer uses all cores without Python's lock, so the next batch can be rendered at the same time.
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
-            for start in range(0, len(examples), BATCH_ROWS):
-                rendered = self._render_batch(examples[start : start + BATCH_ROWS], start, found)
+            start = 0
+            while start < len(examples):
+                stop, rendered = self._render_batch(examples, start, found)
                 texts = [text.text for _, text in rendered]
                 ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
                 if waiting:
                     self._add_rows(examples, *waiting, found)
                     on_rows(start)
-                waiting = rendered, ahead
+                waiting, start = (rendered, ahead), stop
             if waiting:
                 self._add_rows(examples, *waiting, found)
         return found.result()
 
-    def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
-        """Return (number, text) of the examples that can be rendered; drop the others with the reason."""
-        rendered = []
-        with CLOCK.held():
-            for number, example in enumerate(examples, first):
-                try:
-                    rendering = self._render(example)
-                except FormatError as error:
-                    found.dropped[number] = str(error)
-                    continue
-                rendered += [(number, row) for row in rendering.rows]
-                if len(rendering.rows) > 1:
-                    found.divided.append(number)
-                for name in rendering.unshown:
-                    found.unshown.setdefault(name, []).append(number)
-                for name in rendering.controls:
-                    found.controls.setdefault(name, []).append(number)
-        return rendered
+    def _render_batch(
+        self, examples: Sequence[Example], start: int, found: _Found
+    ) -> tuple[int, list[tuple[int, Rendered]]]:
+        """Return where a batch ends, and (number, text) of its examples; those that cannot be rendered are dropped."""
+        rendered, chats, written = [], [], 0
+        for number in range(start, min(start + BATCH_ROWS, len(examples))):
+            if number >= start + len(chats):
+                chats += [self._as_chat(example) for example in examples[number : number + AHEAD_ROWS]]
+                if self.renderer is not None:
+                    self.renderer.render_ahead([one for one in chats[number - start :] if type(one) is Conversation])
+            try:
+                rendering = self._render(chats[number - start])
+                for row in rendering.rows:
+                    tokenizable(row.text)
+            except FormatError as error:
+                found.dropped[number] = str(error)
+                continue
+            rendered += [(number, row) for row in rendering.rows]
+            if len(rendering.rows) > 1:
+                found.divided.append(number)
+            for name in rendering.unshown:
+                found.unshown.setdefault(name, []).append(number)
+            for name in rendering.controls:
+                found.controls.setdefault(name, []).append(number)
+            written += sum(len(row.text) for row in rendering.rows)
+            if written > BATCH_CHARACTERS:
+                return number + 1, rendered
+        return min(start + BATCH_ROWS, len(examples)), rendered
 
     def _add_rows(
         self,
@@ -176,7 +188,7 @@ class Encoder:
             if isinstance(example, Text):
                 pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
             else:
-                pieces = [(tokens[: self.max_tokens], mask[: self.max_tokens])]
+                pieces = [(tokens[: self.max_tokens].copy(), mask[: self.max_tokens].copy())]  # without the rest
                 if len(tokens) > self.max_tokens:
                     found.truncated.add(number)
             pieces = [piece for piece in pieces if piece[1].any()]
@@ -192,16 +204,19 @@ class Encoder:
     def _is_plain(self, example: Example) -> bool:
         return isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
 
+    def _as_chat(self, example: Example) -> Example:
+        if isinstance(example, Completion) and not self.plain:
+            turns = [("user", example.prompt), ("assistant", example.completion)]
+            return Conversation([{"role": role, "content": content} for role, content in turns])
+        return example
+
     def _render(self, example: Example) -> Rendering:
         if isinstance(example, Text):
             return Rendering([Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)])
         if isinstance(example, Completion):
             prompt, completion = example.prompt, example.completion
-            if self.plain:
-                text = prompt + completion
-                return Rendering([Rendered(text, [(len(prompt), len(text))], append_eos=True)])
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            example = Conversation(turns)
+            text = prompt + completion
+            return Rendering([Rendered(text, [(len(prompt), len(text))], append_eos=True)])
         if self.renderer is None:
             raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
         return self.renderer.render(example)

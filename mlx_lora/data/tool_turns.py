@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.data.chat_template import rendered_chat, template_shows, tokens_of_rendered
 from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.render import CALL_FORMATS
-from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.utils.errors import InputError
 
 QUESTION, RESULT, MARK = "the-question-before", "the-result-after", "the-call-between"
@@ -108,8 +107,7 @@ class ToolTurns:
             mark += "-"
         marked = [{**call, "arguments": {"text": mark}} for call in calls]
         text, spans, cut = self._divided(marked, results, mark, self.tools)
-        with CLOCK.held():
-            return tokens_of_rendered(self.tokenizer, text[cut:], [(a - cut, b - cut) for a, b in spans if a >= cut])
+        return tokens_of_rendered(self.tokenizer, text[cut:], [(a - cut, b - cut) for a, b in spans if a >= cut])
 
     def _divided(
         self, calls: Sequence[Mapping[str, Any]], results: Sequence[str], mark: str, tools: Sequence[dict[str, Any]]

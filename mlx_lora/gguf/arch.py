@@ -49,7 +49,7 @@ def gguf_architecture(file: GGUFFile) -> GgufFamily:
         InputError: the table has no such architecture, or the file is one part of a split model.
     """
     name = file.metadata.get("general.architecture")
-    if name == "clip":
+    if isinstance(name, str) and name == "clip":
         raise InputError(
             f"{file.path}: a vision tower (mmproj) without a language model; give the language model's GGUF file, or for "
             "training on pictures, the model's Hugging Face weights"

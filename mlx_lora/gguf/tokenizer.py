@@ -161,7 +161,8 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
     types = [int(kind) for kind in metadata.get("tokenizer.ggml.token_type", ())] or [NORMAL] * len(tokens)
     scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", ())]
-    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    # llama.cpp merges SentencePiece's tokens by their scores, even if the file has merges, too.
+    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ()) if model != "llama"]
     problems = _problems(model, pre, tokens, types, scores, merges)
     if problems:
         raise InputError("GGUF tokenizer: " + "; ".join(problems))

@@ -156,7 +156,7 @@ def translate_config(config: Values, origin: object) -> Values:
         return config  # the model's own code reads it
     try:
         model_class, args_class = architecture_of(config)
-    except (ValueError, ImportError, SystemExit):
+    except (ValueError, ImportError, AttributeError, SystemExit):
         return config  # building the model raises the same error, and is reported there
     problems: list[str] = []
     found = {**config, **_translated(config, _fields(args_class), problems)}

@@ -42,7 +42,7 @@ from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
 from mlx_lora.serving.client_errors import client_error, without_paths
-from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens, with_downloads
+from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
@@ -144,8 +144,6 @@ class Completions:
             message = f"{self._base_name} is an encoder, which writes no text; POST /v1/embeddings has its vectors"
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
-        if self._limits.fetch_images and ask.pictures:  # beside other requests, because a server may be slow
-            ask = await anyio.to_thread.run_sync(with_downloads, ask)
         tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
             tokens=tokens,

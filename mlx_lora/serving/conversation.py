@@ -11,14 +11,14 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template, template_shows
-from mlx_lora.data.downloads import ImageDownloads, downloaded, is_on_web
+from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.images import mark
 from mlx_lora.serving.adapter_store import base_name
@@ -55,14 +55,12 @@ class AnswerLimits:
         max_context: the most tokens of prompt and answer together.
         timeout_s: seconds until it must be complete.
         images_from: folder below which clients may name files of pictures; None: they may name none.
-        fetch_images: whether pictures that they name by a web address are downloaded.
     """
 
     max_tokens: int
     max_context: int
     timeout_s: float
     images_from: Path | None = None
-    fetch_images: bool = False
 
 
 class ChatAnswer:
@@ -249,6 +247,7 @@ class ChatSession:
         Raises:
             InputError: it cannot be used, or the model sees no pictures.
         """
+        self._reader.check()
         try:
             file = ImageDownloads().file(str(picture)) if is_on_web(str(picture)) else Path(picture)
         except FormatError as error:
@@ -366,44 +365,21 @@ def picture_prompt(
             400, "tools with pictures: not supported; leave one of the two out", "unsupported_parameter", "tools"
         )
     try:
+        reader.check()
         for source in ask.pictures.values():
-            check_source(source, bool(reader.folders))
+            if is_on_web(source):
+                raise InputError(
+                    "a picture on the web, and this server downloads none; send it as a data URL "
+                    "(data:image/png;base64,...), or name a file of serve --images-from"
+                )
+            if not reader.folders and isinstance(source, str) and source[:5].lower() != "data:":
+                raise InputError(
+                    "a picture as a file, and this server reads none (serve --images-from FOLDER); send it as a data URL "
+                    "(data:image/png;base64,...)"
+                )
         return reader.prompt(ask.messages or [], ask.pictures, template, max_pixels=max_pixels)
     except InputError as error:
         raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
-
-
-def with_downloads(ask: Ask) -> Ask:
-    """Return a request with the bytes of its pictures that are on the web, of which nothing is kept.
-
-    Raises:
-        ApiError: 400: one cannot be downloaded.
-    """
-    names = [name for name, source in ask.pictures.items() if is_on_web(source)]
-    try:
-        found = downloaded([str(ask.pictures[name]) for name in names])
-    except FormatError as error:
-        raise ApiError(400, f"messages: a picture on the web {error}", "invalid_image", "messages") from None
-    return replace(ask, pictures={**ask.pictures, **dict(zip(names, found, strict=True))})
-
-
-def check_source(source: str | bytes, reads_files: bool) -> None:
-    """Refuse a picture that a server does not fetch, with what to send.
-
-    Raises:
-        InputError: it is on the web, or a file where none are read.
-    """
-    scheme = source[:8].lower() if isinstance(source, str) else "data:"
-    if scheme.startswith(("http:", "https:")):
-        raise InputError(
-            "a picture on the web, which this server does not fetch (serve --fetch-images); send it as a data URL "
-            "(data:image/png;base64,...)"
-        )
-    if not reads_files and not scheme.startswith("data:"):
-        raise InputError(
-            "a picture as a file, and this server reads none (serve --images-from FOLDER); send it as a data URL "
-            "(data:image/png;base64,...)"
-        )
 
 
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:

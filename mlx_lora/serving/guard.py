@@ -15,12 +15,12 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
 import uvicorn
@@ -40,6 +40,8 @@ PAGE = "/"
 # Paths without an API key: health only tells whether the server works, and monitoring has no key; the page has no
 # secrets, and asks the user for the key.
 OPEN_PATHS = ("/health", PAGE)
+# What a Host header may have: a name or an address, and a port. HTTP/1.0 has none.
+HOST = re.compile(r"([a-z0-9._-]*|\[[0-9a-f]*:[0-9a-f:.]*\])(:[0-9]*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ class Guard:
             ApiError: 403 for another host or origin, 401 for a missing or wrong key, 415 if the body is not JSON.
         """
         host = headers.get("host", "")
-        if self._limits.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+        named = HOST.fullmatch(host)
+        if named is None or (self._limits.local and not is_local(named[1])):
             raise ApiError(403, f"Host {host!r} is not this machine; use 127.0.0.1 or localhost", "wrong_host")
         origin = headers.get("origin")
-        own = urlsplit(origin or "").netloc == host
-        if origin is not None and not own and origin not in self._limits.origins:
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self._limits.origins):
             raise ApiError(403, f"pages of {origin} may not use this server; see --allow-origin", "cross_origin")
         # A request for an image or a script has no Origin, but browsers send Sec-Fetch-Site. A link to the chat page is
         # allowed: it opens as a separate document, which the other page cannot read.

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.image_prompts import encode_messages
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, family_of
 from mlx_lora.data.images import MARK
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
@@ -46,6 +46,18 @@ class PictureReader:
         self._processors: dict[int | None, ImageProcessor] = {}
         self._tower: VisionTower | None = None
 
+    def check(self) -> None:
+        """Check that the model can be shown pictures, before one is read.
+
+        Raises:
+            InputError: it cannot.
+        """
+        kind = self.base.config.get("model_type")
+        if family_of(self.base.config) is None:
+            raise InputError(f"a {kind} model sees no pictures; leave them out")
+        if ImageInputSpec.of(self.base.config).prompt:
+            raise InputError(f"a {kind} model is not served with pictures; use mlx-lora generate --image")
+
     def prompt(
         self,
         messages: list[Message],
@@ -66,11 +78,8 @@ class PictureReader:
         Raises:
             InputError: the model sees no pictures, or one cannot be used.
         """
+        self.check()
         base = self.base
-        if ImageInputSpec.of(base.config).prompt:
-            raise InputError(
-                f"a {base.config.get('model_type')} model is not served with pictures; use mlx-lora generate --image"
-            )
         if max_pixels not in self._processors:
             self._processors[max_pixels] = ImageProcessor(base.folder, base.config, max_pixels)
         processor = self._processors[max_pixels]

@@ -63,7 +63,7 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
     """
     tasks, stores, listing = Tasks(folders.logs), ModelStores(folders), RunListing(folders)
     checker = Checker(folders, stores.roots(), listing.bases)
-    control, plans = RunControl(folders, listing, tasks), Plans(tasks)
+    control, plans = RunControl(folders, listing, tasks, checker), Plans(tasks)
     studio = Studio(folders, checker, stores, listing, control, plans, tasks, max_upload_bytes)
     places, fixed = find_places(), state_of_studio(folders, guard.api_key is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,11 +16,10 @@ from typing import Any
 
 import yaml
 
-from mlx_lora.config.fields import field_type, flag_of
-from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import FIELDS, TrainSettings
+from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
+from mlx_lora.config.settings import TrainSettings
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.folders import Folders, safe_name
+from mlx_lora.studio.folders import Checker, Folders, safe_name
 from mlx_lora.studio.run_folders import (
     LOG_FILE,
     NOTES_FILE,
@@ -31,9 +31,12 @@ from mlx_lora.studio.run_folders import (
     read_started,
     run_id,
     state_of,
+    train_words,
 )
 from mlx_lora.studio.tasks import SWEEP, Tasks, start_child
+from mlx_lora.studio.web import OWN, in_page_words
 from mlx_lora.trainer.run_folder import forget_run
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import start_mark
 
@@ -46,8 +49,8 @@ ASK_AGAIN_S = 10.0  # a second signal ends a run without saving, so it is not se
 class RunControl:
     """The runs that the page starts, and the queue."""
 
-    def __init__(self, folders: Folders, listing: RunListing, tasks: Tasks):
-        self._folders, self._listing, self._tasks = folders, listing, tasks
+    def __init__(self, folders: Folders, listing: RunListing, tasks: Tasks, checker: Checker):
+        self._folders, self._listing, self._tasks, self._checker = folders, listing, tasks, checker
         self._lock = threading.RLock()
         self._children: dict[Path, subprocess.Popen] = {}
         self._asked: dict[Path, float] = {}
@@ -111,7 +114,8 @@ class RunControl:
                 self._write_queue(queue[1:])
                 folder = self._listing.folders().get(queue[0])
                 if folder is not None and (started := read_started(folder)) is not None:
-                    self._launch(folder, started, resume=(folder / SETTINGS).exists())
+                    with contextlib.suppress(ApiError, InputError):  # "Resume" says why it does not go on
+                        self._launch(folder, started)
 
     def _note_ends(self) -> None:
         """Write down the exit codes of children that ended; this also frees their entries in the process table."""
@@ -161,19 +165,35 @@ class RunControl:
             busy = self.going_on()
             if busy is not None and not queue:
                 raise ApiError(409, f"{busy} is still running; put this run into the queue, or stop that one", "busy")
-            words = train_words(settings, folder)
-            started = Started(name, settings, words, time.time(), peak_bytes, steps)
+            started = Started(name, settings, time.time(), peak_bytes, steps)
             started.write(folder)
+            keep_allowed(folder / SETTINGS, code_of(settings))
             if busy is None and not self.queue:
                 self._launch(folder, started)
             else:
                 self._write_queue([*self.queue, run_id(folder)])
         return run_id(folder)
 
-    def _launch(self, folder: Path, started: Started, resume: bool = False) -> None:
-        words = [*started.words, "--resume"] if resume else started.words
+    def _launch(self, folder: Path, started: Started, agreed: Any = None) -> None:
+        """Begin a run, or go on with it, by its settings; see `resume`.
+
+        Raises:
+            ApiError: it did not begin on this machine, and names files outside the studio's folders, or code.
+            InputError: its settings cannot be used.
+        """
         # The names in run.yaml are relative to where the run's command was given.
-        cwd = self._listing.begun_in(folder) if resume else None
+        file, cwd, settings = folder / SETTINGS, self._listing.begun_in(folder), started.settings
+        resume = file.exists()
+        if resume:
+            settings = train_settings({}, read_settings(str(file), {}, allow_code=True)).to_flat()
+        code = unknown_code(file, code_of(settings, cwd or ""))
+        if cwd is None:
+            settings = self._checker.settings({name: value for name, value in settings.items() if name not in OWN})
+        if code and agreed != (question := in_page_words(asked_about(file, code))):
+            raise ApiError(409, question, "runs_code")
+        keep_allowed(file, code)
+        again = ["train", "--config", str(file), "--adapter-path", str(folder), "--resume"]
+        words = again if resume else train_words(settings, folder)
         child = start_child(words, folder / LOG_FILE, append=resume, cwd=cwd)
         started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
         started.at = time.time()
@@ -212,11 +232,16 @@ class RunControl:
                 raise ApiError(409, f"{folder.name}: cannot be ended ({error.strerror}); end it where it was started",
                     "not_running") from None  # fmt: skip
 
-    def resume(self, number: str) -> None:
-        """Continue a run from its newest checkpoint, with the same command and --resume.
+    def resume(self, number: str, agreed: Any = None) -> None:
+        """Continue a run from its newest checkpoint, with its settings and --resume.
+
+        Args:
+            number: its id.
+            agreed: the question that a person agreed to, about the code that the run would run.
 
         Raises:
-            ApiError: 409, it goes on, or is done, or another run goes on.
+            ApiError: 409, it goes on, or is done, or another run goes on; or it would run code, and nobody agreed to that: the
+                code of the error is then runs_code, and its message the question. Others: as of `_launch`.
         """
         folder = self._listing.folder(number)
         with self._lock:
@@ -231,9 +256,8 @@ class RunControl:
             if busy is not None:
                 raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
             if started is None:  # of a terminal
-                words = ["train", "--config", str(folder / SETTINGS), "--adapter-path", str(folder)]
-                started = Started(folder.name, {}, words, (folder / SETTINGS).stat().st_mtime)
-            self._launch(folder, started, resume=(folder / SETTINGS).exists())
+                started = Started(folder.name, {}, (folder / SETTINGS).stat().st_mtime)
+            self._launch(folder, started, agreed)
 
     def note(self, number: str, text: Any) -> None:
         """Keep notes on a run."""
@@ -264,28 +288,6 @@ class RunControl:
             except OSError as error:
                 raise ApiError(409, f"{folder.name}: cannot be removed ({error.strerror}); check its permissions",
                     "not_removed") from None  # fmt: skip
-
-
-def train_words(settings: Mapping[str, Any], folder: Path, resume: bool = False) -> list[str]:
-    """Return the words of the `train` command with these settings.
-
-    Args:
-        settings: by name, checked.
-        folder: of the run.
-        resume: continue from its newest checkpoint.
-    """
-    words = ["train"]
-    first = [name for name in ("model", "data") if name in settings]
-    for name in (*first, *(name for name in settings if name not in first)):
-        value, flag = settings[name], flag_of(name)
-        if field_type(FIELDS[name]) is bool:
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif str(value).startswith("-"):
-            words.append(f"{flag}={value}")  # else it would be read as a flag
-        else:
-            words += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
-    words += ["--adapter-path", str(folder)]
-    return [*words, "--resume"] if resume else words
 
 
 def resolved(settings: Mapping[str, Any], folder: Path) -> TrainSettings:

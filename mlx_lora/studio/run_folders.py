@@ -16,12 +16,15 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.forgetting import badges
+from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.load import code_of, unknown_code
+from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
@@ -39,7 +42,7 @@ from mlx_lora.studio.adapter_uses import uses_of_adapter
 from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.run_metrics import RunClock, last_values, read_columns, tail_lines
-from mlx_lora.studio.web import in_page_words
+from mlx_lora.studio.web import OWN, in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
 from mlx_lora.utils.errors import InputError
@@ -66,7 +69,7 @@ class Started:
     """What the page knows of a run that it started.
 
     Attributes:
-        settings, words: as the page gave them, checked, and the command's words without --resume.
+        settings: as the page gave them, checked.
         created, at: UNIX time, the second of the last start.
         plan_peak_bytes, steps: of the plan at the start.
         pid, mark: the process, and when it began (see `start_mark`); None: it was not started yet.
@@ -76,7 +79,6 @@ class Started:
 
     name: str
     settings: dict[str, Any]
-    words: list[str]
     created: float
     plan_peak_bytes: int | None = None
     steps: int | None = None
@@ -85,7 +87,6 @@ class Started:
     asked: str | None = None
     code: int | None = None
     at: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # of files that an earlier version wrote
 
     def write(self, folder: Path) -> None:
         """Write it beside the run."""
@@ -98,11 +99,34 @@ class Started:
 
 
 def read_started(folder: Path) -> Started | None:
-    """Return what the page knows of a run; None of one that was started elsewhere."""
+    """Return what the page knows of a run; None of one that was started elsewhere. The folder may be a stranger's."""
     try:
-        return Started(**json.loads((folder / STARTED_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
+        settings = {name: value for name, value in found["settings"].items() if name in FIELDS and name not in OWN}
+        known = {one.name: found[one.name] for one in fields(Started) if one.name in found}
+        return Started(**{**known, "settings": settings})
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
+
+
+def train_words(settings: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return the words of the `train` command with these settings.
+
+    Args:
+        settings: by name, checked.
+        folder: of the run.
+    """
+    words = ["train"]
+    first = [name for name in ("model", "data") if name in settings]
+    for name in (*first, *(name for name in settings if name not in first)):
+        value, flag = settings[name], flag_of(name)
+        if field_type(FIELDS[name]) is bool:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif str(value).startswith("-"):
+            words.append(f"{flag}={value}")  # else it would be read as a flag
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
+    return [*words, "--adapter-path", str(folder)]
 
 
 def run_id(folder: Path) -> str:
@@ -192,8 +216,10 @@ class RunListing:
         return folder.parent not in self._folders.all_runs
 
     def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        """Return a run's settings, with a local model as a whole path."""
-        return _with_whole_model(read_settings_of(folder, started), self.begun_in(folder))
+        """Return a run's settings, with a local model as a whole path, and without code that nobody here agreed to."""
+        settings, cwd = read_settings_of(folder, started), self.begun_in(folder)
+        unknown = unknown_code(folder / SETTINGS, code_of(settings, cwd or ""))
+        return _with_whole_model({**settings, **dict.fromkeys(unknown)}, cwd)
 
     def begun_in(self, folder: Path) -> str | None:
         """Return the folder that the names in a run's settings start from, if `train` noted it."""
@@ -289,7 +315,9 @@ class RunListing:
         return {
             **line,
             "settings": self.settings_of(folder, started),
-            "command": command_line(started.words) if started else command_of(folder, facts),
+            "command": command_line(train_words(started.settings, folder))
+            if started and started.settings
+            else command_of(folder, facts),
             "run_yaml": _text(folder / SETTINGS),
             "metrics": read_columns(folder / METRICS),
             "samples": samples_of(folder, facts, line["step"]),
@@ -457,7 +485,7 @@ def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | No
     if objective not in ("sft", "distill") or settings.get("images"):  # others' rows have no answers to imitate
         return None
     # What an imitating run held out, and not --data: a file of it has the training rows too.
-    data = [] if objective == "sft" else ["--data", str(settings.get("data"))]
+    data = ["--data", str(settings["data"])] if objective == "distill" and settings.get("data") else []
     return ["evaluate", *model_flags(settings), *data, "--adapter-path", str(folder), "--forgetting", "--json"]
 
 

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -347,20 +347,26 @@ def locked(folder: Path) -> Iterator[None]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("a") as file:  # not "w": another run's number is in it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"--adapter-path {folder}: another run is writing to it; wait for that run, or choose another folder"
-            ) from None
+    path = folder / LOCK_FILE
+    with ExitStack() as opened:
+        while True:
+            file = opened.enter_context(path.open("a"))  # not "w": another run's number is in it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"--adapter-path {folder}: another run is writing to it; wait for that run, or choose another folder"
+                ) from None
+            # A run that ended in between has removed this file, and a third run may hold a new one.
+            if os.fstat(file.fileno()).st_nlink:
+                break
         file.truncate(0)
         file.write(f"{os.getpid()}\n")  # for who wants to end the run: the studio
         file.flush()
         try:
             yield
         finally:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def lock_holder(folder: Path) -> int | None:

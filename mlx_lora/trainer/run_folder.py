@@ -28,6 +28,7 @@ import yaml
 
 from mlx_lora.adapters.qat import is_rounded
 from mlx_lora.config.checks import is_day
+from mlx_lora.config.load import code_of, keep_allowed
 from mlx_lora.config.presets import START_ANEW
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.config.sweep import TRIALS
@@ -213,6 +214,7 @@ class RunFolder:
             temporary.write_text(text, encoding="utf-8")
         if self.path.parent.name != TRIALS:
             note_run(self.path)
+            keep_allowed(self.path / "run.yaml", code_of(repeated))
         if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
             with replacing_folder(self.path / WRITTEN) as copied:
                 for file in written.glob("*.jsonl"):

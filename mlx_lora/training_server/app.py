@@ -144,8 +144,26 @@ class TrainingRoutes:
         }  # fmt: skip
         return [
             Route(f"{API}/get_server_capabilities", self.capabilities),
-            *(Route(f"{API}/{path}", handler, methods=["POST"]) for path, handler in posts.items()),
+            *(Route(f"{API}/{path}", self._in_turn(handler), methods=["POST"]) for path, handler in posts.items()),
         ]
+
+    def _in_turn(self, handler: Handler) -> Handler:
+        """Count a request that is refused, too: its client has numbered it, and its model waits for the number."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (ApiError, InputError) as error:
+                words = {"error": str(error), "category": types.RequestErrorCategory.User.value}
+                # The same error comes again if the body is not JSON, the model is unknown, or the client has to try again.
+                with contextlib.suppress(ApiError):
+                    asked = protocol.read_json(await request.body())
+                    if isinstance(asked.get("seq_id"), int) and isinstance(asked.get("model_id"), str):
+                        record = self._registry.model(asked["model_id"], owner(request))
+                        self._registry.submit(record, asked["seq_id"], lambda: words)
+                raise
+
+        return handle
 
     # --- the server and its sessions
 

@@ -21,6 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +184,15 @@ class CheckpointFolder:
             shape, taken = LoraShape(**state["shape"]), int(state["taken"])
             sums = {str(key): str(value) for key, value in state["sha256"].items()}
             base_model, fingerprint = str(state["base_model"]), str(state["base_fingerprint"])
-            if state["version"] != VERSION or not isinstance(about, dict):
-                raise ValueError("another version")
-        except (KeyError, TypeError, ValueError, AttributeError):
+            expires, words = about.get("expires"), about.get("user_metadata") or {}
+            for moment in (about.get("created", 0.0), 0.0 if expires is None else expires):
+                datetime.fromtimestamp(moment, UTC)
+            kinds = [type(value) for value in (*asdict(shape).values(), *words.values())]
+            if state["version"] != VERSION or kinds != [int, int, bool, bool, bool] + [str] * len(words):
+                raise ValueError("another version, or values of other types")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
             raise InputError(
-                f"{place.path}: its {STATE} is damaged or of another version; use another checkpoint"
+                f"{place.path}: its {STATE} or {ABOUT} is damaged or of another version; use another checkpoint"
             ) from None
         size = sum(path.stat().st_size for path in folder.iterdir())
         return Stored(place, shape, base_model, fingerprint, taken, sums, about, size)

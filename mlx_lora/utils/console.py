@@ -116,16 +116,19 @@ def finite_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def agreed(question: str) -> bool:
+def agreed(question: str, usual: bool = True) -> bool:
     """Ask a question that one key answers; False without a terminal, where nobody can answer.
 
     Args:
-        question: to which `y`, or the return key, means yes.
+        question: to which `y` means yes.
+        usual: what the return key means.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    click.echo(f"{wrapped(question, shutil.get_terminal_size().columns)} [Y/n] ", nl=False, err=True)
-    yes = click.getchar() in ("y", "Y", "\r", "\n")
+    click.echo(
+        f"{wrapped(question, shutil.get_terminal_size().columns)} {'[Y/n]' if usual else '[y/N]'} ", nl=False, err=True
+    )
+    yes = click.getchar() in (*"yY", *("\r\n" if usual else ""))
     click.echo("yes" if yes else "no", err=True)
     return yes
 

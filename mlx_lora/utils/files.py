@@ -25,7 +25,7 @@ def cache_dir(kind: str) -> Path:
 
     Args:
         kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `teacher`, `trunk`, `prompts`,
-            `answers`, `pictures`, `downloads`, `blas`, `bin`, `measured` or `locks`.
+            `answers`, `pictures`, `code`, `downloads`, `blas`, `bin`, `measured` or `locks`.
 
     Returns:
         `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.

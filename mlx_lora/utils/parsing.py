@@ -1,4 +1,4 @@
-"""Read untrusted JSON and YAML, with limits on depth, size and characters.
+"""Read untrusted JSON and YAML, with limits on depth, size and characters; and what Parquet's pages begin with.
 
 Python's readers accept what later steps cannot handle: brackets nested to the recursion limit, half surrogate pairs,
 numbers with thousands of digits, YAML aliases that expand to gigabytes. Here, each of these is a ValueError.
@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -22,6 +22,7 @@ MAX_DEPTH = 100  # chat templates, tools and configs nest about ten deep
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json files have 35 MB
 MAX_YAML_CHARACTERS = 1 << 20
 MAX_YAML_NODES = 100_000  # with aliases expanded
+LIST_VALUE_BYTES = 16  # of a number in a list of a Parquet file, with its place
 MAX_NUMBER = 10**30  # tokenizers' model_max_length uses this to mean "no limit"
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -200,6 +201,65 @@ def _check_scalars(value: Any) -> None:
             raise ValueError("a number of more than 30 digits")
         if isinstance(part, str) and "\0" in part:
             raise ValueError("a text with a NUL character")
+
+
+def page_bytes(path: Path, file: Any) -> Iterator[int]:
+    """Yield what each page of a .parquet file unpacks to, and the values in it of lists.
+
+    The footer has the sizes of pages, too, but may lie: a reader goes by their own headers.
+
+    Args:
+        path: the file.
+        file: the same as pyarrow opened it.
+
+    Raises:
+        ValueError, LookupError, TypeError, OverflowError, RecursionError: a header is damaged.
+    """
+    with path.open("rb") as opened:
+        for group in map(file.metadata.row_group, range(file.num_row_groups)):
+            for place in range(group.num_columns):
+                column, schema = group.column(place), file.schema.column(place)
+                value_bytes = max(0, schema.length) + (LIST_VALUE_BYTES if schema.max_repetition_level else 0)
+                start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+                end = start + column.total_compressed_size
+                while start < end:
+                    opened.seek(start)
+                    header = _thrift(opened)  # 2, 3: its bytes unpacked and packed; 5 or 8: of data, 1: their number
+                    start = opened.tell() + max(0, header[3])
+                    values = (header.get(5) or header.get(8) or {1: 0})[1]
+                    yield max(0, header[2]) + max(0, values) * value_bytes
+
+
+def _thrift(file: BinaryIO, kind: int = 12) -> Any:
+    """Read a value in Thrift's compact protocol, as far as the headers of Parquet's pages use it.
+
+    Args:
+        file: at the value's start; afterwards at its end.
+        kind: the protocol's number of its type; 12 is a struct.
+
+    Returns:
+        A whole number, or a struct's values by their numbers; nothing useful for a text.
+
+    Raises:
+        ValueError: it has a value of another type. (What is missing at the end of a file is 0.)
+    """
+    if kind == 12:
+        fields, number = {}, 0
+        while head := int.from_bytes(file.read(1)):
+            number = number + (head >> 4) if head >> 4 else _thrift(file, 5)
+            fields[number] = _thrift(file, head & 15)
+        return fields
+    if kind in (1, 2):  # true and false
+        return 2 - kind
+    if kind not in (4, 5, 6, 8):
+        raise ValueError(f"a value of type {kind}")
+    value = shift = 0
+    while (byte := int.from_bytes(file.read(1))) > 127 and shift < 63:
+        value, shift = value | (byte & 127) << shift, shift + 7
+    value |= byte << shift
+    if kind == 8:
+        file.seek(value, 1)
+    return value >> 1 ^ -(value & 1)
 
 
 def hashable(value: Any) -> Any:

@@ -572,7 +572,7 @@ TRL_FILE = "model_name_or_path: m\ndataset_name: d\n"
 def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path, logged):
     file = tmp_path / "theirs.yaml"
     file.write_text(text)
-    found = train_settings({}, read_settings(str(file), {})).to_flat()
+    found = train_settings({}, read_settings(str(file), {}, allow_code=True)).to_flat()
     assert {name: found[name] for name in wanted} == wanted
     assert any(told in line for line in logged), logged
 
@@ -588,7 +588,7 @@ def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
         f"model_name_or_path: {tiny_folder}\ndataset_name: p.jsonl\nuse_peft: true\nreward_funcs: [mine.own.f]\n"
         "num_generations: 4\nmax_completion_length: 4\nnum_iterations: 2\nmax_steps: 2\noutput_dir: out\n"
     )
-    ran = run("train", "--config", "c.yaml", "--sample-tokens", 0)
+    ran = run("train", "--config", "c.yaml", "--sample-tokens", 0, "--allow-code")
     assert ran.code == 0, ran.err
     assert "groups of 4" in ran.err or "2 steps done" in ran.err
     written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())

@@ -9,9 +9,15 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 from transformers import PreTrainedTokenizerFast
 
+from mlx_lora.cli.generate import read_prompt
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.candidates import parse_candidates
 from mlx_lora.data.chat_template import prefix_tokens, resolve_template
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
+from mlx_lora.data.labeled import parse_labeled
+from mlx_lora.data.pairs import parse_texts
+from mlx_lora.data.prompts import prompt_tokens
 from mlx_lora.data.tokenize import Encoder, windows
 from mlx_lora.utils.errors import InputError
 
@@ -27,6 +33,38 @@ def chat(*contents, system=None, **last):
 def encoder(tokenizer, name=None, **settings):
     text, _ = resolve_template(name, tokenizer)
     return Encoder(tokenizer, text, **{"max_seq_length": 4096, **settings})
+
+
+def test_long_texts_are_encoded_in_small_batches_and_too_long_ones_refused(monkeypatch):
+    tokenizer = byte_tokenizer()
+    examples = [Text("a" * length) for length in (1, 90, 300, 20, 0, 100, 99, 1)]
+    whole = encoder(tokenizer).encode(examples)
+    monkeypatch.setattr("mlx_lora.data.tokenize.BATCH_CHARACTERS", 50)
+    divided = encoder(tokenizer).encode(examples)
+    assert np.array_equal(whole.source, divided.source)
+    assert divided.dropped == whole.dropped
+    for row in range(len(whole.source)):
+        assert np.array_equal(whole.rows.row(row), divided.rows.row(row))
+    monkeypatch.setattr("mlx_lora.data.examples.MOST_CHARACTERS", 99)
+    assert encoder(tokenizer).encode(examples).dropped.keys() - whole.dropped.keys() == {2, 5}
+
+
+def test_a_text_too_long_for_the_tokenizer_is_refused_in_every_form(monkeypatch):
+    monkeypatch.setattr("mlx_lora.data.examples.MOST_CHARACTERS", 20)
+    monkeypatch.setattr("mlx_lora.cli.generate.MOST_CHARACTERS", 20)
+    long, chat_of = "a" * 21, [{"role": "user", "content": "a" * 11}, {"role": "assistant", "content": "a" * 11}]
+    for parse in (
+        lambda: parse_texts({"query": long, "document": "b"}),
+        lambda: parse_texts({"query": "a", "document": "b", "negative": long}),
+        lambda: parse_labeled({"text": long, "label": 1}, DataSettings()),
+        lambda: parse_labeled({"messages": chat_of, "label": 1}, DataSettings()),
+        lambda: parse_candidates({"query": "a", "documents": ["b", long], "labels": [1, 0]}),
+        lambda: prompt_tokens(encoder(byte_tokenizer(), "chatml"), Completion(long, "")),
+    ):
+        with pytest.raises(FormatError, match="characters, the most is 20"):
+            parse()
+    with pytest.raises(InputError, match="21 characters"):
+        read_prompt(long)
 
 
 def trained(tokenizer, encoded, row=0):

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_lora.data import records
@@ -51,6 +52,65 @@ def test_parquet(tmp_path):
     assert list(read_records(tmp_path / "a.parquet")) == [Record(1, ROWS[0], "row"), Record(2, ROWS[1], "row")]
     with pytest.raises(InputError, match="not a readable parquet"):
         read(tmp_path / "b.parquet", b"PAR1 no")
+
+
+def varint(value: int) -> bytes:
+    """A whole number as Thrift's compact protocol writes it."""
+    value, found = 2 * value, b""
+    while value > 127:
+        found, value = found + bytes([value & 127 | 128]), value >> 7
+    return found + bytes([value])
+
+
+def test_a_small_parquet_file_does_not_unpack_to_gigabytes(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, text = tmp_path / "a.parquet", "x" * 2**20
+
+    def records_of(column, **options):
+        table = pyarrow.table({"a": column})
+        parquet.write_table(table, path, compression="zstd", **options)
+        assert path.stat().st_size < 500_000
+        return list(read_records(path))
+
+    refused = pytest.raises(InputError, match="unpacks to more than")
+    with refused:
+        records_of([text] * 40, use_dictionary=False)
+    group = parquet.ParquetFile(path).metadata.row_group(0)
+    lies = path.read_bytes()
+    for size in {group.column(0).total_uncompressed_size, group.total_byte_size}:
+        claimed = varint(size)  # the small number is as long, so that all else stays where it is
+        lies = lies.replace(claimed, b"\x82" + b"\x80" * (len(claimed) - 2) + b"\x00")
+    path.write_bytes(lies)
+    assert parquet.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size == 1
+    with refused:
+        list(read_records(path))
+    with refused:
+        records_of(pyarrow.array([bytes(10_000_000)] * 4, pyarrow.binary(10_000_000)))
+    with refused:
+        records_of(pyarrow.array([np.zeros(3_000_000, np.int8)], pyarrow.list_(pyarrow.int8())))
+    for kind, value in (
+        (pyarrow.list_(pyarrow.string()), [text] * 70),
+        (pyarrow.map_(pyarrow.string(), pyarrow.string()), [(str(number), text) for number in range(70)]),
+    ):
+        found = records_of(pyarrow.array([value, value[:2], None], kind))
+        assert [type(one) for one in found] == [BadRow, Record, Record]
+        assert found[0].why == "row longer than 64 MiB"
+    assert len(records_of([text] * 20)) == 20
+
+
+def test_an_excel_file_counts_a_text_each_time_that_it_is_used(tmp_path, monkeypatch):
+    pytest.importorskip("openpyxl")
+    from openpyxl import Workbook
+
+    monkeypatch.setattr("mlx_lora.data.records.LEAST_UNPACKED_BYTES", 100_000)
+    book = Workbook()
+    book.active.append(["text"])
+    for _ in range(500):
+        book.active.append(["x" * 10_000])
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(InputError, match="unpacks to more than"):
+        list(read_records(tmp_path / "a.xlsx"))
 
 
 def test_parquet_without_its_library(tmp_path, monkeypatch):

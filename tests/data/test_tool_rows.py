@@ -94,16 +94,26 @@ def test_texts_of_the_report_are_made_with_the_tools_of_the_row(tmp_path):
         assert "Yes" not in text
 
 
-@pytest.mark.parametrize(("key", "answer"), [("y", "True"), ("\r", "True"), ("n", "False"), ("\x1b", "False")])
-def test_one_key_answers_on_a_terminal(key, answer):
+@pytest.mark.parametrize(
+    ("key", "usual", "answer"),
+    [
+        ("y", True, "True"),
+        ("\r", True, "True"),
+        ("n", True, "False"),
+        ("\x1b", True, "False"),
+        ("\r", False, "False"),
+        ("y", False, "True"),
+    ],
+)
+def test_one_key_answers_on_a_terminal(key, usual, answer):
     ours, theirs = pty.openpty()
-    program = "from mlx_lora.utils import console; print(console.agreed('Train with chatml?'))"
+    program = f"from mlx_lora.utils import console; print(console.agreed('Train with chatml?', {usual}))"
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, text=True
     )
     try:
         shown = b""
-        while b"[Y/n]" not in shown:
+        while (b"[Y/n]" if usual else b"[y/N]") not in shown:
             shown += os.read(ours, 1000)
         for _ in range(100):  # a key that comes before the terminal is read key by key is thrown away
             os.write(ours, key.encode())

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fuzz.nasty import DEEP, LAUGHS, Nasty
 from fuzz.seeds import Seeds
 
@@ -80,6 +82,16 @@ def parquet_bomb(count: int, text: str) -> bytes:
     return out.getvalue()
 
 
+def parquet_columns(**columns: Any) -> bytes:
+    """Write columns as Parquet, packed as tightly as it can."""
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out, compression="zstd", use_dictionary=["x.list.element"])
+    return out.getvalue()
+
+
 def made(name: str, content: Callable[[], bytes]) -> Nasty:
     """Feed a data file that is made only when its case comes."""
     return lambda place, seeds: data(name, content())(place, seeds)
@@ -98,6 +110,11 @@ TABLES = [
     data("d.parquet", b"PAR1" + b"\x15\x04" * 400_000 + struct.pack("<I", 2**31 - 1) + b"PAR1"),
     made("d.parquet", lambda: parquet_bomb(200_000, "x" * 1_000_000)),
     made("d.parquet", lambda: parquet_bomb(20_000_000, "")),
+    made("d.parquet", lambda: parquet_columns(text=["x" * (50 << 20)] * 10)),
+    made("d.parquet", lambda: parquet_columns(text=["a"], x=[np.zeros(30_000_000, np.int64)])),
+    made("d.parquet", lambda: parquet_columns(text=["a"], x=[["x" * (1 << 20)] * 300])),
+    data("d.csv", "text\n" + "x y " * (15 << 20) + "\nb\n"),
+    data("d.txt", "x y " * (15 << 20)),
     made("d.parquet", lambda: parquet([{"prompt": b"\xff", "completion": "b"}, {"prompt": b"a", "completion": "c"}])),
     made("d.parquet", lambda: parquet([{"messages": [{"role": "assistant", "content": "x"}], "tools": [{"a": b"\xff"}]}])),
 ]  # fmt: skip

@@ -59,6 +59,8 @@ class Watch:
             for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
                 if isinstance(path, (str, bytes, os.PathLike)):
                     self._file(os.fsdecode(path), True)
+        elif event == "subprocess.Popen" and arguments[1][: len(sandbox.COMMAND)] == sandbox.COMMAND:
+            return  # the process in which chat templates are rendered
         elif event in FORBIDDEN:
             self.seen.append(f"{event} {str(arguments)[:200]}")
         elif event == "exec" and str(getattr(arguments[0], "co_filename", "")).startswith(self.place):

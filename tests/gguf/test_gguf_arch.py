@@ -14,7 +14,7 @@ from gguf_cases import CASES, IDS, SHARED, tiny_model, write_case
 from hf_to_gguf import gguf_tensors, write_gguf
 from mlx.utils import tree_flatten
 
-from mlx_lora.gguf.arch import model_config
+from mlx_lora.gguf.arch import gguf_architecture, model_config
 from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.models.convert import convert_model
 from mlx_lora.utils.errors import InputError
@@ -127,6 +127,14 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
         match=r"rwkv7.*llama, qwen2, qwen3, qwen3moe, qwen35, qwen35moe, gemma3, gemma4, gpt-oss, lfm2, phi3",
     ):
         convert_model(resolve_model(str(path)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [np.array([1, 2], np.uint8), ["llama", "llama"], 7, None])
+def test_an_architecture_that_is_no_text_is_refused(name, tmp_path: Path) -> None:
+    file = read_gguf(changed(tmp_path, lambda t: None))
+    file.metadata["general.architecture"] = name
+    with pytest.raises(InputError, match="cannot be read from GGUF"):
+        gguf_architecture(file)
 
 
 def test_shapes_that_disagree_with_the_settings_are_named(tmp_path: Path) -> None:

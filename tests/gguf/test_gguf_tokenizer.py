@@ -11,7 +11,7 @@ from tiny_vocabularies import byte_level_vocabulary, spm_model, spm_vocabulary
 from transformers import AutoTokenizer
 from varied_strings import varied_strings
 
-from mlx_lora.gguf.tokenizer import vocabulary_from_metadata, write_tokenizer
+from mlx_lora.gguf.tokenizer import build_tokenizer, vocabulary_from_metadata, write_tokenizer
 from mlx_lora.utils.errors import InputError
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -75,6 +75,13 @@ def test_generation_ends_at_eos_and_at_end_of_turn(byte_level, tmp_path) -> None
     assert end_ids() == [2, 0]  # <|im_end|> is eos; <|endoftext|> ends a text too
     assert end_ids(eos_token_id=0) == [0, 2]
     assert end_ids(eot_token_id=300) == [2, 300, 0]
+
+
+def test_sentencepiece_is_merged_by_its_scores_alone(pieces) -> None:
+    plain = build_tokenizer(vocabulary_from_metadata(metadata(pieces)))
+    for merges in ([" a", "b c"], [""], ["zz qqqqq"], ["▁ a"]):
+        given = build_tokenizer(vocabulary_from_metadata(metadata(pieces, merges=merges)))
+        assert given.to_str() == plain.to_str()
 
 
 def test_what_is_not_known_is_named(byte_level, pieces) -> None:

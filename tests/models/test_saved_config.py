@@ -170,6 +170,11 @@ def test_damaged_rope_parameters_end_in_one_line(rope, tmp_path):
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize("name", ["base", "cache", "switch_layers"])
+def test_a_module_of_mlx_lm_that_is_no_model_is_left_to_who_builds_it(name):
+    assert translate_config({"model_type": name}, "a folder") == {"model_type": name}
+
+
 def test_a_rotation_that_does_not_fit_its_config_is_seen(tmp_path):
     base = load_base(ModelSettings(model=str(write_architecture(tmp_path / "model", "qwen3"))))
     right = {**base.config, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

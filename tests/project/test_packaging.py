@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from run_cli import run
 
 import mlx_lora
@@ -133,6 +134,19 @@ def test_the_formula_is_filled_in_from_the_archive(tmp_path):
     command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
     assert subprocess.run(command, check=False).returncode == 0
     assert (tmp_path / "f.rb").read_text() == formula
+
+
+# This package changes these, or uses what they do not document.
+BOUNDED = ("mlx", "mlx-lm", "mlx-vlm", "transformers", "lm-eval", "verifiers", "tinker", "uvicorn")
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_package_that_is_changed_has_an_upper_limit(name):
+    project = PROJECT["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    asked = [one for one in map(Requirement, lines) if one.name == name]
+    assert asked
+    assert all(any(part.operator == "<" for part in one.specifier) for one in asked)
 
 
 def test_the_release_workflow_publishes_only_what_was_built_and_checked():

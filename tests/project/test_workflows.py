@@ -44,7 +44,10 @@ def test_a_job_ends_and_may_do_little(flow, name):
     assert isinstance(allowed, dict)  # not read-all or write-all, and not whatever the repository has
     assert {scope for scope, level in allowed.items() if level == "write"} == WRITES.get((flow, name), set())
     for step in job["steps"]:
-        assert "@" in step.get("uses", "@")
+        # A tag can be moved to other code, a commit cannot.
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", step.get("uses", f"a/b@{'0' * 40}"))
+        if step.get("uses", "").startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
         # What a stranger wrote, a branch's name or an issue's title, must not become part of a script.
         assert "github.event." not in step.get("run", "")
         assert "github.head_ref" not in step.get("run", "")
@@ -57,6 +60,24 @@ def test_what_a_job_calls_exists(flow, name):
             assert target in TARGETS
         for script in re.findall(r"\bpython3? ([\w/]+\.py)", line):
             assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_action_says_which_version_its_commit_is(path):
+    used = re.findall(r"uses: (\S+)(.*)", path.read_text(encoding="utf-8"))
+    assert used
+    assert all(re.fullmatch(r" # v\d+\.\d+\.\d+", comment) for _, comment in used)
+    commits = {name: {other for other, _ in used if other.split("@")[0] == name.split("@")[0]} for name, _ in used}
+    assert all(len(same) == 1 for same in commits.values())
+
+
+def test_what_is_published_is_built_by_tools_of_one_version_and_stored_before_the_tests():
+    steps = job_of("release", "build")["steps"]
+    (installed,) = (line for line in commands("release", "build") if "pip install" in line)
+    assert all(re.fullmatch(r"[a-z]+==[\d.]+", name) for name in installed.partition("pip install ")[2].split())
+    assert "python -m build --no-isolation" in commands("release", "build")
+    tests = next(n for n, step in enumerate(steps) if "make setup" in step.get("run", ""))
+    assert tests > max(n for n, step in enumerate(steps) if "upload-artifact" in step.get("uses", ""))
 
 
 def test_no_workflow_runs_a_strangers_code_with_our_rights():

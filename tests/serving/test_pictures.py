@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from picture_server import picture_server, png
 from PIL import Image
+from run_cli import one_line, run
 from starlette.testclient import TestClient
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
@@ -20,7 +21,8 @@ from vision_rows import picture
 from mlx_lora.api.base import TextSettings
 from mlx_lora.api.image_answers import image_answer_pieces
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.data import downloads
+from mlx_lora.data import images
+from mlx_lora.data.downloads import ImageDownloads
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.app import make_app
@@ -145,8 +147,8 @@ def test_pictures_are_shrunk_as_in_the_adapters_run(base, pictures):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("https://example.org/a.png", "does not fetch"),
-        ("HTTP://example.org/a.png", "does not fetch"),
+        ("https://example.org/a.png", "data URL"),
+        ("HTTP://example.org/a.png", "data URL"),
         ("../a.png", "outside"),
         ("file:///etc/passwd", "outside"),
         ("none.png", "is not in"),
@@ -174,46 +176,46 @@ def test_files_need_a_folder_and_only_users_show_pictures(base):
         picture_prompt(PictureReader(base), read_chat(body(data_url(picture(0)), tools=[call])), None)
 
 
-@pytest.fixture(scope="module")
-def web():
-    with picture_server() as server:
-        yield server, f"http://127.0.0.1:{server.server_address[1]}/"
+@contextmanager
+def asking(base, images_from: Path | None = None):
+    """Yield what asks a server about a picture."""
+    with closing(Engine(lambda: base, Limits())) as engine:
+        limits = AnswerLimits(4, 512, 60.0, images_from)
+        app = make_app(engine, GuardLimits(None, True, (), 10**6, 10.0), limits, 0)
+        client = TestClient(app, base_url="http://localhost")  # without its lifespan, which closes the engine
+        yield lambda url: client.post("/v1/chat/completions", json=body(url, max_tokens=3, temperature=0))
 
 
-@pytest.fixture
-def asking(base):
-    """Return what asks a server with or without --fetch-images."""
-    with ExitStack() as stack:
-        engine = stack.enter_context(closing(Engine(lambda: base, Limits())))
+def test_a_server_downloads_no_pictures(base, pictures):
+    with picture_server() as server, asking(base, pictures) as ask:
+        web = f"http://127.0.0.1:{server.server_address[1]}/0.png"
+        for url in (web, web.upper(), web.replace("127", "%31%32%37"), web.replace("127.0.0.1", "%6cocalhost")):
+            refused = ask(url)
+            assert refused.status_code == 400
+            assert "data URL" in refused.json()["error"]["message"]
+        answers = [ask(url) for url in (data_url(picture(0)), "a.png")]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert answers[0].json()["choices"] == answers[1].json()["choices"]
+        assert not server.asked
+    flag = run("serve", "--model", "x", "--fetch-images")
+    one_line(flag, "--fetch-images", "data URL")
 
-        def ask(url: str, fetches: bool):
-            limits = AnswerLimits(4, 512, 60.0, fetch_images=fetches)
-            app = make_app(engine, GuardLimits(None, True, (), 10**6, 10.0), limits, 0)
-            client = TestClient(app, base_url="http://localhost")  # without its lifespan, which closes the engine
-            return client.post("/v1/chat/completions", json=body(url, max_tokens=3, temperature=0))
 
-        yield ask
-
-
-def test_a_server_fetches_pictures_only_with_the_flag_and_from_public_servers(asking, web, monkeypatch):
-    server, url = web
-    refused = asking(url + "0.png", False)
-    assert refused.status_code == 400
-    assert "--fetch-images" in refused.text
-    local = asking(url + "0.png", True)
-    assert local.status_code == 400
-    assert "local network" in local.text
-    assert not server.asked
-    monkeypatch.setattr(downloads, "is_public", lambda address: True)
-    found, expected = asking(url + "0.png", True), asking(data_url(picture(0)), False)
-    assert found.status_code == expected.status_code == 200, found.text
-    assert found.json()["choices"] == expected.json()["choices"]
-    assert found.json()["usage"] == expected.json()["usage"]
-    assert server.asked == ["0.png"]
-    for name, words in {"none": "404", "page": "none of PNG", "to-file": "redirected"}.items():
-        wrong = asking(url + name, True)
-        assert wrong.status_code == 400
-        assert words in wrong.text
+def test_a_model_of_text_refuses_a_picture_before_it_is_looked_at(tiny_folder, monkeypatch):
+    looked = []
+    monkeypatch.setattr(images, "_picture", lambda *_: looked.append("a picture"))
+    monkeypatch.setattr(ImageDownloads, "file", lambda *_: looked.append("the web"))
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    with asking(base) as ask:
+        for url in (data_url(picture(0)), "data:image/png;base64,!!!!", "a.png", "http://%6cocalhost/a.png"):
+            refused = ask(url)
+            assert refused.status_code == 400
+            assert "sees no pictures" in refused.json()["error"]["message"]
+    with closing(Engine(lambda: base, Limits())) as engine:
+        for url in ("http://localhost/a.png", "none.png"):
+            with pytest.raises(InputError, match="sees no pictures"):
+                ChatSession(engine, GREEDY).attach(url)
+    assert not looked
 
 
 def test_positions_of_a_prompt_end_where_its_tokens_do():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from byte_tokenizer import byte_tokenizer
@@ -14,6 +16,7 @@ from serving_rows import started
 from starlette.testclient import TestClient
 
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data import sandbox
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.serving.adapter_store import AdapterSource
@@ -52,6 +55,25 @@ def test_tools_that_a_template_only_names_are_refused(served):
     assert client.post("/v1/chat/completions", json=body).status_code == 200
     refused = client.post("/v1/chat/completions", json={**body, "tools": tools})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+
+
+def test_a_hostile_template_does_not_hold_up_the_server(served, monkeypatch):
+    client, engine = served
+    monkeypatch.setattr(sandbox, "RENDER_S", 4.0)
+    engine.base.hf_tokenizer.chat_template = "{{ ('a' * 9000000 ~ 'b') in (['a' * 9000000 ~ 'c'] * 100000) }}"
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    with ThreadPoolExecutor(1) as threads:
+        chat = threads.submit(client.post, "/v1/chat/completions", json=body)
+        time.sleep(1)
+        longest = 0.0
+        while not chat.done():
+            start = time.monotonic()
+            assert client.get("/health").status_code == 200
+            longest = max(longest, time.monotonic() - start)
+            time.sleep(0.1)
+    assert longest < 1
+    assert (chat.result().status_code, chat.result().json()["error"]["code"]) == (400, "template")
+    assert "takes more than 4 s" in chat.result().json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stop", [False, 0, {}, ""])

@@ -52,7 +52,7 @@ def test_a_run_that_was_asked_to_end_says_so_until_it_has(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "ready\n"
-        known = Started("one", {}, ["train"], time.time(), pid=child.pid, mark=start_mark(child.pid), at=time.time())
+        known = Started("one", {}, time.time(), pid=child.pid, mark=start_mark(child.pid), at=time.time())
         known.write(folder)
         with studio(home) as client:
             route = f"/api/runs/{run_id(folder)}"

@@ -13,7 +13,7 @@ from studio_client import furnish, studio, wait_for, write_run
 
 from mlx_lora.cli.train import main as train
 from mlx_lora.studio.control import POLL_S, RunControl
-from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.folders import Checker, Folders
 from mlx_lora.studio.run_folders import RunListing, run_id
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.trainer.checkpoint import locked
@@ -107,7 +107,7 @@ def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkey
 
 def test_a_search_of_the_learning_rate_trains_too(tmp_path):
     folders, tasks, end = Folders(tmp_path), Tasks(tmp_path), threading.Event()
-    control = RunControl(folders, RunListing(folders), tasks)
+    control = RunControl(folders, RunListing(folders), tasks, Checker(folders, ()))
     assert control.going_on() is None
     tasks.begin("export", "Copy", lambda task: end.wait(60))
     assert control.going_on() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS
+from mlx_lora.data import sandbox
 from mlx_lora.studio import previews
 from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.plans import KeptParts, Plans
@@ -204,6 +206,24 @@ def test_a_preview_follows_the_files_that_it_depends_on(tmp_path, tiny_folder, c
         for mark in ("[", "<<"):
             file.write_text(f"{{% for m in messages %}}{mark}{{{{ m['content'] }}}}\n{{% endfor %}}")
             assert first_row(settings).startswith(f"{mark}Say 0"), file
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ('a' * 9000000 ~ 'b') in (['a' * 9000000 ~ 'c'] * 100000) }}", "{% for i in range(99999) %}{{ 'a' * 30000 }}{% endfor %}"]
+)  # fmt: skip
+def test_a_model_with_a_hostile_template_is_refused_in_one_line(template, tmp_path, tiny_folder, chats, monkeypatch):
+    model, data = furnish(tmp_path / "home", tiny_folder, chats)
+    monkeypatch.setattr(sandbox, "RENDER_S", 2.0)
+    (Path(model) / "chat_template.jinja").write_text(template)
+    with studio(tmp_path / "home") as client, ThreadPoolExecutor(1) as threads:
+        shown = threads.submit(preview, client, model, data)
+        while not shown.done():
+            start = time.monotonic()
+            assert client.get("/api/models").status_code == 200
+            assert time.monotonic() - start < 1
+            time.sleep(0.1)
+    assert shown.result().status_code == 400
+    assert "the chat template takes more than" in shown.result().text
 
 
 def test_a_preview_reads_the_label_and_the_control_tokens_that_were_asked_for(client, named):

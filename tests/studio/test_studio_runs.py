@@ -28,7 +28,7 @@ def home(tmp_path):
 
 
 def started(folder, **values):
-    known = Started(folder.name, {"model": "org/model"}, ["train", "--model", "org/model"], time.time() - 10)
+    known = Started(folder.name, {"model": "org/model"}, time.time() - 10)
     for name, value in values.items():
         setattr(known, name, value)
     (folder / "studio").mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import subprocess
 
 import pytest
-from studio_client import UPLOAD, furnish, studio, upload, write_run
+from studio_client import UPLOAD, furnish, studio, upload, wait_for, write_run
 
 from mlx_lora.config.fields import field_type
 from mlx_lora.config.settings import FIELDS, ROWS
@@ -89,7 +91,8 @@ def test_every_route_needs_the_key_refuses_other_origins_and_has_the_policy(lock
         answer = locked.request(method, path, headers=headers)
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
-    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}):
+    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"},
+                    {"Host": "[::1"}, {"Origin": "http://[::1"}):  # fmt: skip
         answer = locked.request(method, path, headers=headers)
         assert answer.status_code == 403, headers
         assert answer.headers["content-security-policy"] == POLICY
@@ -283,6 +286,144 @@ def test_settings_that_the_page_may_not_choose_get_400(client):
         answer = client.post("/api/train/plan", json={"settings": {name: True}})
         assert answer.status_code == 400
         assert name in message(answer)
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """The words, log and folder of the commands that the studio starts; none of them runs. The list of agreed code is empty."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    found = []
+
+    def start(words, log, **how):
+        found.append(words)
+        child = subprocess.Popen(["true"])
+        child.wait()
+        return child
+
+    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.tasks.start_child", start)
+    return found
+
+
+def resume(client, folder, **body):
+    return client.post(f"/api/runs/{run_id(folder.resolve())}/resume", json=body)
+
+
+STRANGERS = {"name": "x", "created": 1.0, "words": ["train", "--config", "evil.yaml", "--trust-remote-code"]}
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_words_of_a_strangers_run_are_never_run(client, home, started, begun):
+    folder = home / "runs" / f"strangers-{begun}"
+    data = str(home / "data" / "chats.jsonl")
+    if begun:
+        write_run(folder, ended=False, model=str(home / "models" / "tiny"), data=data)
+    (folder / "studio").mkdir(parents=True)
+    settings = {
+        "model": str(home / "models" / "tiny"),
+        "data": data,
+        "trust_remote_code": True,
+        "no_such": 1,
+        "adapter_path": "/x",
+    }
+    (folder / "studio" / "started.json").write_text(json.dumps({**STRANGERS, "settings": settings}))
+    detail = client.get(f"/api/runs/{run_id(folder)}").json()
+    assert "evil" not in detail["command"]
+    assert "--trust-remote-code" not in detail["command"]
+    assert resume(client, folder).status_code == 200
+    again = ["train", "--config", str(folder / "run.yaml"), "--adapter-path", str(folder), "--resume"]
+    anew = ["train", "--model", settings["model"], "--data", data, "--adapter-path", str(folder)]
+    assert started == [again if begun else anew]
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"settings": [1]}', '{"settings": {}}', '{"settings": {}, "name": 1, "created": 2, "pid": {}}']
+)
+def test_a_started_json_of_any_form_is_read(client, home, content):
+    folder = write_run(home / "runs" / "odd", ended=False)
+    (folder / "studio").mkdir()
+    (folder / "studio" / "started.json").write_text(content)
+    assert client.get("/api/runs").status_code == 200
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "reward"])
+def test_a_strangers_run_that_runs_code_is_asked_about_with_its_path(client, home, started, name):
+    folder = home / "runs" / "coded"
+    (home / "data" / "evil.py").touch()
+    coded = {"reward": f"{home}/data/evil.py:f", "objective": "grpo"} if name == "reward" else {name: True}
+    write_run(
+        folder,
+        ended=False,
+        **{"model": str(home / "models" / "tiny"), "data": str(home / "data" / "chats.jsonl"), **coded},
+    )
+    for agreed in ({}, {"agreed": True}, {"agreed": "another question"}):
+        answer = resume(client, folder, **agreed)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "runs_code")
+    question = message(answer)
+    assert str(folder / "run.yaml") in question
+    assert str(home / "data" / "evil.py" if name == "reward" else home / "models" / "tiny") in question
+    assert started == []
+    assert client.get(f"/api/runs/{run_id(folder)}").json()["settings"][name] is None, "nor do evaluations take it"
+    assert resume(client, folder, agreed=question).status_code == 200
+    assert started[0][-1] == "--resume"
+    assert client.get(f"/api/runs/{run_id(folder)}").json()["settings"][name] == coded[name]
+    (folder / "studio" / "started.json").unlink()
+    assert resume(client, folder).status_code == 200, "it is not asked about again"
+    copy = shutil.copytree(folder, home / "runs" / "copied")
+    (copy / "studio" / "started.json").unlink()
+    assert resume(client, copy).status_code == 409
+    for one in (folder, copy):
+        shutil.rmtree(one)
+    (home / "data" / "evil.py").unlink()
+
+
+@pytest.mark.parametrize("name", ["reward", "environment", "tools", "teacher-prompt", "data"])
+def test_a_strangers_run_names_no_files_outside_the_folders(client, home, started, name):
+    folder, evil = home / "runs" / "outside", home.parent / "outside" / "evil.py"
+    evil.touch()
+    value = {"reward": f"{evil}:f", "environment": f"{evil}:C", "tools": [str(evil), str(evil)]}.get(name, str(evil))
+    settings = {
+        "model": str(home / "models" / "tiny"),
+        "data": str(home / "data" / "chats.jsonl"),
+        "objective": "grpo",
+        name: value,
+    }
+    if name not in ("reward", "environment"):
+        settings["reward"] = "exact_match"
+    if name == "teacher-prompt":
+        settings |= {"objective": "distill", "reward": None}
+    write_run(folder, ended=False, **settings)
+    answer = resume(client, folder)
+    assert answer.status_code == 403, answer.text
+    assert started == []
+    shutil.rmtree(folder)
+
+
+def test_measuring_a_strangers_adapter_runs_none_of_its_models_code(client, home, started):
+    model, data = str(home / "models" / "tiny"), str(home / "data" / "chats.jsonl")
+    folder = write_run(home / "runs" / "measured", model=model, data=data, trust_remote_code=True)
+    for route in ("forgetting", "evaluation"):
+        answer = client.post(f"/api/runs/{run_id(folder)}/{route}", json={})
+        assert answer.status_code == 200
+        assert "--trust-remote-code" not in answer.json()["command"]
+    shutil.rmtree(folder)
+
+
+def test_a_queue_that_came_with_its_folder_runs_no_code(tmp_path, tiny_folder, chats, started):
+    home = tmp_path / "home"
+    model, data = furnish(home, tiny_folder, chats)
+    (home / "data" / "evil.py").touch()
+    folders = [home / "runs" / name for name in ("coded", "plain")]
+    for folder, more in zip(folders, ({"objective": "grpo", "reward": f"{home}/data/evil.py:f"}, {}), strict=True):
+        (folder / "studio").mkdir(parents=True)
+        content = {**STRANGERS, "settings": {"model": model, "data": data, **more}}
+        (folder / "studio" / "started.json").write_text(json.dumps(content))
+    (home / "queue.json").write_text(json.dumps([run_id(folder.resolve()) for folder in folders]))
+    with studio(home):
+        wait_for(lambda: started, 30)
+    assert started == [["train", "--model", model, "--data", data, "--adapter-path", str(folders[1].resolve())]]
 
 
 def test_words_of_a_command_are_never_a_shells(client, unplanned):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import mlx.core as mx
 import pytest
@@ -212,6 +214,24 @@ def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
     ):
         pass
     with locked(tmp_path / "a"):
+        pass
+
+
+def test_a_lock_whose_file_was_removed_holds_nothing(tmp_path, monkeypatch):
+    """The first run ends, and a third begins, between the second's opening of the lock file and its locking it."""
+    first, third, lock = ExitStack(), ExitStack(), fcntl.flock
+    first.enter_context(locked(tmp_path))
+
+    def late(file, operation):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.close()
+        third.enter_context(locked(tmp_path))
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with third, pytest.raises(InputError, match="another run is writing to it"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
         pass
 
 

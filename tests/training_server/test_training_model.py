@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -199,10 +200,22 @@ def test_damage_is_noticed_and_names_are_kept(base, tmp_path):
             folder.arrays(stored)
         (own / name).write_bytes(whole)
     folder.arrays(stored)
-    (own / "state.json").write_text(json.dumps({"version": 1, "shape": [1]}))
-    with pytest.raises(InputError, match="damaged or of another version"):
-        folder.read(place)
+    state = (own / "state.json").read_text()
+    for shape in ([1], {"rank": "x", "seed": 0}, {"rank": 2, "seed": 0, "mlp": "yes"}):
+        (own / "state.json").write_text(json.dumps(json.loads(state) | {"shape": shape}))
+        with pytest.raises(InputError, match="damaged or of another version"):
+            folder.read(place)
     assert folder.listed() == []
+    (own / "state.json").write_text(state)
+    folder.read(place)
+    for damaged in (
+        {"expires": "soon"}, {"expires": [1]}, {"expires": 1e300}, {"expires": math.nan}, {"created": "now"}, {"created": None},
+        {"created": {}}, {"user_metadata": "a"}, {"user_metadata": {"a": 1}}, {"user_metadata": [1]},
+    ):  # fmt: skip
+        (own / "about.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="damaged"):
+            folder.read(place)
+        assert folder.listed() == folder.delete_expired(200.0) == []
     shutil.rmtree(own)
     with pytest.raises(InputError, match="no such checkpoint"):
         folder.read(place)

@@ -122,10 +122,16 @@ def test_a_wrong_or_missing_key_gets_401(server):
 
 
 def test_pages_of_other_origins_and_other_hosts_get_403(http):
-    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://[::1"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         for method, path in PATHS:
             assert code(http.request(method, path, headers=headers)) == (403, "cross_origin")
-    assert code(http.get("/api/v1/sessions", headers={"Host": "evil.example"})) == (403, "wrong_host")
+    for host in ("evil.example", "[::1"):
+        assert code(http.get("/api/v1/sessions", headers={"Host": host})) == (403, "wrong_host")
 
 
 def test_a_body_of_another_kind_gets_415(http):
@@ -299,6 +305,23 @@ def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatc
     outcome = fetch(http, answer.json()["request_id"])
     assert "request 1 of this model did not arrive" in outcome["error"]
     assert "bytes" in send(http, message(model, 3)), "the model goes on"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ttl_seconds": 0}, {"ttl_seconds": "soon"}, {"ttl_seconds": 10**400}, {"path": 1}, {"user_metadata": [1]}, {"overwrite": "x"},
+        {"user_metadata": {"a": "b" * 17_000}}, {"unknown": 1}, {"type": "other"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["save_weights", "save_weights_for_sampler", "load_weights", "optim_step"])
+def test_the_request_after_a_refused_one_does_not_wait(http, session, path, wrong, monkeypatch):
+    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 1e9)
+    model = make_model(http, session)
+    given = {"optim_params": {}} if path == "optim_step" else {"path": "a"}
+    refused = http.post(f"/api/v1/{path}", json={"model_id": model, "seq_id": 1, **given, **wrong})
+    assert refused.status_code in (200, 422), refused.text
+    assert "bytes" in send(http, message(model, seq=2))
 
 
 def test_an_answer_that_comes_just_when_the_waiting_ends_is_told(http, session, monkeypatch):

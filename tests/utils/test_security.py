@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -15,10 +14,13 @@ import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
 from made_conversations import conversations
 from mask_reference import unmarked
-from run_cli import run
+from run_cli import one_line, run
 from template_judge import REFUSED, rendered_by_both
 from transformers.utils import chat_template_utils
 
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.load import keep_allowed, unknown_code
+from mlx_lora.config.settings import ROWS
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
@@ -28,6 +30,7 @@ from mlx_lora.exporters.peft_experts import names_layer
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.text import peak_bytes
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 
@@ -103,31 +106,72 @@ def test_transformers_keeps_its_own_sandbox():
     render_chat(tokenizer, [Watched(TURNS[0])], "x")
     assert seen
     assert set(seen) == {jinja2.sandbox.ImmutableSandboxedEnvironment}
-    with pytest.raises(jinja2.TemplateError, match="not allowed"):
+    with pytest.raises(InputError, match="writes 20,000,000 characters"):
         render_chat(tokenizer, TURNS, costly)
     assert len(tokenizer.apply_chat_template(TURNS, chat_template=costly, tokenize=False)) == 20_000_000
 
 
-COSTLY = {
+# Each takes hours or gigabytes, or reaches for what is not its own.
+HOSTILE = {
+    "comparison": "{{ ('a' * 9000000 ~ 'b') in (['a' * 9000000 ~ 'c'] * 100000) }}",
+    "output in a loop": "{% for i in range(99999) %}{{ 'a' * 30000 }}{% endfor %}",
+    "output": "{{ 'a' * 9000000 }}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loop that calls itself": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
+    "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "macro of many calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "range": "{{ range(10 ** 12) | list }}",
     "power": "{{ 9 ** (9 ** 9) }}",
+    "product": "{% set n = namespace(x=3) %}{% for i in range(99999) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "number": "{{ ('9' * 4000000) | int }}{{ (10 ** 3000000) | string | length }}",
     "repetition": "{{ 'a' * 10 ** 10 }}",
     "list": "{{ [0] * 9999999999 }}",
+    "namespace": "{% set n = namespace(x='aaaa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "width": "{{ '%09999999999d' % 1 }}",
     "format": "{{ '{:>{n}}'.format(1, n=9999999999) }}",
+    "date": "{{ strftime_now('%Y' * 9999999) }}",
     "method": "{{ 'a'.ljust(9999999999) }}",
-    "filter": "{{ 'a' | center(9999999999) }}",
+    "center": "{{ 'a' | center(9999999999) }}",
     "indent": "{{ messages | tojson(indent=9999999999) }}",
-    "replace": "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+    "replace": "{{ ('a' * 9999).replace('a', 'b' * 99999) }}",
     "join": "{{ range(99999) | join('b' * 9999) }}",
+    "sort": "{{ (['a' * 9000000 ~ 'b', 'a' * 9000000 ~ 'a'] * 100000) | sort | length }}",
+    "unique": "{% for i in range(99999) %}{{ range(99999) | map('string') | unique | list | length }}{% endfor %}",
+    "sum": "{{ ([[0] * 10000] * 9999) | sum(start=[]) | length }}",
+    "wrap": "{{ ('ab ' * 3000000) | wordwrap(1, wrapstring='x' * 1000) }}",
+    "tags": "{{ ('<' * 3000000) | striptags }}",
+    "links": "{{ ('a.' * 100000 ~ '@') | urlize }}",
+    "cycler": "{% set c = cycler(*range(99999)) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set x = c.next() %}"
+    "{% endfor %}{% endfor %}",
+    "batch": "{{ range(99999) | batch(999999999, 'x') | list | length }}",
+    "slice": "{{ messages | slice(999999999) | list | length }}",
+    "lipsum": "{{ lipsum(n=99999999) }}",
+    "json": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "json of itself": "{% set n = namespace() %}{% set n.x = n %}{{ n | tojson }}",
+    "error": "{{ raise_exception('a' * 9000000) }}",
+    "brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "objects": "{{ ''.__class__.__mro__ }}",
+    "attributes": "{{ messages | map(attribute='__class__.__init__.__globals__') | list }}",
+    "attributes by a filter": "{{ ('' | attr('__class__')).mro() }}",
+    "globals": "{{ lipsum.__globals__['os'].system('touch pwned') }}",
+    "globals in a format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
     "files": "{% include '/etc/passwd' %}",
+    "modules": "{% import '/etc/passwd' as x %}",
 }
 
 
-@pytest.mark.parametrize("name", COSTLY)
-def test_templates_cannot_make_huge_things_or_reach_out(name):
-    with pytest.raises((jinja2.TemplateError, TypeError), match=r"not allowed|unsafe|no loader"):
-        render_chat(byte_tokenizer(), TURNS, COSTLY[name])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
+    monkeypatch.chdir(tmp_path)
+    before = peak_bytes()
+    with pytest.raises((InputError, jinja2.TemplateError, TypeError), match=r"\w") as refused:
+        render_chat(byte_tokenizer(), TURNS, HOSTILE[name])
+    assert len(str(refused.value)) < 300
+    assert peak_bytes() - before < 200 << 20
+    assert not list(tmp_path.iterdir())
+    assert render_chat(byte_tokenizer(), TURNS, "{{ messages[0].content }}") == "a", "the next one is rendered"
 
 
 def test_what_templates_do_need_is_allowed():
@@ -135,39 +179,23 @@ def test_what_templates_do_need_is_allowed():
         "{{ '  ' * 3 }}{{ '%s-%5d' % ('a', 2) }}{{ 'a' | center(5) }}{{ ['a', 'b'] | join(', ') }}{{ 7 % 2 + 3 ** 2 }}"
     )
     assert render_chat(byte_tokenizer(), TURNS, text) == "      a-    2  a  a, b10"
+    long = [{"role": "user", "content": "é\n" * 10**6}]
+    assert render_chat(byte_tokenizer(), long, "{{ messages | tojson }}").count("é") == 10**6
 
 
-@pytest.mark.parametrize("where", ["main thread", "another thread"])  # a server renders in another
-@pytest.mark.parametrize("loop", ["{% for j in range(99999) %}{% endfor %}", "{% set ns.x = ns.x ~ ns.x %}"])
-def test_templates_are_stopped(loop, where, monkeypatch):
-    monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
-    monkeypatch.setattr(sandbox, "RENDER_BYTES", 64 << 20)
-    start = time.monotonic()
-    template = "{% set ns = namespace(x='aaaa') %}{% for i in range(99999) %}" + loop + "{% endfor %}"
-    with ThreadPoolExecutor(1) as threads:
-        elsewhere = lambda *given: threads.submit(render_chat, *given).result()  # noqa: E731
-        render = render_chat if where == "main thread" else elsewhere
-        with pytest.raises(InputError, match="takes more than"):
-            render(byte_tokenizer(), TURNS, template)
-    assert time.monotonic() - start < 20
-
-
-def test_a_watch_in_another_thread_ends_with_its_rendering(monkeypatch):
-    render_chat(byte_tokenizer(), TURNS, "x")  # the first imports and compiles
-    monkeypatch.setattr(sandbox, "RENDER_S", 2.0)
-
-    def render_and_stay() -> str:
-        texts = {render_chat(byte_tokenizer(), TURNS, "x") for _ in range(20)}
-        with sandbox.CLOCK.held():
-            texts.add(render_chat(byte_tokenizer(), TURNS, "x"))
-            for _ in range(250):
-                time.sleep(0.01)  # where an exception that comes late would be raised
-        return " ".join(texts)
-
-    with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(render_and_stay).result() == "x"
-    time.sleep(2 * sandbox.TICK_S)
-    assert not [thread for thread in threading.enumerate() if thread.name == "mlx-lora-template"]
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_a_model_with_a_hostile_template_is_refused_in_one_line(command, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.5)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": TURNS[:2]}) + "\n")
+    words = {
+        "generate": ("--prompt", "x", "--max-tokens", 1),
+        "train": ("--data", data, "--adapter-path", tmp_path / "out", "--iters", 1),
+    }
+    for name in ("comparison", "output in a loop"):
+        (folder / "chat_template.jinja").write_text(HOSTILE[name])
+        one_line(run(command, "--model", folder, *words[command]), "the chat template takes more than")
 
 
 def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):
@@ -186,6 +214,200 @@ def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):
     assert "--trust-remote-code" in run("generate", "--model", folder, "--prompt", "x").lines[-1]
     ran = run("generate", "--model", folder, "--prompt", "x", "--trust-remote-code")
     assert "not in that folder" in ran.lines[-1]
+
+
+# Settings of strangers that run code
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+def score(completions, **columns): return [1.0] * len(completions)
+def tool(a: int) -> int:
+    \"\"\"
+    Add.
+
+    Args:
+        a: A number.
+    \"\"\"
+    return a
+class Game:
+    def reset(self, seed, **columns): return None
+    def step(self, completion): return None, 1.0, True
+"""
+OWN_FILES = (
+    {"trust_remote_code": True},
+    {"reward": "evil.py:score"},
+    {"reward": ["number_match", "evil.py:score"]},
+    {"tools": "evil.py", "reward": "number_match"},
+    {"tools": "evil.py:tool", "reward": "number_match"},
+    {"environment": "evil.py:Game"},
+    {"environment": "verifiers:evil"},
+    {"environment": "verifiers:evil.toml"},
+    {"data": "verifiers:evil"},
+    {"eval_tasks": "rows.jsonl", "eval_metric": "evil.py:score"},
+    {"eval_tasks": "task.yaml"},
+)
+
+
+@pytest.fixture
+def strangers(tiny_folder, chats, tmp_path, monkeypatch):
+    """Return a function that writes a stranger's settings file, and the file that its code makes."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    theirs, mark = tmp_path / "theirs", tmp_path / "ran"
+    shutil.copytree(tiny_folder, theirs / "model")
+    (theirs / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    shutil.copyfile(theirs / "evil.py", theirs / "model" / "own.py")
+    config = json.loads((theirs / "model" / "config.json").read_text())
+    (theirs / "model" / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    (theirs / "evil.toml").write_text("[env.taskset]\nid = 'evil'\n")
+    (theirs / "task.yaml").write_text("task: evil\ndoc_to_text: !function evil.score\n")
+    shutil.copyfile(chats, theirs / "rows.jsonl")
+    monkeypatch.chdir(theirs)
+    monkeypatch.syspath_prepend(str(theirs))
+
+    def write(name="x.yaml", **settings):
+        model = "model" if settings.get("trust_remote_code") else str(tiny_folder)
+        usual = {
+            "model": model,
+            "data": "rows.jsonl",
+            "iters": 2,
+            "max_seq_length": 64,
+            "sample_tokens": 0,
+            "val_batches": 1,
+        }
+        if {"reward", "tools", "environment"} & settings.keys():
+            usual |= {"objective": "grpo", "group_size": 2, "max_new_tokens": 2, "save_every": 1}
+        (theirs / name).write_text(json.dumps({**usual, "adapter_path": str(tmp_path / name[:-5]), **settings}))
+        return theirs / name
+
+    return write, mark
+
+
+@pytest.mark.parametrize("settings", OWN_FILES, ids=str)
+def test_a_file_of_settings_runs_no_code_without_a_word_on_the_command_line(strangers, settings, tmp_path):
+    write, mark = strangers
+    file, other = write(**settings), write("y.yaml")
+    for words in (
+        ("train", "--config", file),
+        ("train", "--config", file, "--dry-run"),
+        ("train", "--runs", other, file),
+        ("plan", "--config", file),
+        ("sweep", "--config", file, "--out", tmp_path / "swept"),
+    ):
+        ran = run(*words)
+        assert not mark.exists(), words
+        assert ran.code == 2, words
+        assert "--allow-code" in ran.lines[-1], words
+        runs = [name for name, value in settings.items() if ROWS[name].runs and re.search(ROWS[name].runs, str(value))]
+        assert all(flag_of(name) in ran.lines[-1] for name in runs)
+        assert not (tmp_path / "x").exists()
+
+
+def test_other_trainers_files_and_tables_of_data_run_no_code_either(strangers, tmp_path):
+    _, mark = strangers
+    trl = "model_name_or_path: m\ndataset_name: rows.jsonl\nreward_funcs: [evil.score]\nnum_generations: 2\nuse_peft: true\n"
+    axolotl = "base_model: m\nrl: grpo\nmicro_batch_size: 8\ndatasets: [{path: rows.jsonl}]\ntrl: {reward_funcs: [evil.score]}\n"
+    factory = "model_name_or_path: model\nstage: sft\ndataset: x\ntemplate: default\ntrust_remote_code: true\n"
+    for text in (trl, axolotl, factory):
+        (tmp_path / "c.yaml").write_text(text)
+        ran = run("train", "--config", tmp_path / "c.yaml")
+        assert (ran.code, "--allow-code" in ran.lines[-1]) == (2, True)
+    (tmp_path / "table").mkdir()
+    for source in ({"hf_hub_url": "verifiers:evil"}, {"file_name": "rows.jsonl,verifiers:evil"}):
+        (tmp_path / "table" / "dataset_info.json").write_text(json.dumps({"x": source}))
+        assert run("train", "--model", "model", "--data", tmp_path / "table" / "x").code == 2
+    assert not mark.exists()
+
+
+def test_flags_and_a_persons_word_run_the_code_of_a_file(strangers, tmp_path, monkeypatch):
+    write, mark = strangers
+    file = write(reward="evil.py:score", data="q.jsonl")
+    (file.parent / "q.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "1"}}\n' for n in range(12)))
+    assert run("train", "--config", file, "--reward", "evil.py:score", "--dry-run").code == 0, "the flag names it"
+    asked = []
+    monkeypatch.setattr(
+        "mlx_lora.utils.console.agreed", lambda question, usual: asked.append((question, usual)) or True
+    )
+    for _ in range(2):
+        assert run("train", "--config", file, "--dry-run").code == 0
+    [(question, usual)] = asked
+    assert str(file) in question
+    assert str(file.parent / "evil.py") in question
+    assert not usual, "the return key is no yes"
+    (file.parent / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# other code\n")
+    assert run("train", "--config", file, "--dry-run").code == 0
+    write(reward="evil.py:score", tools="evil.py", data="q.jsonl")
+    run("train", "--config", file, "--dry-run")
+    assert len(asked) == 3, "code that changed, and code that is new, are asked about again"
+    assert "--reward" not in asked[2][0]
+    monkeypatch.undo()
+    one_line(run("train", "--model", "m", "--data", "d", "--allow-code"), "--config")
+
+
+def test_a_run_of_this_machine_goes_on_without_a_question_and_a_copy_does_not(strangers, tmp_path, monkeypatch):
+    write, mark = strangers
+    (tmp_path / "theirs" / "q.jsonl").write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(12)))
+    file = write(reward="evil.py:score", data="q.jsonl")
+    assert run("train", "--config", file, "--allow-code").code == 0
+    (tmp_path / "theirs" / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# mended\n")
+    shutil.copytree(tmp_path / "x", tmp_path / "copy")
+    words = ("--resume", "--iters", 3)
+    assert run("train", "--config", tmp_path / "x" / "run.yaml", *words).code == 0, "its own reward may be mended"
+    mark.unlink()
+    (tmp_path / "theirs" / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# run anew in this process\n")
+    copied = ("--config", tmp_path / "copy" / "run.yaml", "--adapter-path", tmp_path / "copy", *words)
+    one_line(run("train", *copied), "--allow-code", str(tmp_path / "theirs" / "evil.py"))
+    monkeypatch.setattr("mlx_lora.config.load.cache_dir", lambda kind: tmp_path / "theirs" / "evil.py" / kind)
+    one_line(run("train", "--config", tmp_path / "x" / "run.yaml", *words), "--allow-code")
+    assert not mark.exists()
+    assert run("train", *copied, "--allow-code").code == 0
+    assert mark.exists()
+
+
+def test_what_is_agreed_to_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_lora.config.load.MOST_ALLOWED", 3)
+    files = [tmp_path / f"{n}.yaml" for n in range(5)]
+    for file in files:
+        keep_allowed(file, {"reward": "a.py:f"})
+        for one in (tmp_path / "cache" / "code").iterdir():
+            os.utime(one, (one.stat().st_atime, one.stat().st_mtime - 10))
+    assert [bool(unknown_code(file, {"reward": "a.py:f"})) for file in files] == [True, True, False, False, False]
+
+
+def test_the_candidates_of_a_resumed_sweep_are_those_of_its_flags(strangers, tmp_path):
+    write, mark = strangers
+    words = ("sweep", "--config", write(iters=12), "--vary", "rank=2,4", "--budget", "3x", "--out", tmp_path / "out")
+    assert run(*words).code == 0
+    state = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    state["candidates"] = [
+        {**one, "eval_tasks": "rows.jsonl", "eval_metric": "evil.py:score"} for one in state["candidates"]
+    ]
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "out" / "winner")
+    run(*words, "--resume")
+    assert (tmp_path / "out" / "winner" / "run.yaml").exists()
+    assert not mark.exists()
+
+
+def test_held_out_rows_of_an_adapter_are_never_made_by_code(strangers, tiny_folder, tmp_path):
+    write, mark = strangers
+    assert run("train", "--config", write()).code == 0
+    settings = parse_yaml((tmp_path / "x" / "run.yaml").read_text())
+    (tmp_path / "x" / "run.yaml").write_text(json.dumps({**settings, "data": "verifiers:evil"}))
+    (tmp_path / "theirs" / "verifiers:evil").write_text("{}")
+    assert run("evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "x").code == 2
+    assert not mark.exists()
+
+
+def test_every_setting_that_runs_code_says_so_in_its_row():
+    named = {
+        name
+        for name, row in ROWS.items()
+        if re.search(r"\.py\b|FILE\.py|VERIFIERS|verifiers:|own tokenizer code|YAML file", row.help)
+    }
+    metrics = {"eval_metric"}  # its help refers to that of `evaluate`
+    assert {name for name, row in ROWS.items() if row.runs} == named | metrics
 
 
 def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path):

@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_lora.config.migrate import common, objective_keys
 from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
-from mlx_lora.config.objectives import PAIRS
+from mlx_lora.config.objectives import PAIRS, VERIFIERS
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable, read_json
 from mlx_lora.utils.text import did_you_mean
@@ -212,8 +212,8 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     if not isinstance(entry, dict):
         return None
     source = entry.get("file_name") or entry.get("hf_hub_url")
-    if source is not None and not isinstance(source, str):
-        raise InputError(f"{table}: the source of {name} is not a text; fix it, or give --data")
+    if source is not None and (not isinstance(source, str) or VERIFIERS in source):  # which would run code
+        raise InputError(f"{table}: the source of {name} is no file and no hub id; fix it, or give --data")
     for key in ("subset", "split", "num_samples"):
         if entry.get(key) and (key, entry[key]) != ("split", "train"):
             sheet.left_out.append(f"{TABLE} {name}.{key}")

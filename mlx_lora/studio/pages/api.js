@@ -5,9 +5,10 @@ let whenKeyIsWanted = () => {};
 
 // An answer that is no success, with the server's own line as its message.
 export class Refused extends Error {
-  constructor(message, status = 0) {
+  constructor(message, status = 0, code = null) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -29,7 +30,8 @@ function refusal(status, body) {
     );
   }
   try {
-    return new Refused(JSON.parse(body).error.message, status);
+    const { message, code } = JSON.parse(body).error;
+    return new Refused(message, status, code);
   } catch {
     /* no JSON: the status has to do */
   }
@@ -162,7 +164,8 @@ export const readRuns = () => get("runs");
 export const readRun = (id, signal) => get("runs/" + part(id), signal);
 export const followRun = (id, after, heard, signal, lost) =>
   follow(`runs/${part(id)}/events?after=${after}`, heard, signal, lost);
-export const steerRun = (id, verb) => post(`runs/${part(id)}/${verb}`);
+// `agreed` is the question about a run's code that the server asked, and the person agreed to.
+export const steerRun = (id, verb, agreed) => post(`runs/${part(id)}/${verb}`, agreed ? { agreed } : {});
 export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
 export const askBoth = (id, data) => post(`runs/${part(id)}/evaluation`, data ? { data } : {});
 export const writeNotes = (id, text) => call("PUT", `runs/${part(id)}/notes`, { text });

@@ -1,6 +1,6 @@
 // One run as it goes: state, progress, curves, texts, log. Used by Train for the run of the moment, by Runs for any.
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
-import { html, Button, Card, Command, Meter, Problem, StateChip, Waiting } from "./parts.js";
+import { html, Button, Card, Command, Dialog, Meter, Problem, StateChip, Waiting } from "./parts.js";
 import { Chart, growing, last } from "./chart.js";
 import { linkTo, tell } from "./state.js";
 import { bytes, count, counted, duration, loss, rate } from "./format.js";
@@ -74,16 +74,19 @@ const ENDS = [
 export function Steering({ run, asked, onAsk, onChange }) {
   const [problem, setProblem] = useState("");
   const [busy, setBusy] = useState("");
-  const steer = async (verb, said) => {
+  const [question, setQuestion] = useState("");
+  const steer = async (verb, said, agreed) => {
     setBusy(verb);
+    setQuestion("");
     try {
-      await api.steerRun(run.id, verb);
+      await api.steerRun(run.id, verb, agreed);
       setProblem("");
       tell(said);
       if (verb !== "resume") onAsk(verb);
       onChange();
     } catch (error) {
-      setProblem(error.message);
+      if (error.code === "runs_code") setQuestion(error.message);
+      else setProblem(error.message);
     }
     setBusy("");
   };
@@ -127,6 +130,24 @@ export function Steering({ run, asked, onAsk, onChange }) {
         `
       }
       <${Problem}>${problem}<//>
+      ${
+        question &&
+        html`
+          <${Dialog}
+            title="Run this code?"
+            onClose=${() => setQuestion("")}
+            actions=${html`
+              <${Button} onClick=${() => setQuestion("")}>Cancel<//>
+              <${Button} kind="danger solid" onClick=${() => steer("resume", "The run continues", question)}>
+                Run it and resume
+              <//>
+            `}
+          >
+            <p>This run did not begin on this machine, and it brings code. Read the code before you run it.</p>
+            <p class="soft path">${question}</p>
+          <//>
+        `
+      }
     </span>
   `;
 }

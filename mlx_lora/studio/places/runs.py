@@ -91,7 +91,7 @@ def end(studio: Studio, how: str, request: Request, body: dict[str, Any]) -> dic
 
 def resume(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/runs/ID/resume."""
-    studio.control.resume(request.path_params["id"])
+    studio.control.resume(request.path_params["id"], body.get("agreed"))
     return _line(studio, request.path_params["id"])
 
 

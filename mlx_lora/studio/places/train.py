@@ -121,10 +121,8 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     if busy := studio.control.going_on():
         raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
     settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
-    words = train_words(settings, studio.folders.runs / name)
-    at = words.index("--adapter-path")
     out = sweep_folder(studio.folders.home / SWEEPS / name, settings)
-    words = ["sweep", *words[1:at], *words[at + 2 :], "--out", str(out), *(["--resume"] if out.exists() else [])]
+    words = ["sweep", *train_words(settings, out)[1:-2], "--out", str(out), *(["--resume"] if out.exists() else [])]
     task = studio.tasks.child(SWEEP, f"Learning rates for {out.name}", words, {"name": out.name, "path": str(out)})
     return {"task": task.public(), "command": command_line(words), "name": out.name}
 
