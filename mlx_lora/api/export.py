@@ -26,7 +26,7 @@ from mlx_lora.exporters.adapter_config import (
     remove_earlier,
 )
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower
-from mlx_lora.exporters.card import CARD_FILE, check_repo, float_base, public_name, push, read_facts, write_card
+from mlx_lora.exporters.card import CARD_FILE, check_repo, float_base, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
@@ -161,7 +161,9 @@ def write_export(
         )
     if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
-    named = replace(info, base_model=public_name(base, info)) if info else None
+    named = info
+    if info and not info.base_revision:  # the path is of this machine
+        named = replace(info, base_model=float_base(base, info) or Path(info.base_model).name)
     job = Export(settings, base, named, keep_dtype, adapter)
     form.write(job)
     if adapter and form.card_library:

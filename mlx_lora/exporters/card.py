@@ -5,6 +5,7 @@ A README.md that the user wrote is never replaced: ours has a line that marks it
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -138,13 +139,9 @@ def _hub_base(base: Base, info: AdapterInfo) -> str | None:
     """Return the hub id of the base as it was trained on; None for a folder or file, which may be anyone's."""
     if info.base_revision:
         return info.base_model
-    if _source(base).name == SMOLLM2_GGUF.file_name:  # checked by its sum
+    if (base.source or base.folder).name == SMOLLM2_GGUF.file_name:  # checked by its sum
         return f"{SMOLLM2_GGUF.repository}:{SMOLLM2_GGUF.file_name}"
     return base.model_id if base.revision else None
-
-
-def _source(base: Base) -> Path:
-    return base.source or base.folder
 
 
 def float_base(base: Base, info: AdapterInfo) -> str | None:
@@ -152,34 +149,23 @@ def float_base(base: Base, info: AdapterInfo) -> str | None:
 
     A file's own words count if the file's name says the same model: many name the model that theirs was trained from.
     """
-    source = _source(base)
+    source = base.source or base.folder
     is_gguf, hub = source.suffix.lower() == ".gguf", _hub_base(base, info)
     if hub and not is_gguf and not (base.quantization and source == base.folder):
         return hub
     name = source.stem if is_gguf else (hub or str(source.resolve())).rpartition("/")[2]
     while (shorter := FORM.sub("", name)) != name:
         name = shorter
-    said = [_base_in_card((source.parent if is_gguf else source) / CARD_FILE)]
+    said = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is no card, or it names no base
+        card = ((source.parent if is_gguf else source) / CARD_FILE).read_text(encoding="utf-8")
+        said.append(parse_yaml(card.partition("---")[2].partition("\n---")[0])["base_model"])
     if is_gguf:
         metadata = read_gguf(source).metadata
         said += [metadata.get(f"general.{key}.repo_url") for key in ("source", "base_model.0")]
     found = [str(one).removeprefix("https://huggingface.co/").rstrip("/") for one in said]
     ids = {one.rpartition("/")[2].lower(): one for one in (*KNOWN, *found) if HUB_ID.fullmatch(one)}
     return ids.get(name.lower()) or ids.get(name.lower().rpartition("_")[2])  # Qwen_Qwen3-0.6B-Q4_K_M.gguf
-
-
-def public_name(base: Base, info: AdapterInfo) -> str:
-    """Return what an export calls the base: its hub id, or the last part of its path, which shows no folder of this machine."""
-    return info.base_model if info.base_revision else float_base(base, info) or Path(info.base_model).name
-
-
-def _base_in_card(card: Path) -> Any:
-    """Return the `base_model` of a model's card; None: it has none, or cannot be read."""
-    try:
-        settings = parse_yaml(card.read_text(encoding="utf-8").partition("---")[2].partition("\n---")[0])
-        return settings.get("base_model") if isinstance(settings, dict) else None
-    except (OSError, ValueError):
-        return None
 
 
 def _ranks(folder: Path) -> set[int]:

@@ -70,8 +70,7 @@ class Uses:
             in_peft = True
         except InputError:
             in_peft = False
-        example = "".join(text for text, _ in data.report.example)
-        turns = spoken_turns(example, base.hf_tokenizer.all_special_tokens)
+        turns = spoken_turns("".join(text for text, _ in data.report.example), base.hf_tokenizer.all_special_tokens)
         return cls(
             kind,
             bool(base.quantization),
