@@ -136,11 +136,14 @@ def test_rows_made_elsewhere_are_not_looked_for(monkeypatch):
     files.look_at_data("owner/name,tiny-shakespeare,reasoning-gym:leg_counting")
 
 
-def test_python_is_told_before_the_model_is_loaded(monkeypatch, tiny_folder, tmp_path):
-    monkeypatch.setattr(importlib.import_module("mlx_lora.trainer.run"), "load_base", lambda *_: pytest.fail("loaded"))
+def test_what_a_settings_file_names_is_looked_at_before_the_model_is_loaded(monkeypatch, tiny_folder, tmp_path):
+    monkeypatch.setattr(
+        importlib.import_module("mlx_lora.trainer.run"), "load_base", lambda *_, **__: pytest.fail("loaded")
+    )
     (tmp_path / "empty.csv").touch()
-    with pytest.raises(InputError, match="empty"):
-        mlx_lora.train(str(tiny_folder), str(tmp_path / "empty.csv"), tmp_path / "a")
+    settings = {"model": str(tiny_folder), "data": str(tmp_path / "empty.csv"), "adapter_path": str(tmp_path / "a")}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    one_line(run("train", "--config", tmp_path / "run.yaml"), "empty.csv is empty")
 
 
 # --- data with gaps
