@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo test check test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
 
-# Made again whenever the dependency list changes.
-$(VENV)/.ready: pyproject.toml
+# What `make demo` needs: the package alone. Made again whenever the dependency list changes.
+$(VENV)/.runtime: pyproject.toml
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "Error: no C++ compiler found; MLX's CPU backend compiles kernels with one: apt install g++ (Debian) or xcode-select --install (macOS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e .
 	@$(BIN)/python -c "import mlx_lora; from mlx_lora.utils.device import current_device; print('Ready:', current_device().header())"
+	@touch $@
+
+# The same environment with what the tests and the linters need: several times the size.
+$(VENV)/.ready: $(VENV)/.runtime
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.ready
 
 # A small real model, trained to answer in verse, with its answers before and after. FLAGS=--force trains again.
-demo: setup
+demo: $(VENV)/.runtime
 	$(BIN)/mlx-lora demo $(FLAGS)
 
 # Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time. The slowest 50

@@ -26,7 +26,7 @@ COMMANDS = {
     "rephrase": "Write other wordings of the questions in a data file, to look at and edit before training.",
     "mine": "Find documents that look like answers but are not, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
-    "demo": "Train a small model to answer in verse. This takes a few minutes.",
+    "demo": "Train a small model to answer in verse. This takes two to six minutes.",
     "doctor": "Check that this machine is ready to train.",
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
@@ -44,6 +44,10 @@ class LazyGroup(console.Group):
             args = [*args[1:2], "--help"]
         elif args == ["version"]:
             args = ["--version"]
+        elif args[1:] and args[0] in COMMANDS:
+            from mlx_lora.cli.options import look_at_flags  # --version needs none of it
+
+            look_at_flags(args[0], args[1:])
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:

@@ -287,10 +287,9 @@ class DemoScreen:
     def stages(self, stages: Sequence[Stage], out: Path) -> Iterator[None]:
         """Introduce the stages, and show them until the block ends."""
         self._rows = [_Row(stage) for stage in stages]
-        minutes = round(sum(stage.usual_s for stage in stages) / 60)
         self._log.print(f"\n{INTRO}", style="bold" if self._terminal else None)
         self.say(
-            f"{len(stages)} stages, about {minutes} minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
+            f"{len(stages)} stages, two to six minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
         )
         if not self._terminal:
             yield

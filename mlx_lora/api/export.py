@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from mlx_lora.exporters.adapter_config import (
     remove_earlier,
 )
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower
-from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
+from mlx_lora.exporters.card import CARD_FILE, check_repo, float_base, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
@@ -161,7 +161,10 @@ def write_export(
         )
     if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
-    job = Export(settings, base, info, keep_dtype, adapter)
+    named = info
+    if info and not info.base_revision:  # the path is of this machine
+        named = replace(info, base_model=float_base(base, info) or Path(info.base_model).name)
+    job = Export(settings, base, named, keep_dtype, adapter)
     form.write(job)
     if adapter and form.card_library:
         card = write_card(out, form.card_library, base, info, read_facts(adapter), settings.base_id, repo)
@@ -290,7 +293,12 @@ class Export:
 def _write_peft(job: Export) -> None:
     """Write a PEFT adapter folder."""
     check_new_folder(job.settings.out, job.settings.force)
-    base_id = job.settings.base_id or job.info.base_model
+    base_id = job.settings.base_id or float_base(job.base, job.info)
+    if base_id is None:
+        base_id = Path(job.info.base_model).name
+        log.info(
+            f"Note: {base_id} is no hub id that transformers is known to load; --base-id OWNER/NAME names the base for PEFT"
+        )
     qalora = job.settings.to == "peft-qalora"
     write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full, qalora)
     remove_earlier(job.settings.out, PEFT_WEIGHTS)
@@ -326,7 +334,7 @@ def _check_factors(job: Export) -> None:
     """Refuse an adapter that stock mlx-lm and mlx-vlm would not load, or would read as another one."""
     layers, why = adapter_layers(job.base.model), None
     if job.info.full and job.info.method != "full":
-        why = f"trains {job.info.full[0]} in full, which they do not load beside factors"
+        why = f"trains {job.info.full[0]} in full, which they do not load beside adapter weights"
     elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
         why = f"adapts {apart[0]} without the head that is tied to it, and they adapt both"
     elif experts := [path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE]:

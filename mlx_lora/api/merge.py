@@ -216,7 +216,9 @@ class Source:
         layers = adapter_layers(base.model)
         remove_adapters(base.model)
         if info.full:
-            why = f"trains {len(info.full)} parameters in full ({info.full[0]} ...), and only factors are merged"
+            why = (
+                f"trains {len(info.full)} parameters in full ({info.full[0]} ...), and only adapter weights are merged"
+            )
         elif any(of_tower(path) for path in layers):
             why = "changes the vision tower, and only language models are merged"
         elif info.qat:

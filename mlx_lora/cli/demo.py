@@ -26,7 +26,7 @@ from mlx_lora.cli import options as flags
 @click.option("--iters", type=click.IntRange(min=1), default=ITERS, show_default=True, help="Optimizer steps.")
 @click.option("--force", is_flag=True, help="Train again if --out already holds a demo's run.")
 def main(out: Path, model: str | None, iters: int, force: bool) -> int:
-    """Train a small model to answer in verse, and show its answers before and after (about three minutes on two CPU cores).
+    """Train a small model to answer in verse, and show its answers before and after (two to six minutes on two CPU cores).
 
     To continue a demo that was interrupted, start it again with the same --out.
     """

@@ -16,7 +16,7 @@ import click
 
 from mlx_lora.config.fields import SettingRow, field_type, flag_of, row_of
 from mlx_lora.config.load import instead_of, recipe_names
-from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
+from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, ServeSettings
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -39,6 +39,49 @@ class ShortCommand(console.Command):
         return _parsed(self, ctx, lambda: super(ShortCommand, self).parse_args(ctx, args), "--help")
 
 
+def look_at_flags(command: str, args: Sequence[str]) -> None:
+    """Refuse a wrong path, a file without data and a port in use before a command is imported, which takes seconds.
+
+    Args:
+        command: its name.
+        args: what follows the name; nothing has checked it yet.
+
+    Raises:
+        InputError: a model, data or an adapter is not there or cannot be read, or `serve` cannot listen.
+    """
+    from mlx_lora.data.files import look_at_data
+    from mlx_lora.parallel.launch import find_launch
+    from mlx_lora.utils.hub import HUB_ID, find_model, no_adapter_folder
+    from mlx_lora.utils.sockets import listen
+
+    if {"-h", "--help", "--help-all"} & {*args} or find_launch(dict(os.environ)) is not None:
+        return  # each process of a launcher would say it; once they have met, one does
+    given: dict[str, str] = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        flag, equals, value = arg.partition("=")
+        given.setdefault(flag, value if equals else following)
+    model = given.get("--model", "")
+    if (
+        model and not model.endswith(".json") and command != "cluster"
+    ):  # a config.json to plan with; other machines' files
+        find_model(model, given.get("--revision"))
+    if command != "embed":  # which reads other kinds of files, too
+        look_at_data(given.get("--data"))
+    for flag in ("--adapter-path", "--adapter"):
+        source = adapter_source(given.get(flag, "."))
+        if (
+            command in READS_ADAPTER
+            and not HUB_ID.fullmatch(source)
+            and not (path := Path(source).expanduser()).exists()
+        ):
+            raise InputError(f"{flag} {source}: {no_adapter_folder(path)}; give the folder that a training run wrote")
+    port = given.get("--port", str(ServeSettings.port))
+    if command == "serve" and port.isdecimal() and int(port) < 2**16:
+        listen(given.get("--host", ServeSettings.host), int(port))[0].close()
+
+
+# For the others, --adapter-path is the folder that they write.
+READS_ADAPTER = ("chat", "embed", "evaluate", "export", "fuse", "generate", "mine", "predict", "serve")
 # Where a value belongs that was given without a flag, in this order: those that the command has.
 _ALONE = ("--data", "--prompt", "--adapter-path", "--adapter", "--model")
 

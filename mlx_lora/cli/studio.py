@@ -18,6 +18,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.sockets import listen
 from mlx_lora.utils.text import parse_size
 
 SHUTDOWN_S = 2  # an open page keeps its event streams; they are cut
@@ -74,6 +75,7 @@ def main(
     home: str, host: str, port: int, api_key: str | None, max_upload: str, browser: bool, **more: tuple[str, ...]
 ) -> None:
     """Serve the studio's page until you press Ctrl-C; runs that it started continue."""
+    listen(host, port)[0].close()  # a port in use is told before the imports below, which take long
     key = flags.server_key("studio", host, api_key)
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.guard import GuardLimits, is_local

@@ -74,7 +74,7 @@ def idle_notes(settings: Mapping[str, Any], given: Collection[str]) -> list[str]
         )
     if settings["method"] == "full":
         notes += [
-            f"{flag_of(name)} has no effect with --method full, which has no factors"
+            f"{flag_of(name)} has no effect with --method full, which has no adapter weights"
             for name in ("rank", "alpha")
             if name in given
         ]
@@ -418,7 +418,7 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
         )
     if method in START_ANEW and adapter["resume_adapter_file"]:
         problems.append(
-            f"--resume-adapter-file with --method {method}: it cannot start from LoRA factors; "
+            f"--resume-adapter-file with --method {method}: it cannot start from LoRA weights; "
             + (
                 "fuse them, and train on the fused model"
                 if method == "adalora"

@@ -124,7 +124,7 @@ class DataSettings:
 class AdapterSettings:
     """The adapter's shape. Defaults: LoRA 2106.09685 (alpha = 2r), all linear layers as in QLoRA 2305.14314."""
 
-    method: str = setting("lora", "Training method, which sets layer type, scale, initial factors and learning rates.",
+    method: str = setting("lora", "Training method, which sets layer type, scale, initial adapter weights and learning rates.",
         ADAPTER, common=True, choices=tuple(PRESETS), also="--fine-tune-type")
     loraplus_lr_ratio: float | None = setting(None,
         "lora-plus: learning rate of B as a multiple of A's (default 16).",
@@ -170,7 +170,7 @@ class AdapterSettings:
     relora_prune_ratio: float | None = setting(None,
         "relora: share of the optimizer's moments that a restart sets to 0, the smallest first (default 0.99).",
         ONE_METHOD, method="relora", at_least=0, at_most=1)
-    resume_adapter_file: str | None = setting(None, "Start from this adapter's factors: a run's or PEFT's folder, or its file.",
+    resume_adapter_file: str | None = setting(None, "Start from this adapter's weights: a run's or PEFT's folder, or its file.",
         ADAPTER, may_change=True, per_machine=True)
 
 
@@ -186,7 +186,7 @@ class OptimizerSettings:
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps if below 1, otherwise a number of steps.",
         TRAINING, at_least=0)
-    weight_decay: float = setting(0.01, "Decoupled weight decay of the factors (adamw, muon, sgd).",
+    weight_decay: float = setting(0.01, "Decoupled weight decay of the adapter weights (adamw, muon, sgd).",
         TRAINING, at_least=0, at_most=1000)
     max_grad_norm: float = setting(1.0, "Clip the global gradient norm to this value; 0: no clipping.",
         TRAINING, at_least=0, at_most=10**9)
@@ -311,7 +311,7 @@ class LoopSettings:
         OUTPUT, may_change=True, per_machine=True)
     verbose: bool = setting(False, "Also print which loss, kernels and batch shapes a step uses.",
         OUTPUT, may_change=True, per_machine=True)
-    seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
+    seed: int = setting(0, "Seed of data order, initial adapter weights and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
     force: bool = setting(False, "Replace the adapter of a run folder that already has one.",
         OUTPUT, may_change=True, per_machine=True)
 

@@ -19,7 +19,7 @@ from typing import Any
 from mlx_lora.config.load import RECIPES, recipe_names
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
-from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
+from mlx_lora.data.records import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.data.task_sets import is_task_set, task_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
@@ -101,6 +101,25 @@ def find_sets(data: str) -> list[DataSet]:
         )
         for name, weight, splits in sets
     ]
+
+
+def look_at_data(data: str | None) -> None:
+    """Refuse data that cannot be read, as far as the first record shows it: before a model is loaded, which takes long.
+
+    Sets that are downloaded, or made by a package, are left out.
+
+    Raises:
+        InputError: a set is not there, is of an unknown kind or damaged, or has no record.
+    """
+    for name, _ in named_sets(data) if data else ():
+        made = name == TINY_SHAKESPEARE or is_task_set(name) or name.startswith(VERIFIERS) or is_dataset_id(name)
+        if made and not is_local(name):
+            continue
+        files = find_sets(name)[0].splits.get("train", ())
+        # A text, and a list in a .json file, would be read as a whole.
+        by_row = all(file.path.suffix.lower() in (".jsonl", *TABLES, *PACKED) for file in files)
+        if files and by_row and not any(next(read_records(file.path, file.sheet), None) for file in files):
+            raise InputError(f"--data {shown_data(name)}: has no rows; it needs at least one")
 
 
 def all_files(data: str) -> list[DataFile]:

@@ -326,6 +326,7 @@ MARKDOWN = (".md", ".markdown")
 DOCUMENTS = (".txt", *MARKDOWN)  # a file is one text
 FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
 TABLES = (".csv", ".tsv")  # where a cell without a value is an empty text
+PACKED = (".xlsx", ".parquet")
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
 INSTEAD = {  # what to do with files of other kinds
     **dict.fromkeys((".xls", ".ods", ".numbers"), "save it as .xlsx or .csv"),
@@ -383,7 +384,10 @@ def without_empty_cells(record: Fields, file: str, columns: re.Pattern[str]) -> 
 
 
 def check_file(path: Path) -> None:
-    """Raise InputError unless `path` is a readable file with a known suffix; tables are not empty, .jsonl is not UTF-16."""
+    """Raise InputError unless `path` is a readable file with a known suffix, and begins as such a file does.
+
+    Tables are not empty, text is no picture, and .jsonl is not UTF-16.
+    """
     suffix = path.suffix.lower()
     if path.is_dir():
         raise InputError(f"{path} is a folder where a data file was expected; name a file inside it")
@@ -395,13 +399,18 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: cannot read {path.suffix or 'a name without a suffix'}; use {' '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(32)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     if not head and suffix not in DOCUMENTS:  # an empty note in a folder of notes is a bad row, which the report counts
         raise InputError(f"{path} is empty (0 bytes); it needs at least one record")
     if suffix == ".jsonl" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path} is UTF-16; save it as UTF-8")
+    # Pictures and archives have a zero byte near their beginning.
+    if suffix not in PACKED and (head.startswith(b"%PDF") or (b"\0" in head and text_encoding(path) != "utf-16")):
+        raise InputError(
+            f"{path} is no {suffix} file: it begins with {head[:4]!r}, which is not text; give a file that is, in UTF-8"
+        )
 
 
 def _jsonl(path: Path) -> Iterator[Record | BadRow]:

@@ -231,7 +231,8 @@ class DataReport:
         split = self.splits.get(name)
         if split is None:
             return _line(name, "none")
-        source = f", {self.valid_source}" if name == "valid" else ""
+        said = self.valid_source.replace("held out", "held out (not trained on, to measure)")
+        source = f", {said}" if name == "valid" else ""
         trained = f", {split.supervised_tokens:,} trained ({100 * split.supervised_share:.0f}%)"
         trained = (
             "" if self.records in ("labeled", "candidates") else trained

@@ -5,6 +5,7 @@ A README.md that the user wrote is never replaced: ours has a line that marks it
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -19,11 +20,12 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.exporters.adapter_config import LABELS_FILE, padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.files import replacing_file, shown_data
-from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS
+from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, SMOLLM2_GGUF
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 
 # The model card
@@ -32,6 +34,26 @@ CARD_FILE = "README.md"
 OURS = "which replaces this file on its next run unless this line is gone. -->"
 MARK = f"<!-- Written by mlx-lora, {OURS}"
 FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user knows
+# What conversions add to a model's name, the last word of several.
+FORM = re.compile(
+    r"[-_.]((gguf|mlx|awq|gptq|dwq|ud|i1|imat|\d+-?bits?|(b?f|fp)(16|32)|(mxfp|nvfp)\d|i?q\d)(_\w+)?)$", re.IGNORECASE
+)
+# Float models whose GGUF files are common; many of these files do not name them.
+KNOWN = [
+    f"{owner}/{name}"
+    for owner, names in {
+        "HuggingFaceTB": "SmolLM2-135M SmolLM2-135M-Instruct SmolLM2-360M SmolLM2-360M-Instruct SmolLM2-1.7B "
+        "SmolLM2-1.7B-Instruct SmolLM3-3B",
+        "Qwen": "Qwen2.5-0.5B-Instruct Qwen2.5-1.5B-Instruct Qwen2.5-3B-Instruct Qwen2.5-7B-Instruct Qwen2.5-Coder-0.5B-Instruct "
+        "Qwen2.5-Coder-1.5B-Instruct Qwen2.5-Coder-3B-Instruct Qwen2.5-Coder-7B-Instruct Qwen3-0.6B Qwen3-1.7B Qwen3-4B Qwen3-8B "
+        "Qwen3-4B-Instruct-2507",
+        "google": "gemma-3-270m gemma-3-270m-it gemma-3-1b-it gemma-3-4b-it gemma-2-2b-it",
+        "meta-llama": "Llama-3.2-1B-Instruct Llama-3.2-3B-Instruct Llama-3.1-8B-Instruct",
+        "microsoft": "Phi-3.5-mini-instruct Phi-4-mini-instruct",
+        "mistralai": "Mistral-7B-Instruct-v0.3",
+    }.items()
+    for name in names.split()
+]
 
 
 @dataclass(frozen=True)
@@ -108,8 +130,9 @@ def write_card(
     if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return False
     # A --base-id for a PEFT adapter names a model that PEFT can load.
-    in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
-    card = _Card(format, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
+    card = _Card(
+        format, base, info, base_id or _hub_base(base, info), base_id or float_base(base, info), repo or "adapter"
+    )
     usage = card.usage_of_vectors() if facts.objective == "embed" else card.usage(_ranks(folder))
     text = "\n".join([card.front_matter(facts), MARK, "", *card.description(facts), *usage, ""])
     with replacing_file(path) as temporary:
@@ -118,14 +141,36 @@ def write_card(
 
 
 def _hub_base(base: Base, info: AdapterInfo) -> str | None:
-    """Return the base's hub id, None for a folder or file: only downloaded models are known to have an id."""
+    """Return the hub id of the base as it was trained on; None for a folder or file, which may be anyone's."""
     if info.base_revision:
         return info.base_model
+    if (base.source or base.folder).name == SMOLLM2_GGUF.file_name:  # checked by its sum
+        return f"{SMOLLM2_GGUF.repository}:{SMOLLM2_GGUF.file_name}"
     return base.model_id if base.revision else None
 
 
-def _is_gguf(model: str) -> bool:
-    return model.lower().endswith(".gguf")
+def float_base(base: Base, info: AdapterInfo) -> str | None:
+    """Return the hub id of the float model that a base is, or was made from, which transformers loads; None: not known.
+
+    A file's own words count if the file's name says the same model: many name the model that theirs was trained from.
+    """
+    source = base.source or base.folder
+    is_gguf, hub = source.suffix.lower() == ".gguf", _hub_base(base, info)
+    if hub and not is_gguf and not (base.quantization and source == base.folder):
+        return hub
+    name = source.stem if is_gguf else (hub or str(source.resolve())).rpartition("/")[2]
+    while (shorter := FORM.sub("", name)) != name:
+        name = shorter
+    said = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is no card, or it names no base
+        card = ((source.parent if is_gguf else source) / CARD_FILE).read_text(encoding="utf-8")
+        said.append(parse_yaml(card.partition("---")[2].partition("\n---")[0])["base_model"])
+    if is_gguf:
+        metadata = read_gguf(source).metadata
+        said += [metadata.get(f"general.{key}.repo_url") for key in ("source", "base_model.0")]
+    found = [str(one).removeprefix("https://huggingface.co/").rstrip("/") for one in said]
+    ids = {one.rpartition("/")[2].lower(): one for one in (*KNOWN, *found) if HUB_ID.fullmatch(one)}
+    return ids.get(name.lower()) or ids.get(name.lower().rpartition("_")[2])  # Qwen_Qwen3-0.6B-Q4_K_M.gguf
 
 
 def _ranks(folder: Path) -> set[int]:
@@ -142,7 +187,7 @@ class _Card:
     Attributes:
         format, base, info: as in `write_card`.
         hub_base: the base's hub id, if it has one.
-        in_float: whether that is a model for transformers, not one quantized for MLX or a GGUF file.
+        float_base: that of the model for transformers, if it is known.
         location: of the adapter in commands, a hub id or a folder's name.
     """
 
@@ -150,7 +195,7 @@ class _Card:
     base: Base
     info: AdapterInfo
     hub_base: str | None
-    in_float: bool
+    float_base: str | None
     location: str
 
     @property
@@ -164,7 +209,7 @@ class _Card:
         task = "feature-extraction" if facts.objective == "embed" else "text-generation"
         tags = ["lora", "mlx", "mlx-lora"] if self.format == "mlx" else ["lora", "peft", "mlx-lora"]
         data = ModelCardData(
-            base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
+            base_model=plain((self.float_base or self.hub_base or "").split(":")[0]) or None,
             library_name=self.format,
             pipeline_tag="text-classification" if self.info.scores else task,
             tags=tags + [self.info.method] * (self.info.method not in tags),
@@ -190,7 +235,14 @@ class _Card:
             perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""
             rows.append(("held-out loss", f"{facts.val_loss:.4f}{perplexity}"))
         table = [f"| {name} | {value} |" for name, value in rows if value is not None]
-        return [f"# {info.method} adapter for {self.model}", "", "| | |", "|---|---|", *table, ""]
+        return [
+            f"# {info.method} adapter for {plain(self.float_base or self.model)}",
+            "",
+            "| | |",
+            "|---|---|",
+            *table,
+            "",
+        ]
 
     def usage(self, ranks: set[int]) -> list[str]:
         """Return the commands for each program that reads the adapter."""
@@ -236,7 +288,7 @@ class _Card:
         ours = f"--model {self.model} --adapter-path {self.location}"
         # mlx-lm would render chats with the base's template.
         apart = bool(self.info.chat_template) or (self.info.full and self.info.method != "full")
-        if _is_gguf(self.model) or apart:
+        if self.model.lower().endswith(".gguf") or apart:
             fuse = f"mlx-lora fuse {ours} --out fused"
             return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
         folder, first = "adapter", []
@@ -251,16 +303,15 @@ class _Card:
         lines, location = [], self.location
         if PRESETS[self.info.method].layer_type == "full":
             return [
-                "It has no LoRA factors, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
+                "It has no LoRA weights, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
                 "",
             ]
         if self.format == "mlx":
             location = "peft-adapter"
             export = f"mlx-lora export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
             lines += _block("bash", export)
-        model = self.model
-        if not self.in_float:
-            model = FLOAT_MODEL
+        model = plain(self.float_base or ("" if self.base.quantization else self.model)) or FLOAT_MODEL
+        if model != self.model:
             lines += [
                 "The base here is quantized for MLX; transformers needs the float model that it was made from:",
                 "",

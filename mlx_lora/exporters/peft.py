@@ -83,7 +83,7 @@ UNSUPPORTED = {
     "layer_replication": "repeated layers",
     "lora_bias": "a bias in lora_B",
     "alora_invocation_tokens": "activated LoRA",
-    "use_bdlora": "block-diagonal factors",
+    "use_bdlora": "block-diagonal adapter weights",
     "megatron_config": "Megatron layers",
     "arrow_config": "routed adapters",
 }
@@ -148,7 +148,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += full_problems(config, full, model, header, tied)
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
-    problems += [] if found or experts else ["it has no LoRA factors"]
+    problems += [] if found or experts else ["it has no LoRA weights"]
     head = found.pop("lm_head", None) if tied else None
     paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
@@ -410,7 +410,9 @@ def _shape_problems(
             continue
         shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
         if [len(shape) for shape in shapes] != [2, 2] or 0 in (*shapes[0], *shapes[1]):
-            problems.append(f"layer {layer} has factors of shapes {shapes[0]} and {shapes[1]}, not two matrices")
+            problems.append(
+                f"layer {layer} has adapter weights of shapes {shapes[0]} and {shapes[1]}, not two matrices"
+            )
             continue
         (r, width), (out, other_r) = shapes
         width *= group
@@ -420,7 +422,9 @@ def _shape_problems(
         if "E" in sides and tuple(header[sides["E"]]["shape"]) != (r, 1):
             problems.append(f"layer {layer} has gains of shape {tuple(header[sides['E']]['shape'])}, not {(r, 1)}")
         if (width, out) != base_dims(base) or r != other_r:
-            problems.append(f"layer {layer} has factors for {width} -> {out}, the model needs {base_dims(base)}")
+            problems.append(
+                f"layer {layer} has adapter weights for {width} -> {out}, the model needs {base_dims(base)}"
+            )
         if "m" in sides and isinstance(base, EMBEDDING):
             problems.append(f"layer {layer} is a DoRA embedding with one magnitude per column, ours has one per token")
         elif "m" in sides and tuple(header[sides["m"]]["shape"]) != (out,):

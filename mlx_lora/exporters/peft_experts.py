@@ -214,7 +214,7 @@ def take_experts(
             shapes = [tuple(header[sides[side]]["shape"]) for side in "AB"]
             fits = _fitting(module, own, shapes, sides, layout, modules)
         if fits is None:
-            problems.append(f"layer {layer} has factors that do not fit any of the model's experts")
+            problems.append(f"layer {layer} has adapter weights that do not fit any of the model's experts")
         else:
             taken.append(fits)
     names = [one.parameter for one in taken]
@@ -426,6 +426,6 @@ def rank_problems(config: dict[str, Any], found: dict[str, dict[str, str]], head
         asked = next((rank for pattern, rank in patterns.items() if names_layer(pattern, layer)), usual)
         rank = header[sides["A"]]["shape"][0] if "A" in sides else asked
         if rank != asked:
-            wrong.append(f"layer {layer} has factors of rank {rank}, but adapter_config.json says r {asked}")
+            wrong.append(f"layer {layer} has adapter weights of rank {rank}, but adapter_config.json says r {asked}")
     more = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
     return [wrong[0] + more] if wrong else []

@@ -52,6 +52,7 @@ class Base:
         dtypes: of its float parameters, likewise: an adapter's are float32 on a base that computes in bfloat16.
         decode_weights: --decode-weights: the form of its quantized weights while it generates (rollouts/decode.py).
         stored: where parameters that were not read yet are stored, by path; only those that are as stored.
+        source: the folder or GGUF file that `model_id` names; None: `folder`.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Base:
     dtypes: str
     decode_weights: str = "auto"
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
+    source: Path | None = None
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -125,7 +127,7 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
     model, config = load_weights(folder, settings.trust_remote_code, watched)
     stored = {} if watched is None else watched.unchanged(model, folder)
     named = replace(settings, model=source.model_id, revision=source.revision)
-    return replace(_base_of(model, config, folder, named, read), stored=stored)
+    return replace(_base_of(model, config, folder, named, read), stored=stored, source=source.path)
 
 
 def load_classifier(folder: Path, settings: ModelSettings, score: str) -> tuple[Base, mx.array]:

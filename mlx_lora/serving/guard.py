@@ -17,7 +17,6 @@ import ipaddress
 import json
 import re
 import signal
-import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.sockets import listen
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -262,27 +261,6 @@ def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
                 self.transport.close()
 
     return TimedProtocol
-
-
-def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """Return an open listening socket and its URL; it is opened before the server says that it is ready, so a port in use is found.
-
-    Args:
-        host: name or address of this machine.
-        port: 0 for any free port.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise InputError(
-            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
-        ) from None
-    shown = f"[{host}]" if ":" in host else host
-    return opened, f"http://{shown}:{opened.getsockname()[1]}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.objectives import LABELED
+from mlx_lora.data.chat_template import spoken_turns
 from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
@@ -43,6 +44,7 @@ class Uses:
         has_template: whether chats can be rendered.
         held_out: whether `evaluate` finds the rows again that the run held out.
         asks: whether rows have questions.
+        question: of the data's example, as its user wrote it; empty: it has none.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Uses:
     has_template: bool = True
     held_out: bool = True
     asks: bool = True
+    question: str = ""
 
     @classmethod
     def of_run(cls, base: Base, info: AdapterInfo, data: DataSplits, given: str) -> Uses:
@@ -67,6 +70,7 @@ class Uses:
             in_peft = True
         except InputError:
             in_peft = False
+        turns = spoken_turns("".join(text for text, _ in data.report.example), base.hf_tokenizer.all_special_tokens)
         return cls(
             kind,
             bool(base.quantization),
@@ -75,6 +79,7 @@ class Uses:
             bool(base.hf_tokenizer.chat_template or info.chat_template),
             bool(data.test or data.valid) and all(is_local(name) for name, _ in named_sets(given)),
             has_questions(data.report.to_dict()["splits"]),
+            next((content for role, content in turns if role == "User"), ""),
         )
 
 
@@ -126,7 +131,7 @@ def next_commands(
         show = ("--show", "5") if uses.asks else ()
         judged = settings.objective.objective == "sft" and uses.held_out
         judge = [words.use("evaluate", *show)] if judged else []  # on the rows that the run held out
-        lines = words.texts([words.use("generate", "--prompt", _own_prompt(samples)), *judge])
+        lines = words.texts([words.use("generate", "--prompt", _own_prompt(samples, uses.question)), *judge])
     return [command_line(line) for line in lines]
 
 
@@ -214,13 +219,16 @@ def _data_to_measure(data: str) -> str | None:
     return str(one.splits["train"][0].path) if len(one.splits.get("train", ())) == 1 else None
 
 
-def _own_prompt(samples: list[Sample]) -> str:
-    """Return the last turn of the first text's beginning, cut to a few words; `Hello` if there is none."""
-    for sample in samples:
-        for _, content in sample.turns[-1:]:
-            words = textwrap.shorten(console.printable(content, 10**6), MOST_PROMPT, placeholder="")
-            if words:
-                return words
+def _own_prompt(samples: list[Sample], question: str) -> str:
+    """Return the last turn of the first text's beginning, cut to a few words; `Hello` if there is none.
+
+    Rows that are trained from their first token begin with their system text: for them, it is the example's question.
+    """
+    last = [content for sample in samples for role, content in sample.turns[-1:] if role != "System"]
+    for content in (*last, question):
+        words = textwrap.shorten(console.printable(content, 10**6), MOST_PROMPT, placeholder="")
+        if words:
+            return words
     return "Hello"
 
 

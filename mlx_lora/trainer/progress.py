@@ -160,14 +160,13 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
     shown = {name: metrics.reports[name] for name in SHOWN if name in metrics.reports}
     parts += [f"{held_out}{words_of(name)} {value:5.3f}" for name, value in shown.items() if not math.isnan(value)]
     if metrics.loss is not None:
-        trained, all_real = f"{metrics.supervised_tokens_per_s:5.0f}", f"{metrics.tokens_per_s:5.0f}"
+        speed = f"{metrics.tokens_per_s:5.0f} tok/s"
         peak = f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB"
-        speeds = [f"{trained} supervised tok/s"] if trained != all_real else []
         parts.append(f"lr {metrics.learning_rate:.2e}")
         if seconds_left is None:
-            parts += [*(speeds or [f"{all_real} tok/s"]), peak]
+            parts += [speed, peak]
         else:
-            parts += [f"grad norm {metrics.grad_norm:6.3f}", *speeds, f"{all_real} tok/s", peak]
+            parts += [f"grad norm {metrics.grad_norm:6.3f}", speed, peak]
             parts.append(f"{format_duration(seconds_left)} left")
     if metrics.reports.get(DISK_WAIT, 0) >= WORTH_TELLING:
         parts.append(f"{metrics.reports[DISK_WAIT]:.0%} of the time waiting for the disk")

@@ -8,6 +8,7 @@ Tiny Shakespeare, which `--data tiny-shakespeare` names, is 1.1 MB of plays.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib.util
 import logging
 import os
@@ -285,22 +286,34 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
         InputError: there is no usable model, or the hub does not provide it (not found, gated, offline).
         RunError: the disk is full.
     """
+    found = find_model(model, revision)
+    if isinstance(found, ModelSource):
+        return found
+    return _from_hub(found["repo"], found["pick"], revision, trust_remote_code) if found else _small_model()
+
+
+def find_model(model: str, revision: str | None = None) -> ModelSource | re.Match[str] | None:
+    """Return a model's files if they are on this disk, or else the parts of its hub id; None: it is the embedded model.
+
+    Args:
+        model, revision: as for `resolve_model`.
+
+    Raises:
+        InputError: it is none of them, or what is on this disk is no model.
+    """
     path = Path(model).expanduser()
     if model and path.exists():
         if revision is not None:
             raise InputError(f"--revision {revision}: model {model!r} is local and has no revision; leave it out")
         return _local(path, model)
     if model == SMALL_MODEL and revision is None:
-        return _small_model()
+        return None
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
-        if hint := _similar_model(path):
-            raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
-        raise InputError(
-            f"model {model!r}: no such file or folder, and not a hub id (owner/name); check the path or the id"
-        )
-    return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
+        hint = _similar_model(path) or "check the path or the id"
+        raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
+    return found
 
 
 def _similar_model(path: Path) -> str:
@@ -313,9 +326,15 @@ def _similar_model(path: Path) -> str:
 
 def _small_model() -> ModelSource:
     """Return the embedded model, after downloading it from PyPI the first time."""
-    log.info(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
+    _say_once(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
     path = embedded_model(SMOLLM2_GGUF)
     return ModelSource(path, "gguf", SMALL_MODEL, None)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Log a line, unless this process did: a run finds its model when it is planned, and again when it is loaded."""
+    log.info(line)
 
 
 def no_adapter_folder(path: Path) -> str:
@@ -422,11 +441,11 @@ def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_co
 def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> tuple[list[str], list[str]]:
     """Return the file patterns to download and those to leave out."""
     if gguf_file:
-        return [gguf_file], []
+        return [gguf_file, "README.md"], []  # the card may name the float model
     # Some repositories also hold consolidated.safetensors; the loader only reads model*.safetensors.
     named = any(fnmatch(name, "model*.safetensors") for name in names)
     code = ["*.py"] if trust_remote_code else []
-    return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
+    return [*CONFIG_AND_TOKENIZER, "README.md", "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
 
 
 @overload

@@ -327,7 +327,7 @@ def test_the_bias_setting_reaches_the_run(chats, tmp_path):
 
 @pytest.mark.parametrize("method", ["pissa", "adalora", "relora"])
 def test_plain_factors_do_not_start_these(method):
-    with pytest.raises(InputError, match="it cannot start from LoRA factors"):
+    with pytest.raises(InputError, match="it cannot start from LoRA weights"):
         train_settings({"method": method, "resume_adapter_file": "a.safetensors"})
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from run_cli import one_line, run
 import mlx_lora
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data import files
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.records import read_records
 from mlx_lora.models.load import load_base
@@ -83,6 +86,64 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
         load_eval_set(str(own), DataSettings(), tokenizer)
     with pytest.raises(InputError, match="--strict: 1 unusable evaluation row"):
         load_eval_set(str(write(tmp_path / "y.jsonl", [*USUAL, {"a": 1}])), DataSettings(strict=True), tokenizer)
+
+
+# --- told before the libraries for models are imported
+
+REFUSED = """
+import json, sys
+from mlx_lora.__main__ import main
+for args in json.loads(sys.argv[1]):
+    try:
+        main(args)
+    except SystemExit as ended:
+        print(ended.code, "mlx_lm" in sys.modules or "transformers" in sys.modules)
+"""
+
+
+def test_what_cannot_work_is_told_before_anything_slow_is_imported(tiny_folder, tmp_path):
+    model, there = ("--model", str(tiny_folder)), write(tmp_path / "there.jsonl", USUAL)
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "header.csv").write_text("question,answer\n")
+    (tmp_path / "picture.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 20)
+    (tmp_path / "picture.jsonl").write_bytes((tmp_path / "picture.csv").read_bytes())
+    (tmp_path / "book.txt").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        data = ["nosuch.csv", "nosuchfolder", "empty.csv", "header.csv", "picture.csv", "picture.jsonl", "book.txt"]
+        asked = [["train", *model, "--data", str(tmp_path / name), "--adapter-path", "a"] for name in data]
+        asked += [[command, *model, f"--data={tmp_path / 'picture.csv'}"] for command in ("evaluate", "plan")]
+        asked += [["sweep", *model, "--data", str(tmp_path / "empty.csv"), "--out", "s"]]
+        asked += [[command, "--model", "nosuch.gguf"] for command in ("train", "generate", "serve", "convert", "chat")]
+        asked += [["generate", *model, "--adapter-path", "nosuch", "--prompt", "x"]]
+        asked += [[*command, "--port", port] for command in (("serve", *model), ("studio", "--no-browser"))]
+        # What is fine goes on, and is refused by the command itself.
+        asked += [["train", *model, "--data", str(there), "--adapter-path", "a", "--rank", "0"]]
+        ran = subprocess.run([sys.executable, "-c", REFUSED, json.dumps(asked)], cwd=tmp_path, capture_output=True, text=True, check=False)  # fmt: skip
+    assert ran.stdout.splitlines() == ["2 False"] * len(asked), ran.stderr
+    said = ran.stderr.splitlines()
+    assert len(said) == len(asked)  # one line each
+    assert all(name in line for name, line in zip(data, said, strict=False))
+    assert "--rank" in said[-1]
+
+
+def test_help_is_given_whatever_the_flags_name(tmp_path):
+    assert run("__main__", "train", "--model", tmp_path / "nosuch", "--help").code == 0
+
+
+def test_rows_made_elsewhere_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(files, "find_sets", lambda name: pytest.fail(name))
+    files.look_at_data("owner/name,tiny-shakespeare,reasoning-gym:leg_counting")
+
+
+def test_what_a_settings_file_names_is_looked_at_before_the_model_is_loaded(monkeypatch, tiny_folder, tmp_path):
+    monkeypatch.setattr(
+        importlib.import_module("mlx_lora.trainer.run"), "load_base", lambda *_, **__: pytest.fail("loaded")
+    )
+    (tmp_path / "empty.csv").touch()
+    settings = {"model": str(tiny_folder), "data": str(tmp_path / "empty.csv"), "adapter_path": str(tmp_path / "a")}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    one_line(run("train", "--config", tmp_path / "run.yaml"), "empty.csv is empty")
 
 
 # --- data with gaps
@@ -343,6 +404,17 @@ def test_the_next_commands_have_a_prompt_of_the_data(german_run):
     assert 60 < len(prompt) <= 80
     assert ("It's a long question, " * 4).startswith(prompt)
     assert next_commands(Path("runs/a"), settings, info, [], Uses("llama"))[1].endswith("--prompt Hello")
+
+
+def test_the_prompt_to_try_is_a_question_where_rows_are_trained_from_their_first_token(tiny_folder, tmp_path):
+    turns = [[("system", "You know all dogs."), ("user", f"Who is {n}?"), ("assistant", f"{n}!")] for n in range(20)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+    data, adapter = write(tmp_path / "rows.jsonl", rows), tmp_path / "a"
+    flags = ("--no-mask-prompt", "--iters", 1, "--sample-tokens", 2, "--val-batches", 1)
+    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", adapter, *flags)
+    assert ran.code == 0, ran.err
+    prompt = next(shlex.split(line)[-1] for line in ran.err.splitlines() if " --prompt " in line)
+    assert prompt in {f"Who is {n}?" for n in range(20)}
 
 
 def test_commands_are_spelled_as_a_person_can_start_them(monkeypatch, tmp_path):

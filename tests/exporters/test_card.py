@@ -8,13 +8,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from gguf import GGUFWriter
 from hub_stand_in import hub_server, run_with_hub
 from huggingface_hub import ModelCard
 from run_cli import run
 
-from mlx_lora.exporters.card import CARD_FILE, MARK, CardFacts, read_facts
+from mlx_lora.exporters.card import CARD_FILE, MARK, CardFacts, float_base, read_facts
 
 SHORT = (
     "--iters",
@@ -278,3 +280,75 @@ def test_wrong_ids_are_refused_before_the_work(place, tiny_folder, tmp_path, fla
 
 def test_the_cards_place_is_a_path_of_the_readers(exported):
     assert "`adapter` is this folder" in (Path(exported) / CARD_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "card", "hub_id"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", {}, None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("gemma-3-270m-Q4_K_M.gguf", {}, None, "google/gemma-3-270m"),
+        ("Qwen_Qwen3-0.6B-UD-Q4_K_XL.gguf", {}, None, "Qwen/Qwen3-0.6B"),
+        ("New-1B-it-IQ4_XS.gguf", {"general.base_model.0.repo_url": "https://huggingface.co/lab/New-1B-it"}, None, "lab/New-1B-it"),
+        ("New-1B-it-F16.gguf", {"general.source.repo_url": "https://huggingface.co/lab/New-1B-it/"}, None, "lab/New-1B-it"),
+        # It names the model that this one was trained from.
+        ("New-1B-it-Q8_0.gguf", {"general.base_model.0.repo_url": "https://huggingface.co/lab/New-1B"}, None, None),
+        ("mine.gguf", {}, "base_model: lab/New-1B", None),
+        ("New-1B-MLX-4bit", None, "base_model: lab/New-1B", "lab/New-1B"),
+        ("New-1B-8bit-DWQ", None, "base_model:\n- lab/New-1B", None),
+        ("New-1B-4bit", None, "base_model: [", None),
+        ("SmolLM2-135M-Instruct-4bit", None, None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("my-model", None, None, None),
+    ],
+)  # fmt: skip
+def test_the_float_model_of_a_base_is_found_by_its_files_and_its_name(name, said, card, hub_id, tmp_path):
+    source = tmp_path / name
+    if said is None:
+        source.mkdir()
+    else:
+        writer = GGUFWriter(str(source), "llama")
+        for key, value in said.items():
+            writer.add_string(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    if card:
+        ((source if said is None else tmp_path) / CARD_FILE).write_text(f"---\n{card}\n---\n# x\n")
+    base = SimpleNamespace(source=source, folder=source, model_id=str(source), revision=None, quantization={"bits": 4})
+    assert float_base(base, SimpleNamespace(base_model=str(source), base_revision=None)) == hub_id
+
+
+def test_a_float_model_of_the_hub_is_its_own_base(tmp_path):
+    info = SimpleNamespace(base_model="lab/New-1B", base_revision="abc")
+    base = SimpleNamespace(source=tmp_path, folder=tmp_path, model_id="lab/New-1B", revision="abc", quantization=None)
+    assert float_base(base, info) == "lab/New-1B"
+    base.quantization = {"bits": 4}
+    assert float_base(base, info) is None  # it is stored so
+    base.folder = tmp_path / "cached"  # made here, with --bits
+    assert float_base(base, info) == "lab/New-1B"
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx-lm", "gguf-adapter"])
+def test_no_export_names_a_path_of_this_machine(to, place, tiny_folder, tmp_path):
+    out = tmp_path / ("a.gguf" if to == "gguf-adapter" else "out")
+    ran = run("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", to, "--out", out)
+    assert ran.code == 0, ran.err
+    written = [out] if out.is_file() else list(out.iterdir())
+    assert not [file.name for file in written if str(tiny_folder.parent).encode() in file.read_bytes()]
+    assert ("--base-id" in ran.err) == (to == "peft")  # whose base is loaded by that name
+
+
+@pytest.mark.slow
+def test_the_small_model_is_named_by_its_id_on_the_hub(chats, tmp_path):
+    adapter, out = tmp_path / "a", tmp_path / "out"
+    trained = run("train", "--model", "smollm2", "--data", chats, "--adapter-path", adapter, *SHORT, "--iters", 1)
+    assert trained.code == 0, trained.err
+    exported = run("export", "--model", "smollm2", "--adapter-path", adapter, "--to", "peft", "--out", out)
+    assert exported.code == 0, exported.err
+    assert "--base-id" not in exported.err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    for folder in (adapter, out):
+        text = (folder / CARD_FILE).read_text()
+        assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert " smollm2" not in text
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in (out / CARD_FILE).read_text()

@@ -276,7 +276,7 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
     assert "q_proj.bias is not a LoRA factor" in message
     assert "layers.7.self_attn.q_proj is not in the model" in message
     assert "layers.0.self_attn.q_proj has B, not A and B" in message
-    assert "layers.1.self_attn.q_proj has factors for 3 -> 64" in message
+    assert "layers.1.self_attn.q_proj has adapter weights for 3 -> 64" in message
 
 
 def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):

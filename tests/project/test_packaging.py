@@ -175,3 +175,14 @@ def test_issue_forms_have_what_github_asks_for(path):
     assert all(part["attributes"]["label"] for part in asked)
     if path.stem == "bug":
         assert any("mlx-lora doctor --json" in part["attributes"]["label"] for part in asked)
+
+
+def test_make_demo_installs_the_package_alone(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    plans = {target: subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+             for target in ("demo", "test")}  # fmt: skip
+    assert "-e ." in plans["demo"]
+    assert "[dev]" not in plans["demo"]
+    assert "[dev]" in plans["test"]
+    assert plans["demo"].count("-m venv .venv") == plans["test"].count("-m venv .venv") == 1  # one environment

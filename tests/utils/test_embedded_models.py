@@ -140,3 +140,11 @@ def test_the_embedded_model_is_pinned_everywhere():
     assert re.fullmatch(r"[0-9a-f]{40}", SMOLLM2_GGUF.revision)
     assert re.fullmatch(r"[0-9a-f]{64}", SMOLLM2_GGUF.sha256)
     assert all("==" in package for package in SMOLLM2_GGUF.packages)
+
+
+def test_the_name_of_the_small_model_is_explained_once(monkeypatch, logged, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "embedded_model", lambda model: tmp_path / model.file_name)
+    hub._say_once.cache_clear()
+    assert resolve_model("smollm2") == resolve_model("smollm2")
+    assert len(logged) == 1

@@ -491,7 +491,7 @@ function Preview({ model, sets, settings, onUnread }) {
     <${Card} title="What the model will see">
       <${Tiles} counts=${counts} />
       <p class="soft">
-        Recognized as ${recognized || "nothing yet"}.${" "}
+        ${recognized && `Recognized as ${recognized}. `}
         ${counts.empty > 0 && `${counted(counts.empty, "row")} without anything to train.`}
       </p>
       ${(notes || []).map((one) => html`<p class="note" key=${one}>${one}</p>`)}

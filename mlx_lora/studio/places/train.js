@@ -54,7 +54,7 @@ const OBJECTIVES = {
 };
 
 const METHODS = {
-  lora: "small factors beside the frozen weights",
+  lora: "small adapter weights beside the frozen weights",
   rslora: "LoRA whose scale suits high ranks",
   dora: "LoRA that learns the size of each weight's direction, slower",
   "lora-plus": "LoRA whose second factor learns faster",
