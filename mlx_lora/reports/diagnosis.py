@@ -292,14 +292,16 @@ def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: C
             "steps are rounded.",
             run.train_again("--qat"),
         )
-    if found.name == LEARNED and asked and new is None:
+    if asked and not run.settings.get("rephrase") and (found.name == YOUR_WORDS or (found.name == LEARNED and not new)):
+        words = (
+            "Each question stands there in one wording, or in few: --rephrase 3 adds three to each, and tests others."
+        )
+        return words, run.train_again("--rephrase", "3")
+    if asked and found.name == LEARNED and not new:
         words = (
             "Try it in other words than those of the rows: write questions of your own, and their answers, into a file."
         )
         return words, _new_questions(run, "--show", "20")
-    if found.name == YOUR_WORDS and asked and not run.settings.get("rephrase"):
-        words = "Each question stands there in one wording, or in few: --rephrase 3 adds three to each."
-        return words, run.train_again("--rephrase", "3")
     if found.name in (TOO_FEW_STEPS, LITTLE, YOUR_WORDS) and asked:
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
         if epochs <= run.epochs:

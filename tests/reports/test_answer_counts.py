@@ -228,7 +228,8 @@ def test_advice(tmp_path):
     command = mending(Diagnosis(LITTLE), run, few)[1]
     assert all(word in command for word in ("--epochs 15", "--no-keep-best", "--early-stopping-patience 0"))
     assert mending(Diagnosis(LITTLE), replace(run, epochs=float(MOST_EPOCHS)), few)[1] == ""
-    assert "new-questions.jsonl" in mending(Diagnosis(LEARNED), run, most)[1]
+    assert "--rephrase 3" in mending(Diagnosis(LEARNED), run, most)[1], "not tried in new words"
+    assert "new-questions.jsonl" in mending(Diagnosis(LEARNED), rephrased, most)[1]
     assert mending(Diagnosis(LEARNED), run, most, most) == ("", "")
 
 
