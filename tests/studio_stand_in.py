@@ -315,7 +315,7 @@ NEEDS = {name: {"needs": needs, "ok": not needs.startswith("log")} for name, nee
 SAMPLES = [{"step": step, "prompt": "Why does ice float?", "text": text} for step, text in ((0, "Ice floats because it is less dense than water."), (20, "Good question! What happens to water's volume when it freezes?"))]  # fmt: skip
 EVALUATION = {
     "source": "24 rows that the run held out of tutor.jsonl", "date": "2026-11-28", "loss": "Base 2.4100 → adapter 1.1200, perplexity 72% lower (95% interval 66% to 78%, 24 rows)",
-    "exact": "Exact answers to the 1 question that expect at most 8 words: base 0, adapter 1", "seen": "2 of 24 rows repeat rows that the run trained on, such as “Why does ice float?”", "models": ["base", "adapter"],
+    "right": "Right answers to the 1 question that can be checked: base 0, adapter 1", "seen": "2 of 24 rows repeat rows that the run trained on, such as “Why does ice float?”", "models": ["base", "adapter"],
     "rows": [
         {"question": "What melts at 0 °C?", "expected": "Ice.", "said": [{"text": "Many things melt.", "right": False}, {"text": "Ice", "right": True}]},
         {"question": HOSTILE, "expected": "A long answer " * 12, "said": [{"text": HOSTILE, "right": None}, {"text": "x" * 300, "right": None}]},

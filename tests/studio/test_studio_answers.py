@@ -21,7 +21,7 @@ from mlx_lora.studio.tasks import Tasks
 from mlx_lora.utils.errors import InputError
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
-EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "exact": {"base": False, "adapter": True}}  # fmt: skip
+EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "base_right": False, "right": True}  # fmt: skip
 FACTS = {"loss": 1.0, "base_loss": 2.0, "change": CHANGE, "rows": 9, "data": "d.jsonl", "partial": False, "examples": [EXAMPLE]}  # fmt: skip
 CHATS = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 40}, "valid": {"rows": 2}}}
 
