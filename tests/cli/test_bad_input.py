@@ -276,7 +276,7 @@ def test_real_full_and_read_only_disks(tmp_path, tiny_folder, kind):
 
 def test_a_real_process_prints_one_line_too(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_lora", "train", "--model", "x", "--data", "y", "--rank", "0"],
+        [sys.executable, "-m", "mlx_lora", "train", "--rank", "0"],
         capture_output=True,
         text=True,
     )
