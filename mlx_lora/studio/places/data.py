@@ -14,13 +14,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.config.load import recipe_names
-from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
-from mlx_lora.data.records import SUFFIXES
+from mlx_lora.data.examples import Record
+from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
+from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.serving.schema import ApiError, is_number
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import free_on_disk
 
 UPLOAD = "/api/data/upload"
@@ -49,9 +51,10 @@ async def upload(studio: Studio, request: Request) -> Response:
         raise _too_large(studio)
     if free_on_disk(studio.folders.data) < declared:
         raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
-    part = studio.folders.data / f".{name}.{os.urandom(6).hex()}.part"
+    part = studio.folders.data / f".{os.urandom(6).hex()}.{name}"
     try:
         await _write(studio, request, part)
+        await anyio.to_thread.run_sync(_look_at, part, name)
         path = await anyio.to_thread.run_sync(_place, part, studio.folders.data / name)
     finally:
         part.unlink(missing_ok=True)
@@ -73,6 +76,21 @@ async def _write(studio: Studio, request: Request, part: Path) -> None:
             if size > studio.max_upload_bytes:
                 raise _too_large(studio)
             await file.write(chunk)
+
+
+def _look_at(part: Path, name: str) -> None:
+    """Refuse an upload that cannot be data, as far as its beginning shows it.
+
+    Raises:
+        ApiError: 400, it is empty, or not what its name says.
+    """
+    try:
+        check_file(part)
+        rows = next(read_records(part), None) if part.suffix.lower() in (".jsonl", *TABLES) else part.stat().st_size
+    except InputError as error:
+        raise ApiError(400, str(error).replace(str(part), name), "not_data", "name") from None
+    if not rows:
+        raise ApiError(400, f"{name}: has no rows; choose a file with at least one", "not_data", "name")
 
 
 def _too_large(studio: Studio) -> ApiError:
@@ -101,7 +119,15 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
     offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
     limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
     page = previews.page(settings, offset, limit, body.get("filter") or "all")
-    return {**page, "data": settings["data"]}
+    columns, rows = list[str](), list[int]()
+    if page["counts"] is not None:
+        known = [one.splits.get("train", ()) for one in find_sets(settings["data"])]
+        rows = [sum(page["trained"].get(file.name, 0) for file in files) for files in known]
+        if not page["counts"]["rows"] and known[0]:
+            record = next(read_records(known[0][0].path, known[0][0].sheet), None)
+            columns = list(record.value) if isinstance(record, Record) and isinstance(record.value, dict) else []
+    # For the page: how many training rows each set has, and, where none can be read, which columns there are.
+    return {**page, "data": settings["data"], "columns": columns, "set_rows": rows}
 
 
 def data_text(sets: list[dict[str, Any]]) -> str:
