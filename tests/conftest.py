@@ -169,8 +169,9 @@ def _own_cache(tmp_path_factory):
         patch.setenv(SWITCH, "0")
         # A plan looks for the longest row that fits, and the graphs of its MLPs in up to 16 chunks took nearly all of its time.
         patch.setattr(model_shape, "MOST_TRACED_CHUNKS", 4)
-        # After each run, 4 training rows instead of 32 are asked for word for word, which was a fifth of a tiny run.
-        patch.setattr("mlx_lora.trainer.report_callback.MOST_ROWS", 4)
+        # After each run, 4 trained questions instead of 32 are asked, and 2 in new words, which takes a fifth of a tiny run.
+        patch.setattr("mlx_lora.trainer.ask.MOST_OWN", 4)
+        patch.setattr("mlx_lora.trainer.ask.MOST_NEW", 2)
         # One text before and after each run instead of three, and a few words of it unless a test says how many.
         patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
         patch.setattr(report_callback, "greedy_text", _short_text)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
@@ -33,12 +32,14 @@ from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import divides_base, dividing_flag
-from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample, read_facts
+from mlx_lora.reports.answers import Count
+from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
+from mlx_lora.trainer.ask import ADAPTER, BASE, ask, never
 from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
-from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
+from mlx_lora.trainer.report_callback import row_answer
 from mlx_lora.utils import console
 from mlx_lora.utils.console import perplexity
 from mlx_lora.utils.errors import InputError
@@ -52,11 +53,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
-
-
-def never() -> bool:
-    """Say that nobody asked to stop."""
-    return False
 
 
 @speaks_python(adapter_path="adapter")
@@ -89,8 +85,8 @@ def evaluate(
         `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
         the `change` of the loss, `low` and `high` of its 95% interval, over how many `rows`, and among how many `choices`
         these rows chose the adapter; and `near_training`, how many rows repeat or nearly repeat rows that the adapter's run
-        trained on (None: not known). With `show` also `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
-        which at most 8 words are expected.
+        trained on (None: not known). With `show` also `examples`, and `right`: how many answers are `right`, `of` those that
+        can be checked, and how many of the `base`'s.
 
     Raises:
         InputError: base, adapter, data or a setting that cannot be used.
@@ -259,11 +255,7 @@ def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: Eval
 
 # Base and adapter on the same rows
 
-BASE, ADAPTER = MODELS
 USUAL = 5  # questions, where nobody says how many
-MOST_TOKENS = 64  # of a text
-MORE_TOKENS = 8  # than the expected answer has, which a text may take to end
-MOST_PROMPT_TOKENS = 1024
 
 
 def without_adapter(base: Base) -> Base:
@@ -296,10 +288,11 @@ class Compared:
             found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
         if len(self.rows) == 2:
             found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER], self.choices))
-        for name in self.rows if self.examples else ():
-            exact = [one["exact"][name] for one in self.examples if one["exact"] is not None]
-            found[f"{'' if name == last else f'{name}_'}exact_match"] = sum(exact) / len(exact) if exact else None
-        return found | ({"examples": self.examples} if self.examples else {}) | {"partial": not self.whole}
+        if self.examples:
+            alone = [{"right": one["base_right"]} for one in self.examples]
+            right = Count.over(self.examples if ADAPTER in self.rows else alone)
+            found |= {"right": right and asdict(right), "examples": self.examples}
+        return found | {"partial": not self.whole}
 
 
 def measure_rows(
@@ -356,50 +349,3 @@ def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
         raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
     most = USUAL if most is None else most
     return [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
-
-
-def ask(
-    models: Mapping[str, Base],
-    rows: EncodedSet,
-    chosen: Sequence[int],
-    stopped: Callable[[], bool] = never,
-) -> tuple[list[dict[str, Any]], bool]:
-    """Ask each model the questions of some rows, and return question, expected answer and texts, and whether all were asked.
-
-    Args:
-        models: name -> model.
-        rows: of prompts and answers.
-        chosen: numbers of the rows; see `questions_of`.
-        stopped: asked before each question whether to end.
-
-    Returns:
-        For each row `question`, `expected`, the text of each model by its name, and `exact`: name -> whether the text is
-        the expected one but for case, space and punctuation; None where more than 8 words are expected.
-    """
-    found = []
-    pending = takewhile(lambda _: not stopped(), chosen)
-    for number in tracked(pending, "Asking", len(chosen), "questions"):
-        found.append(_answers(models, rows, number))
-    return found, len(found) == len(chosen)
-
-
-def _answers(models: Mapping[str, Base], rows: EncodedSet, number: int) -> dict[str, Any]:
-    tokenizer = next(iter(models.values())).hf_tokenizer
-    prompt, answer = before_answer(rows, number), row_answer(rows, number)
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    most = min(MOST_TOKENS, len(answer) + MORE_TOKENS)
-    shown = Sample(str(tokenizer.decode(prompt)), "", specials=specials)
-    texts = {
-        name: shown.said(greedy_text(one, prompt[-MOST_PROMPT_TOKENS:], most)).strip() for name, one in models.items()
-    }
-    expected = shown.said(str(tokenizer.decode(answer))).strip()
-    question = shown.turns[-1][1] if shown.turns else shown.prompt
-    short = len(expected.split()) <= SHORT_WORDS
-    exact = {name: normalized(text) == normalized(expected) for name, text in texts.items()} if short else None
-    return {"question": question, "expected": expected, **texts, "exact": exact}
-
-
-def normalized(text: str) -> str:
-    """Return a text for an exact match: lower case, without punctuation at the ends of words, with single spaces."""
-    words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
-    return " ".join(filter(None, words))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.embed import measure_embeddings
-from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss, normalized
+from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run
 from mlx_lora.cli import options as flags
@@ -36,10 +36,10 @@ from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.classes import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
-    exact_words,
     keep_evaluation,
     loss_words,
     read_report,
+    shown_evaluation,
     write_evaluation_page,
 )
 from mlx_lora.trainer.checkpoint import lock_holder
@@ -214,8 +214,8 @@ def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> Non
     try:
         keep_evaluation(adapter, facts)
         if (report := read_report(adapter)) is not None:
-            report.rewrite_page(adapter)
-            console.echo(f"report {adapter / REPORT_FILE}")
+            report.write(adapter)
+            console.echo(f"report {adapter / REPORT_FILE}: {report.verdict['headline']}")
     except OSError as error:
         console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
 
@@ -256,14 +256,14 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
     sampled = settings.objective.samples  # then the loss is minus the reward
     labeled = settings.objective.objective in (*LABELED, *RANKED)  # which train no token
     unit_name = "answers" if "answers" in result else "supervised_tokens"
-    aside = (unit_name, "rows", "model", "base_loss", "base_perplexity", "base_exact_match", "exact_match")
+    aside = (unit_name, "rows", "model", "base_loss", "base_perplexity")
     words = ", ".join(
         f"{words_of(name)} {_figure(value, 3 if name == 'perplexity' else 4)}"
         for name, value in result.items()
         if isinstance(value, float) and name not in aside and (name != "loss" or not sampled)
     )
     unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
-    for line in side_by_side(result.get("examples", [])):
+    for line in side_by_side(shown_evaluation(result)) if "examples" in result else ():
         click.echo(line)
     counted_tokens = "" if labeled else f"{result[unit_name]} {words_of(unit_name)} in "
     click.echo(f"{words}, {counted_tokens}{result['rows']} {unit}")
@@ -276,21 +276,21 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
         console.echo(STOPPED)
 
 
-def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
-    """Return lines with question, expected answer and the models' answers under each other, and how many are exact.
+def side_by_side(found: Mapping[str, Any]) -> list[str]:
+    """Return lines with question, expected answer and the models' answers under each other, and how many are right.
 
-    Every exact answer is marked. Only those to questions with a short answer are counted, because a long one can be as good
-    in other words.
+    Args:
+        found: as `shown_evaluation` returns it.
     """
-    lines, models = [], [name for name in ("base", "adapter") if examples and name in examples[0]]
-    for number, one in enumerate(examples, 1):
-        lines.append(f"{number}. {'question':<10}{_line(one['question'])}")
-        lines.append(f"   {'expected':<10}{_line(one['expected'])}")
-        for name in models:
-            same = "  (exact)" if normalized(one[name]) == normalized(one["expected"]) else ""
-            lines.append(f"   {name:<10}{_line(one[name])}{same}")
-    exact = exact_words(examples, models)
-    return [*lines, *filter(None, [exact]), ""] if lines else []
+    lines = []
+    for number, row in enumerate(found["rows"], 1):
+        lines.append(f"{number}. {'question':<10}{_line(row['question'])}")
+        lines.append(f"   {'expected':<10}{_line(row['expected'])}")
+        for name, (text, right) in zip(found["models"], row["said"], strict=True):
+            lines.append(
+                f"   {name:<10}{_line(text)}{'' if right is None else '  (right)' if right else '  (not right)'}"
+            )
+    return [*lines, *filter(None, [found["right"]]), ""]
 
 
 def _line(text: str) -> str:

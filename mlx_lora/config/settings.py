@@ -70,6 +70,9 @@ class DataSettings:
         "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare, reasoning-gym:NAME or verifiers:NAME. Separate "
         "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
         MODEL, common=True, may_change=True, per_machine=True, runs=VERIFIERS)
+    ask: str | None = setting(None,
+        "Your own test questions with their answers, in any form that --data takes; the run ends with how many it answers right. "
+        "They are never trained.", MODEL, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
         "Column of the prompt; several columns, separated by commas, are joined with line breaks (default: the usual names).", MODEL)

@@ -82,12 +82,8 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
-NOT_KEPT = (
-    UNCACHED,
-    PICTURES,
-    *WITHOUT_PICTURES,
-    *OWN_ENTRIES,
-)  # records whose columns or pictures are needed in addition to their tokens
+# Records whose columns or pictures are needed in addition to their tokens.
+NOT_KEPT = (UNCACHED, PICTURES, *WITHOUT_PICTURES, *OWN_ENTRIES)
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,7 @@ class DataSplits:
         chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
         chat_day: The day that it shows as today; None if it shows none.
         written: The folder of what models wrote for the run, in the same splits; None: nothing.
+        asked: The questions of --ask, which are never trained; None: there are none.
     """
 
     train: EncodedSet
@@ -109,6 +106,7 @@ class DataSplits:
     chat_template: str | None
     chat_day: date | None = None
     written: Path | None = None
+    asked: EncodedSet | None = None
 
     @property
     def sets(self) -> dict[str, EncodedSet]:
@@ -486,7 +484,7 @@ def entry_folder(
     parts = {
         "kind": kind,
         "files": {name: [(path.name, sha256_of(path)) for path in paths] for name, paths in files.items()},
-        "settings": {**asdict(settings), "data": None, "chat_date": day and day.isoformat()},
+        "settings": {**asdict(settings), "data": None, "ask": None, "chat_date": day and day.isoformat()},
         "template": _template_hash(settings.chat_template),
         "tokenizer": _tokenizer_hash(tokenizer),
         "seed": seed,

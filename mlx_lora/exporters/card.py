@@ -43,12 +43,14 @@ class CardFacts:
         steps: optimizer steps.
         val_loss: held-out loss of the saved adapter.
         objective: what was trained toward.
+        verdict: the headline of its report.
     """
 
     data: str | None = None
     steps: int | None = None
     val_loss: float | None = None
     objective: str = "sft"
+    verdict: str | None = None
 
 
 def read_facts(folder: Path) -> CardFacts:
@@ -68,12 +70,15 @@ def read_facts(folder: Path) -> CardFacts:
     except (OSError, ValueError):
         report = None
     steps = max((step for step, _ in taken), default=None)
-    kept = report.get("kept_step") if isinstance(report, dict) else None  # with --keep-best an earlier one
+    report = report if isinstance(report, dict) else {}
+    kept, verdict = report.get("kept_step"), report.get("verdict")  # with --keep-best an earlier one
+    headline = str(verdict.get("headline") or "") if isinstance(verdict, dict) else ""
+    headline = re.sub(r"[^\w.,:%() -]", "_", headline)[:300] or None
     losses = [loss for step, loss in taken if step == (steps if kept is None else kept) and loss is not None]
     data = settings.get("data") if isinstance(settings, dict) else None
     data = data if isinstance(data, str) else None
     objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"
-    return CardFacts(data, steps, losses[-1] if losses else None, plain(str(objective)))
+    return CardFacts(data, steps, losses[-1] if losses else None, plain(str(objective)), headline)
 
 
 def write_card(
@@ -179,7 +184,7 @@ class _Card:
             rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
         else:
             rows += [("weights trained in full", len(info.full))]
-        rows += [("data", _shown_data(facts.data)), ("steps", facts.steps)]
+        rows += [("data", _shown_data(facts.data)), ("steps", facts.steps), ("result", facts.verdict)]
         if facts.val_loss is not None:
             likelihood = facts.objective == "sft" and facts.val_loss < 700
             perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""

@@ -1,8 +1,7 @@
-"""Tell from a run's metrics what became of it: one headline, notes on what went wrong, and the command that mends it.
+"""Tell what became of a run: one headline, notes on what went wrong, and the command that mends it.
 
-A run has learned, had too few steps, overfitted, memorized, changed nothing, or become worse. `diagnose` is a pure function of
-`Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts before and after in report.json.
-docs/overfitting.md says how often it names a run rightly.
+`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/answers.py). Where they
+cannot be checked, the losses of the held-out rows tell. docs/overfitting.md says how often a run is named rightly.
 """
 
 from __future__ import annotations
@@ -16,14 +15,33 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.objectives import LABELED, RANKED
+from mlx_lora.reports.answers import (
+    HEADS,
+    LEARNED,
+    LITTLE,
+    MEMORIZED,
+    OVER_FITTED,
+    TOO_FEW_STEPS,
+    UNCHANGED,
+    UNKNOWN,
+    WORSE,
+    YOUR_WORDS,
+    Answer,
+    Count,
+    counts_of,
+    counts_words,
+    named_by,
+)  # fmt: skip
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.kept import choices, kept_validation, rounding_begins
+from mlx_lora.reports.kept import choices, measured_adapter, rounding_begins
 from mlx_lora.reports.objectives import (
+    AVERAGED,
     BAD,
     GOOD,
     PLAIN,
     of_divergence,
+    of_equal_rewards,
     of_labels,
     of_preferences,
     of_rankings,
@@ -31,13 +49,11 @@ from mlx_lora.reports.objectives import (
     of_search,
 )
 from mlx_lora.trainer.checkpoint import numbered
-from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
+from mlx_lora.trainer.evaluate import SOUND_ROWS, Change, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
 
 # What became of a run
 
-LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
-MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
 ENOUGH_STEPS = 40  # updates; a LoRA that took fewer has rarely learned what it can
 # Falls are shares of the first held-out loss, so that they mean the same for any tokenizer.
 SMALL = 0.05  # a fall that is little: a loss of 2.5 to 2.375, 12% of perplexity
@@ -46,10 +62,10 @@ LARGE = 0.4  # a fall after which a short run is not too short
 RISE = 0.004  # a rise above the lowest held-out loss, as a share of that
 RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
 BY_HEART = 0.6  # share of the training loss that is left, from which the training rows are learned by heart
-LOST = 0.5  # share of the fall that a rise takes back, from which it counts in such a run even if few rows leave room for chance
+LOST = 0.5  # share of the fall before rounding that its beginning takes back, from which it is to blame
 STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
+FEWEST_AGREEING = 6  # fewer rows than `SOUND_ROWS` tell if the loss of each fell: of six, by chance once in 64 runs
 MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
-AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class Evidence:
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
         rounded_from: the step from which validations are with rounding (--qat 0.3); 0: all of them are, or none.
         choices: among how many measurements of the held-out rows the adapter was chosen.
+        own, new: right answers in the words of the training rows, and in new words; None: nobody asked, or nobody can tell.
     """
 
     steps: int
@@ -79,6 +96,8 @@ class Evidence:
     near_duplicates: int | None = None
     rounded_from: int = 0
     choices: int = 1
+    own: Count | None = None
+    new: Count | None = None
 
     @property
     def same_texts(self) -> int:
@@ -91,7 +110,7 @@ class Diagnosis:
     """What became of a run.
 
     Attributes:
-        name: one of the words from LEARNED to UNKNOWN.
+        name: one of the words of reports/answers.py.
         first, last: the held-out losses that are compared; NaN without any.
         change: from one to the other, with its interval; None: there are no two validations.
         best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
@@ -109,7 +128,17 @@ class Diagnosis:
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
-    """Return what became of a run.
+    """Return what became of a run: by its answers if they can be checked, or else by its losses."""
+    found, counts = _by_losses(evidence), [count for count in (evidence.own, evidence.new) if count is not None]
+    if not counts:
+        return found
+    fell = _training_left(evidence, 0) <= 1 - SMALL
+    begun = evidence.steps < ENOUGH_STEPS or (fell and still_falling(evidence.losses))
+    return replace(found, name=named_by(counts, begun, fell))
+
+
+def _by_losses(evidence: Evidence) -> Diagnosis:
+    """Return what became of a run by the losses of its held-out rows.
 
     The order decides where two are true: rows that the model has seen make every held-out figure void, a rise is
     certain, and few steps explain why nothing changed. A rise is one among validations that measure the same: rounding
@@ -126,12 +155,13 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     fall_before = first - min((loss for step, loss in held_out if step < rounded_from), default=first)
     undone = fall_before >= SMALL * first and first - last < LOST * fall_before
     found: dict[str, Any] = {"first": first, "last": last, "change": change, "undone": undone}
-    gain = -change.change / first if first > 0 else 0.0
+    gain, few = -change.change / first if first > 0 else 0.0, 0 < change.rows < SOUND_ROWS
     alike = (evidence.near_duplicates or 0) / max(1, evidence.held_out_rows)
     if alike >= MOST_ALIKE and gain > NONE:
         return Diagnosis(MEMORIZED, **found)
     best_step, best = min([held_out[0], *same], key=lambda pair: pair[1])
-    if last_step > best_step and _rose(evidence, best_step, last_step, first - best):
+    rose = last_step > best_step and _rose(evidence, best_step, last_step, first - best)
+    if rose and not few:
         looked = best_step > first_step or (len(held_out) < 3 and same[0] == held_out[0])
         if looked and _training_left(evidence, best_step) < 1:
             return Diagnosis(OVER_FITTED, **found, best_step=best_step, best=best)
@@ -139,14 +169,16 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             return Diagnosis(WORSE, **found, best_step=best_step, best=best)
     if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(same)):
         return Diagnosis(TOO_FEW_STEPS, **found)
-    if (
-        gain < NONE
-        or not _is_certain(change)
-        or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
-    ):
+    same_texts = bool(evidence.texts) and evidence.same_texts == len(evidence.texts) and gain < SMALL
+    if few:
+        unchanged = same_texts or abs(gain) < NONE
+        each_fell = evidence.rows[last_step].sums < evidence.rows[first_step].sums
+        learned = gain >= SMALL and not rose and change.rows >= FEWEST_AGREEING and each_fell.all()
+        return Diagnosis(UNCHANGED if unchanged else LEARNED if learned else UNKNOWN, **found)
+    if gain < NONE or not _is_certain(change) or same_texts:
         # What it learned is in its own rows only.
         if gain < SMALL and not undone and _training_left(evidence, first_step) <= BY_HEART:
-            return Diagnosis(OVER_FITTED, **found, best_step=first_step, best=first)
+            return Diagnosis(YOUR_WORDS, **found, best_step=first_step, best=first)
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(same):
         return Diagnosis(TOO_FEW_STEPS, **found)
@@ -169,12 +201,12 @@ def rows_differ(evidence: Evidence, one: int, other: int) -> bool:
 
 
 def still_falling(held_out: Sequence[tuple[int, float]]) -> bool:
-    """Return whether the last third of the validations brought more of the fall than a run that is nearly done would have."""
+    """Return whether the last third of the losses brought more of the fall than a run that is nearly done would have."""
+    if len(held_out) < 3:
+        return False  # two validations do not say how it fell
     (first_step, first), (last_step, last) = held_out[0], held_out[-1]
     earlier = [pair for pair in held_out if pair[0] <= first_step + (last_step - first_step) * 2 / 3]
-    if first <= last or len(held_out) < 3:
-        return False  # two validations do not say how it fell
-    return (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
+    return first > last and (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
 
 
 def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[int, float]:
@@ -183,20 +215,15 @@ def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[in
 
 
 def _is_certain(change: Change) -> bool:
-    """Return whether a change is not chance; with too few rows for an interval nobody knows, and its size decides."""
+    """Return whether a change is not chance; without the losses of rows nobody knows, and its size decides."""
     return change.certain or not math.isfinite(change.low)
 
 
 def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
-    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and by more than chance.
-
-    Few held-out rows make any rise look like chance. A rise that takes back most of the fall, while the training rows are learned
-    by heart, is none.
-    """
+    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and if rows can tell, beyond chance."""
     rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
-    if rise.change < max(RISE * best, RISE_SHARE * fall):
-        return False
-    return _is_certain(rise) or (rise.change >= LOST * fall and _training_left(evidence, best_step) <= BY_HEART)
+    certain = _is_certain(rise) or rise.rows < SOUND_ROWS
+    return rise.change >= max(RISE * best, RISE_SHARE * fall) and certain
 
 
 def _training_left(evidence: Evidence, since: int) -> float:
@@ -216,7 +243,6 @@ VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
 LOW_RATE = 1e-4  # below this, a run that changed nothing had too low a rate
 FACTOR = 5  # between the rate that was wrong and the one to try, and between epochs for a form and for facts
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 40  # of a run over facts
-FEW_KNOWN, MOST_KNOWN = 0.5, 0.9  # shares of training rows that are answered word for word
 
 
 @dataclass(frozen=True)
@@ -251,54 +277,58 @@ class FinishedRun:
         )
 
 
-def mending(diagnosis: Diagnosis, run: FinishedRun, known: KnownRows | None = None) -> tuple[str, str]:
+def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: Count | None = None) -> tuple[str, str]:
     """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend.
 
     Args:
-        diagnosis: what became of it.
+        found: what became of it.
         run: for the command.
-        known: how many training rows it answers word for word; None: nobody asked.
+        own, new: right answers, as in `Evidence`.
     """
-    if known is not None and diagnosis.name == LEARNED and known.share < FEW_KNOWN:
-        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
-        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
-        if epochs > run.epochs:
-            return f"{known.words()} If the rows are facts to remember, train for more epochs:", run.train_again(*flags)
-    if known is not None and diagnosis.name == OVER_FITTED and known.share >= MOST_KNOWN:
-        mend, command = mending(diagnosis, run)
-        return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
-    if diagnosis.undone and diagnosis.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
+    asked = own is not None or new is not None
+    if found.undone and found.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
         return (
             "The cause is that rounding in the last steps alone took back most of what was learned before. With --qat and no share, all "
             "steps are rounded.",
             run.train_again("--qat"),
         )
-    if diagnosis.name == TOO_FEW_STEPS:
-        return _more_steps(run)
-    if diagnosis.name in (OVER_FITTED, WORSE) and diagnosis.change and 0 < diagnosis.change.rows < FEWEST_ROWS:
-        few = counted(diagnosis.change.rows, "held-out row")
-        return (
-            f"{few} cannot tell: before you train again, look at the answers to questions that are not in the training rows.",
-            _new_questions(run, "--show", "10"),
+    if found.name == LEARNED and asked and new is None:
+        words = (
+            "Try it in other words than those of the rows: write questions of your own, and their answers, into a file."
         )
-    if diagnosis.name == OVER_FITTED:
-        return _earlier(diagnosis, run)
-    if diagnosis.name == MEMORIZED:
+        return words, _new_questions(run, "--show", "20")
+    if found.name == YOUR_WORDS and asked and not run.settings.get("rephrase"):
+        words = "Each question stands there in one wording, or in few: --rephrase 3 adds three to each."
+        return words, run.train_again("--rephrase", "3")
+    if found.name in (TOO_FEW_STEPS, LITTLE, YOUR_WORDS) and asked:
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
+        if epochs <= run.epochs:
+            return "More epochs would hardly help; a larger model, or a higher --rank, remembers more.", ""
+        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
+        return "Facts take more epochs than the form of the answers:", run.train_again(*flags)
+    if found.name == TOO_FEW_STEPS:
+        return _more_steps(run)
+    if found.name == UNKNOWN and found.change is not None:
+        few = counted(found.change.rows, "held-out row")
+        words = f"{few} cannot tell: look at the answers to questions that are not in the training rows."
+        return words, _new_questions(run, "--show", "10")
+    if found.name in (OVER_FITTED, YOUR_WORDS):
+        return _earlier(found, run)
+    if found.name == MEMORIZED:
         return "Measure on questions that are not in the training rows.", _new_questions(run)
-    if diagnosis.name == UNCHANGED:
+    if found.name == UNCHANGED:
         if run.rate < LOW_RATE:
             rate = f"{min(2e-4, run.rate * FACTOR * 20):.0e}"
-            return f"The learning rate of {run.rate:g} is low; try {float(rate):g}.", run.train_again(
-                "--learning-rate", rate
-            )
+            words = f"The learning rate of {run.rate:g} is low; try {float(rate):g}."
+            return words, run.train_again("--learning-rate", rate)
         return _more_steps(run)
-    if diagnosis.name == WORSE:
-        rate = run.rate / FACTOR
-        return (
-            f"Try a lower learning rate, such as {rate:.1g}, and check that the held-out rows are like the training rows.",
-            run.train_again("--learning-rate", f"{rate:.1g}"),
+    if found.name == WORSE:
+        rate = f"{run.rate / FACTOR:.1g}"
+        words = (
+            f"Try a lower learning rate, such as {rate}, and check that the held-out rows are like the training rows."
         )
-    if diagnosis.name == UNKNOWN and math.isnan(diagnosis.first):
+        return words, run.train_again("--learning-rate", rate)
+    if found.name == UNKNOWN and math.isnan(found.first):
         return "Hold some rows out to see it.", run.train_again("--valid-fraction", "0.1")
     return "", ""
 
@@ -339,8 +369,6 @@ def _earlier(diagnosis: Diagnosis, run: FinishedRun) -> tuple[str, str]:
 
 # The verdict, with which a report begins
 
-# Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
-MOST_WITHOUT_SPREAD = 0.5
 TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
 
 
@@ -356,6 +384,8 @@ class Verdict:
         mend: what to do, a sentence; empty: nothing is to mend.
         command: that does it; may be empty.
         change: of the held-out loss in nats per token, the fields of `Change`; None: not known.
+        figures: the perplexity, one sentence, where the headline is about answers; else empty.
+        right_in_your_words, right_in_new_words: right answers; None: nobody asked, or nobody can tell.
     """
 
     headline: str
@@ -365,6 +395,9 @@ class Verdict:
     mend: str = ""
     command: str = ""
     change: dict[str, float] | None = None
+    figures: str = ""
+    right_in_your_words: Count | None = None
+    right_in_new_words: Count | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -382,7 +415,8 @@ class VerdictContext:
         texts: the model's texts before and after.
         held_out_rows: how many rows are held out.
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
-        known: how many training rows the model answers word for word; None: nobody asked.
+        answers: of the model, as report.json has them.
+        evaluation: what `evaluate` measured since; None: nothing.
         seconds: that the run took.
         kept_step, rounded_from, begins_at: see `RunReport`.
     """
@@ -392,7 +426,8 @@ class VerdictContext:
     texts: Sequence[tuple[str, str]] = ()
     held_out_rows: int = 0
     near_duplicates: int | None = None
-    known: KnownRows | None = None
+    answers: Sequence[Answer] = ()
+    evaluation: Mapping[str, Any] | None = None
     seconds: float = 0.0
     kept_step: int | None = None
     rounded_from: int | None = None
@@ -421,28 +456,26 @@ def verdict(
     context = context or VerdictContext()
     context = replace(context, rounded_from=rounding_begins(records, settings, context.rounded_from))
     validations = [r for r in records if r["val_loss"] is not None]
-    notes = [note for note in (_alike(records), _skipped(records)) if note]
+    notes = [note for note in (of_equal_rewards(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
     begins = _begins(context.begins_at, validations)
-    if not validations:
+    own, new = counts_of(context.answers, context.evaluation)
+    if not validations and not (own or new):
         losses = [r["loss"] for r in records if r["loss"] is not None]
-        words = (
-            f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else "No step has been reported yet"
-        )
+        loss = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else ""
         mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
         nothing = "No held-out data was measured, so this run shows no effect on new text."
-        return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
-    kept = measured_adapter(records, settings, ended, context)
-    if kept is None:
+        return Verdict(loss or "No step has been reported yet", PLAIN, [nothing, *notes], UNKNOWN, mend, command)
+    kept = measured_adapter(records, settings if ended else None, context.kept_step, context.rounded_from)
+    if kept is None and validations:
         words = f"The adapter is that of step {context.kept_step:,}, for which no validation was recorded"
         return Verdict(words, PLAIN, notes, UNKNOWN)
-    if 0 < (context.rounded_from or 0) <= kept["step"]:
+    kept_step = kept["step"] if kept else max(r["step"] for r in records)
+    if 0 < (context.rounded_from or 0) <= kept_step and validations:
         notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")
-    if kept is not validations[-1]:
+    if kept and kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
-    if context.folder is not None and (
-        words := measured_words(read_classes(context.folder / CLASSES_FILE, kept["step"]))
-    ):
+    if context.folder is not None and (words := measured_words(read_classes(context.folder / CLASSES_FILE, kept_step))):
         notes.insert(0, words)
     of_its_own = (
         (any(r.get("reward") is not None for r in validations), of_rewards),
@@ -452,8 +485,10 @@ def verdict(
         (settings.get("objective") in RANKED, of_rankings),
         (settings.get("objective") == "embed", of_search),
     )
-    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder)
-    evidence = replace(evidence_of(records, kept["step"], context), choices=chosen)
+    chosen = (
+        choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder) if validations else 1
+    )
+    evidence = replace(evidence_of(records, kept_step, context), choices=chosen, own=own, new=new)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
@@ -461,12 +496,13 @@ def verdict(
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
             return Verdict(headline + begins, tone, notes)
     found = diagnose(evidence)
-    if found.name == UNKNOWN:
-        return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
-    mend, command = mending(found, run, context.known)
-    change = found.change and asdict(found.change)
-    headline, tone = headline_of(found, evidence) + begins, TONES.get(found.name, PLAIN)
-    return Verdict(headline, tone, notes, found.name, mend, command, change)
+    mend, command = mending(found, run, own, new)
+    change, tone = found.change and asdict(found.change), TONES.get(found.name, PLAIN)
+    if own or new:
+        headline = f"{HEADS.get(found.name, found.name.capitalize())}: {counts_words(own, new)}"
+        figures = f"{_perplexities(found, evidence)}{begins}." if validations else ""
+        return Verdict(headline, tone, notes, found.name, mend, command, change, figures, own, new)
+    return Verdict(headline_of(found, evidence) + begins, tone, notes, found.name, mend, command, change)
 
 
 def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
@@ -500,14 +536,23 @@ def facts_of_run(
     return FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
 
 
+def _perplexities(found: Diagnosis, evidence: Evidence) -> str:
+    """Return the perplexities of a run's held-out rows, with their change, as the beginning of a sentence."""
+    if found.change is None:
+        return f"Held-out perplexity {perplexity(found.first)}, measured once"
+    ends = f"{perplexity(found.first)} to {perplexity(found.last)}"
+    return f"Held-out perplexity {ends}, {found.change.words()}{_rows_words(evidence)}"
+
+
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
-    """Return a diagnosis as a sentence."""
-    measured = (
-        f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
-        f"{_rows_words(evidence)}"
-    )
-    if found.name == OVER_FITTED and not found.best_step:
-        return f"Overfitted: {measured}, while the training loss fell"
+    """Return a diagnosis by losses as a sentence."""
+    measured = _perplexities(found, evidence)
+    if found.name == UNKNOWN:
+        return measured
+    measured = measured[0].lower() + measured[1:]
+    if found.name in (YOUR_WORDS, OVER_FITTED) and not found.best_step:
+        head = "Overfitted" if found.name == OVER_FITTED else "Knows its own rows only"
+        return f"{head}: {measured}, while the training loss fell"
     if found.name == OVER_FITTED:
         return (
             f"Overfitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
@@ -522,8 +567,9 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
         return f"Too few steps: {counted(evidence.steps, 'update')}, {measured}"
     if found.name == UNCHANGED:
         same = evidence.same_texts
-        texts = f", and {same} of {counted(len(evidence.texts), 'text')} the same as before" if same else ""
-        return f"Nothing changed: {measured}{texts}"
+        return f"Nothing changed: {measured}" + (
+            f", and {same} of {counted(len(evidence.texts), 'text')} as before" if same else ""
+        )
     return f"{found.name.capitalize()}: {measured}"
 
 
@@ -536,24 +582,6 @@ def _rows_words(evidence: Evidence) -> str:
     return f" (on other rows: {counted(counts[0], 'row')} at step {first:,}, {counts[1]:,} at step {last:,})"
 
 
-def change_words(change: Change | None) -> str:
-    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39%, 12 rows)`.
-
-    The interval is in the unit of the change, as in `3 times as high (95% interval 2.5 to 3.6 times, 12 rows)`.
-    """
-    if change is None:
-        return "measured once"
-    ratio, low, high = (math.exp(min(nats, 700.0)) for nats in (change.change, change.low, change.high))
-    lower = ratio <= 1
-    words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
-    if not math.isfinite(change.low):
-        return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
-    ends = sorted((end - 1) * (-1 if lower else 1) for end in (low, high))
-    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{ends[0]:.0%} to {ends[1]:.0%}"
-    chosen = f" for the best of {change.choices} measurements" if change.choices > 1 else ""
-    return f"{words} (95% interval {interval}{chosen}, {counted(change.rows, 'row')})"
-
-
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     """Return a note on the loss of an objective whose headline is about another number."""
     if found.name not in (OVER_FITTED, WORSE):
@@ -561,30 +589,6 @@ def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     where = f"at step {found.best_step:,}" if found.best_step else "before training"
     mend, _ = mending(found, run)
     return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
-
-
-def measured_adapter(
-    records: Sequence[dict[str, Any]], settings: dict[str, Any], ended: bool, context: VerdictContext
-) -> dict[str, Any] | None:
-    """Return the last validation, after a run's end that of the adapter in the folder; None: there is none."""
-    validations = [r for r in records if r["val_loss"] is not None]
-    if not ended or not validations:
-        return validations[-1] if validations else None
-    rounded_from = rounding_begins(records, settings, context.rounded_from)
-    return kept_validation(validations, settings, context.kept_step, rounded_from)
-
-
-def _alike(records: list[dict[str, Any]]) -> str:
-    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
-    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
-    last = shares[-AVERAGED:]
-    share = sum(last) / len(last) if last else 0.0
-    if share < MOST_WITHOUT_SPREAD:
-        return ""
-    return (
-        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
-        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
-    )
 
 
 def _skipped(records: list[dict[str, Any]]) -> str:

@@ -63,6 +63,23 @@ def kept_validation(
     return best if best["step"] else last
 
 
+def measured_adapter(
+    records: Sequence[Record], settings: Mapping[str, Any] | None, known: int | None, rounded_from: int | None
+) -> Record | None:
+    """Return the last validation, after a run's end that of the adapter in the folder; None: there is none.
+
+    Args:
+        records: of metrics.jsonl.
+        settings: of run.yaml; None: the run goes on.
+        known: see `kept_validation`.
+        rounded_from: see `rounding_begins`.
+    """
+    validations = [r for r in records if r["val_loss"] is not None]
+    if settings is None or not validations:
+        return validations[-1] if validations else None
+    return kept_validation(validations, settings, known, rounding_begins(records, settings, rounded_from))
+
+
 def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from: int, folder: Path | None) -> int:
     """Return among how many measurements of the held-out rows the adapter was chosen; 1: it was not.
 

@@ -14,6 +14,9 @@ from mlx_lora.reports.charts import OF_TOOLS, Series
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 SAME = 0.005  # a smaller relative change of a divergence is none
+# Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
+MOST_WITHOUT_SPREAD = 0.5
+AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
 CERTAIN = 1.645  # standard deviations above the mean, which 95% of random orders do not exceed
 Chart = tuple[str, list[Series], str, bool]
 WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
@@ -216,3 +219,16 @@ def rollout_charts(records: list[dict[str, Any]]) -> list[Chart]:
         series = both_curves(sampled, name)
         charts += [(title, series, "", from_zero)] if series else []
     return charts
+
+
+def of_equal_rewards(records: list[dict[str, Any]]) -> str:
+    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
+    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
+    last = shares[-AVERAGED:]
+    share = sum(last) / len(last) if last else 0.0
+    if share < MOST_WITHOUT_SPREAD:
+        return ""
+    return (
+        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
+        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
+    )

@@ -29,9 +29,11 @@ from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
+from mlx_lora.reports.answers import right_words, shown_rows
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
-from mlx_lora.reports.diagnosis import VerdictContext, change_words, measured_adapter, verdict
+from mlx_lora.reports.diagnosis import VerdictContext, verdict
+from mlx_lora.reports.kept import measured_adapter
 from mlx_lora.reports.objectives import (
     class_charts,
     curve,
@@ -41,7 +43,7 @@ from mlx_lora.reports.objectives import (
     trains_classifier,
     trains_reranker,
 )
-from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
+from mlx_lora.trainer.evaluate import ROWS_FILE, Change, read_rows_file
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.files import replace_text, replacing_file, sha256_of
 from mlx_lora.utils.parsing import parse_json, parse_yaml
@@ -96,7 +98,7 @@ class RunReport:
         step: what computes a step, a line.
         held_out: whether the texts' beginnings are from rows that are not trained on.
         ended: whether all steps are done.
-        known: how many training rows the model answers word for word; None: nobody asked.
+        answers: what the model was asked at the run's end, and said (reports/answers.py); empty: nothing.
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
         pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.
@@ -116,7 +118,7 @@ class RunReport:
     step: str = ""
     held_out: bool = True
     ended: bool = False
-    known: KnownRows | None = None
+    answers: list[Record] = field(default_factory=list)
     verdict: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     pictures: dict[str, str] = field(default_factory=dict)
@@ -149,17 +151,13 @@ class RunReport:
         replace_text(folder / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
         replace_text(folder / REPORT_FILE, page)
 
-    def rewrite_page(self, folder: Path) -> None:
-        """Write report.html alone, with what was measured since the run's end."""
-        replace_text(folder / REPORT_FILE, self._page(folder))
-
     def _page(self, folder: Path) -> str:
         """Return the page's text, and keep the verdict that is on it."""
         settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
         records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
-        context, evaluation = self._context(folder, records), read_evaluation(folder)
+        context = self._context(folder, records)
         found = verdict(records, settings, self.ended, context)
-        kept = measured_adapter(records, settings, self.ended, context)
+        kept = measured_adapter(records, settings if self.ended else None, self.kept_step, self.rounded_from)
         self.verdict = found.to_dict()
         return render_page(
             COMMON,
@@ -171,7 +169,8 @@ class RunReport:
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
-            evaluation=shown_evaluation(evaluation) if evaluation else None,
+            asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],
+            evaluation=shown_evaluation(context.evaluation) if context.evaluation else None,
             classes=classes_page(read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)),
             settings=settings,
         )
@@ -184,7 +183,8 @@ class RunReport:
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
             held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
             near_duplicates=near.get("held_out_rows"),
-            known=self.known,
+            answers=self.answers,
+            evaluation=read_evaluation(folder),
             seconds=elapsed_s(records),
             kept_step=self.kept_step,
             rounded_from=self.rounded_from,
@@ -210,9 +210,8 @@ def read_report(folder: Path) -> RunReport | None:
     """Return the report of a run as it was written last; None: there is none, or another version wrote it."""
     facts = read_facts(folder)
     try:
-        known = KnownRows(**facts["known"]) if facts.get("known") else None
         samples = [Sample(**one) for one in facts.get("samples", [])]
-        report = RunReport(**{**facts, "samples": samples, "known": known})
+        report = RunReport(**{**facts, "samples": samples})
         report.date = report.date or date.fromtimestamp((folder / FACTS_FILE).stat().st_mtime).isoformat()
     except (OSError, TypeError):
         return None
@@ -490,8 +489,6 @@ def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tup
 # What evaluate measured
 
 EVALUATION_FILE = "evaluation.json"
-MODELS = ("base", "adapter")
-SHORT_WORDS = 8  # an expected answer of at most so many words can be given exactly
 
 
 def keep_evaluation(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -525,38 +522,46 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def shown_evaluation(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what pages show of an evaluation: texts, and a list of the questions with what each model said.
+    """Return what pages show of an evaluation.
 
     Args:
         facts: what `evaluate --json` prints; `held_out` and `date` where they are known.
 
     Returns:
-        `source`, `date`, `loss`, `exact` and `seen` (sentences, empty where there is nothing to say), `models`, and `rows`:
-        `question`, `expected` and `said`: (text, whether it is right, or None where no text can be called exact) of each.
+        `source`, `date`, `loss`, `right` and `seen` (sentences, empty where there is nothing to say), and what `shown_rows`
+        returns.
     """
     examples = facts.get("examples") or []
-    models = [
-        name for name in MODELS if (name in examples[0] if examples else name == MODELS[0] or "base_loss" in facts)
-    ]
-    rows = [
-        {
-            "question": str(one["question"]),
-            "expected": str(one["expected"]),
-            "said": [(str(one[name]), one["exact"][name] if one["exact"] else None) for name in models],
-        }
-        for one in examples
-    ]
     whose = "that the run held out of" if facts.get("held_out") else "of"
-    exact = exact_words(examples, models)
     return {
         "source": f"{counted(facts['rows'], 'row')} {whose} {facts['data']}",
         "date": str(facts.get("date") or "")[:10],
         "loss": loss_words(facts).replace("->", "→").capitalize(),
-        "exact": exact.capitalize(),
+        "right": right_words(examples).capitalize(),
         "seen": SeenRows(**facts["near_training"]).words() if facts.get("near_training") else "",
-        "models": models,
-        "rows": rows,
+        **shown_rows(examples),
     }
+
+
+def tick(folder: Path, index: int, right: bool | None) -> None:
+    """Say that an adapter's answer is right or wrong, and write the run's report anew.
+
+    Args:
+        folder: of the run.
+        index: of the answer among report.json's `answers`, and after these evaluation.json's `examples`.
+        right: what a person says; None: takes back what was said.
+
+    Raises:
+        IndexError: there is no such answer.
+        OSError: it cannot be written.
+    """
+    report, evaluation = read_report(folder), read_evaluation(folder)
+    answers = report.answers if report else []
+    [*answers, *(evaluation or {}).get("examples", [])][index]["ticked"] = right
+    if evaluation:
+        replace_text(folder / EVALUATION_FILE, json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n")
+    if report:
+        report.write(folder)
 
 
 def loss_words(facts: Mapping[str, Any]) -> str:
@@ -564,16 +569,7 @@ def loss_words(facts: Mapping[str, Any]) -> str:
     if "base_loss" not in facts:
         return f"base {facts['loss']:.4f}"
     change: dict[str, Any] = {name: math.nan if value is None else value for name, value in facts["change"].items()}
-    return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {change_words(Change(**change))}"
-
-
-def exact_words(examples: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
-    """Return how many answers of each model are exact; empty if no question expects a short answer."""
-    exact = [one["exact"] for one in examples if one["exact"] is not None]
-    if not exact:
-        return ""
-    counts = ", ".join(f"{name} {sum(one[name] for one in exact)}" for name in models)
-    return f"exact answers to the {counted(len(exact), 'question')} that expect at most {SHORT_WORDS} words: {counts}"
+    return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {Change(**change).words()}"
 
 
 def write_evaluation_page(path: Path, facts: Mapping[str, Any], command: str, device: str) -> None:

@@ -45,7 +45,7 @@ class SamplingOptions:
     Attributes:
         group: G.
         max_new_tokens: of an answer, with its end token.
-        temperature: above 0.
+        temperature: 0: the likeliest token each time.
         top_p: sample from the nucleus with this mass at the temperature; 1 is off.
         min_p: leave out tokens less likely at the temperature than this share of the likeliest; 0 is off.
     """
@@ -232,14 +232,14 @@ def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None
 def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
     """Return the next keys (rows, 2), a token for each row (rows,), and its log-probability."""
     logits = logits.astype(mx.float32)
-    tempered = nn.log_softmax(logits if options.temperature == 1 else logits / options.temperature, axis=-1)
+    tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
     left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
     if options.top_p < 1:
         left = apply_top_p(left, options.top_p)
     if options.min_p > 0:
         left = apply_min_p(left, options.min_p)
     pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
-    tokens = _categorical(left, pairs[:, 1])
+    tokens = _categorical(left, pairs[:, 1]) if options.temperature else mx.argmax(logits, axis=-1).astype(mx.uint32)
     return pairs[:, 0], tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0]
 
 

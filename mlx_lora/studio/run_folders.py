@@ -411,7 +411,7 @@ def verdict_of(facts: dict[str, Any]) -> dict[str, str] | None:
     found = facts.get("verdict")
     if not isinstance(found, dict) or not found.get("headline"):
         return None
-    return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "mend", "command")}
+    return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "figures", "mend", "command")}
 
 
 def _sample(step: int | None, prompt: Any, text: Any, specials: Iterable[str], expected: Any = None) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None, rewarde
 
 
 def told_after(verdict: Mapping[str, Any]) -> str:
-    """Return a run's verdict, what mends it, and the command for that, on lines of their own.
+    """Return a run's verdict, its figures, what mends it, and the command for that, on lines of their own.
 
     An objective with a measure of its own has its notes, too: on how few rows that was measured, or that the loss rose meanwhile.
 
@@ -141,7 +141,8 @@ def told_after(verdict: Mapping[str, Any]) -> str:
         verdict: as report.json has it.
     """
     notes = [] if verdict.get("name") else verdict.get("notes", [])
-    lines = [str(verdict.get("headline", "")), *notes, str(verdict.get("mend", ""))]
+    headline, figures, mend = (str(verdict.get(name, "")) for name in ("headline", "figures", "mend"))
+    lines = [headline, figures, *notes, mend]
     command = str(verdict.get("command", ""))
     return "\n".join([*filter(None, lines), *([f"    {command}"] if command else [])])
 

@@ -1,21 +1,16 @@
-"""Report on a run while it goes on and at its end: report.html, texts before and after, fixed answers, known rows, model card.
+"""Report on a run while it goes on and at its end: report.html, texts before and after, fixed answers, model card.
 
 report.html is written at every save. After the last step it gets greedy texts that continue the beginnings of held-out rows,
 with the adapter and without. Those without it are the texts of the model before training, and nobody waits for them before
 the first step. Only a run that changes more than adapters, or goes on from another run's adapter, writes them first. A run
 that samples its answers has the same few held-out prompts answered at every validation instead, always with the likeliest
 token, so that one sees texts change.
-
-A held-out loss tells whether the form of the answers was learned. Facts that stand in no held-out row do not show in it: a
-run over a catalog can halve its held-out loss and know nothing of the catalog. So at the end the rows that were trained are
-measured: how many of them the model would answer word for word.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import sys
 import time
@@ -31,7 +26,7 @@ from mlx_lm import stream_generate
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet, spaced_by_length
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
@@ -48,8 +43,7 @@ from mlx_lora.reports.run_report import (
 )
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
 from mlx_lora.trainer.adapter import first_qat_step
-from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile
-from mlx_lora.trainer.held_out import held_out_loss
+from mlx_lora.trainer.evaluate import ROWS_FILE, RowsFile
 from mlx_lora.trainer.next_commands import Uses, closing_words
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.trainer.run_folder import run_of_checkpoint
@@ -63,7 +57,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
+    from mlx_lora.objectives.base import FixedPrompt, Objective
     from mlx_lora.objectives.picture_texts import PromptPictures
     from mlx_lora.trainer.build import BuiltRun
     from mlx_lora.trainer.callbacks import Callbacks
@@ -472,39 +466,3 @@ def whole_words(text: str) -> str:
     """Return a text that was cut, without the beginning of a word at its end, and with three dots unless a sentence ends."""
     kept = re.sub(r"(?<=\S)\s+\w{1,40}$", "", text).rstrip()
     return kept if kept[-1:] in SENTENCE_ENDS else f"{kept} ..."
-
-
-# Known training rows
-
-MOST_ROWS = 32
-MOST_POSITIONS = 8192  # of all measured rows together
-SHORT = 48  # trained tokens of a row, on average; longer answers are seldom meant to be repeated word for word
-
-
-def known_rows(ctx: RunContext, rows: EncodedSet) -> KnownRows | None:
-    """Measure a sample of the training rows with the trained model.
-
-    Args:
-        ctx: of the run, which ran in one process.
-        rows: that were trained on.
-
-    Returns:
-        None where the question has no meaning: another objective, plain text, trained prompts, long answers.
-    """
-    if ctx.objective.name != "sft" or not ctx.settings.data.mask_prompt:
-        return None
-    count = min(MOST_ROWS, len(rows), max(1, int(MOST_POSITIONS / max(1.0, float(rows.lengths.mean())))))
-    sample = rows.select(spaced_by_length(rows, count)) if count else rows
-    if not len(sample) or not _has_short_answers(sample):
-        return None
-    # With a loss of its own: that of a run may read what its frozen blocks gave for a row of the whole set.
-    losses = held_out_loss(ctx, sample).rows
-    if losses is None or not np.isfinite(losses.sums).all():
-        return None
-    return KnownRows(int((losses.sums < math.log(2)).sum()), len(losses.sums))
-
-
-def _has_short_answers(rows: EncodedSet) -> bool:
-    """Return whether all rows have a prompt that is not trained, and answers that are short on average."""
-    firsts = [np.flatnonzero(rows.row(number)[1])[:1] for number in range(len(rows))]
-    return all(len(first) and first[0] > 1 for first in firsts) and rows.mask.sum() / len(rows) <= SHORT

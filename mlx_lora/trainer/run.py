@@ -12,13 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
+from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
+from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -26,9 +26,9 @@ from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_re
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
+from mlx_lora.trainer.report_callback import RunPage, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
-from mlx_lora.trainer.state import LOSS, TASK, Diverged
+from mlx_lora.trainer.state import Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
 from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
@@ -167,7 +167,6 @@ def check_request(
     settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    check_metric(settings)
     objective = objective_of(settings.objective)
     objective.check(settings.objective, functions)
     check_task(settings, objective)
@@ -176,9 +175,8 @@ def check_request(
     if not objective.needs_data:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
-    alone = [
-        flag for flag, asked in (("--test without --train", not trains), ("--max-restarts", loop.max_restarts)) if asked
-    ]
+    single = {"--test without --train": not trains, "--max-restarts": loop.max_restarts, "--ask": settings.data.ask}
+    alone = [flag for flag, asked in single.items() if asked]
     if alone and ranks.size > 1:
         raise InputError(
             f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
@@ -201,17 +199,6 @@ def check_request(
         )
 
 
-def check_metric(settings: TrainSettings) -> None:
-    """Refuse an objective that cannot be trained as asked, or that does not report what the best validation is chosen by."""
-    metric = settings.loop.metric_for_best_model
-    if metric not in (LOSS, TASK, *objective_of(settings.objective).metrics):
-        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).metrics]
-        raise InputError(
-            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
-            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
-        )
-
-
 def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
     """Refuse --test without a test split, before the training and not after it."""
     if settings.loop.test and splits.test is None:
@@ -228,6 +215,9 @@ def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
     """
     data = ctx.objective.load_data(ctx)
     check_test_split(ctx.settings, data)
+    if ask := ctx.settings.data.ask:
+        own = replace(ctx.settings.data, data=ask, mask_prompt=True)
+        data = replace(data, asked=ctx.objective.read_set(ctx, own))
     for rows in filter(None, (data.train, data.valid, data.test)):
         check_token_ids(ctx.base, int(rows.tokens.max(initial=0)), f"--data {data.report.data}")
     if tell:
@@ -303,7 +293,7 @@ def take_steps(
         run.trunk.end()
     if page is not None:
         if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
-            page.report.known = known_rows(run.ctx, data.train)
+            page.report.answers = ask_run(run.ctx, data)
         page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))

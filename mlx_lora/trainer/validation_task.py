@@ -18,8 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.data.examples import Text
+from mlx_lora.data.files import all_files
+from mlx_lora.data.read import read_rows
+from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.strategy import dividing_flag
-from mlx_lora.trainer.state import TASK
+from mlx_lora.trainer.state import LOSS, TASK
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
@@ -48,11 +53,26 @@ def has_rows(asked: str) -> bool:
 
 
 def check_task(settings: TrainSettings, objective: Objective) -> None:
-    """Refuse, before anything is loaded, a task that this run cannot be scored on.
+    """Refuse, before anything is loaded, a metric, questions or a task that this run cannot be measured by.
 
     Raises:
         InputError: there is no such file, metric or package, or the run's model writes no text.
     """
+    metric = settings.loop.metric_for_best_model
+    if metric not in (LOSS, TASK, *objective_of(settings.objective).metrics):
+        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).metrics]
+        raise InputError(
+            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
+            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
+        )
+    if settings.data.ask:
+        if objective.name != "sft":
+            raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
+        rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
+        if all(isinstance(one, Text) for one in rows):
+            raise InputError(
+                f"--ask {settings.data.ask}: no question with its answer; give rows of prompt and completion"
+            )
     loop, asked = settings.loop, settings.loop.eval_tasks
     if asked is None:
         return

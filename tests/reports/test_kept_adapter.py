@@ -11,7 +11,8 @@ from run_cli import run
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
-from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, measured_adapter, verdict
+from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, verdict
+from mlx_lora.reports.kept import measured_adapter
 from mlx_lora.reports.run_report import RunReport, read_facts, read_records
 from mlx_lora.trainer import sweep
 from mlx_lora.trainer.evaluate import read_rows_file
@@ -47,10 +48,10 @@ def lines(held_out, training=lambda step: 4.0):
 )
 def test_the_adapter_in_the_folder_is_the_one_of_the_headline(settings, known, kept):
     records, context = lines(ROUNDED), VerdictContext(kept_step=known)
-    assert measured_adapter(records, settings, True, context)["step"] == kept
+    assert measured_adapter(records, settings, known, None)["step"] == kept
     found = verdict(records, settings, True, context)
     assert found.change["change"] == pytest.approx(ROUNDED[kept] - ROUNDED[0])
-    assert measured_adapter(records, settings, False, context)["step"] == 100
+    assert measured_adapter(records, None, known, None)["step"] == 100
 
 
 def test_an_adapter_that_was_never_measured_here_gets_no_figure():

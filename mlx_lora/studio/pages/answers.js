@@ -53,7 +53,7 @@ function Table({ found }) {
 function Found({ found }) {
   return html`
     <p>
-      ${found.loss}. ${found.exact && found.exact + "."}
+      ${found.loss}. ${found.right && found.right + "."}
     </p>
     ${found.seen && html`<p class="note">${found.seen}.</p>`}
     ${found.rows.length > 0 && html`<${Table} found=${found} />`}
