@@ -19,7 +19,8 @@ def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
         why = "This run changed the weights themselves, so there is no adapter apart from them."
         refused |= dict.fromkeys(("peft", "hub", "gguf-adapter", "mlx-lm"), why)
     if settings.get("modules_to_save"):
-        refused |= dict.fromkeys(("gguf-adapter", "mlx-lm"), "This adapter has whole modules, which its format cannot hold.")
+        why = "This adapter has whole modules, which this format cannot hold."
+        refused |= dict.fromkeys(("gguf-adapter", "mlx-lm"), why)
     objective = settings.get("objective", "sft")
     if objective in WITH_SCORES:
         why = "This adapter gives scores and writes no text, which this program cannot read."

@@ -41,6 +41,7 @@ from mlx_lora.reports.run_report import (
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.adapter_uses import uses_of_adapter
 from mlx_lora.studio.folders import Folders, whole_model
+from mlx_lora.studio.model_stores import files_of_model
 from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.run_metrics import RunClock, last_values, read_columns, tail_lines
 from mlx_lora.studio.web import OWN, in_page_words
@@ -340,10 +341,7 @@ class RunListing:
             "adapter": str(adapter) if adapter else None,
             "data": facts.get("data"),
             "data_content": self.content_of_data(folder, read_settings_of(folder, started)),
-            "answers": [
-                {**one, **{name: str(one.get(name) or "")[:MOST_SAID] for name in ("question", "expected", "base", "adapter")}}
-                for one in facts.get("answers") or ()
-            ],
+            "answers": shown_answers(facts),
         }
 
     def content_of_data(self, folder: Path, settings: dict[str, Any]) -> str | None:
@@ -371,6 +369,8 @@ class RunListing:
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
                 one |= {name: settings.get(name) for name in OF_BASE}
+                on_disk = files_of_model(str(settings.get("model") or ""), settings.get("revision"))
+                one["file"] = None if on_disk is None else str(on_disk)
                 found.append((changed, one | uses_of_adapter(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -494,6 +494,17 @@ def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] 
         row["said"] = [{"text": text[:MOST_SAID], "right": right} for text, right in row["said"]]
         row |= {name: row[name][:MOST_SAID] for name in ("question", "expected")}
     return {"evaluation": found, "evaluation_command": command_line(words_of_asking(folder, settings, report))}
+
+
+def shown_answers(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the questions and answers of a run's end, in the order of report.json; their numbers are those of a tick."""
+    found = facts.get("answers")
+    return [
+        {name: str(one.get(name) or "")[:MOST_SAID] for name in ("question", "expected", "base", "adapter")}
+        | {name: one.get(name) for name in ("new_words", "right", "base_right", "ticked")}
+        for one in (found if isinstance(found, list) else ())
+        if isinstance(one, dict)
+    ]
 
 
 def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:

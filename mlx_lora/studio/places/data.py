@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import free_on_disk
+from mlx_lora.utils.files import free_on_disk, sha256_of
 
 UPLOAD = "/api/data/upload"
+FIT = dict.fromkeys(map(ord, "()[]&'!@~"), "_")  # in the name of a data file, as in “faq (1).jsonl”
+UNFIT = re.compile(r"[^\w .+()\[\]&'!@~-]")  # in it: --data reads commas, = and #
 SILENCE_S = 30.0  # between two parts of an upload
 MOST_SETS, DEPTH = 2000, 3
 MOST_PAGE = 200
@@ -44,7 +48,8 @@ def routes(studio: Studio) -> list[BaseRoute]:
 
 async def upload(studio: Studio, request: Request) -> Response:
     """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
-    name = upload_name(request.query_params.get("name"))
+    given = (request.query_params.get("name") or "").replace("\\", "/").rpartition("/")[2]
+    name = upload_name(given)
     length = request.headers.get("content-length", "")
     declared = int(length[:20]) if length.isdecimal() else 0
     if declared > studio.max_upload_bytes:
@@ -58,7 +63,10 @@ async def upload(studio: Studio, request: Request) -> Response:
         path = await anyio.to_thread.run_sync(_place, part, studio.folders.data / name)
     finally:
         part.unlink(missing_ok=True)
-    return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
+    taken, unfit = "there is another file of that name", "commas, = and # mean something else in --data"
+    renamed = path.name != unicodedata.normalize("NFC", given.strip())
+    why = "" if not renamed else unfit if path.name == name else taken
+    return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size, "why": why})
 
 
 async def _write(studio: Studio, request: Request, part: Path) -> None:
@@ -146,26 +154,29 @@ def data_text(sets: list[dict[str, Any]]) -> str:
     return ",".join(parts)
 
 
-def upload_name(given: str | None) -> str:
-    """Return the name of an uploaded file: no path, and of a kind that is read as data.
+def upload_name(given: str) -> str:
+    """Return the name of an uploaded file: as it was, but for what is not fit for a name, and of a kind that is read as data.
 
     Raises:
         ApiError: 400, it is not.
     """
-    name = safe_name((given or "").replace("\\", "/").rpartition("/")[2], "name")
+    given = unicodedata.normalize("NFC", given.strip())
+    safe_name(UNFIT.sub("_", given.translate(FIT)), "name")
+    name = UNFIT.sub("-", given)
     if Path(name).suffix.lower() not in SUFFIXES:
         raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
     return name
 
 
 def _place(part: Path, wanted: Path) -> Path:
-    """Give an upload its name, or the next one that is free; a file that is there is never replaced."""
+    """Give an upload its name, or the next one that is free; a file that is there is never replaced, and the same one stays the only one."""
     for number in range(1, 10_000):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         try:
             os.link(part, path)
         except FileExistsError:
-            continue
+            if path.stat().st_size != part.stat().st_size or sha256_of(path) != sha256_of(part):
+                continue
         return path
     raise ApiError(409, f"{wanted.name}: too many files of this name; choose another", "name_taken")
 

@@ -1,8 +1,8 @@
 // Talk & ship: the same question to two models side by side, base, adapters or blends of them; then take one along.
 import { useEffect, useMemo, useRef, useState } from "../pages/vendor/hooks.module.js";
 import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
-import { go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
-import { counted, lastPart, rate } from "../pages/format.js";
+import { changeProject, go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
+import { counted, lastPart, rate, shortPath } from "../pages/format.js";
 import { Ship } from "../pages/ship.js";
 import { contentOf, MOST, Pictures, readPicture } from "../pages/pictures.js";
 import { numberReader, Typed } from "../pages/typed.js";
@@ -29,8 +29,9 @@ function Said({ text, busy }) {
 }
 
 // A base is a model in one revision and with its own or fewer bits; each is another one in memory.
-const baseOf = ({ base, revision = null, bits = null }) => ({ model: base, revision, bits });
-const keyOf = ({ model, revision, bits }) => JSON.stringify([model, revision, bits]);
+// `file` is where it is on this disk: one model may have several names.
+const baseOf = ({ base, file, revision = null, bits = null }) => ({ model: base, file, revision, bits });
+const keyOf = ({ model, file, revision, bits }) => JSON.stringify([file || [model, revision], bits]);
 const labelOf = ({ model, revision, bits }) =>
   [lastPart(model), revision, bits && `${bits} bits`].filter(Boolean).join(", ");
 const isOn = (base) => (adapter) => !adapter.base || keyOf(baseOf(adapter)) === keyOf(base);
@@ -341,7 +342,8 @@ function Chat({ base, adapters, first }) {
     { adapters: [] },
     { adapters: (first ? [first] : list.slice(0, 1)).map((one) => ({ path: one.path, weight: 1 })) },
   ]);
-  const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" });
+  const [options, setOptions] = useState({ temperature: 0, max_tokens: 256, seed: null, system: "" }); // as chat's
+  const [about] = useAsked((signal) => api.readTalked(base, signal), []);
   const [question, setQuestion] = useState("");
   const [pictures, setPictures] = useState([]);
   const [unread, setUnread] = useState("");
@@ -361,7 +363,8 @@ function Chat({ base, adapters, first }) {
     setPictures(pictures);
   };
   const take = async (files) => {
-    setUnread("");
+    setUnread(about?.sees ? "" : "This model does not see pictures.");
+    if (!about?.sees) return;
     try {
       const read = await Promise.all(files.slice(0, MOST).map(readPicture));
       setPictures((before) => [...before, ...read].slice(0, MOST));
@@ -434,7 +437,7 @@ function Chat({ base, adapters, first }) {
           <button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button>
           <${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//>
           <${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
-          <${PictureButton} onFiles=${take} disabled=${pictures.length >= MOST} />
+          ${about?.sees && html`<${PictureButton} onFiles=${take} disabled=${pictures.length >= MOST} />`}
           <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span>
         </div>
       <//>
@@ -450,14 +453,19 @@ export function Place({ path }) {
   const adapters = answer?.[0].adapters || [];
   const bases = useMemo(() => {
     const talking = adapters.filter((one) => one.talks !== false);
-    const all = [...talking, { base: chosen }, ...adapters].filter((one) => one.base).map(baseOf);
+    const file = answer?.[1].models.find((one) => one.id === chosen)?.path;
+    const all = [...talking, { base: chosen, file }, ...adapters].filter((one) => one.base).map(baseOf);
     return [...new Map(all.map((one) => [keyOf(one), one])).values()];
   }, [answer, chosen]);
-  const [picked, pick] = useState(null);
+  const { talked: picked } = useStore(project);
+  const pick = (talked) => {
+    changeProject({ talked });
+    if (path[0]) go("talk");
+  };
   const wanted = adapters.find((one) => one.run === path[0]);
   // Of the chosen model the base of its newest adapter.
   const base =
-    bases.find((one) => keyOf(one) === picked) ||
+    (!path[0] && bases.find((one) => keyOf(one) === picked)) ||
     (wanted?.base && baseOf(wanted)) ||
     bases.find((one) => one.model === chosen) ||
     bases[0];
@@ -514,6 +522,7 @@ export function Place({ path }) {
                   (one) => html`
                     <option key=${keyOf(one)} value=${keyOf(one)} selected=${keyOf(one) === keyOf(base)}>
                       ${labelOf(one)}
+                      ${bases.filter((other) => labelOf(other) === labelOf(one)).length > 1 && ` (${shortPath(one.model)})`}
                     </option>
                   `,
                 )}
