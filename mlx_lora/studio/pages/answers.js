@@ -170,7 +170,7 @@ export function Answers({ run, again }) {
     html`
       ${source}
       <${Button} small onClick=${ask} busy=${busy} disabled=${busy}>
-        ${busy ? "Asking" : rows.length ? "Ask more" : "Ask both"}
+        ${busy ? "Asking" : found ? "Ask again" : "Ask both"}
       <//>
     `;
   const words = ready
@@ -186,7 +186,11 @@ export function Answers({ run, again }) {
         !found &&
         html`
           <p class="soft">
-            ${rows.length ? "The models always take their most likely token. Tick what is judged wrongly; your tick counts." : words}
+            ${
+              rows.length
+                ? "The models always take their most likely token. Tick what is judged wrongly; your tick counts."
+                : words
+            }
           </p>
         `
       }

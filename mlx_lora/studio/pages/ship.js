@@ -36,7 +36,9 @@ function Target({ id, title, words, need, why, chosen, onChoose }) {
         !why &&
         html`
           <span class="need">
-            <${Chip} tone=${need.ok ? "good" : "warn"}>${need.ok ? "can be made here" : "something is missing"}<//>${" "}
+            <${Chip} tone=${need.ok ? "good" : "warn"}>
+              ${need.ok ? "can be made here" : "something is missing"}
+            <//>${" "}
             <span class="soft">Needs: ${need.needs}</span>
           </span>
         `

@@ -501,7 +501,9 @@ function Columns({ names, rows, settings }) {
   `;
   return html`
     <${Card} title="Which columns are question and answer?">
-      <p class="soft">${counted(rows, "row")} with columns that the studio does not know. Choose both to see the rows.</p>
+      <p class="soft">
+        ${counted(rows, "row")} with columns that the studio does not know. Choose both to see the rows.
+      </p>
       <div class="fields">
         ${menu("prompt", "Question")}
         ${menu("completion", "Answer")}
@@ -658,7 +660,15 @@ export function Place() {
                   <//>
                 <//>
               `
-              : html`<${Preview} model=${model} sets=${sets} settings=${settings} onUnread=${setUnread} onRead=${setRead} />`
+              : html`
+                <${Preview}
+                  model=${model}
+                  sets=${sets}
+                  settings=${settings}
+                  onUnread=${setUnread}
+                  onRead=${setRead}
+                />
+              `
         }
       </div>
     </div>

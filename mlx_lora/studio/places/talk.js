@@ -1,6 +1,6 @@
 // Talk & ship: the same question to two models side by side, base, adapters or blends of them; then take one along.
 import { useEffect, useMemo, useRef, useState } from "../pages/vendor/hooks.module.js";
-import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
+import { html, Button, Card, Empty, Field, Fold, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
 import { changeProject, go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
 import { counted, lastPart, rate, shortPath } from "../pages/format.js";
 import { Ship } from "../pages/ship.js";
@@ -347,6 +347,7 @@ function Chat({ base, adapters, first }) {
   const [question, setQuestion] = useState("");
   const [pictures, setPictures] = useState([]);
   const [unread, setUnread] = useState("");
+  const [phone] = useState(() => matchMedia("(max-width: 52rem)").matches);
   const shown = columns.slice(0, two ? 2 : 1);
   const { turns, ask, stop, reset, problem, said } = useTalk(base, shown, adapters, options);
   const end = useRef(null);
@@ -380,31 +381,32 @@ function Chat({ base, adapters, first }) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
     if (event.key === "Escape" && stop) stop();
   };
+  const choices = html`
+    <${Card}>
+      <div class=${"column-choices n" + shown.length}>
+        ${shown.map(
+          (one, n) => html`
+            <${Column}
+              key=${n}
+              side=${SIDES[n]}
+              column=${one}
+              adapters=${list}
+              onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))}
+            />
+          `,
+        )}
+      </div>
+      <div class="talk-options">
+        <label class="check">
+          <input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns
+        </label>
+        <${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} />
+      </div>
+    <//>
+  `;
   return html`
     <div class="talk">
-      <${Card}>
-        <div class="columns">
-          <div class=${"column-choices n" + shown.length}>
-            ${shown.map(
-              (one, n) => html`
-                <${Column}
-                  key=${n}
-                  side=${SIDES[n]}
-                  column=${one}
-                  adapters=${list}
-                  onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))}
-                />
-              `,
-            )}
-          </div>
-        </div>
-        <div class="talk-options">
-          <label class="check">
-            <input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns
-          </label>
-          <${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} />
-        </div>
-      <//>
+      ${phone ? html`<${Fold} title=${shown.map((one) => nameOf(one, adapters)).join(" · ")}>${choices}<//>` : choices}
       <div class="turns" role="log" aria-label="Conversation" aria-live="polite">
         ${turns.map((turn, n) => html`<${Turn} key=${n} turn=${turn} />`)}
         ${
@@ -522,7 +524,10 @@ export function Place({ path }) {
                   (one) => html`
                     <option key=${keyOf(one)} value=${keyOf(one)} selected=${keyOf(one) === keyOf(base)}>
                       ${labelOf(one)}
-                      ${bases.filter((other) => labelOf(other) === labelOf(one)).length > 1 && ` (${shortPath(one.model)})`}
+                      ${
+                        bases.filter((other) => labelOf(other) === labelOf(one)).length > 1 &&
+                        ` (${shortPath(one.model)})`
+                      }
                     </option>
                   `,
                 )}
