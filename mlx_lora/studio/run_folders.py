@@ -36,6 +36,7 @@ from mlx_lora.reports.run_report import (
     read_answers,
     read_evaluation,
     read_facts,
+    read_report,
     shown_evaluation,
 )
 from mlx_lora.serving.schema import ApiError
@@ -341,7 +342,7 @@ class RunListing:
             "adapter": str(adapter) if adapter else None,
             "data": facts.get("data"),
             "data_content": self.content_of_data(folder, read_settings_of(folder, started)),
-            "answers": shown_answers(facts),
+            "answers": shown_answers(folder),
         }
 
     def content_of_data(self, folder: Path, settings: dict[str, Any]) -> str | None:
@@ -496,14 +497,13 @@ def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] 
     return {"evaluation": found, "evaluation_command": command_line(words_of_asking(folder, settings, report))}
 
 
-def shown_answers(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the questions and answers of a run's end, in the order of report.json; their numbers are those of a tick."""
-    found = facts.get("answers")
+def shown_answers(folder: Path) -> list[dict[str, Any]]:
+    """Return the questions and answers of a run's end; their numbers are those that `tick` takes."""
+    report = read_report(folder)
     return [
         {name: str(one.get(name) or "")[:MOST_SAID] for name in ("question", "expected", "base", "adapter")}
         | {name: one.get(name) for name in ("new_words", "right", "base_right", "ticked")}
-        for one in (found if isinstance(found, list) else ())
-        if isinstance(one, dict)
+        for one in (report.answers if report else ())
     ]
 
 
