@@ -286,6 +286,7 @@ def test_both_are_asked_from_the_page(tiny_folder, chats, home):
         page.get_by_label("Questions from").select_option(label="chats.jsonl")
         page.get_by_role("button", name="Ask again").click()
         page.locator(".note", has_text="rows that the run trained on, such as").wait_for()
+        page.get_by_role("button", name="Show all 20").click()
         assert table.get_by_role("row").count() == 21
         assert "Questions and answers" in (folder / "report.html").read_text()
         assert watched.complaints() == []

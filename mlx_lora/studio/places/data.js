@@ -145,9 +145,7 @@ function Drop({ onAdded }) {
               (one) => html`
                 <li key=${one.name} class=${one.bad ? "problem" : "note"}>
                   <span>
-                    <b>${one.name}</b>
-                    ${one.bad ? " was not added: " : " "}
-                    ${one.words}
+                    <b>${one.bad ? "Not added:" : one.name}</b> ${one.words}
                   </span>
                 </li>
               `,
@@ -174,7 +172,7 @@ function Mixture({ sets, rows, problem }) {
               <b>${lastPart(one.path)}</b>
               <span class="soft path">${shortPath(one.path)}</span>
               ${problem?.includes(lastPart(one.path)) && html`<${Chip} tone="bad">cannot be read<//>`}
-              ${rows[n] === 0 && html`<${Chip} tone="bad">no row can be trained<//>`}
+              ${sets.length > 1 && rows[n] === 0 && html`<${Chip} tone="bad">no row can be trained<//>`}
             </span>
             <span class="row-facts">
               ${
