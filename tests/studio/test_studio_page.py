@@ -20,7 +20,7 @@ SET = "/home/me/mlx-lora-studio/data/tutor.jsonl"
 PROJECT = {"model": MODEL, "sets": [{"path": SET, "weight": 1}], "settings": {"rank": 32}, "preset": None}
 PLACES = {
     "model": "Where the studio looked", "data": "What color is sunlight", "train": "tokens/s", "runs": "tutor-qwen3-0.6b-001",
-    "runs/run-001": "What was forgotten", "runs/run-005": "Resume", "runs/compare/run-001,run-002": "Settings that differ", "talk": "Column B",
+    "runs/run-001": "What was forgotten", "runs/run-005": "Resume", "runs/compare/run-001,run-002": "Settings that differ", "talk": "Write a message",
 }  # fmt: skip
 
 
@@ -263,6 +263,7 @@ def test_an_ended_run_begins_with_its_result_and_its_details_are_folded(studio):
 def test_runs_are_compared_by_their_answers_to_the_same_questions(studio):
     studio.go("runs/compare/run-001,run-002", "Answers to the same questions")
     table = studio.page.get_by_role("region", name="Answers side by side")
+    studio.page.get_by_role("button", name="Show all 12").click()
     assert table.get_by_role("row").count() == 13
     assert table.get_by_text("Run run-002").count() == 12
     assert table.get_by_role("columnheader").last.get_by_text("6 of 12 right").count() == 1

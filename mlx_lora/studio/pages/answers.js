@@ -5,7 +5,9 @@ import { onTaskEnd, useAsked } from "./state.js";
 import { counted, lastPart } from "./format.js";
 import * as api from "./api.js";
 
-// All answers of a run, each with its number for a tick: those from the end of the run, then those of `evaluate`.
+// New words first: they tell whether it knows more than the rows it has seen.
+const FROM = ["in new words", "measured later", "in your words"];
+// All answers of a run, from its end and of `evaluate`, each with its number for a tick.
 export function answersOf(run) {
   const own = run.answers || [];
   return [
@@ -25,7 +27,7 @@ export function answersOf(run) {
       base: said[0],
       adapter: said[said.length - 1],
     })),
-  ];
+  ].sort((one, other) => FROM.indexOf(one.from) - FROM.indexOf(other.from));
 }
 
 const WORDS = new Map([
@@ -63,7 +65,7 @@ function Ticks({ row, onTick }) {
   `;
 }
 
-const FIRST = 8;
+export const FIRST = 8; // rows that are shown at once
 
 function Table({ rows, onTick }) {
   const [all, show] = useState(false);
@@ -147,9 +149,7 @@ export function Answers({ run, again }) {
     );
   const ready = run.adapter && !["running", "queued"].includes(run.state);
   const found = run.evaluation;
-  // New words first: they tell whether it knows more than the rows it has seen.
-  const rank = ["in new words", "measured later", "in your words"];
-  const rows = answersOf(run).sort((one, other) => rank.indexOf(one.from) - rank.indexOf(other.from));
+  const rows = answersOf(run);
   const source =
     ready &&
     html`

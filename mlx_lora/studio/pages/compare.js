@@ -1,9 +1,9 @@
 // Several runs side by side: their curves over the same steps, and their settings, those that differ first.
 import { useMemo, useState } from "./vendor/hooks.module.js";
-import { html, Card, Heading, Icon, Problem, StateChip, Waiting } from "./parts.js";
+import { html, Button, Card, Heading, Icon, Problem, StateChip, Waiting } from "./parts.js";
 import { linkTo, useAsked } from "./state.js";
 import { Chart, joined } from "./chart.js";
-import { answersOf, Mark } from "./answers.js";
+import { answersOf, FIRST, Mark } from "./answers.js";
 import { bytes, count, duration, loss, rate, value } from "./format.js";
 import * as api from "./api.js";
 
@@ -120,6 +120,7 @@ function Table({ runs }) {
 
 // The questions that at least two of the runs answered, with what each said.
 function SameQuestions({ runs }) {
+  const [all, show] = useState(false);
   const asked = new Map();
   runs.forEach((run, n) => {
     for (const one of answersOf(run)) {
@@ -154,10 +155,13 @@ function SameQuestions({ runs }) {
                   </tr>
                 </thead>
                 <tbody>
-                  ${rows.map(
+                  ${(all ? rows : rows.slice(0, FIRST)).map(
                     (row) => html`
                       <tr key=${row.question + row.expected}>
-                        <td class="wrap">${row.question}</td>
+                        <td class="wrap">
+                          ${row.question}
+                          <span class="soft from">${row.from}</span>
+                        </td>
                         <td class="wrap" data-label="expected">${row.expected}</td>
                         <td class="wrap" data-label="base">
                           <${Mark} right=${row.base.right} /> ${row.base.text}
@@ -175,6 +179,10 @@ function SameQuestions({ runs }) {
                 </tbody>
               </table>
             </div>
+            ${
+              rows.length > FIRST &&
+              html`<${Button} small onClick=${() => show(!all)}>${all ? "Show fewer" : `Show all ${rows.length}`}<//>`
+            }
           `
           : html`
             <p class="soft">

@@ -455,7 +455,8 @@ export function Place({ path }) {
   const adapters = answer?.[0].adapters || [];
   const bases = useMemo(() => {
     const talking = adapters.filter((one) => one.talks !== false);
-    const file = answer?.[1].models.find((one) => one.id === chosen)?.path;
+    const same = adapters.find((one) => one.base === chosen && !one.revision);
+    const file = same ? same.file : answer?.[1].models.find((one) => one.id === chosen)?.path;
     const all = [...talking, { base: chosen, file }, ...adapters].filter((one) => one.base).map(baseOf);
     return [...new Map(all.map((one) => [keyOf(one), one])).values()];
   }, [answer, chosen]);
