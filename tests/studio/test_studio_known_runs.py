@@ -63,7 +63,10 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
     small.parent.mkdir(parents=True)
     small.write_bytes(b"GGUF")
     project, started = (tmp_path / "project").resolve(), []
-    folder = write_run(project / "runs" / "mine", ended=False, model="smollm2")
+    data = tmp_path / "home" / "data" / "a.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text('{"text": "a"}\n')
+    folder = write_run(project / "runs" / "mine", ended=False, model="smollm2", data=str(data.resolve()))
     monkeypatch.chdir(project)
     if noted:
         note_run(folder)

@@ -1,5 +1,5 @@
 // Data: drop files, mix sets, and see every row as the model will: its text with the trained tokens marked.
-import { useEffect, useRef, useState } from "../pages/vendor/hooks.module.js";
+import { useEffect, useState } from "../pages/vendor/hooks.module.js";
 import {
   html,
   Button,
@@ -8,8 +8,6 @@ import {
   Empty,
   Field,
   Heading,
-  Icon,
-  Meter,
   Pages,
   Problem,
   Segments,
@@ -23,13 +21,13 @@ import {
   onTaskEnd,
   project,
   tasks,
-  tell,
   useAsked,
   useLater,
   useStore,
 } from "../pages/state.js";
 import { bytes, count, counted, lastPart, percent, shortPath, when } from "../pages/format.js";
 import { numberReader, Typed } from "../pages/typed.js";
+import { addSet, Drop } from "../pages/drop.js";
 import * as api from "../pages/api.js";
 
 export const title = "Data";
@@ -69,93 +67,6 @@ const namesField = (text) => Object.values(OF_FILES).some((label) => text.includ
 const WEIGHT = numberReader({ range: [0, 1000], exclusive: true });
 const LENGTH = numberReader({ whole: true, range: [8, null] });
 const SHARE = numberReader({ range: [0, 0.9] });
-
-const addSet = (path) =>
-  changeProject({ sets: [...project.get().sets.filter((one) => one.path !== path), { path, weight: 1 }] });
-
-function Drop({ onAdded }) {
-  const input = useRef(null);
-  const [over, setOver] = useState(false);
-  const [sending, setSending] = useState([]);
-  const [refused, setRefused] = useState([]);
-  const take = async (files) => {
-    setRefused([]);
-    for (const file of files) {
-      const show = (share) =>
-        setSending((list) => [...list.filter((one) => one.name !== file.name), { name: file.name, share }]);
-      show(0);
-      try {
-        const { path, name, why } = await api.uploadFile(file, show);
-        addSet(path);
-        if (why) setRefused((list) => [...list, { name: file.name, words: `is here as ${name}: ${why}` }]);
-        tell(`${name} was added`);
-      } catch (error) {
-        setRefused((list) => [...list, { name: file.name, words: error.message, bad: true }]);
-      }
-      setSending((list) => list.filter((one) => one.name !== file.name));
-    }
-    onAdded();
-  };
-  const drop = (event) => {
-    event.preventDefault();
-    setOver(false);
-    take([...event.dataTransfer.files]);
-  };
-  return html`
-    <div
-      class=${"drop" + (over ? " over" : "")}
-      onDragOver=${(event) => {
-        event.preventDefault();
-        setOver(true);
-      }}
-      onDragLeave=${() => setOver(false)}
-      onDrop=${drop}
-    >
-      <${Icon} name="drop" />
-      <p>
-        <b>Drop files here</b>
-      </p>
-      <p class="soft">JSONL, JSON, CSV, TSV, Parquet, XLSX, text or Markdown. They stay on this machine.</p>
-      <${Button} onClick=${() => input.current.click()}>Choose files<//>
-      <input
-        ref=${input}
-        class="unseen"
-        type="file"
-        multiple
-        tabindex="-1"
-        aria-label="Data files"
-        onChange=${(event) => {
-          take([...event.target.files]);
-          event.target.value = "";
-        }}
-      />
-      ${sending.map(
-        (one) => html`
-          <div key=${one.name} class="sending">
-            <span class="soft">${one.name}</span>
-            <${Meter} share=${one.share} label=${"Sending " + one.name} />
-          </div>
-        `,
-      )}
-      ${
-        refused.length > 0 &&
-        html`
-          <ul class="plain refused" aria-live="polite">
-            ${refused.map(
-              (one) => html`
-                <li key=${one.name} class=${one.bad ? "problem" : "note"}>
-                  <span>
-                    <b>${one.bad ? "Not added:" : one.name}</b> ${one.words}
-                  </span>
-                </li>
-              `,
-            )}
-          </ul>
-        `
-      }
-    </div>
-  `;
-}
 
 // `rows` are how many training rows each set has, once they are read: an epoch has them as often as the weight says.
 function Mixture({ sets, rows, problem }) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,8 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import free_on_disk, sha256_of
 
 UPLOAD = "/api/data/upload"
-FIT = dict.fromkeys(map(ord, "()[]&'!@~"), "_")  # in the name of a data file, as in “faq (1).jsonl”
-UNFIT = re.compile(r"[^\w .+()\[\]&'!@~-]")  # in it: --data reads commas, = and #
+UNFIT = dict.fromkeys(map(ord, ",=#"), "-")  # in a data file's name: --data reads them otherwise
+ALSO_FIT = dict.fromkeys(map(ord, "()[]&'!@~"), "-")  # as in “faq (1).jsonl”; other names have no use for them
 SILENCE_S = 30.0  # between two parts of an upload
 MOST_SETS, DEPTH = 2000, 3
 MOST_PAGE = 200
@@ -160,9 +159,8 @@ def upload_name(given: str) -> str:
     Raises:
         ApiError: 400, it is not.
     """
-    given = unicodedata.normalize("NFC", given.strip())
-    safe_name(UNFIT.sub("_", given.translate(FIT)), "name")
-    name = UNFIT.sub("-", given)
+    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
+    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
     if Path(name).suffix.lower() not in SUFFIXES:
         raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
     return name
