@@ -161,7 +161,7 @@ class StandIn:
             "data/preview": preview(self._hostile), "settings": {"groups": setting_groups()}, "train/rule": {"cards": RULE},
             "train/plan": run_plan_of(body),
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
-            "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
+            "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "talk/model": {"sees": True}, "export/needs": NEEDS,
             "export": {"task": "t1", "command": "mlx-lora export --to gguf"}, **self._answers,
         }.get(path)  # fmt: skip
         return (
@@ -191,7 +191,7 @@ class StandIn:
             "settings": {"rank": 8 + 8 * (int(path[0][-3:]) % 2), "alpha": 32, "learning_rate": 2e-4, "model": found["model"], "method": found["method"], "seed": 0},
             "command": f"mlx-lora train --config {found['path']}/run.yaml", "run_yaml": "rank: 16\n", "log": [f"step {row['step']:>5}  loss {row['loss']:.3f}" for row in rows],
             "forgetting": FORGETTING if not live else None, "forgetting_command": "mlx-lora evaluate --forgetting", "objective": "sft", "data": {"splits": {"valid": {"rows": 24}}},
-            "evaluation": EVALUATION if path[0] == "run-001" else None, "evaluation_command": "mlx-lora evaluate --show 20", "can_resume": not live and found["state"] != "done",
+            "evaluation": EVALUATION if path[0] == "run-001" else None, "answers": [{**one, "adapter": f"Run {path[0]}"} for one in SAID], "verdict": VERDICT, "evaluation_command": "mlx-lora evaluate --show 20", "can_resume": not live and found["state"] != "done",
             "reason": "The process ended without a message: it was killed, or the machine ran out of memory or lost power." if found["state"] == "killed" else "", "plan_peak_bytes": 4.4 * GB,
         })  # fmt: skip
 
@@ -321,4 +321,9 @@ EVALUATION = {
         {"question": HOSTILE, "expected": "A long answer " * 12, "said": [{"text": HOSTILE, "right": None}, {"text": "x" * 300, "right": None}]},
     ],
 }  # fmt: skip
+SAID = [
+    {"question": f"What melts at {n} °C?", "expected": "Ice.", "base": "Many things.", "new_words": n > 9, "right": n % 2 == 0, "base_right": None, "ticked": None}
+    for n in range(12)
+]  # fmt: skip
+VERDICT = {"headline": "Learned: 6 of 12 right", "figures": "Held-out perplexity 9.3 to 5.1.", "tone": "good", "name": "learned", "mend": "", "command": ""}  # fmt: skip
 FORGETTING = {"sentence": "The task was learned, general text was kept", "rows": [{"set": "task", "base": 2.41, "adapter": 1.12, "change": -1.29, "verdict": "learned"}, {"set": "general text", "base": 2.9, "adapter": 2.93, "change": 0.03, "verdict": "slightly forgotten"}], "probes": {"right": 17, "base_right": 18, "of": 20}}  # fmt: skip

@@ -19,7 +19,8 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.web import OWN
 from mlx_lora.trainer.run_folder import KnownRun, known_runs
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import HUB_ID
+from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.hub import HUB_ID, SMALL_MODEL, SMOLLM2_GGUF
 
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
@@ -169,6 +170,19 @@ def is_hub_model(value: Any) -> bool:
     )
 
 
+def whole_model(model: str, cwd: str = "") -> str:
+    """Return a model as the commands resolve its name: a local one as a whole path, and `smollm2` without a folder as its file.
+
+    Args:
+        model: as `--model` takes it.
+        cwd: where a relative name starts; empty: here.
+    """
+    local = Path(cwd, Path(model).expanduser())
+    if local.exists():
+        return str(local.absolute())  # links keep their name: a blob has no suffix
+    return str(cache_dir("models") / SMOLLM2_GGUF.file_name) if model == SMALL_MODEL else model
+
+
 class Checker:
     """Checks the names of models and files in requests."""
 
@@ -184,8 +198,9 @@ class Checker:
         """
         if is_hub_model(value):
             return value
+        value = whole_model(value) if isinstance(value, str) and "\0" not in value else value
         within(value, (*self._models, self._folders.home), "model", self._bases())
-        return str(Path(value).expanduser().absolute())  # links keep their name: a blob has no suffix
+        return value
 
     def adapter(self, value: Any) -> Path:
         """Return an adapter's folder below the folders of runs or the studio's home, or in a run that `train` noted.

@@ -71,7 +71,7 @@ class ModelStores:
     def __init__(self, folders: Folders):
         self._folders = folders
         self._facts_file = folders.home / "models" / ".facts.json"
-        self._facts: dict[str, dict[str, Any]] = _json(self._facts_file) or {}
+        self._facts: dict[str, dict[str, Any]] = json_of(self._facts_file) or {}
 
     def stores(self) -> list[dict[str, Any]]:
         """Return the places that are searched."""
@@ -208,7 +208,7 @@ def ollama_models(store: Path, links: Path) -> Iterator[LocalModel]:
     Source: ollama/ollama, types/model/name.go and manifest: manifests/HOST/NAMESPACE/MODEL/TAG.
     """
     for manifest in sorted(store.glob("manifests/*/*/*/*")):
-        content = _json(manifest)
+        content = json_of(manifest)
         layers = content.get("layers") if isinstance(content, dict) else None
         for layer in layers if isinstance(layers, list) else []:
             if not isinstance(layer, dict) or layer.get("mediaType") != GGUF_LAYER:
@@ -234,7 +234,7 @@ def lmstudio_stores() -> list[Path]:
 
 def folder_facts(folder: Path) -> dict[str, Any]:
     """Return what a model folder's headers say."""
-    config = _json(folder / "config.json")
+    config = json_of(folder / "config.json")
     if not isinstance(config, dict):
         return _untrainable("its config.json is not readable; download it again")
     files = sorted(folder.glob("*.safetensors"))
@@ -308,7 +308,7 @@ def _version(path: Path) -> str:
     return json.dumps([str(path), stats])
 
 
-def _json(path: Path) -> Any:
+def json_of(path: Path) -> Any:
     """Return a small JSON file's value; None if it is not there or no JSON."""
     try:
         if path.stat().st_size > MOST_SMALL_BYTES:

@@ -394,12 +394,15 @@ class Previews:
             for at in range(offset, min(total, offset + limit)):
                 example = at // shown if numbers is None else int(numbers[at // shown])
                 rows.append(_encoded_row(index, tokenizer, example, at % shown))
+        of_training = index.examples[index.examples[:, SPLIT] == SPLITS.index("train")]
+        trained = np.bincount(of_training[:, FILE], minlength=len(meta["files"]))
         return {
             "task": None, "total": total, "forms": meta["form_counts"], "counts": meta["counts"],
             "histogram": meta["histogram"], "rows": rows,
             "problems": [{**one, "message": in_page_words(one["message"])} for one in meta["refused"][:200]],
             "notes": [in_page_words(note) for note in meta["notes"]],
             "max_seq_length": meta["max_seq_length"],
+            "trained": {file["name"]: int(n) for file, n in zip(meta["files"], trained, strict=True)},
         }  # fmt: skip
 
 

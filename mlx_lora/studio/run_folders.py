@@ -26,6 +26,7 @@ from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.load import code_of, unknown_code
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
+from mlx_lora.data.records import SUFFIXES
 from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.reports.run_report import (
@@ -35,18 +36,21 @@ from mlx_lora.reports.run_report import (
     read_answers,
     read_evaluation,
     read_facts,
+    read_report,
     shown_evaluation,
 )
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.adapter_uses import uses_of_adapter
-from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.folders import Folders, whole_model
+from mlx_lora.studio.model_stores import files_of_model
 from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.run_metrics import RunClock, last_values, read_columns, tail_lines
 from mlx_lora.studio.web import OWN, in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.files import replace_text, sha256_of
+from mlx_lora.utils.hub import SMALL_MODEL
 from mlx_lora.utils.parsing import parse_yaml, read_json
 from mlx_lora.utils.text import command_line, model_flags, start_mark
 
@@ -60,6 +64,7 @@ WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
 STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
 MOST_TEXT, MOST_SAMPLES = 4000, 60
 MOST_RUNS = 5000
+MOST_COMPARED_BYTES = 20 << 20  # of data files that are read to see whether two runs have the same
 OF_BASE = ("revision", "bits")  # settings that make another base of the same model
 RESUMABLE = ("paused", "stopped", "killed", "failed")
 
@@ -216,10 +221,16 @@ class RunListing:
         return folder.parent not in self._folders.all_runs
 
     def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        """Return a run's settings, with a local model as a whole path, and without code that nobody here agreed to."""
+        """Return a run's settings, with a local model as a whole path, and without code that nobody here agreed to.
+
+        A terminal's run may name its model relative to where it began.
+        """
         settings, cwd = read_settings_of(folder, started), self.begun_in(folder)
         unknown = unknown_code(folder / SETTINGS, code_of(settings, cwd or ""))
-        return _with_whole_model({**settings, **dict.fromkeys(unknown)}, cwd)
+        model = settings.get("model")
+        if isinstance(model, str) and (cwd is not None or model == SMALL_MODEL):
+            settings = {**settings, "model": whole_model(model, cwd or "")}
+        return {**settings, **dict.fromkeys(unknown)}
 
     def begun_in(self, folder: Path) -> str | None:
         """Return the folder that the names in a run's settings start from, if `train` noted it."""
@@ -330,7 +341,21 @@ class RunListing:
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,
             "data": facts.get("data"),
+            "data_content": self.content_of_data(folder, read_settings_of(folder, started)),
+            "answers": shown_answers(folder),
         }
+
+    def content_of_data(self, folder: Path, settings: dict[str, Any]) -> str | None:
+        """Return a text that is equal for runs on the same data, wherever its file or folder is; None: it is not known here.
+
+        Files of a run that did not begin on this machine are not read.
+        """
+        cwd = self.begun_in(folder)
+        path = Path(cwd or "", str(settings.get("data") or "")).expanduser()
+        files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
+        if cwd is None or not files or sum(file.stat().st_size for file in files) > MOST_COMPARED_BYTES:
+            return None
+        return sha256_of(" ".join(sha256_of(file) for file in files))
 
     def going_on(self) -> list[dict[str, Any]]:
         """Return the lines of the runs that go on."""
@@ -345,6 +370,8 @@ class RunListing:
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
                 one |= {name: settings.get(name) for name in OF_BASE}
+                on_disk = files_of_model(str(settings.get("model") or ""), settings.get("revision"))
+                one["file"] = None if on_disk is None else str(on_disk)
                 found.append((changed, one | uses_of_adapter(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -356,15 +383,6 @@ def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     except (OSError, ValueError):
         found = None
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
-
-
-def _with_whole_model(settings: dict[str, Any], cwd: str | None) -> dict[str, Any]:
-    """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
-    model = settings.get("model")
-    if cwd is None or not isinstance(model, str):
-        return settings
-    local = Path(cwd, Path(model).expanduser())
-    return {**settings, "model": str(local)} if local.exists() else settings
 
 
 def command_of(folder: Path, facts: dict[str, Any]) -> str:
@@ -477,6 +495,16 @@ def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] 
         row["said"] = [{"text": text[:MOST_SAID], "right": right} for text, right in row["said"]]
         row |= {name: row[name][:MOST_SAID] for name in ("question", "expected")}
     return {"evaluation": found, "evaluation_command": command_line(words_of_asking(folder, settings, report))}
+
+
+def shown_answers(folder: Path) -> list[dict[str, Any]]:
+    """Return the questions and answers of a run's end; their numbers are those that `tick` takes."""
+    report = read_report(folder)
+    return [
+        {name: str(one.get(name) or "")[:MOST_SAID] for name in ("question", "expected", "base", "adapter")}
+        | {name: one.get(name) for name in ("new_words", "right", "base_right", "ticked")}
+        for one in (report.answers if report else ())
+    ]
 
 
 def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:

@@ -18,11 +18,13 @@ from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
 from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking, words_of_measuring
 from mlx_lora.studio.tasks import Tasks
+from mlx_lora.trainer.run_folder import note_run, runs_file
 from mlx_lora.utils.errors import InputError
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
 EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "base_right": False, "right": True}  # fmt: skip
 FACTS = {"loss": 1.0, "base_loss": 2.0, "change": CHANGE, "rows": 9, "data": "d.jsonl", "partial": False, "examples": [EXAMPLE]}  # fmt: skip
+REPORT = {**dict.fromkeys(("device", "base", "adapter", "versions"), "-"), "data": {**dict.fromkeys(("rows_read", "truncated", "duplicates", "empty", "dropped"), 0), "splits": {}, "notes": [], "example": None, "data": "d", "valid_source": "", "template": ""}}  # fmt: skip
 CHATS = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 40}, "valid": {"rows": 2}}}
 
 
@@ -47,6 +49,42 @@ def test_a_run_shows_its_questions_and_answers(home):
         assert "9 rows of d.jsonl" in found["source"]
         (folder / EVALUATION_FILE).write_text("[]")
         assert client.get(path).json()["evaluation"] is None
+
+
+def test_a_tick_counts_for_the_run_and_for_later_questions(home):
+    folder = write_run(home / "runs" / "a")
+    facts = json.loads((folder / "report.json").read_text())
+    one = {"question": "Why?", "expected": "Because.", "base": "No", "adapter": "So", "new_words": True, "right": False, "base_right": False, "ticked": None}  # fmt: skip
+    (folder / "report.json").write_text(json.dumps({**facts, **REPORT, "answers": [one, {**one, "new_words": False}]}))
+    keep_evaluation(folder, {**FACTS, "examples": [EXAMPLE]})
+    with studio(home) as client:
+        path = f"/api/runs/{run_id(folder)}"
+        tick = lambda **body: client.post(f"{path}/tick", json=body)  # noqa: E731
+        assert [row["ticked"] for row in client.get(path).json()["answers"]] == [None, None]
+        assert tick(index=2, right=False).json()["evaluation"]["rows"][0]["said"][1]["right"] is False
+        assert tick(index=2, right=None).json()["evaluation"]["rows"][0]["said"][1]["right"] is True
+        for body, status in (({"index": 3, "right": True}, 404), ({"index": -1, "right": True}, 400), ({"right": True}, 400), ({"index": 0, "right": 1}, 400)):  # fmt: skip
+            assert tick(**body).status_code == status
+        before = client.get(path).json()["verdict"]
+        assert tick(index=1, right=True).json()["verdict"]["headline"] != before["headline"]
+        (folder / "adapters.safetensors").unlink()
+        assert tick(index=0, right=True).status_code == 409, "no finished run"
+
+
+def test_runs_on_the_same_data_say_so_wherever_it_is(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_bytes((home / "data" / "chats.jsonl").read_bytes())
+    Path("other.jsonl").write_text('{"text": "other"}\n')
+    found = {}
+    for name, data in (("copy", "mine.jsonl"), ("whole", str(home / "data" / "chats.jsonl")), ("other", "other.jsonl"), ("gone", "x.jsonl")):  # fmt: skip
+        note_run(write_run(home / "runs" / name, data=data))
+    write_run(home / "runs" / "stranger", data=str(tmp_path / "mine.jsonl"))
+    with studio(home, known_runs=runs_file()) as client:
+        for name in ("copy", "whole", "other", "gone", "stranger"):
+            found[name] = client.get(f"/api/runs/{run_id(home / 'runs' / name)}").json()["data_content"]
+    assert found["copy"] == found["whole"] != found["other"]
+    assert found["gone"] is found["stranger"] is None, "files of a run that did not begin here are not read"
 
 
 def test_the_command_asks_on_what_was_chosen(home, monkeypatch):
@@ -86,6 +124,7 @@ def test_an_adapter_is_offered_what_takes_it_and_goes_with_its_base(home, monkey
         found = {one["name"]: one for one in client.get("/api/adapters").json()["adapters"]}
         assert {name for name, one in found.items() if one["talks"]} == {"plain"}
         assert not found["plain"]["refused"]
+        assert all(why for one in found.values() for why in one["refused"].values()), "each with its reason"
         assert {"peft", "mlx-lm"} <= set(found["qat"]["refused"]) & set(found["full"]["refused"])
         assert "gguf" in found["labels"]["refused"]
         assert "peft" not in found["labels"]["refused"]
@@ -247,6 +286,7 @@ def test_both_are_asked_from_the_page(tiny_folder, chats, home):
         page.get_by_label("Questions from").select_option(label="chats.jsonl")
         page.get_by_role("button", name="Ask again").click()
         page.locator(".note", has_text="rows that the run trained on, such as").wait_for()
+        page.get_by_role("button", name="Show all 20").click()
         assert table.get_by_role("row").count() == 21
         assert "Questions and answers" in (folder / "report.html").read_text()
         assert watched.complaints() == []

@@ -112,6 +112,32 @@ def test_what_is_not_complete_stays_is_told_and_stops_the_start(browser, server)
     page.close()
 
 
+def test_other_columns_are_chosen_from_two_menus(browser, server):
+    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "cut", "doubled", "empty"), 0) | {"refused": 9}
+    answer = {
+        "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None,
+        "problems": [{"file": "faq.csv", "line": 2, "message": "found “Column of the prompt”"}], "set_rows": [0],
+        "columns": ["Frage", "Antwort", "Nr"],
+    }  # fmt: skip
+    watched = open_studio(browser, server.url, project=PROJECT)
+    page, asked = watched.page, []
+
+    def preview(route: Any) -> None:
+        asked.append(route.request.post_data_json["settings"])
+        route.fulfill(json=answer)
+
+    page.route("**/api/data/preview", preview)
+    watched.go("data")
+    page.get_by_label("Question", exact=True).select_option("Frage")
+    assert page.get_by_text("Column of the prompt").locator("visible=true").count() == 0, "it is said once"
+    page.get_by_label("Answer", exact=True).select_option("Antwort")
+    while asked[-1] != {"prompt_column": "Frage", "completion_column": "Antwort"}:
+        page.wait_for_timeout(50)
+    assert asked[0] == {}
+    assert watched.problems == []
+    page.close()
+
+
 def test_a_table_with_other_columns_opens_the_fields_that_its_error_names(browser, server):
     with pytest.raises(MissingColumn) as error:
         parse_record({"frage": "Wann?", "antwort": "Um neun."})

@@ -18,6 +18,7 @@ from mlx_lora.studio.run_folders import RunListing, run_id
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.trainer.checkpoint import locked
 from mlx_lora.trainer.run_folder import KnownRun, known_runs, note_run, runs_file
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 
 @pytest.fixture
@@ -54,6 +55,36 @@ def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_
             assert client.post("/api/talk", json={"model": model, "columns": []}).status_code == status
     with studio(tmp_path / "another-home") as client:
         assert client.get("/api/runs").json()["runs"] == []
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path, file, monkeypatch, noted):
+    small = tmp_path / "cache" / "models" / SMOLLM2_GGUF.file_name
+    small.parent.mkdir(parents=True)
+    small.write_bytes(b"GGUF")
+    project, started = (tmp_path / "project").resolve(), []
+    data = tmp_path / "home" / "data" / "a.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text('{"text": "a"}\n')
+    folder = write_run(project / "runs" / "mine", ended=False, model="smollm2", data=str(data.resolve()))
+    monkeypatch.chdir(project)
+    if noted:
+        note_run(folder)
+    monkeypatch.setattr(
+        "mlx_lora.studio.control.start_child",
+        lambda words, log, **how: started.append(words) or subprocess.Popen(["true"]),
+    )
+    with studio(tmp_path / "home", known_runs=file, runs_folders=(project / "runs",)) as client:
+        (adapter,) = client.get("/api/adapters").json()["adapters"]
+        assert adapter["base"] == adapter["file"] == str(small)
+        for model in ("smollm2", adapter["base"]):
+            answer = client.post("/api/talk", json={"model": model, "columns": []})
+            assert answer.json()["error"]["param"] == "columns", "the model is allowed"
+            assert client.post("/api/talk/model", json={"model": model}).json() == {"sees": False}
+        assert client.post(f"/api/runs/{run_id(folder)}/resume", json={}).status_code == 200
+        (project / "smollm2").mkdir()  # a folder of that name is another model, and in none of the studio's folders
+        assert client.post("/api/talk", json={"model": "smollm2", "columns": []}).status_code == 403
+    assert "--resume" in started[0]
 
 
 @pytest.mark.parametrize("listed", ["in a runs folder", "by its note alone"])

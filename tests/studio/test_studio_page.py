@@ -20,7 +20,7 @@ SET = "/home/me/mlx-lora-studio/data/tutor.jsonl"
 PROJECT = {"model": MODEL, "sets": [{"path": SET, "weight": 1}], "settings": {"rank": 32}, "preset": None}
 PLACES = {
     "model": "Where the studio looked", "data": "What color is sunlight", "train": "tokens/s", "runs": "tutor-qwen3-0.6b-001",
-    "runs/run-001": "What was forgotten", "runs/run-005": "Resume", "runs/compare/run-001,run-002": "Settings that differ", "talk": "Column B",
+    "runs/run-001": "What was forgotten", "runs/run-005": "Resume", "runs/compare/run-001,run-002": "Settings that differ", "talk": "Write a message",
 }  # fmt: skip
 
 
@@ -224,22 +224,95 @@ def test_answers_stand_side_by_side_and_another_set_can_be_asked(studio, server)
     page = studio.page
     studio.go("runs/run-001", "Questions and answers")
     table = page.get_by_role("region", name="Questions and answers")
-    assert table.get_by_role("row").count() == 3
-    right = table.get_by_role("row").nth(1).get_by_role("cell")
-    assert [right.nth(n).get_by_role("img").count() for n in range(4)] == [0, 0, 1, 1]
-    assert right.nth(3).get_by_role("img", name="right").count() == 1
+    assert table.get_by_role("row").count() == 9
+    page.get_by_role("button", name="Show all 14").click()
+    assert table.get_by_role("row").count() == 15
+    new_words = table.get_by_role("row").nth(1)
+    assert "in new words" in new_words.inner_text(), "they tell more than the words of the rows"
+    new_words.get_by_role("button", name="wrong", exact=True).click()
+    new_words.get_by_role("button", name="right", exact=True).click()  # it is right by itself: takes a tick back
+    table.get_by_role("row").nth(3).get_by_role("button", name="right", exact=True).click()
+    page.wait_for_timeout(300)
+    ticks = [body for path, body in server.asked if path == "runs/run-001/tick"]
+    assert ticks == [{"index": 10, "right": False}, {"index": 10, "right": None}, {"index": 12, "right": None}]
     assert table.get_by_text(HOSTILE).count() == 2, "as text"
     page.get_by_label("Questions from").select_option(label="tutor.jsonl")
     page.get_by_role("button", name="Ask again").click()
     page.locator(".button.busy", has_text="Asking").wait_for()
     page.get_by_text(f"mlx-lora evaluate --data {SET}").wait_for()
     assert ("runs/run-001/evaluation", {"data": SET}) in server.asked
-    studio.go("runs/run-002", "Not asked yet")
+    studio.go("runs/run-002", "Questions and answers")
     page.get_by_label("Questions from").locator("option", has_text="24 held-out rows").wait_for(state="attached")
     page.get_by_role("button", name="Ask both").click()
     page.get_by_text("mlx-lora evaluate --data held out").wait_for()
-    studio.go("runs/run-000", "can be asked when the run has ended")
+    studio.go("runs/run-000", "Progress")
     assert page.get_by_label("Questions from").count() == 0
+
+
+def test_an_ended_run_begins_with_its_result_and_its_details_are_folded(studio):
+    page = studio.page
+    studio.go("runs/run-001", "Learned: 6 of 12 right")
+    assert page.get_by_text("Held-out perplexity 9.3 to 5.1.").count() == 1
+    page.get_by_role("region", name="Questions and answers").wait_for()
+    assert page.locator(".chart, .log").count() == 0
+    page.get_by_text("Curves, texts and log").click()
+    page.locator(".chart canvas").first.wait_for()
+    assert page.locator(".log").count() == 1
+
+
+def test_runs_are_compared_by_their_answers_to_the_same_questions(studio):
+    studio.go("runs/compare/run-001,run-002", "Answers to the same questions")
+    table = studio.page.get_by_role("region", name="Answers side by side")
+    studio.page.get_by_role("button", name="Show all 12").click()
+    assert table.get_by_role("row").count() == 13
+    assert table.get_by_text("Run run-002").count() == 12
+    assert table.get_by_role("columnheader").last.get_by_text("6 of 12 right").count() == 1
+
+
+def test_next_goes_to_a_new_run_though_another_goes_on(studio):
+    studio.go("data", "Rows")
+    studio.page.get_by_role("button", name="Next: train").click()
+    studio.page.get_by_role("button", name="Start training").wait_for()
+    assert studio.page.locator(".live").count() == 0
+
+
+def test_on_a_phone_an_answer_has_most_of_the_screen(browser, server):
+    watched = open_studio(browser, server.url, width=390, project=PROJECT)
+    page = watched.page
+    watched.go("talk", "base ·")
+    page.get_by_label("Message", exact=True).fill("How do I boil an egg?")
+    page.keyboard.press("Enter")
+    page.get_by_text("tokens/s, first token").nth(1).wait_for()
+    page.wait_for_timeout(300)
+    taken = page.evaluate(
+        "[...document.querySelectorAll('.ask, .sidebar')].reduce((sum, one) => sum + one.offsetHeight, 0) / innerHeight"
+    )
+    assert taken < 0.25, "the message's field and the places"
+    assert page.locator(".toolbar:visible, .column-choice:visible").count() == 0
+    watched.page.close()
+
+
+def test_pictures_are_asked_for_only_where_the_model_sees(browser):
+    for sees in (True, False):
+        with StandIn(answers={"talk/model": {"sees": sees}}) as server:
+            watched = open_studio(browser, server.url, project=PROJECT)
+            watched.go("talk", "Column B")
+            watched.page.wait_for_timeout(300)
+            assert watched.page.get_by_role("button", name="Add pictures").count() == sees
+            watched.page.close()
+
+
+def test_a_model_of_several_names_stands_in_the_menu_once(browser):
+    names = ("smollm2", "/models/small.gguf")
+    adapters = [
+        {"path": f"/runs/{n}", "name": str(n), "base": base, "file": "/models/small.gguf", "run": str(n)}
+        for n, base in enumerate(names)
+    ]
+    with StandIn(answers={"adapters": {"adapters": adapters}}) as server:
+        watched = open_studio(browser, server.url, project={**PROJECT, "model": None})
+        watched.go("talk", "Column B")
+        assert watched.page.get_by_label("Model", exact=True).locator("option").count() == 1
+        watched.page.close()
 
 
 def test_a_killed_run_says_so_and_goes_on_when_asked(studio, server):

@@ -286,6 +286,50 @@ def test_rows_that_are_cut_doubled_or_refused_have_their_lines(client, named):
     assert preview(client, named[0], data, filter="odd").status_code == 400
 
 
+def test_columns_that_nobody_knows_are_listed_for_the_menus(client, named):
+    data = upload(client, "faq.csv", b"Kundenfrage,Unsere Antwort\nWann?,Um 9.\nWo?,Hier.\n").json()["path"]
+    page = preview(client, named[0], data).json()
+    assert (page["columns"], page["counts"]["rows"]) == (["Kundenfrage", "Unsere Antwort"], 0)
+    settings = {"prompt_column": "Kundenfrage", "completion_column": "Unsere Antwort"}
+    page = preview(client, named[0], data, settings=settings).json()
+    assert (page["columns"], page["set_rows"]) == ([], [2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b"\n \n"),
+        ("a.csv", b"prompt,completion\n"),
+        ("a.txt", b""),
+        ("a.csv", b"\x89PNG\r\n\x1a\n\0\0"),
+    ],
+)
+def test_a_file_without_rows_is_refused_and_nothing_stays(client, home, name, content):
+    before = sorted((home / "data").iterdir())
+    answer = upload(client, name, content)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(name)
+    assert sorted((home / "data").iterdir()) == before
+
+
+def test_an_upload_keeps_its_name_or_says_why_not(client):
+    row = b'{"text": "a"}\n'
+    for given, name in (
+        ("Gr\u00fc\u00dfe & Fragen (1).jsonl", "Grüße & Fragen (1).jsonl"),
+        ("Gru\u0308\u00dfe.jsonl", "Grüße.jsonl"),  # as a Mac spells it
+    ):
+        found = upload(client, given, row).json()
+        assert (found["name"], found["why"]) == (name, "")
+    found = upload(client, "a,b=2#c.jsonl", row).json()
+    assert found["name"] == "a-b-2-c.jsonl"
+    assert found["why"]
+    assert upload(client, "Grüße.jsonl", row).json()["name"] == "Grüße.jsonl", "the same file is not kept twice"
+    found = upload(client, "Grüße.jsonl", b'{"text": "b"}\n').json()
+    assert found["name"] == "Grüße-2.jsonl"
+    assert found["why"]
+
+
 def test_pairs_are_shown_side_by_side(client, named):
     pairs = [{"prompt": "a", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
     data = upload(client, "pairs.jsonl", "\n".join(map(json.dumps, pairs)).encode()).json()["path"]
@@ -301,6 +345,7 @@ def test_a_mixture_becomes_the_value_of_data(client, named):
     page = client.post("/api/data/preview", json={"model": named[0], "data": sets}).json()
     assert page["data"] == f"{named[1]}=2,{other}=0.5"
     assert page["total"] == 41
+    assert page["set_rows"] == [40, 1], "so the page can say that it is no even mixture"
     assert client.post("/api/data/preview", json={"model": named[0], "data": [*sets, {"path": 3}]}).status_code == 400
 
 

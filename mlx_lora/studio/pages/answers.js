@@ -5,64 +5,114 @@ import { onTaskEnd, useAsked } from "./state.js";
 import { counted, lastPart } from "./format.js";
 import * as api from "./api.js";
 
-const Mark = ({ right }) =>
-  right === null
-    ? null
-    : html`
-      <b class=${right ? "good" : "bad"} role="img" aria-label=${right ? "right" : "wrong"}>
-        ${right ? "✓" : "✗"}${" "}
-      </b>
-    `;
+// New words first: they tell whether it knows more than the rows it has seen.
+const FROM = ["in new words", "measured later", "in your words"];
+// All answers of a run, from its end and of `evaluate`, each with its number for a tick.
+export function answersOf(run) {
+  const own = run.answers || [];
+  return [
+    ...own.map((one, index) => ({
+      index,
+      from: one.new_words ? "in new words" : "in your words",
+      question: one.question,
+      expected: one.expected,
+      base: { text: one.base, right: one.base_right },
+      adapter: { text: one.adapter, right: one.ticked ?? one.right },
+    })),
+    ...(run.evaluation?.rows || []).map(({ question, expected, said }, n) => ({
+      index: own.length + n,
+      from: "measured later",
+      question,
+      expected,
+      base: said[0],
+      adapter: said[said.length - 1],
+    })),
+  ].sort((one, other) => FROM.indexOf(one.from) - FROM.indexOf(other.from));
+}
 
-function Table({ found }) {
+const WORDS = new Map([
+  [true, ["✓", "right", "good"]],
+  [false, ["✗", "wrong", "bad"]],
+  [null, ["–", "not checked", "soft"]],
+]);
+export function Mark({ right = null }) {
+  const [sign, words, kind] = WORDS.get(right) || WORDS.get(null);
+  return html`<b class=${kind} role="img" aria-label=${words} title=${words}>${sign}</b>`;
+}
+
+// A person may say that an answer is right or wrong; pressed again, it is taken back.
+function Ticks({ row, onTick }) {
+  return html`
+    <span class="ticks" role="group" aria-label=${"Is this answer right? " + row.question}>
+      ${[true, false].map((value) => {
+        const [sign, words, kind] = WORDS.get(value);
+        const on = row.adapter.right === value;
+        return html`
+          <button
+            key=${words}
+            type="button"
+            class=${on ? kind : ""}
+            aria-pressed=${on}
+            aria-label=${words}
+            title=${on ? `It counts as ${words}. Press to take your tick back.` : `Count it as ${words}`}
+            onClick=${() => onTick(row.index, on ? null : value)}
+          >
+            ${sign}
+          </button>
+        `;
+      })}
+    </span>
+  `;
+}
+
+export const FIRST = 8; // rows that are shown at once
+
+function Table({ rows, onTick }) {
+  const [all, show] = useState(false);
   return html`
     <div class="scroll" tabindex="0" role="region" aria-label="Questions and answers">
       <table class="questions">
         <thead>
           <tr>
-            <th scope="col">Question</th>
-            <th scope="col">Expected</th>
-            ${found.models.map(
-              (name) => html`<th key=${name} scope="col">${name[0].toUpperCase() + name.slice(1)}</th>`,
-            )}
+            ${["Question", "Expected", "Base", "Adapter"].map((one) => html`<th key=${one} scope="col">${one}</th>`)}
           </tr>
         </thead>
         <tbody>
-          ${found.rows.map(
-            (row, n) => html`
-              <tr key=${n}>
-                <td class="wrap">${row.question}</td>
-                <td class="wrap">${row.expected}</td>
-                ${row.said.map(
-                  (one, m) => html`
-                    <td key=${m} class="wrap">
-                      <${Mark} right=${one.right} />
-                      ${one.text}
-                    </td>
-                  `,
-                )}
+          ${(all ? rows : rows.slice(0, FIRST)).map(
+            (row) => html`
+              <tr key=${row.index}>
+                <td class="wrap">
+                  ${row.question}
+                  <span class="soft from">${row.from}</span>
+                </td>
+                <td class="wrap" data-label="expected">${row.expected}</td>
+                <td class="wrap" data-label="base">
+                  <${Mark} right=${row.base.right} /> ${row.base.text}
+                </td>
+                <td class="wrap" data-label="adapter">
+                  ${row.adapter.text}
+                  <${Ticks} row=${row} onTick=${onTick} />
+                </td>
               </tr>
             `,
           )}
         </tbody>
       </table>
     </div>
+    ${
+      rows.length > FIRST &&
+      html`<${Button} small onClick=${() => show(!all)}>${all ? "Show fewer" : `Show all ${rows.length}`}<//>`
+    }
   `;
 }
 
-function Found({ found }) {
-  return html`
-    <p>
-      ${found.loss}. ${found.right && found.right + "."}
-    </p>
-    ${found.seen && html`<p class="note">${found.seen}.</p>`}
-    ${found.rows.length > 0 && html`<${Table} found=${found} />`}
-    <p class="soft">
-      Measured on ${found.source}, ${found.date}.
-      ${found.rows.length ? " The models always take their most likely token." : ""}
-    </p>
-  `;
-}
+const Measured = ({ found }) => html`
+  <p>
+    ${found.loss}. ${found.right && found.right + "."}
+  </p>
+  ${found.seen && html`<p class="note">${found.seen}.</p>`}
+  <p class="soft">Measured on ${found.source}, ${found.date}.</p>
+`;
 
 // Asks on the rows that the run held out, or on a set of the Data place.
 export function Answers({ run, again }) {
@@ -89,8 +139,17 @@ export function Answers({ run, again }) {
       setProblem(error.message);
     }
   };
+  const tick = (index, right) =>
+    api.tickAnswer(run.id, index, right).then(
+      () => {
+        setProblem("");
+        again();
+      },
+      (error) => setProblem(error.message),
+    );
   const ready = run.adapter && !["running", "queued"].includes(run.state);
   const found = run.evaluation;
+  const rows = answersOf(run);
   const source =
     ready &&
     html`
@@ -121,10 +180,23 @@ export function Answers({ run, again }) {
     : "Base and adapter can be asked when the run has ended.";
   return html`
     <${Card} title="Questions and answers" actions=${button}>
-      ${found ? html`<${Found} found=${found} />` : html`<p class="soft">${words}</p>`}
+      ${rows.length > 0 && html`<${Table} rows=${rows} onTick=${tick} />`}
+      ${found && html`<${Measured} found=${found} />`}
+      ${
+        !found &&
+        html`
+          <p class="soft">
+            ${
+              rows.length
+                ? "The models always take their most likely token. Tick what is judged wrongly; your tick counts."
+                : words
+            }
+          </p>
+        `
+      }
       <${Problem}>${problem}<//>
       <${Command}
-        text=${sent?.command || (data === "" && !found ? run.evaluation_command : "")}
+        text=${sent?.command || (data === "" && !rows.length ? run.evaluation_command : "")}
         label="The same as a command"
       />
     <//>

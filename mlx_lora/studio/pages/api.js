@@ -168,10 +168,12 @@ export const followRun = (id, after, heard, signal, lost) =>
 export const steerRun = (id, verb, agreed) => post(`runs/${part(id)}/${verb}`, agreed ? { agreed } : {});
 export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
 export const askBoth = (id, data) => post(`runs/${part(id)}/evaluation`, data ? { data } : {});
+export const tickAnswer = (id, index, right) => post(`runs/${part(id)}/tick`, { index, right });
 export const writeNotes = (id, text) => call("PUT", `runs/${part(id)}/notes`, { text });
 export const deleteRun = (id, name) => call("DELETE", "runs/" + part(id), { confirm: name });
 
 export const readAdapters = () => get("adapters");
+export const readTalked = ({ model, revision }, signal) => post("talk/model", { model, revision }, signal);
 export const closeTalk = () => post("talk/close");
 export async function talk(question, heard, signal) {
   for await (const event of events(await call("POST", "talk", question, signal))) heard(event);

@@ -1,8 +1,9 @@
 // Several runs side by side: their curves over the same steps, and their settings, those that differ first.
 import { useMemo, useState } from "./vendor/hooks.module.js";
-import { html, Card, Heading, Icon, Problem, StateChip, Waiting } from "./parts.js";
+import { html, Button, Card, Heading, Icon, Problem, StateChip, Waiting } from "./parts.js";
 import { linkTo, useAsked } from "./state.js";
 import { Chart, joined } from "./chart.js";
+import { answersOf, FIRST, Mark } from "./answers.js";
 import { bytes, count, duration, loss, rate, value } from "./format.js";
 import * as api from "./api.js";
 
@@ -14,6 +15,7 @@ const CURVES = [
 ];
 const RESULTS = [
   ["state", (run) => html`<${StateChip} state=${run.state} />`],
+  ["result", (run) => run.verdict?.headline || "–"],
   ["steps", (run) => count(run.step || 0)],
   ["loss", (run) => loss(run.loss)],
   ["held-out loss", (run) => loss(run.val_loss)],
@@ -116,9 +118,94 @@ function Table({ runs }) {
   `;
 }
 
+// The questions that at least two of the runs answered, with what each said.
+function SameQuestions({ runs }) {
+  const [all, show] = useState(false);
+  const asked = new Map();
+  runs.forEach((run, n) => {
+    for (const one of answersOf(run)) {
+      const key = JSON.stringify([one.question, one.expected]);
+      const row = asked.get(key) || { ...one, said: runs.map(() => null) };
+      row.said[n] = one.adapter;
+      asked.set(key, row);
+    }
+  });
+  const rows = [...asked.values()].filter((row) => row.said.filter(Boolean).length > 1);
+  const right = (n) => rows.filter((row) => row.said[n]?.right).length;
+  return html`
+    <${Card} title="Answers to the same questions">
+      ${
+        rows.length
+          ? html`
+            <div class="scroll" tabindex="0" role="region" aria-label="Answers side by side">
+              <table class="questions">
+                <thead>
+                  <tr>
+                    <th scope="col">Question</th>
+                    <th scope="col">Expected</th>
+                    <th scope="col">Base</th>
+                    ${runs.map(
+                      (run, n) => html`
+                        <th key=${run.id} scope="col">
+                          ${run.name}
+                          <span class="soft from number">${right(n)} of ${rows.length} right</span>
+                        </th>
+                      `,
+                    )}
+                  </tr>
+                </thead>
+                <tbody>
+                  ${(all ? rows : rows.slice(0, FIRST)).map(
+                    (row) => html`
+                      <tr key=${row.question + row.expected}>
+                        <td class="wrap">
+                          ${row.question}
+                          <span class="soft from">${row.from}</span>
+                        </td>
+                        <td class="wrap" data-label="expected">${row.expected}</td>
+                        <td class="wrap" data-label="base">
+                          <${Mark} right=${row.base.right} /> ${row.base.text}
+                        </td>
+                        ${row.said.map(
+                          (one, n) => html`
+                            <td key=${n} class="wrap" data-label=${runs[n].name}>
+                              ${one ? html`<${Mark} right=${one.right} /> ${one.text}` : "not asked"}
+                            </td>
+                          `,
+                        )}
+                      </tr>
+                    `,
+                  )}
+                </tbody>
+              </table>
+            </div>
+            ${
+              rows.length > FIRST &&
+              html`<${Button} small onClick=${() => show(!all)}>${all ? "Show fewer" : `Show all ${rows.length}`}<//>`
+            }
+          `
+          : html`
+            <p class="soft">
+              These runs answered no question in common. Ask them the same file under “Questions and answers” of each
+              run.
+            </p>
+          `
+      }
+    <//>
+  `;
+}
+
+// Runs on the same data say so, wherever its files are.
+function withSameData(runs) {
+  return runs.map((run) => {
+    const first = runs.find((one) => one.data_content && one.data_content === run.data_content);
+    return first ? { ...run, settings: { ...run.settings, data: first.settings.data } } : run;
+  });
+}
+
 export function Compare({ ids }) {
   const [runs, problem, again] = useAsked(
-    (signal) => Promise.all(ids.map((id) => api.readRun(id, signal))),
+    (signal) => Promise.all(ids.map((id) => api.readRun(id, signal))).then(withSameData),
     [ids.join()],
   );
   return html`
@@ -135,6 +222,7 @@ export function Compare({ ids }) {
       runs &&
       html`
         <div class="stack">
+          <${SameQuestions} runs=${runs} />
           <${Card} title="Curves">
             <div class="charts compared">
               ${CURVES.map(

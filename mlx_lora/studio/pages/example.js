@@ -26,7 +26,7 @@ export function Example() {
   if (!about) return null;
   const start = async (model) => {
     try {
-      changeProject({ model, sets: [{ path: about.data, weight: 1 }], settings: {}, preset: null });
+      changeProject({ model, sets: [{ path: about.data, weight: 1 }], settings: {}, preset: null, talked: null });
       const taken = new Set((await api.readRuns()).runs.map((one) => one.name));
       let name = NAME;
       for (let n = 2; taken.has(name); n++) name = `${NAME}-${n}`;

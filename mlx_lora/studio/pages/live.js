@@ -1,6 +1,6 @@
 // One run as it goes: state, progress, curves, texts, log. Used by Train for the run of the moment, by Runs for any.
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
-import { html, Button, Card, Command, Dialog, Meter, Problem, StateChip, Waiting } from "./parts.js";
+import { html, Button, Card, Command, Dialog, Fold, Meter, Problem, StateChip, Waiting } from "./parts.js";
 import { Chart, growing, last } from "./chart.js";
 import { linkTo, tell } from "./state.js";
 import { bytes, count, counted, duration, loss, rate } from "./format.js";
@@ -278,6 +278,20 @@ function Samples({ samples }) {
   `;
 }
 
+// The reports of a run whose own output was not kept: that of a terminal's run.
+const reported = ({ step, loss: losses, val_loss, learning_rate, tokens_per_s }) =>
+  step.map((at, n) =>
+    [
+      `step ${at}`,
+      losses[n] !== null && `loss ${loss(losses[n])}`,
+      val_loss[n] !== null && `held-out loss ${loss(val_loss[n])}`,
+      losses[n] !== null && learning_rate[n] !== null && `lr ${learning_rate[n].toExponential(2)}`,
+      losses[n] !== null && tokens_per_s[n] !== null && `${rate(tokens_per_s[n])} tokens/s`,
+    ]
+      .filter(Boolean)
+      .join(", "),
+  );
+
 function Log({ lines }) {
   const box = useRef(null);
   const follows = useRef(true);
@@ -350,18 +364,20 @@ function Reason({ run }) {
 
 // What became of a run that has ended, and what mends it: the sentence of the report.
 function Verdict({ run }) {
-  const { headline, mend, command } = run.verdict || {};
+  const { headline, figures, mend, command } = run.verdict || {};
   if (!headline || ACTIVE.has(run.state)) return null;
   return html`
     <div class="note verdict-of-run" role="status">
-      <p>${headline}</p>
+      <p class="headline">${headline}</p>
+      ${figures && html`<p class="soft">${figures}</p>`}
       ${mend && html`<p>${mend}</p>`}
       ${command && html`<${Command} text=${command} label="As a command" />`}
     </div>
   `;
 }
 
-export function LiveRun({ id, title, onState }) {
+// `more` makes what stands between the result and the details, from the run and what reads it again.
+export function LiveRun({ id, title, onState, more }) {
   const [run, metrics, problem, again, drawn] = useRun(id);
   const [told, tellEnd] = useState(null);
   const asked = run?.ending || (run?.state === "running" ? told : null);
@@ -382,6 +398,7 @@ export function LiveRun({ id, title, onState }) {
       <//>
     `;
   const left = run.state === "running" && run.step_s && run.steps ? run.step_s * (run.steps - run.step) : null;
+  const lines = run.log.length || ACTIVE.has(run.state) ? run.log : reported(metrics.columns);
   // The tiles say what the curves end with: both come from the same rows.
   const held = lastHeld(metrics.columns);
   const now = {
@@ -410,16 +427,6 @@ export function LiveRun({ id, title, onState }) {
         ${run.name}: ${run.state}
         ${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}
       </p>
-      <dl class="tiles">
-        ${FACTS.map(
-          ([words, tell]) => html`
-            <div key=${words}>
-              <dt>${words}</dt>
-              <dd class="number">${tell(now)}</dd>
-            </div>
-          `,
-        )}
-      </dl>
       ${
         run.state === "running" &&
         !run.step &&
@@ -440,11 +447,29 @@ export function LiveRun({ id, title, onState }) {
         `
       }
       ${left !== null && !asked && html`<p class="soft number">about ${duration(left)} left</p>`}
-      <${Curves} run=${run} metrics=${metrics} drawn=${drawn} />
     <//>
-    <${Samples} samples=${run.samples} />
-    <${Card} title="Log">
-      <${Log} lines=${run.log} />
+    ${more?.(run, again)}
+    <${Fold} title="Curves, texts and log" open=${!more || ACTIVE.has(run.state) || !run.verdict}>
+      <${Card}>
+        <dl class="tiles">
+          ${FACTS.map(
+            ([words, tell]) => html`
+              <div key=${words}>
+                <dt>${words}</dt>
+                <dd class="number">${tell(now)}</dd>
+              </div>
+            `,
+          )}
+        </dl>
+        <${Curves} run=${run} metrics=${metrics} drawn=${drawn} />
+      <//>
+      <${Samples} samples=${run.samples} />
+      <${Card}
+        title="Log"
+        note=${lines === run.log ? "" : "from metrics.jsonl: what the terminal showed besides was not kept"}
+      >
+        <${Log} lines=${lines} />
+      <//>
     <//>
   `;
 }

@@ -72,6 +72,17 @@ export const Card = ({ title, note, actions, children, kind = "", ...rest }) => 
   </section>
 `;
 
+// Content that is made only once it is looked at.
+export function Fold({ title, open = false, children }) {
+  const [is, set] = useState(open);
+  return html`
+    <details class="fold" open=${is} onToggle=${(event) => set(event.target.open)}>
+      <summary>${title}</summary>
+      ${is && html`<div class="stack">${children}</div>`}
+    </details>
+  `;
+}
+
 export const Empty = ({ icon, title, children, action }) => html`
   <div class="empty">
     <${Icon} name=${icon} />

@@ -16,17 +16,29 @@ const TARGETS = [
   ["hub", "Hugging Face", "Upload the adapter with its card."],
 ];
 
-function Target({ id, title, words, need, chosen, onChoose }) {
+function Target({ id, title, words, need, why, chosen, onChoose }) {
   return html`
     <label class=${"preset" + (chosen ? " chosen" : "")}>
-      <input type="radio" name="target" checked=${chosen} onChange=${() => onChoose(id)} />
+      <input type="radio" name="target" checked=${chosen} disabled=${Boolean(why)} onChange=${() => onChoose(id)} />
       <b>${need?.label || title}</b>
       <span class="soft">${words}</span>
       ${
-        need &&
+        why &&
         html`
           <span class="need">
-            <${Chip} tone=${need.ok ? "good" : "warn"}>${need.ok ? "ready" : "something is missing"}<//>${" "}
+            <${Chip} tone="warn">not with this adapter<//>${" "}
+            <span class="soft">${why}</span>
+          </span>
+        `
+      }
+      ${
+        need &&
+        !why &&
+        html`
+          <span class="need">
+            <${Chip} tone=${need.ok ? "good" : "warn"}>
+              ${need.ok ? "can be made here" : "something is missing"}
+            <//>${" "}
             <span class="soft">Needs: ${need.needs}</span>
           </span>
         `
@@ -53,15 +65,17 @@ export function Ship({ model, adapters }) {
         <${Empty}
           icon="train"
           title="No adapter yet"
-          action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train one<//>`}
+          action=${html`<${Button} kind="first" onClick=${() => go("train", "new")}>Train one<//>`}
         >
           An adapter is what a run makes. When a run has ended, it can be exported here.
         <//>
       <//>
     `;
-  const refused = offered.find((one) => one.path === path)?.refused || [];
-  const targets = TARGETS.filter(([id]) => !refused.includes(id));
-  const to = refused.includes(target) ? targets[0][0] : target;
+  const refused = offered.find((one) => one.path === path)?.refused || {};
+  // First what can be made here, then what lacks something, then what this adapter cannot become.
+  const lacks = ([id]) => (refused[id] ? 2 : needs?.[id]?.ok === false ? 1 : 0);
+  const targets = [...TARGETS].sort((one, other) => lacks(one) - lacks(other));
+  const to = refused[target] ? targets[0][0] : target;
   const usual = `${adapterName(path)}-${to}${to.startsWith("gguf") ? ".gguf" : ""}`;
   const send = async (event) => {
     event.preventDefault();
@@ -107,6 +121,7 @@ export function Ship({ model, adapters }) {
                 title=${title}
                 words=${words}
                 need=${needs?.[id]}
+                why=${refused[id]}
                 chosen=${id === to}
                 onChoose=${setTo}
               />

@@ -28,7 +28,7 @@ export function useStore(one) {
 
 // The project outlives a reload: in the browser's own storage, which holds no rows and no keys.
 const KEPT = "mlx_lora studio project";
-const EMPTY = { model: null, sets: [], settings: {}, preset: null };
+const EMPTY = { model: null, sets: [], settings: {}, preset: null, talked: null };
 function kept() {
   try {
     return { ...EMPTY, ...JSON.parse(localStorage.getItem(KEPT)) };

@@ -1,5 +1,5 @@
 // Data: drop files, mix sets, and see every row as the model will: its text with the trained tokens marked.
-import { useEffect, useRef, useState } from "../pages/vendor/hooks.module.js";
+import { useEffect, useState } from "../pages/vendor/hooks.module.js";
 import {
   html,
   Button,
@@ -8,8 +8,6 @@ import {
   Empty,
   Field,
   Heading,
-  Icon,
-  Meter,
   Pages,
   Problem,
   Segments,
@@ -23,13 +21,13 @@ import {
   onTaskEnd,
   project,
   tasks,
-  tell,
   useAsked,
   useLater,
   useStore,
 } from "../pages/state.js";
 import { bytes, count, counted, lastPart, percent, shortPath, when } from "../pages/format.js";
 import { numberReader, Typed } from "../pages/typed.js";
+import { addSet, Drop } from "../pages/drop.js";
 import * as api from "../pages/api.js";
 
 export const title = "Data";
@@ -70,89 +68,22 @@ const WEIGHT = numberReader({ range: [0, 1000], exclusive: true });
 const LENGTH = numberReader({ whole: true, range: [8, null] });
 const SHARE = numberReader({ range: [0, 0.9] });
 
-const addSet = (path) =>
-  changeProject({ sets: [...project.get().sets.filter((one) => one.path !== path), { path, weight: 1 }] });
-
-function Drop({ onAdded }) {
-  const input = useRef(null);
-  const [over, setOver] = useState(false);
-  const [sending, setSending] = useState([]);
-  const [problem, setProblem] = useState("");
-  const take = async (files) => {
-    setProblem("");
-    for (const file of files) {
-      const show = (share) =>
-        setSending((list) => [...list.filter((one) => one.name !== file.name), { name: file.name, share }]);
-      show(0);
-      try {
-        const { path } = await api.uploadFile(file, show);
-        addSet(path);
-        tell(`${file.name} was added`);
-      } catch (error) {
-        setProblem(error.message);
-      }
-      setSending((list) => list.filter((one) => one.name !== file.name));
-    }
-    onAdded();
-  };
-  const drop = (event) => {
-    event.preventDefault();
-    setOver(false);
-    take([...event.dataTransfer.files]);
-  };
-  return html`
-    <div
-      class=${"drop" + (over ? " over" : "")}
-      onDragOver=${(event) => {
-        event.preventDefault();
-        setOver(true);
-      }}
-      onDragLeave=${() => setOver(false)}
-      onDrop=${drop}
-    >
-      <${Icon} name="drop" />
-      <p>
-        <b>Drop files here</b>
-      </p>
-      <p class="soft">JSONL, JSON, CSV, TSV, Parquet, XLSX, text or Markdown. They stay on this machine.</p>
-      <${Button} onClick=${() => input.current.click()}>Choose files<//>
-      <input
-        ref=${input}
-        class="unseen"
-        type="file"
-        multiple
-        tabindex="-1"
-        aria-label="Data files"
-        onChange=${(event) => {
-          take([...event.target.files]);
-          event.target.value = "";
-        }}
-      />
-      ${sending.map(
-        (one) => html`
-          <div key=${one.name} class="sending">
-            <span class="soft">${one.name}</span>
-            <${Meter} share=${one.share} label=${"Sending " + one.name} />
-          </div>
-        `,
-      )}
-      <${Problem}>${problem}<//>
-    </div>
-  `;
-}
-
-function Mixture({ sets }) {
-  const whole = sets.reduce((sum, one) => sum + one.weight, 0) || 1;
+// `rows` are how many training rows each set has, once they are read: an epoch has them as often as the weight says.
+function Mixture({ sets, rows, problem }) {
+  const parts = sets.map((one, n) => one.weight * (rows[n] ?? Number.NaN));
+  const whole = parts.reduce((sum, one) => sum + one, 0);
   const change = (path, weight) =>
     changeProject({ sets: sets.map((one) => (one.path === path ? { ...one, weight } : one)) });
   return html`
     <ul class="rows mixture">
       ${sets.map(
-        (one) => html`
+        (one, n) => html`
           <li key=${one.path} class="row">
             <span class="row-main">
               <b>${lastPart(one.path)}</b>
               <span class="soft path">${shortPath(one.path)}</span>
+              ${problem?.includes(lastPart(one.path)) && html`<${Chip} tone="bad">cannot be read<//>`}
+              ${sets.length > 1 && rows[n] === 0 && html`<${Chip} tone="bad">no row can be trained<//>`}
             </span>
             <span class="row-facts">
               ${
@@ -170,7 +101,12 @@ function Mixture({ sets }) {
                       onValue=${(weight) => change(one.path, weight ?? 1)}
                     />
                   </label>
-                  <span class="number share">${percent(one.weight / whole)}</span>
+                  ${
+                    whole > 0 &&
+                    html`
+                      <span class="number share" title=${counted(rows[n], "row")}>${percent(parts[n] / whole)}</span>
+                    `
+                  }
                 `
               }
               <${Button}
@@ -450,7 +386,42 @@ function TaskOf({ id }) {
   return task ? html`<${TaskLine} task=${task} />` : html`<${Waiting}>Reading and tokenizing<//>`;
 }
 
-function Preview({ model, sets, settings, onUnread }) {
+// Where no row has columns that are known: which are the question and the answer. Both are set at once.
+function Columns({ names, rows, settings }) {
+  const [chosen, choose] = useState({
+    prompt: settings.prompt_column || "",
+    completion: settings.completion_column || "",
+  });
+  const menu = (which, words) => html`
+    <${Field} label=${words} id=${"column-" + which}>
+      <select
+        id=${"column-" + which}
+        onChange=${(event) => {
+          const next = { ...chosen, [which]: event.target.value };
+          choose(next);
+          if (next.prompt && next.completion && next.prompt !== next.completion)
+            changeSettings({ prompt_column: next.prompt, completion_column: next.completion });
+        }}
+      >
+        <option value="">choose a column</option>
+        ${names.map((one) => html`<option key=${one} value=${one} selected=${one === chosen[which]}>${one}</option>`)}
+      </select>
+    <//>
+  `;
+  return html`
+    <${Card} title="Which columns are question and answer?">
+      <p class="soft">
+        ${counted(rows, "row")} with columns that the studio does not know. Choose both to see the rows.
+      </p>
+      <div class="fields">
+        ${menu("prompt", "Question")}
+        ${menu("completion", "Answer")}
+      </div>
+    <//>
+  `;
+}
+
+function Preview({ model, sets, settings, onUnread, onRead }) {
   const [filter, setFilter] = useState("all");
   const [page, setPage] = useState(0);
   const used = Object.fromEntries(OF_ROWS.filter((name) => name in settings).map((name) => [name, settings[name]]));
@@ -461,15 +432,22 @@ function Preview({ model, sets, settings, onUnread }) {
     if (task) onTaskEnd(task, again);
   }, [task]);
   useEffect(() => setPage(0), [filter, JSON.stringify([model, sets, used])]);
-  const why = problem || (answer?.counts?.rows === 0 && answer.problems[0]?.message) || "";
+  const none = answer?.counts?.rows === 0;
+  const columns = (!problem && none && answer.columns) || [];
+  const why = problem || (none && !columns.length && answer.problems[0]?.message) || "";
   useEffect(() => {
     if (namesField(why)) onUnread(true);
   }, [why]);
+  useEffect(() => onRead({ rows: (!problem && answer?.set_rows) || [], problem }), [problem, answer]);
   if (problem)
     return html`
       <${Card} title="Rows">
-        <${Problem} again=${again}>${problem}<//>
+        <${Problem} again=${sets.some((one) => problem.includes(lastPart(one.path))) ? null : again}>${problem}<//>
       <//>
+    `;
+  if (columns.length > 1)
+    return html`
+      <${Columns} key=${columns.join()} names=${columns} rows=${answer.counts.refused} settings=${settings} />
     `;
   if (!answer?.counts)
     return html`
@@ -491,7 +469,7 @@ function Preview({ model, sets, settings, onUnread }) {
     <${Card} title="What the model will see">
       <${Tiles} counts=${counts} />
       <p class="soft">
-        ${recognized && `Recognized as ${recognized}. `}
+        ${recognized && `Read as ${recognized}. `}
         ${counts.empty > 0 && `${counted(counts.empty, "row")} without anything to train.`}
       </p>
       ${(notes || []).map((one) => html`<p class="note" key=${one}>${one}</p>`)}
@@ -551,17 +529,18 @@ export function Place() {
   const { model, sets, settings } = useStore(project);
   const [answer, , again] = useAsked(() => api.readSets(), []);
   const [unread, setUnread] = useState(false);
+  const [read, setRead] = useState({ rows: [], problem: "" });
   return html`
     <${Heading}
       title="Data"
-      actions=${sets.length > 0 && html`<${Button} kind="first" onClick=${() => go("train")}>Next: train<//>`}
+      actions=${sets.length > 0 && html`<${Button} kind="first" onClick=${() => go("train", "new")}>Next: train<//>`}
     >
       What the model learns from. Every row is shown as it will be trained.
     <//>
     <div class="two wide-right">
       <div class="side stack">
         <${Card} title="Sets" note=${sets.length > 1 ? "mixed by weight" : ""}>
-          ${sets.length > 0 && html`<${Mixture} sets=${sets} />`}
+          ${sets.length > 0 && html`<${Mixture} sets=${sets} rows=${read.rows} problem=${read.problem} />`}
           <${Drop} onAdded=${again} />
           <${Known} sets=${sets} answer=${answer} />
           <${Options} settings=${settings} open=${unread} />
@@ -590,7 +569,15 @@ export function Place() {
                   <//>
                 <//>
               `
-              : html`<${Preview} model=${model} sets=${sets} settings=${settings} onUnread=${setUnread} />`
+              : html`
+                <${Preview}
+                  model=${model}
+                  sets=${sets}
+                  settings=${settings}
+                  onUnread=${setUnread}
+                  onRead=${setRead}
+                />
+              `
         }
       </div>
     </div>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.config.load import recipe_names
-from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
-from mlx_lora.data.records import SUFFIXES
+from mlx_lora.data.examples import Record
+from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
+from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.serving.schema import ApiError, is_number
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
-from mlx_lora.utils.files import free_on_disk
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import free_on_disk, sha256_of
 
 UPLOAD = "/api/data/upload"
+UNFIT = dict.fromkeys(map(ord, ",=#"), "-")  # in a data file's name: --data reads them otherwise
+ALSO_FIT = dict.fromkeys(map(ord, "()[]&'!@~"), "-")  # as in “faq (1).jsonl”; other names have no use for them
 SILENCE_S = 30.0  # between two parts of an upload
 MOST_SETS, DEPTH = 2000, 3
 MOST_PAGE = 200
@@ -42,20 +47,25 @@ def routes(studio: Studio) -> list[BaseRoute]:
 
 async def upload(studio: Studio, request: Request) -> Response:
     """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
-    name = upload_name(request.query_params.get("name"))
+    given = (request.query_params.get("name") or "").replace("\\", "/").rpartition("/")[2]
+    name = upload_name(given)
     length = request.headers.get("content-length", "")
     declared = int(length[:20]) if length.isdecimal() else 0
     if declared > studio.max_upload_bytes:
         raise _too_large(studio)
     if free_on_disk(studio.folders.data) < declared:
         raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
-    part = studio.folders.data / f".{name}.{os.urandom(6).hex()}.part"
+    part = studio.folders.data / f".{os.urandom(6).hex()}.{name}"
     try:
         await _write(studio, request, part)
+        await anyio.to_thread.run_sync(_look_at, part, name)
         path = await anyio.to_thread.run_sync(_place, part, studio.folders.data / name)
     finally:
         part.unlink(missing_ok=True)
-    return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
+    taken, unfit = "there is another file of that name", "commas, = and # mean something else in --data"
+    renamed = path.name != unicodedata.normalize("NFC", given.strip())
+    why = "" if not renamed else unfit if path.name == name else taken
+    return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size, "why": why})
 
 
 async def _write(studio: Studio, request: Request, part: Path) -> None:
@@ -73,6 +83,21 @@ async def _write(studio: Studio, request: Request, part: Path) -> None:
             if size > studio.max_upload_bytes:
                 raise _too_large(studio)
             await file.write(chunk)
+
+
+def _look_at(part: Path, name: str) -> None:
+    """Refuse an upload that cannot be data, as far as its beginning shows it.
+
+    Raises:
+        ApiError: 400, it is empty, or not what its name says.
+    """
+    try:
+        check_file(part)
+        rows = next(read_records(part), None) if part.suffix.lower() in (".jsonl", *TABLES) else part.stat().st_size
+    except InputError as error:
+        raise ApiError(400, str(error).replace(str(part), name), "not_data", "name") from None
+    if not rows:
+        raise ApiError(400, f"{name}: has no rows; choose a file with at least one", "not_data", "name")
 
 
 def _too_large(studio: Studio) -> ApiError:
@@ -101,7 +126,15 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
     offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
     limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
     page = previews.page(settings, offset, limit, body.get("filter") or "all")
-    return {**page, "data": settings["data"]}
+    columns, rows = list[str](), list[int]()
+    if page["counts"] is not None:
+        known = [one.splits.get("train", ()) for one in find_sets(settings["data"])]
+        rows = [sum(page["trained"].get(file.name, 0) for file in files) for files in known]
+        if not page["counts"]["rows"] and known[0]:
+            record = next(read_records(known[0][0].path, known[0][0].sheet), None)
+            columns = list(record.value) if isinstance(record, Record) and isinstance(record.value, dict) else []
+    # For the page: how many training rows each set has, and, where none can be read, which columns there are.
+    return {**page, "data": settings["data"], "columns": columns, "set_rows": rows}
 
 
 def data_text(sets: list[dict[str, Any]]) -> str:
@@ -120,26 +153,28 @@ def data_text(sets: list[dict[str, Any]]) -> str:
     return ",".join(parts)
 
 
-def upload_name(given: str | None) -> str:
-    """Return the name of an uploaded file: no path, and of a kind that is read as data.
+def upload_name(given: str) -> str:
+    """Return the name of an uploaded file: as it was, but for what is not fit for a name, and of a kind that is read as data.
 
     Raises:
         ApiError: 400, it is not.
     """
-    name = safe_name((given or "").replace("\\", "/").rpartition("/")[2], "name")
+    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
+    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
     if Path(name).suffix.lower() not in SUFFIXES:
         raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
     return name
 
 
 def _place(part: Path, wanted: Path) -> Path:
-    """Give an upload its name, or the next one that is free; a file that is there is never replaced."""
+    """Give an upload its name, or the next one that is free; a file that is there is never replaced, and the same one stays the only one."""
     for number in range(1, 10_000):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         try:
             os.link(part, path)
         except FileExistsError:
-            continue
+            if path.stat().st_size != part.stat().st_size or sha256_of(path) != sha256_of(part):
+                continue
         return path
     raise ApiError(409, f"{wanted.name}: too many files of this name; choose another", "name_taken")
 

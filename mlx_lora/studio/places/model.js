@@ -296,7 +296,7 @@ export function Place() {
   );
   const chosen = answer?.models.find((one) => one.id === chosenId);
   const choose = (model) => {
-    changeProject({ model: model.id });
+    changeProject({ model: model.id, talked: null });
     tell(`${model.name} is chosen`);
   };
   return html`

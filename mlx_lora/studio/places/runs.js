@@ -8,6 +8,7 @@ import {
   Command,
   Dialog,
   Empty,
+  Fold,
   Heading,
   Icon,
   Pages,
@@ -394,8 +395,14 @@ function Detail({ id }) {
       run &&
       html`
         <div class="stack">
-          <${LiveRun} key=${id} id=${id} title="Progress" onState=${again} />
-          <${Answers} key=${"answers" + id} run=${run} again=${again} />
+          <${LiveRun}
+            key=${id}
+            id=${id}
+            title=${["running", "queued"].includes(run.state) ? "Progress" : "Result"}
+            onState=${again}
+            more=${(now, look) => html`<${Answers} key=${"answers" + id} run=${now} again=${look} />`}
+          />
+          <${Fold} title="Notes, what was forgotten, command and settings">
           <${Notes} key=${"notes" + id} run=${run} />
           <${Forgetting} run=${run} again=${again} />
           <${Card} title="Repeat this run">
@@ -412,6 +419,7 @@ function Detail({ id }) {
             <p class="soft path">${shortPath(run.path)}</p>
           <//>
           <${Settings} settings=${run.settings} />
+          <//>
         </div>
       `
     }
@@ -423,7 +431,7 @@ function All() {
   return html`
     <${Heading}
       title="Runs"
-      actions=${html`<${Button} kind="first" onClick=${() => go("train")}>New run<//>`}
+      actions=${html`<${Button} kind="first" onClick=${() => go("train", "new")}>New run<//>`}
     >
       Everything that was trained here, in the studio or in a terminal.
     <//>
@@ -440,7 +448,7 @@ function All() {
                 <${Empty}
                   icon="runs"
                   title="No runs yet"
-                  action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train a model<//>`}
+                  action=${html`<${Button} kind="first" onClick=${() => go("train", "new")}>Train a model<//>`}
                 >
                   Runs that you start in the studio appear here, and so do those that you start in a terminal with
                   mlx-lora train.

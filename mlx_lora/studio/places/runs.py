@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts
+from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import (
@@ -55,6 +55,7 @@ def routes(studio: Studio) -> list[BaseRoute]:
         json_route("/api/runs/{id}/notes", partial(note, studio), "PUT"),
         json_route("/api/runs/{id}", partial(delete, studio), "DELETE"),
         json_route("/api/runs/{id}/forgetting", partial(measure, studio), "POST"),
+        json_route("/api/runs/{id}/tick", partial(tick_answer, studio), "POST"),
         json_route("/api/runs/{id}/evaluation", partial(ask, studio), "POST"),
         json_route("/api/adapters", lambda request, body: {"adapters": listing.adapters()}),
     ]
@@ -206,6 +207,23 @@ def _finished_run(studio: Studio, request: Request) -> tuple[dict[str, Any], Pat
     if not run["adapter"] or run["state"] in ("running", "queued"):
         raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
     return run, Path(run["path"])
+
+
+def tick_answer(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/runs/ID/tick: a person says that an answer is right or wrong, or, with null, takes that back; the report is written anew.
+
+    Raises:
+        ApiError: 404, there is no such answer; 400, the body says neither; 409, the run goes on.
+    """
+    _, folder = _finished_run(studio, request)
+    index, right = whole_number(body.get("index", -1), "index", 0, 10**6, 0), body.get("right")
+    if not (right is None or isinstance(right, bool)):
+        raise ApiError(400, "right: must be true, false or null", "invalid_value", "right")
+    try:
+        tick(folder, index, right)
+    except IndexError:
+        raise ApiError(404, f"index: there is no answer {index}; reload the run", "not_found", "index") from None
+    return detail(studio, request, body)
 
 
 def ask(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:

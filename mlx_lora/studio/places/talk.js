@@ -1,8 +1,8 @@
 // Talk & ship: the same question to two models side by side, base, adapters or blends of them; then take one along.
 import { useEffect, useMemo, useRef, useState } from "../pages/vendor/hooks.module.js";
-import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
-import { go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
-import { counted, lastPart, rate } from "../pages/format.js";
+import { html, Button, Card, Empty, Field, Fold, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
+import { changeProject, go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
+import { counted, lastPart, rate, shortPath } from "../pages/format.js";
 import { Ship } from "../pages/ship.js";
 import { contentOf, MOST, Pictures, readPicture } from "../pages/pictures.js";
 import { numberReader, Typed } from "../pages/typed.js";
@@ -29,8 +29,9 @@ function Said({ text, busy }) {
 }
 
 // A base is a model in one revision and with its own or fewer bits; each is another one in memory.
-const baseOf = ({ base, revision = null, bits = null }) => ({ model: base, revision, bits });
-const keyOf = ({ model, revision, bits }) => JSON.stringify([model, revision, bits]);
+// `file` is where it is on this disk: one model may have several names.
+const baseOf = ({ base, file, revision = null, bits = null }) => ({ model: base, file, revision, bits });
+const keyOf = ({ model, file, revision, bits }) => JSON.stringify([file || [model, revision], bits]);
 const labelOf = ({ model, revision, bits }) =>
   [lastPart(model), revision, bits && `${bits} bits`].filter(Boolean).join(", ");
 const isOn = (base) => (adapter) => !adapter.base || keyOf(baseOf(adapter)) === keyOf(base);
@@ -341,10 +342,12 @@ function Chat({ base, adapters, first }) {
     { adapters: [] },
     { adapters: (first ? [first] : list.slice(0, 1)).map((one) => ({ path: one.path, weight: 1 })) },
   ]);
-  const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" });
+  const [options, setOptions] = useState({ temperature: 0, max_tokens: 256, seed: null, system: "" }); // as chat's
+  const [about] = useAsked((signal) => api.readTalked(base, signal), []);
   const [question, setQuestion] = useState("");
   const [pictures, setPictures] = useState([]);
   const [unread, setUnread] = useState("");
+  const [phone] = useState(() => matchMedia("(max-width: 52rem)").matches);
   const shown = columns.slice(0, two ? 2 : 1);
   const { turns, ask, stop, reset, problem, said } = useTalk(base, shown, adapters, options);
   const end = useRef(null);
@@ -361,7 +364,8 @@ function Chat({ base, adapters, first }) {
     setPictures(pictures);
   };
   const take = async (files) => {
-    setUnread("");
+    setUnread(about?.sees ? "" : "This model does not see pictures.");
+    if (!about?.sees) return;
     try {
       const read = await Promise.all(files.slice(0, MOST).map(readPicture));
       setPictures((before) => [...before, ...read].slice(0, MOST));
@@ -377,31 +381,32 @@ function Chat({ base, adapters, first }) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
     if (event.key === "Escape" && stop) stop();
   };
+  const choices = html`
+    <${Card}>
+      <div class=${"column-choices n" + shown.length}>
+        ${shown.map(
+          (one, n) => html`
+            <${Column}
+              key=${n}
+              side=${SIDES[n]}
+              column=${one}
+              adapters=${list}
+              onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))}
+            />
+          `,
+        )}
+      </div>
+      <div class="talk-options">
+        <label class="check">
+          <input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns
+        </label>
+        <${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} />
+      </div>
+    <//>
+  `;
   return html`
     <div class="talk">
-      <${Card}>
-        <div class="columns">
-          <div class=${"column-choices n" + shown.length}>
-            ${shown.map(
-              (one, n) => html`
-                <${Column}
-                  key=${n}
-                  side=${SIDES[n]}
-                  column=${one}
-                  adapters=${list}
-                  onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))}
-                />
-              `,
-            )}
-          </div>
-        </div>
-        <div class="talk-options">
-          <label class="check">
-            <input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns
-          </label>
-          <${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} />
-        </div>
-      <//>
+      ${phone ? html`<${Fold} title=${shown.map((one) => nameOf(one, adapters)).join(" · ")}>${choices}<//>` : choices}
       <div class="turns" role="log" aria-label="Conversation" aria-live="polite">
         ${turns.map((turn, n) => html`<${Turn} key=${n} turn=${turn} />`)}
         ${
@@ -434,7 +439,7 @@ function Chat({ base, adapters, first }) {
           <button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button>
           <${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//>
           <${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
-          <${PictureButton} onFiles=${take} disabled=${pictures.length >= MOST} />
+          ${about?.sees && html`<${PictureButton} onFiles=${take} disabled=${pictures.length >= MOST} />`}
           <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span>
         </div>
       <//>
@@ -450,14 +455,20 @@ export function Place({ path }) {
   const adapters = answer?.[0].adapters || [];
   const bases = useMemo(() => {
     const talking = adapters.filter((one) => one.talks !== false);
-    const all = [...talking, { base: chosen }, ...adapters].filter((one) => one.base).map(baseOf);
+    const same = adapters.find((one) => one.base === chosen && !one.revision);
+    const file = same ? same.file : answer?.[1].models.find((one) => one.id === chosen)?.path;
+    const all = [...talking, { base: chosen, file }, ...adapters].filter((one) => one.base).map(baseOf);
     return [...new Map(all.map((one) => [keyOf(one), one])).values()];
   }, [answer, chosen]);
-  const [picked, pick] = useState(null);
+  const { talked: picked } = useStore(project);
+  const pick = (talked) => {
+    changeProject({ talked });
+    if (path[0]) go("talk");
+  };
   const wanted = adapters.find((one) => one.run === path[0]);
   // Of the chosen model the base of its newest adapter.
   const base =
-    bases.find((one) => keyOf(one) === picked) ||
+    (!path[0] && bases.find((one) => keyOf(one) === picked)) ||
     (wanted?.base && baseOf(wanted)) ||
     bases.find((one) => one.model === chosen) ||
     bases[0];
@@ -514,6 +525,10 @@ export function Place({ path }) {
                   (one) => html`
                     <option key=${keyOf(one)} value=${keyOf(one)} selected=${keyOf(one) === keyOf(base)}>
                       ${labelOf(one)}
+                      ${
+                        bases.filter((other) => labelOf(other) === labelOf(one)).length > 1 &&
+                        ` (${shortPath(one.model)})`
+                      }
                     </option>
                   `,
                 )}

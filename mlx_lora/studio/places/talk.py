@@ -31,6 +31,7 @@ from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base
+from mlx_lora.models.vision import has_tower
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
 from mlx_lora.serving.client_errors import api_error
 from mlx_lora.serving.conversation import chat_tokens, picture_prompt
@@ -38,7 +39,7 @@ from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
 from mlx_lora.studio.folders import numbered_paths, safe_name
-from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model
+from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
 from mlx_lora.studio.web import events, json_route
@@ -273,10 +274,18 @@ def routes(studio: Studio) -> list[BaseRoute]:
     studio.closing.callback(talk.close)
     return [
         Route(TALK, partial(answer, studio, talk), methods=["POST"]),
+        json_route("/api/talk/model", partial(about_model, studio), "POST"),
         json_route("/api/talk/close", lambda request, body: talk.close() or {"closed": True}, "POST"),
         json_route("/api/export", partial(export, studio), "POST"),
         json_route("/api/export/needs", lambda request, body: needs()),
     ]
+
+
+def about_model(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/talk/model: whether a model sees pictures, from its config alone."""
+    files = files_of_model(studio.checker.model(body.get("model")), body.get("revision"))
+    config = json_of(files / "config.json") if files else None
+    return {"sees": isinstance(config, dict) and has_tower(config)}
 
 
 async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:

@@ -399,8 +399,9 @@ export function Place({ path }) {
   const [answer, , look] = useAsked(() => api.readRuns(), [], 4000);
   const runs = answer?.runs || [];
   const running = runs.filter((one) => one.state === "running");
-  const [view, setView] = useState(path[0] ? "run" : null);
-  const [picked, pick] = useState(path[0] || null);
+  const asked = path[0] === "new" ? null : path[0] || null; // a run, or nothing for a new one
+  const [view, setView] = useState(asked ? "run" : path[0] ? "setup" : null);
+  const [picked, pick] = useState(asked);
   // Opened while a run goes on: that run is what one came to see.
   useEffect(() => {
     if (view === null && answer) {
@@ -409,10 +410,10 @@ export function Place({ path }) {
     }
   }, [answer]);
   useEffect(() => {
-    if (path[0]) {
-      pick(path[0]);
+    if (asked) {
+      pick(asked);
       setView("run");
-    }
+    } else if (path[0]) setView("setup");
   }, [path[0]]);
   const started = (id) => {
     look();
