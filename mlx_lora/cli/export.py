@@ -23,6 +23,7 @@ from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.api.fused_gain import FADED, GainMeter, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.data.files import look_at_data
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
@@ -79,6 +80,7 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     merged = merged_file(asked) if folder else None
     if data and merged is None:
         raise InputError(f"--data with --to {asked.to}: only a merged model is measured; leave it out")
+    look_at_data(data)  # refused before the work if it is not there
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(

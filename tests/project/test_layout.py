@@ -30,10 +30,8 @@ ABOVE = {
     "serving": {"api", "cli", "doctor", "evaluation", "studio", "training_server"}, "training_server": {"cli"},
     "evaluation": {"api", "cli", "studio", "trainer"},
 }  # fmt: skip
-LONGEST_FILE, LONGEST_FUNCTION = 600, 80
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
-# Modules of ours that a module may import itself, and those that come with it.
-MOST_IMPORTS = 25
+# Modules of ours that come with a module.
 MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 46}
 
 
@@ -87,16 +85,6 @@ def test_data_settings_and_planner_need_no_mlx():
         and any(name == "mlx" or name.startswith(("mlx.", "mlx_lora.utils.device")) for name in names(path))
     ]
     assert asking == ["planner/machine.py"]
-
-
-def test_files_and_functions_stay_short():
-    long = [str(path) for path in FILES if path.read_text().count("\n") > LONGEST_FILE]
-    for path, tree in trees().items():
-        for node in ast.walk(tree):
-            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            if is_function and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
-                long.append(f"{path}: {node.name}")
-    assert not long
 
 
 def test_functions_take_few_arguments():
@@ -250,10 +238,7 @@ def module_trees() -> dict[str, ast.Module]:
 
 
 def test_a_file_needs_few_others_to_be_read():
-    parsed = module_trees()
-    wide = {name: len(used) for name, used in modules_imported(parsed).items() if len(used) > MOST_IMPORTS}
-    assert not wide
-    graph = modules_imported(parsed, at_import=True)
+    graph = modules_imported(module_trees(), at_import=True)
     sizes = {name: len(with_it(graph, f"mlx_lora.{name}")) for name in MOST_WITH_IT}
     assert all(sizes[name] <= most for name, most in MOST_WITH_IT.items()), sizes
 
