@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,13 @@ from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.downloads import download, is_on_web
-from mlx_lora.data.examples import Completion, FormatError, Record
+from mlx_lora.data.examples import Completion, Conversation, FormatError, Message, Record
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import STAND_IN, prompt_tokens
@@ -58,30 +63,26 @@ OPTIONS = SamplingOptions(1, 64, 0.8, 0.95)
 REPLY_S, REPLY_BYTES, REPLY_TOKENS, AT_A_TIME = 120.0, 1 << 20, 2000, 4  # of a server, which may think first
 ABOUT = "README.md"
 STYLES = (
-    "in everyday words, as a customer would say it",
-    "very short, as typed in a hurry on a phone",
-    "politely, as in an email",
-    "as someone would ask who does not know the right word for it",
-    "after a few words about one's situation",
+    "in everyday words",
+    "short, as typed on a phone",
+    "politely, in a whole sentence",
+    "without its most usual words",
 )
-REQUEST = """\
-Write the question in other words. The new question must have the same answer. Keep names, numbers and codes, and add no \
-others. Do not answer it. Write one line, in the language of the question.
+RULES = """\
+You get questions, and say each of them in other words. Ask for exactly the same, so that the same answer fits. Keep names, \
+numbers and codes, add no others, and stay in the language of the question. Reply with the new question alone."""
+# As turns of a chat: in one long request, a model of 1.5B mixes the examples into its answer.
+EXAMPLES = (
+    ("What are the opening hours of the library on Mondays?", "Until when can I come to the library on a Monday?"),
+    ("How do I reset the PIN of the A-40?", "forgot pin of my A-40, how to reset"),
+    ("parking?", "Could you please tell me where I can park my car?"),
+    ("Who is responsible for refunds?", "Whom do I ask to get my money back?"),
+)
 
-Question: How long is the guarantee on the Velor 3 bike?
-In other words, in everyday words, as a customer would say it: If my Velor 3 bike breaks, until when is a repair free?
-
-Question: which bus goes to the museum
-In other words, politely, as in an email: Could you please tell me which bus line takes me to the museum?
-
-Question: Who looks after the garden?
-In other words, very short, as typed in a hurry on a phone: gardener's name?
-
-Question: {question}
-In other words, {style}:"""
-
-Writer = Callable[[Sequence[str], int], list[str]]
-"""Takes requests and the number of the round, and returns a text for each."""
+Writer = Callable[[Sequence[list[Message]], int], list[str]]
+"""Takes chats that end with a request, and the number of the round, and returns a text for each."""
+Scorer = Callable[[Sequence[tuple[str, str]]], list[float]]
+"""Takes questions with answers, and returns the mean log-probability of each answer's tokens after its question."""
 
 
 def read_rephrased(objective: Objective, ctx: RunContext) -> DataSplits:
@@ -150,7 +151,7 @@ def rephrase(
             f"--data {settings.data.data}: no record has a question of its own (a prompt, one column, or the last turn of a "
             "user before an answer), so there is nothing to rephrase"
         )
-    identity, write = _writer(settings, base)
+    identity, write, score = _writer(settings, base)
     texts = [text for question in questions for text in (question.text, question.answer)]
     key = sha256_of(json.dumps([VERSION, identity, texts, list(wanted), settings.loop.seed]))
     file, rules, dropped = cache_dir("wordings") / f"{key[:32]}.jsonl", Wordings(questions), Counter[str]()
@@ -162,15 +163,17 @@ def rephrase(
             if not asked:
                 break
             if number == len(rounds):
-                styles = [STYLES[(number + place) % len(STYLES)] for place in asked]
-                requests = [
-                    REQUEST.format(question=questions[place].text, style=style)
-                    for place, style in zip(asked, styles, strict=True)
-                ]
-                rounds.append({"texts": write(requests, number)})
+                chats = [_request(questions[place].text, STYLES[(number + place) % len(STYLES)]) for place in asked]
+                wordings = [cleaned(text) for text in write(chats, number)]
+                near = (
+                    _near_enough([questions[place] for place in asked], wordings, questions, score)
+                    if score
+                    else wordings
+                )
+                rounds.append({"wordings": wordings, "near": [bool(one) for one in near]})
                 write_records(file, rounds)
-            for place, text in zip(asked, rounds[number]["texts"], strict=True):
-                if why := rules.take(questions[place], cleaned(text)):
+            for place, wording, near in zip(asked, *rounds[number].values(), strict=True):
+                if why := rules.take(questions[place], wording) if near else "off the subject":
                     dropped[why] += 1
             task.reach(sum(len(one.wordings) for one in questions))
     kept = sum(len(one.wordings) for one in questions)
@@ -182,46 +185,86 @@ def rephrase(
     ]
 
 
-def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writer]:
-    """Return what tells a writer apart from others, and the writer."""
+def _request(question: str, style: str) -> list[Message]:
+    """Return the turns of a chat that ends with the request to say a question in other words."""
+    asked = [(f"Say in other words, {how}: {text}", said) for how, (text, said) in zip(STYLES, EXAMPLES, strict=True)]
+    first, *others = [*asked, (f"Say in other words, {style}: {question}", STAND_IN)]
+    return [
+        {"role": role, "content": text}
+        for pair in [(f"{RULES}\n\n{first[0]}", first[1]), *others]
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _near_enough(
+    asked: Sequence[Question], wordings: Sequence[str], questions: Sequence[Question], score: Scorer
+) -> list[bool]:
+    """Tell for each wording whether it makes its question's answer likelier than another question of the data does.
+
+    It must bring at least half of what the question itself brings, in log-probability.
+    """
+    others = [questions[(questions.index(one) + len(questions) // 2) % len(questions)].text for one in asked]
+    texts = [text for triple in zip(wordings, (one.text for one in asked), others, strict=True) for text in triple]
+    found = score([(text, asked[number // 3].answer) for number, text in enumerate(texts)])
+    return [
+        new >= min(own, (own + other) / 2) for new, own, other in zip(found[::3], found[1::3], found[2::3], strict=True)
+    ]
+
+
+def _likelihoods(base: Base, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Return the mean log-probability of answers under a model, as a `Scorer` does."""
+    examples = [Completion(question, answer) for question, answer in pairs]
+    encoder = prompt_encoder(SplitRows(entries=[*examples]), DataSettings(), base.hf_tokenizer, None)
+    encoded, found = encoder.encode(examples), [-math.inf] * len(pairs)
+    for row, number in enumerate(encoded.source.tolist()):
+        tokens, trained = encoded.rows.row(row)
+        logps = nn.log_softmax(base.model(mx.array(tokens[None, :-1]))[0].astype(mx.float32), axis=-1)
+        of_targets = mx.take_along_axis(logps, mx.array(tokens[1:, None]), axis=-1)[:, 0]
+        found[number] = float(np.array(of_targets)[trained[1:]].mean())
+    return found
+
+
+def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writer, Scorer | None]:
+    """Return what tells a writer apart from others, the writer, and what scores its wordings; a server gives no likelihoods."""
     other, model = settings.data.rephrase_model, settings.model
     if is_on_web(url := other or model.model or ""):
         name = _reply(url, "/models", ("data", 0, "id"))
-        return [url, name], partial(_ask_server, url, name)
+        return [url, name], partial(_ask_server, url, name), None
     if other or base is None:  # its weights are read when it has to write
         base = load_base(replace(model, model=other, revision=None, bits=None) if other else model, read=False)
     writer = base
 
-    def write(requests: Sequence[str], number: int) -> list[str]:
+    def write(chats: Sequence[list[Message]], number: int) -> list[str]:
         if not number and count_parameters(writer.model) < SMALL:
             log.info(
                 f"Note: {writer.model_id} has less than a billion parameters; so small a model can hardly ask the same thing in "
                 "other words. --rephrase-model takes a larger one, or the address of a server such as LM Studio's or Ollama's"
             )
-        encoder = prompt_encoder(
-            SplitRows(entries=[Completion("", STAND_IN)]), DataSettings(), writer.hf_tokenizer, None
-        )
-        prompts = [prompt_tokens(encoder, Completion(request, STAND_IN)) for request in requests]
-        texts, ends = [""] * len(requests), frozenset(writer.tokenizer.eos_token_ids)
+        tokenizer = writer.hf_tokenizer
+        examples = [Conversation(chat) for chat in chats]
+        if not tokenizer.chat_template:  # a model that continues texts
+            examples = [Completion("\n".join(turn["content"] for turn in chat[:-1]) + "\n", STAND_IN) for chat in chats]
+        encoder = prompt_encoder(SplitRows(entries=[*examples]), DataSettings(), tokenizer, None)
+        prompts = [prompt_tokens(encoder, example) for example in examples]
+        texts, ends = [""] * len(chats), frozenset(writer.tokenizer.eos_token_ids)
 
         def take(batch: list[int], found: list[list[int]]) -> None:
             for place, tokens in zip(batch, found, strict=True):
-                texts[place] = str(writer.hf_tokenizer.decode(tokens, skip_special_tokens=True))
+                texts[place] = str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-        keys = answer_keys(settings.loop.seed, STREAM + number, len(requests))
-        write_texts(writer, prompts, range(len(requests)), OPTIONS, ends, keys, take)
+        keys = answer_keys(settings.loop.seed, STREAM + number, len(chats))
+        write_texts(writer, prompts, range(len(chats)), OPTIONS, ends, keys, take)
         return texts
 
-    return [model_sample(writer.folder), writer.describe()], write
+    return [model_sample(writer.folder), writer.describe()], write, partial(_likelihoods, writer)
 
 
-def _ask_server(url: str, model: str, requests: Sequence[str], number: int) -> list[str]:
+def _ask_server(url: str, model: str, chats: Sequence[list[Message]], number: int) -> list[str]:
     """Return a server's texts, as a `Writer` does."""
     how = {"model": model, "temperature": OPTIONS.temperature, "top_p": OPTIONS.top_p, "max_tokens": REPLY_TOKENS}
-    chats = [{**how, "messages": [{"role": "user", "content": request}]} for request in requests]
     reply = partial(_reply, url, "/chat/completions", ("choices", 0, "message", "content"))
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(reply, chats))
+        return list(pool.map(reply, [{**how, "messages": chat[:-1]} for chat in chats]))
 
 
 def _reply(url: str, path: str, part: Sequence[str | int], asked: dict[str, Any] | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import threading
@@ -12,9 +13,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from run_cli import one_line, run
 
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.wordings import Question
+from mlx_lora.models.load import load_base
 from mlx_lora.objectives import rephrase as rephrasing
 from mlx_lora.utils.files import cache_dir
 
@@ -34,7 +39,7 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = asked["messages"][0]["content"]
+        text = asked["messages"][-1]["content"]
         animal = re.findall(r"Where does the (\w+) live", text)[-1]
         with self.server.lock:
             self.server.asked.append(text)
@@ -254,6 +259,36 @@ def test_a_server_that_answers_otherwise_gets_one_line(table, server, tmp_path, 
     ran = run("rephrase", "--model", server.url, "--data", table, "--out", tmp_path / "more.csv")
     one_line(ran, server.url)
     assert not (tmp_path / "more.csv").exists()
+
+
+def test_a_wording_must_bring_half_of_what_its_question_brings():
+    """The scores stand for log-probabilities of the answers: own question -2, another question -4."""
+    questions = [Question({}, "mine", "a"), Question({}, "yours", "b")]
+    scores = {"mine": -2.0, "yours": -4.0, "near": -2.5, "half": -3.0, "far": -3.1, "": -math.inf}
+    for wording, near in (
+        ("near", True),
+        ("half", True),
+        ("far", False),
+        ("", False),
+        ("mine", True),
+        ("yours", False),
+    ):
+        found = rephrasing._near_enough(
+            questions[:1], [wording], questions, lambda pairs: [scores[text] for text, _ in pairs]
+        )
+        assert found == [near], wording
+
+
+def test_likelihoods_are_those_of_the_answers_tokens(tiny_folder):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    found = rephrasing._likelihoods(base, [("Where?", "Here."), ("When?", "Here."), ("Where?", "There, I think.")])
+    text = "<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n"
+    prompt, answer = (base.hf_tokenizer.encode(part, add_special_tokens=False) for part in (text, "Here.<|im_end|>"))
+    logits = base.model(mx.array([prompt + answer[:-1]]))[0, len(prompt) - 1 :].astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    expected = float(mx.take_along_axis(logps, mx.array(answer)[:, None], axis=-1).mean())
+    assert found[1] == pytest.approx(expected, abs=1e-4)
+    assert len(set(found)) == 3
 
 
 def test_what_cannot_be_rephrased_is_refused_in_one_line(tiny_folder, table, server, tmp_path):
