@@ -70,10 +70,14 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
     monkeypatch.chdir(project)
     if noted:
         note_run(folder)
-    monkeypatch.setattr(
-        "mlx_lora.studio.control.start_child",
-        lambda words, log, **how: started.append(words) or subprocess.Popen(["true"]),
-    )
+
+    def start(words, log, **how):
+        started.append(words)
+        child = subprocess.Popen(["true"])
+        child.wait()
+        return child
+
+    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
     with studio(tmp_path / "home", known_runs=file, runs_folders=(project / "runs",)) as client:
         (adapter,) = client.get("/api/adapters").json()["adapters"]
         assert adapter["base"] == adapter["file"] == str(small)
