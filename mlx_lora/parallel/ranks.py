@@ -32,7 +32,7 @@ class OneRank:
     def from_first(self, value: Any) -> Any:
         return value
 
-    sum = sum_inside = any = arrays_from_first = from_first
+    sum = any = arrays_from_first = from_first
 
     def gathered(self, array: mx.array) -> mx.array:
         return array[None]
@@ -81,15 +81,11 @@ class SeveralRanks:
         collective would wait on the device, and macOS ends work that waits there for seconds.
         """
         if not device.host_waits_for_peers():
-            return self.sum_inside(array)
+            return mx.distributed.all_sum(array, group=self._group, stream=self._messages)
         mx.eval(array)
-        total = self.sum_inside(array)
+        total = mx.distributed.all_sum(array, group=self._group, stream=self._messages)
         mx.eval(total)
         return total
-
-    def sum_inside(self, array: mx.array) -> mx.array:
-        """Return the sum of all ranks' arrays, lazily on every device, for use inside a forward or a backward pass."""
-        return mx.distributed.all_sum(array, group=self._group, stream=self._messages)
 
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""

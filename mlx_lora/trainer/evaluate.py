@@ -139,7 +139,7 @@ def of_ranks(parts: list[RowsOfBatch], strategy: Strategy) -> RowLosses | None:
         strategy: how the ranks divide the batches; all of them must call this, and have just waited for each other.
     """
     if strategy.ranks.size > 1:
-        own = [[column.tolist() for column in part] for part in parts] if strategy.counts else []
+        own = [[column.tolist() for column in part] for part in parts]
         told = [part for of_rank in strategy.ranks.everyone(own) for part in of_rank]
         parts = [(np.array(a, np.int64), np.array(b, np.float64), np.array(c, np.int64)) for a, b, c in told]
     return RowLosses.gathered(parts)
