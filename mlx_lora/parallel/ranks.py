@@ -80,11 +80,12 @@ class SeveralRanks:
         On a CPU it is lazy. On a GPU the host computes its part, then waits for the others here: GPU work queued after a
         collective would wait on the device, and macOS ends work that waits there for seconds.
         """
-        if not device.host_waits_for_peers():
-            return mx.distributed.all_sum(array, group=self._group, stream=self._messages)
-        mx.eval(array)
+        waits = device.host_waits_for_peers()
+        if waits:
+            mx.eval(array)
         total = mx.distributed.all_sum(array, group=self._group, stream=self._messages)
-        mx.eval(total)
+        if waits:
+            mx.eval(total)
         return total
 
     def gathered(self, array: mx.array) -> mx.array:
