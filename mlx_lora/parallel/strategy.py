@@ -216,10 +216,6 @@ class Strategy:
         if self.lockstep and ranks.rank >= len(batches) % ranks.size > 0:
             yield nothing_of(batches[0])
 
-    def sum(self, measured: mx.array) -> mx.array:
-        """Return the sum of what the ranks measured of their batches."""
-        return self.ranks.sum(measured)
-
     # One text, one set of parameters
 
     def same_choice(self, model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:

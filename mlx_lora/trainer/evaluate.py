@@ -84,7 +84,7 @@ def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch]
                 mx.eval(sums, losses)
                 rows.append(of_batch(part, np.array(losses)))
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
-    total, count, *reported = strategy.sum(sums).tolist()
+    total, count, *reported = strategy.ranks.sum(sums).tolist()
     if not count:
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
