@@ -18,33 +18,18 @@ While a method trains, a layer may have more arrays:
 
 `plain_factors` returns all of them as one pair, so the stored adapter is LoRA for every method.
 
-With tensor parallelism, each rank has a part of a layer, and an adapter whose factors are whole on every rank:
-
-    Entry   a branch of a block (attention, MLP): every rank gets the same input; gradients of the ranks' parts are added
-    Cut     which inputs or outputs of a layer this rank has; an adapter layer computes with this part of its factors
-    Exit    the layer, or the mixture of experts, that ends a branch: the ranks' outputs are added
-
-    y = exit(entry(x) W[:, own] ... W[own, :])          own: this rank's heads, or its columns of the MLP
-
-Between entry and exit a rank computes its own part of a sum, so a gradient of anything that is used there is a part
-of the whole one, and all ranks' parts add up to it. Outside of a branch, all ranks compute the same.
-
 Shapes: r rank, R the rank of all pairs joined; in and out are the base's widths. `lora_a` is (in, r) and `lora_b` (r, out),
 where an embedding's in is its vocabulary; for E experts they are (E, r, in) and (E, out, r).
-Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x. Megatron-LM, arXiv 1909.08053, section 3: f (entry) and g
-(exit).
+Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_lora.kernels.quantized_matmul import MEASURED
@@ -71,7 +56,6 @@ class AdapterLayer(nn.Module):
         NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot use
             this layer, as the end of a sentence that begins with the layer's name; None if they can.
         adapts_head: False if an embedding's adapter does not adapt the output head tied to it.
-        cut: the part of the base that this rank has, with tensor parallelism; None: all of it.
     """
 
     LAYER_TYPE: str
@@ -83,7 +67,6 @@ class AdapterLayer(nn.Module):
     NOT_IN_GGUF: str | None = "is of a type that llama.cpp's adapters do not have"
     NOT_FOR_A_ROW: str | None = "cannot be served row by row"
     adapts_head = True
-    cut: Cut | None = None
 
     def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
         """Wrap `base`.
@@ -175,16 +158,6 @@ class AdapterLayer(nn.Module):
         if "lora_e" in self:
             b = mx.expand_dims(self.lora_e, 1) * b
         return a, b
-
-    def called_factors(self) -> Factors:
-        """Return the part of `effective_factors` that this rank computes with."""
-        pair = self.effective_factors()
-        return pair if self.cut is None else self.cut.factors(*pair)
-
-    def called_fixed(self) -> Factors:
-        """Return the part of the fixed factors that this rank computes with."""
-        pair = self.fixed_a, self.fixed_b
-        return pair if self.cut is None else self.cut.factors(*pair)
 
     def plain_factors(self) -> Factors:
         """Return one pair with R ranks, float32, so that scale * A B is the sum of all products that the layer adds."""
@@ -399,97 +372,6 @@ class Dropout(nn.Module):
         return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
 
 
-class CutDropout(Dropout):
-    """Dropout of some of a layer's inputs: draws for all of them, so that the ranks together drop what one process would."""
-
-    def __init__(self, probability: float, cut: Cut):
-        super().__init__(probability)
-        self._cut = cut
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        if not self.active:
-            return x
-        kept, shape = 1 - self.probability, (*x.shape[:-1], self._cut.whole)
-        drawn = mx.random.bernoulli(kept, shape, key=self.draw() if key is None else key)
-        return drawn[..., self._cut.begin : self._cut.end] * x * (1 / kept)
-
-
-# Tensor parallelism
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The part of a layer's inputs or outputs that this rank has.
-
-    Attributes:
-        of_inputs: whether inputs are cut, not outputs.
-        begin, end: this rank's features.
-        whole: how many there are.
-    """
-
-    of_inputs: bool
-    begin: int
-    end: int
-    whole: int
-
-    def factors(self, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        """Return this rank's part of a pair of factors."""
-        own = slice(self.begin, self.end)
-        if not self.of_inputs:
-            return a, b[:, own]
-        return (a[own] if a.ndim == 2 else a[..., own]), b
-
-
-class Wire:
-    """What goes over the network inside a forward and a backward pass."""
-
-    def __init__(self, add: Callable[[mx.array], mx.array], rank: int = 0, size: int = 1):
-        """Set up.
-
-        Args:
-            add: returns the sum of all ranks' arrays, lazily.
-            rank, size: this rank's number, and how many there are.
-        """
-        self.sum, self.rank, self.size = add, rank, size
-
-    def entered(self, x: mx.array) -> mx.array:
-        """Return `x`, whose gradient is the sum of the ranks' gradients."""
-
-        @mx.custom_function
-        def enter(x: mx.array) -> mx.array:
-            return x
-
-        enter.vjp(lambda x, gradient, _: self.sum(gradient))
-        return enter(x)
-
-    def added(self, x: mx.array) -> mx.array:
-        """Return the sum of the ranks' `x`, whose gradient every rank already has."""
-
-        @mx.custom_function
-        def leave(x: mx.array) -> mx.array:
-            return self.sum(x)
-
-        leave.vjp(lambda x, gradient, _: gradient)
-        return leave(x)
-
-
-class Entry(nn.Module):
-    """A mixin that comes before a branch's own class."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        wire: Wire = self._wire
-        args, kwargs = tree_map(lambda leaf: wire.entered(leaf) if _is_float(leaf) else leaf, (args, kwargs))
-        return super().__call__(*args, **kwargs)  # pyright: ignore[reportCallIssue] # the branch's
-
-
-class Exit(nn.Module):
-    """A mixin that comes before the own class of what ends a branch."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        wire: Wire = self._wire
-        return wire.added(super().__call__(*args, **kwargs))  # pyright: ignore[reportCallIssue] # the layer's
-
-
 def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
     """Give one instance a class in which `mixin` comes before its own; it keeps the module, by which its kernels are found."""
     module.__class__ = mixed(mixin, type(module))
@@ -499,10 +381,6 @@ def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
 def mixed(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
     """Return the class in which `mixin` comes before `own`: the same one for all blocks, which are compared by their classes."""
     return type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:

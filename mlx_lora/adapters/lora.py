@@ -47,13 +47,13 @@ class LoRALinear(AdapterLayer):
 
     def onto(self, y: mx.array, x: mx.array, key: mx.array | None = None) -> mx.array:
         """Return the layer's output, given the base's, y (..., out)."""
-        a, b = self.called_factors()
+        a, b = self.effective_factors()
         z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
         # This takes one pass over the output instead of two.
         y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
         if "fixed_a" not in self:
             return y
-        a, b = self.called_fixed()
+        a, b = self.fixed_a, self.fixed_b
         return mx.addmm(y, x @ a.astype(x.dtype), b.astype(x.dtype))
 
 
@@ -121,11 +121,11 @@ class LoRASwitchLinear(AdapterLayer):
         """
         through = partial(through_experts, indices=indices, sorted_indices=sorted_indices)
         y = self.linear(x, indices, sorted_indices=sorted_indices)
-        a, b = self.called_factors()
+        a, b = self.effective_factors()
         z = through(self.dropout(x, key), a)  # (N, 1, r)
         y = y + through(z, self.scale * b)
         if "fixed_a" in self:
-            a, b = self.called_fixed()
+            a, b = self.fixed_a, self.fixed_b
             y = y + through(through(x, a), b)
         return y
 

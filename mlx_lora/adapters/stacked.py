@@ -279,7 +279,7 @@ def unstackable(model: nn.Module) -> str | None:
     for path, layer in layers.items():
         if isinstance(layer, FakeQuantized):
             return "it trains with the rounding of its fused weights (--qat)"
-        if not isinstance(layer, STACKABLE + EXPERTS) or layer.cut is not None:
+        if not isinstance(layer, STACKABLE + EXPERTS):
             return f"it adapts {path}, {'an embedding' if layer.OVER not in (LINEAR, SWITCH) else 'in another way'}"
         if isinstance(layer, EXPERTS) and layer.dropout.probability:
             return "it drops inputs of experts"

@@ -313,10 +313,6 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
             f"--shard-base {settings.loop.shard_base}: this plan is for one machine; name the Macs that share the base, as in "
             'plan --macs "M4 Pro:48,M2 Max:32"'
         )
-    if settings.loop.parallel == "tensor":
-        raise InputError(
-            '--parallel tensor: this plan is for one machine; name the Macs that divide the layers, as in plan --macs "M4 Pro:48,M2 Max:32"'
-        )
     number_bytes = 4 if settings.model.dtype == "float32" else 2
     if chip is not None:
         found = find_chip(chip)

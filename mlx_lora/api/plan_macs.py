@@ -12,26 +12,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_lora.config.checks import shard_parts, sharing_problems, whole_base_reasons
-from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.checks import shard_parts, sharing_problems
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import largest_batch, run_of
 from mlx_lora.planner.several_macs import (
-    TENSOR,
     Link,
     Mac,
     MacsPlan,
     Split,
     Units,
     best,
-    cut_problem,
     least_tokens,
     memory_shares,
     plan_macs,
     split_by_rows,
-    split_by_tensor,
     split_with_shared_base,
 )
 from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
@@ -344,9 +341,8 @@ def predicted_splits(
     """
     problem = sharing_problem(settings)
     splits = [
-        Split(DATA, True, problem=problem) if problem else split_with_shared_base(shared, batch.positions),
+        Split(True, problem=problem) if problem else split_with_shared_base(shared, batch.positions),
         split_by_rows(shape, batch, macs, link),
-        _by_tensor(settings, batch, macs, link),
     ]
     chosen = best(splits)
     return [
@@ -360,24 +356,6 @@ def predicted_splits(
         }
         for split in splits
     ]
-
-
-def _by_tensor(settings: TrainSettings, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
-    part = _part_of_layers(settings, len(macs))
-    if isinstance(part, str):
-        return Split(TENSOR, problem=part)
-    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
-
-
-@lru_cache(maxsize=8)
-def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
-    """Return the shape of one Mac's part of each layer, or why there is none."""
-    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
-    outline = outline_for(settings.model, device.compute_dtype(dtype))
-    architecture = type(outline.model).__module__.rpartition(".")[2]
-    reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
-    problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")
-    return problem or outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=count)
 
 
 def splits_line(splits: Sequence[dict[str, Any]]) -> str:

@@ -39,7 +39,12 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
         problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
     problems += _adapter_problems(settings)
-    problems += sharing_problems(settings) + _tensor_problems(settings)
+    problems += sharing_problems(settings)
+    asked, shared = settings["parallel"], settings["shard_base"]
+    if asked != "data" and shared != "off":
+        problems.append(
+            f"--shard-base {shared} with --parallel {asked}: it decides what each process has; leave out one of the two"
+        )
     if settings["train"] is False:
         flags = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
         words = ["evaluate", *(word for flag, value in flags.items() if value for word in (flag, value))]
@@ -183,42 +188,6 @@ def divided_problems(settings: Mapping[str, Any], with_it: str) -> list[str]:
         )
     if settings["decode_weights"] == "dense":
         problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
-    return problems
-
-
-def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (setting, reason) for all that does not allow a model of which each process has a part of every layer."""
-    method, found = settings["method"], []
-    if method in ("pissa", "full", "dora", "qa-lora"):
-        found.append((f"--method {method}", "it needs or changes whole weights; use lora"))
-    if settings["qat"]:
-        found.append(("--qat", "it computes each layer's whole fused weight; leave it out"))
-    if settings["modules_to_save"]:
-        found.append(("--modules-to-save", "weights that are trained cannot be cut; leave out one of the two"))
-    if settings["bias"] != "none":
-        found.append((f"--bias {settings['bias']}", "biases are cut; leave out one of the two"))
-    if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
-        reason = "sampling, a reference, or a teacher needs the whole base in one process; leave it out"
-        found.append((f"--objective {settings['objective']}", reason))
-    if settings["batch_parts"] > 1:
-        found.append(
-            (f"--batch-parts {settings['batch_parts']}", "all processes compute the same; use a smaller batch")
-        )
-    if settings["cache_trunk"] == "on":
-        found.append(("--cache-trunk on", "works in a single process only; leave it out"))
-    return found
-
-
-def _tensor_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return what a run whose processes divide the model's layers, or may, cannot do."""
-    asked, shared = settings["parallel"], settings["shard_base"]
-    if asked == "data":
-        return []
-    with_it = f"with --parallel {asked}"
-    problems = [f"--shard-base {shared} {with_it}: it decides what each process has; leave out one of the two"]
-    problems = problems if shared != "off" else []
-    if asked == "tensor":
-        problems += [f"{setting} {with_it}: {reason}" for setting, reason in whole_base_reasons(settings)]
     return problems
 
 

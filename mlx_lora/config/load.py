@@ -134,6 +134,7 @@ OTHER_VALUES = {
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",
+    "tensor": "tensor parallel training is gone; share a base that does not fit with --shard-base",
     "eval_loss": "use loss",
     "eval_rewards/accuracies": "use accuracy",
 }

@@ -26,8 +26,8 @@ QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SHARDING = ("even", "memory")  # --shard-base
-DATA, TENSOR = "data", "tensor"
-PARALLEL = (DATA, TENSOR, "auto")
+DATA = "data"
+PARALLEL = (DATA, "auto")
 DEFAULT_BATCH_TOKENS = 2048
 AUTO: Literal["auto"] = "auto"  # --learning-rate
 # Headings of the help.
@@ -240,8 +240,8 @@ class LoopSettings:
         "With --offload-base on: also keep on the disk what blocks keep for the backward pass, for long rows.",
         MEMORY, may_change=True, per_machine=True)
     parallel: str = setting("data",
-        "What the processes of a run divide: data (rows), tensor (attention heads and MLP columns, for links of low "
-        "latency), or auto (the fastest that fits, by the measured link; it may also share the base).",
+        "What the processes of a run divide: data (rows), or auto (rows, and the base too if that is the fastest that fits, by "
+        "the measured link).",
         MEMORY, may_change=True, choices=PARALLEL)
     memory_budget: float | None = setting(None,
         "GB (10^9 bytes) that the run may use, a sixteenth of it for MLX's buffer cache (default: what the device recommends).",

@@ -498,12 +498,9 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
 
     Returns:
         `inner` <W, D>, `size` <D, D> and `noise`, the mean square of the noise that quantizing may have added to W, all
-        over the sampled rows, to six digits; empty without linear layers whose update is not zero, and where this process
-        has only a part of them (--parallel tensor): such an adapter is not judged.
+        over the sampled rows, to six digits; empty without linear layers whose update is not zero.
     """
     layers = [layer for layer in adapter_layers(model).values() if layer.OVER is LINEAR]
-    if any(layer.cut is not None for layer in layers):
-        return {}
     chosen = [layers[len(layers) * i // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else layers
     if not chosen:
         return {}

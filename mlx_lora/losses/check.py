@@ -153,7 +153,7 @@ def _agreeing_loss(
     # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
     others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and not head.is_whole)]
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, strategy)
+    first = head_loss(part, kernel, loss_tile_bytes(), whole_because)
     check = check_name(model, config, strategy, "loss", first.description)
     if has_passed(check):
         return first
@@ -165,7 +165,7 @@ def _agreeing_loss(
         task.advance()
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
-                loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy)
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because)
                 problem = _problem(model, expected, loss, head.vocabulary, tokens=tokens, strategy=strategy)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)

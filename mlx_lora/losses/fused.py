@@ -62,7 +62,6 @@ from mlx_lora.kernels.table import figures_key, polynomial_candidates
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches
-from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import MAX_SLICE, chunk_rows, tile_shape
 from mlx_lora.utils import device
@@ -381,9 +380,7 @@ LOSS_KERNELS: Mapping[str, HeadLosses] = {
 }
 
 
-def head_loss(
-    head: Head, kernel: str, tile_bytes: int, whole_because: str = "", strategy: Strategy = SINGLE_DEVICE
-) -> Loss:
+def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "") -> Loss:
     """Return a loss that is computed only from the hidden states of the supervised positions.
 
     Args:
@@ -391,16 +388,13 @@ def head_loss(
         kernel: a name in `loss_kernels()`.
         tile_bytes: the most bytes of logits at a time.
         whole_because: why the head has no last block of which some positions can be computed alone.
-        strategy: how ranks divide the positions.
     """
     tiles = f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles"
     words = {TILES: tiles, POLYNOMIAL: f"{tiles}, polynomial", ROWS: "mx.fast.cross_entropy by rows"}
     block = (
         "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
     )
-    token_losses = strategy.divide_loss(partial(loss_kernels()[kernel], tile_bytes=tile_bytes))
-    if strategy.layer_parts > 1:
-        block = f"{block}; positions divided by {strategy.layer_parts} processes"
+    token_losses = partial(loss_kernels()[kernel], tile_bytes=tile_bytes)
 
     def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
         inputs, targets, _mask, positions, weights, *starts = batch

@@ -87,9 +87,6 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 # Soft caps that are fixed in mlx-lm's code and not in any config, by `model_type`.
 FIXED_SOFT_CAPS = {"nanochat": 15.0}
 
-OfHidden = Callable[..., mx.array]
-"""(head, hidden (P, D), targets (P,), weights (P,), gradient=) -> (P,) losses, differentiable in `hidden`."""
-
 
 @dataclass(frozen=True)
 class Head:

@@ -151,7 +151,7 @@ def mean_log_ratio(
         total = total + ((sums.logps - sums.reference) * sums.real).sum()
         count = count + sums.real.sum()
         mx.eval(total, count)
-    total, count = strategy.data_ranks.sum(mx.stack([total, count]))
+    total, count = strategy.ranks.sum(mx.stack([total, count]))
     model.train(training)
     return max(0.0, total.item() / count.item()) if count.item() else 0.0
 
@@ -250,8 +250,8 @@ def row_log_probabilities(
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
-        on_progress(min(strategy.data_ranks.size * done, found.size))
-    found = np.array(strategy.data_ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
+        on_progress(min(strategy.ranks.size * done, found.size))
+    found = np.array(strategy.ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
     model.train(training)
     if finite and not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])
@@ -304,9 +304,8 @@ class WholeSet:
         for batch in batches:
             sums = self.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
             rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
-            if strategy.counts:
-                found.append(rows[:, rows[-1] > 0])  # without padding
-                targets += batch.first_targets
+            found.append(rows[:, rows[-1] > 0])  # without padding
+            targets += batch.first_targets
         told = strategy.everyone([targets, np.concatenate(found, axis=1).tolist()])
         rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
         examples = rows.shape[1] // 2

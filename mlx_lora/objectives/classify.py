@@ -439,11 +439,10 @@ class ScoredSet:
         scores, targets = [], []
         for batch in batches:
             found = np.array(self.scored(model, *arrays_of(batch)))
-            if strategy.counts:
-                owners = (batch.positions // batch.inputs.shape[1])[batch.weights > 0]
-                labels: Any = batch.labels
-                scores += found[batch.weights > 0].tolist()
-                targets += labels[owners].tolist()
+            owners = (batch.positions // batch.inputs.shape[1])[batch.weights > 0]
+            labels: Any = batch.labels
+            scores += found[batch.weights > 0].tolist()
+            targets += labels[owners].tolist()
         told = strategy.everyone([scores, targets])
         scores, targets = ([row for one in told for row in one[part]] for part in (0, 1))
         if not scores:

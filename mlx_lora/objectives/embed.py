@@ -369,7 +369,7 @@ class Embed(Objective):
         whole = replace(loss, train=summed, measure=summed, description=f"{self._words()}; {where}")
 
         def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
-            if len(batches) == 1 and strategy.data_ranks.size == 1:
+            if len(batches) == 1 and strategy.ranks.size == 1:
                 return batches
             with self.kernels(model):
                 return with_gradients(model, embedder, batches, self.options, strategy)
@@ -505,7 +505,7 @@ def all_vectors(
     group, counts = batches[0].group, [len(batch.inputs) // batches[0].group for batch in batches]
     found = np.zeros((sum(counts), group, embedder.width), np.float32)
     starts = np.cumsum([0, *counts])
-    ranks = strategy.data_ranks
+    ranks = strategy.ranks
     mine = list(range(ranks.rank, len(batches), ranks.size))
     for number, batch in enumerate(strategy.dealt(batches)):
         vectors = vectors_of(embedder, *arrays_of(replace(batch, sampled=None)))
@@ -561,7 +561,7 @@ class EmbeddedSet:
             own = np.array(compute(model, *arrays))
             real = np.array(arrays[5]) > 0
             # A list of no rows would lose its other dimensions on the way to the other ranks.
-            if strategy.counts and real.any():
+            if real.any():
                 vectors.append(own[real])
                 numbers.append(np.array(arrays[4])[real])
         if strategy.ranks.size > 1:

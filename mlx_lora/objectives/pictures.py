@@ -130,8 +130,7 @@ class WithPictures(Objective):
         """
         if ctx.strategy.divides_base:
             raise InputError(
-                f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base, --offload-base and "
-                "--parallel tensor"
+                f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base and --offload-base"
             )
         if ctx.settings.loop.cache_trunk == "on":
             raise InputError(f"--cache-trunk on with {self.asked}: the tower's output is kept instead; leave it out")

@@ -176,9 +176,8 @@ class RankedSet:
         for batch in batches:
             arrays = arrays_of(batch)
             scores, grades = np.array(self.scored(model, *arrays)), np.array(arrays[5])
-            if strategy.counts:
-                real = (grades >= 0).any(axis=1)
-                found += np.stack([scores[real], grades[real]], axis=1).tolist()  # (E, 2, K)
+            real = (grades >= 0).any(axis=1)
+            found += np.stack([scores[real], grades[real]], axis=1).tolist()  # (E, 2, K)
         queries = [one for part in strategy.everyone(found) for one in part]
         if not queries:
             return math.nan, 0, {}

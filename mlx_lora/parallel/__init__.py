@@ -1,1 +1,1 @@
-"""Trains in several processes as one run: ranks, what they exchange, and how they divide rows, a base or its layers."""
+"""Trains in several processes as one run: ranks, what they exchange, and how they divide rows or a base."""

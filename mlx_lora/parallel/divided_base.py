@@ -6,27 +6,24 @@ is one for a single process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.config.checks import shard_parts
-from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
+from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import (
     await_messages,
     end_of_trial,
     first_ranks_choice,
-    frozen_bytes,
     share_base,
     units_of,
     unshareable_words,
 )
-from mlx_lora.parallel.strategy import DataParallel, reseed
-from mlx_lora.parallel.tensor import cut_model, divided, in_branches, wire_among
+from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.planner.fit import budget_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_macs import rank_part
@@ -35,8 +32,6 @@ from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
-    from mlx_lora.data.batch import Batch
-    from mlx_lora.models.head import OfHidden
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
 
@@ -115,71 +110,3 @@ def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
     if len(parts) != ranks.size:
         raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
     return [part / sum(parts) for part in parts]
-
-
-class TensorParallel(DataParallel):
-    """All ranks compute all rows, each with its part of every layer; what all have in whole is counted once, by rank 0."""
-
-    lockstep = True
-    divides_base = True
-
-    def __init__(self, ranks: SeveralRanks, seed: int = 0):
-        super().__init__(ranks, seed)
-        self._several, self.layer_parts = ranks, ranks.size
-
-    @property
-    def data_ranks(self) -> Ranks:
-        return ALONE
-
-    @property
-    def row_words(self) -> str:
-        return ""
-
-    @property
-    def counts(self) -> bool:
-        return self.ranks.leads
-
-    def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
-        ranks = self._several
-        cut_model(base.model, base.config, ranks)
-        own, whole = frozen_bytes(base.model), base.size_bytes
-        self.words = f"layers cut among {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
-        # What tries kernels calls the model, so all ranks try the same ones.
-        loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
-        return replace(settings, loop=loop)
-
-    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
-        return divided(losses_of, wire_among(self._several))
-
-    def same_checkpointing(self, own: str) -> str:
-        """Return `block` unless all have chosen the same: a block that is computed again sends its messages again."""
-        return "block" if len(set(self.ranks.everyone(own))) > 1 else own
-
-    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
-        """Yield each micro-batch as it is: a rank that divided it alone would compute more often than the others."""
-        yield from batches
-
-    def reseed(self, step: int) -> None:
-        """Seed the random numbers of a step, which are the same on all ranks."""
-        reseed(self.seed, step, 0)
-
-    def own_gradients(self, model: nn.Module) -> Callable[[dict], dict]:
-        """Return a function for the gradients that are this rank's to count; rank 0 counts those that all have in whole.
-
-        They are multiplied by 0 and not replaced: every rank must compute them, because messages are sent on the way.
-        """
-        parts = in_branches(model)
-
-        def own(grads: dict) -> dict:
-            if self.ranks.leads:
-                return grads
-            return tree_unflatten([(name, g if name in parts else 0 * g) for name, g in tree_flatten(grads)])
-
-        return own
-
-    def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
-        """Add up gradients; loss, tokens and reports are rank 0's."""
-        if not self.ranks.leads:
-            loss_sum, tokens, reports, grads = total
-            total = [*tree_map(lambda value: 0 * value, [loss_sum, tokens, reports]), grads]
-        return super().reduce(total, asked)

@@ -32,7 +32,7 @@ class OneRank:
     def from_first(self, value: Any) -> Any:
         return value
 
-    sum = sum_inside = any = arrays_from_first = from_first
+    sum = any = arrays_from_first = from_first
 
     def gathered(self, array: mx.array) -> mx.array:
         return array[None]
@@ -80,16 +80,13 @@ class SeveralRanks:
         On a CPU it is lazy. On a GPU the host computes its part, then waits for the others here: GPU work queued after a
         collective would wait on the device, and macOS ends work that waits there for seconds.
         """
-        if not device.host_waits_for_peers():
-            return self.sum_inside(array)
-        mx.eval(array)
-        total = self.sum_inside(array)
-        mx.eval(total)
+        waits = device.host_waits_for_peers()
+        if waits:
+            mx.eval(array)
+        total = mx.distributed.all_sum(array, group=self._group, stream=self._messages)
+        if waits:
+            mx.eval(total)
         return total
-
-    def sum_inside(self, array: mx.array) -> mx.array:
-        """Return the sum of all ranks' arrays, lazily on every device, for use inside a forward or a backward pass."""
-        return mx.distributed.all_sum(array, group=self._group, stream=self._messages)
 
     def gathered(self, array: mx.array) -> mx.array:
         """Return all ranks' arrays, (N, ...), lazily; all must have the same shape and dtype."""

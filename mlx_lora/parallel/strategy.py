@@ -3,7 +3,7 @@
     SingleDevice     one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch
     ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/divided_base.py)
-    TensorParallel   each rank has a part of every layer, and all compute the same rows (there, too)
+    OffloadedBase    one process reads the frozen base from its files (parallel/offloaded_base.py)
 
 Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
 sums of losses, tokens and gradients over all ranks are those of the whole batch. So neither the order of the data nor
@@ -29,7 +29,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora import __version__
-from mlx_lora.config.settings import ROWS, TENSOR, LoopSettings, TrainSettings
+from mlx_lora.config.settings import ROWS, LoopSettings, TrainSettings
 from mlx_lora.data.batch import Batch, nothing_of, share_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils import device
@@ -37,7 +37,6 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
-    from mlx_lora.models.head import OfHidden
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
 
@@ -61,14 +60,12 @@ class Strategy:
         lockstep: whether all ranks must call the model equally often, because each call sends messages.
         divides_base: whether a process keeps only a part of the base's weights, so that they are not read before it is known
             which.
-        layer_parts: into how many parts each layer is divided.
         whole_blocks: why a block is always computed in whole, in words; empty: it need not be.
         words: on the division of the base, for the run header; empty until it is divided.
     """
 
     lockstep: bool = False
     divides_base: bool = False
-    layer_parts: int = 1
     whole_blocks: str = ""
     words: str = ""
 
@@ -82,19 +79,9 @@ class Strategy:
         self.ranks, self.seed = ranks, seed
 
     @property
-    def data_ranks(self) -> Ranks:
-        """The ranks that deal batches and rows among themselves."""
-        return self.ranks
-
-    @property
     def row_words(self) -> str:
         """On the division of rows, for the run header."""
         return ""
-
-    @property
-    def counts(self) -> bool:
-        """Whether what this rank computes of its batches is counted; False: another rank computes the same."""
-        return True
 
     def everyone(self, measured: Any) -> list[Any]:
         """Return what every rank measured, by rank.
@@ -140,10 +127,6 @@ class Strategy:
         """
         return 0
 
-    def same_checkpointing(self, own: str) -> str:
-        """Return what this rank has chosen for --grad-checkpoint by its own memory, or what all ranks must do."""
-        return own
-
     def check_checkpointing(self, config: dict[str, Any], left_out: bool) -> None:
         """Refuse a model some of whose blocks are not checkpointed (`left_out`), if each must be."""
 
@@ -157,10 +140,6 @@ class Strategy:
         Raises:
             InputError: it has.
         """
-
-    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
-        """Return a loss of positions with the same results, of which each rank computes a part if all have all positions."""
-        return losses_of
 
     def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
         """Return the loss and its gradient by the trainable parameters, as `nn.value_and_grad` does."""
@@ -194,10 +173,6 @@ class Strategy:
     def reseed(self, step: int) -> None:
         """Seed this rank's random numbers for a step; a single process goes on with its stream."""
 
-    def own_gradients(self, model: nn.Module) -> Callable[[dict], dict]:
-        """Return a function that takes a rank's gradients and returns those that are its to count."""
-        return lambda grads: grads
-
     def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
         """Add up every rank's part of a step, in one message.
 
@@ -223,7 +198,7 @@ class Strategy:
             plan: of all ranks.
             most: batches of all ranks; -1: all.
         """
-        ranks = self.data_ranks
+        ranks = self.ranks
         yield from plan.batches(most, ranks.rank, ranks.size)
         count = len(plan) if most < 0 else min(most, len(plan))
         if self.lockstep and ranks.rank >= count % ranks.size > 0:
@@ -232,18 +207,14 @@ class Strategy:
     def held_out_count(self, plan: Batches, most: int) -> int:
         """Return the number of batches with rows in `held_out`."""
         count = len(plan) if most < 0 else min(most, len(plan))
-        return len(range(self.data_ranks.rank, count, self.data_ranks.size))
+        return len(range(self.ranks.rank, count, self.ranks.size))
 
     def dealt(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         """Yield the batches of a step that this rank measures; as in `held_out`."""
-        ranks = self.data_ranks
+        ranks = self.ranks
         yield from batches[ranks.rank :: ranks.size]
         if self.lockstep and ranks.rank >= len(batches) % ranks.size > 0:
             yield nothing_of(batches[0])
-
-    def sum(self, measured: mx.array) -> mx.array:
-        """Return the sum of what the ranks measured of their batches."""
-        return self.ranks.sum(measured if self.counts else mx.zeros_like(measured))
 
     # One text, one set of parameters
 
@@ -326,7 +297,8 @@ class DataParallel(Strategy):
         The seed depends on the step's number, so a resumed run does not need the other ranks' random keys: with the same
         number of ranks as before, it draws the same dropout.
         """
-        reseed(self.seed, step, self.ranks.rank)
+        digest = hashlib.sha256(f"{self.seed} {step} {self.ranks.rank}".encode()).digest()
+        mx.random.seed(int.from_bytes(digest[:8], "little"))
 
     def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
         loss_sum, tokens, reports, grads = total
@@ -376,12 +348,6 @@ def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
     return dealt
 
 
-def reseed(seed: int, step: int, rank: int) -> None:
-    """Seed this process's random numbers by (seed, step, rank)."""
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
-    mx.random.seed(int.from_bytes(digest[:8], "little"))
-
-
 # What the settings ask for
 
 
@@ -395,7 +361,6 @@ def dividing_flag(loop: LoopSettings) -> str:
     asked = {
         "--offload-base": loop.offload_base == "on",
         "--shard-base": loop.shard_base != "off",
-        "--parallel tensor": loop.parallel == TENSOR,
     }
     return next((flag for flag, is_asked in asked.items() if is_asked), "")
 

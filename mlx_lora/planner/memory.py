@@ -430,7 +430,7 @@ def _dense_path(layer: Layer, machine: Machine) -> bool:
 
 def _loss_window(shape: ModelShape, run: RunShape, machine: Machine, gradient: bool = True) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient if there is one."""
-    slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
+    slots, size = run.slots, machine.number_bytes
     if shape.plain_loss:
         # The logits, their softmax and their gradient, and the head as floats, in both directions.
         logits = run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0))

@@ -2,11 +2,8 @@
 
     data, whole base     a rank computes its rows; the gradients are added up once a step
     data, shared base    the same, and each block's weights go around once or twice in each batch, while blocks compute
-    tensor               a rank computes all rows with its part of each layer; each block adds up a batch's activations
-                         at four places, and each of these sums is waited for
 
-So tensor parallelism sends tokens x width, and a shared base sends weights: small batches on a link with little latency
-speak for the first, large batches for the second. A whole base sends least, if it fits.
+A whole base sends least, if it fits.
 
 With a shared base, a step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and
 each trained block once more for the backward pass. On a CPU, sending and computing take turns. On a GPU, a unit is taken to
@@ -21,11 +18,9 @@ Shapes: N ranks, T tokens of a batch, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from mlx_lora.config.settings import DATA, TENSOR
 from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings, step_seconds
@@ -35,11 +30,6 @@ MOST_TOKENS = 1 << 20  # of a batch that is looked for
 EQUAL = 1e-6  # parts that differ less are equal
 LEAST_ROW = 128  # tokens of a row of that batch, if rows are not shorter
 HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
-# mlx-lm's modules whose cut was read and is tested (tests/parallel/test_tensor_parallel.py).
-ARCHITECTURES = (
-    "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
-    "qwen2", "qwen3", "qwen3_moe", "step3p5",
-)  # fmt: skip
 
 
 # The link
@@ -355,8 +345,7 @@ class Split:
     """One way to divide a run, and what is predicted of it.
 
     Attributes:
-        name: `data` or `tensor`.
-        shared: whether the base is in parts; only with `data`.
+        shared: whether the base is in parts.
         tokens: of a batch of all ranks.
         memory: each rank's plan.
         computing_s: of a step, of the slowest rank.
@@ -364,7 +353,6 @@ class Split:
         problem: why it cannot be used; empty if it can.
     """
 
-    name: str
     shared: bool = False
     tokens: int = 0
     memory: tuple[MemoryPlan, ...] = ()
@@ -395,7 +383,7 @@ class Split:
     @property
     def words(self) -> str:
         """Its name for messages."""
-        return f"{self.name} with {'a shared' if self.shared else 'a whole'} base" if self.name == DATA else self.name
+        return f"data with {'a shared' if self.shared else 'a whole'} base"
 
     @property
     def verdict(self) -> str:
@@ -429,7 +417,7 @@ def split_by_rows(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link:
     memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
     computing = max(_computing(shape, own, macs))
     waiting = link.sum_s(SINGLE * shape.trained, len(macs))
-    return Split(DATA, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
+    return Split(tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
 
 
 def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
@@ -440,66 +428,4 @@ def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
         tokens: of a batch of all ranks.
     """
     computing = max(plan.computing_s)
-    return Split(DATA, True, tokens, plan.memory, computing, plan.step_s - computing)
-
-
-def split_by_tensor(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
-    """Return what is predicted of tensor parallelism.
-
-    Args:
-        shape: of one rank's part of the model, with the whole adapter.
-        batch: of all ranks, each of which computes all of it.
-        macs, link: what it runs on.
-        number_bytes: of an activation.
-    """
-    memory = tuple(plan_memory(shape, batch, mac.machine) for mac in macs)
-    computing = max(_computing(shape, batch, macs))
-    one = link.sum_s(batch.positions * shape.width * number_bytes, len(macs))
-    waiting = sums_of_step(shape, batch.checkpointing) * one + link.sum_s(SINGLE * shape.trained, len(macs))
-    return Split(TENSOR, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
-
-
-def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
-    """Return how often a batch's activations are added up over the ranks in a step.
-
-    Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
-    computed again, without its products, adds up its attention's output once more. The loss, whose positions are divided, adds
-    up the gradient of its inputs.
-    """
-    trained = len(shape.blocks) - shape.first_trained
-    again = trained if checkpointing not in ("none", "selective") else 0
-    return 2 * len(shape.blocks) + 2 * trained + again + (not shape.plain_loss)
-
-
-def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str | None:
-    """Return in a few words why a model cannot be cut into so many parts, None if it can as far as its config says.
-
-    Args:
-        architecture: mlx-lm's module, such as `llama`, which also has Mistral.
-        config: config.json.
-        size: N.
-    """
-    if architecture not in ARCHITECTURES:
-        return f"mlx-lm's {architecture} is not one of the architectures that are cut ({', '.join(ARCHITECTURES)})"
-    text = {**config, **(config.get("text_config") or {})}
-    heads = text.get("num_attention_heads")
-    counts = {
-        "attention heads": heads,
-        "key-value heads": text.get("num_key_value_heads") or heads,
-        "MLP columns": text.get("intermediate_size"),
-        "expert columns": text.get("moe_intermediate_size"),
-    }
-    uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
-    return f"the model has {' and '.join(uneven)}, which cannot be divided by {size}" if uneven else None
-
-
-def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return config.json of one rank's part, as far as the planner reads it: its heads."""
-    text = {**config, **(config.get("text_config") or {})}
-    heads = int(text.get("num_attention_heads") or 0)
-    if not heads:
-        return dict(config)
-    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
-    key_heads = int(text.get("num_key_value_heads") or heads)
-    own = {"num_attention_heads": heads // size, "num_key_value_heads": key_heads // size, "head_dim": width}
-    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}
+    return Split(True, tokens, plan.memory, computing, plan.step_s - computing)

@@ -254,7 +254,6 @@ class ModelShape:
         head_packed: whether the output head is quantized.
         shared: whether ranks share the base, and this is the part of one of them.
         head_rows: rows of the head that are at hand at a time, if ranks share it; 0: all.
-        loss_ranks: how many ranks divide the positions of the loss; 1 if each has rows of its own.
         plain_loss: whether the loss needs the model's own logits for all positions.
         source_bytes: bytes of the stored weights if loading casts them; otherwise 0.
         not_known: kinds of blocks whose memory could not be read, each with the reason.
@@ -282,7 +281,6 @@ class ModelShape:
     head_packed: bool = False
     shared: bool = False
     head_rows: int = 0
-    loss_ranks: int = 1
     plain_loss: bool = False
     source_bytes: int = 0
     not_known: tuple[str, ...] = ()

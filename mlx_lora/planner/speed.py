@@ -246,7 +246,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
         gate, passes = _gate_width(block), 6 + 9 * trained + 6 * again
         gate_exp += gate * tokens * (1 + again)
         moved += passes * (gate + 4 * (block.layers[0].inputs if block.layers else 0) + block.heads * block.head_width)
-    logits = run.slots * shape.vocabulary / (1 if shape.plain_loss else shape.loss_ranks)
+    logits = run.slots * shape.vocabulary
     return {
         "products": Count(base, size * dense * 3),
         "adapters": Count(adapter, size * tokens * adapter_bytes),

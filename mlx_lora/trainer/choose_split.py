@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 
-from mlx_lora.config.checks import sharing_problems, whole_base_reasons
-from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TENSOR, TrainSettings
+from mlx_lora.config.checks import sharing_problems
+from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.hosts import probe_link
 from mlx_lora.parallel.ranks import SeveralRanks
@@ -26,11 +26,9 @@ from mlx_lora.planner.several_macs import (
     Mac,
     Split,
     best,
-    cut_problem,
     memory_shares,
     plan_macs,
     split_by_rows,
-    split_by_tensor,
     split_with_shared_base,
 )
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, RunShape
@@ -65,10 +63,10 @@ def choose_split(settings: TrainSettings, ranks: SeveralRanks) -> TrainSettings:
     ]
     splits = _splits(settings, macs, link)
     chosen = best(splits)
-    name, shared, words = ranks.from_first([chosen.name, chosen.shared, _choice_words(chosen, splits, link)])
+    shared, words = ranks.from_first([chosen.shared, _choice_words(chosen, splits, link)])
     mx.clear_cache()
     mx.reset_peak_memory()  # the measurements' peak is not the run's
-    loop = replace(settings.loop, parallel=name, shard_base="memory" if shared else "off")
+    loop = replace(settings.loop, parallel=DATA, shard_base="memory" if shared else "off")
     log.info(words)
     return replace(settings, loop=loop)
 
@@ -85,26 +83,15 @@ def _choice_words(chosen: Split, splits: Sequence[Split], link: Link) -> str:
 def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Split]:
     """Return what is predicted of each way to divide the run."""
     count, smallest = len(macs), min((mac.machine for mac in macs), key=lambda one: one.working_set_bytes)
-    flat, dtype = settings.to_flat(), device.compute_dtype(settings.model.dtype)
-    outline = outline_for(settings.model, dtype)
-    architecture = type(outline.model).__module__.rpartition(".")[2]
+    outline = outline_for(settings.model, device.compute_dtype(settings.model.dtype))
     whole = outlined_shape(outline, settings)
-    found = [split_by_rows(whole, _batch(settings, count, (whole, smallest)), macs, link)]
-    problems = sharing_problems({**flat, "shard_base": "memory"})
+    by_rows = split_by_rows(whole, _batch(settings, count, (whole, smallest)), macs, link)
+    problems = sharing_problems({**settings.to_flat(), "shard_base": "memory"})
     if problems:
-        found.append(Split(DATA, True, problem=problems[0]))
-    else:
-        batch, shares = _batch(settings, count), memory_shares([mac.machine for mac in macs])
-        plan = plan_macs(whole, units_of(outline.model), batch, macs, shares, link)
-        found.append(split_with_shared_base(plan, batch.positions))
-    problems = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(flat)]
-    problem = cut_problem(architecture, outline.config, count) or next(iter(problems), None)
-    if problem:
-        return [*found, Split(TENSOR, problem=problem)]
-    fresh = outline_for(settings.model, dtype)
-    part = outlined_shape(fresh, settings, cut_by=count)
-    batch = _batch(settings, count, (part, smallest))
-    return [*found, split_by_tensor(part, batch, macs, link, dtype.size)]
+        return [by_rows, Split(True, problem=problems[0])]
+    batch, shares = _batch(settings, count), memory_shares([mac.machine for mac in macs])
+    plan = plan_macs(whole, units_of(outline.model), batch, macs, shares, link)
+    return [by_rows, split_with_shared_base(plan, batch.positions)]
 
 
 def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> RunShape:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_lora.config.checks import offload_problems
-from mlx_lora.config.settings import DATA, TENSOR, TrainSettings
+from mlx_lora.config.settings import DATA, TrainSettings
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, divides_base, offloaded
 from mlx_lora.trainer.fit import check_base_fits
@@ -51,7 +51,6 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
         InputError: a single process is to divide its base.
     """
     loop = settings.loop
-    asked = "--parallel tensor" if loop.parallel == TENSOR else f"--shard-base {loop.shard_base}"
     if loop.offload_base == "on":
         if ranks.size > 1:
             raise InputError(
@@ -67,10 +66,12 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
     if not divides_base(loop):
         return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
     if not isinstance(ranks, SeveralRanks):
-        raise InputError(f"{asked}: this run is a single process; start several with mlx.launch, or leave it out")
-    from mlx_lora.parallel.divided_base import ShardedBase, TensorParallel
+        raise InputError(
+            f"--shard-base {loop.shard_base}: this run is a single process; start several with mlx.launch, or leave it out"
+        )
+    from mlx_lora.parallel.divided_base import ShardedBase
 
-    return (TensorParallel if loop.parallel == TENSOR else ShardedBase)(ranks, loop.seed)
+    return ShardedBase(ranks, loop.seed)
 
 
 def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

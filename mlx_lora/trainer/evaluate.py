@@ -84,7 +84,7 @@ def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch]
                 mx.eval(sums, losses)
                 rows.append(of_batch(part, np.array(losses)))
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
-    total, count, *reported = strategy.sum(sums).tolist()
+    total, count, *reported = strategy.ranks.sum(sums).tolist()
     if not count:
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
@@ -139,7 +139,7 @@ def of_ranks(parts: list[RowsOfBatch], strategy: Strategy) -> RowLosses | None:
         strategy: how the ranks divide the batches; all of them must call this, and have just waited for each other.
     """
     if strategy.ranks.size > 1:
-        own = [[column.tolist() for column in part] for part in parts] if strategy.counts else []
+        own = [[column.tolist() for column in part] for part in parts]
         told = [part for of_rank in strategy.ranks.everyone(own) for part in of_rank]
         parts = [(np.array(a, np.int64), np.array(b, np.float64), np.array(c, np.int64)) for a, b, c in told]
     return RowLosses.gathered(parts)

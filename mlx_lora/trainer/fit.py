@@ -92,7 +92,7 @@ def fit_settings(
     facts = data_facts(splits.train, splits.valid)
     width, open_batch = longest(splits.train), asked.loop.batch_tokens is None and asked.loop.batch_size is None
     hidden_from = strategy.hidden_from(asked, shape, width) if open_batch else 0
-    size = strategy.data_ranks.size
+    size = strategy.ranks.size
     fitted = fit_run(asked, shape, splits.train, chosen.terms, size, facts, hidden_from)
     # A batch is that of all ranks, so the one with the least memory decides.
     least = min(strategy.everyone(fitted.batch_tokens))
@@ -105,8 +105,7 @@ def fit_settings(
         )
     asked = with_length(asked, fitted.batch_tokens, facts, begun["price_epochs"] if begun else None)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
-    checkpointing = strategy.same_checkpointing(fitted.checkpointing)
-    loop = replace(asked.loop, grad_checkpoint=checkpointing)
+    loop = replace(asked.loop, grad_checkpoint=fitted.checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
@@ -188,7 +187,7 @@ def check_base_fits(settings: TrainSettings) -> None:
         InputError: see `check_fits`.
     """
     loop = settings.loop
-    if not loop.memory_check or loop.shard_base != "off" or loop.parallel == "tensor":  # with parts it is told later
+    if not loop.memory_check or loop.shard_base != "off":  # with parts it is told later
         return
     dtype = device.compute_dtype(settings.model.dtype)
     try:

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import LINEAR, SWITCH, Exit, is_exactly
+from mlx_lora.adapters.base import LINEAR, SWITCH, is_exactly
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import Tiles, attend, attend_gradient
@@ -285,8 +285,7 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
         for layer in adapters:
             mix_in(KeptAdapter, layer, tape)
         for layer in block.modules():
-            product = is_exactly(layer, PRODUCTS) or (isinstance(layer, Exit) and isinstance(layer, PRODUCTS))
-            if id(layer) not in inside and (isinstance(layer, Kept) or product):
+            if id(layer) not in inside and (isinstance(layer, Kept) or is_exactly(layer, PRODUCTS)):
                 mix_in(Kept, layer, tape)
         mix_in(Checkpointed, block, tape)
     return tape

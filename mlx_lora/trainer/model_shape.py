@@ -23,7 +23,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.kernels.attention import Tiles, Windows, attend
@@ -70,13 +69,12 @@ FROZEN_COPIES = {"pissa": 1, "relora": 3}
 def shape_of(asked: TrainSettings, base: Base, chosen: Compute, strategy: Strategy) -> ModelShape:
     """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen.
 
-    A part is read from an outline: blocks that are gathered have no weights but their part, and the graphs of layers that
-    are cut have messages in them.
+    A part is read from an outline, because blocks that are gathered have no weights but their part.
     """
     kernels = chosen.kernels or KernelChoice(MLX)
     if strategy.divides_base:
         outline = outline_for(asked.model, device.compute_dtype(asked.model.dtype))
-        shape = strategy.part_of(outlined_shape(outline, asked, kernels, strategy.layer_parts), outline.model)
+        shape = strategy.part_of(outlined_shape(outline, asked, kernels), outline.model)
     else:
         shape = adapted_shape(base.model, base.config, asked, kernels=kernels)
     shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
@@ -151,17 +149,14 @@ def _adapted_shape(
     return with_caches(shape, model) if settings.objective.samples else shape
 
 
-def outlined_shape(
-    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None, cut_by: int = 1
-) -> ModelShape:
+def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
     """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
 
     Args:
         outline, settings, kernels: of the run. The outline gets the adapter, and belongs to this shape from then on.
-        cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
 
     Raises:
-        InputError: the adapter does not fit the model, or it cannot be cut.
+        InputError: the adapter does not fit the model.
         ValueError: the outline has an adapter already. Graphs of blocks are read when they are asked for, so a second
             adapter would count in the first shape as well.
     """
@@ -175,14 +170,7 @@ def outlined_shape(
         begin_qat(outline.model)
     if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
-    config = outline.config
-    if cut_by > 1:
-        from mlx_lora.parallel.tensor import RankPosition, cut_layers  # one process cuts no layers
-        from mlx_lora.planner.several_macs import cut_config
-
-        cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
-        config = cut_config(config, cut_by)
-    shape = replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
+    shape = adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
     return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
 
 

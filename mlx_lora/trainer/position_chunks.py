@@ -28,7 +28,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import LINEAR, SWITCH, Exit, base_dims, mix_in
+from mlx_lora.adapters.base import LINEAR, SWITCH, base_dims, mix_in
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.head import is_known_block
 from mlx_lora.planner.memory import CHUNKED_FROM_BYTES, position_chunks
@@ -110,7 +110,7 @@ def parts_of(block: nn.Module) -> list[Any]:
     if not is_known_block(block):
         return []
     found = [block.get(name) for name in PARTS]
-    return [part for part in found if part is not None and not any(isinstance(one, Exit) for one in part.modules())]
+    return [part for part in found if part is not None]
 
 
 def position_numbers(part: nn.Module, config: Mapping[str, Any]) -> int:

@@ -190,7 +190,7 @@ def check_request(
     if not trains and loop.shard_base != "off":
         raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
     if not trains and loop.parallel != "data":
-        raise InputError(f"--parallel {loop.parallel} with --test alone: only training cuts a base; leave it out")
+        raise InputError(f"--parallel {loop.parallel} with --test alone: only training shares a base; leave it out")
     if not trains or not ranks.leads:
         return
     folder = Path(loop.adapter_path)
@@ -258,7 +258,7 @@ def take_steps(
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, data)
     folder.begin(run.found, run.steps, data.written)
-    guard = MemoryGuard(at, memory.budget_bytes, run.ctx.objective.sorts, strategy.data_ranks.size)
+    guard = MemoryGuard(at, memory.budget_bytes, run.ctx.objective.sorts, strategy.ranks.size)
 
     def save(step_number: int) -> None:
         take_first_ranks(strategy, step)

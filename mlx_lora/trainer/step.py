@@ -161,11 +161,10 @@ class Step:
         self._strategy = strategy
         mx.eval(self._rates or {})
         differentiate = differentiation(model, loss, options.kernels, strategy)
-        own_gradients = strategy.own_gradients(model)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
             loss_sum, tokens, reports, grads = differentiate(*arrays)
-            return loss_sum, tokens, reports, self.masters.gathered(own_gradients(grads))
+            return loss_sum, tokens, reports, self.masters.gathered(grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = compiled_over(model, micro) if options.compiled else micro

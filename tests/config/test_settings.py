@@ -222,6 +222,7 @@ def test_the_table_of_other_names_leads_to_settings_and_hides_none():
     ("--method QLoRA", "--method lora and --bits 4"),
     ("--method lroa", "--method 'lroa': not one of lora, rslora"),
     ("--dtype bf16", "--dtype 'bf16': use bfloat16"),
+    ("--parallel tensor", "--parallel 'tensor': tensor parallel training is gone; share a base that does not fit with --shard-base"),
 ])  # fmt: skip
 def test_a_wrong_word_gets_one_line_that_helps(words, answer):
     assert answer in one_line(run("train", *words.split()))
@@ -231,6 +232,7 @@ def test_a_settings_file_gets_the_same_answers(tmp_path):
     file = tmp_path / "c.yaml"
     for text, answer in (
         ("use_dora: true\n", "unknown setting 'use_dora'; use --method dora"),
+        ("parallel: tensor\n", "--shard-base"),
         ("method: qlora\n", "--method 'qlora': QLoRA is LoRA over a 4-bit base"),
         ("learning_rte: 1\n", "did you mean 'learning_rate'?"),
     ):

@@ -122,7 +122,6 @@ CASES: dict[str, Case] = {
     "modules-to-save": method("lora", model="untied", modules_to_save="lm_head,*norm"),
     "two-data": Case(ranks=2),
     "two-sharded": Case({"shard_base": "even"}, ranks=2),
-    "two-tensor": Case({"parallel": "tensor"}, ranks=2),
 }
 
 # A plan for this machine takes longer than one for a listed chip: only where its road is another.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -46,13 +45,6 @@ class Lockstep(DataParallel):
     lockstep = True
 
 
-class Together(Lockstep):
-    """Every rank measures all batches, and the first one's figures count."""
-
-    data_ranks = SimpleNamespace(rank=0, size=1)
-    counts = property(lambda self: self.ranks.leads)
-
-
 def measured_in(size: int, model, task, plan, kind=DataParallel):
     """Return what the last of several ranks finds."""
     ranks, found = Messages(size), None
@@ -62,7 +54,7 @@ def measured_in(size: int, model, task, plan, kind=DataParallel):
     return found
 
 
-@pytest.mark.parametrize("kind", [DataParallel, Lockstep, Together])
+@pytest.mark.parametrize("kind", [DataParallel, Lockstep])
 def test_each_held_out_row_is_known_once_and_in_order(kind):
     random = np.random.default_rng(2)
     lengths = random.integers(4, 30, 11)
@@ -79,7 +71,7 @@ def test_each_held_out_row_is_known_once_and_in_order(kind):
         assert found.rows.loss == pytest.approx(found.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [DataParallel, Lockstep, Together])
+@pytest.mark.parametrize("kind", [DataParallel, Lockstep])
 def test_a_rank_without_rows_has_no_part_in_the_search(kind, tiny_folder):
     rows = random_examples(13, 1, False)
     base = load_base(ModelSettings(model=str(tiny_folder), dtype="float32"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rank_runs import assert_same_run, command, train
+from rank_runs import assert_same_run, command, train, weights
 from ranks import Started, in_one_session
 from run_cli import run
 
@@ -97,6 +97,23 @@ def test_as_many_parts_as_processes_are_asked_for(tiny_folder, chats, tmp_path):
     asked = command(tiny_folder, chats, tmp_path / "a", "--shard-base", "1:2:3")
     ended = Started([train(*asked)] * 2, tmp_path / "ranks").wait()
     assert "3 parts for 2 processes" in ended.message(0)
+
+
+@pytest.mark.slow
+def test_ranks_choose_by_themselves_whether_they_share_the_base(alone, tiny_folder, chats, tmp_path):
+    asked = ("--parallel", "auto")
+    runs = [
+        command(tiny_folder, chats, tmp_path / "auto", *asked),
+        command(tiny_folder, chats, tmp_path / "pissa", *asked, "--method", "pissa"),
+    ]
+    printed = in_one_session(runs, 2, tmp_path / "session")
+    assert printed.count("Parallel: data with a whole base") == 2
+    assert "data with a shared base not possible (--method pissa" in printed
+    assert run("train", *command(tiny_folder, chats, tmp_path / "alone", *asked)).code == 0
+    assert weights(tmp_path / "alone") == weights(alone)
+    refused = run("train", *command(tiny_folder, chats, tmp_path / "a", *asked, "--shard-base", "even"))
+    assert refused.code == 2
+    assert "it decides what each process has" in refused.err
 
 
 def test_parts_are_cut_as_asked():

@@ -11,7 +11,20 @@ from run_cli import run
 from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
 from mlx_lora.parallel.divided_base import shares_of
-from mlx_lora.planner.several_macs import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
+from mlx_lora.planner.several_macs import (
+    Link,
+    Mac,
+    Split,
+    Units,
+    best,
+    least_tokens,
+    memory_shares,
+    plan_macs,
+    rank_part,
+    sending,
+    split_by_rows,
+    split_with_shared_base,
+)
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
 from mlx_lora.utils.errors import InputError
@@ -50,6 +63,18 @@ def test_a_base_that_fits_no_mac_alone_fits_two():
     )
 
 
+def test_a_whole_base_is_best_where_it_fits():
+    shape, units = model(blocks=150)
+    batch = RunShape(2, 512, checkpointing="block")
+    for gb, shared_is_best in ((64, False), (16, True)):
+        macs, link = [mac("M4", gb)] * 2, Link(5e9)
+        shared = split_with_shared_base(plan_macs(shape, units, batch, macs, [0.5, 0.5], link), batch.positions)
+        whole = split_by_rows(shape, batch, macs, link)
+        assert best([whole, shared]).shared == shared_is_best
+        assert ("does not fit (needs " in whole.verdict) == shared_is_best
+        assert best([Split(True, problem="no"), whole]) is whole
+
+
 def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():
     shape, units = model()
     plan = plan_macs(shape, units, RunShape(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
@@ -84,6 +109,8 @@ def test_the_command_names_what_decides(tiny_folder):
     slow = json.loads(run(*asked, "--json", "--link-gbit", 0.01).out)
     assert slow["predicted"]["decides"] == "link"
     assert slow["predicted"]["step_s"] > found["predicted"]["step_s"]
+    assert [one["name"] for one in found["splits"]] == ["data with a shared base", "data with a whole base"]
+    assert [one["best"] for one in found["splits"]] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +170,7 @@ def test_flags_that_fit_are_suggested(tiny_folder):
 def test_a_base_that_train_would_not_share_is_not_planned_to_be(flag, value, tiny_folder):
     flags = ["--model", tiny_folder, "--macs", "M2:8,M2:8", flag, value, "--batch-tokens", 128, "--max-seq-length", 64]
     plan = json.loads(run("plan", *flags, "--json").out)
-    shared, whole, _ = plan["splits"]
+    shared, whole = plan["splits"]
     assert not plan["fits"]
     assert flag in plan["problem"]
     assert flag in shared["verdict"]

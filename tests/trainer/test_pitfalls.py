@@ -240,7 +240,7 @@ ELSEWHERE = {
     "offload_base": "test_offloaded_base.py: the losses of the run in memory, in less of it",
     "offload_activations": "test_activation_files.py: the same bytes as without it, in less memory",
     "shard_base": "test_shared_base.py: ranks with a part of the base each have the losses of one process",
-    "parallel": "test_tensor_parallel.py: ranks with a part of each layer have the losses of one process",
+    "parallel": "test_shared_base.py: several processes choose whether they share the base",
     "cache_trunk": "test_trunk.py: kept output has the losses of computing it, and the planner decides",
     "decode_weights": "test_decode.py: the forms that generate, and the memory that they may take",
     "kernels": "test_kernel_choice.py: other kernels run, the numbers agree",
