@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of requests and rules; a higher one leaves older texts unused
+VERSION = 2  # of requests and rules; a higher one leaves older texts unused
 STREAM = 3 << 40  # the number of the wordings' random streams
 TRIES = 3  # texts for each wording that is wanted, at most
 HELD_OUT = 20  # wordings that are never trained
