@@ -155,6 +155,7 @@ def rephrase(
     texts = [text for question in questions for text in (question.text, question.answer)]
     key = sha256_of(json.dumps([VERSION, identity, texts, list(wanted), settings.loop.seed]))
     file, rules, dropped = cache_dir("wordings") / f"{key[:32]}.jsonl", Wordings(questions), Counter[str]()
+    known: dict[tuple[str, str], float] = {}
     with one_at_a_time(file), long_task("Rephrasing", sum(wanted), "wordings") as task:
         read = read_records(file) if file.exists() else ()  # but for a line that a kill left incomplete
         rounds = [record.value for record in read if isinstance(record, Record)]
@@ -166,7 +167,7 @@ def rephrase(
                 chats = [_request(questions[place].text, STYLES[(number + place) % len(STYLES)]) for place in asked]
                 wordings = [cleaned(text) for text in write(chats, number)]
                 near = (
-                    _near_enough([questions[place] for place in asked], wordings, questions, score)
+                    _near_enough([questions[place] for place in asked], wordings, questions, score, known)
                     if score
                     else wordings
                 )
@@ -197,15 +198,22 @@ def _request(question: str, style: str) -> list[Message]:
 
 
 def _near_enough(
-    asked: Sequence[Question], wordings: Sequence[str], questions: Sequence[Question], score: Scorer
+    asked: Sequence[Question],
+    wordings: Sequence[str],
+    questions: Sequence[Question],
+    score: Scorer,
+    known: dict[tuple[str, str], float],
 ) -> list[bool]:
     """Tell for each wording whether it makes its question's answer likelier than another question of the data does.
 
-    It must bring at least half of what the question itself brings, in log-probability.
+    It must bring at least half of what the question itself brings, in log-probability. `known` has the scores so far.
     """
     others = [questions[(questions.index(one) + len(questions) // 2) % len(questions)].text for one in asked]
     texts = [text for triple in zip(wordings, (one.text for one in asked), others, strict=True) for text in triple]
-    found = score([(text, asked[number // 3].answer) for number, text in enumerate(texts)])
+    pairs = [(text, asked[number // 3].answer) for number, text in enumerate(texts)]
+    missing = list(dict.fromkeys(pair for pair in pairs if pair not in known))
+    known |= zip(missing, score(missing), strict=True)
+    found = [known[pair] for pair in pairs]
     return [
         new >= min(own, (own + other) / 2) for new, own, other in zip(found[::3], found[1::3], found[2::3], strict=True)
     ]

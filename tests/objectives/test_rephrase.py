@@ -274,7 +274,7 @@ def test_a_wording_must_bring_half_of_what_its_question_brings():
         ("yours", False),
     ):
         found = rephrasing._near_enough(
-            questions[:1], [wording], questions, lambda pairs: [scores[text] for text, _ in pairs]
+            questions[:1], [wording], questions, lambda pairs: [scores[text] for text, _ in pairs], {}
         )
         assert found == [near], wording
 
