@@ -20,7 +20,6 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.exporters.adapter_config import LABELS_FILE, padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
-from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError, RunError, first_line
@@ -166,6 +165,8 @@ def float_base(base: Base, info: AdapterInfo) -> str | None:
         card = ((source.parent if is_gguf else source) / CARD_FILE).read_text(encoding="utf-8")
         said.append(parse_yaml(card.partition("---")[2].partition("\n---")[0])["base_model"])
     if is_gguf:
+        from mlx_lora.gguf.reader import read_gguf  # a run on a folder's model needs none of it
+
         metadata = read_gguf(source).metadata
         said += [metadata.get(f"general.{key}.repo_url") for key in ("source", "base_model.0")]
     found = [str(one).removeprefix("https://huggingface.co/").rstrip("/") for one in said]
