@@ -119,7 +119,7 @@ def look_at_data(data: str | None) -> None:
         # A text, and a list in a .json file, would be read as a whole.
         by_row = all(file.path.suffix.lower() in (".jsonl", *TABLES, *PACKED) for file in files)
         if files and by_row and not any(next(read_records(file.path, file.sheet), None) for file in files):
-            raise InputError(f"--data {shown_data(name)}: has no rows; it needs at least one")
+            raise InputError(f"--data {shown_data(name)}: the train data has no record; it needs at least one")
 
 
 def all_files(data: str) -> list[DataFile]:

@@ -406,7 +406,6 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is empty (0 bytes); it needs at least one record")
     if suffix == ".jsonl" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path} is UTF-16; save it as UTF-8")
-    # Pictures and archives have a zero byte near their beginning.
     if suffix not in PACKED and (head.startswith(b"%PDF") or (b"\0" in head and text_encoding(path) != "utf-16")):
         raise InputError(
             f"{path} is no {suffix} file: it begins with {head[:4]!r}, which is not text; give a file that is, in UTF-8"

@@ -165,7 +165,7 @@ def float_base(base: Base, info: AdapterInfo) -> str | None:
         card = ((source.parent if is_gguf else source) / CARD_FILE).read_text(encoding="utf-8")
         said.append(parse_yaml(card.partition("---")[2].partition("\n---")[0])["base_model"])
     if is_gguf:
-        from mlx_lora.gguf.reader import read_gguf  # a folder's model loads none of it
+        from mlx_lora.gguf.reader import read_gguf  # a run on a folder's model needs none of it
 
         metadata = read_gguf(source).metadata
         said += [metadata.get(f"general.{key}.repo_url") for key in ("source", "base_model.0")]

