@@ -251,6 +251,8 @@ ELSEWHERE = {
     "keep": "test_resume.py",
     "chat_date": "test_chat_date.py",
     "pairs": "test_answers.py: other pairs are made",
+    "ask": "test_answer_counts.py: its questions are asked",
+    **dict.fromkeys(("rephrase", "rephrase_model"), "test_rephrase.py: wordings are trained"),
     "allow_special_tokens": "test_controls.py: other tokens",
     **dict.fromkeys(("speaker", "conversation_gap"), "test_chat_exports.py: one side of a conversation"),
     **dict.fromkeys(
