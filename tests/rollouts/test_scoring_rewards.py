@@ -76,7 +76,8 @@ def exported(untied, judge, tmp_path_factory) -> dict[str, Path]:
     """The same reward model as PEFT's folder, and as transformers'."""
     folders = {to: tmp_path_factory.mktemp("exported") / to for to in ("peft", "hf")}
     for to, folder in folders.items():
-        ran = run("export", "--model", untied, "--adapter-path", judge, "--to", to, "--out", folder)
+        named = ("--base-id", untied) if to == "peft" else ()  # a path of this machine has to be given
+        ran = run("export", "--model", untied, "--adapter-path", judge, "--to", to, "--out", folder, *named)
         assert ran.code == 0, ran.err
     return folders
 

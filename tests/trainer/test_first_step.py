@@ -194,7 +194,9 @@ def test_texts_of_the_untrained_model_are_written_before_the_first_step_only_if_
 
 def test_a_line_comes_before_the_libraries_are_loaded(tmp_path):
     code = "import sys; sys.modules['transformers'] = None; from mlx_lora.cli.train import main; main(sys.argv[1:])"
-    words = [sys.executable, "-c", code, "--model", "m", "--data", "d", "--adapter-path", str(tmp_path / "a")]
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    words = [sys.executable, "-c", code, "--model", "m", "--data", str(tmp_path / "d.jsonl")]
+    words += ["--adapter-path", str(tmp_path / "a")]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     said, _, problem = done.stderr.partition("Traceback")
     assert "transformers" in problem
