@@ -136,7 +136,7 @@ def test_what_is_recorded_of_a_file(tmp_path):
 
 def test_the_cases_are_what_they_say():
     assert sum(case.resumed for case in CASES.values()) == 6
-    assert sum(case.ranks == 2 for case in CASES.values()) == 3
+    assert sum(case.ranks == 2 for case in CASES.values()) == 2
     assert "--on-policy" in flags_of(settings_of(CASES["distill-on-policy"]))
     assert "--no-memory-check" in flags_of(settings_of(CASES["memory-guard"]))
     for name, case in CASES.items():
