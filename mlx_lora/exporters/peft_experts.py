@@ -421,6 +421,8 @@ def rank_problems(config: dict[str, Any], found: dict[str, dict[str, str]], head
     if str(config.get("peft_type")).upper() == "ADALORA":  # whose ranks were cut, each layer's to another number
         return []
     patterns, usual = config.get("rank_pattern") or {}, config.get("r") or 8
+    if not isinstance(patterns, dict):
+        return ["adapter_config.json: rank_pattern has to name layers and their ranks"]
     wrong = []
     for layer, sides in found.items():
         asked = next((rank for pattern, rank in patterns.items() if names_layer(pattern, layer)), usual)

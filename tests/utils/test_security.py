@@ -27,7 +27,7 @@ from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.exporters import peft_experts as peft_patterns
 from mlx_lora.exporters.card import plain
-from mlx_lora.exporters.peft_experts import names_layer
+from mlx_lora.exporters.peft_experts import names_layer, rank_problems
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml, read_json
@@ -424,6 +424,12 @@ def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path)
     ran = run("generate", "--model", folder, "--prompt", "Q40Q", "--max-tokens", 1, "--ignore-chat-template")
     assert ran.code == 2
     assert "has token" in ran.lines[-1]
+
+
+def test_a_pattern_of_ranks_that_is_a_list_is_a_problem():
+    header = {"a": {"shape": [8, 4]}}
+    assert rank_problems({"rank_pattern": {"q_proj": 8}}, {"q_proj": {"A": "a"}}, header) == []
+    assert len(rank_problems({"rank_pattern": ["q_proj"]}, {"q_proj": {"A": "a"}}, header)) == 1
 
 
 def test_patterns_that_never_end_are_given_up(monkeypatch):
