@@ -294,7 +294,8 @@ def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: C
         )
     if asked and not run.settings.get("rephrase") and (found.name == YOUR_WORDS or (found.name == LEARNED and not new)):
         words = (
-            "Each question stands there in one wording, or in few: --rephrase 3 adds three to each, and tests others."
+            "Each question has one wording, or few: --rephrase 3 adds three to each, and tests others. For a model below a billion "
+            "parameters, name a larger one to write them, with --rephrase-model."
         )
         return words, run.train_again("--rephrase", "3")
     if asked and found.name == LEARNED and not new:
