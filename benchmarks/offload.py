@@ -29,7 +29,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import base_reader
@@ -97,7 +97,7 @@ class Side:
     def forward_seconds(self, batch: Batch) -> float:
         """Compute the loss, and return its seconds."""
         start = time.perf_counter()
-        mx.eval(self.loss.measure(self.base.model, *Arrays.of(batch))[0])
+        mx.eval(self.loss.measure(self.base.model, token_arrays(batch))[0])
         return time.perf_counter() - start
 
 

@@ -43,7 +43,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.measure import POLYNOMIAL, Kernel, ShapeClass
-from mlx_lora.losses.cross_entropy import TILES, Arrays
+from mlx_lora.losses.cross_entropy import TILES, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
@@ -176,7 +176,7 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
 def operations(step: Step, batch: Batch) -> Counter:
     """Count the operations of one step's compiled graphs, by name."""
     found: Counter = Counter()
-    gradient = step._micro(*Arrays.of(batch))  # traced, not run
+    gradient = step._micro(token_arrays(batch))  # traced, not run
     # The update's operations are read from a separate run, on gradients that are already computed.
     for outputs in (gradient, lambda: (mx.eval(gradient), step._apply(*gradient), step.state)[1:]):
         outputs = outputs() if callable(outputs) else outputs

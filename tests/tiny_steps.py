@@ -16,7 +16,7 @@ from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step
@@ -59,7 +59,7 @@ def factors(model: nn.Module) -> np.ndarray:
 def gradients(model: nn.Module, mode: str, kernels: bool = True, width: int = 70) -> dict[str, mx.array]:
     """Return the gradient of each factor with this checkpointing mode, with or without the training kernels."""
     tape = apply_checkpointing(model, mode)
-    arrays = Arrays.of(batch(2, width, seed=1))
+    arrays = token_arrays(batch(2, width, seed=1))
     with training_kernels(model, *([tape.attend] if tape else [])) if kernels else nullcontext():
-        _, grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
+        _, grads = nn.value_and_grad(model, plain_loss)(model, arrays)
     return dict(tree_flatten(grads))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image
 
@@ -16,7 +15,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.pictures import WithPictures
@@ -111,10 +110,10 @@ class Rows:
         slots = int(self.rows.supervised_counts[list(numbers)].sum())
         return collate(self.rows, np.array(numbers), width, slots)
 
-    def arrays(self, numbers: Sequence[int] | None = None) -> tuple[mx.array, ...]:
+    def arrays(self, numbers: Sequence[int] | None = None) -> Arrays:
         """Return the loss's arguments for some rows."""
         batch = self.batch(numbers)
-        return (*Arrays.of(batch), *self.objective.arrays_of(batch))
+        return token_arrays(batch) | {"pictures": self.objective.arrays_of(batch)}
 
 
 def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "vision_sft", **settings: Any) -> Rows:

@@ -44,7 +44,7 @@ from mlx_lora.doctor.check import (
 )
 from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.losses import preference as pair_losses
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss, token_arrays
 from mlx_lora.losses.divergence import (
     FORWARD_KL,
     JSD,
@@ -372,7 +372,7 @@ def check_divergences(kit: Kit) -> Iterator[CheckFinding]:
 
 def check_model(layout: dict[str, Any] | None, kit: Kit) -> Iterator[CheckFinding]:
     """Compare the loss of a model of two blocks, and the gradient of each factor of its adapter."""
-    arrays = Arrays.of(_batch())
+    arrays = token_arrays(_batch())
     mx.eval(arrays)
     for dtype in dtypes_of(kit):
         found = _model_numbers(_adapted(dtype, layout), arrays)
@@ -423,7 +423,7 @@ def _model_numbers(model: nn.Module, arrays: Arrays) -> dict[str, mx.array]:
     """Return the loss per token and the gradient of each factor, by name."""
 
     def mean(model: nn.Module) -> mx.array:
-        total, count = plain_loss(model, *arrays)
+        total, count = plain_loss(model, arrays)
         return total / count
 
     loss, gradients = nn.value_and_grad(model, mean)(model)

@@ -262,17 +262,17 @@ class Models:
         width = len(batch[0].tokens)
         inputs = mx.array([row.tokens + [0] * (width - len(row.tokens)) for row in batch])  # (B, T)
         most = max(len(row.starts) for row in batch)
-        starts = None
+        arrays = {"inputs": inputs}
         if shares and most > 1:  # a part that a row does not have begins behind its end
             padded = [(row.starts if len(row.starts) > 1 else []) for row in batch]
-            starts = mx.array([own + [width] * (most - len(own)) for own in padded], mx.int32)  # (B, K)
+            arrays["starts"] = mx.array([own + [width] * (most - len(own)) for own in padded], mx.int32)  # (B, K)
         places: dict[int, int] = {}  # position -> its number among those that predict
         for number, row in enumerate(batch):
             for target in row.targets:
                 for column in range(target.column, target.column + len(target.tokens)):
                     places.setdefault(number * width + column, len(places))
         self._routing.rows = tuple(self._numbers[row.model] for row in batch)
-        caches = shared_caches(self.base.model, inputs, starts)
+        caches = shared_caches(self.base.model, arrays)
         positions = mx.array(list(places), mx.uint32)
         if head is not None:
             states = head.hidden(inputs, **caches)

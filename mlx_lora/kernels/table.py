@@ -565,7 +565,8 @@ def traced_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False)
         with training_kernels(model, choose=record):
             for length in lengths:
                 inputs = mx.zeros((1, max(1, length)), mx.int32)
-                model(inputs, **shared_caches(model, inputs, mx.array([[1, 1]]) if shared else None))
+                arrays = {"inputs": inputs} | ({"starts": mx.array([[1, 1]])} if shared else {})
+                model(inputs, **shared_caches(model, arrays))
     finally:
         model.update(parameters)
         mx.random.seed(high << 32 | low)

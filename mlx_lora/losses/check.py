@@ -219,11 +219,10 @@ def check_kernels(
     return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
 
 
-def _along_a_direction(head: Head, model: nn.Module, *batch: mx.array) -> mx.array:
+def _along_a_direction(head: Head, model: nn.Module, arrays: Arrays) -> mx.array:
     """Return the hidden state of each position along one random direction, (P,): a large vocabulary would take seconds."""
-    inputs, _targets, _mask, positions, weights, *starts = batch
-    hidden = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (P, D)
-    return hidden @ mx.random.normal(hidden.shape[-1:], key=mx.random.key(1)) * weights
+    hidden = head.hidden_at(arrays["positions"], arrays["inputs"], **shared_caches(model, arrays)).astype(mx.float32)
+    return hidden @ mx.random.normal(hidden.shape[-1:], key=mx.random.key(1)) * arrays["weights"]  # (P, D) @ (D,)
 
 
 def _own_probe(
@@ -283,7 +282,7 @@ def _probe_loss(
 
     def on(tokens: int, gradient: bool) -> Probe:
         batch = check_arrays(vocabulary, tokens)
-        return probe(model, lambda model: loss.tokens(model, *batch), gradient, strategy)
+        return probe(model, lambda model: loss.tokens(model, batch), gradient, strategy)
 
     if not recurrent:
         return on(tokens, True)
@@ -296,7 +295,13 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
     ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
     trained = np.arange(tokens) % 4 != 0  # not all, or a last block that leaves out the others would not be tried
     positions = np.flatnonzero(trained).astype(np.int32)
-    return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
+    return {
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "mask": mx.array(trained[None]),
+        "positions": mx.array(positions),
+        "weights": mx.ones((len(positions),)),
+    }
 
 
 def _few_blocks(model: nn.Module, strategy: Strategy) -> AbstractContextManager:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,34 +27,27 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
 
 TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
-TokenLosses = Callable[..., mx.array]
-"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. If a row holds a prompt and several answers,
-`Batch.starts` is a sixth array."""
-LossFunction = Callable[..., tuple]
-"""(model, *arrays) -> (sum, count), float32 scalars, and if an objective reports more, a dict of sums. An empty mask gives
+Arrays = dict[str, Any]
+"""A batch on the device: what a loss reads, by name. An objective adds arrays of its own to these of `token_arrays`:
+
+    inputs, targets  (B, T) int32
+    mask             (B, T) bool, True where the target is trained
+    positions        (P,) int32, flat indices of the trained targets, padded with 0
+    weights          (P,) float32, 1 for a real position, 0 for padding
+    starts           (B, K) int32, the column at which each answer starts; only where rows hold a prompt and several answers
+"""
+TokenLosses = Callable[[nn.Module, Arrays], mx.array]
+"""(model, arrays) -> (P,) float32 losses of the positions, 0 for padding."""
+LossFunction = Callable[[nn.Module, Arrays], tuple]
+"""(model, arrays) -> (sum, count), float32 scalars, and if an objective reports more, a dict of sums. An empty mask gives
 (0, 0): nothing is divided, so no NaN."""
+TOKEN_ARRAYS = ("inputs", "targets", "mask", "positions", "weights")
 
 
-class Arrays(NamedTuple):
-    """A batch on the device.
-
-    Attributes:
-        inputs, targets: (B, T) int32.
-        mask: (B, T) bool, True where the target is trained.
-        positions: (P,) int32, flat indices of the trained targets, padded with 0.
-        weights: (P,) float32, 1 for a real position, 0 for padding.
-    """
-
-    inputs: mx.array
-    targets: mx.array
-    mask: mx.array
-    positions: mx.array
-    weights: mx.array
-
-    @classmethod
-    def of(cls, batch: Batch) -> Arrays:
-        """Copy a batch to the device."""
-        return cls(*(mx.array(getattr(batch, name)) for name in cls._fields))
+def token_arrays(batch: Batch) -> Arrays:
+    """Copy the tokens of a batch to the device."""
+    names = TOKEN_ARRAYS if batch.starts is None else (*TOKEN_ARRAYS, "starts")
+    return {name: mx.array(getattr(batch, name)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -82,31 +75,22 @@ class Loss:
     measuring: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 
 
-def plain_loss(
-    model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array, positions: mx.array, weights: mx.array
-) -> tuple[mx.array, mx.array]:
+def plain_loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
     """Return the summed next-token cross-entropy and its token count from the model's (B, T, V) logits."""
-    losses = _plain_losses(model, inputs, targets)
+    mask = arrays["mask"]
     # where, not a product: a masked position may hold inf, and 0 * inf is NaN.
-    return mx.where(mask, losses, 0.0).sum(), mask.astype(mx.float32).sum()
+    return mx.where(mask, _plain_losses(model, arrays), 0.0).sum(), mask.astype(mx.float32).sum()
 
 
-def plain_token_losses(
-    model: nn.Module,
-    inputs: mx.array,
-    targets: mx.array,
-    mask: mx.array,
-    positions: mx.array,
-    weights: mx.array,
-    *starts: mx.array,
-) -> mx.array:
+def plain_token_losses(model: nn.Module, arrays: Arrays) -> mx.array:
     """Return the cross-entropy at the positions, (P,), from the model's logits."""
-    losses = _plain_losses(model, inputs, targets, *starts).reshape(-1)[positions]
+    losses, weights = _plain_losses(model, arrays).reshape(-1)[arrays["positions"]], arrays["weights"]
     return mx.where(weights > 0, losses * weights, 0.0)
 
 
-def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array, *starts: mx.array) -> mx.array:
-    return of_logits(model(inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32), targets)
+def _plain_losses(model: nn.Module, arrays: Arrays) -> mx.array:
+    logits = model(arrays["inputs"], **shared_caches(model, arrays)).astype(mx.float32)
+    return of_logits(logits, arrays["targets"])
 
 
 SUMMED = 256  # exponentials that are added up at once

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, LossFunction
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, LossFunction, token_arrays
 from mlx_lora.losses.fused import chunk_gradient, chunk_logits
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.planner.machine import loss_tile_bytes
@@ -98,12 +98,13 @@ class Known:
 # The loss of a model
 
 
-def distill_arrays(batch: Batch) -> tuple[mx.array, ...]:
-    """Copy a batch to the device: `Arrays`, the teacher's relative log-probabilities (P, N) float16, and ids (P, k)."""
+def distill_arrays(batch: Batch) -> Arrays:
+    """Copy a batch to the device, with the teacher's `relative` log-probabilities (P, N) float16, and `ids` (P, k)."""
     if batch.table is None or batch.numbers is None:
         raise ValueError("a batch of rows without a teacher's probabilities")
     relative, ids = batch.table.read(batch.numbers[batch.real], len(batch.positions))
-    return (*Arrays.of(batch), mx.array(relative), *(() if ids is None else (mx.array(ids),)))
+    taught = {"relative": mx.array(relative)} | ({} if ids is None else {"ids": mx.array(ids)})
+    return token_arrays(batch) | taught
 
 
 def distill_loss(
@@ -129,17 +130,17 @@ def distill_loss(
         options = replace(options, vocabulary=rows.table.form.vocabulary)
 
     def of(gradient: bool) -> LossFunction:
-        def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            arrays, relative, ids = Arrays(*batch[:5]), batch[5], batch[6:]
+        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            taught = [arrays[name] for name in ("relative", "ids") if name in arrays]
             if head is None:
-                losses, kl = _of_whole_logits(model, arrays, relative, *ids, options=options)
+                losses, kl = divergence_of_logits(_whole_logits(model, arrays), _known(*taught), options)
             else:
-                hidden = head.hidden_at(arrays.positions, arrays.inputs)  # (P, D)
-                losses, kl = chunked_divergence(head, hidden, relative, *ids, options=options, gradient=gradient)
+                hidden = head.hidden_at(arrays["positions"], arrays["inputs"])  # (P, D)
+                losses, kl = chunked_divergence(head, hidden, *taught, options=options, gradient=gradient)
             # where, not a product: what padding holds must not count, whatever it is
-            real = arrays.weights > 0
+            real = arrays["weights"] > 0
             sums = {KL: mx.stop_gradient(mx.where(real, kl, 0.0).sum())}
-            return mx.where(real, losses, 0.0).sum(), arrays.weights.sum(), sums
+            return mx.where(real, losses, 0.0).sum(), arrays["weights"].sum(), sums
 
         return summed
 
@@ -218,13 +219,10 @@ def _chunk(
     return losses, kl, chunk_gradient(head, arrays, h, logits, d_logits)
 
 
-def _of_whole_logits(
-    model: nn.Module, arrays: Arrays, relative: mx.array, *ids: mx.array, options: DivergenceOptions
-) -> tuple[mx.array, mx.array]:
-    """Return the same from the model's own logits of all positions."""
-    logits = model(arrays.inputs)
-    logits = logits.reshape(-1, logits.shape[-1])[arrays.positions].astype(mx.float32)  # (P, V)
-    return divergence_of_logits(logits, _known(relative, *ids), options)
+def _whole_logits(model: nn.Module, arrays: Arrays) -> mx.array:
+    """Return the logits of the positions, (P, V) float32, from the model's own of all."""
+    logits = model(arrays["inputs"])
+    return logits.reshape(-1, logits.shape[-1])[arrays["positions"]].astype(mx.float32)
 
 
 def _known(relative: mx.array, *ids: mx.array) -> Known:
@@ -243,14 +241,14 @@ def known_of_batch(model: nn.Module, head: Head | None, batch: Batch, options: D
         batch: rows as the teacher sees them.
         options: how many tokens are kept, and the temperature.
     """
-    arrays = Arrays.of(batch)
-    positions = arrays.positions[: int(batch.weights.sum())]
+    arrays = token_arrays(batch)
+    positions, inputs = arrays["positions"][: int(batch.weights.sum())], arrays["inputs"]
     if head is None:
-        states = model(arrays.inputs)
+        states = model(inputs)
         states = states.reshape(-1, states.shape[-1])[positions]
         columns = states.shape[-1]
     else:
-        states, columns = head.hidden_at(positions, arrays.inputs), head.vocabulary
+        states, columns = head.hidden_at(positions, inputs), head.vocabulary
     rows = chunk_rows(len(positions), columns, loss_tile_bytes())
     for start in range(0, len(positions), rows):
         part = states[start : start + rows]

@@ -59,7 +59,7 @@ from mlx_lora.kernels.measure import (
     read_figures,
 )
 from mlx_lora.kernels.table import figures_key, polynomial_candidates
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Loss, of_logits
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.planner.machine import loss_tile_bytes
@@ -396,13 +396,14 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "")
     )
     token_losses = partial(loss_kernels()[kernel], tile_bytes=tile_bytes)
 
-    def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
-        inputs, targets, _mask, positions, weights, *starts = batch
-        chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
-        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+    def tokens(gradient: bool, model: nn.Module, arrays: Arrays) -> mx.array:
+        positions = arrays["positions"]
+        chosen = head.hidden_at(positions, arrays["inputs"], **shared_caches(model, arrays))  # (P, D)
+        targets = arrays["targets"].reshape(-1)[positions]
+        return token_losses(head, chosen, targets, arrays["weights"], gradient=gradient)
 
-    def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
-        return tokens(gradient, model, *batch).sum(), batch[-1].sum()
+    def loss(gradient: bool, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        return tokens(gradient, model, arrays).sum(), arrays["weights"].sum()
 
     of_tokens = partial(tokens, True), kernel, head.last is not None, partial(tokens, False)
     return Loss(partial(loss, True), partial(loss, False), f"{words[kernel]}; {block}", *of_tokens)

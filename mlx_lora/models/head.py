@@ -28,7 +28,7 @@ Shapes: B batch, T time, P chosen positions, D width, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -544,25 +544,19 @@ def body_of(model: nn.Module) -> Head:
     return head
 
 
-def scores_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array, *starts: mx.array) -> mx.array:
-    """Return all scores at some positions of a batch.
+def scores_at(model: nn.Module, body: Head, arrays: Mapping[str, Any]) -> mx.array:
+    """Return all scores at the positions of a batch.
 
     Args:
         model: with a score head of K outputs.
         body: as `body_of` returns it.
-        inputs: (B, T) token ids.
-        positions: (P,) int, row * T + column.
-        starts: (B, A) int32, where rows hold several answers (models/prefix_attention.py).
+        arrays: of the batch (losses/cross_entropy.py).
 
     Returns:
         (P, K) float32.
     """
+    inputs, positions = arrays["inputs"], arrays["positions"]
     if POOLER in model:
         return encoder_scores(model, body, inputs, positions)
-    hidden = body.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
+    hidden = body.hidden_at(positions, inputs, **shared_caches(model, arrays))  # (P, D)
     return model.score(hidden.astype(mx.float32))
-
-
-def score_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array, *starts: mx.array) -> mx.array:
-    """Return the score at each of some positions, (P,) float32, of a head with one output; arguments as for `scores_at`."""
-    return scores_at(model, body, inputs, positions, *starts).squeeze(-1)

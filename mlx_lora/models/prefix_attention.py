@@ -18,6 +18,7 @@ Source: arXiv 2410.20305 (prefix sharing for DPO).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -82,33 +83,32 @@ class SharedPrefix(NamedTuple):
         return seen
 
 
-def shared_caches(model: nn.Module, inputs: mx.array, starts: mx.array | None = None) -> dict[str, list[SharedPrefix]]:
+def shared_caches(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, list[SharedPrefix]]:
     """Return the keyword arguments with which a model takes a batch: none unless its rows hold several answers.
 
     Args:
         model: whose call it is.
-        inputs: (B, T).
-        starts: (B, K) int32, the column at which each answer starts, or None.
+        arrays: of the batch, with `starts` if its rows hold several answers (losses/cross_entropy.py).
     """
-    if starts is None:
+    if "starts" not in arrays:
         return {}
-    layout = SharedPrefix.of(starts, inputs.shape[1])
+    layout = SharedPrefix.of(arrays["starts"], arrays["inputs"].shape[1])
     return {"cache": [layout] * len(make_prompt_cache(model))}
 
 
-def answers_at(positions: mx.array, width: int, starts: mx.array | None = None) -> mx.array:
+def answers_at(arrays: Mapping[str, Any]) -> mx.array:
     """Return which answer each position belongs to, (P,): its row, or row * K + place in the row where rows hold K answers.
 
     A position in the prompt counts for the first answer, as in a row that holds only that one.
 
     Args:
-        positions: (P,) int, row * T + column.
-        width: T.
-        starts: (B, K) int32, the column at which each answer starts, or None.
+        arrays: of a batch (losses/cross_entropy.py).
     """
+    positions, width = arrays["positions"], arrays["inputs"].shape[1]
     rows = positions // width
-    if starts is None:
+    if "starts" not in arrays:
         return rows
+    starts = arrays["starts"]
     later = (positions % width)[:, None] >= starts[rows][:, 1:]
     return rows * starts.shape[1] + later.sum(axis=1)
 

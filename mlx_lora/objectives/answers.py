@@ -16,15 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
-from mlx_lora.models.head import body_of, score_at, with_last_block
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses, token_arrays
+from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, LossOfAnswers, Objective
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -42,7 +42,7 @@ BatchSums = Callable[[nn.Module, "Batch"], AnswerSums]
 
 def batch_sums(tokens: TokenLosses) -> BatchSums:
     """Return what computes the sums of a batch's answers, from the losses of tokens."""
-    return lambda model, batch: _array_sums(model, tokens, *arrays_of(batch))
+    return lambda model, batch: _array_sums(model, tokens, arrays_of(batch))
 
 
 def bind_answers(
@@ -67,8 +67,8 @@ def bind_answers(
     measure_tokens = loss.measure_tokens or loss.tokens
 
     def of(tokens: TokenLosses) -> LossFunction:
-        def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            sums = _array_sums(model, tokens, *batch)
+        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            sums = _array_sums(model, tokens, arrays)
             losses, reports = of_answers(sums)  # (E,)
             real = sums.real[::group]
             return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
@@ -81,7 +81,7 @@ def bind_answers(
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
     measured = WholeSet(
-        lambda model, *batch: _array_sums(model, measure_tokens, *batch),
+        lambda model, arrays: _array_sums(model, measure_tokens, arrays),
         of_answers,
         objective.records == "rated",
         objective.divergence,
@@ -100,12 +100,11 @@ def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
     body = with_last_block(body, model)[0] if part_of_last else body
     block = "last block where scored" if body.last is not None else "whole last block"
 
-    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
-        arrays, starts = Arrays(*batch[:5]), batch[5:]
-        return -score_at(model, body, arrays.inputs, arrays.positions, *starts) * arrays.weights
+    def tokens(model: nn.Module, arrays: Arrays) -> mx.array:
+        return -scores_at(model, body, arrays).squeeze(-1) * arrays["weights"]
 
-    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
-        return tokens(model, *batch).sum(), batch[-1].sum()
+    def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        return tokens(model, arrays).sum(), arrays["weights"].sum()
 
     return Loss(summed, summed, f"scores of last tokens; {block}", tokens, part_of_last=body.last is not None)
 
@@ -159,65 +158,45 @@ def mean_log_ratio(
 # Sums of answers
 
 
-class AnswerArrays(NamedTuple):
-    """The arrays of a batch that an objective needs in addition to `Arrays`, on the device.
+def arrays_of(batch: Batch) -> Arrays:
+    """Copy a batch of answers to the device.
 
-    Attributes:
-        answers: (P,) float32, 1 where a position belongs to an answer.
-        labels, reference, real: (A,) float32, see `AnswerSums`.
-        shares: (2,) float32, the factor on the likelihood and the divergence.
+    Returns:
+        In addition to `token_arrays`: `answers` (P,) float32, 1 where a position belongs to an answer; `labels`, `reference`,
+        `real` (A,) float32, see `AnswerSums`; `shares` (2,) float32, the factor on the likelihood and the divergence.
     """
-
-    answers: mx.array
-    labels: mx.array
-    reference: mx.array
-    real: mx.array
-    shares: mx.array
-
-    @classmethod
-    def of(cls, batch: Batch) -> AnswerArrays:
-        """Copy a batch's to the device."""
-        answers = batch.weights
-        if batch.answers is not None:
-            answers = batch.answers.ravel()[batch.positions] * batch.weights
-        real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
-        none = np.zeros_like(real)
-        return cls(
-            mx.array(answers.astype(np.float32)),
-            mx.array(none if batch.labels is None else batch.labels.ravel()),
-            mx.array(none if batch.reference is None else batch.reference.ravel()),
-            mx.array(real),
-            mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
-        )
+    answers = batch.weights
+    if batch.answers is not None:
+        answers = batch.answers.ravel()[batch.positions] * batch.weights
+    real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
+    none = np.zeros_like(real)
+    own = {
+        "answers": answers.astype(np.float32),
+        "labels": none if batch.labels is None else batch.labels.ravel(),
+        "reference": none if batch.reference is None else batch.reference.ravel(),
+        "real": real,
+        "shares": np.array(batch.shares or (0.0, 0.0), np.float32),
+    }
+    return token_arrays(batch) | {name: mx.array(values) for name, values in own.items()}
 
 
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return all arrays of a batch of answers; if rows hold several answers, the last one is `Batch.starts`."""
-    starts = () if batch.starts is None else (mx.array(batch.starts),)
-    return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
-
-
-def answer_sums(
-    losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
-) -> AnswerSums:
+def answer_sums(losses: mx.array, arrays: Arrays) -> AnswerSums:
     """Sum the losses of positions, (P,), to answers, (A,)."""
-    owners = answers_at(arrays.positions, width, starts)
-    own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
+    own = answers_at(arrays)[None, :] == mx.arange(len(arrays["real"]))[:, None]  # (A, P)
 
     def by_answer(values: mx.array) -> mx.array:
         return mx.where(own, values[None, :], 0.0).sum(axis=1)
 
-    logps, tokens = by_answer(-losses * answers.answers), by_answer(answers.answers)
-    likelihood = by_answer(losses * arrays.weights) * answers.shares[0]
-    return AnswerSums(
-        logps, tokens, likelihood, answers.reference, answers.labels, answers.real, mx.stop_gradient(answers.shares[1])
-    )
+    logps, tokens = by_answer(-losses * arrays["answers"]), by_answer(arrays["answers"])
+    share, divergence = arrays["shares"]
+    likelihood = by_answer(losses * arrays["weights"]) * share
+    given = (arrays[name] for name in ("reference", "labels", "real"))
+    return AnswerSums(logps, tokens, likelihood, *given, mx.stop_gradient(divergence))
 
 
-def _array_sums(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> AnswerSums:
+def _array_sums(model: nn.Module, tokens: TokenLosses, arrays: Arrays) -> AnswerSums:
     """Return the sums of a batch that `arrays_of` put on the device."""
-    arrays, answers, starts = Arrays(*batch[:5]), AnswerArrays(*batch[5:10]), batch[10:]
-    return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)
+    return answer_sums(tokens(model, arrays), arrays)
 
 
 def row_log_probabilities(
@@ -270,7 +249,7 @@ class WholeSet:
     """How an objective is measured on a whole set.
 
     Attributes:
-        sums: (model, *arrays of a batch) -> the sums of its answers.
+        sums: (model, arrays of a batch) -> the sums of its answers.
         loss: of the objective.
         rated: whether an example is one rated answer, with a second row that only tells the divergence.
         divergence: whether the loss needs that.
@@ -288,7 +267,7 @@ class WholeSet:
     def __call__(
         self,
         model: nn.Module,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]:
@@ -302,7 +281,7 @@ class WholeSet:
         """
         found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
         for batch in batches:
-            sums = self.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
+            sums = self.sums(model, arrays_of(replace(batch, shares=UNWEIGHTED)))
             rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
             found.append(rows[:, rows[-1] > 0])  # without padding
             targets += batch.first_targets

@@ -28,7 +28,7 @@ import mlx.nn as nn
 
 from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.data.prompts import read_teacher_prompt
-from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class WholeSetLoss(Protocol):
     def __call__(
         self,
         model: nn.Module,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]: ...
@@ -115,7 +115,7 @@ class BoundObjective:
     """
 
     loss: Loss
-    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    arrays_of: Callable[[Batch], Arrays] = token_arrays
     prepare: Callable[[list[Batch], Strategy], list[Batch]] = lambda batches, strategy: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict

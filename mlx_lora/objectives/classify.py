@@ -40,7 +40,7 @@ from mlx_lora.losses.classification import (
     probabilities,
     spearman,
 )
-from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.scored_texts import ScoredTexts
@@ -191,18 +191,18 @@ class Classify(ScoredTexts):
         body = with_last_block(body, model)[0] if loss.part_of_last else body
         weights = None if self.weights is None else mx.array(self.weights.astype(np.float32))
 
-        def scored(model: nn.Module, *batch: mx.array) -> mx.array:
-            return scores_at(model, body, batch[0], batch[3])  # (P, K)
+        def scored(model: nn.Module, arrays: Arrays) -> mx.array:
+            return scores_at(model, body, arrays)  # (P, K)
 
-        def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            arrays = Arrays(*batch[:5])
-            scores, own = scored(model, *batch), batch[5][arrays.positions // arrays.inputs.shape[1]]
+        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            scores, real = scored(model, arrays), arrays["weights"]
+            own = arrays["labels"][arrays["positions"] // arrays["inputs"].shape[1]]
             losses, weight = classification_losses(self.problem, scores, own, weights)  # (P,), (P,)
             reports = {} if self.problem == NUMBER else {
-                ACCURACY: (all_right(self.problem, scores, own) * arrays.weights).sum(),
-                TEXTS: arrays.weights.sum(),
+                ACCURACY: (all_right(self.problem, scores, own) * real).sum(),
+                TEXTS: real.sum(),
             }  # fmt: skip
-            return (losses * arrays.weights).sum(), (weight * arrays.weights).sum(), reports
+            return (losses * real).sum(), (weight * real).sum(), reports
 
         words = f"{self.description} ({self.problem}); last block {'whole' if body.last is None else 'where scored'}"
         return BoundObjective(
@@ -281,11 +281,11 @@ def _finished(means: dict[str, float]) -> dict[str, float]:
     return {ACCURACY: means[ACCURACY] / means[TEXTS]} if means.get(TEXTS) else means
 
 
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return the arrays of a batch, and what is to be found of its rows, (B,) or (B, K) float32."""
+def arrays_of(batch: Batch) -> Arrays:
+    """Copy a batch to the device, with what is to be found of its rows: `labels`, (B,) or (B, K) float32."""
     if batch.labels is None:
         raise ValueError("a batch of rows without labels")
-    return (*Arrays.of(batch), mx.array(batch.labels.astype(np.float32)))
+    return token_arrays(batch) | {"labels": mx.array(batch.labels.astype(np.float32))}
 
 
 # Labels
@@ -410,7 +410,7 @@ class ScoredSet:
     """Measures a set of texts from the scores of all of them.
 
     Attributes:
-        scored: (model, *arrays of a batch) -> (P, K) scores.
+        scored: (model, arrays of a batch) -> (P, K) scores.
         measured: (scores, targets) -> the loss, and the numbers to report.
     """
 
@@ -424,7 +424,7 @@ class ScoredSet:
     def __call__(
         self,
         model: nn.Module,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]:
@@ -438,7 +438,7 @@ class ScoredSet:
         """
         scores, targets = [], []
         for batch in batches:
-            found = np.array(self.scored(model, *arrays_of(batch)))
+            found = np.array(self.scored(model, arrays_of(batch)))
             owners = (batch.positions // batch.inputs.shape[1])[batch.weights > 0]
             labels: Any = batch.labels
             scores += found[batch.weights > 0].tolist()

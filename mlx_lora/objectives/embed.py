@@ -49,7 +49,7 @@ from mlx_lora.losses.contrastive import (
     retrieval,
     spearman,
 )
-from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
 from mlx_lora.models.encoder import ENCODERS, ModelArgs, is_encoder
 from mlx_lora.models.encoder import Model as Encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
@@ -418,8 +418,8 @@ def _dims(text: str | None) -> tuple[int, ...]:
 # A step
 
 
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return the arrays of a batch: those of its sides, and if it is prepared, the gradient by its vectors and what was found.
+def arrays_of(batch: Batch) -> Arrays:
+    """Copy the sides of a batch to the device, and if it is prepared, the gradient by its vectors and what was found.
 
     Queries and documents have widths of their own, because one side is often much shorter.
     """
@@ -428,11 +428,13 @@ def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     first = np.arange(len(batch.inputs)) % group == 0
     numbers = np.zeros(len(batch.inputs), np.float32) if batch.labels is None else batch.labels
     real = batch.real[::group].astype(np.float32)
-    sides = [batch.inputs[of][:, : _width_of(lengths[of], batch.inputs.shape[1])] for of in (first, ~first)]
-    arrays = [*sides, lengths[first], lengths[~first], numbers.reshape(-1, group), real]
+    arrays = {"numbers": numbers.reshape(-1, group), "real": real}
+    for name, of in (("queries", first), ("documents", ~first)):
+        arrays[name] = batch.inputs[of][:, : _width_of(lengths[of], batch.inputs.shape[1])]
+        arrays[f"{name}_lengths"] = lengths[of]
     if batch.sampled is not None:
-        arrays += [batch.sampled[name] for name in (GRADIENT, LOSSES, TOLD)]
-    return tuple(map(mx.array, arrays))
+        arrays |= {name: batch.sampled[name] for name in (GRADIENT, LOSSES, TOLD)}
+    return {name: mx.array(values) for name, values in arrays.items()}
 
 
 def _width_of(lengths: np.ndarray, width: int) -> int:
@@ -440,29 +442,23 @@ def _width_of(lengths: np.ndarray, width: int) -> int:
     return next((step for step in STEPS if longest <= step <= width), width)
 
 
-def vectors_of(embedder: Embedder, *arrays: mx.array) -> mx.array:
+def vectors_of(embedder: Embedder, arrays: Arrays) -> mx.array:
     """Return the vectors of a batch that `arrays_of` put on the device, (E, K, D)."""
-    queries, documents, query_lengths, document_lengths = arrays[:4]
-    asked, found = embedder(queries, query_lengths), embedder(documents, document_lengths)
+    asked, found = (embedder(arrays[name], arrays[f"{name}_lengths"]) for name in ("queries", "documents"))
     return mx.concatenate([asked[:, None], found.reshape(len(asked), -1, asked.shape[-1])], axis=1)
 
 
-def step_loss(
-    embedder: Embedder, options: ContrastiveOptions, reports: tuple[str, ...]
-) -> Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]:
-    """Return the loss of a batch that a step differentiates: (model, *arrays) -> (sum, examples, sums to report)."""
+def step_loss(embedder: Embedder, options: ContrastiveOptions, reports: tuple[str, ...]) -> LossFunction:
+    """Return the loss of a batch that a step differentiates."""
 
-    def summed(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        vectors, texts = vectors_of(embedder, *arrays), Texts(*arrays[4:6])
-        if len(arrays) == 6:  # all examples of the step
+    def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        vectors, texts = vectors_of(embedder, arrays), Texts(arrays["numbers"], arrays["real"])
+        if GRADIENT not in arrays:  # all examples of the step
             losses, told = losses_of(vectors, texts, options)
             total = (losses * texts.real).sum()
         else:
-            gradient, losses, told = (
-                arrays[6].reshape(vectors.shape),
-                *(one[:: vectors.shape[1]] for one in arrays[7:9]),
-            )
-            through = (gradient * vectors).sum()
+            losses, told = (arrays[name][:: vectors.shape[1]] for name in (LOSSES, TOLD))
+            through = (arrays[GRADIENT].reshape(vectors.shape) * vectors).sum()
             total = (losses * texts.real).sum() + through - mx.stop_gradient(through)
         found = ((told == 0) * texts.real).sum()
         return total, texts.real.sum(), dict.fromkeys(reports, found)
@@ -508,14 +504,14 @@ def all_vectors(
     ranks = strategy.ranks
     mine = list(range(ranks.rank, len(batches), ranks.size))
     for number, batch in enumerate(strategy.dealt(batches)):
-        vectors = vectors_of(embedder, *arrays_of(replace(batch, sampled=None)))
+        vectors = vectors_of(embedder, arrays_of(replace(batch, sampled=None)))
         mx.eval(vectors)  # one batch's activations at a time
         if number < len(mine):
             found[starts[mine[number]] : starts[mine[number] + 1]] = np.array(vectors)
     model.train(training)
     together = ranks.sum(mx.array(found.ravel())).reshape(found.shape)  # a rank has zeros for the others' examples
-    texts = [arrays_of(replace(batch, sampled=None))[4:6] for batch in batches]
-    return together, Texts(*(mx.concatenate(list(parts)) for parts in zip(*texts, strict=True)))
+    texts = [arrays_of(replace(batch, sampled=None)) for batch in batches]
+    return together, Texts(*(mx.concatenate([one[name] for one in texts]) for name in ("numbers", "real")))
 
 
 # A held-out set
@@ -542,7 +538,7 @@ class EmbeddedSet:
     def __call__(
         self,
         model: nn.Module,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]:
@@ -554,16 +550,16 @@ class EmbeddedSet:
             batches: this rank's.
             strategy: how the ranks that call this divide the batches.
         """
-        compute = self.given(lambda model, *arrays: vectors_of(self.embedder, *arrays))
+        compute = self.given(lambda model, arrays: vectors_of(self.embedder, arrays))
         vectors, numbers = [], []
         for batch in batches:
             arrays = arrays_of(batch)
-            own = np.array(compute(model, *arrays))
-            real = np.array(arrays[5]) > 0
+            own = np.array(compute(model, arrays))
+            real = np.array(arrays["real"]) > 0
             # A list of no rows would lose its other dimensions on the way to the other ranks.
             if real.any():
                 vectors.append(own[real])
-                numbers.append(np.array(arrays[4])[real])
+                numbers.append(np.array(arrays["numbers"])[real])
         if strategy.ranks.size > 1:
             told = strategy.everyone([[one.tolist() for one in vectors], [one.tolist() for one in numbers]])
             vectors = [np.array(one, np.float32) for found, _ in told for one in found]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,7 +27,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.teacher_table import TableFormat
-from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, token_arrays
 from mlx_lora.losses.divergence import (
     KL,
     SAMPLED_KL,
@@ -143,7 +143,6 @@ def _refuse_beside_sampled_kl(settings: ObjectiveSettings) -> None:
 
 # What a batch of sampled answers has of the teacher: (B, T) of each target, or (B, T, N) and (B, T, k).
 LOGP, BINS, IDS = "teacher_logp", "teacher_bins", "teacher_ids"
-FACTS = slice(5, 8)  # of the arrays of a batch: after `Arrays`
 
 
 @dataclass(frozen=True)
@@ -233,33 +232,19 @@ class TeacherScorer:
         return found
 
 
-class AnswerFacts(NamedTuple):
-    """What is reported of the answers of a batch, on the device.
-
-    Attributes:
-        lengths, truncated, real: (B,) float32.
-    """
-
-    lengths: mx.array
-    truncated: mx.array
-    real: mx.array
-
-    def sums(self) -> dict[str, mx.array]:
-        """Return sums over real answers, by the names of reports."""
-        return {
-            "length": (self.lengths * self.real).sum(),
-            "truncated": (self.truncated * self.real).sum(),
-            "answers": self.real.sum(),
-        }
+def _answer_sums(arrays: Arrays) -> dict[str, mx.array]:
+    """Return what is reported of a batch's answers: sums over the real ones."""
+    real = arrays["real"]
+    return {name: (arrays[name] * real).sum() for name in (LENGTHS, TRUNCATED)} | {"answers": real.sum()}
 
 
-def taught_arrays(batch: Batch) -> tuple[mx.array, ...]:
+def taught_arrays(batch: Batch) -> Arrays:
     """Copy a batch of sampled answers with what a teacher says about them to the device.
 
     Returns:
-        `Arrays`, `AnswerFacts`; then the teacher's log-probability of each position, that of the student as it sampled it
-        (P,) and whether that is the student's own (1,); or the teacher's bins (P, N) and, unless it has all tokens, their
-        ids (P, k).
+        In addition to `token_arrays`: `length`, `truncated`, `real` (B,) float32; then `teacher`, its log-probability of each
+        position, `old`, that of the student as it sampled it (P,), and `is_own` (1,), whether that is the student's own; or
+        `relative`, the teacher's bins (P, N), and, unless it has all tokens, their `ids` (P, k).
     """
     sampled = batch.sampled
     if sampled is None:
@@ -269,12 +254,14 @@ def taught_arrays(batch: Batch) -> tuple[mx.array, ...]:
         values = sampled[name]
         return mx.array(values.reshape(-1, *values.shape[2:])[batch.positions])
 
-    facts = [mx.array(sampled[name]) for name in (LENGTHS, TRUNCATED)]
-    both = (*Arrays.of(batch), *facts, mx.array(batch.real.astype(np.float32)))
+    both = token_arrays(batch) | {name: mx.array(sampled[name]) for name in (LENGTHS, TRUNCATED)}
+    both["real"] = mx.array(batch.real.astype(np.float32))
     if LOGP not in sampled:
-        return (*both, *(at_positions(name) for name in (BINS, IDS) if name in sampled))
+        taught = {"relative": BINS, "ids": IDS}
+        return both | {name: at_positions(source) for name, source in taught.items() if source in sampled}
     teacher, is_own = at_positions(LOGP), OLD not in sampled
-    return (*both, teacher, mx.zeros_like(teacher) if is_own else at_positions(OLD), mx.array([float(is_own)]))
+    old = mx.zeros_like(teacher) if is_own else at_positions(OLD)
+    return both | {"teacher": teacher, "old": old, "is_own": mx.array([float(is_own)])}
 
 
 def taught_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, words: str) -> Loss:
@@ -296,9 +283,9 @@ def taught_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: D
 def _compared(of_tokens: LossFunction) -> LossFunction:
     """Return a loss of distributions that also reports facts about answers."""
 
-    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        total, count, reports = of_tokens(model, *batch[: FACTS.start], *batch[FACTS.stop :])
-        return total, count, reports | AnswerFacts(*batch[FACTS]).sums()
+    def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        total, count, reports = of_tokens(model, arrays)
+        return total, count, reports | _answer_sums(arrays)
 
     return summed
 
@@ -306,12 +293,11 @@ def _compared(of_tokens: LossFunction) -> LossFunction:
 def _sampled(tokens: Callable[..., mx.array]) -> LossFunction:
     """Return the loss of the sampled tokens' log-probabilities, from the losses of tokens."""
 
-    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        arrays, (teacher, old, is_own) = Arrays(*batch[:5]), batch[FACTS.stop :]
-        logps = -tokens(model, *arrays)  # (P,)
-        losses = sampled_kl(logps, mx.where(is_own > 0, mx.stop_gradient(logps), old), teacher)
-        real = arrays.weights > 0
+    def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        logps, teacher, weights = -tokens(model, arrays), arrays["teacher"], arrays["weights"]  # (P,)
+        old = mx.where(arrays["is_own"] > 0, mx.stop_gradient(logps), arrays["old"])
+        losses, real = sampled_kl(logps, old, teacher), weights > 0
         kl = mx.where(real, mx.stop_gradient(logps) - teacher, 0.0).sum()
-        return mx.where(real, losses, 0.0).sum(), arrays.weights.sum(), {KL: kl} | AnswerFacts(*batch[FACTS]).sums()
+        return mx.where(real, losses, 0.0).sum(), weights.sum(), {KL: kl} | _answer_sums(arrays)
 
     return summed

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.losses.cross_entropy import Arrays, Loss
     from mlx_lora.planner.shapes import ModelShape
 
 
@@ -280,26 +280,25 @@ class WithPictures(Objective):
             measure_tokens=None if loss.measure_tokens is None else given(loss.measure_tokens),
         )
 
-        def arrays_of(batch: Batch) -> tuple[Any, ...]:
-            return (*bound.arrays_of(batch), *self.arrays_of(batch))
+        def arrays_of(batch: Batch) -> Arrays:
+            return bound.arrays_of(batch) | {"pictures": self.arrays_of(batch)}
 
         whole = None if bound.whole_set is None else bound.whole_set.above(given)
         return replace(bound, loss=seen, arrays_of=arrays_of, whole_set=whole)
 
-    def arrays_of(self, batch: Batch) -> tuple[Any, ...]:
-        """Return the arrays of a batch's pictures, which follow those of the objective."""
+    def arrays_of(self, batch: Batch) -> list[Any]:
+        """Return the arrays of a batch's pictures."""
         rows = self.table.of_numbers(batch.pictures, len(batch.inputs))
         prompts = batch.mask.argmax(axis=1) + 1  # up to the first trained target
-        return tuple(self.vision.arrays(batch.inputs, rows, prompts))
+        return list(self.vision.arrays(batch.inputs, rows, prompts))
 
     def _with_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of (model, arrays of the objective, arrays of pictures) whose model reads the pictures."""
+        """Return a function of a model and a batch's arrays whose model reads the batch's pictures."""
         vision = self.vision
-        count = 1 if vision.trained else len(vision.spec.names)
 
-        def call(model: nn.Module, *arrays: Any) -> Any:
-            with with_images(model, vision.spec, vision.shown(arrays[-count:])):
-                return function(model, *arrays[:-count])
+        def call(model: nn.Module, arrays: Arrays) -> Any:
+            with with_images(model, vision.spec, vision.shown(arrays["pictures"])):
+                return function(model, arrays)
 
         return call
 

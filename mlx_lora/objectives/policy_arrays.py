@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, token_arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.losses.policy import PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.models.head import Head, find_head
@@ -31,38 +31,22 @@ ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "tru
 KL, CLIPPED = "kl", "clipped"  # what a policy loss reports
 
 
-class PolicyArrays(NamedTuple):
-    """The arrays of a batch of sampled answers in addition to `Arrays`, on the device.
-
-    Attributes:
-        old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
-        advantages, rewards, lengths, truncated, real: (A,) float32.
-        share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
-        more: (M, A) float32, what else is reported of each answer.
-    """
-
-    old: mx.array
-    reference: mx.array
-    advantages: mx.array
-    rewards: mx.array
-    lengths: mx.array
-    truncated: mx.array
-    real: mx.array
-    share: mx.array
-    more: mx.array
-
-
 def more_reports(reports: tuple[str, ...]) -> tuple[str, ...]:
     """Return the reports that a batch has of each of its answers, beside those of every policy loss."""
     return tuple(name for name in reports if name not in (REWARDS, LENGTHS, TRUNCATED, KL, CLIPPED))
 
 
-def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> tuple[mx.array, ...]:
-    """Copy a batch of sampled answers to the device; if rows hold several answers, the last array is `Batch.starts`.
+def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> Arrays:
+    """Copy a batch of sampled answers to the device.
 
     Args:
         batch: with what was sampled.
         more: names of further reports; what the batch does not have is 0.
+
+    Returns:
+        In addition to `token_arrays`, all float32: `old` and `reference` (P,), log-probabilities under the policy that sampled
+        them, and under the reference; `advantages`, `reward`, `length`, `truncated`, `real` (A,); `share` (2,), answers / tokens
+        of the step, and 1 if `old` is the policy itself, whose ratio is 1; `more` (M, A), what else is reported of each answer.
     """
     sampled = batch.sampled
     if sampled is None:
@@ -79,22 +63,10 @@ def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> tuple[mx.array, .
     real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
     share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
     others = mx.stack([of_answers(name) for name in more]) if more else mx.zeros((1, answers))
-    return (
-        *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_answers(ADVANTAGES), of_answers(REWARDS),
-        of_answers(LENGTHS), of_answers(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)), others,
-        *starts_of(batch),
-    )  # fmt: skip
-
-
-def starts_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return where the answers in a row start, on the device; nothing if each row holds one."""
-    return () if batch.starts is None else (mx.array(batch.starts),)
-
-
-def _parts(batch: tuple[mx.array, ...]) -> tuple[Arrays, PolicyArrays, tuple[mx.array, ...]]:
-    """Return the arrays of `policy_arrays` by name, and the starts if there are any."""
-    first, last = len(Arrays._fields), len(Arrays._fields) + len(PolicyArrays._fields)
-    return Arrays(*batch[:first]), PolicyArrays(*batch[first:last]), batch[last:]
+    tokens = {name: of_tokens(name) for name in (OLD, REFERENCE)}
+    values = {name: of_answers(name) for name in (ADVANTAGES, REWARDS, LENGTHS, TRUNCATED)}
+    step = {"real": mx.array(real), "share": mx.array(np.array(share, np.float32)), "more": others}
+    return token_arrays(batch) | tokens | values | step
 
 
 def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[str, ...] = ()) -> Loss:
@@ -107,34 +79,31 @@ def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[s
         more: names of what else is reported, as for `policy_arrays`.
     """
 
-    def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        arrays, policy, starts = _parts(batch)
-        logps = -loss.tokens(model, *arrays, *starts)  # (P,)
-        old = mx.where(policy.share[1] > 0, mx.stop_gradient(logps), policy.old)
-        answers = answers_at(arrays.positions, arrays.inputs.shape[1], *starts)
+    def train(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        logps, (share, own) = -loss.tokens(model, arrays), arrays["share"]  # (P,)
+        old = mx.where(own > 0, mx.stop_gradient(logps), arrays[OLD])
         sampled = SampledTokens(
-            logps, old, policy.reference, arrays.weights, answers,
-            policy.advantages, mx.stop_gradient(policy.share[0]),
+            logps, old, arrays[REFERENCE], arrays["weights"], answers_at(arrays), arrays[ADVANTAGES],
+            mx.stop_gradient(share),
         )  # fmt: skip
         losses, reports = policy_loss(sampled, options)  # (A,)
-        return _summed(policy, losses, reports, more)
+        return _summed(arrays, losses, reports, more)
 
-    def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        _, policy, _ = _parts(batch)
-        nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
-        return _summed(policy, -policy.rewards, {KL: nothing, CLIPPED: nothing}, more)
+    def measure(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        nothing = mx.full(arrays[REWARDS].shape, math.nan)  # a step reports these, a validation does not
+        return _summed(arrays, -arrays[REWARDS], {KL: nothing, CLIPPED: nothing}, more)
 
     return replace(loss, train=train, measure=measure, description=f"{words}; {loss.description}")
 
 
 def _summed(
-    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array], more: tuple[str, ...]
+    arrays: Arrays, losses: mx.array, reports: dict[str, mx.array], more: tuple[str, ...]
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """Return sums over real answers of the loss, of 1, and of what is reported."""
-    known = {REWARDS: policy.rewards, LENGTHS: policy.lengths, TRUNCATED: policy.truncated}
-    known |= {name: policy.more[place] for place, name in enumerate(more)}
-    sums = {name: (values * policy.real).sum() for name, values in (known | reports).items()}
-    return (losses * policy.real).sum(), policy.real.sum(), sums
+    known, real = {name: arrays[name] for name in (REWARDS, LENGTHS, TRUNCATED)}, arrays["real"]
+    known |= {name: arrays["more"][place] for place, name in enumerate(more)}
+    sums = {name: (values * real).sum() for name, values in (known | reports).items()}
+    return (losses * real).sum(), real.sum(), sums
 
 
 def prepared(batches: list[Batch], strategy: Strategy) -> list[Batch]:
@@ -161,14 +130,11 @@ def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], tempera
     if isinstance(head, Head) and head.soft_cap is None:
         return head_loss(replace(head, scale=head.scale / temperature), loss.kernel, loss_tile_bytes())
 
-    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
-        arrays = Arrays(*batch[:5])
-        caches = shared_caches(model, arrays.inputs, *batch[5:])
-        logits = model(arrays.inputs, **caches).astype(mx.float32) / temperature  # (B, T, V)
-        logps = mx.take_along_axis(logits, arrays.targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(
-            logits, axis=-1
-        )
-        return mx.where(arrays.weights > 0, -logps.reshape(-1)[arrays.positions] * arrays.weights, 0.0)
+    def tokens(model: nn.Module, arrays: Arrays) -> mx.array:
+        weights, targets = arrays["weights"], arrays["targets"]
+        logits = model(arrays["inputs"], **shared_caches(model, arrays)).astype(mx.float32) / temperature  # (B, T, V)
+        logps = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(logits, axis=-1)
+        return mx.where(weights > 0, -logps.reshape(-1)[arrays["positions"]] * weights, 0.0)
 
     return replace(loss, tokens=tokens, measure_tokens=None, kernel=PLAIN_LOGITS)
 
@@ -178,7 +144,7 @@ def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:
     tokens = loss.measure_tokens or loss.tokens
     found = np.zeros(batch.mask.shape, np.float32).ravel()
     with loss.measuring(model):
-        logps = np.array(-tokens(model, *Arrays.of(batch), *starts_of(batch)).astype(mx.float32))
+        logps = np.array(-tokens(model, token_arrays(batch)).astype(mx.float32))
     real = batch.weights > 0
     found[batch.positions[real]] = logps[real]
     return found.reshape(batch.mask.shape)

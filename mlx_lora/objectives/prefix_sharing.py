@@ -44,7 +44,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses.check import Probe, choose_compute, disagreement, probe
-from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import model_shape
@@ -219,8 +219,7 @@ def _without_starts(rows: EncodedSet) -> EncodedSet:
 def _probe(model: nn.Module, loss: Loss, rows: EncodedSet) -> Probe:
     plan = BatchPlan(rows, batch_tokens=2 * int(rows.lengths.max()), batch_size=None, seed=0)
     batch = plan.batch(0, 0)
-    arrays = [*Arrays.of(batch), *([] if batch.starts is None else [mx.array(batch.starts)])]
-    found = probe(model, lambda model: loss.tokens(model, *arrays))
+    found = probe(model, lambda model: loss.tokens(model, token_arrays(batch)))
     return Probe(found.losses[: sum(ANSWER_TOKENS)], found.gradients)  # without padding
 
 

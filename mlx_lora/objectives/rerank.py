@@ -21,9 +21,10 @@ import numpy as np
 
 from mlx_lora.data.candidates import GRADES, ROWS
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, random_mrr, ranking_loss, ranking_measures
 from mlx_lora.models.head import body_of, scores_at, with_last_block
+from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.objectives.scored_texts import ScoredTexts
 from mlx_lora.utils.text import counted
@@ -87,18 +88,16 @@ class Rerank(ScoredTexts):
         body = body_of(model)
         body = with_last_block(body, model)[0] if loss.part_of_last else body
 
-        def scored(model: nn.Module, *batch: mx.array) -> mx.array:
+        def scored(model: nn.Module, arrays: Arrays) -> mx.array:
             """Return the scores of a batch's documents, (E, K)."""
-            arrays, grades = Arrays(*batch[:5]), batch[5]
-            found = scores_at(model, body, arrays.inputs, arrays.positions).squeeze(-1)  # (P,)
-            owners = arrays.positions // arrays.inputs.shape[1]
-            own = owners[None, :] == mx.arange(grades.size)[:, None]  # (B, P)
-            return mx.where(own, (found * arrays.weights)[None, :], 0.0).sum(axis=1).reshape(grades.shape)
+            found, grades = scores_at(model, body, arrays).squeeze(-1) * arrays["weights"], arrays["grades"]  # (P,)
+            own = answers_at(arrays)[None, :] == mx.arange(grades.size)[:, None]  # (B, P)
+            return mx.where(own, found[None, :], 0.0).sum(axis=1).reshape(grades.shape)
 
-        def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            scores = scored(model, *batch)
-            right, queries = best_first(scores, batch[5])
-            lost, count = ranking_loss(self.kind, scores, batch[5])
+        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            scores = scored(model, arrays)
+            right, queries = best_first(scores, arrays["grades"])
+            lost, count = ranking_loss(self.kind, scores, arrays["grades"])
             # The listwise loss is a mean over queries, too. MLX cannot compile a function that computes one output twice.
             return lost, count, {ACCURACY: right, QUERIES: count if self.kind == LISTWISE else queries}
 
@@ -133,12 +132,12 @@ def _finished(means: dict[str, float]) -> dict[str, float]:
     return {ACCURACY: means[ACCURACY] / means[QUERIES]} if means.get(QUERIES) else means
 
 
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return the arrays of a batch, and the grades of its documents, (E, K) float32, NONE where there is none."""
+def arrays_of(batch: Batch) -> Arrays:
+    """Copy a batch to the device, with the `grades` of its documents, (E, K) float32, NONE where there is none."""
     if batch.labels is None:
         raise ValueError("a batch of rows without grades")
     grades = np.where(batch.real, batch.labels, NONE).astype(np.float32)
-    return (*Arrays.of(batch), mx.array(grades.reshape(-1, batch.group)))
+    return token_arrays(batch) | {"grades": mx.array(grades.reshape(-1, batch.group))}
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class RankedSet:
     """Measures a set of queries from the scores of all their documents.
 
     Attributes:
-        scored: (model, *arrays of a batch) -> (E, K) scores.
+        scored: (model, arrays of a batch) -> (E, K) scores.
         kind: of the loss.
     """
 
@@ -160,7 +159,7 @@ class RankedSet:
     def __call__(
         self,
         model: nn.Module,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]:
@@ -175,7 +174,7 @@ class RankedSet:
         found = []
         for batch in batches:
             arrays = arrays_of(batch)
-            scores, grades = np.array(self.scored(model, *arrays)), np.array(arrays[5])
+            scores, grades = np.array(self.scored(model, arrays)), np.array(arrays["grades"])
             real = (grades >= 0).any(axis=1)
             found += np.stack([scores[real], grades[real]], axis=1).tolist()  # (E, 2, K)
         queries = [one for part in strategy.everyone(found) for one in part]

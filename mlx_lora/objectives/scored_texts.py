@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -27,6 +26,7 @@ from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
+from mlx_lora.losses.cross_entropy import token_arrays
 from mlx_lora.models.encoder import ENCODERS, Model, ModelArgs
 from mlx_lora.models.encoder_head import start_words
 from mlx_lora.models.head import SCORE, body_of, scores_at
@@ -164,7 +164,7 @@ class TextScorer:
         plan = BatchPlan(texts, batch_tokens=self.batch_tokens, batch_size=None, seed=0)
         body, at = body_of(model), np.array(places)
         for batch in plan.batches():
-            found = np.array(scores_at(model, body, mx.array(batch.inputs), mx.array(batch.positions)))  # (P, K)
+            found = np.array(scores_at(model, body, token_arrays(batch)))  # (P, K)
             real: Any = batch.weights > 0
             numbers: Any = batch.numbers
             scores[at[numbers[batch.positions[real] // batch.inputs.shape[1]]]] = found[real]

@@ -75,12 +75,12 @@ def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch]
         for part in bound.prepare([batch], SINGLE_DEVICE):
             arrays = bound.arrays_of(part)
             if bound.reports:
-                loss, count, reports = bound.loss.measure(model, *arrays)
+                loss, count, reports = bound.loss.measure(model, arrays)
                 sums = sums + mx.stack([loss, count, *(reports[name] for name in bound.reports)])
                 mx.eval(sums)
             else:
-                losses = tokens(model, *arrays)  # (P,)
-                sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
+                losses = tokens(model, arrays)  # (P,)
+                sums = sums + mx.stack([losses.sum(), arrays["weights"].sum()])
                 mx.eval(sums, losses)
                 rows.append(of_batch(part, np.array(losses)))
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.

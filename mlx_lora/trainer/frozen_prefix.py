@@ -39,7 +39,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, evict, used_bytes
 from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
 from mlx_lora.losses.check import disagreement, probe
-from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
@@ -331,16 +331,16 @@ def trunk_problem(
     if any(m._p_1 < 1 for m in dropping):
         return "its frozen blocks have dropout"
     recurrent = variant.attend is None and has_recurrence(model)
-    arrays = Arrays.of(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
+    arrays = token_arrays(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
     try:
         with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
-            whole = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
-            output = outputs(arrays.inputs)
+            whole = probe(model, lambda model: variant.loss.tokens(model, arrays), strategy=strategy)
+            output = outputs(arrays["inputs"])
             kept = StoredOutput.of(output).to_array(StoredOutput.of(output).to_bytes(output))
             with trunk.given(kept):
-                above = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
+                above = probe(model, lambda model: variant.loss.tokens(model, arrays), strategy=strategy)
             with trunk.given(kept[:, ::-1]):
-                other = probe(model, lambda model: variant.loss.tokens(model, *arrays), gradient=False)
+                other = probe(model, lambda model: variant.loss.tokens(model, arrays), gradient=False)
     except NoTrunk as error:
         return str(error)
     except FOREIGN_ERRORS as error:
@@ -485,9 +485,9 @@ def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObj
     """
 
     def above(function: Callable[..., Result]) -> Callable[..., Result]:
-        def of_kept(model: nn.Module, *arrays: mx.array) -> Result:
-            with trunk.given(arrays[-1]):
-                return function(model, *arrays[:-1])
+        def of_kept(model: nn.Module, arrays: Arrays) -> Result:
+            with trunk.given(arrays["trunk"]):
+                return function(model, arrays)
 
         return of_kept
 
@@ -496,4 +496,6 @@ def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObj
         bound.loss, train=above(bound.loss.train), measure=above(bound.loss.measure), measure_tokens=of_tokens
     )
     whole = bound.whole_set and bound.whole_set.above(above)
-    return replace(bound, loss=loss, whole_set=whole, arrays_of=lambda batch: (*bound.arrays_of(batch), rows.of(batch)))
+    return replace(
+        bound, loss=loss, whole_set=whole, arrays_of=lambda batch: bound.arrays_of(batch) | {"trunk": rows.of(batch)}
+    )

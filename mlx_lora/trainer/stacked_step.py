@@ -32,7 +32,7 @@ from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import assumed, exchanging
-from mlx_lora.losses.cross_entropy import PLAIN, Arrays, Loss
+from mlx_lora.losses.cross_entropy import PLAIN, TOKEN_ARRAYS, Arrays, Loss
 from mlx_lora.models.head import MOST_PICKED, find_head
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
@@ -106,13 +106,13 @@ def grouped(parts: Sequence[RunBatch], room_bytes: float = float("inf")) -> list
     return groups
 
 
-def joint_arrays(parts: Sequence[RunBatch]) -> tuple[mx.array, ...]:
-    """Return the arrays of a joint batch as the loss of tokens takes them: `Arrays`, and `Batch.starts` if a row has answers.
+def joint_arrays(parts: Sequence[RunBatch]) -> Arrays:
+    """Return the arrays of a joint batch as the loss of tokens takes them.
 
     The slots that a run does not use point at its own first token, so that no number of another run gets there.
     """
     width, first = max(part.width for part in parts), 0
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*Arrays._fields, "starts")}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*TOKEN_ARRAYS, "starts")}
     for part in parts:
         batch, missing = part.batch, ((0, 0), (0, width - part.width))
         for name in ("inputs", "targets", "mask"):
@@ -122,7 +122,7 @@ def joint_arrays(parts: Sequence[RunBatch]) -> tuple[mx.array, ...]:
         columns["weights"].append(batch.weights)
         columns["starts"] += [] if batch.starts is None else [batch.starts]
         first += part.rows
-    return tuple(mx.array(np.concatenate(values)) for values in columns.values() if values)
+    return {name: mx.array(np.concatenate(values)) for name, values in columns.items() if values}
 
 
 # The step
@@ -134,7 +134,7 @@ class ComputedLosses:
     def __init__(self) -> None:
         self.losses: mx.array | None = None
 
-    def __call__(self, model: nn.Module, *arrays: mx.array) -> mx.array:
+    def __call__(self, model: nn.Module, arrays: Arrays) -> mx.array:
         if self.losses is None:
             raise ValueError("the losses of this run's tokens are not computed yet")
         return self.losses
@@ -142,8 +142,8 @@ class ComputedLosses:
     def loss(self) -> Loss:
         """Return the loss that sums them."""
 
-        def summed(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-            return self(model, *arrays).sum(), arrays[4].sum()
+        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+            return self(model, arrays).sum(), arrays["weights"].sum()
 
         return Loss(summed, summed, "given", self)
 
@@ -174,10 +174,10 @@ class StackedRun:
         for (_, layer, name), array in zip(self._holders, arrays, strict=True):
             layer[name] = array
 
-    def loss_of(self, losses: mx.array, arrays: Sequence[mx.array]) -> list[Any]:
+    def loss_of(self, losses: mx.array, arrays: Arrays) -> list[Any]:
         """Return its loss sum, count and reports, from the losses of its tokens and its own batch's arrays."""
         self._given.losses = losses
-        loss_sum, count, *reports = self._loss(self.trainer.step.model, *arrays)
+        loss_sum, count, *reports = self._loss(self.trainer.step.model, arrays)
         self._given.losses = None
         return [loss_sum, count, reports[0] if reports else {}]
 
@@ -299,7 +299,7 @@ class StackedStep:
         def loss(parameters: list[list[mx.array]]) -> tuple[mx.array, list[list[Any]]]:
             for member, arrays in zip(members, parameters, strict=True):
                 member.put(arrays)
-            losses, results = self._loss.tokens(self._model, *joint_arrays(group)), []
+            losses, results = self._loss.tokens(self._model, joint_arrays(group)), []
             for member, part, arrays in zip(members, parts_of(losses, ends), own, strict=True):
                 results.append(member.loss_of(part, arrays))
             return mx.stack([result[0] for result in results]).sum(), results

@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_map
 
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.losses.cross_entropy import Arrays, LossFunction
+from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
 
@@ -75,7 +75,7 @@ def own_kernels(model: nn.Module) -> AbstractContextManager:
 
 
 Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
-"""(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
+"""(arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
 
 
 def differentiation(
@@ -84,10 +84,10 @@ def differentiation(
     """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
     gradient = strategy.value_and_grad(model, loss)
 
-    def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
+    def differentiate(arrays: Arrays) -> tuple[mx.array, mx.array, dict, dict]:
         # The kernels around the backward pass as well: checkpointed blocks run again there.
         with left_unchanged(model), kernels(model):
-            (loss_sum, tokens, *reports), grads = gradient(model, *arrays)
+            (loss_sum, tokens, *reports), grads = gradient(model, arrays)
         return loss_sum, tokens, reports[0] if reports else {}, grads
 
     return differentiate
@@ -119,7 +119,7 @@ class StepOptions:
     rate_of: Callable[[str], float] | None = None
     events: Callable[[dict], Events] | None = None
     prepare: Callable[[list[Batch]], list[Batch]] = list
-    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    arrays_of: Callable[[Batch], Arrays] = token_arrays
     reports: tuple[str, ...] = ()
 
 
@@ -162,8 +162,8 @@ class Step:
         mx.eval(self._rates or {})
         differentiate = differentiation(model, loss, options.kernels, strategy)
 
-        def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
-            loss_sum, tokens, reports, grads = differentiate(*arrays)
+        def micro(arrays: Arrays) -> tuple[mx.array, mx.array, dict, dict]:
+            loss_sum, tokens, reports, grads = differentiate(arrays)
             return loss_sum, tokens, reports, self.masters.gathered(grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
@@ -214,11 +214,11 @@ class Step:
         self._submit(self.state, result)
         return result
 
-    def _sum(self, micro_batches: Iterable[tuple[mx.array, ...]], several: bool) -> list | None:
+    def _sum(self, micro_batches: Iterable[Arrays], several: bool) -> list | None:
         """Return summed loss, tokens and gradients of micro-batches, None without any."""
         total = None
         for arrays in micro_batches:
-            part = list(self._micro(*arrays))
+            part = list(self._micro(arrays))
             total = part if total is None else tree_map(mx.add, total, part)
             if several:
                 self._submit(total)  # one micro-batch's activations at a time

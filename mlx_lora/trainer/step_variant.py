@@ -115,7 +115,7 @@ def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exceptio
     model.train()
     step = differentiation(model, variant.loss.train, exchanging(variant.attend, variant.choose))
     try:
-        (compiled_over(model, step) if variant.compiled else step)(*batch)
+        (compiled_over(model, step) if variant.compiled else step)(batch)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise

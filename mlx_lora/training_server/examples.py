@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.losses.cross_entropy import TOKEN_ARRAYS, Arrays
 from mlx_lora.training_server.losses import RATIO_MASK, LossRow
 from mlx_lora.utils.errors import InputError
 
@@ -147,7 +147,8 @@ def _micro_batch(examples: Sequence[Example], rows: list[tuple[int, int, int]], 
             values = example.given.get(name)
             given[name].append(np.ones(length, np.float32) if values is None else _column(values, column))
     positions = np.flatnonzero(mask).astype(np.int32)
-    arrays = Arrays(*map(mx.array, (inputs, targets, mask, positions, np.ones(len(positions), np.float32))))
+    columns = (inputs, targets, mask, positions, np.ones(len(positions), np.float32))
+    arrays = {name: mx.array(values) for name, values in zip(TOKEN_ARRAYS, columns, strict=True)}
     datum = np.repeat(np.arange(len(rows), dtype=np.int32), [length for _, _, length in rows])
     flat = {name: mx.array(np.concatenate(values).astype(np.float32)) for name, values in given.items()}
     return MicroBatch(arrays, {**flat, "datum": mx.array(datum)}, rows)

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_lora.adapters.stacked import Share, holders_of, parts_of, stack_adapters
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN, Arrays
+from mlx_lora.losses.cross_entropy import PLAIN, TOKEN_ARRAYS, Arrays
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.trainer.stacked_step import SAVED_POSITIONS
@@ -38,11 +38,11 @@ class RequestBatch(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return self.batch.arrays.inputs.shape[0]
+        return self.batch.arrays["inputs"].shape[0]
 
     @property
     def width(self) -> int:
-        return self.batch.arrays.inputs.shape[1]
+        return self.batch.arrays["inputs"].shape[1]
 
 
 class JointPass:
@@ -101,7 +101,7 @@ class JointPass:
 
     def _together(self, group: Sequence[RequestBatch]) -> None:
         """Compute some micro-batches, each of another model, in one pass."""
-        lengths = [len(part.batch.arrays.positions) for part in group]
+        lengths = [len(part.batch.arrays["positions"]) for part in group]
         shares = [Share(part.number, part.rows, part.width, slots) for part, slots in zip(group, lengths, strict=True)]
         holders = [self._holders[part.number] for part in group]
         own = [[layer[name] for _, layer, name in held] for held in holders]
@@ -110,7 +110,7 @@ class JointPass:
             for held, arrays in zip(holders, parameters, strict=True):
                 for (_, layer, name), array in zip(held, arrays, strict=True):
                     layer[name] = array
-            logprobs, results = -self._loss.tokens(self._model, *joint_arrays(group)), []
+            logprobs, results = -self._loss.tokens(self._model, joint_arrays(group)), []
             for part, piece in zip(group, parts_of(logprobs, lengths), strict=True):
                 losses = part.request.row.of_tokens(piece, part.batch.given, part.request.numbers)
                 results.append((losses.sum(), piece))
@@ -126,13 +126,13 @@ class JointPass:
 def joint_arrays(group: Sequence[RequestBatch]) -> Arrays:
     """Return the arrays of a joint batch: the rows of one model after those of another, padded on the right."""
     width, first = max(part.width for part in group), 0
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in Arrays._fields}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in TOKEN_ARRAYS}
     for part in group:
         arrays, missing = part.batch.arrays, ((0, 0), (0, width - part.width))
         for name in ("inputs", "targets", "mask"):
-            columns[name].append(np.pad(np.array(getattr(arrays, name)), missing))
-        row, column = np.divmod(np.array(arrays.positions), part.width)
+            columns[name].append(np.pad(np.array(arrays[name]), missing))
+        row, column = np.divmod(np.array(arrays["positions"]), part.width)
         columns["positions"].append(((first + row) * width + column).astype(np.int32))
-        columns["weights"].append(np.array(arrays.weights))
+        columns["weights"].append(np.array(arrays["weights"]))
         first += part.rows
-    return Arrays(*(mx.array(np.concatenate(columns[name])) for name in Arrays._fields))
+    return {name: mx.array(np.concatenate(values)) for name, values in columns.items()}

@@ -33,7 +33,7 @@ from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
 from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors
@@ -250,15 +250,15 @@ class TrainedModel:
     def compute(self, request: TokenRequest, batch: MicroBatch) -> None:
         """Compute one micro-batch of a request."""
 
-        def loss(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-            logprobs = -self._loss.tokens(model, *arrays)
+        def loss(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+            logprobs = -self._loss.tokens(model, arrays)
             return request.row.of_tokens(logprobs, batch.given, request.numbers).sum(), logprobs
 
         with left_unchanged(self.model), self.exchanged(self.model):
             if not request.backward:
-                request.add(batch, *loss(self.model, *batch.arrays), None)
+                request.add(batch, *loss(self.model, batch.arrays), None)
                 return
-            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, *batch.arrays)
+            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, batch.arrays)
             request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
 
     def finish(self, request: TokenRequest) -> PassOutput:

@@ -25,7 +25,7 @@ from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
@@ -339,8 +339,8 @@ def test_a_head_trained_in_full_gets_its_gradient(tied):
     setup = adapt_model(model, settings, seed=1)
     assert choose_loss(model, TINY).description == "plain cross-entropy (the head itself is trained)"
     before = np.array(adapter_parameters(model)[setup.full[0]])
-    arrays = Arrays.of(batch(3, 17, seed=0))
-    _, expected = nn.value_and_grad(model, plain_loss)(model, *arrays)
+    arrays = token_arrays(batch(3, 17, seed=0))
+    _, expected = nn.value_and_grad(model, plain_loss)(model, arrays)
     assert all(mx.abs(g).max().item() > 0 for n, g in tree_flatten(expected) if n in setup.full)
     train_steps(model, settings, 3)
     assert not np.allclose(np.array(adapter_parameters(model)[setup.full[0]]), before, atol=1e-3)

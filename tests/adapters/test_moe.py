@@ -21,7 +21,7 @@ from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.kernels import quantized_matmul as matmul
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 
 E, IN, OUT, R = 3, 96, 40, 5
 LAYOUTS = {
@@ -332,11 +332,11 @@ def pin_routers(model: nn.Module, ids: mx.array) -> None:
 @pytest.mark.parametrize("model", named(MODELS, "gpt_oss-mxfp4", "qwen3_moe"))
 def test_gradients_equal_finite_differences(model, form, width):
     model = adapted(model(), form)
-    arrays = Arrays.of(batch(2, width, seed=3))
-    before = plain_loss(model, *arrays)[0].item()
-    pin_routers(model, arrays.inputs)
-    assert plain_loss(model, *arrays)[0].item() == pytest.approx(before, rel=1e-5)
-    _, grads = nn.value_and_grad(model, lambda m, *a: plain_loss(m, *a)[0])(model, *arrays)
+    arrays = token_arrays(batch(2, width, seed=3))
+    before = plain_loss(model, arrays)[0].item()
+    pin_routers(model, arrays["inputs"])
+    assert plain_loss(model, arrays)[0].item() == pytest.approx(before, rel=1e-5)
+    _, grads = nn.value_and_grad(model, lambda m, a: plain_loss(m, a)[0])(model, arrays)
     flat, start = dict(tree_flatten(grads)), adapter_parameters(model)
     for layer in adapter_layers(model).values():
         if form == "dora":
@@ -350,7 +350,7 @@ def test_gradients_equal_finite_differences(model, form, width):
         ends = []
         for h in (3e-4, -3e-4):
             model.load_weights([(n, start[n] + h * step) for n, step in steps.items()], strict=False)
-            ends.append(plain_loss(model, *arrays)[0].item())
+            ends.append(plain_loss(model, arrays)[0].item())
         model.load_weights(list(start.items()), strict=False)
         measured = (ends[0] - ends[1]) / 6e-4
         derivative = sum((flat[n] * step).sum().item() for n, step in steps.items())

@@ -18,7 +18,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
@@ -62,7 +62,7 @@ def by_merging(model: nn.Module, paths: tuple[str, ...]) -> list[float]:
                 optimizer.state[part] = tree_map(mx.zeros_like, optimizer.state[part])
         since = number % EVERY
         optimizer.learning_rate = RATE if number < EVERY else RATE * min(1, (since + 1) / 2)
-        (loss, count), grads = gradient(model, *Arrays.of(batch(3, 17, seed=number % 4)))
+        (loss, count), grads = gradient(model, token_arrays(batch(3, 17, seed=number % 4)))
         losses.append(loss.item() / count.item())
         grads = tree_map(lambda g, count=count: g / count, grads)
         norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads)))

@@ -175,7 +175,7 @@ def test_batches_of_similar_width_are_one_group():
 
 def test_a_joint_batch_keeps_each_runs_rows_and_targets():
     parts = [RunBatch(0, batch(2, 5, seed=1)), RunBatch(3, batch(3, 8, seed=2))]
-    inputs, targets, mask, positions, weights = (np.array(array) for array in joint_arrays(parts))
+    inputs, targets, mask, positions, weights = (np.array(array) for array in joint_arrays(parts).values())
     assert inputs.shape == (5, 8)
     for part, first, slots in ((parts[0], 0, slice(0, 8)), (parts[1], 2, slice(8, 16))):
         rows, own = slice(first, first + part.rows), part.batch

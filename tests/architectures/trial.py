@@ -31,7 +31,7 @@ from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import assumed, choose_model_kernels, training_kernels
 from mlx_lora.losses.check import check_kernels, choose_loss
-from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step_variant import StepVariant, choose_step_variant
@@ -142,14 +142,14 @@ def batch(vocabulary: int, seed: int = 0) -> Arrays:
     """Return random tokens, about half of them trained, in a fixed number of places."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, min(vocabulary, 256), (ROWS, WIDTH + 1)).astype(np.int32)
-    return Arrays.of(Batch.of(ids[:, :-1], ids[:, 1:], random.random((ROWS, WIDTH)) < 0.5, ROWS * WIDTH))
+    return token_arrays(Batch.of(ids[:, :-1], ids[:, 1:], random.random((ROWS, WIDTH)) < 0.5, ROWS * WIDTH))
 
 
 def naive_loss(model: nn.Module, arrays: Arrays) -> mx.array:
     """Return the mean cross-entropy of the trained tokens, as a textbook has it, from all logits."""
-    logits = model(arrays.inputs).astype(mx.float32)  # (B, T, V)
-    losses = nn.losses.cross_entropy(logits, arrays.targets)  # (B, T)
-    return mx.where(arrays.mask, losses, 0.0).sum() / arrays.mask.sum()
+    logits = model(arrays["inputs"]).astype(mx.float32)  # (B, T, V)
+    losses = nn.losses.cross_entropy(logits, arrays["targets"])  # (B, T)
+    return mx.where(arrays["mask"], losses, 0.0).sum() / arrays["mask"].sum()
 
 
 def relative(found: mx.array, expected: mx.array) -> float:
@@ -215,13 +215,13 @@ def trained_gradients(base: Base, arrays: Arrays, mode: str) -> tuple[mx.array, 
     """Return mean loss and its gradient as the step takes them: chosen loss, chosen kernels, a checkpointing mode."""
     variant = variant_of(base, mode)
 
-    def mean(model: nn.Module, *arrays: mx.array) -> mx.array:
-        total, count = variant.loss.train(model, *arrays)
+    def mean(model: nn.Module, arrays: Arrays) -> mx.array:
+        total, count = variant.loss.train(model, arrays)
         return total / count
 
     kernels = training_kernels(base.model, variant.attend, variant.choose) if variant.attend else nullcontext()
     with left_unchanged(base.model), kernels:
-        value, grads = nn.value_and_grad(base.model, mean)(base.model, *arrays)
+        value, grads = nn.value_and_grad(base.model, mean)(base.model, arrays)
         mx.eval(value, grads)
     return value, grads
 

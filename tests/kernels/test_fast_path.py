@@ -21,7 +21,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.cross_entropy import TILES, Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
@@ -94,7 +94,7 @@ def with_adapter(name: str) -> tuple[nn.Module, dict]:
 
 def plain(name: str, which: Batch) -> tuple[float, dict[str, mx.array]]:
     model, _ = with_adapter(name)
-    (total, _), grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(which))
+    (total, _), grads = nn.value_and_grad(model, plain_loss)(model, token_arrays(which))
     return total.item(), dict(tree_flatten(grads))
 
 
@@ -105,7 +105,7 @@ def fast(name: str, which: Batch, mode: str = "none", scale: float = 1.0) -> tup
     head = head if scale == 1.0 else type(head)(head.body, head.layer, head.scale * scale, head.soft_cap)
     loss = head_loss(head, TILES, TILE_BYTES).train
     with training_kernels(model, tape.attend if tape else tiled_attention):
-        (total, _), grads = nn.value_and_grad(model, loss)(model, *Arrays.of(which))
+        (total, _), grads = nn.value_and_grad(model, loss)(model, token_arrays(which))
     return total.item(), dict(tree_flatten(grads))
 
 

@@ -26,7 +26,7 @@ from mlx_lora.kernels.gated_delta import (
     unit_lower_inverse,
 )
 from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 LENGTHS = [1, 2, 5, 37, 64, 65, 150]
@@ -240,7 +240,7 @@ def model_gradients(mode: str, kernels: bool, monkeypatch) -> dict[str, mx.array
     monkeypatch.setattr(gated_delta, "gated_delta", lambda *args: calls.append(1) or inner(*args))
     tape = apply_checkpointing(model, mode)
     with training_kernels(model, *([tape.attend] if tape else [])) if kernels else nullcontext():
-        _, grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(batch(2, 70, seed=1)))
+        _, grads = nn.value_and_grad(model, plain_loss)(model, token_arrays(batch(2, 70, seed=1)))
     mx.eval(grads)
     assert bool(calls) == kernels
     return dict(tree_flatten(grads))

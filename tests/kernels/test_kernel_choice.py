@@ -45,7 +45,7 @@ from mlx_lora.kernels.table import (
 )
 from mlx_lora.losses import fused as loss_choice
 from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import find_head
 from mlx_lora.planner.memory import plan_memory
@@ -324,8 +324,8 @@ def test_a_run_goes_on_with_other_kernels(tiny_folder, chats, tmp_path):
 @pytest.mark.parametrize("mode", ["none", "selective", "block", "2"])
 def test_mlxs_attention_under_every_checkpointing(mode):
     expected_model, model = adapted(), adapted()
-    arrays = Arrays.of(batch(2, 70, seed=1))
-    _, expected = nn.value_and_grad(expected_model, plain_loss)(expected_model, *arrays)
+    arrays = token_arrays(batch(2, 70, seed=1))
+    _, expected = nn.value_and_grad(expected_model, plain_loss)(expected_model, arrays)
     tape = apply_checkpointing(model, mode)
     calls: list[str] = []
 
@@ -334,7 +334,7 @@ def test_mlxs_attention_under_every_checkpointing(mode):
         return MLX
 
     with training_kernels(model, *([tape.attend] if tape else []), choose=every):
-        _, got = nn.value_and_grad(model, plain_loss)(model, *arrays)
+        _, got = nn.value_and_grad(model, plain_loss)(model, arrays)
     assert {"attention", "gated activation"} == set(calls)
     for (name, one), (_, other) in zip(tree_flatten(expected), tree_flatten(got), strict=True):
         assert np.allclose(one, other, atol=1e-5 * max(mx.abs(one).max().item(), 1e-4)), name

@@ -29,7 +29,7 @@ from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, se
 from mlx_lora.kernels.table import choose_model_kernels, training_kernels
 from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
@@ -230,13 +230,13 @@ def adapted(kind: str) -> nn.Module:
 
 def gradients(kind: str, exchange: bool, mode: str = "none") -> dict[str, mx.array]:
     model = adapted(kind)
-    arrays = Arrays.of(batch(2, 29, seed=1))
+    arrays = token_arrays(batch(2, 29, seed=1))
     own = nn.value_and_grad(model, plain_loss)
     if not exchange:
-        return dict(tree_flatten(own(model, *arrays)[1]))
+        return dict(tree_flatten(own(model, arrays)[1]))
     tape = apply_checkpointing(model, mode)
     with training_kernels(model, *([tape.attend] if tape else [])):
-        return dict(tree_flatten(own(model, *arrays)[1]))
+        return dict(tree_flatten(own(model, arrays)[1]))
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

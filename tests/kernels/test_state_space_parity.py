@@ -20,7 +20,7 @@ from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import exchanging, training_kernels
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss, token_arrays
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
@@ -141,7 +141,9 @@ def difference(got: mx.array, expected: Any) -> float:
 
 def torch_loss(model: Any, arrays: Arrays) -> Any:
     """Return the summed cross-entropy of the trained tokens."""
-    inputs, targets, mask = (torch.tensor(np.array(one)) for one in (arrays.inputs, arrays.targets, arrays.mask))
+    inputs, targets, mask = (
+        torch.tensor(np.array(one)) for one in (arrays["inputs"], arrays["targets"], arrays["mask"])
+    )
     logits = model(inputs.long(), use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[mask], targets[mask].long(), reduction="sum")
 
@@ -149,12 +151,12 @@ def torch_loss(model: Any, arrays: Arrays) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_every_gradient_equal_transformers(family, tmp_path):
     theirs, ours = both(family, tmp_path)
-    arrays = Arrays.of(batch(ROWS, WIDTH, seed=1))
-    expected = theirs(torch.tensor(np.array(arrays.inputs)).long(), use_cache=False).logits.detach()
+    arrays = token_arrays(batch(ROWS, WIDTH, seed=1))
+    expected = theirs(torch.tensor(np.array(arrays["inputs"])).long(), use_cache=False).logits.detach()
     ours.train()
     with training_kernels(ours):
-        logits = ours(arrays.inputs)
-        _, gradients = nn.value_and_grad(ours, lambda model: plain_loss(model, *arrays)[0])(ours)
+        logits = ours(arrays["inputs"])
+        _, gradients = nn.value_and_grad(ours, lambda model: plain_loss(model, arrays)[0])(ours)
         mx.eval(logits, gradients)
     assert difference(logits, expected) < 1e-5
     torch_loss(theirs, arrays).backward()
@@ -187,7 +189,7 @@ def test_thirty_steps_of_lora_equal_transformers(family, tmp_path):
     for number in range(STEPS):
         one = batch(ROWS, WIDTH, seed=number % 3)
         result = step([one])
-        loss = torch_loss(theirs, Arrays.of(one)) / int(one.mask.sum())
+        loss = torch_loss(theirs, token_arrays(one)) / int(one.mask.sum())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -143,7 +143,7 @@ def test_short_rows_and_shared_prefixes_have_no_window():
         model(mx.zeros((1, 8), mx.int32))
         rotate_by_token(model)
         ids = mx.zeros((1, 40), mx.int32)
-        model(ids, **shared_caches(model, ids, mx.array([[10, 25]])))
+        model(ids, **shared_caches(model, {"inputs": ids, "starts": mx.array([[10, 25]])}))
     assert windows == [None] * 4
 
 

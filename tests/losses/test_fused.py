@@ -15,7 +15,7 @@ from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import TILES, Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss, row_token_losses
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.planner.memory import tile_shape
@@ -156,10 +156,10 @@ def test_vocabulary_beyond_the_widest_slice():
 @pytest.mark.parametrize("share", [0.5, 1.0, -1.0])
 def test_every_adapter_gradient_equals_the_plain_path(bits, share):
     model = adapted(bits)
-    arrays = Arrays.of(batch(3, 11, seed=1, share=share))
+    arrays = token_arrays(batch(3, 11, seed=1, share=share))
     fused = head_loss(find_head(model, TINY), TILES, 4 * 288 * 5)
-    (value, count), grads = nn.value_and_grad(model, plain_loss)(model, *arrays)
-    (got, got_count), got_grads = nn.value_and_grad(model, fused.train)(model, *arrays)
+    (value, count), grads = nn.value_and_grad(model, plain_loss)(model, arrays)
+    (got, got_count), got_grads = nn.value_and_grad(model, fused.train)(model, arrays)
     assert got.item() == pytest.approx(value.item(), rel=1e-5, abs=1e-6)
     assert got_count.item() == count.item()
     for (name, a), (_, b) in zip(tree_flatten(grads), tree_flatten(got_grads), strict=True):
@@ -268,9 +268,9 @@ def test_peak_memory_is_a_tile_not_the_logits(request):
 
 def test_empty_batch_is_zero_without_nan():
     model = adapted()
-    arrays = Arrays.of(batch(2, 6, seed=0, share=-1))
+    arrays = token_arrays(batch(2, 6, seed=0, share=-1))
     fused = head_loss(find_head(model, TINY), TILES, 1 << 30)
-    (value, count), grads = nn.value_and_grad(model, fused.train)(model, *arrays)
+    (value, count), grads = nn.value_and_grad(model, fused.train)(model, arrays)
     assert (value.item(), count.item()) == (0, 0)
     assert all(not g.any() for _, g in tree_flatten(grads))
 

@@ -23,7 +23,7 @@ from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import assumed, training_kernels
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models import head as heads
 from mlx_lora.models import head as last_block
 from mlx_lora.models.head import put_score_head
@@ -46,9 +46,9 @@ def moved(model: nn.Module) -> nn.Module:
     return model
 
 
-def some_trained(rows: int = 3, width: int = 13, slots: int = 16) -> tuple[mx.array, ...]:
+def some_trained(rows: int = 3, width: int = 13, slots: int = 16) -> Arrays:
     """Return a batch of which 12 positions are trained, in slots that are partly padding."""
-    return tuple(Arrays.of(batch(rows, width, seed=3, share=0.3).take(np.arange(rows), slots, 0)))
+    return token_arrays(batch(rows, width, seed=3, share=0.3).take(np.arange(rows), slots, 0))
 
 
 def assert_equal(found, expected, bar: float = 2e-6) -> None:
@@ -67,7 +67,7 @@ def loss_and_gradient(model: nn.Module, loss, arrays, mode: str = "none", compil
     tape = apply_checkpointing(model, mode)
     own = tape.attend if tape else attend
     function = differentiation(model, loss.train, lambda model: training_kernels(model, own, assumed))
-    loss_sum, _, _, grads = (compiled_over(model, function) if compiled else function)(*arrays)
+    loss_sum, _, _, grads = (compiled_over(model, function) if compiled else function)(arrays)
     mx.eval(loss_sum, grads)
     return loss_sum.item(), grads
 
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_the_whole_block(name, uncompiled):
     arrays = some_trained()
     expected = loss_and_gradient(model, whole, arrays)
     assert_equal(loss_and_gradient(model, part, arrays), expected)
-    elsewhere = (*arrays[:3], mx.where(arrays[4] > 0, (arrays[3] + 1) % 39, 0), arrays[4])
+    elsewhere = arrays | {"positions": mx.where(arrays["weights"] > 0, (arrays["positions"] + 1) % 39, 0)}
     assert loss_and_gradient(model, part, elsewhere)[0] != pytest.approx(expected[0], rel=1e-4)
 
 
@@ -133,7 +133,7 @@ def positions_of(model: nn.Module, loss, arrays) -> tuple[int, int]:
             return kind.__call__(self, x)
 
         block.mlp.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-    loss.tokens(model, *arrays)
+    loss.tokens(model, arrays)
     return tuple(seen)
 
 

@@ -68,7 +68,7 @@ def ours(folder, problem: str, weights: str | None):
     step = Step(base.model, optimizer, bound.loss.train, 1.0, options)
     plan = BatchPlan(rows, batch_tokens=400, batch_size=4, seed=0)
     batches = [plan.batch(*divmod(number, len(plan))) for number in range(STEPS)]
-    (_, count, _), grads = nn.value_and_grad(base.model, bound.loss.train)(base.model, *bound.arrays_of(batches[0]))
+    (_, count, _), grads = nn.value_and_grad(base.model, bound.loss.train)(base.model, bound.arrays_of(batches[0]))
     gradients = {name: np.array(value / count) for name, value in tree_flatten(grads)}
     losses = [one.loss_sum.item() / one.count.item() for one in (step([batch]) for batch in batches)]
     final = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}

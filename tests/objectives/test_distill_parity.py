@@ -136,7 +136,7 @@ def test_the_adapters_gradients_are_torchs(beta, top_k, tiny_folder, tmp_path):
     loss = distill_loss(choose_loss(base.model, base.config), base.model, base.config, objective.distills, rows, "")
     task = objective.bind(loss, base.model)
     batch = BatchPlan(rows, batch_tokens=10**4, batch_size=6, seed=0).batch(0, 0)
-    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batch))
+    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(batch))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")

@@ -69,7 +69,7 @@ def gradient_of(base, task, batches) -> tuple[float, dict[str, mx.array]]:
     differentiate = differentiation(base.model, task.loss.train)
     total, gradients = 0.0, {}
     for batch in task.prepare(batches, SINGLE_DEVICE):
-        loss, _, _, found = differentiate(*task.arrays_of(batch))
+        loss, _, _, found = differentiate(task.arrays_of(batch))
         total += loss.item()
         for name, value in tree_flatten(found):
             gradients[name] = gradients.get(name, 0) + value
@@ -180,7 +180,8 @@ def test_a_triplet_counts_the_negatives_that_are_there():
 def test_queries_and_documents_have_widths_of_their_own(tiny_folder):
     rows = random_examples(6)
     batch = BatchPlan(rows, batch_tokens=10**6, batch_size=6, seed=0).batch(0, 0)
-    queries, documents, *_ = arrays_of(batch)
+    arrays = arrays_of(batch)
+    queries, documents = arrays["queries"], arrays["documents"]
     assert queries.shape[1] <= 8 < documents.shape[1] == batch.inputs.shape[1]
     base = adapted(tiny_folder)
     objective, _ = bound(base, rows, pooling="mean")

@@ -94,7 +94,7 @@ def test_loss_and_every_gradient_are_sentence_transformers(case, tiny_folder):
     _, task = bound(base, rows, **settings)
     base.model.unfreeze()
     batch = one_batch(rows, 7)
-    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batch))
+    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(batch))
     assert count.item() == 7
     body, _, loss = judge(tiny_folder, settings)
     theirs = loss(features(batch), scores_of(batch))
@@ -114,7 +114,7 @@ def test_another_temperature_or_pooling_is_another_loss(tiny_folder):
     found = []
     for settings in ({}, {"embed_temp": 0.06}, {"pooling": "mean"}, {"pooling": "cls"}, {"matryoshka_dims": "64,32"}):
         task = bound(base, rows, **settings)[1]
-        found.append(task.loss.train(base.model, *task.arrays_of(one_batch(rows, 7)))[0].item())
+        found.append(task.loss.train(base.model, task.arrays_of(one_batch(rows, 7)))[0].item())
     assert len(set(np.round(found, 3))) == len(found)
 
 
@@ -177,7 +177,8 @@ def test_a_last_token_is_read_alone(tiny_folder):
 
     rows = random_examples(5)
     base = load_base(ModelSettings(model=str(tiny_folder), dtype="float32"))
-    queries, _, lengths, *_ = arrays_of(one_batch(rows, 5))
+    arrays = arrays_of(one_batch(rows, 5))
+    queries, lengths = arrays["queries"], arrays["queries_lengths"]
     whole, part = (Embedder.of(base.model, "last", part)(queries, lengths) for part in (False, True))
     assert mx.allclose(whole, part, atol=1e-5)
     assert not mx.allclose(whole, Embedder.of(base.model, "cls")(queries, lengths), atol=1e-2)

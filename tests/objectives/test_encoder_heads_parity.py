@@ -72,11 +72,11 @@ def ours(objective, records, folder, tmp_path):
     write_peft(tmp_path / "peft", base.model, str(folder), 0.0, head_parameters(base.model))
     bound = objective.bind(choose_loss(base.model, base.config), base.model)
 
-    def loss(model, *arrays):
-        total, count, _ = bound.loss.train(model, *arrays)
+    def loss(model, arrays):
+        total, count, _ = bound.loss.train(model, arrays)
         return total / count
 
-    found, gradients = nn.value_and_grad(base.model, loss)(base.model, *bound.arrays_of(batch))
+    found, gradients = nn.value_and_grad(base.model, loss)(base.model, bound.arrays_of(batch))
     base.model.update(gradients)
     return found.item(), {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
 

@@ -117,7 +117,7 @@ def trained(base, settings, batch: Batch):
     loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
     task = objective_of(settings.objective).bind(loss, base.model)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
-    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
+    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     means = {name: (value / count).item() for name, value in reports.items()}
     return (total / count).item(), means, {name: np.array(value / count) for name, value in tree_flatten(grads)}
 
@@ -188,7 +188,7 @@ def test_the_models_own_logits_share_too(base):
         loss = at_temperature(plain("own logits"), base.model, base.config, 0.8)
         task = objective_of(settings.objective).bind(loss, base.model)
         [ready] = task.prepare([batch], SINGLE_DEVICE)
-        found.append((task.loss.train(base.model, *task.arrays_of(ready))[0]).item())
+        found.append((task.loss.train(base.model, task.arrays_of(ready))[0]).item())
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 

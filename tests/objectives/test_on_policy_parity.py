@@ -78,7 +78,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
         scored = replace(scored, sampled={**(scored.sampled or {}), OLD: old})
     whole = taught_loss(loss, base.model, base.config, scorer.options, "")
     task = objective.bind(whole, base.model)
-    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(scored))
+    (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(scored))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
     assert count.item() == batch.mask.sum()
     assert reports["length"].item() == batch.mask.sum()
@@ -117,7 +117,7 @@ def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
     task = objective.bind(taught_loss(loss, base.model, base.config, scorer.options, ""), base.model)
     for function in (task.loss.train, task.loss.measure):
-        total, count, reports = function(base.model, *task.arrays_of(scored))
+        total, count, reports = function(base.model, task.arrays_of(scored))
         away = (token_logps(base.model, loss, batch) - teacher.logps(batch))[batch.mask].mean()
         assert (total / count).item() == pytest.approx(away, rel=1e-4)
         assert reports["kl"].item() == pytest.approx(total.item(), rel=1e-6)

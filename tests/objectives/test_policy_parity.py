@@ -41,7 +41,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
     task = objective_of(asked).bind(loss, base.model)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
-    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
+    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")

@@ -99,7 +99,7 @@ def first_gradients(model, task, batch) -> dict[str, np.ndarray]:
     import mlx.nn as nn
 
     [ready] = task.prepare([batch], SINGLE_DEVICE)
-    (_, count, _), grads = nn.value_and_grad(model, task.loss.train)(model, *task.arrays_of(ready))
+    (_, count, _), grads = nn.value_and_grad(model, task.loss.train)(model, task.arrays_of(ready))
     return {name: np.array(value / count) for name, value in tree_flatten(grads)}
 
 

@@ -226,8 +226,8 @@ def test_loss_and_gradient_can_be_compiled(kind):
     rows = objective.targets_of(EncodedSet.from_rows([(tokens[0], np.zeros(5, bool))] * 2).with_facts(facts))
     bound = objective.bind(choose_loss(model, TINY), model)
     [batch] = bound.prepare([BatchPlan(rows, batch_tokens=400, batch_size=2, seed=0).batch(0, 0)], SINGLE_DEVICE)
-    gradient = nn.value_and_grad(model, lambda *arrays: bound.loss.train(model, *arrays))
-    plain, compiled = gradient(*bound.arrays_of(batch)), mx.compile(gradient)(*bound.arrays_of(batch))
+    gradient = nn.value_and_grad(model, lambda arrays: bound.loss.train(model, arrays))
+    plain, compiled = gradient(bound.arrays_of(batch)), mx.compile(gradient)(bound.arrays_of(batch))
     assert [one.item() for one in compiled[0][:2]] == pytest.approx([one.item() for one in plain[0][:2]], rel=1e-5)
 
 

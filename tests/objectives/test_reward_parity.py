@@ -74,7 +74,7 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
     step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     plan = BatchPlan(rows, batch_tokens=400, batch_size=4, seed=0)
     batches = [plan.batch(*divmod(number, len(plan))) for number in range(steps)]
-    (_, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batches[0]))
+    (_, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(batches[0]))
     gradients = {name: np.array(value / count) for name, value in tree_flatten(grads)}
     losses, reports = [], []
     for batch in batches:

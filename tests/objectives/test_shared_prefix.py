@@ -22,7 +22,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed, training_kernels
 from mlx_lora.losses.check import choose_loss, probe
-from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.losses.cross_entropy import PLAIN, token_arrays
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing
 from mlx_lora.objectives.answers import batch_sums, row_log_probabilities
@@ -105,8 +105,7 @@ def measured(model, loss, rows: EncodedSet, kernels: bool, mode: str = "none"):
     found, gradients = {}, {}
     for number in range(len(plan)):
         batch = plan.batch(0, number)
-        starts = () if batch.starts is None else (mx.array(batch.starts),)
-        arrays = [mx.array(getattr(batch, name)) for name in ("inputs", "targets", "mask", "positions", "weights")]
+        arrays = token_arrays(batch)
         first = batch.positions // batch.inputs.shape[1]
         if batch.starts is not None:
             first = 2 * first + (batch.positions % batch.inputs.shape[1] >= batch.starts[first][:, 1])
@@ -117,8 +116,8 @@ def measured(model, loss, rows: EncodedSet, kernels: bool, mode: str = "none"):
             owners = batch.numbers[first]
         scale = mx.array(1.0 + np.maximum(owners, 0))
 
-        def losses(model, arrays=arrays, starts=starts, scale=scale):
-            return loss.tokens(model, *arrays, *starts) * scale
+        def losses(model, arrays=arrays, scale=scale):
+            return loss.tokens(model, arrays) * scale
 
         if kernels:
             with training_kernels(model, tape.attend if tape else attend, assumed):

@@ -59,15 +59,15 @@ def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
     arrays = rows.arrays()
 
     bound = rows.objective.bind(PLAIN, model)
-    with with_images(model, rows.objective.vision.spec, arrays[5:]):
-        found = np.array(model(arrays[0]))
+    with with_images(model, rows.objective.vision.spec, arrays["pictures"]):
+        found = np.array(model(arrays["inputs"]))
     for number, expected in enumerate(logits):
         own = found[number, : len(expected) - 1]
         assert np.abs(own - expected[:-1]).max() <= BAR * np.abs(expected).max()
 
     for loss in (PLAIN, choose_loss(model, rows.base.config, "ours")):
         bound = rows.objective.bind(loss, model)
-        loss_sum, count, _, own = differentiation(model, bound.loss.train)(*arrays)
+        loss_sum, count, _, own = differentiation(model, bound.loss.train)(arrays)
         assert loss_sum.item() == pytest.approx(total, rel=BAR)
         assert count.item() == sum(mask[1:].sum() for mask in masks)
         own = dict(tree_flatten(own))
@@ -120,17 +120,19 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
 def test_without_its_picture_a_row_has_another_loss(compared):
     rows, *_ = compared
     model = rows.base.model
-    arrays = list(rows.arrays())
+    arrays = rows.arrays()
     bound = rows.objective.bind(PLAIN, model)
-    right = bound.loss.measure(model, *arrays)[0].item()
-    for number, name in enumerate(rows.objective.vision.spec.names, 5):
+    right = bound.loss.measure(model, arrays)[0].item()
+    for number, name in enumerate(rows.objective.vision.spec.names):
+        given = arrays["pictures"][number]
         if name == "pictures":
-            changed = mx.zeros_like(arrays[number])
+            changed = mx.zeros_like(given)
         elif name == "positions":
-            changed = mx.broadcast_to(mx.arange(arrays[number].shape[-1]), arrays[number].shape)
+            changed = mx.broadcast_to(mx.arange(given.shape[-1]), given.shape)
         elif name == "places":
-            changed = mx.where(arrays[number] > 1, arrays[number] - 1, arrays[number])
+            changed = mx.where(given > 1, given - 1, given)
         else:
-            changed = arrays[number][..., ::-1]
-        wrong = bound.loss.measure(model, *arrays[:number], changed, *arrays[number + 1 :])[0].item()
+            changed = given[..., ::-1]
+        seen = [changed if place == number else one for place, one in enumerate(arrays["pictures"])]
+        wrong = bound.loss.measure(model, arrays | {"pictures": seen})[0].item()
         assert abs(wrong - right) > 5 * BAR * right, name

@@ -69,7 +69,7 @@ def test_log_probabilities_loss_and_gradients_are_those_of_trl(family, tmp_path)
     wanted.backward()
     bound = objective.bind(loss, model)
     [ready] = bound.prepare([batch], SINGLE_DEVICE)
-    total, count, _, found = differentiation(model, bound.loss.train)(*bound.arrays_of(ready))
+    total, count, _, found = differentiation(model, bound.loss.train)(bound.arrays_of(ready))
     assert total.item() / count.item() == pytest.approx(float(wanted.detach()), rel=BAR, abs=1e-5)
     gradients = {path: parameter.grad.numpy().T for path, parameter in judge.trained.items()}
     largest, found = max(np.abs(value).max() for value in gradients.values()), dict(tree_flatten(found))

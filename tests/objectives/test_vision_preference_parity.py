@@ -129,7 +129,7 @@ def test_loss_log_probabilities_and_gradients_are_those_of_trl(family, name, tmp
     for one in (PLAIN, loss):
         bound = own.bind(one, model)
         [ready] = bound.prepare([batch], SINGLE_DEVICE)
-        loss_sum, count, _, found = differentiation(model, bound.loss.train)(*bound.arrays_of(ready))
+        loss_sum, count, _, found = differentiation(model, bound.loss.train)(bound.arrays_of(ready))
         assert loss_sum.item() / count.item() == pytest.approx(float(total.detach()), rel=BAR)
         found = dict(tree_flatten(found))
         assert found.keys() == gradients.keys()

@@ -289,7 +289,7 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     model, arrays = rows.base.model, rows.arrays()
     fused = choose_loss(model, rows.base.config, "ours")
-    found = [rows.objective.bind(loss, model).loss.measure(model, *arrays)[0].item() for loss in (PLAIN, fused)]
+    found = [rows.objective.bind(loss, model).loss.measure(model, arrays)[0].item() for loss in (PLAIN, fused)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert fused.kernel != PLAIN.kernel
 

@@ -99,7 +99,7 @@ def test_the_whole_set_has_the_loss_of_one_step_over_it(case, model):
     task = objective(case).bind(choose_loss(model, TINY), model)
     [batch] = BatchPlan(rows, batch_tokens=4096, batch_size=11, seed=0).batches()
     [ready] = task.prepare([batch], SINGLE_DEVICE)
-    total, count, _ = task.loss.train(model, *task.arrays_of(ready))
+    total, count, _ = task.loss.train(model, task.arrays_of(ready))
     found, _ = measured(case, rows, model, batch_tokens=64)
     assert found.loss == pytest.approx((total / count).item(), rel=1e-6)
 

@@ -25,7 +25,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.data.batch import Batch, share_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.parallel.launch import find_launch, together
 from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks
 from mlx_lora.parallel.strategy import deal_rows
@@ -221,9 +221,9 @@ def test_the_sums_of_the_shares_are_those_of_the_batch():
     inputs, targets = random.integers(0, 288, (2, 5, 13)).astype(np.int32)
     batch = Batch.of(inputs, targets, random.random((5, 13)) < 0.4, 65, 40)
     model = tiny_model()
-    whole = [x.item() for x in plain_loss(model, *Arrays.of(batch))]
+    whole = [x.item() for x in plain_loss(model, token_arrays(batch))]
     shares = [share_of(batch, rows) for rows in deal_rows([batch], 2)[0]]
-    parts = [[x.item() for x in plain_loss(model, *Arrays.of(share))] for share in shares]
+    parts = [[x.item() for x in plain_loss(model, token_arrays(share))] for share in shares]
     assert np.allclose(np.sum(parts, axis=0), whole, rtol=1e-6)
     assert all(part[1] < whole[1] for part in parts)
 

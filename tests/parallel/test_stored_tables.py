@@ -126,11 +126,11 @@ def test_dropout_outside_of_blocks_is_that_of_the_forward_pass(family, layout, m
 
 
 def loss_and_gradients(base: Base, loss, arrays: Arrays, strategy: OffloadedBase | None):
-    def total(*batch):
-        return loss.train(base.model, *batch)
+    def total(batch):
+        return loss.train(base.model, batch)
 
     take = nn.value_and_grad(base.model, total) if strategy is None else strategy.value_and_grad(base.model, total)
-    (value, _), gradients = take(*arrays)
+    (value, _), gradients = take(arrays)
     mx.eval(value, gradients)
     return value.item(), {name: np.array(g.astype(mx.float32)) for name, g in tree_flatten(gradients)}
 

@@ -36,7 +36,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall, tiled_attention
 from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays, LossFunction
+from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions, differentiation
@@ -133,16 +133,16 @@ def first_gradients(
     model: nn.Module, loss: LossFunction, first: Arrays, attend: AttentionCall | None
 ) -> dict[str, np.ndarray]:
     """Return each factor's gradient of the mean loss of a batch."""
-    _, tokens, *_, gradients = differentiation(model, loss, exchanging(attend))(*first)
+    _, tokens, *_, gradients = differentiation(model, loss, exchanging(attend))(first)
     return {name: np.array(value / tokens) for name, value in tree_flatten(gradients)}
 
 
 def train_here(model: nn.Module, config: dict[str, Any], left_out: list[str], given: list[Batch]) -> Ours:
     """Train with our step."""
-    loss, first = choose_loss(model, config).train, Arrays.of(given[0])
+    loss, first = choose_loss(model, config).train, token_arrays(given[0])
     gradients, by_mlx_lm = (first_gradients(model, loss, first, attend) for attend in (tiled_attention, None))
     with training_kernels(model):
-        logits = np.array(model(first.inputs))
+        logits = np.array(model(first["inputs"]))
     step = Step(
         model,
         build_optimizer(SETTINGS, len(given)),

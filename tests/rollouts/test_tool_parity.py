@@ -107,7 +107,7 @@ def test_loss_and_every_gradient_are_trls(name, tiny_folder):
     asked |= {"model": "m", "data": "d", "reward": "exact_match", "max_new_tokens": ROOM}
     task = objective_of(train_settings(asked).objective).bind(loss, base.model)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
-    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
+    (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")

@@ -17,7 +17,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import exchanging, training_kernels
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
@@ -115,13 +115,13 @@ def peak_bytes(mode: str, blocks: int = 8) -> int:
     model = tiny_model(num_hidden_layers=blocks)
     inject(model, select_targets(model).paths, rank=4, scale=2.0)
     tape = apply_checkpointing(model, mode)
-    arrays = Arrays.of(batch(8, 128, seed=0))
-    mx.eval(model.parameters(), *arrays)
+    arrays = token_arrays(batch(8, 128, seed=0))
+    mx.eval(model.parameters(), arrays)
     mx.clear_cache()
     start = mx.get_active_memory()
     mx.reset_peak_memory()
     with training_kernels(model, *([tape.attend] if tape else [])):
-        _, grads = nn.value_and_grad(model, lambda m, ids: m.model(ids).square().sum())(model, arrays.inputs)
+        _, grads = nn.value_and_grad(model, lambda m, ids: m.model(ids).square().sum())(model, arrays["inputs"])
     mx.eval(grads)
     return mx.get_peak_memory() - start
 
@@ -167,7 +167,7 @@ def compiled_peak_bytes(blocks: int, mode: str) -> int:
     tape = apply_checkpointing(model, mode)
     gradient = nn.value_and_grad(model, lambda m, ids: m.model(ids).square().sum())
     step = mx.compile(lambda ids: gradient(model, ids), inputs=[model.state])
-    ids = Arrays.of(batch(1, 16, seed=0)).inputs
+    ids = token_arrays(batch(1, 16, seed=0))["inputs"]
     mx.eval(model.parameters(), ids)
     mx.clear_cache()
     start = mx.get_active_memory()

@@ -18,7 +18,7 @@ from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedLinear
-from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.optimizer import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError
@@ -32,7 +32,7 @@ def part(whole: Batch, rows: slice) -> Batch:
 
 def test_loss_is_the_masked_sum_by_definition():
     model, b = tiny_model(), batch(3, 7, seed=0)
-    total, count = plain_loss(model, *Arrays.of(b))
+    total, count = plain_loss(model, token_arrays(b))
     logits = np.array(model(mx.array(b.inputs)), dtype=np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_p, b.targets[..., None], -1)[..., 0][b.mask].sum()
@@ -44,10 +44,10 @@ def test_padding_and_masked_targets_do_not_reach_the_loss():
     model, b = tiny_model(), batch(2, 8, seed=1)
     wide = Batch.of(*(np.pad(a, ((0, 0), (0, 5))) for a in (b.inputs, b.targets, b.mask)), b.real_tokens)
     assert wide.mask.sum() == b.mask.sum()
-    args = [Arrays.of(t) for t in (b, wide)]
-    assert plain_loss(model, *args[0])[0].item() == pytest.approx(plain_loss(model, *args[1])[0].item(), rel=1e-6)
-    changed = args[0]._replace(targets=mx.where(args[0].mask, args[0].targets, 0))
-    assert plain_loss(model, *args[0])[0].item() == plain_loss(model, *changed)[0].item()
+    args = [token_arrays(t) for t in (b, wide)]
+    assert plain_loss(model, args[0])[0].item() == pytest.approx(plain_loss(model, args[1])[0].item(), rel=1e-6)
+    changed = args[0] | {"targets": mx.where(args[0]["mask"], args[0]["targets"], 0)}
+    assert plain_loss(model, args[0])[0].item() == plain_loss(model, changed)[0].item()
 
 
 def test_empty_mask_gives_zero_and_no_update():
@@ -91,15 +91,15 @@ def test_clip_is_the_global_norm_in_float32():
 
 def test_gradients_equal_finite_differences():
     model, b = adapted(), batch(2, 6, seed=3)
-    arrays = Arrays.of(b)
-    _, grads = nn.value_and_grad(model, lambda m, *a: plain_loss(m, *a)[0])(model, *arrays)
+    arrays = token_arrays(b)
+    _, grads = nn.value_and_grad(model, lambda m, a: plain_loss(m, a)[0])(model, arrays)
     flat = dict(tree_flatten(grads))
     for name, value in adapter_parameters(model).items():
         direction = mx.random.normal(value.shape, key=mx.random.key(5))
         ends = []
         for sign in (1, -1):
             model.load_weights([(name, value + sign * 2e-3 * direction)], strict=False)
-            ends.append(plain_loss(model, *arrays)[0].item())
+            ends.append(plain_loss(model, arrays)[0].item())
         model.load_weights([(name, value)], strict=False)
         measured = (ends[0] - ends[1]) / 4e-3
         assert (flat[name] * direction).sum().item() == pytest.approx(measured, rel=0.05, abs=0.05), name
@@ -110,9 +110,9 @@ def test_adamw_is_torchs_formula():
     value = factors(model).astype(np.float64)
     m = v = np.zeros_like(value)
     step = make_step(model, clip=0.0, weight_decay=0.1)
-    gradient = nn.value_and_grad(model, lambda mo, *a: plain_loss(mo, *a)[0] / plain_loss(mo, *a)[1])
+    gradient = nn.value_and_grad(model, lambda mo, a: plain_loss(mo, a)[0] / plain_loss(mo, a)[1])
     for t in range(1, 6):
-        _, grads = gradient(model, *Arrays.of(b))
+        _, grads = gradient(model, token_arrays(b))
         g = np.concatenate([np.array(x).ravel() for _, x in sorted(tree_flatten(grads))]).astype(np.float64)
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         value = value * (1 - 1e-2 * 0.1) - 1e-2 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
@@ -125,9 +125,9 @@ def test_non_finite_step_is_skipped_whole(poison):
     clean, dirty = adapted(), adapted()
     loss_at = mx.array(0.0)
 
-    def poisoned(model, *arrays):
-        total, count = plain_loss(model, *arrays)
-        bad = arrays[0][0, 0] == 287
+    def poisoned(model, arrays):
+        total, count = plain_loss(model, arrays)
+        bad = arrays["inputs"][0, 0] == 287
         return total * mx.where(bad, poison, 1.0), count + loss_at
 
     settings = OptimizerSettings(learning_rate=1e-2, warmup=0.0)

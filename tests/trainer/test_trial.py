@@ -20,7 +20,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
+from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
 from mlx_lora.trainer.step import Step, StepOptions
@@ -75,7 +75,7 @@ def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind
     batch = some_batch()
     frozen = {name: value for name, value in parameters(model).items() if ".lora_" not in name}
     model.train()
-    (expected, count), grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(batch))
+    (expected, count), grads = nn.value_and_grad(model, plain_loss)(model, token_arrays(batch))
     expected, count = expected.item(), count.item()
     norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item() / count
     step = Step(

@@ -93,15 +93,15 @@ def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, 
     for epoch in (0, 3):
         for index in range(len(plan)):
             batch = plan.batch(epoch, index)
-            wanted = differentiation(model, whole.loss.train, exchanging(attend))(*whole.arrays_of(batch))
-            found = differentiation(model, above.loss.train, exchanging(attend))(*above.arrays_of(batch))
+            wanted = differentiation(model, whole.loss.train, exchanging(attend))(whole.arrays_of(batch))
+            found = differentiation(model, above.loss.train, exchanging(attend))(above.arrays_of(batch))
             assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
             for (_, one), (_, other) in zip(tree_flatten(found[3]), tree_flatten(wanted[3]), strict=True):
                 assert mx.abs(one - other).max().item() <= 1e-4 * max(mx.abs(other).max().item(), 1e-2)
             arrays = above.arrays_of(batch)
-            wrong = above.loss.measure(model, *arrays[:-1], arrays[-1][:, ::-1])[0].item()
+            wrong = above.loss.measure(model, arrays | {"trunk": arrays["trunk"][:, ::-1]})[0].item()
             assert wrong != pytest.approx(wanted[0].item(), rel=1e-4)
-    assert above.loss.measure(model, *above.arrays_of(batch))[0].item() == pytest.approx(found[0].item(), rel=1e-5)
+    assert above.loss.measure(model, above.arrays_of(batch))[0].item() == pytest.approx(found[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)

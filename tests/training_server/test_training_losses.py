@@ -210,5 +210,5 @@ def test_rows_of_similar_length_share_a_batch():
     data = [one(n) for n in (3, 8, 5, 8, 2)]
     batches = list(micro_batches(data, LOSSES["ppo"], 16))
     assert [[row[0] for row in batch.rows] for batch in batches] == [[1, 3], [2, 0, 4]]
-    assert all(batch.arrays.inputs.size <= 16 for batch in batches)
-    assert batches[1].arrays.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]
+    assert all(batch.arrays["inputs"].size <= 16 for batch in batches)
+    assert batches[1].arrays["positions"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]
