@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
 from mlx_lora.trainer.state import Diverged
-from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
+from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import DoesNotFitError, InputError
@@ -69,23 +69,25 @@ def train_run(
         InputError: settings, model, data, callbacks or run folder that cannot be used.
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
-    return alone(run_steps(settings, ranks, show, base, callbacks, functions))
+    with open_run(settings, ranks, show, base, callbacks, functions) as trainer:
+        return Outcome(0, None, False) if trainer is None else trainer.fit()
 
 
-def run_steps(
+@contextmanager
+def open_run(
     settings: TrainSettings,
     ranks: Ranks = ALONE,
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
     functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
-    flag: AbstractContextManager[Callable[[], bool]] | None = None,
-) -> Steps:
-    """Train as `train_run` does, and yield each step to whoever computes it (trainer/trainer.py).
+    signaled: Callable[[], bool] | None = None,
+) -> Iterator[Trainer | None]:
+    """Yield the trainer of a run, which has to come to its end inside the context; None: nothing is trained.
 
     Args:
-        settings, ranks, show, base, callbacks, functions: as there.
-        flag: tells, inside its context, whether the run is to end; None: a signal asks it to.
+        settings, ranks, show, base, callbacks, functions: as for `train_run`.
+        signaled: tells whether the run is to end; None: a signal asks it to.
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     check_request(settings, ranks, functions)
@@ -93,37 +95,43 @@ def run_steps(
     fits = base is not None or not wants_training(settings)
     with waiting("Planning the run"):
         settings, strategy = choose_strategy(settings, ranks, fits)
+    with ExitStack() as stack:
+        try:
+            trainer = stack.enter_context(_opened(settings, strategy, base, functions, show, told, signaled))
+            again = False
+        except DoesNotFitError:  # with the batches of the data, which are read by now
+            if fits or not may_read_base(settings, ranks):
+                raise
+            again = True
+        if again:  # beyond the handler, nothing holds the whole base any more
+            device.release_memory()
+            log.info(READ_WORDS)
+            settings = offloaded(settings)
+            strategy = strategy_of(settings, ranks)
+            trainer = stack.enter_context(
+                _opened(settings, strategy, base, functions, show, told, signaled, again=True)
+            )
+        yield trainer
 
-    def take(run: BuiltRun, data: DataSplits) -> Steps:
-        return take_steps(run, data, show, told, flag)
 
-    try:
-        return (yield from _steps_of(settings, strategy, base, functions, take))
-    except DoesNotFitError:  # with the batches of the data, which are read by now
-        if fits or not may_read_base(settings, ranks):
-            raise
-    # Beyond the handler, nothing holds the whole base any more.
-    device.release_memory()
-    log.info(READ_WORDS)
-    settings = offloaded(settings)
-    return (yield from _steps_of(settings, strategy_of(settings, ranks), base, functions, take, again=True))
-
-
-def _steps_of(
+@contextmanager
+def _opened(
     settings: TrainSettings,
     strategy: Strategy,
     base: Base | None,
     functions: Mapping[str, Callable[..., Any]],
-    take: Callable[[BuiltRun, DataSplits], Steps],
+    show: Callable[[int], Progress] | None,
+    told: Callbacks,
+    signaled: Callable[[], bool] | None,
     again: bool = False,
-) -> Steps:
-    """Load the model and the data, and train; see `run_steps`.
+) -> Iterator[Trainer | None]:
+    """Load the model and the data, and build the run; see `open_run`.
 
     Args:
         settings: of the run, with what its processes divide.
         strategy: of that.
-        base, functions: see `run_steps`.
-        take: takes the steps of the built run.
+        base, functions, show, signaled: see `open_run`.
+        told: the callbacks.
         again: whether the data were reported on before.
 
     Raises:
@@ -144,18 +152,20 @@ def _steps_of(
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):
         data = read_data(ctx, tell=not again)
-    outcome, test = Outcome(0, None, False), data.test
+    interrupted, test = False, data.test
     if trains:
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            outcome, test = (yield from take(run, data)), run.test
-    elif test is not None:
-        test = objective.compare(ctx, {"test": test})["test"]
-    if settings.loop.test and test is not None and not outcome.interrupted:
+            with _reported(run, data, show, told, signaled) as trainer:
+                yield trainer
+            test, interrupted = run.test, trainer.outcome is None or trainer.outcome.interrupted
+    else:
+        test = test and objective.compare(ctx, {"test": test})["test"]
+        yield None
+    if settings.loop.test and test is not None and not interrupted:
         found = held_out_loss(replace(ctx, settings=settings), test)  # with the batches of any measurement
         log.info(f"Test {loss_words(found)}")
-    return outcome
 
 
 def wants_training(settings: TrainSettings) -> bool:
@@ -227,21 +237,21 @@ def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
     return data
 
 
-def take_steps(
+@contextmanager
+def _reported(
     run: BuiltRun,
     data: DataSplits,
     show: Callable[[int], Progress] | None,
     told: Callbacks,
-    flag: AbstractContextManager[Callable[[], bool]] | None = None,
-) -> Steps:
-    """Take the steps of a run, report and save meanwhile, and leave its results.
+    signaled: Callable[[], bool] | None,
+) -> Iterator[Trainer]:
+    """Yield the trainer of a run, report and save meanwhile, and leave its results.
 
     Args:
         run: over the adapted base.
         data: that it was built from.
-        show: see `train_run`.
+        show, signaled: see `open_run`.
         told: the callbacks.
-        flag: see `run_steps`.
 
     Raises:
         RunError: the run diverged, its results could not be written, or a callback failed.
@@ -271,20 +281,12 @@ def take_steps(
                 on_step = qat_from(settings.adapter, base.model, run.steps, at, shown)
                 hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
                 trainer = Trainer(
-                    step,
-                    run.ctx.objective,
-                    run.bound,
-                    run.plan,
-                    run.validation,
-                    settings.loop,
-                    hooks,
-                    at,
-                    guard,
-                    strategy,
-                    memory,
-                    first_qat_step(settings.adapter.qat, run.steps) or 0,
-                )
-                outcome = yield from trainer.steps(flag or interrupt_flag())
+                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, strategy,
+                    memory, first_qat_step(settings.adapter.qat, run.steps) or 0,
+                )  # fmt: skip
+                with interrupt_flag() if signaled is None else nullcontext(signaled) as trainer.signaled:
+                    yield trainer
+                outcome = trainer.outcome or trainer.end()
                 best = None if outcome.interrupted else folder.put_best()
         except Diverged as diverged:
             raise folder.roll_back(diverged) from diverged
@@ -301,7 +303,6 @@ def take_steps(
             log.info(told_after(page.report.verdict))
             log.info(page.closing_words(settings, folder.info, data))
     told.raise_failure(left_by(settings.loop, outcome))
-    return outcome
 
 
 def _bound_memory(run: BuiltRun) -> None:

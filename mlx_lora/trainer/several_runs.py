@@ -3,8 +3,8 @@
     runs = SeveralRuns.open([settings_a, settings_b, settings_c])
     runs.train()                      or, to look at them in between:  while runs.active: runs.round()
 
-A run is what `run_steps` yields, up to its next step. A round takes the next step of every run that is not over: the forward and
-backward passes together (trainer/stacked_step.py), the update by each run's own step. So validation, reports, checkpoints, early
+A round takes the next step of every run that is not over: the forward and backward passes together (trainer/stacked_step.py), the
+update by each run's own step. So validation, reports, checkpoints, early
 stopping and the skipping of updates are each run's own. A run that ends or diverges leaves; the others go on, with the same bytes
 whichever of the two it was.
 
@@ -18,8 +18,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,10 @@ from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes, with_kernels
-from mlx_lora.trainer.run import check_request, run_steps, wants_training
+from mlx_lora.trainer.run import check_request, open_run, wants_training
 from mlx_lora.trainer.several_resume import TOGETHER_FILE, Left, length_of, refuse_to_lose, resumed
 from mlx_lora.trainer.stacked_step import StackedStep
-from mlx_lora.trainer.trainer import Outcome, StepWanted
+from mlx_lora.trainer.trainer import Outcome, StepWanted, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import replacing_file
@@ -161,11 +162,8 @@ class ConcurrentRun:
         self.wanted: StepWanted | None = None
         self.outcome: Outcome | None = None
         self.error: str | None = None
-        self._signaled: Callable[[], bool] = lambda: False
         self._state: mx.array | None = None  # of its random stream, while others run
-        own = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-        flag = nullcontext(lambda: self._signaled())
-        self._steps = run_steps(settings, base=own, callbacks=callbacks, flag=flag)
+        self._base, self._callbacks, self._opened = base, callbacks, ExitStack()
 
     @property
     def folder(self) -> Path:
@@ -187,20 +185,31 @@ class ConcurrentRun:
         Raises:
             InputError: the run cannot begin.
         """
-        self._signaled = signaled
-        self._go(lambda: next(self._steps))
+        own = replace(self._base, model=copy.deepcopy(self._base.model))  # copies modules, not their arrays
+        with self.running(), self._failing():
+            run = open_run(self.settings, base=own, callbacks=self._callbacks, signaled=signaled)
+            trainer = self._opened.enter_context(run)
+            if trainer is None:
+                raise ValueError("a run among several that trains nothing")
+            trainer.begin()
+            self._go_on(trainer)
 
-    def take(self, result: StepResult) -> None:
+    def take(self, wanted: StepWanted, result: StepResult) -> None:
         """Go on with the result of the step that was wanted; a run that fails is over, and `error` says why."""
         try:
-            self._go(lambda: self._steps.send(result))
+            with self.running(), self._failing():
+                wanted.trainer.finish_step(wanted, result)
+                self._go_on(wanted.trainer)
         except RunError as error:
             self.wanted, self.error = None, str(error)
 
     def save(self) -> None:
         """Save the run where it is."""
+        if self.wanted is None:
+            return
         try:
-            self._go(lambda: self._steps.send(None))
+            with self.running(), self._failing():
+                self.wanted.trainer.save()
         except RunError as error:
             self.wanted, self.error = None, str(error)
 
@@ -216,14 +225,25 @@ class ConcurrentRun:
 
     def close(self) -> None:
         """End the run at once, and leave what it has saved."""
-        self._steps.close()
+        if self.wanted is not None:
+            self.wanted, end = None, GeneratorExit()
+            self._opened.__exit__(GeneratorExit, end, None)
 
-    def _go(self, forward: Callable[[], StepWanted]) -> None:
-        with self.running():
-            try:
-                self.wanted = forward()
-            except StopIteration as end:
-                self.wanted, self.outcome = None, end.value
+    def _go_on(self, trainer: Trainer) -> None:
+        """Go to the next step, or to the end of the run."""
+        self.wanted = trainer.next_step()
+        if self.wanted is None:
+            self.outcome = trainer.end()
+            self._opened.close()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Let the run's own context know what fails in it; it restores, and says what is kept."""
+        try:
+            yield
+        except BaseException:
+            if not self._opened.__exit__(*sys.exc_info()):
+                raise
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -367,7 +387,7 @@ class SeveralRuns:
         results = self._results(active, wanted)
         ended = []
         for number, member in active.items():
-            member.take(results[number])
+            member.take(wanted[number], results[number])
             ended += [member] if member.wanted is None else []
         self.at += 1
         if any(member.saved for member in active.values()):  # one that is over has saved
@@ -387,14 +407,13 @@ class SeveralRuns:
             sums = self.joint.sums({number: wanted[number] for number in joined}, keys)
         results = {}
         for number, member in active.items():
-            step, own = wanted[number].trainer.step, wanted[number]
             if number in joined:
-                results[number] = step.optim_step(sums[number])
+                results[number] = wanted[number].trainer.step.optim_step(sums[number])
                 if number in keys:
                     member.went_to(keys[number])
                 continue
             with member.running():
-                results[number] = step(*own[1:])
+                results[number] = wanted[number].take()
         return results
 
     def _together(self) -> None:

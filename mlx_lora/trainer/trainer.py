@@ -1,7 +1,7 @@
-"""The training loop: `Trainer.steps` takes a run's steps, reports, validates and saves, and knows no objective by name.
+"""The training loop: `Trainer` takes a run's steps, reports, validates and saves, and knows no objective by name.
 
-It is a generator that yields the batches of each step and is sent the step's result, so that whoever drives it decides when the
-step is computed: `alone` at once, trainer/several_runs.py together with other runs' steps.
+`fit` takes the steps of a run one after the other. trainer/several_runs.py drives several trainers step by step instead, and computes
+their steps together.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.evaluate import Measured, mean_loss
-from mlx_lora.trainer.guards import Agreement, MemoryGuard, interrupt_flag
+from mlx_lora.trainer.guards import Agreement, MemoryGuard
 from mlx_lora.trainer.progress import Metrics
 from mlx_lora.trainer.state import Diverged, Position, StepsDone
 from mlx_lora.utils import text as process
@@ -188,27 +188,19 @@ class StepWanted(NamedTuple):
 
     Attributes:
         trainer: of the run.
+        planned: the micro-batches.
         batches, asked, divide: what the step is called with.
     """
 
     trainer: Trainer
+    planned: list[Batch]
     batches: list[Batch]
     asked: bool
     divide: Callable[[list[Batch]], list[Batch]]
 
-
-Steps = Generator[StepWanted, "StepResult | None", "Outcome"]
-"""Yields the steps that a run takes and is sent their results; returns how the run ended."""
-
-
-def alone(steps: Steps) -> Outcome:
-    """Take a run's steps, each as soon as its batches are there."""
-    try:
-        wanted = next(steps)
-        while True:
-            wanted = steps.send(wanted.trainer.step(*wanted[1:]))
-    except StopIteration as end:
-        return end.value
+    def take(self) -> StepResult:
+        """Take the step by itself."""
+        return self.trainer.step(self.batches, self.asked, self.divide)
 
 
 @dataclass
@@ -228,6 +220,8 @@ class Trainer:
         strategy: how processes divide the work; each has the whole plan.
         memory: the run's memory plan, for who takes its steps together with others; None: not planned.
         ends_from: the step before which validations that do not get better do not end the run (--qat 0.3).
+        signaled: whether a signal asked the run to end.
+        outcome: how the run ended; None: it did not end yet. After an interruption the adapter has been saved.
     """
 
     step: Step
@@ -242,6 +236,8 @@ class Trainer:
     strategy: Strategy = SINGLE_DEVICE
     memory: MemoryPlan | None = None
     ends_from: int = 0
+    signaled: Callable[[], bool] = lambda: False
+    outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
         self._guard = self.guard or MemoryGuard(self.at)
@@ -250,79 +246,70 @@ class Trainer:
         self._saved_at = self.at.taken if self.at.taken else None
         self._told_idle = False
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
+        self._batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
 
     def fit(self) -> Outcome:
-        """Take the run's steps, each as soon as its batches are there; see `steps`."""
-        return alone(self.steps(interrupt_flag()))
-
-    def steps(self, flag: AbstractContextManager[Callable[[], bool]]) -> Steps:
-        """Take the run's steps, whose results are sent; None instead of a result saves the run where it is.
-
-        Args:
-            flag: tells, inside its context, whether a signal asked the run to end.
-
-        Returns:
-            The outcome; after an interruption the adapter has been saved.
+        """Take all steps of the run.
 
         Raises:
             Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is
                 saved.
         """
+        self.begin()
+        while (wanted := self.next_step()) is not None:
+            self.finish_step(wanted, wanted.take())
+        return self.end()
+
+    def begin(self) -> None:
+        """Measure the held-out rows, before the first step."""
         self.step.model.train()
-        with flag as signaled:
-            self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.strategy.ranks)
-            if not self.at.taken:
-                self.validate()
-            elif self._missed_a_validation() and self.validate() and self.settings.save_every:
-                self._save()
-            self._window = Window()
-            batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
-            while self.at.taken < self.total and not self._ends():
-                yield from self._take(next(batches))
-            if self._window.results:
-                self._report()
-            if self.at.taken and self._saved_at != self.at.taken:
-                # Interrupted between steps; an untrained adapter is not worth a folder.
-                self._save()
-            val_loss = self.at.val_loss if self.at.val_at == self.at.taken else None
-            return Outcome(self.at.taken, val_loss, self._interrupted(), self._stopped_early())
+        self._interrupted = Agreement(lambda: self.signaled() or self.hooks.stop(), self.strategy.ranks)
+        every, at = self.settings.steps_per_eval, self.at
+        due = at.taken == self.total or (bool(every) and at.taken % every == 0)
+        if not at.taken:
+            self.validate()
+        # The run was interrupted during the validation after its last step, and was saved without it.
+        elif due and at.val_at != at.taken and self.validate() and self.settings.save_every:
+            self.save()
+        self._window = Window()
+
+    def next_step(self) -> StepWanted | None:
+        """Return the step that is next; None: the run is over, which it is only after all updates on the same batches."""
+        stops = self.at.taken % self.objective.updates == 0 and (self._interrupted() or self._stopped_early())
+        if self.at.taken >= self.total or stops:
+            return None
+        planned, divide = next(self._batches), self._guard.divide
+        return StepWanted(self, planned, self.strategy.split(planned, divide), self._interrupted.asked(), divide)
+
+    def end(self) -> Outcome:
+        """Report and save what is left, and return how the run ended."""
+        if self._window.results:
+            self._report()
+        if self.at.taken and not self.saved:
+            # Interrupted between steps; an untrained adapter is not worth a folder.
+            self.save()
+        val_loss = self.at.val_loss if self.at.val_at == self.at.taken else None
+        self.outcome = Outcome(self.at.taken, val_loss, self._interrupted(), self._stopped_early())
+        return self.outcome
 
     @property
     def saved(self) -> bool:
         """Whether the run has been saved where it is."""
         return self._saved_at == self.at.taken
 
-    def _missed_a_validation(self) -> bool:
-        """Return whether the run was interrupted during the validation after its last step, and was saved without it."""
-        every = self.settings.steps_per_eval
-        due = self.at.taken == self.total or (bool(every) and self.at.taken % every == 0)
-        return due and self.at.val_at != self.at.taken
-
-    def _ends(self) -> bool:
-        """Return whether the run ends before its last step: only after all updates on the same batches."""
-        return self.at.taken % self.objective.updates == 0 and (self._interrupted() or self._stopped_early())
-
-    def _take(self, chosen: list[Batch]) -> Generator[StepWanted, StepResult | None]:
-        """Take a step over some micro-batches, then report, validate and save if it is time."""
-        at, guard, previous = self.at, self._guard, self._previous
-        parts = self.strategy.split(chosen, guard.divide)
-        wanted = StepWanted(self, parts, self._interrupted.asked(), guard.divide)
-        while (result := (yield wanted)) is None:
-            self._save()
+    def finish_step(self, wanted: StepWanted, result: StepResult) -> None:
+        """Go on after a step: report, validate and save, each if it is time."""
+        at, guard, settings = self.at, self._guard, self.settings
         # The device works on this step while the host waits for the one before: one step ahead, no more.
-        self._interrupted.hear(previous)
-        if previous is not None and self._diverged(previous):
+        self._interrupted.hear(self._previous)
+        if self._previous is not None and self._diverged(self._previous):
             raise Diverged(at)
         self._previous = result
-        at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
-        self._window.add(parts, result)
+        at.taken, at.consumed = at.taken + 1, at.consumed + len(wanted.planned)
+        self._window.add(wanted.batches, result)
         self.hooks.on_step(at.taken)
-        guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (self.strategy.ranks.size * at.parts)))
-        self._tell(result)
-
-    def _tell(self, result: StepResult) -> None:
-        """Report, validate and save, each if it is time after the step just taken."""
-        at, settings = self.at, self.settings
+        rows = max(len(batch.inputs) for batch in wanted.planned)
+        guard.watch(-(-rows // (self.strategy.ranks.size * at.parts)))
         last = at.taken == self.total or self._interrupted()
         to_report, to_validate, to_save = (
             last or (every and at.taken % every == 0)
@@ -340,7 +327,7 @@ class Trainer:
         with self._window.paused():
             best = to_validate and self.validate()
             if to_save or self._stopped_early() or (best and settings.save_every):
-                self._save()
+                self.save()
 
     def _diverged(self, result: StepResult) -> bool:
         """Return whether the run has diverged with a step; one without anything to train on says nothing of that."""
@@ -357,7 +344,8 @@ class Trainer:
         self.hooks.report(self._record(self._window))
         self._window = Window()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save the run where it is."""
         self.hooks.save(self.at.taken)
         self._saved_at = self.at.taken
 
