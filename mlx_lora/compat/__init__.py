@@ -1,1 +1,1 @@
-"""Hold all that reaches into other packages: private names, functions and classes that are exchanged."""
+"""Holds all that reaches into other packages: private names, functions and classes that are exchanged."""

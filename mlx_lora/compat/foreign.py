@@ -31,11 +31,12 @@ class Foreign:
 
         Raises:
             AttributeError: the package's version has no such name.
+            ImportError: the package is not installed.
         """
         try:
             return resolve_name(f"{self.owner}.{self.name}") if instance is None else getattr(instance, self.name)
         except (AttributeError, ImportError) as error:
-            package = self.owner.partition(".")[0]
+            package = self.owner.partition(".")[0].replace("_", "-")
             text = f"{package} {version(package)} has no {self.name} in {self.owner}, by which {self.why}"
             raise AttributeError(text) from error
 
@@ -63,5 +64,5 @@ CLASSIFIERS = Foreign(
     "the class that loads a score head is named",
 )
 INTERCEPTION = Foreign(
-    "verifiers.v1:Environment", "_interception", "the model's calls of an environment are answered here"
-)
+    "verifiers.v1", "_interception", "an environment's calls of a model are answered here"
+)  # of one that is served

@@ -272,12 +272,10 @@ def test_generation_keeps_mlx_lms_own(monkeypatch):
     monkeypatch.setattr(mlx_lms, "gated_delta_update", watched)
     monkeypatch.setattr(qwen3_5, "gated_delta_update", watched)
     with training_kernels(model):
-        assert qwen3_5.gated_delta_update is not watched
         model(ids, cache=cache)
         assert not called  # no state yet: the whole prompt goes through ours, which hands on the state
         last = model(mx.array([[9]]), cache=cache)[:, -1]
         assert called
-    assert qwen3_5.gated_delta_update is watched
     assert close(last, whole, 1e-4)
 
 
