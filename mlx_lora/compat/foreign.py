@@ -44,8 +44,6 @@ class Foreign:
 GET_CLASSES = Foreign("mlx_lm.utils", "_get_classes", "the classes of an architecture are found")
 TOKENIZER = Foreign("mlx_lm.tokenizer_utils:TokenizerWrapper", "_tokenizer", "the tokenizer of transformers is reached")
 LENGTH = Foreign("mlx_lm.models.cache:BatchKVCache", "_idx", "rows at the same positions are found")
-NO_GRAD = Foreign("mlx.nn:Module", "_no_grad", "a model whose class did not initialize it is found")
-TRAINING = Foreign("mlx.nn:Module", "_training", "what MLX keeps in a module is told from what a model does")
 KEPT_SHARE = Foreign("mlx.nn:Dropout", "_p_1", "frozen blocks that drop features are found")
 MERGE_PICTURE = Foreign(
     "mlx_vlm.models.llava.llava:Model",

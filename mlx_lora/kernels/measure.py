@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.compat.foreign import NO_GRAD, TRAINING
 from mlx_lora.utils.files import cache_dir
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ HOPELESS = 4.0
 BEHIND = 2.0  # for candidates that take long: this far behind the fastest, they are not timed again
 TOO_LONG_S = 1.5
 # Private names that belong to mlx's Module.
-MODULE_OWN = (NO_GRAD.name, TRAINING.name)
+MODULE_OWN = vars(nn.Module()).keys()
 ShapeClass = tuple[Any, ...]  # of numbers and words
 Outputs = Callable[..., list[mx.array]]
 

@@ -34,7 +34,6 @@ from safetensors import SafetensorError, safe_open
 
 import mlx_lora
 from mlx_lora.compat import functions
-from mlx_lora.compat.foreign import NO_GRAD
 from mlx_lora.compat.instances import become
 from mlx_lora.models.config import (
     architecture_of,
@@ -184,7 +183,7 @@ def import_architecture(config: dict[str, Any]) -> None:
 
 def complete_module(model: nn.Module) -> None:
     """Call `nn.Module.__init__` if the model's class did not, as in mlx-lm's Griffin, which could not be frozen."""
-    if not hasattr(model, NO_GRAD.name):
+    if not vars(nn.Module()).keys() <= vars(model).keys():
         nn.Module.__init__(model)
 
 

@@ -21,8 +21,6 @@ NAMES = {name: value for name, value in vars(foreign).items() if isinstance(valu
 INSTANCES = {
     "TOKENIZER": lambda: TokenizerWrapper(byte_tokenizer()),
     "LENGTH": lambda: BatchKVCache([0, 1]),
-    "NO_GRAD": nn.Module,
-    "TRAINING": nn.Module,
     "KEPT_SHARE": nn.Dropout,
 }
 PROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
