@@ -188,8 +188,8 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
         embedded = own(tokens)
         return mx.where(real, given["embeddings"][picked].astype(embedded.dtype), embedded)
 
-    def embed_layers(own: Any, tokens: mx.array) -> mx.array:
-        return own(mx.where(places > 0, spec.padding, tokens))
+    def embed_layers(padding: int, own: Any, tokens: mx.array) -> mx.array:
+        return own(mx.where(places > 0, padding, tokens))
 
     def compute_body(own: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
         return own(inputs, cache or [layout if _attends(block) else None for block in body.layers], *args, **kwargs)
@@ -202,7 +202,7 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
     if layout.positions.size or layout.pictures.size:
         calls.append((body, compute_body))
     if spec.padding is not None:
-        calls.append((body[PER_LAYER], embed_layers))
+        calls.append((body[PER_LAYER], partial(embed_layers, spec.padding)))
     for number in range(spec.deep):
         calls.append((model.layers[number], partial(compute_block, given["deep"][number])))
     with answering(*calls):

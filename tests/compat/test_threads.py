@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -30,8 +31,8 @@ Work = Callable[[int], list[bytes]]
 TOKENS = 6
 
 
-def base(bits: int | None) -> nn.Module:
-    """Return the model that is trained, and that answers."""
+def tiny_base(bits: int | None) -> nn.Module:
+    """Return the model that is trained, and that answers: each with modules of its own, and the same arrays."""
     model = tiny_model()
     if bits:
         use_measured_matmul(quantized(model, bits), "dense")
@@ -39,11 +40,11 @@ def base(bits: int | None) -> nn.Module:
     return model
 
 
-def training(bits: int | None) -> Work:
+def training(base: nn.Module) -> Work:
     """Return what trains the model, with checkpointed blocks and ours for kernels, loss and last block."""
 
     def train(count: int) -> list[bytes]:
-        model = base(bits)
+        model = copy.deepcopy(base)
         inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
         model.train()
         loss, tape = choose_loss(model, TINY, "ours"), apply_checkpointing(model, "block")
@@ -62,11 +63,11 @@ def training(bits: int | None) -> Work:
     return train
 
 
-def answers(make: Callable[[], nn.Module]) -> Work:
+def answers(base: nn.Module) -> Work:
     """Return what answers prompts with a model, each token from the logits before."""
 
     def answer(count: int) -> list[bytes]:
-        model, found = make(), []
+        model, found = copy.deepcopy(base), []
         for number in range(count):
             assert embedding_rows(model, {}) == 288  # is found by watching the model's embedding
             walk = BlockWalk(model, [mx.array([[number % 250, 2, 3]])])
@@ -109,8 +110,8 @@ def together(*works: Work, count: int) -> list[list[bytes]]:
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("who", ["same", "quantized", "another"])
 def test_each_computes_what_it_computes_alone(who, count):
-    bits = 4 if who == "quantized" else None
-    train, answer = training(bits), answers(another if who == "another" else lambda: base(bits))
+    base = tiny_base(4 if who == "quantized" else None)
+    train, answer = training(base), answers(another() if who == "another" else base)
     alone = [*together(train, count=count), *together(answer, count=count)]
     assert together(train, answer, count=count) == alone
     assert len(set(alone[0])) == count + 1  # each step has a loss of its own
