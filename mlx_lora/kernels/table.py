@@ -2,9 +2,9 @@
 
 mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
 which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
-how to classify a call by its shapes and how to try out a class. The
-names are replaced in the modules of this model's classes while the step is traced, and then restored, so generation does not
-change, and of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
+how to classify a call by its shapes and how to try out a class. Calls from the modules of this model's classes are taken while
+the step is traced, in the thread that traces it (compat/functions.py), so generation does not change, nor any other thread, and
+of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
 
 Candidates are chosen by measuring once per (device, mlx version, dtype, shape class):
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 
+import mlx.core as mx
 import pytest
 
 from mlx_lora.compat.functions import answering, exchanged, keeps_context, original
 from mlx_lora.compat.instances import classes_put_back, mix_in
+from mlx_lora.models.folder import is_foreign
 
 HERE = sys.modules[__name__]
 
@@ -95,6 +97,14 @@ def test_what_is_mixed_in_comes_first_or_is_taken_too():
         mix_in(Silent, layer)
         assert layer(1) == 0
     assert layer(1) == 200
+
+
+def test_an_error_of_a_function_that_is_not_exchanged_now_is_not_taken_for_ours():
+    with exchanged({(mx, "contiguous"): lambda array: array}):
+        assert mx.contiguous("text") == "text"
+    with pytest.raises(TypeError) as error:
+        mx.contiguous("text")
+    assert is_foreign(error.value)
 
 
 def test_a_later_call_computes_with_what_was_exchanged():
