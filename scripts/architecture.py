@@ -46,7 +46,7 @@ LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
     ("Data, settings, machine", [
         {"data": (1, "records to token rows"), "planner": (3, "memory and speed")},
         {"config": (2, "every setting, one row")},
-        {"utils": (2, "files, device, console")},
+        {"utils": (2, "files, device, console"), "compat": (3, "into other packages")},
     ]),
 ]  # fmt: skip
 ROWS = [row for _, rows in LAYERS for row in rows]

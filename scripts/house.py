@@ -34,7 +34,7 @@ BARS: dict[str, tuple[float, float]] = {
     "members of Objective": (14, 99),
     "fields of Batch": (8, 99),
     "files with an objective's name": (5, 99),
-    "foreign private names and exchanged classes": (0, 99),
+    "foreign private names and exchanged classes": (0, 0),
     "batch arrays taken by number": (0, 99),
     "refused combinations as code": (65, 999),
     "imports, definitions, returns, in percent": (30, 99),

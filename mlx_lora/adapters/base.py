@@ -25,7 +25,6 @@ Source: LoRA, arXiv 2106.09685, eq. 3: h = W0 x + (alpha / r) B A x.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Self
 
 import mlx.core as mx
@@ -370,17 +369,6 @@ class Dropout(nn.Module):
             return x
         kept = 1 - self.probability
         return mx.random.bernoulli(kept, x.shape, key=self.draw() if key is None else key) * x * (1 / kept)
-
-
-def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
-    """Give one instance a class in which `mixin` comes before its own; it keeps the module, by which its kernels are found."""
-    module.__class__ = mixed(mixin, type(module))
-
-
-@cache
-def mixed(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
-    """Return the class in which `mixin` comes before `own`: the same one for all blocks, which are compared by their classes."""
-    return type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
 
 
 def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:

@@ -38,8 +38,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.compat.instances import become, mix_in
 from mlx_lora.kernels.quantized_matmul import MEASURED
 from mlx_lora.models.quantize import Quantization, quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
@@ -330,7 +331,8 @@ def fused_layer(layer: AdapterLayer) -> nn.Module:
     base, dtype = layer.base, mx.float32 if layer.base.mode == "affine" else None
     made = quantized_like(base, with_weight(base, _without_rounding(layer).merged(), dtype))
     if type(base) in MEASURED.values():  # with its choice of products
-        made.__class__, made.dense_from_rows = type(base), base.dense_from_rows
+        become(made, type(base))
+        made.dense_from_rows = base.dense_from_rows
     return made
 
 
@@ -350,8 +352,7 @@ def begin_qat(model: nn.Module) -> None:
     for path, layer in rounded.items():
         if "global_scale" in layer.base:
             raise InputError(f"--qat: {path} has a scale for each expert, which is not supported; leave --qat out")
-        if not isinstance(layer, FakeQuantized):
-            mix_in(FakeQuantized, layer)
+        mix_in(FakeQuantized, layer)
         layer[FLAG], layer._held = mx.array(True), ()
 
 

@@ -9,6 +9,7 @@ from mlx_lora.api.plan import plan_run
 from mlx_lora.api.plan_data import (
     read_splits,
 )
+from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -67,7 +68,7 @@ def _planned(settings: TrainSettings) -> dict[str, Any]:
         log.info(splits.report.render())
         if settings.objective.teacher:
             tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
-            check_teacher(settings, tokenizer._tokenizer)
+            check_teacher(settings, TOKENIZER.of(tokenizer))
         if found is not None:
             _check_resume(settings, splits, found)
         return splits

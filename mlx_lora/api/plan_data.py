@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.defaults import (
     DataFacts,
 )
@@ -159,7 +160,7 @@ def read_splits(
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     data, room = readable_data(settings)
     records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
-    splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
+    splits = objective.read_planned(asked, TOKENIZER.of(tokenizer), folder, config, today, records)
     if tools := objective.shown_tools(settings.objective, {}):
         check_template(tokenizer, splits.chat_template, tools)
     if not room:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from mlx_lora.cli.options import ShortCommand
+from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config import settings as config
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
@@ -130,7 +131,7 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
         raise InputError(f"--calibrate: {source.path} is quantized already; give the float model that it was made from")
     quantization = target if isinstance(target, Quantization) else choose_quantization(None, None, None)
     check_quantizer(name, config, quantization)
-    tokenizer = load_folder_tokenizer(source.path, config, flags["trust_remote_code"])._tokenizer
+    tokenizer = TOKENIZER.of(load_folder_tokenizer(source.path, config, flags["trust_remote_code"]))
     rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)
     several = [rows.row(number)[0] for number in range(len(rows))]
     return Learned(quantization, lambda model, config: learn_quantization(model, config, quantization, name, several))

@@ -30,9 +30,10 @@ from lm_eval import utils as lm_eval_utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
+from mlx_lora.compat.foreign import BARS, LOAD_YAML
+from mlx_lora.compat.functions import exchanged
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.evaluation.models import LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.evaluation.paired import compare_weighted
@@ -175,7 +176,7 @@ def _own_task(text: str, path: Path) -> dict[str, Any]:
     if not path.read_bytes().strip():
         raise InputError(f"--tasks {text}: the file is empty; docs/is-my-model-better.md shows a task")
     with _foreign(f"--tasks {text}"):
-        spec = load_yaml(path)
+        spec = LOAD_YAML.of()(path)
     if "task" not in spec and "group" not in spec:
         raise InputError(f"--tasks {text}: it has neither `task` nor `group`; docs/is-my-model-better.md shows a task")
 
@@ -223,15 +224,14 @@ def _needs_network(error: BaseException) -> bool:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep lm-eval from writing bars and lines of its own; ours show the progress."""
-    logger, before = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    logger = logging.getLogger("lm_eval")
     level, shown = logger.level, not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield
+        with exchanged({(lm_eval.api.task, BARS.name): partial(tqdm, disable=True)}):
+            yield
     finally:
-        lm_eval.api.task.tqdm = before
         if shown:
             datasets.enable_progress_bars()
         logger.setLevel(level)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from mlx_lora.compat.foreign import CLASSIFIERS
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import write_json
@@ -266,7 +266,7 @@ def classifier_of(kind: str) -> str:
     Raises:
         InputError: transformers has no such class.
     """
-    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)
+    name = CLASSIFIERS.of().get(kind)
     if not isinstance(name, str):
         raise InputError(f"a reward model of {kind}: transformers has no such class; use it with mlx-lora evaluate")
     return name

@@ -12,9 +12,10 @@ Shapes: B rows, T columns, I inputs of a layer, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import LINEAR, AdapterLayer, float_dtype
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.compat.functions import answering
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.exporters.rounding import target_quantization
 from mlx_lora.models.block_walk import BlockWalk
@@ -216,25 +218,14 @@ class _Seen:
         entry.hessian = entry.hessian + flat.T @ flat
 
 
-class WatchedLayer(nn.Module):
-    """A mix-in for an adapter layer's class that records what it reads."""
-
-    seen: _Seen
-    path: str
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self.seen.add(self.path, x)
-        return super().__call__(x, *args, **kwargs)
-
-
 @contextmanager
 def _watched(layers: dict[str, AdapterLayer]) -> Iterator[_Seen]:
-    """Watch layers inside the block, by changing the class of these instances for its duration."""
-    seen, own = _Seen(), {path: type(layer) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        layer.__class__ = type(f"Watched{own[path].__name__}", (WatchedLayer, own[path]), {"seen": seen, "path": path})
-    try:
+    """Record what layers read inside the block."""
+    seen = _Seen()
+
+    def record(path: str, own: Callable[..., Any], x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        seen.add(path, x)
+        return own(x, *args, **kwargs)
+
+    with answering(*((layer, partial(record, path)) for path, layer in layers.items())):
         yield seen
-    finally:
-        for path, layer in layers.items():
-            layer.__class__ = own[path]

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import mlx.nn as nn
 
+from mlx_lora.compat.functions import exchanged
 from mlx_lora.kernels.attention import Windows, attend
 from mlx_lora.kernels.measure import MLX, Kernel, ShapeClass
-from mlx_lora.kernels.table import LONG_ROW, exchanged_kernels, kernel_rows
+from mlx_lora.kernels.table import LONG_ROW, KernelBinding, kernel_rows
 from mlx_lora.utils import device
 
 
@@ -27,7 +28,7 @@ def long_row_kernels(model: nn.Module) -> Iterator[None]:
     """
     windows = Windows()
     rows = [row for row in kernel_rows(attend, windows) if row.name == "attention"]
-    with exchanged_kernels(model, rows, _by_length, windows):
+    with exchanged(KernelBinding(model, rows, _by_length, windows).functions):
         yield
 
 

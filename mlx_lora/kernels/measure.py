@@ -43,7 +43,7 @@ HOPELESS = 4.0
 BEHIND = 2.0  # for candidates that take long: this far behind the fastest, they are not timed again
 TOO_LONG_S = 1.5
 # Private names that belong to mlx's Module.
-MODULE_OWN = ("_no_grad", "_training")
+MODULE_OWN = vars(nn.Module()).keys()
 ShapeClass = tuple[Any, ...]  # of numbers and words
 Outputs = Callable[..., list[mx.array]]
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mlx_lora.compat.instances import become
 from mlx_lora.kernels.measure import best_s, read_store, write_store
 from mlx_lora.planner.machine import KEPT_S, dense_experts_bytes
 from mlx_lora.planner.memory import MAX_SLICE
@@ -244,7 +245,7 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
         if kind not in known:
             known[kind] = FORCED_FROM_ROWS.get(path) or dense_matmul_from_rows(*kind)
         layer.dense_from_rows = known[kind]
-        layer.__class__ = MEASURED.get(type(layer), type(layer))
+        become(layer, MEASURED.get(type(layer), type(layer)))
         dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
     if path != "auto" and not dense_from_rows:
         raise InputError(

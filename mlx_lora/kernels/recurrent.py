@@ -14,8 +14,7 @@ N numbers of a state.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta, ssm
 
+from mlx_lora.compat.functions import Place, original
 from mlx_lora.kernels.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
 from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, modules_of, size_class
 from mlx_lora.kernels.state_space import (
@@ -46,34 +46,23 @@ WithState = tuple[mx.array, mx.array]
 """(output, state after the last token)."""
 
 
-@contextmanager
-def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
-    """Let the model's recurrent layers use our scans inside the block.
+def recurrent_kernels(model: nn.Module) -> dict[Place, tuple[Callable[..., Any], str]]:
+    """Return the scans that replace the functions of a model's recurrent layers, each with words for the run's header.
 
     A function is replaced in the module that imports it, or in the class that it is a method of.
 
     Args:
         model: any mlx-lm model.
-
-    Yields:
-        Descriptions of what was replaced, for the run's header.
     """
     classes = {cls for kind in {type(module) for module in modules_of(model)} for cls in kind.__mro__}
-    owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
-    exchanged = [
-        (owner, name, own)
-        for owner in owners
-        for name in EXCHANGED_NAMES & vars(owner).keys()
-        if isinstance(own := vars(owner)[name], FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES
-    ]
-    for owner, name, own in exchanged:
-        _, make = EXCHANGES[own.__module__, own.__qualname__]
-        setattr(owner, name, make(own))
-    try:
-        yield sorted({EXCHANGES[own.__module__, own.__qualname__][0] for _, _, own in exchanged})
-    finally:
-        for owner, name, own in exchanged:
-            setattr(owner, name, own)
+    found: dict[Place, tuple[Callable[..., Any], str]] = {}
+    for owner in (*classes, *{sys.modules[cls.__module__] for cls in classes}):
+        for name in EXCHANGED_NAMES & vars(owner).keys():
+            own = original(owner, name)
+            if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES:
+                words, make = EXCHANGES[own.__module__, own.__qualname__]
+                found[owner, name] = make(own), words
+    return found
 
 
 def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:
@@ -242,12 +231,13 @@ MOST_HEADS = 4  # of a trial, at the model's ratio of value heads to key heads
 
 def gated_delta_row() -> Kernel:
     """Return the gated delta rule's row: mlx-lm's loop, ours in chunks, and MLX's fused kernel."""
+    theirs = original(gated_delta, "gated_delta_update")
     return Kernel(
         name="gated delta",
         shared="gated_delta_update",
-        theirs=gated_delta.gated_delta_update,
+        theirs=theirs,
         candidates={
-            MLX: gated_delta.gated_delta_update,
+            MLX: theirs,
             "chunked": chunked_gated_delta_update,
             "fused": fused_gated_delta_update,
         },
@@ -261,11 +251,12 @@ def gated_delta_row() -> Kernel:
 
 def state_space_row() -> Kernel:
     """Return Mamba-2's row: mlx-lm's pieces of 256 tokens, and ours in spans."""
+    theirs = original(ssm, "ssm_update")
     return Kernel(
         name="state space",
         shared="ssm_update",
-        theirs=ssm.ssm_update,
-        candidates={MLX: ssm.ssm_update, "spans": dual(ssm.ssm_update)},
+        theirs=theirs,
+        candidates={MLX: theirs, "spans": dual(theirs)},
         assumed="spans",
         class_of=_space_class,
         trial=_space_trial,

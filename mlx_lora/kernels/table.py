@@ -2,9 +2,9 @@
 
 mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
 which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
-how to classify a call by its shapes and how to try out a class. The
-names are replaced in the modules of this model's classes while the step is traced, and then restored, so generation does not
-change, and of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
+how to classify a call by its shapes and how to try out a class. Calls from the modules of this model's classes are taken while
+the step is traced, in the thread that traces it (compat/functions.py), so generation does not change, nor any other thread, and
+of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
 
 Candidates are chosen by measuring once per (device, mlx version, dtype, shape class):
 
@@ -35,6 +35,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
+from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import AttentionCall, Tiles, Windows, attend
 from mlx_lora.kernels.measure import (
@@ -86,12 +87,12 @@ def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) 
         windows: of the masks that attention will get; None: none is known.
     """
     windows = Windows() if windows is None else windows
-    names = (MLX, "tiled", *polynomial_candidates())
+    names, swiglu = (MLX, "tiled", *polynomial_candidates()), original(activations, "swiglu")
     return (
         Kernel(
             name="attention",
             shared="scaled_dot_product_attention",
-            theirs=base.scaled_dot_product_attention,
+            theirs=original(base, "scaled_dot_product_attention"),
             candidates={kernel: _attention(attend, kernel, windows) for kernel in names},
             assumed="tiled",
             class_of=_attention_classes(windows),
@@ -102,9 +103,9 @@ def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) 
         Kernel(
             name="gated activation",
             shared="swiglu",
-            theirs=activations.swiglu,
+            theirs=swiglu,
             candidates={
-                MLX: activations.swiglu,
+                MLX: swiglu,
                 "lean": partial(lean_swiglu, True),
                 "leanest": partial(lean_swiglu, False),
                 **dict.fromkeys(polynomial_candidates(), polynomial_swiglu),
@@ -147,11 +148,33 @@ def exchanging(attend: AttentionCall | None, choose: Choose = assumed) -> Callab
     return exchanged
 
 
+class KernelBinding:
+    """What takes the calls of mlx-lm's functions while one model computes, in the thread that computes it.
+
+    Attributes:
+        functions: that take the calls, by the place of those that are called.
+        names: of the kernels that the model uses, those of the table first.
+    """
+
+    def __init__(self, model: nn.Module, rows: Iterable[Kernel], choose: Choose, windows: Windows) -> None:
+        """Look for functions of some rows of the table in the modules of the model's classes."""
+        homes = [sys.modules[name] for name in {type(module).__module__ for module in modules_of(model)}]
+        self.functions: dict[Place, Callable[..., Any]] = {}
+        self.names: list[str] = []
+        for row in rows:
+            found = [(home, row.shared) for home in homes if original(home, row.shared) is row.theirs]
+            self.functions |= dict.fromkeys(found, _by_shape(row, choose))
+            self.names += [row.name] if found else []
+        makes = original(base, MAKES_MASKS)
+        noting = windows.noting(makes)
+        self.functions |= {(home, MAKES_MASKS): noting for home in homes if original(home, MAKES_MASKS) is makes}
+
+
 @contextmanager
 def training_kernels(
     model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed, windows: Windows | None = None
 ) -> Iterator[list[str]]:
-    """Let the model's layers use the chosen kernels inside the block.
+    """Let the model's layers use the chosen kernels inside the block, in this thread.
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
@@ -163,31 +186,14 @@ def training_kernels(
         The names of the kernels that the model uses, those of the table first.
     """
     windows = Windows() if windows is None else windows
-    rows = kernel_rows(attend, windows)
-    with exchanged_kernels(model, rows, choose, windows) as names, recurrent_kernels(model) as recurrent:
-        yield [*names, *recurrent]
-
-
-@contextmanager
-def exchanged_kernels(
-    model: nn.Module, rows: Iterable[Kernel], choose: Choose, windows: Windows
-) -> Iterator[list[str]]:
-    """Replace the functions of some rows of the table in the modules of a model's classes inside the block, and yield the rows' names."""
-    by_name = {row.shared: row for row in rows}
-    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules_of(model)}]
-    exchanged = [(home, name) for home in homes for name, row in by_name.items() if home.get(name) is row.theirs]
-    masked = [home for home in homes if home.get(MAKES_MASKS) is base.create_attention_mask]
-    for home, name in exchanged:
-        home[name] = _by_shape(by_name[name], choose)
-    for home in masked:
-        home[MAKES_MASKS] = windows.noting(base.create_attention_mask)
-    try:
-        yield [row.name for name, row in by_name.items() if any(name == other for _, other in exchanged)]
-    finally:
-        for home, name in exchanged:
-            home[name] = by_name[name].theirs
-        for home in masked:
-            home[MAKES_MASKS] = base.create_attention_mask
+    binding = KernelBinding(model, kernel_rows(attend, windows), choose, windows)
+    recurrent = recurrent_kernels(model)
+    scans = {place: scan for place, (scan, _) in recurrent.items()}
+    with exchanged(scans | binding.functions):
+        yield [
+            *binding.names,
+            *sorted({words for place, (_, words) in recurrent.items() if place not in binding.functions}),
+        ]
 
 
 def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:

@@ -11,13 +11,16 @@ block each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from mlx_lora.compat.functions import answering
 
 CHECK_TOKENS = 64
 TOLERANCE = 1e-3  # of an output's largest value: both ways compute the same operations
@@ -68,18 +71,17 @@ class BlockWalk:
             (out,) = reached.args
         return out
 
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Let the blocks know of the walk, by changing the class of these instances for the duration of the block."""
-        own = [type(block) for block in self.model.layers]
-        for number, block in enumerate(self.model.layers):
-            made = type(f"Walked{own[number].__name__}", (StoppingBlock, own[number]), {"walk": self, "number": number})
-            block.__class__ = made
-        try:
-            yield
-        finally:
-            for block, kind in zip(self.model.layers, own, strict=True):
-                block.__class__ = kind
+    def _watched(self) -> AbstractContextManager:
+        """Let the blocks take part in the walk inside the block."""
+        return answering(*((block, partial(self._called, number)) for number, block in enumerate(self.model.layers)))
+
+    def _called(self, number: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if number < self.at and self.keeps:
+            return self._output
+        out = own(*args, **kwargs)
+        if number == self.at:
+            raise _BlockReached(out)
+        return out
 
     def _keeping_is_enough(self) -> bool:
         """Tell whether blocks that start from kept outputs compute what they compute in a whole pass, on one batch."""
@@ -92,22 +94,6 @@ class BlockWalk:
             found = self._through(few, kept)
         self.at = 0
         return _same(found, self.model(few))
-
-
-class StoppingBlock(nn.Module):
-    """A mix-in for a block's class that takes part in a walk."""
-
-    walk: BlockWalk
-    number: int
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        walk = self.walk
-        if self.number < walk.at and walk.keeps:
-            return walk._output
-        out = super().__call__(*args, **kwargs)
-        if self.number == walk.at:
-            raise _BlockReached(out)
-        return out
 
 
 def _same(found: Any, wanted: Any) -> bool:

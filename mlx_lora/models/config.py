@@ -31,6 +31,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 from transformers import CONFIG_MAPPING
 
+from mlx_lora.compat.foreign import GET_CLASSES
 from mlx_lora.utils.errors import InputError
 
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -139,7 +140,7 @@ def architecture_of(config: Values) -> tuple[type, type]:
     if module := OWN_ARCHITECTURES.get(str(config.get("model_type"))):
         own = import_module(f"mlx_lora.models.{module}")
         return own.Model, own.ModelArgs
-    return mlx_lm.utils._get_classes(config)
+    return GET_CLASSES.of()(config)
 
 
 def translate_config(config: Values, origin: object) -> Values:

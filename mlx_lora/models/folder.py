@@ -33,6 +33,8 @@ from mlx_lm.utils import load_model
 from safetensors import SafetensorError, safe_open
 
 import mlx_lora
+from mlx_lora.compat import functions
+from mlx_lora.compat.instances import become
 from mlx_lora.models.config import (
     architecture_of,
     check_config,
@@ -181,7 +183,7 @@ def import_architecture(config: dict[str, Any]) -> None:
 
 def complete_module(model: nn.Module) -> None:
     """Call `nn.Module.__init__` if the model's class did not, as in mlx-lm's Griffin, which could not be frozen."""
-    if not hasattr(model, "_no_grad"):
+    if not vars(nn.Module()).keys() <= vars(model).keys():
         nn.Module.__init__(model)
 
 
@@ -231,8 +233,9 @@ def is_foreign(error: BaseException) -> bool:
     """
     if isinstance(error, (ValueError, RuntimeError, OSError)) or error.__traceback__ is None:
         return True
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return not Path(innermost.f_code.co_filename).is_relative_to(OURS)
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    innermost = next(file for file in reversed(files) if file != functions.__file__)  # which only hands calls on
+    return not Path(innermost).is_relative_to(OURS)
 
 
 def short(error: BaseException, limit: int = 300) -> str:
@@ -554,7 +557,7 @@ class Watched:
         stored = stored_tensors(folder)
         if self._own is None:  # mlx-lm changes nothing: the names are the paths
             return {path: stored[path] for path, _ in tree_flatten(model.parameters()) if path in stored}
-        model.__class__ = self._own
+        become(model, self._own)
         names = {id(array): name for name, array in self._loaded.items()}
         found = {path: names.get(id(array)) for path, array in tree_flatten(model.parameters())}
         self._loaded.clear()

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.compat.instances import mix_in
 from mlx_lora.kernels.attention import AttentionCall
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import Choose, assumed, training_kernels
@@ -53,9 +54,7 @@ class Trunk:
         self.kept: mx.array | None = None
         self.wanted = False
         for number, block in enumerate(model.layers[: blocks + 1]):
-            kind = type(block)
-            if not issubclass(kind, TrunkBlock):
-                block.__class__ = type(f"Trunk{kind.__name__}", (TrunkBlock, kind), {})
+            mix_in(TrunkBlock, block, TrunkBlock.__module__)
             block.trunk, block.is_above = self, number == blocks
 
     @contextmanager

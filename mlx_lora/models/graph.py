@@ -15,13 +15,14 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.utils import device
 
@@ -195,19 +196,27 @@ def _cutting() -> Iterator[_Cuts]:
     """Replace `mx.custom_function` inside the block; functions that use it look it up when they are called."""
     cuts = _Cuts()
     cut_function = type("_CutFunction", (_CustomFunction,), {"cuts": cuts})
-    theirs = {name: vars(mx)[name] for name in ("custom_function", "gather_mm", "segmented_mm", "contiguous")}
-    mx.custom_function = cut_function
-    mx.gather_mm = partial(_gather_mm, theirs["gather_mm"], cut_function)
-    # MLX can list neither a product of segments nor a copy.
-    mx.segmented_mm = lambda a, b, segments: _kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
-    mx.contiguous = lambda array, *_, **__: array * 1
-    try:
-        # MLX cannot list separately compiled functions either.
-        with _kernels_as_nodes() if device.compiles_kernels() else nullcontext(), device.uncompiled():
-            yield cuts
-    finally:
-        for name, own in theirs.items():
-            setattr(mx, name, own)
+    functions: dict[Place, Callable[..., Any]] = {
+        (mx, "custom_function"): cut_function,
+        (mx, "gather_mm"): partial(_gather_mm, original(mx, "gather_mm"), cut_function),
+        # MLX can list neither a product of segments nor a copy.
+        (mx, "segmented_mm"): _segmented_mm,
+        (mx, "contiguous"): lambda array, *_, **__: array * 1,
+    }
+    if (
+        device.compiles_kernels()
+    ):  # those of kernels/activations.py: one node each, as they run, instead of what replaces them
+        functions |= {
+            (exponentials, "usable"): lambda *arrays: all(array.dtype == mx.float32 for array in arrays),
+            (exponentials, "exp_minus"): lambda x: _kernel(x, x),
+            (exponentials, "gated_silu"): _gated_silu,
+        }
+    with exchanged(functions), device.uncompiled():  # MLX cannot list separately compiled functions either
+        yield cuts
+
+
+def _segmented_mm(a: mx.array, b: mx.array, segments: mx.array) -> mx.array:
+    return _kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
 
 
 def _gather_mm(
@@ -235,31 +244,16 @@ def _gather_mm(
     return product.vjp(backward)(a, b)
 
 
-@contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """List graphs on a CPU as they are on a GPU, where single kernels replace several operations."""
-    keep, dequantize, norm, rotate = device.keep_exponentials, mx.dequantize, mx.fast.rms_norm, mx.fast.rope
-    device.keep_exponentials = lambda: False
-    mx.dequantize, mx.fast.rms_norm, mx.fast.rope = _dequantized, _normed, _rotated
-    try:
-        yield
-    finally:
-        device.keep_exponentials = keep
-        mx.dequantize, mx.fast.rms_norm, mx.fast.rope = dequantize, norm, rotate
-
-
-@contextmanager
-def _kernels_as_nodes() -> Iterator[None]:
-    """List the compiled kernels of kernels/activations.py as one node each, as they run, instead of what replaces them."""
-    theirs = {name: vars(exponentials)[name] for name in ("usable", "exp_minus", "gated_silu")}
-    exponentials.usable = lambda *arrays: all(array.dtype == mx.float32 for array in arrays)
-    exponentials.exp_minus = lambda x: _kernel(x, x)
-    exponentials.gated_silu = _gated_silu
-    try:
-        yield
-    finally:
-        for name, own in theirs.items():
-            setattr(exponentials, name, own)
+def as_on_gpu() -> AbstractContextManager:
+    """List graphs on a CPU as they are on a GPU inside the block, where single kernels replace several operations."""
+    return exchanged(
+        {
+            (device, "keep_exponentials"): lambda: False,
+            (mx, "dequantize"): _dequantized,
+            (mx.fast, "rms_norm"): _normed,
+            (mx.fast, "rope"): _rotated,
+        }
+    )
 
 
 def _gated_silu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:

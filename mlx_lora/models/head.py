@@ -38,6 +38,7 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.base import EMBEDDING, AdapterLayer, base_dims
 from mlx_lora.adapters.initialize import path_key
+from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.encoder_head import POOLER, SCORE, encoder_scores, put_encoder_head
@@ -130,7 +131,14 @@ class Head:
         """
         if not self.inner:
             return self._run(inputs, caches)
-        with _intercepted(self.layer) as seen:
+        seen: list[mx.array] = []
+
+        def record(_: Any, hidden: mx.array) -> mx.array:
+            seen.append(hidden)
+            return hidden
+
+        name = "as_linear" if isinstance(self.layer, EMBEDDING_HEADS) else "__call__"  # which embeds, in an embedding
+        with answering((self.layer, record), name=name):
             out = self._run(inputs, caches)  # lazy: what follows the layer is never computed
         return seen[-1] if seen else out
 
@@ -327,36 +335,6 @@ def _soft_cap(config: dict[str, Any]) -> float | None:
     return caps[0] if caps else FIXED_SOFT_CAPS.get(config.get("model_type", ""))
 
 
-class _Intercepted(nn.Module):
-    """A mix-in for a head's class that records the hidden states and returns them unchanged."""
-
-    seen: list[mx.array]
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        self.seen.append(hidden)
-        return hidden
-
-
-class _InterceptedLinear(_Intercepted):
-    """The same for a linear layer; an embedding's `__call__` must still embed."""
-
-    def __call__(self, hidden: mx.array) -> mx.array:
-        return self.as_linear(hidden)
-
-
-@contextmanager
-def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
-    """Keep a head from computing logits inside the block, by changing the class of this instance for its duration."""
-    seen: list[mx.array] = []
-    own = type(layer)
-    mixed = _Intercepted if issubclass(own, EMBEDDING_HEADS) else _InterceptedLinear
-    layer.__class__ = type(own.__name__, (mixed, own), {"seen": seen})
-    try:
-        yield seen
-    finally:
-        layer.__class__ = own
-
-
 # The last block at some positions
 
 # mlx-lm's modules whose blocks and bodies were read; tests/losses/test_last_block.py tries each.
@@ -408,18 +386,14 @@ def only_at(block: nn.Module, positions: mx.array, count: int) -> Iterator[None]
         count: B T. A call with other rows, as in a model that runs its blocks twice, is left whole: positions that lie
             beyond its rows would read and write memory that is not the array's.
     """
-    kind, own = type(block), _own_class(block)
 
-    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def call(own: Callable[..., Any], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if x.shape[0] * x.shape[1] != count:
-            return own.__call__(self, x, *args, **kwargs)
-        return _at(positions, own.__call__, self, x, *args, **kwargs)
+            return own(x, *args, **kwargs)
+        return _at(positions, own, block, x, *args, **kwargs)
 
-    block.__class__ = _with_call(kind, own, call)
-    try:
+    with answering((block, call), below=_own_class(block)):
         yield
-    finally:
-        block.__class__ = kind
 
 
 def _at(
@@ -429,24 +403,23 @@ def _at(
     attention = _first(block, ATTENTIONS)
     output = _first(attention, OUTPUTS)
 
-    def stop(self: nn.Module, *given: Any, **named: Any) -> mx.array:
+    def stop(_: Any, *given: Any, **named: Any) -> mx.array:
         raise _ReachedAttention(given, named)
 
     def pick(x: mx.array) -> mx.array:
         return x.reshape(-1, x.shape[-1])[positions][None]
 
-    with answering(attention, stop):
+    with answering((attention, stop)):
         try:
-            call(block, x, *args, **kwargs)
+            call(x, *args, **kwargs)
         except _ReachedAttention as reached:
             given, named = reached.call
         else:
             raise ValueError("the block does not call its attention")
-    project = type(output).__call__
-    with answering(output, lambda self, x, **named: project(self, pick(x), **named)):
+    with answering((output, lambda project, x, **named: project(pick(x), **named))):
         attended = attention(*given, **named)  # (1, P, D)
-    with answering(attention, lambda self, *given, **named: attended):
-        return call(block, pick(x), *args, **kwargs)
+    with answering((attention, lambda _, *given, **named: attended)):
+        return call(pick(x), *args, **kwargs)
 
 
 class _ReachedAttention(Exception):
@@ -459,25 +432,6 @@ class _ReachedAttention(Exception):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
         super().__init__()
         self.call = args, kwargs
-
-
-@contextmanager
-def answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Let `call` take the calls of one instance, by changing the class of this instance for its duration."""
-    kind = type(module)
-    module.__class__ = _with_call(kind, kind, call)
-    try:
-        yield
-    finally:
-        module.__class__ = kind
-
-
-def _with_call(kind: type, own: type, call: Callable[..., Any]) -> type:
-    """Return a class like `kind` with `call` for the `__call__` of `own`, below the mix-ins of this package."""
-    if kind is own:
-        return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
-    *mixins, base = kind.__bases__
-    return type(kind.__name__, (*mixins, _with_call(base, own, call)), {"__module__": kind.__module__})
 
 
 def _own_class(module: nn.Module) -> type:

@@ -22,8 +22,9 @@ Source: M-RoPE is arXiv 2409.12191 (section 2.1), DeepStack arXiv 2406.04334; Ge
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,7 +32,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_lora.models.head import EMBEDDINGS, answering
+from mlx_lora.compat.functions import answering
+from mlx_lora.compat.instances import mix_in
+from mlx_lora.models.head import EMBEDDINGS
 from mlx_lora.utils.errors import InputError
 
 AXES = 3  # time, row, column
@@ -180,64 +183,35 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
     places = given["places"]
     picked, real = mx.maximum(places - 1, 0), (places > 0)[..., None]
     layout = spec.layout(given.get("positions", NONE), given.get("pictures", NONE))
-    changes: list[tuple[nn.Module, Any]] = [(embedding, _embedding(given["embeddings"], picked, real))]
+
+    def embed(own: Any, tokens: mx.array) -> mx.array:
+        embedded = own(tokens)
+        return mx.where(real, given["embeddings"][picked].astype(embedded.dtype), embedded)
+
+    def embed_layers(padding: int, own: Any, tokens: mx.array) -> mx.array:
+        return own(mx.where(places > 0, padding, tokens))
+
+    def compute_body(own: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
+        return own(inputs, cache or [layout if _attends(block) else None for block in body.layers], *args, **kwargs)
+
+    def compute_block(deep: mx.array, own: Any, *args: Any, **kwargs: Any) -> mx.array:
+        out = own(*args, **kwargs)
+        return out + mx.where(real, deep[picked].astype(out.dtype), 0)
+
+    calls: list[tuple[nn.Module, Any]] = [(embedding, embed)]
     if layout.positions.size or layout.pictures.size:
-        changes.append((body, _body(layout)))
+        calls.append((body, compute_body))
     if spec.padding is not None:
-        changes.append((body[PER_LAYER], _padding(places > 0, spec.padding)))
+        calls.append((body[PER_LAYER], partial(embed_layers, spec.padding)))
     for number in range(spec.deep):
-        changes.append((model.layers[number], _deep_block(given["deep"][number], picked, real)))
-    with ExitStack() as stack:
-        for module, change in changes:
-            stack.enter_context(answering(module, change(type(module).__call__)))
+        calls.append((model.layers[number], partial(compute_block, given["deep"][number])))
+    with answering(*calls):
         yield
-
-
-def _embedding(embeddings: mx.array, picked: mx.array, real: mx.array) -> Any:
-    def change(own: Any) -> Any:
-        def call(self: nn.Module, tokens: mx.array) -> mx.array:
-            embedded = own(self, tokens)
-            return mx.where(real, embeddings[picked].astype(embedded.dtype), embedded)
-
-        return call
-
-    return change
-
-
-def _padding(is_picture: mx.array, token: int) -> Any:
-    def change(own: Any) -> Any:
-        def call(self: nn.Module, tokens: mx.array) -> mx.array:
-            return own(self, mx.where(is_picture, token, tokens))
-
-        return call
-
-    return change
-
-
-def _body(layout: PositionsAndMask) -> Any:
-    def change(own: Any) -> Any:
-        def call(self: nn.Module, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
-            return own(self, inputs, cache or [layout if _attends(b) else None for b in self.layers], *args, **kwargs)
-
-        return call
-
-    return change
 
 
 def _attends(block: nn.Module) -> bool:
     """Return whether a block has attention, which asks its cache for positions; the others are recurrent."""
     return not getattr(block, "is_linear", False)
-
-
-def _deep_block(deep: mx.array, picked: mx.array, real: mx.array) -> Any:
-    def change(own: Any) -> Any:
-        def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-            out = own(self, x, *args, **kwargs)
-            return out + mx.where(real, deep[picked].astype(out.dtype), 0)
-
-        return call
-
-    return change
 
 
 def text_body(model: nn.Module) -> Any:
@@ -262,11 +236,9 @@ def prepare_rotation(model: nn.Module, spec: ImageInputSpec) -> None:
     if spec.sections is None:
         return
     for module in model.modules():
-        kind = type(module)
-        if isinstance(module, nn.RoPE) and not issubclass(kind, SectionRotation):
-            axes = mx.array(axes_of_pairs(spec.sections, spec.interleaved))
-            mixed: Any = type(kind.__name__, (SectionRotation, kind), {"axes": axes})
-            module.__class__ = mixed
+        if isinstance(module, nn.RoPE):
+            module.axes = axes_of_pairs(spec.sections, spec.interleaved)
+            mix_in(SectionRotation, module)
 
 
 def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> np.ndarray:
@@ -282,7 +254,7 @@ def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> np.ndarray:
 class SectionRotation(nn.Module):
     """A mix-in for the class of a rotating layer, which then also takes three positions for each token."""
 
-    axes: mx.array
+    axes: np.ndarray
 
     def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
         if not isinstance(offset, mx.array) or offset.ndim != AXES:
@@ -290,7 +262,7 @@ class SectionRotation(nn.Module):
         half = len(self.axes)
         frequencies = self.base ** (-mx.arange(half, dtype=mx.float32) / half)
         offset = offset[..., : x.shape[2]]  # a prompt's, of which this may be a part
-        angles = offset.astype(mx.float32)[self.axes].transpose(1, 2, 0) * frequencies  # (B, T, d / 2)
+        angles = offset.astype(mx.float32)[mx.array(self.axes)].transpose(1, 2, 0) * frequencies  # (B, T, d / 2)
         cos, sin = mx.cos(angles)[:, None], mx.sin(angles)[:, None]
         one, two, rest = (x[..., a:b].astype(mx.float32) for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
         return mx.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1).astype(x.dtype)

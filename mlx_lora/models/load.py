@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.compat.foreign import TOKENIZER
+from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.quantized_matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import StoredTensor, Watched, base_fingerprint, load_classifier_weights, load_weights
@@ -72,7 +74,7 @@ class Base:
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
         """The transformers tokenizer inside mlx-lm's wrapper."""
-        return self.tokenizer._tokenizer
+        return TOKENIZER.of(self.tokenizer)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -252,37 +254,17 @@ def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
     Returns:
         The fewest rows of the embeddings that are called with the ids; else the config's number, None if it has none.
     """
-    ids = mx.zeros((1, 2), mx.int32)
-    with _watched(model) as seen:
+    ids, rows = mx.zeros((1, 2), mx.int32), list[int]()
+
+    def watch(embedding: Any, own: Callable[..., Any], tokens: mx.array) -> mx.array:
+        if tokens is ids:
+            rows.append(embedding.weight.shape[0])
+        return own(tokens)
+
+    embeddings = [module for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    with answering(*((module, partial(watch, module)) for module in embeddings)):
         model(ids)
-    rows = [embedding.weight.shape[0] for embedding, tokens in seen if tokens is ids]
     if rows:
         return min(rows)
     said = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
     return said if isinstance(said, int) else None
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
-    """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
-    seen: list[tuple[nn.Module, mx.array]] = []
-    embeddings: list[tuple[Any, type]] = [
-        (module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)
-    ]
-    for module, own in embeddings:
-        module.__class__ = type(own.__name__, (WatchedEmbedding, own), {"seen": seen})
-    try:
-        yield seen
-    finally:
-        for module, own in embeddings:
-            module.__class__ = own
-
-
-class WatchedEmbedding(nn.Module):
-    """A mix-in for an embedding's class that records its calls."""
-
-    seen: list[tuple[nn.Module, mx.array]]
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        self.seen.append((self, tokens))
-        return super().__call__(tokens)

@@ -25,6 +25,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_lora.compat.instances import mix_in
+
 PLAIN_CACHES = (
     KVCache,
     RotatingKVCache,
@@ -129,9 +131,8 @@ class Rotation(nn.Module):
 def rotate_by_token(model: nn.Module) -> None:
     """Let the rotating layers of this model take a position for each token; a second call changes nothing."""
     for module in model.modules():
-        kind = type(module)
-        if list(inspect.signature(kind.__call__).parameters)[1:3] == ["x", "offset"] and not issubclass(kind, Rotation):
-            module.__class__ = type(kind.__name__, (Rotation, kind), {})
+        if list(inspect.signature(type(module).__call__).parameters)[1:3] == ["x", "offset"]:
+            mix_in(Rotation, module)
 
 
 def unshareable(model: nn.Module) -> str | None:

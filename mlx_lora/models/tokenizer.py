@@ -21,8 +21,8 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mlx_lora.compat.foreign import BYTE_LETTERS, TOKENIZER
 from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
 from mlx_lora.utils.errors import InputError
@@ -61,7 +61,7 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
     try:
         tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
         with tokenizer_panics("one letter"):
-            tokenizer._tokenizer("x")
+            TOKENIZER.of(tokenizer)("x")
     except InputError:
         raise
     except Exception as error:
@@ -228,7 +228,7 @@ def spelling(tokenizer: Any, token: int) -> tuple[str, bytes]:
 @cache
 def _byte_values() -> dict[str, int]:
     """Return the byte that each letter of a byte-level vocabulary stands for."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return {letter: byte for byte, letter in BYTE_LETTERS.of()().items()}
 
 
 def continued(responses: Iterable[GenerationResponse], tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:

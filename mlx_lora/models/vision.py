@@ -31,6 +31,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lora.compat.foreign import MERGE_PICTURE
+from mlx_lora.compat.instances import become
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import files_with_tower, of_tower
@@ -272,11 +274,11 @@ def without_language_model(model: Any, config: Mapping[str, Any], token: int, dt
     """Return mlx-vlm's model as a frozen tower; its language model is replaced, its parameters need not be computed."""
     kind, width = str(config.get("model_type")), (config.get("text_config") or config)["hidden_size"]
     model.language_model = NoText(width, dtype)
-    if hasattr(model, "_merge_input_ids_with_image_features") and kind == "llava":
-        model._merge_input_ids_with_image_features = _only_picture
+    if hasattr(model, MERGE_PICTURE.name) and kind == "llava":
+        setattr(model, MERGE_PICTURE.name, _only_picture)
     if kind == "mistral3":
         merger = model.multi_modal_projector.patch_merger
-        merger.__class__ = type("PatchMerger", (type(merger),), {"__call__": _merged})
+        become(merger, type("PatchMerger", (type(merger),), {"__call__": _merged}))
     model.set_dtype(dtype)
     model.freeze()
     model.eval()

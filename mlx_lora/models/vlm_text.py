@@ -23,6 +23,8 @@ import mlx.nn as nn
 from mlx_lm.models import gemma, gemma2, llama, qwen2, qwen3
 from mlx_lm.models.base import BaseModelArgs
 
+from mlx_lora.compat.instances import become
+
 TEXT_ARCHITECTURES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": llama,
@@ -75,7 +77,7 @@ class Model(nn.Module):
         text = TEXT_ARCHITECTURES[kind]
         self.language_model = text.Model(text.ModelArgs.from_dict(args.text_config))
         for block in self.language_model.layers if text is gemma else ():
-            block.mlp.__class__ = TanhMLP
+            become(block.mlp, TanhMLP)
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         given = {} if input_embeddings is None else {"input_embeddings": input_embeddings}  # Gemma takes none

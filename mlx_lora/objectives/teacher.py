@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.convert import folder_of
@@ -201,7 +202,7 @@ def check_teacher(settings: TrainSettings, student: PreTrainedTokenizerBase) -> 
         return
     folder = _folder(settings)
     tokenizer = load_folder_tokenizer(folder, read_config(folder, trusted), trusted)
-    check_tokenizers(student, tokenizer._tokenizer, name)
+    check_tokenizers(student, TOKENIZER.of(tokenizer), name)
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str) -> None:

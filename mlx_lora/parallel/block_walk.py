@@ -28,7 +28,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import mix_in
+from mlx_lora.compat.instances import mix_in
 from mlx_lora.parallel.activation_files import ActivationFiles, InFile, InMemory
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
 

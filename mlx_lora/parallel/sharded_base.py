@@ -39,8 +39,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import mix_in
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.compat.instances import mix_in
 from mlx_lora.models.folder import StoredTensor
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.messages import Messages, Named

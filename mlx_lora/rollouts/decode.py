@@ -33,6 +33,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,9 @@ from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 
 from mlx_lora.adapters.qat import hold_fused, release_fused
+from mlx_lora.compat.foreign import LENGTH
+from mlx_lora.compat.functions import exchanged, original
+from mlx_lora.compat.instances import become, mixed
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,
@@ -390,7 +394,7 @@ def _trial_layers(kind: Kind, dtype: mx.Dtype, count: int) -> list[nn.Module]:
     for layer in layers:
         layer.update({name: array + mx.zeros_like(array) for name, array in first.items()})
         layer.dense_from_rows = from_rows
-        layer.__class__ = MeasuredQuantizedLinear
+        become(layer, MeasuredQuantizedLinear)
     mx.eval([layer.parameters() for layer in layers])
     return layers
 
@@ -398,7 +402,6 @@ def _trial_layers(kind: Kind, dtype: mx.Dtype, count: int) -> list[nn.Module]:
 # Steps of one token
 
 ATTENTION = "scaled_dot_product_attention"  # the name under which mlx-lm's architectures import it
-TURNS = "turns"  # the attribute of a layer of positions that holds its `Turns`
 
 
 class TokenSteps:
@@ -413,8 +416,10 @@ class TokenSteps:
         self.model = model
         modules = list(model.modules())
         names = {type(module).__module__ for module in modules}
-        self._homes = [home for home in (vars(sys.modules[name]) for name in names) if ATTENTION in home]
-        self._turns = _share_turns(modules)
+        homes = [sys.modules[name] for name in names]
+        self._places = [(home, ATTENTION) for home in homes if original(home, ATTENTION) is original(base, ATTENTION)]
+        for module in modules:
+            _let_turn(module)
         self._shortens = not device.on_gpu()
 
     def __getattr__(self, name: str) -> Any:
@@ -430,36 +435,23 @@ class TokenSteps:
 
     @contextmanager
     def _step(self, caches: list[Any]) -> Iterator[None]:
-        exchanged = [home for home in self._homes if home[ATTENTION] is base.scaled_dot_product_attention]
-        self._turns.begin(caches)
-        for home in exchanged:
-            home[ATTENTION] = attention_of_tokens
+        token = STEP.set(Turns(caches))
         try:
-            yield
+            with exchanged(dict.fromkeys(self._places, attention_of_tokens)):
+                yield
         finally:
-            for home in exchanged:
-                home[ATTENTION] = base.scaled_dot_product_attention
-            self._turns.end()
+            STEP.reset(token)
 
 
-def _share_turns(modules: list[nn.Module]) -> Turns:
-    """Give layers of positions their other class, and return the turns that they share."""
-    layers = [module for module in modules if _plain_class(module) in (*TURNING, *TURNING.values())]
-    turns: Any = next((layer.turns for layer in layers if hasattr(layer, TURNS)), None) or Turns()
-    for layer in layers:
-        own = _plain_class(layer)
-        if own in TURNING:
-            by_token = (Rotation,) if isinstance(layer, Rotation) else ()
-            kept: Any = layer
-            kept.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
-        layer.turns, layer.kind = turns, _rotation_key(layer)
-    return turns
-
-
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class without the mix-in that lets it take a position for each token (models/prefix_attention.py)."""
+def _let_turn(module: Any) -> None:
+    """Give a layer of positions its other class."""
     kind = type(module)
-    return kind.__bases__[1] if issubclass(kind, Rotation) and kind is not Rotation else kind
+    # Without the mixin that lets it take a position for each token (models/prefix_attention.py).
+    own = kind.__bases__[1] if issubclass(kind, Rotation) else kind
+    if own in TURNING:
+        become(module, TURNING[own] if own is kind else mixed(Rotation, TURNING[own]))
+    if own in (*TURNING, *TURNING.values()):
+        module.kind = _rotation_key(module)
 
 
 def _rotation_key(layer: nn.Module) -> tuple[Any, ...]:
@@ -470,31 +462,21 @@ def _rotation_key(layer: nn.Module) -> tuple[Any, ...]:
 
 
 class Turns:
-    """The rotations of one step, shared by all layers of positions of a model.
+    """The rotations of one step of one token, shared by all layers of positions of a model.
 
     Attributes:
-        active: whether a step of one token is computed now.
         offset: the positions of a batch's rows, (B,), the same object in all caches; None for a single row.
     """
 
-    def __init__(self) -> None:
-        self.active = False
+    def __init__(self, caches: list[Any]) -> None:
+        """Begin a step; the caches of a batch are all at the same positions, so they get one array for these."""
         self.offset: mx.array | None = None
         self._known: dict[Any, mx.array] = {}
-
-    def begin(self, caches: list[Any]) -> None:
-        """Start a step; the caches of a batch are all at the same positions, so they get one array for these."""
-        self.active = True
         rows = [cache for cache in caches if isinstance(cache, BatchKVCache)]
-        if rows and all(cache._idx == rows[0]._idx for cache in rows):
+        if rows and all(LENGTH.of(cache) == LENGTH.of(rows[0]) for cache in rows):
             self.offset = rows[0].offset
             for cache in rows[1:]:
                 cache.offset = self.offset
-
-    def end(self) -> None:
-        """End a step."""
-        self.active, self.offset = False, None
-        self._known.clear()
 
     def rotation(self, layer: nn.Module, plain: Any, offset: int | mx.array, width: int) -> mx.array | None:
         """Return R (d, d), for a batch (B, d, d); None if the offset is not the one that all layers share."""
@@ -508,13 +490,16 @@ class Turns:
         return self._known[key]
 
 
+STEP: ContextVar[Turns | None] = ContextVar("the step of one token that is computed now", default=None)
+
+
 def _turning(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass whose calls for one token per row use the step's rotation."""
     plain: Any = kind.__call__
 
     def turned(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        few = self.turns.active and x.ndim == 4 and x.shape[2] == 1 and x.dtype == mx.float32
-        rotation = self.turns.rotation(self, plain, offset, x.shape[3]) if few else None
+        step = STEP.get() if x.ndim == 4 and x.shape[2] == 1 and x.dtype == mx.float32 else None
+        rotation = None if step is None else step.rotation(self, plain, offset, x.shape[3])
         if rotation is None:
             return plain(self, x, offset=offset)
         return x @ rotation if rotation.ndim == 2 else (x.squeeze(2) @ rotation)[:, :, None]

@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlx_lora.compat.instances import become
 from mlx_lora.rollouts.decode import TokenSteps
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 
@@ -65,7 +66,7 @@ def merge_rows(model: Any, rows: Rows) -> list[Any]:
     if _has_grouped_scores(_plain(model)):
         for cache in merged:
             if type(cache) is BatchKVCache:
-                cache.__class__ = GroupedRows
+                become(cache, GroupedRows)
     return merged
 
 

@@ -46,6 +46,7 @@ from verifiers.v1.harnesses.utils.compaction import bound_tool_message  # pyrigh
 from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_content  # pyright: ignore[reportMissingImports]
 from verifiers.v1.runtimes import ProgramResult  # pyright: ignore[reportMissingImports]
 
+from mlx_lora.compat.foreign import INTERCEPTION
 from mlx_lora.data.verifiers_tasks import agent_of, one_line, plain
 from mlx_lora.utils.errors import InputError
 
@@ -327,7 +328,7 @@ class Host:
             try:
                 async with self.environment.serving():
                     # Which client answers is the server's: it makes one for each endpoint, and finds ours there.
-                    self.environment._interception.clients[ENDPOINT.model_dump_json()] = AskingClient(self)
+                    INTERCEPTION.of(self.environment).clients[ENDPOINT.model_dump_json()] = AskingClient(self)
                     ready.set()
                     await closing.wait()
                     await self._stop_all()

@@ -33,6 +33,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lora.compat.foreign import KEPT_SHARE
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
@@ -296,7 +297,7 @@ def key_of_rows(key: str, plan: BatchPlan) -> str:
 def _code_hash() -> str:
     """Return a hash of the code that computes a model's layers: another version may round in another way."""
     digest = hashlib.sha256()
-    for room in ("models", "kernels", "adapters"):
+    for room in ("models", "kernels", "adapters", "compat"):
         for file in sorted(resources.files(f"mlx_lora.{room}").iterdir(), key=lambda file: file.name):
             if file.name.endswith(".py"):
                 digest.update(file.name.encode() + file.read_bytes())
@@ -328,7 +329,7 @@ def trunk_problem(
         strategy: how the run computes gradients.
     """
     dropping = [m for block in model.layers[: trunk.blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
-    if any(m._p_1 < 1 for m in dropping):
+    if any(KEPT_SHARE.of(m) < 1 for m in dropping):
         return "its frozen blocks have dropout"
     recurrent = variant.attend is None and has_recurrence(model)
     arrays = token_arrays(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR, SWITCH, is_exactly
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.compat import instances
+from mlx_lora.compat.functions import keeps_context
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import Tiles, attend, attend_gradient
 
@@ -293,16 +295,8 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
 
 def mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
     """Give one instance a class in which `mixin` comes before its own, and the tape."""
-    base = type(module)
-    if not issubclass(base, mixin):
-        module.__class__ = _mixed(mixin, base)
+    instances.mix_in(mixin, module, mixin.__module__)
     module.tape = tape
-
-
-@cache
-def _mixed(mixin: type, base: type) -> type:
-    """Return the class in which `mixin` comes before `base`: the same one for all blocks, which are compared by their classes."""
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
 
 
 def as_function(
@@ -311,12 +305,12 @@ def as_function(
     """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.
 
     Only arguments are differentiated, so the trainable parameters become arguments, in addition to the float
-    arrays of the call; masks and indices are not differentiated.
+    arrays of the call; masks and indices are not differentiated. A backward pass calls the function with what is exchanged now.
     """
     parameters = tree_flatten(module.trainable_parameters())
     names = [name for name, _ in parameters]
     own, given = [array for _, array in parameters], float_arrays((args, kwargs))
-    template = _without_arrays((args, kwargs))
+    template, call = _without_arrays((args, kwargs)), keeps_context(call)
 
     def function(*primals: mx.array) -> Any:
         module.update(tree_unflatten(list(zip(names, primals[: len(names)], strict=True))))

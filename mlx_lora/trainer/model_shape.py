@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
+from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.attention import Tiles, Windows, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
@@ -375,9 +376,9 @@ def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
     """
     head, calls = find_head(model, config), [0] * len(model.layers)
 
-    def count(own: Callable[..., Any], number: int, args: tuple, kwargs: dict) -> Any:
+    def count(number: int, _: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         calls[number] += 1
-        return args[0]
+        return x
 
     try:
         with _calls_through(model.layers, count), device.uncompiled():
@@ -548,7 +549,7 @@ def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tu
     """Record each block's arguments inside this context, which ends with the call of block `last`."""
     found: dict[int, tuple[tuple, dict]] = {}
 
-    def record(own: Callable[..., Any], number: int, args: tuple, kwargs: dict) -> Any:
+    def record(number: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found[number] = (args, kwargs)
         if found.keys() >= set(range(last + 1)):
             raise _EnoughRecorded
@@ -558,24 +559,9 @@ def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tu
         yield found
 
 
-@contextmanager
-def _calls_through(blocks: list[nn.Module], through: Callable[..., Any]) -> Iterator[None]:
-    """Let each call of a block return `through(the block's own call, its number, args, kwargs)` inside this context."""
-    types = [type(block) for block in blocks]
-    for number, block in enumerate(blocks):
-        block.__class__ = _going_through(types[number], number, through)
-    try:
-        yield
-    finally:
-        for block, own in zip(blocks, types, strict=True):
-            block.__class__ = own
-
-
-def _going_through(base: type, number: int, through: Callable[..., Any]) -> type:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return through(partial(base.__call__, self), number, args, kwargs)
-
-    return type(f"Noted{base.__name__}", (base,), {"__call__": call})
+def _calls_through(blocks: list[nn.Module], through: Callable[..., Any]) -> AbstractContextManager:
+    """Let each call of a block return `through(its number, the block's own call, *args, **kwargs)` inside this context."""
+    return answering(*((block, partial(through, number)) for number, block in enumerate(blocks)))
 
 
 def _is_float(leaf: Any) -> bool:

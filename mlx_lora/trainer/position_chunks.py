@@ -28,8 +28,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import LINEAR, SWITCH, base_dims, mix_in
+from mlx_lora.adapters.base import LINEAR, SWITCH, base_dims
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.compat.instances import classes_put_back, mix_in
 from mlx_lora.models.head import is_known_block
 from mlx_lora.planner.memory import CHUNKED_FROM_BYTES, position_chunks
 from mlx_lora.trainer.gradient_checkpointing import as_function
@@ -139,8 +140,7 @@ def chunk_positions(model: nn.Module, config: Mapping[str, Any], mode: str, most
     for block in model.layers:
         for part in parts_of(block):
             part.numbers_per_position, part.forced_chunks = position_numbers(part, config), None
-            if not isinstance(part, InChunks):
-                mix_in(InChunks, part)
+            mix_in(InChunks, part)
             from_positions.append(CHUNKED_FROM_BYTES // (part.numbers_per_position * number_bytes(model)))
     if not from_positions or most_positions <= min(from_positions):
         return []
@@ -157,12 +157,8 @@ def number_bytes(module: nn.Module) -> int:
 def in_chunks(block: nn.Module, chunks: int) -> Iterator[None]:
     """Let a block compute its parts in this many chunks inside the block, whatever the batch's size is."""
     parts = parts_of(block)
-    types = [type(part) for part in parts]
-    for part in parts:
-        part.numbers_per_position, part.forced_chunks = 0, chunks
-        mix_in(InChunks, part)
-    try:
+    with classes_put_back(parts):
+        for part in parts:
+            part.numbers_per_position, part.forced_chunks = 0, chunks
+            mix_in(InChunks, part)
         yield
-    finally:
-        for part, own in zip(parts, types, strict=True):
-            part.__class__ = own

@@ -17,8 +17,8 @@ import numpy as np
 import pydantic
 from google.protobuf.message import DecodeError
 from tinker import types
-from tinker.proto import tinker_public_pb2 as pb
 
+from mlx_lora.compat.foreign import MESSAGES
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
@@ -26,6 +26,7 @@ from mlx_lora.training_server.models import AdamNumbers, LoraShape, PassOutput
 from mlx_lora.training_server.sampler import PromptScores, SampledSequence, SampleResult, SamplingJob
 from mlx_lora.utils.errors import InputError
 
+pb: Any = MESSAGES.of()
 M = TypeVar("M", bound=pydantic.BaseModel)
 MOST_SAMPLES, MOST_TOP, MOST_STOPS = 256, 20, 64
 

@@ -133,18 +133,19 @@ def test_kernels_are_used_inside_agree_and_are_put_back(family, monkeypatch):
     module, changes, _ = FAMILIES[family]
     config = {**TINY, "model_type": "llama" if family == "llama" else "gemma3_text", **changes}
     model = module.Model(module.ModelArgs.from_dict(config))
-    before = {name: vars(module)[name] for name in ("scaled_dot_product_attention",)}
+    ids = mx.arange(20)[None]
+    before = model(ids)
     choice, words = check_kernels(model, config, PLAIN, choose_model_kernels(model, [128], "ours", mx.float32))
     assert choice is not None
     assert words.startswith("tiled attention (--kernels ours)")
-    assert {name: vars(module)[name] for name in before} == before
+    assert mx.array_equal(model(ids), before)
     # A wrong kernel is caught, so the right one was really called.
     monkeypatch.setattr("mlx_lora.kernels.attention.TILE_QUERIES", 8)
     with training_kernels(
         model, lambda q, k, v, tiles, sinks=None: tiled_attention(q, k, v, Tiles(1.01 * tiles.scale, tiles.mask))
     ):
-        wrong = model(mx.arange(20)[None])
-    assert not np.allclose(wrong, model(mx.arange(20)[None]), atol=1e-5)
+        wrong = model(ids)
+    assert not np.allclose(wrong, before, atol=1e-5)
 
 
 def test_a_disagreeing_kernel_is_not_used(monkeypatch):
@@ -168,11 +169,23 @@ def test_a_model_with_kernels_of_its_own_keeps_them():
 
 
 def test_another_models_module_is_left_alone():
-    model = tiny_model()
-    with training_kernels(model):
-        assert llama.scaled_dot_product_attention is not base.scaled_dot_product_attention
-        assert gpt_oss.scaled_dot_product_attention is base.scaled_dot_product_attention
-    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
+    q, taken = mx.zeros((1, 1, 5, WIDTH)), []
+
+    def attend(q, k, v, tiles, sinks=None):
+        taken.append(tiles.scale)
+        return q
+
+    def call(module, scale):
+        module.scaled_dot_product_attention(q, q, q, None, scale, "causal")
+
+    with training_kernels(tiny_model(), attend):
+        call(llama, 1.0)
+        call(gpt_oss, 2.0)
+    call(llama, 3.0)
+    with training_kernels(gpt_oss.Model(gpt_oss.ModelArgs()), attend):
+        call(llama, 4.0)
+        call(gpt_oss, 5.0)
+    assert taken == [1.0, 5.0]
 
 
 def test_float_masks_and_caches_keep_mlx_lms_attention():

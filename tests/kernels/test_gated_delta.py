@@ -17,6 +17,7 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.compat.functions import original
 from mlx_lora.kernels import gated_delta
 from mlx_lora.kernels.gated_delta import (
     Decay,
@@ -272,15 +273,13 @@ def test_generation_keeps_mlx_lms_own(monkeypatch):
     monkeypatch.setattr(mlx_lms, "gated_delta_update", watched)
     monkeypatch.setattr(qwen3_5, "gated_delta_update", watched)
     with training_kernels(model):
-        assert qwen3_5.gated_delta_update is not watched
         model(ids, cache=cache)
         assert not called  # no state yet: the whole prompt goes through ours, which hands on the state
         last = model(mx.array([[9]]), cache=cache)[:, -1]
         assert called
-    assert qwen3_5.gated_delta_update is watched
     assert close(last, whole, 1e-4)
 
 
 @pytest.mark.parametrize("module", [qwen3_5, kimi_linear, olmo_hybrid])
 def test_every_family_calls_it_by_the_name_that_is_exchanged(module):
-    assert module.gated_delta_update is mlx_lms.gated_delta_update
+    assert original(module, "gated_delta_update") is original(mlx_lms, "gated_delta_update") is not None

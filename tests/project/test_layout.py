@@ -18,12 +18,12 @@ PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
-    "adapters", "api", "bench", "cli", "config", "data", "doctor", "evaluation", "exporters", "gguf", "kernels", "losses", "models",
+    "adapters", "api", "bench", "cli", "compat", "config", "data", "doctor", "evaluation", "exporters", "gguf", "kernels", "losses", "models",
     "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
     "utils",
 }  # fmt: skip
 # A room imports these and itself; a room that is not named here may import all but the `ABOVE` ones.
-ONLY = {"config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
+ONLY = {"compat": set(), "config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
 # Only these import the room: what a person calls stands on top.
 ABOVE = {
     "cli": set(), "studio": {"cli"}, "doctor": {"cli"}, "bench": {"cli", "doctor"}, "api": {"cli", "doctor", "studio"},
@@ -32,7 +32,7 @@ ABOVE = {
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
 # Modules of ours that come with a module.
-MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 46}
+MOST_WITH_IT = {"trainer.step": 22, "trainer.trainer": 25, "objectives.sft": 47}
 
 
 @cache
