@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
-from mlx_lora.rollouts.decode import SamplingForm, choose_sampling, kept_form
+from mlx_lora.rollouts.generator import SamplingForm, check_groups, choose_sampling, kept_form
 from mlx_lora.rollouts.rewards import TrainerState
 from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
-from mlx_lora.rollouts.sampler import check_groups
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted
 

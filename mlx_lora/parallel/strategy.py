@@ -1,8 +1,8 @@
 """How the processes of a run divide its work: one class per way, chosen once (trainer/choose_strategy.py) and carried by the run.
 
-    SingleDevice     one process computes everything
+    Strategy         one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch
-    ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/divided_base.py)
+    ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/sharded_base.py)
     OffloadedBase    one process reads the frozen base from its files (parallel/offloaded_base.py)
 
 Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
@@ -58,14 +58,14 @@ class Strategy:
     Attributes:
         ranks: all processes of the run.
         lockstep: whether all ranks must call the model equally often, because each call sends messages.
-        divides_base: whether a process keeps only a part of the base's weights, so that they are not read before it is known
-            which.
+        divides_base: the flag by which a process keeps only a part of the base's weights, which are not read before it is
+            known which; empty: it keeps all.
         whole_blocks: why a block is always computed in whole, in words; empty: it need not be.
         words: on the division of the base, for the run header; empty until it is divided.
     """
 
     lockstep: bool = False
-    divides_base: bool = False
+    divides_base: str = ""
     whole_blocks: str = ""
     words: str = ""
 
@@ -128,7 +128,16 @@ class Strategy:
         return 0
 
     def check_checkpointing(self, config: dict[str, Any], left_out: bool) -> None:
-        """Refuse a model some of whose blocks are not checkpointed (`left_out`), if each must be."""
+        """Refuse blocks that are not checkpointed: each would keep its weights until the backward pass.
+
+        Raises:
+            InputError: the base is divided and there are some, because they pass a state to each other.
+        """
+        if left_out and self.divides_base:
+            raise InputError(
+                f"{self.divides_base}: blocks of {config.get('model_type')} pass a state to the next block, so every block "
+                f"would have to keep its weights until the backward pass; leave {self.divides_base} out"
+            )
 
     def check_read(self, bad: mx.array, config: dict[str, Any]) -> None:
         """Refuse a model that has computed without weights that are elsewhere.
@@ -140,6 +149,11 @@ class Strategy:
         Raises:
             InputError: it has.
         """
+        if self.divides_base and bad.any().item():
+            raise InputError(
+                f"{self.divides_base}: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where "
+                "this process does not have them; leave it out"
+            )
 
     def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
         """Return the loss and its gradient by the trainable parameters, as `nn.value_and_grad` does."""
@@ -153,7 +167,9 @@ class Strategy:
         """Forget what was planned while steps were tried and is not computed."""
 
     def bound_memory(self, peak_bytes: int) -> None:
-        """Bound what is allocated ahead of the computation to a run's planned peak."""
+        """Bound what is allocated ahead of the computation, if the base is divided, to a run's planned peak."""
+        if self.divides_base:
+            device.wait_beyond(peak_bytes)
 
     # A step
 
@@ -266,11 +282,7 @@ class Strategy:
         return self.ranks.arrays_from_first(arrays)
 
 
-class SingleDevice(Strategy):
-    """One process computes everything."""
-
-
-SINGLE_DEVICE = SingleDevice()
+SINGLE_DEVICE = Strategy()
 
 
 class DataParallel(Strategy):

@@ -31,11 +31,19 @@ from mlx_lora.rollouts.rewards import (
     no_function,
     reward_names,
 )
-from mlx_lora.rollouts.tool_calls import CallReader
-from mlx_lora.rollouts.tool_env import TOOL_REPORTS, Toolbox, ToolEnv
-from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
-from mlx_lora.rollouts.user_calls import awaited
-from mlx_lora.rollouts.user_files import from_file
+from mlx_lora.rollouts.tools import (
+    OWN_REWARD,
+    RESET,
+    STEP,
+    TOOL_REPORTS,
+    CallReader,
+    Toolbox,
+    ToolEnv,
+    plain_tools,
+    tool_methods,
+    tool_schemas,
+)
+from mlx_lora.rollouts.user_code import awaited, from_file
 from mlx_lora.rollouts.verifiers_env import (
     VerifiersEnv,
     check_verifiers,
@@ -179,15 +187,17 @@ def environment_of(
         InputError: --environment or --tools cannot be used.
     """
     objective, tokenizer = settings.objective, base.hf_tokenizer
+    ends = frozenset(base.tokenizer.eos_token_ids)
     if is_verifiers(objective.environment):
-        return VerifiersEnv(settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), rewards, day)
+        return VerifiersEnv(rewards, settings, tokenizer, day, ends=ends)
     toolbox = toolbox_of(objective, functions)
     if toolbox is not None:
-        return ToolEnv(toolbox, rewards, settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), day)
+        return ToolEnv(rewards, settings, tokenizer, day, toolbox=toolbox, ends=ends)
     if objective.environment:
         [name] = reward_names(objective)
-        return MultiTurnEnv(env_class(objective, functions), [Reward(name, no_function)], settings, tokenizer, day)
-    return SingleTurnEnv(rewards, objective, tokenizer)
+        make = env_class(objective, functions)
+        return MultiTurnEnv([Reward(name, no_function)], settings, tokenizer, day, make=make)
+    return SingleTurnEnv(rewards, settings, tokenizer)
 
 
 def check_template(tokenizer: TokenizerWrapper, template: str | None, schemas: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,6 @@
-"""Reward sampled answers: with functions that have the signature of TRL's, with ready ones by name, and with reward models.
+"""Rewards by name, such as exact_match or length:200.
+
+Reward sampled answers: with functions that have the signature of TRL's, with ready ones by name, and with reward models.
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 import os
 import re
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,16 +32,212 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.data.task_sets import GYM, gym
 from mlx_lora.losses.policy import group_deviation
-from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
-from mlx_lora.rollouts.user_calls import FAILURES, TooLong, at_most, awaited
-from mlx_lora.rollouts.user_files import from_file, one_line
+from mlx_lora.rollouts.user_code import FAILURES, TooLong, at_most, awaited, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.data.examples import Completion, Conversation
+
+ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+ESCAPED_COMMA = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\x2c", re.IGNORECASE
+)  # \x2c, which is no comma between the numbers of {1,3}
+FINAL_MARK = "####"  # before the result in GSM8K's answers
+THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
+
+
+def text_of(completion: Any) -> str:
+    """Return a completion's text, given as text or as messages."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def exact_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own, without white space around it, else 0."""
+    return [
+        None if right is None else float(text_of(completion).strip() == str(right).strip())
+        for completion, right in zip(completions, _right_answers(completions, columns, "exact_match"), strict=True)
+    ]
+
+
+def number_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 if an answer's last number is that of the record's own answer, else 0.
+
+    In both, a number after "####" (GSM8K) counts before the last one. Commas in numbers are ignored.
+    """
+    found = []
+    for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
+        wanted = _number(str(right)) if right is not None else None
+        given = _number(text_of(completion))
+        found.append(None if wanted is None else float(given is not None and given == wanted))
+    return found
+
+
+def think_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for one thought in <think> tags, followed by an answer, else 0."""
+    return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
+
+
+# Rewards with an argument: it is no keyword of theirs, because the data may have a column of any name.
+
+
+def length(most: int) -> RewardFunction:
+    """Return what gives 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
+
+    def reward(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list:
+        return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
+
+    return reward
+
+
+def matches(pattern: re.Pattern) -> RewardFunction:
+    """Return what gives 1 for an answer in which the pattern is found, else 0."""
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+
+    return reward
+
+
+def fits_schema(validator: Any) -> RewardFunction:
+    """Return what gives 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
+
+    def score(text: str) -> float:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return 0.0
+        return 1.0 if validator.is_valid(value) else 0.5
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [score(text_of(completion)) for completion in completions]
+
+    return reward
+
+
+def math_verify(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own as mathematics, else 0; None if the record's own is none.
+
+    Both are read by the package math-verify, in LaTeX or as plain expressions.
+    """
+    library = _math_verify()
+    found: list[float | None] = []
+    for completion, right in zip(completions, _right_answers(completions, columns, MATH), strict=True):
+        # The package's own time limits use the timer that rewards have.
+        gold = library.parse(str(right), parsing_timeout=None) if right is not None else []
+        given = library.parse(text_of(completion), parsing_timeout=None) if gold else []
+        found.append(float(library.verify(gold, given, timeout_seconds=None)) if gold else None)
+    return found
+
+
+def _math_verify() -> Any:
+    try:
+        return import_module("math_verify")
+    except ImportError:
+        raise InputError(f"--reward {MATH}: needs math-verify; pip install 'mlx-lora[rewards]'") from None
+
+
+def gym_score(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give what the package reasoning-gym gives an answer to its task, from 0 to 1."""
+    package = gym(f"--reward {GYM}")
+    if "metadata" not in columns:
+        raise ValueError(f"{GYM} needs the column metadata of --data {GYM}:NAME")
+    answers = columns.get("answer") or [None] * len(completions)  # of tasks with many right answers, none is known
+    found: list[float | None] = []
+    for said, answer, about in zip(completions, answers, columns["metadata"], strict=True):
+        if about is None:  # a record of other data
+            found.append(None)
+            continue
+        score, text = package.get_score_answer_fn(about["source_dataset"]), text_of(said).strip()
+        # JSON has no tuples, and some tasks compare what they find in an answer with tuples.
+        forms = (about, _with_tuples(about))
+        found.append(max(float(score(answer=text, entry={"answer": answer, "metadata": form})) for form in forms))
+    return found
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a JSON value with tuples in place of its lists."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(one) for name, one in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+MATH = "math-verify"
+PLAIN: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "number_match": number_match,
+    "think_format": think_format,
+    MATH: math_verify,
+    GYM: gym_score,
+}
+WITH_ARGUMENT = ("length", "regex", "json_schema")
+NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
+GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
+
+
+def ready_reward(name: str) -> Callable[..., Any] | None:
+    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
+
+    Raises:
+        InputError: what follows the colon cannot be used.
+    """
+    kind, colon, argument = name.partition(":")
+    if not colon:
+        if kind == MATH:
+            _math_verify()  # told before a model is loaded
+        if kind == GYM:
+            gym(f"--reward {GYM}")
+        return PLAIN.get(kind)
+    if kind == "length":
+        if not argument.isdecimal() or not int(argument):
+            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
+        return length(int(argument))
+    if kind == "regex":
+        try:
+            return matches(re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
+        except re.error as error:
+            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
+    return fits_schema(_validator(name, Path(argument))) if kind == "json_schema" else None
+
+
+def _validator(name: str, file: Path) -> Any:
+    try:
+        import jsonschema
+        from jsonschema.validators import validator_for
+    except ImportError:
+        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
+    try:
+        schema = json.loads(file.read_text(encoding="utf-8"))
+        kind = validator_for(schema)
+        kind.check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None
+    return kind(schema)
+
+
+def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
+    """Return the record's own answer for each completion: its first column with one; None where it has none."""
+    found = [columns[column] for column in ANSWER_COLUMNS if column in columns]
+    if not found:
+        raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
+    return [next((one for one in own if one is not None), None) for own in zip(*found, strict=True)]
+
+
+def _number(text: str) -> float | None:
+    """Return the number after "####", else the last one; None without any."""
+    if FINAL_MARK in text:
+        text = text.rpartition(FINAL_MARK)[2]
+        numbers = NUMBER.findall(text)[:1]
+    else:
+        numbers = NUMBER.findall(text)[-1:]
+    return float(numbers[0].replace(",", "")) if numbers else None
+
+
+# Reward sampled answers
 
 # Rewards of a run
 
@@ -346,6 +546,7 @@ def rewards_for(
     note: Callable[[str], None],
     conversations: Sequence[Conversation | Completion] = (),
     state: TrainerState = TrainerState(),  # noqa: B008 (never changed here)
+    silent: FirstTimes | None = None,
 ) -> np.ndarray:
     """Return what every function gives every answer, (A, F) float64; NaN: it cannot be rewarded.
 
@@ -356,6 +557,7 @@ def rewards_for(
         note: takes a line if a failure is skipped.
         conversations: each prompt with its answer, for reward models.
         state: where the run is, for functions that take it.
+        silent: counts rewards that give nothing to a batch, which is noted at times; None: nobody is told.
 
     Raises:
         RunError: a function failed, and the run is to stop.
@@ -364,14 +566,15 @@ def rewards_for(
     found = np.full((count, len(rewards)), math.nan)
     for column, reward in enumerate(rewards):
         values = _called(reward, answers, conversations, settings, note, state)
-        if values is None:
-            continue
-        for row, value in enumerate(values):
+        for row, value in enumerate(values or ()):
             problem = problem_of(value)
             if problem:
                 fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, note)
             elif value is not None:
                 found[row, column] = float(value)
+        if silent and count and np.isnan(found[:, column]).all() and (batches := silent.next(reward.name)):
+            times = "a batch" if batches == 1 else f"{batches:,} batches so far"
+            note(f"Note: --reward {reward.name} gave None to every answer of {times}; it changes nothing there")
     return found
 
 
@@ -412,27 +615,13 @@ def means_of_known(means: dict[str, float]) -> dict[str, float]:
     return {name: own.get(name, value) for name, value in means.items() if not name.startswith(KNOWN)}
 
 
-class SilentRewards:
-    """Counts the batches to which a reward gave nothing, and says so at the first, the 10th, the 100th ..."""
+class FirstTimes:
+    """Counts things by name, of which the first, the 10th, the 100th ... is worth a note."""
 
     def __init__(self) -> None:
-        """Begin to count."""
-        self.batches: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
-    def watch(self, names: Sequence[str], found: np.ndarray, note: Callable[[str], None]) -> None:
-        """Count a batch.
-
-        Args:
-            names: Of the rewards, (F,).
-            found: (A, F), NaN where a reward gave none.
-            note: Takes a note.
-        """
-        gave_none: Any = np.isnan(found).all(axis=0)
-        for name, silent in zip(names, gave_none, strict=True):
-            if not silent or not len(found):
-                continue
-            self.batches[name] += 1
-            count = self.batches[name]
-            if str(count).strip("0") == "1":
-                times = "a batch" if count == 1 else f"{count:,} batches so far"
-                note(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
+    def next(self, name: str) -> int:
+        """Count one more, and return how many there were, or 0 if that is no news."""
+        self.counts[name] += 1
+        return self.counts[name] if str(self.counts[name]).strip("0") == "1" else 0

@@ -20,29 +20,32 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.examples import Conversation, Message
-from mlx_lora.data.load import prompt_encoder
 from mlx_lora.data.prompts import observation_tokens, prompt_tokens
-from mlx_lora.data.read import SplitRows
-from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.tool_turns import ToolTurns, call_id
 from mlx_lora.data.verifiers_tasks import STAND_IN, make_environment, named, one_line, package, tasks_of
-from mlx_lora.rollouts.environment import Episode, Facts, StepResults, same_beginnings, text_of
-from mlx_lora.rollouts.rewards import Reward, TrainerState, fail, no_function
-from mlx_lora.rollouts.tool_calls import CallForm, CallReader, Said
-from mlx_lora.rollouts.tool_env import MOST_CHARACTERS, TOOL_REPORTS
-from mlx_lora.rollouts.tools import FailedCalls, Result
+from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
+from mlx_lora.rollouts.rewards import FirstTimes, Reward, fail, no_function
+from mlx_lora.rollouts.tools import (
+    CALLS,
+    CUT,
+    FAILED,
+    MOST_CHARACTERS,
+    TOOL_REPORTS,
+    TURNS,
+    CallForm,
+    CallReader,
+    Said,
+    watch_failure,
+)
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.progress import waiting
 
@@ -109,7 +112,13 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
             tools, late = None, host.settle([0], limit_s)
             while not late and (question := host.episodes[0].question) is not None:
                 tools = question.tools if tools is None else tools
-                host.answer(0, answer_of(host, Said(STAND_IN), question.before or [0], [0], True))
+                said = Said(STAND_IN)
+                host.answer(
+                    0,
+                    import_module(type(host).__module__).response_of(
+                        said.content, said.thinking, [], (question.before or [0]), [0], True
+                    ),
+                )
                 late = host.settle([0], limit_s)
     except Exception as error:  # the package's and the environment's code may raise anything
         raise InputError(f"{asked}: it cannot be started ({one_line(error)}); correct it") from error
@@ -192,38 +201,23 @@ class Dialogue:
     dead: bool = False
 
 
-CALLS, FAILURES, TURNS, CUT = TOOL_REPORTS
-
-
 @dataclass
-class VerifiersEnv:
-    """The environment of episodes of verifiers.
+class VerifiersEnv(VectorEnv):
+    """The environment of episodes of verifiers; its rewards are the package's, with its weights.
 
     Attributes:
-        settings: of the run.
-        tokenizer: not mlx-lm's wrapper.
         ends: tokens that end what the model says.
-        rewards: of the package, with its weights.
-        day: that the chat template shows as today; None: today.
-        state: where the run is.
         failed: counts calls of tools that failed.
+        failures: episode, tool and reason of calls that failed since the last look.
         talks: of each episode.
-        facts: of each episode's prompt.
+        readers: of answers, by the tools of the question.
     """
 
-    settings: TrainSettings
-    tokenizer: PreTrainedTokenizerBase
-    ends: frozenset[int]
-    rewards: Sequence[Reward]
-    day: date | None = None
-    state: TrainerState = field(default_factory=TrainerState)
-    failed: FailedCalls = field(default_factory=FailedCalls)
+    ends: frozenset[int] = field(kw_only=True)
+    failed: FirstTimes = field(default_factory=FirstTimes)
+    failures: list[tuple[int, str, str]] = field(default_factory=list)
     talks: list[Dialogue] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Set up."""
-        self._failures: list[tuple[int, str, str]] = []
+    readers: dict[str, CallReader] = field(default_factory=dict)
 
     def reset(
         self,
@@ -233,14 +227,14 @@ class VerifiersEnv:
         seeds: Sequence[int],
         note: Callable[[str], None],
     ) -> list[list[int]]:
-        self.facts = [fact for fact in facts for _ in range(group)]
+        super().reset(prompts, facts, group, seeds, note)
         self.talks = [Dialogue() for _ in self.facts]
         if not self.facts:
             return list(prompts)
         numbers = list(range(len(self.facts)))
         try:
             self.host.start(max(self._limit_s, START_S))
-            self.host.failed = lambda number, name, why: self._failures.append((number, name, why))
+            self.host.failed = lambda number, name, why: self.failures.append((number, name, why))
             self.host.begin({number: self._task(self.facts[number]) for number in numbers})
         except Exception as error:
             if isinstance(error, InputError | RunError):
@@ -291,9 +285,6 @@ class VerifiersEnv:
             episode.counts, episode.messages = dict(talk.counts), talk.turns
         return found
 
-    def text_of(self, tokens: Sequence[int]) -> str:
-        return text_of(self.tokenizer, tokens)
-
     # Parts of these
 
     @property
@@ -333,11 +324,11 @@ class VerifiersEnv:
             self.host.drop(number, why)
             self.talks[number].counts[TIMEOUTS] = 1.0
             self._give_up(number, why, note, "--reward-timeout")
-        failures, self._failures = sorted(self._failures), []
+        failures, self.failures = sorted(self.failures), []
         for number, name, why in failures:
             if number < len(self.talks):
-                self.talks[number].counts[FAILURES] += 1
-                self.failed.watch({"name": name}, Result("", why), note)
+                self.talks[number].counts[FAILED] += 1
+                watch_failure(self.failed, name, why, note)
 
     def _give_up(self, number: int, why: str, note: Callable[[str], None], flag: str = "") -> None:
         """Stop the run for an episode that cannot be used, or leave it without a reward."""
@@ -474,30 +465,15 @@ class VerifiersEnv:
             return np.full(len(self.rewards), np.nan)
         return found
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """What encodes prompts, as the run's data were encoded."""
-        rows = SplitRows([fact["example"] for fact in self.facts])
-        return prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
-
     def _reader(self, tools: Sequence[dict[str, Any]]) -> CallReader:
         """Return what reads an answer, and writes the results of its calls."""
         key = json.dumps(tools)
-        if key not in self._readers:
+        if key not in self.readers:
             encoder, special = self.encoder, self.settings.data.allow_special_tokens
             if encoder.template is None:
                 raise InputError(
                     f"{self.asked}: needs a chat template, and the model has none; give one with --chat-template"
                 )
             turns = ToolTurns(self.tokenizer, encoder.template, self.ends, list(tools), encoder.day, special)
-            self._readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
-        return self._readers[key]
-
-    @cached_property
-    def _readers(self) -> dict[str, CallReader]:
-        return {}
-
-
-def answer_of(host: Any, said: Said, before: list[int], own: list[int], ended: bool) -> Any:
-    """Return an answer without calls as the package takes it."""
-    return import_module(type(host).__module__).response_of(said.content, said.thinking, [], before, own, ended)
+            self.readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
+        return self.readers[key]

@@ -131,7 +131,13 @@ class AskingClient(Client):
         question = Question(
             messages=messages,
             tail=tail,
-            tools=[_schema(tool) for tool in turn.tools],
+            tools=[
+                {
+                    "type": "function",
+                    "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+                }
+                for tool in turn.tools
+            ],
             before=None if not turn.prefix_node_ids else [*before[0], *before[1]] if before else [],
             reply=asyncio.get_running_loop().create_future(),
         )
@@ -143,13 +149,6 @@ class AskingClient(Client):
                 self.host.changed(episode, question=None)
         response.raw = serialize_completion(response, MODEL)
         return response
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-    }
 
 
 def response_of(
@@ -164,7 +163,11 @@ def response_of(
         own: its tokens.
         ended: whether an end token ends it.
     """
-    made = [ToolCall(id=one["id"], name=one["name"], arguments=_as_json(one["arguments"])) for one in calls]
+    made = []
+    for one in calls:
+        given = one["arguments"]
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False, default=str)
+        made.append(ToolCall(id=one["id"], name=one["name"], arguments=text))
     return Response(
         id="",
         created=0,
@@ -174,10 +177,6 @@ def response_of(
         usage=Usage(prompt_tokens=len(before), completion_tokens=len(own)),
         tokens=TurnTokens(prompt_ids=list(before), completion_ids=list(own)),
     )
-
-
-def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 # The chat loop
@@ -308,7 +307,16 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served: Any = None
         self._close = lambda: None
-        self._with_own_harness()
+        before = self.environment.setup
+
+        async def setup(agents: Any) -> None:
+            await before(agents)
+            agent = getattr(agents, agent_of(self.environment)[0])
+            if type(agent.harness) is NullHarness:
+                agent.harness = ChatHarness(agent.harness.config)
+                agent.harness.failures = self._failed_call
+
+        self.environment.setup = setup
 
     def start(self, limit_s: float) -> None:
         """Serve the environment, unless it is served.
@@ -419,19 +427,6 @@ class Host:
         if self._loop is None:
             raise ValueError("an environment that is not served")
         return self._loop
-
-    def _with_own_harness(self) -> None:
-        """Let the plain chat loop run in this process, if the agent has that one."""
-        before = self.environment.setup
-
-        async def setup(agents: Any) -> None:
-            await before(agents)
-            agent = getattr(agents, agent_of(self.environment)[0])
-            if type(agent.harness) is NullHarness:
-                agent.harness = ChatHarness(agent.harness.config)
-                agent.harness.failures = self._failed_call
-
-        self.environment.setup = setup
 
     def _failed_call(self, trace: str, name: str, why: str) -> None:
         if (episode := self.of_trace.get(trace)) is not None:

@@ -41,7 +41,6 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.client_errors import client_error, without_paths
 from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
@@ -51,10 +50,13 @@ from mlx_lora.serving.schema import (
     Ask,
     ChatReply,
     CompletionReply,
+    client_error,
     is_number,
     read_chat,
     read_completion,
+    read_fields,
     read_json,
+    without_paths,
 )
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
@@ -83,7 +85,34 @@ def make_app(
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def metrics(request: HttpRequest) -> Response:
-        return PlainTextResponse(metrics_text(engine, answers), media_type="text/plain; version=0.0.4")
+        store, prompts = engine.store, engine.prompt_cache
+        lines = ["# TYPE mlx_lora_answers_total counter"]
+        lines += [
+            f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
+            for (path, status), count in sorted(answers.items())
+        ]
+        totals = {
+            **asdict(engine.counts),
+            "reused_prompt_tokens": prompts.reused_tokens,
+            "adapter_loads": store.loads,
+            "adapter_evictions": store.evictions,
+        }
+        now = {
+            "running": engine.running,
+            "unfinished": engine.unfinished,
+            "adapters_known": len(store.cards),
+            "adapters_resident": sum(card.resident for card in store.cards.values()),
+            "adapter_bytes": store.nbytes,
+            "prompt_cache_bytes": prompts.nbytes,
+            "prompt_cache_entries": len(prompts),
+            "memory_bytes": mx.get_active_memory(),
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        for name, value in totals.items():
+            lines += [f"# TYPE mlx_lora_{name}_total counter", f"mlx_lora_{name}_total {value}"]
+        for name, value in now.items():
+            lines += [f"# TYPE mlx_lora_{name} gauge", f"mlx_lora_{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -96,9 +125,24 @@ def make_app(
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
     )
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
+    for name in SCRIPTS:
+        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    headers = {
+        "Content-Security-Policy": policy(text),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",  # frame-ancestors, for old browsers
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+    async def page(request: HttpRequest) -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
     return Starlette(
         routes=[
-            page_route(),
+            Route("/", page, methods=["GET"]),
             Route("/v1/chat/completions", completions.chat, methods=["POST"]),
             Route("/v1/completions", completions.completion, methods=["POST"]),
             Route("/v1/models", completions.models),
@@ -358,32 +402,6 @@ FOLDER = Path(__file__).parent / "pages"
 SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
 
 
-def page_route() -> Route:
-    """Return the route GET / that serves the page."""
-    text = page_text()
-    headers = {
-        "Content-Security-Policy": policy(text),
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",  # frame-ancestors, for old browsers
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cache-Control": "no-store",
-    }
-
-    async def page(request: HttpRequest) -> HTMLResponse:
-        return HTMLResponse(text, headers=headers)
-
-    return Route("/", page, methods=["GET"])
-
-
-def page_text() -> str:
-    """Return the page with its scripts, and the colors and type sizes that all pages of ours share."""
-    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
-    for name in SCRIPTS:
-        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
-    return text
-
-
 def policy(text: str) -> str:
     """Return a Content-Security-Policy that allows the page's own inline script and style, and nothing else."""
     rules = {
@@ -411,43 +429,6 @@ def _hashes(text: str, tag: str) -> list[str]:
 
 # Paths with ids are counted under their prefix, so that clients cannot create new series.
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters", "/health", "/metrics")
-
-
-def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
-    """Return all metrics.
-
-    Args:
-        engine: read without a lock, because numbers of different steps do no harm.
-        answers: (one of `KNOWN` or "other", status) -> count.
-    """
-    store, prompts = engine.store, engine.prompt_cache
-    lines = ["# TYPE mlx_lora_answers_total counter"]
-    lines += [
-        f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
-        for (path, status), count in sorted(answers.items())
-    ]
-    totals = {
-        **asdict(engine.counts),
-        "reused_prompt_tokens": prompts.reused_tokens,
-        "adapter_loads": store.loads,
-        "adapter_evictions": store.evictions,
-    }
-    now = {
-        "running": engine.running,
-        "unfinished": engine.unfinished,
-        "adapters_known": len(store.cards),
-        "adapters_resident": sum(card.resident for card in store.cards.values()),
-        "adapter_bytes": store.nbytes,
-        "prompt_cache_bytes": prompts.nbytes,
-        "prompt_cache_entries": len(prompts),
-        "memory_bytes": mx.get_active_memory(),
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
-    for name, value in totals.items():
-        lines += [f"# TYPE mlx_lora_{name}_total counter", f"mlx_lora_{name}_total {value}"]
-    for name, value in now.items():
-        lines += [f"# TYPE mlx_lora_{name} gauge", f"mlx_lora_{name} {value}"]
-    return "\n".join(lines) + "\n"
 
 
 # Adapters
@@ -487,10 +468,7 @@ class Adapters:
 
     async def load(self, request: HttpRequest) -> Response:
         """POST /v1/adapters: load a new adapter, or reload a known one."""
-        body = read_json(await request.body())
-        strange = body.keys() - FIELDS
-        if strange:
-            raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+        body = read_fields(await request.body(), FIELDS)
         name = body.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
             message = "name: must be at most 64 letters, digits, . _ or -, and not the base's name"
@@ -520,7 +498,12 @@ class Adapters:
 
     async def _source(self, body: dict[str, Any], kind: str) -> AdapterSource:
         if kind == "blend":
-            return AdapterSource(blend=_weights(body["blend"]))
+            blend = body["blend"]
+            fits = isinstance(blend, dict) and 0 < len(blend) <= 16
+            if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
+                message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
+                raise ApiError(400, message, "invalid_value", "blend")
+            return AdapterSource(blend={name: float(weight) for name, weight in blend.items()})
         if kind == "path":
             return AdapterSource(folder=self._folder_of(body["path"]))
         if not self._allow_hub:
@@ -553,15 +536,6 @@ class Adapters:
         if not found:
             raise ApiError(404, "path: no such folder", "not_found", "path")
         return folder
-
-
-def _weights(blend: Any) -> dict[str, float]:
-    """Return the weights of a blend, {"name": weight}, after checking them."""
-    fits = isinstance(blend, dict) and 0 < len(blend) <= 16
-    if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
-        message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
-        raise ApiError(400, message, "invalid_value", "blend")
-    return {name: float(weight) for name, weight in blend.items()}
 
 
 def _described(card: Card) -> dict[str, Any]:

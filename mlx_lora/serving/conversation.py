@@ -22,8 +22,7 @@ from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.images import mark
 from mlx_lora.serving.adapter_store import base_name
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import Engine, Event, Request, Stopped, Usage, failed_words
+from mlx_lora.serving.engine import Engine, Event, Request, Sampling, Stopped, Usage, failed_words
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader, has_pictures
 from mlx_lora.serving.schema import ApiError, Ask
 from mlx_lora.utils.errors import InputError, RunError, first_line

@@ -26,9 +26,9 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.image_features import ImageFeatureCache
 from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
-from mlx_lora.rollouts.decode import TokenSteps
-from mlx_lora.serving.batch import BatchRow, Prefill
-from mlx_lora.serving.pools import Routing
+from mlx_lora.rollouts.generator import TokenSteps
+from mlx_lora.serving.adapter_store import Routing
+from mlx_lora.serving.engine import BatchRow, Prefill
 from mlx_lora.utils.errors import InputError
 
 

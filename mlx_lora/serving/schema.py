@@ -3,6 +3,8 @@
 Every field is checked, and fields that would be ignored are refused.
 
 Source: OpenAI's API reference: chat/completions and completions; chat.completion, chat.completion.chunk, text_completion.
+
+Turn the engine's errors into answers to clients, which must not learn the paths of the server's machine.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_lora.data.images import mark
-from mlx_lora.serving.batch import Sampling, TokenReport
-from mlx_lora.serving.engine import Event, Usage
+from mlx_lora.serving.adapter_store import NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.engine import Engine, Event, QueueFull, Sampling, Stopped, TokenReport, Usage
+from mlx_lora.utils.errors import InputError
 
 # Requests
 
@@ -111,6 +115,18 @@ def read_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def read_fields(raw: bytes, known: Collection[str]) -> dict[str, Any]:
+    """Return a body's JSON object, which has no other fields than these.
+
+    Raises:
+        ApiError: it has, or is no JSON object.
+    """
+    body = read_json(raw)
+    if strange := body.keys() - known:
+        raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+    return body
+
+
 def read_chat(body: dict[str, Any]) -> Ask:
     """Return the request of a chat/completions body.
 
@@ -149,9 +165,9 @@ def read_completion(body: dict[str, Any]) -> Ask:
     """
     _check_fields(body, _COMPLETION)
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not _is_token(prompt[0]):
+    if isinstance(prompt, list) and len(prompt) == 1 and not is_number(prompt[0], -math.inf, math.inf, True):
         prompt = prompt[0]
-    tokens = isinstance(prompt, list) and prompt and all(map(_is_token, prompt))
+    tokens = isinstance(prompt, list) and prompt and all(is_number(one, -math.inf, math.inf, True) for one in prompt)
     if not (tokens or (isinstance(prompt, str) and prompt)):
         raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
     top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
@@ -165,6 +181,10 @@ def _common(
     options = _typed(body, "stream_options", dict, {})
     stream = _typed(body, "stream", bool, False)
     temperature, top_p = _number(body, "temperature", float, 0, 100), _number(body, "top_p", float, 0, 1)
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
     return {
         "model": _typed(body, "model", str, None),
         "max_tokens": most,
@@ -175,7 +195,7 @@ def _common(
             seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
             top_logprobs=top_logprobs,
         ),
-        "stops": _stops(body),
+        "stops": tuple(stops),
         "ignore_eos": _typed(body, "ignore_eos", bool, False),
         "stream": stream,
         "include_usage": stream and bool(_typed(options, "include_usage", bool, False)),
@@ -195,14 +215,6 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
                 "unsupported_parameter",
                 name,
             )
-
-
-def _stops(body: dict[str, Any]) -> tuple[str, ...]:
-    stops = body.get("stop")
-    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
-    return tuple(stops)
 
 
 def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -234,7 +246,14 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         raise _bad(f"{name}.content", content, "a string or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
-    return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
+    if calls is None:
+        return plain
+    try:
+        functions = [call["function"] for call in calls]
+        read = [{**one, "arguments": json.loads(one.get("arguments") or "{}")} for one in functions]
+        return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
 
 
 def _part(part: Any, pictures: dict[str, str | bytes] | None) -> str | None:
@@ -250,27 +269,10 @@ def _part(part: Any, pictures: dict[str, str | bytes] | None) -> str | None:
     return mark(url, pictures)
 
 
-def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
-    try:
-        return [
-            {
-                **call,
-                "function": {**call["function"], "arguments": json.loads(call["function"].get("arguments") or "{}")},
-            }
-            for call in calls
-        ]
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
-
-
 def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
     """Tell whether a value of a body is a number, no truth value, in a range."""
     kinds = int if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_token(value: Any) -> bool:
-    return is_number(value, -math.inf, math.inf, whole=True)
 
 
 def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
@@ -400,3 +402,46 @@ def _chat_logprobs(reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict
 
 def _token(text: str, logprob: float, data: bytes) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+
+RETRY_AFTER_S = 1
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return the error that a client gets for an error of the engine."""
+    if isinstance(error, UnknownAdapter):
+        words = f"no model or adapter {str(error)!r}; GET /v1/models lists them"
+        return ApiError(404, words, "model_not_found", "model")
+    if isinstance(error, QueueFull | NoRoom):
+        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "no_room")
+        return ApiError(status, f"{error}; try again later", code, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, Stopped):
+        return ApiError(503, f"{error}", "shutting_down")
+    if isinstance(error, (InputError, OSError)):
+        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
+    raise error
+
+
+def client_error(engine: Engine, error: Exception, folders: Iterable[Path] = ()) -> ApiError:
+    """Return the error that a client gets, without paths of this machine.
+
+    Args:
+        engine: whose base and adapters are known.
+        error: of the engine, or one that is an answer already.
+        folders: further ones that the text may name.
+    """
+    told = error if isinstance(error, ApiError) else api_error(error)
+    told.args = (without_paths(str(told), engine, folders),)
+    return told
+
+
+def without_paths(text: str, engine: Engine, folders: Iterable[Path] = ()) -> str:
+    """Return a text in which the folders of the base and the adapters, and further ones, are only their names."""
+    base = engine.base
+    known = [*folders, *engine.store.folders, base.folder]
+    names = {str(form): folder.name for folder in known for form in (folder, folder.resolve())}
+    name = base_name(base)
+    names[base.model_id] = Path(name).name if Path(name).is_absolute() else name  # a folder may be gone by now
+    for path in sorted((path for path, name in names.items() if name), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text

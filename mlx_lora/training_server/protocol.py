@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError
 from tinker import types
 from tinker.proto import tinker_public_pb2 as pb
 
-from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
-from mlx_lora.training_server.models import AdamNumbers, LoraShape, PassOutput
-from mlx_lora.training_server.sampler import PromptScores, SampledSequence, SampleResult, SamplingJob
+from mlx_lora.training_server.models import LoraShape, PassOutput
+from mlx_lora.training_server.sampler import SampledSequence, SampleResult, SamplingJob
 from mlx_lora.utils.errors import InputError
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -176,34 +176,11 @@ def output_bytes(output: PassOutput) -> bytes:
     return message.SerializeToString()
 
 
-def adam_numbers(params: Any) -> AdamNumbers:
-    """Return the numbers of an optimizer step.
-
-    Raises:
-        InputError: it is for another optimizer.
-    """
-    if not isinstance(params, types.AdamParams):
-        raise InputError(f"optim_step: {type(params).__name__}; this server has Adam alone, so pass AdamParams")
-    return AdamNumbers(
-        params.learning_rate, params.beta1, params.beta2, params.eps, params.weight_decay, params.grad_clip_norm
-    )  # fmt: skip
-
-
 def lora_shape(config: types.LoraConfig | None) -> LoraShape:
     """Return what a client's model is to be; without a seed, it gets one of its own."""
     config = config or types.LoraConfig(rank=32)
     seed = secrets.randbits(31) if config.seed is None else config.seed % 2**63
     return LoraShape(config.rank, seed, config.train_attn, config.train_mlp, config.train_unembed)
-
-
-def check_optimizer(config: Any) -> None:
-    """Refuse optimizers that are not here.
-
-    Raises:
-        InputError: it is not Adam.
-    """
-    if config is not None and config.type != "adamw":
-        raise InputError(f"optimizer_config: {config.type[:40]!r}; this server has Adam alone, so leave it out")
 
 
 # Sampling
@@ -224,7 +201,10 @@ def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLi
     Raises:
         InputError: it asks for what this server does not do, or for too much.
     """
-    tokens = _prompt(request.prompt)
+    for chunk in request.prompt.chunks:
+        if not isinstance(chunk, types.EncodedTextChunk):
+            raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
+    tokens = [token for chunk in request.prompt.chunks for token in chunk.tokens]
     check_tokens(np.array(tokens or [], np.int64), limits.model, "prompt")
     params = request.sampling_params
     room = limits.model.context - len(tokens)
@@ -262,13 +242,6 @@ def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLi
     )  # fmt: skip
 
 
-def _prompt(prompt: Any) -> list[int]:
-    for chunk in prompt.chunks:
-        if not isinstance(chunk, types.EncodedTextChunk):
-            raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
-    return [token for chunk in prompt.chunks for token in chunk.tokens]
-
-
 def _stops(stop: Any, end_tokens: frozenset[int]) -> tuple[frozenset[int], tuple[str, ...]]:
     """Return the tokens and the texts that end an answer; without any given, the model's own end tokens do."""
     if stop is None:
@@ -293,7 +266,9 @@ def answer_bytes(answer: SampleResult, top: int) -> bytes:
     for sampled in answer.samples:
         _put_sample(message.sequences.add(), sampled, top)
     if answer.prompt is not None:
-        _put_scores(message, answer.prompt)
+        message.prompt_logprobs = answer.prompt.logprobs.astype(np.float32).tobytes()
+        if answer.prompt.top_ids is not None and answer.prompt.top_values is not None:
+            _put_top(message.topk_prompt_logprobs, answer.prompt.top_ids, answer.prompt.top_values)
     return message.SerializeToString()
 
 
@@ -304,12 +279,6 @@ def _put_sample(message: Any, sampled: SampledSequence, top: int) -> None:
     if top:
         ids, values = (np.array([[one[part] for one in row] for row in sampled.top]) for part in (0, 1))
         _put_top(message.topk_sampled_logprobs, ids, values)
-
-
-def _put_scores(message: Any, scores: PromptScores) -> None:
-    message.prompt_logprobs = scores.logprobs.astype(np.float32).tobytes()
-    if scores.top_ids is not None and scores.top_values is not None:
-        _put_top(message.topk_prompt_logprobs, scores.top_ids, scores.top_values)
 
 
 def _put_top(message: Any, ids: np.ndarray, values: np.ndarray) -> None:

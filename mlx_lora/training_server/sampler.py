@@ -2,7 +2,7 @@
 
     SamplingJob -> prompt, computed once for all samples of a request -> rows of the running batch -> SampleResult
 
-The rows are those of the serving engine (serving/batch.py): each has its own adapter and random stream, so an answer depends on its
+The rows are those of the serving engine (serving/engine.py): each has its own adapter and random stream, so an answer depends on its
 prompt, weights, settings and seed, and not on what else is sampled. Log-probabilities are those of the model, at temperature 1 and
 before top-k and top-p: the ones that a policy loss compares with. A token that ends an answer is its last token.
 
@@ -28,10 +28,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.models.folder import save_tensors
 from mlx_lora.models.load import Base
-from mlx_lora.rollouts.decode import TokenSteps
-from mlx_lora.rollouts.row_batches import one_row_because, rowless
-from mlx_lora.serving.batch import BatchRow, Likelihoods, Prefill, RunningBatch, Sampler, Sampling
-from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
+from mlx_lora.rollouts.generator import TokenSteps, one_row_because, rowless
+from mlx_lora.serving.adapter_store import LayerFactors, Routing, route, unrouted_twin
+from mlx_lora.serving.engine import BatchRow, Likelihoods, Prefill, RunningBatch, Sampler, Sampling
 from mlx_lora.utils.errors import InputError, first_line
 
 # Tokens of a prompt that are computed at once; with their log-probabilities, all logits of so many are in memory.

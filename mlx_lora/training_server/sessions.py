@@ -21,11 +21,12 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_lora.serving.engine import Stopped
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server.models import LoraShape
 from mlx_lora.training_server.sampler import SampleTicket
-from mlx_lora.training_server.worker import Worker, WorkerEnded
-from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.training_server.worker import Worker
+from mlx_lora.utils.errors import InputError
 
 # What a request's answer is: bytes of a protocol buffer, or a JSON object.
 Payload = bytes | dict[str, Any]
@@ -216,7 +217,7 @@ class Registry:
                 pending.answer.set_exception(InputError("the session has ended"))
                 pending.answer.exception()  # read here, so that nobody has to
         models, weights = list(session.models), list(session.weights)
-        with contextlib.suppress(WorkerEnded):
+        with contextlib.suppress(Stopped):
             # After the jobs of its models that are in their queues.
             for number, model_id in enumerate(models or [""]):
                 own = weights if number == 0 else []
@@ -313,18 +314,26 @@ class Registry:
             raise ApiError(410, f"request {seq} of this model is over, and its answer is gone", "gone")
         pending = self.pending(record.session, request_id)
         record.held[seq] = pending, lambda: self.run(pending, record.id, job), time.monotonic()
-        self._begin_next(record)
+        while record.next_seq in record.held:
+            _, begin, _ = record.held.pop(record.next_seq)
+            record.next_seq += 1
+            begin()
         return pending
 
     def run(self, pending: Pending, key: str, job: Callable[[], Payload]) -> None:
         """Run a job in the worker, and note its answer."""
         try:
             future = pending.job = self.worker.do(key, job)
-        except WorkerEnded as error:
+        except Stopped as error:
             self.answer(pending, error)
             return
         loop = asyncio.get_running_loop()
-        future.add_done_callback(lambda done: loop.call_soon_threadsafe(self.answer, pending, _outcome(done)))
+
+        def settle(done: Future[Payload]) -> None:
+            error = CancelledError() if done.cancelled() else done.exception()
+            loop.call_soon_threadsafe(self.answer, pending, done.result() if error is None else error)
+
+        future.add_done_callback(settle)
 
     def answer(self, pending: Pending, outcome: Payload | BaseException) -> None:
         """Note the answer of a request."""
@@ -357,12 +366,6 @@ class Registry:
                 pending.fetched = pending.fetched or time.monotonic()
         return found
 
-    def _begin_next(self, record: ModelRecord) -> None:
-        while record.next_seq in record.held:
-            _, begin, _ = record.held.pop(record.next_seq)
-            record.next_seq += 1
-            begin()
-
     # --- from time to time
 
     def sweep(self, now: float) -> list[str]:
@@ -384,28 +387,11 @@ class Registry:
             for key in old:
                 del session.pending[key]
             for record in session.models.values():
-                self._fail_gap(record, now)
+                if not record.held or now - min(since for _, _, since in record.held.values()) <= GAP_S:
+                    continue
+                why = f"request {record.next_seq} of this model did not arrive, so the ones after it cannot run"
+                for pending, _, _ in record.held.values():
+                    self.answer(pending, InputError(why))
+                record.next_seq = max(record.held) + 1
+                record.held.clear()
         return [session.id for session in silent]
-
-    def _fail_gap(self, record: ModelRecord, now: float) -> None:
-        if not record.held or now - min(since for _, _, since in record.held.values()) <= GAP_S:
-            return
-        missing = record.next_seq
-        for pending, _, _ in record.held.values():
-            self.answer(
-                pending, InputError(f"request {missing} of this model did not arrive, so the ones after it cannot run")
-            )
-        record.next_seq = max(record.held) + 1
-        record.held.clear()
-
-
-def _outcome(done: Future[Any]) -> Payload | BaseException:
-    try:
-        return done.result()
-    except (Exception, CancelledError) as error:
-        return error
-
-
-def failure_words(error: BaseException) -> tuple[str, bool]:
-    """Return what a client reads of an error, and whether it is its own."""
-    return (str(error) if isinstance(error, InputError) else first_line(error)), isinstance(error, InputError)

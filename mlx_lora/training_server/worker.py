@@ -1,4 +1,14 @@
-"""The one thread that uses MLX: it trains the clients' models, a request at a time, and samples between two requests.
+"""Compute requests of several clients in one pass of their base.
+
+    model 0   micro-batch (B0, T0)  --.                                                    .-->  loss and gradient of model 0
+    model 1   micro-batch (B1, T1)  --+--> joint batch (U, T) --> stacked model --> (P,)  --+-->  loss and gradient of model 1
+
+The layers that compute the rows of several adapters at once, and the rule for which batches are worth it, are those of several training runs
+(adapters/stacked.py, trainer/stacked_step.py). A joint pass rounds differently than each model alone, in the last bits of float32.
+
+Shapes: U rows of all models, T the widest micro-batch's columns, P all target tokens.
+
+The one thread that uses MLX: it trains the clients' models, a request at a time, and samples between two requests.
 
     do(model, function) -> its queue -> run here -> Future
     sample(ask, done)   -> SampleLoop: some tokens between two jobs -> done(answer)
@@ -13,11 +23,10 @@ A job that fails gives its error to the future, and the thread goes on: no clien
 
 from __future__ import annotations
 
+import copy
 import logging
-import queue
-import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +34,89 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_lora.adapters.stacked import unstackable
+from mlx_lora.adapters.stacked import Share, holders_of, parts_of, stack_adapters, unstackable
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, base_name, context_of, read_factors
+from mlx_lora.serving.engine import ModelThread, Stopped
+from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
-from mlx_lora.training_server.examples import ModelLimits
-from mlx_lora.training_server.joint import JointPass
+from mlx_lora.training_server.examples import MicroBatch, ModelLimits
 from mlx_lora.training_server.models import POSITIONS, LoraShape, PassOutput, TokenRequest, TrainedModel
 from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
-from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
+
+
+class JointPass:
+    """Computes requests of certain models together."""
+
+    def __init__(self, base: Base, models: Mapping[int, TrainedModel], most_positions: int):
+        """Put the models' adapters on one copy of the base.
+
+        Args:
+            base: of all of them.
+            models: number -> a model whose rows can be stacked (`unstackable`).
+            most_positions: of a joint batch, padding included.
+        """
+        self._models, self._most_positions = dict(models), most_positions
+        self._model = copy.deepcopy(base.model)
+        self._model.train()
+        alone = choose_loss(self._model, base.config)
+        self._routing = stack_adapters(self._model, {number: model.model for number, model in models.items()})
+        # A model may adapt the head.
+        self._loss = PLAIN if isinstance(find_head(self._model, base.config), str) else alone
+        self._exchanged = next(iter(models.values())).exchanged
+        self._holders = {number: holders_of(model.model) for number, model in models.items()}
+
+    def compute(self, requests: Mapping[int, TokenRequest]) -> None:
+        """Compute all micro-batches of one request of each model; those of similar width share a pass."""
+        for place in range(max(len(request.batches) for request in requests.values())):
+            batches = {number: one.batches[place] for number, one in requests.items() if place < len(one.batches)}
+            together = [number for number in batches if requests[number].backward]
+            # A position counts one byte: the room is that of a joint batch, padding included.
+            parts = [
+                RunBatch(number, batches[number], 1.0)  # pyright: ignore[reportArgumentType] # it has the names of a batch
+                for number in together
+            ]
+            groups = [[part.run for part in group] for group in grouped(parts, self._most_positions)]
+            for numbers in [*groups, *([number] for number in batches if number not in together)]:
+                if len(numbers) > 1:
+                    self._together({number: (requests[number], batches[number]) for number in numbers})
+                else:
+                    self._models[numbers[0]].compute(requests[numbers[0]], batches[numbers[0]])
+
+    def _together(self, group: Mapping[int, tuple[TokenRequest, MicroBatch]]) -> None:
+        """Compute some micro-batches, by the model's number, in one pass."""
+        parts = [
+            RunBatch(number, batch)  # pyright: ignore[reportArgumentType]
+            for number, (_, batch) in group.items()
+        ]
+        lengths = [len(part.batch.positions) for part in parts]
+        shares = [Share(part.run, part.rows, part.width, slots) for part, slots in zip(parts, lengths, strict=True)]
+        holders = [self._holders[number] for number in group]
+        own = [[layer[name] for _, layer, name in held] for held in holders]
+
+        def loss(parameters: list[list[mx.array]]) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
+            for held, arrays in zip(holders, parameters, strict=True):
+                for (_, layer, name), array in zip(held, arrays, strict=True):
+                    layer[name] = array
+            logprobs, results = -self._loss.tokens(self._model, *joint_arrays(parts)), []
+            for (request, batch), piece in zip(group.values(), parts_of(logprobs, lengths), strict=True):
+                losses = request.row.of_tokens(piece, batch.given, request.numbers)
+                results.append((losses.sum(), piece))
+            return mx.stack([one[0] for one in results]).sum(), results
+
+        with self._routing.to(shares, {}), left_unchanged(self._model), self._exchanged(self._model):
+            (_, results), gradients = mx.value_and_grad(loss)(own)
+        for number, held, (loss_sum, logprobs), grads in zip(group, holders, results, gradients, strict=True):
+            named, (request, batch) = {name: one for (name, _, _), one in zip(held, grads, strict=True)}, group[number]
+            request.add(batch, loss_sum, logprobs, self._models[number].masters.from_names(named))
+
+
+# The one thread that uses MLX
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,10 +125,6 @@ STEPS_BETWEEN_JOBS = 8
 JOBS_PER_CLEARING = 64
 # Models that share a pass, and sets of models that are kept ready for one.
 MOST_JOINED, MOST_JOINT_PASSES = 8, 4
-
-
-class WorkerEnded(Exception):
-    """The worker takes no more jobs."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +165,7 @@ class TokenJob:
     def __call__(self) -> Any:
         """Compute it alone."""
         model = self.model()
-        request = self.prepare(model)
-        for batch in request.batches:
-            model.compute(request, batch)
-        return self.answer(model.finish(request))
+        return self.answer(model.run(self.prepare(model)))
 
 
 @dataclass(eq=False)
@@ -99,7 +174,7 @@ class _Job:
     future: Future[Any]
 
 
-class Worker:
+class Worker(ModelThread):
     """Holds the base and the clients' models.
 
     Attributes:
@@ -118,17 +193,10 @@ class Worker:
             InputError: raised by `load`.
         """
         self.models: dict[str, TrainedModel] = {}
-        self._settings = settings
-        self._inbox: queue.SimpleQueue[tuple[str, _Job] | SampleTicket | None] = queue.SimpleQueue()
+        self._settings, self._run_jobs = settings, 0
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
         self._joint: OrderedDict[tuple[str, ...], JointPass] = OrderedDict()
-        self._lock, self._ending, self._run_jobs = threading.Lock(), False, 0
-        self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(load, ready), name="mlx-lora-training", daemon=True)
-        self._thread.start()
-        ready.result()
+        super().__init__(load, "mlx-lora-training")
 
     # --- called from any thread
 
@@ -136,7 +204,7 @@ class Worker:
         """Run a function in the thread, after all earlier ones of the same key.
 
         Raises:
-            WorkerEnded: the worker is ending, or has failed.
+            Stopped: the worker is ending, or has failed.
         """
         future: Future[T] = Future()
         self._send((key, _Job(function, future)))
@@ -146,29 +214,11 @@ class Worker:
         """Queue a request for samples; `done` is called in the thread.
 
         Raises:
-            WorkerEnded: as for `do`.
+            Stopped: as for `do`.
         """
         ticket = SampleTicket(ask, done)
         self._send(ticket)
         return ticket
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """End the thread; jobs that wait fail."""
-        with self._lock:
-            self._ending = True
-        self._inbox.put(None)
-        self._thread.join(timeout_s)
-
-    @property
-    def alive(self) -> bool:
-        """Whether jobs are taken."""
-        return self._thread.is_alive() and not self._ending
-
-    def _send(self, message: tuple[str, _Job] | SampleTicket) -> None:
-        with self._lock:
-            if self._ending:
-                raise WorkerEnded("the server is ending")
-            self._inbox.put(message)
 
     # --- run in the thread, as jobs
 
@@ -215,10 +265,6 @@ class Worker:
             )
         return self.checkpoints.arrays(stored)
 
-    def keep_weights(self, name: str, model: TrainedModel) -> None:
-        """Keep a model's factors as they are now, to sample from."""
-        self.weights.put(name, model.sampling_factors(self._dtype))
-
     def read_weights(self, name: str, stored: Stored) -> None:
         """Keep the factors of a checkpoint, to sample from.
 
@@ -226,7 +272,7 @@ class Worker:
             InputError: as for `create_from`.
         """
         folder = self.checkpoints.checked(stored)
-        self.weights.put(name, read_factors(self.base, folder, self._dtype).layers)
+        self.weights.put(name, read_factors(self.base, folder, self.dtype).layers)
 
     def forget(self, model_ids: list[str], weights: list[str]) -> None:
         """Free models and weights of a session that has ended."""
@@ -240,56 +286,32 @@ class Worker:
 
     # --- the thread
 
-    def _run(self, load: Callable[[], Base], ready: Future[None]) -> None:
-        try:
-            self._prepare(load())
-        except BaseException as error:
-            device.end_thread()
-            ready.set_exception(error)
-            return
-        ready.set_result(None)
-        try:
-            while self._take_messages():
-                self._run_one()
-                for _ in range(STEPS_BETWEEN_JOBS):
-                    if self._samples.busy:
-                        self._samples.step()
-        except BaseException as error:
-            self.failure = error
-            self.on_failure()
-            raise
-        finally:
-            self._give_up()
-            device.end_thread()
+    def _work(self) -> None:
+        self._run_one()
+        for _ in range(STEPS_BETWEEN_JOBS):
+            if self._samples.busy:
+                self._samples.step()
 
     def _prepare(self, base: Base) -> None:
-        device.set_cache_limit()
         settings = self._settings
-        self.base = base
         self.name = settings.model_name or base_name(base)
         self.checkpoints = CheckpointFolder(settings.root, self.name)
-        self._dtype = base.model(mx.array([[0]])).dtype
+        self.dtype = base.model(mx.array([[0]])).dtype
         self.weights = WeightStore(base)
         self._samples = SampleLoop(base, self.weights, settings.most_rows)
         rows = base.token_rows or self._samples.vocabulary
         context = settings.max_context or context_of(base.config) or DEFAULT_CONTEXT
         self.limits = ModelLimits(min(rows, self._samples.vocabulary), context)
 
-    def _take_messages(self) -> bool:
-        """Handle the messages in the inbox, and wait for one if there is nothing else to do; return False to end."""
-        idle = not self._queues and not self._samples.busy
-        while True:
-            try:
-                message = self._inbox.get(block=idle)
-            except queue.Empty:
-                return True
-            idle = False
-            if message is None:
-                return False
-            if isinstance(message, SampleTicket):
-                self._samples.submit(message)
-            else:
-                self._queues.setdefault(message[0], deque()).append(message[1])
+    @property
+    def _idle(self) -> bool:
+        return not self._queues and not self._samples.busy
+
+    def _take(self, message: tuple[str, _Job] | SampleTicket) -> None:
+        if isinstance(message, SampleTicket):
+            self._samples.submit(message)
+        else:
+            self._queues.setdefault(message[0], deque()).append(message[1])
 
     def _run_one(self) -> None:
         """Run the next job of the queue whose turn it is."""
@@ -349,7 +371,12 @@ class Worker:
         names = tuple(sorted(requests))
         if len(names) > 1:
             try:
-                self._joint_pass(names).compute({number: requests[name] for number, name in enumerate(names)})
+                if names not in self._joint:
+                    models = {number: self.models[name] for number, name in enumerate(names)}
+                    self._joint[names] = JointPass(self.base, models, POSITIONS)
+                    if len(self._joint) > MOST_JOINT_PASSES:
+                        self._joint.popitem(last=False)
+                self._joint[names].compute({number: requests[name] for number, name in enumerate(names)})
             except Exception as error:
                 log.warning(f"Requests of {len(names)} clients are computed one by one: {first_line(error)}")
                 self._joint.pop(names, None)
@@ -361,28 +388,13 @@ class Worker:
                 job, (lambda work=work, key=key: work.answer(work.model().finish(requests[key]))) if done else work
             )
 
-    def _joint_pass(self, names: tuple[str, ...]) -> JointPass:
-        """Return the pass of some models, by their queues, which are their ids."""
-        if names not in self._joint:
-            models = {number: self.models[name] for number, name in enumerate(names)}
-            self._joint[names] = JointPass(self.base, models, POSITIONS)
-            if len(self._joint) > MOST_JOINT_PASSES:
-                self._joint.popitem(last=False)
-        return self._joint[names]
-
     def _give_up(self) -> None:
-        """Fail all jobs that wait."""
-        with self._lock:
-            self._ending = True
         while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, tuple):
-                self._queues.setdefault(message[0], deque()).append(message[1])
-            elif isinstance(message, SampleTicket):
-                message.done(WorkerEnded("the server is ending"))
-        self._samples.give_up(WorkerEnded("the server is ending"))
+            if (message := self._inbox.get()) is not None:
+                self._take(message)
+        self._samples.give_up(Stopped("the server is ending"))
         self.weights.close()
         for waiting in self._queues.values():
             for job in waiting:
                 if job.future.set_running_or_notify_cancel():  # jobs of a session that has ended are canceled
-                    job.future.set_exception(WorkerEnded("the server is ending"))
+                    job.future.set_exception(Stopped("the server is ending"))

@@ -16,8 +16,9 @@ from tiny_moe import tiny_moe
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import activation_files, block_walk
-from mlx_lora.parallel.activation_files import ActivationFiles, InFile, InMemory
+from mlx_lora.parallel import block_walk
+from mlx_lora.parallel import block_walk as activation_files
+from mlx_lora.parallel.block_walk import ActivationFiles
 from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.planner.memory import OFFLOADED_ENDS
 from mlx_lora.trainer.adapter import adapt

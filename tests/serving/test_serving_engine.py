@@ -17,8 +17,7 @@ from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
 from mlx_lora.serving import adapter_store
 from mlx_lora.serving.adapter_store import AdapterSource, UnknownAdapter
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import QueueFull, Stopped
+from mlx_lora.serving.engine import QueueFull, Sampling, Stopped
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(

@@ -14,9 +14,19 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import spelling
-from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, UnknownAdapter, read_factors
-from mlx_lora.serving.batch import Sampler, Sampling, TextStream, TokenReport, sample_rows
-from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
+from mlx_lora.serving.adapter_store import (
+    ROUTED,
+    AdapterSource,
+    AdapterStore,
+    LayerFactors,
+    LayerPools,
+    Routing,
+    UnknownAdapter,
+    read_factors,
+    route,
+    unrouted_twin,
+)
+from mlx_lora.serving.engine import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.serving.schema import _chat_logprobs
 from mlx_lora.utils.errors import InputError
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from training_examples import loaded, trained_model
 
-from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Sampling
 from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError
 

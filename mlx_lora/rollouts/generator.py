@@ -24,24 +24,57 @@ every block, which cost more than the numbers in them, so a step of one token pe
 Both agree with mlx's own to the rounding of float32. A prompt, a GPU and other dtypes use mlx's own.
 
 Shapes: B rows, T tokens, H query heads, N key heads, S keys, d head width, V vocabulary.
+
+Decode several rows together: check whether a model can, and join and separate the keys and values of rows.
+
+mlx-lm's batches pad rows on the left, and some of its architectures do not expect that: they read one position for all rows,
+or apply the mask to the wrong axis, which raises or, worse, changes the text. So a model is tried once, with rows of unlike
+length, together and alone.
+
+Shapes: B rows, T columns, S positions in the caches, V vocabulary.
+
+Keys and values that are kept from one turn of an episode to the next, so that a turn computes only its new tokens.
+
+When an answer ends, its row is taken out of the batch's caches. At the next turn the rows are joined again, and the tokens
+since then, the answer's last one and the observation, are computed, for all rows together unless a layer is recurrent. Caches of a sliding window
+are not kept: rows of unequal length share one window there, so each turn computes such models' episodes from the start.
+
+Sample texts after many prompts at once, with the model as it is: G answers to each, or one text after each.
+
+A prompt is computed once, and its keys and values are copied for each of its answers; the beginning that all prompts have
+in common, such as a system text, is computed once for all of them. Each text draws from a random stream of its own, so it
+does not depend on which others are sampled beside it, apart from rounding.
+
+Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import base
-from mlx_lm.models.cache import BatchKVCache
+from mlx.utils import tree_flatten
+from mlx_lm.models import base, gemma2
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
+from mlx_lm.sample_utils import apply_min_p, apply_top_p
 
 from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
@@ -57,7 +90,7 @@ from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
 from mlx_lora.utils import device
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 
 if TYPE_CHECKING:
     from mlx_lora.models.load import Base
@@ -125,7 +158,8 @@ def choose_sampling(
     known = None if identity is None else identity.get(SAMPLED_BY)
     asked = base.decode_weights
     if known in (PACKED, IN_FULL) and asked in (AUTO, known):
-        weights = _as_before(base, known)
+        copied = copied_bytes(base)
+        weights = DecodeWeights(known, "as the run began", copied) if copied else None
     else:
         weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
         if known is not None and weights is not None:
@@ -147,11 +181,6 @@ def choose_sampling(
 def kept_form(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint says of the form; a resumed run may have another one if it is asked for."""
     return {SAMPLED_BY: identity[SAMPLED_BY]} if SAMPLED_BY in identity else {}
-
-
-def _as_before(base: Base, form: str) -> DecodeWeights | None:
-    copied = copied_bytes(base)
-    return DecodeWeights(form, "as the run began", copied) if copied else None
 
 
 # Form of quantized weights
@@ -452,7 +481,12 @@ def _share_turns(modules: list[nn.Module]) -> Turns:
             by_token = (Rotation,) if isinstance(layer, Rotation) else ()
             kept: Any = layer
             kept.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
-        layer.turns, layer.kind = turns, _rotation_key(layer)
+        settings = {name: value for name, value in vars(layer).items() if isinstance(value, int | float | str | None)}
+        arrays = {name: np.array(value).tobytes() for name, value in layer.items() if isinstance(value, mx.array)}
+        layer.turns, layer.kind = (
+            turns,
+            (type(layer).__name__, *sorted(settings.items(), key=str), *sorted(arrays.items())),
+        )
     return turns
 
 
@@ -460,13 +494,6 @@ def _plain_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class without the mix-in that lets it take a position for each token (models/prefix_attention.py)."""
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, Rotation) and kind is not Rotation else kind
-
-
-def _rotation_key(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what makes two layers of positions the same function."""
-    settings = {name: value for name, value in vars(layer).items() if isinstance(value, int | float | str | None)}
-    arrays = {name: np.array(value).tobytes() for name, value in layer.items() if isinstance(value, mx.array)}
-    return type(layer).__name__, *sorted(settings.items(), key=str), *sorted(arrays.items())
 
 
 class Turns:
@@ -561,3 +588,458 @@ def attention_of_tokens(
     if mask is not None:
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     return (mx.softmax(scores, axis=-1) @ values).reshape(rows, heads, 1, values.shape[-1])
+
+
+# Decode several rows together
+
+
+# Tokens of the rows that are tried, few because this may run on a CPU. Three rows: few models have three heads of keys, with
+# which an axis that is mistaken for the rows would raise no error.
+TRIED_LENGTHS = (6, 3, 2)
+TRIED_TOKENS = 50  # ids below this, which every vocabulary has
+# The largest difference of the next token's distribution (total variation, 0 to 1) that rounding explains, in float32 and
+# in 16 bits. A wrong mask or position changes much of it.
+ROUNDING, ROUNDING_16 = 1e-3, 0.25
+GROUPED, TRIED = "has_grouped_scores", "one_row_because"  # attributes of a model: what is known of it
+
+Rows = Sequence[Sequence[Any]]
+
+
+class GroupedRows(BatchKVCache):
+    """Keys and values of rows, for scores of shape (B, heads of keys, heads that share them, T, S), as in Gemma 2."""
+
+    def make_mask(self, N: int, return_array: bool = False, **window: Any) -> Any:  # mlx-lm's name
+        """Return the mask, (B, 1, 1, T, S)."""
+        mask = super().make_mask(N, return_array, **window)
+        return mask[:, None] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
+
+
+def merge_rows(model: Any, rows: Rows) -> list[Any]:
+    """Return the caches of a batch, one for each layer.
+
+    Args:
+        model: the rows' model, with or without `TokenSteps`.
+        rows: the caches of each row, one for each layer.
+    """
+    merged = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+    if _has_grouped_scores(_plain(model)):
+        for cache in merged:
+            if type(cache) is BatchKVCache:
+                cache.__class__ = GroupedRows
+    return merged
+
+
+def extract_row(cache: Any, place: int) -> Any:
+    """Return a row's own cache of a layer; an empty one if the layer keeps nothing, as in blocks without attention."""
+    if isinstance(cache, CacheList):
+        return CacheList(*(extract_row(part, place) for part in cache.caches))
+    if not cache.empty():
+        return cache.extract(place)
+    if isinstance(cache, ArraysCache):
+        return ArraysCache(len(cache.cache))
+    return RotatingKVCache(cache.max_size) if isinstance(cache, BatchRotatingKVCache) else KVCache()
+
+
+def check_rows(model: Any, model_id: str, instead: str) -> None:
+    """Refuse a model whose keys and values cannot be held for rows of a batch.
+
+    Args:
+        model: the model.
+        model_id: how the user names it.
+        instead: what to do instead.
+
+    Raises:
+        InputError: its caches cannot be merged.
+    """
+    kind = rowless(model)
+    if kind:
+        raise InputError(
+            f"--model {model_id}: mlx-lm keeps its keys and values in a {kind}, which cannot hold a batch; {instead}"
+        )
+
+
+def rowless(model: Any) -> str:
+    """Return the class of a cache that cannot be merged, empty if there is none."""
+    return next((type(cache).__name__ for cache in make_prompt_cache(_plain(model)) if not hasattr(cache, "merge")), "")
+
+
+def one_row_because(model: Any) -> str:
+    """Return why rows of a model must be decoded one at a time, empty if they need not.
+
+    The model is tried at the first call, which logs the reason; its caches can be merged.
+
+    Args:
+        model: the model, with or without an adapter.
+
+    Raises:
+        InputError: it cannot decode a single row either.
+    """
+    plain = _plain(model)
+    if not hasattr(plain, TRIED):
+        training = plain.training
+        plain.eval()
+        try:
+            why = _try_rows(plain)
+        finally:
+            plain.train(training)
+        setattr(plain, TRIED, why)
+        if why:
+            log.warning(
+                "--model: mlx-lm's code for it cannot decode several rows together (%s); they are decoded one at a time",
+                why,
+            )
+    return getattr(plain, TRIED)
+
+
+def _try_rows(model: nn.Module) -> str:
+    prompts = [
+        [(7 * place * place + 3 * place + number) % TRIED_TOKENS for place in range(length)]
+        for number, length in enumerate(TRIED_LENGTHS, 1)
+    ]
+    try:
+        rows = [_begun(model, prompt) for prompt in prompts]
+        last = [prompt[-1] for prompt in prompts]
+        alone = mx.concatenate(
+            [_distributions(model, [token], [copy.deepcopy(row)]) for token, row in zip(last, rows, strict=True)]
+        )
+    except Exception as error:
+        if describe_gpu_failure(error):
+            raise
+        raise InputError(
+            f"--model: mlx-lm's code fails to generate from it ({_error_words(error)}); choose another"
+        ) from error
+    try:
+        together = _distributions(model, last, rows)
+    except Exception as error:
+        if describe_gpu_failure(error):
+            raise
+        return _error_words(error)
+    worst = 0.5 * mx.abs(together - alone).sum(axis=-1).max().item()
+    return "" if worst <= _rounding(model) else "rows of unlike length change each other"
+
+
+def _begun(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
+    """Return caches that hold a prompt without its last token."""
+    caches = make_prompt_cache(model)
+    model(mx.array([prompt[:-1]]), cache=caches)
+    return caches
+
+
+def _distributions(model: nn.Module, last: Sequence[int], rows: Rows) -> mx.array:
+    """Return the distribution of the token after the last of each row, (B, V) float32."""
+    logits = model(mx.array(list(last))[:, None], cache=merge_rows(model, rows))[:, -1]
+    found = mx.softmax(logits.astype(mx.float32), axis=-1)
+    mx.eval(found)
+    return found
+
+
+def _rounding(model: nn.Module) -> float:
+    narrow = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
+    return ROUNDING_16 if narrow else ROUNDING
+
+
+def _error_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _plain(model: Any) -> Any:
+    return model.model if isinstance(model, TokenSteps) else model
+
+
+def _has_grouped_scores(model: Any) -> bool:
+    if not hasattr(model, GROUPED):
+        setattr(model, GROUPED, any(type(one) is gemma2.Attention and one.repeats > 1 for one in model.modules()))
+    return getattr(model, GROUPED)
+
+
+# Keys and values that are kept from one turn of an episode to the next, so that a turn computes only its new tokens
+
+Held = tuple[int, list[Any]]
+"""The number of tokens whose keys and values are held, and one cache for each layer."""
+
+
+@dataclass
+class KeptCaches:
+    """What is kept around one turn.
+
+    Attributes:
+        begun: of each row, from the turn before; empty: nothing was kept.
+        ended: of each row that ended, by its number.
+    """
+
+    begun: Sequence[Held] = ()
+    ended: dict[int, Held] = field(default_factory=dict)
+
+    def joined(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Any] | None:
+        """Return caches of all rows that hold each prompt without its last token; None if they were not kept.
+
+        What was kept is let go, so that it is not in memory beside its copy.
+
+        Args:
+            model: in eval mode.
+            prompts: all tokens of each row so far.
+        """
+        if not self.begun:
+            return None
+        new = [list(prompt[held:-1]) for prompt, (held, _) in zip(prompts, self.begun, strict=True)]
+        rows = [caches for _, caches in self.begun]
+        self.begun = ()
+        padded = all(isinstance(cache, KVCache) for caches in rows for cache in caches)
+        if not padded:  # a recurrent layer's state would take in the padding
+            for tokens, caches in zip(new, rows, strict=True):
+                _compute_rows(model, [tokens], caches)
+        joined = merge_rows(model, rows)
+        mx.eval([cache.state for cache in joined])
+        del rows
+        if padded:
+            lengths, width = list(map(len, new)), max(map(len, new))
+            for cache in joined:
+                cache.prepare(lengths=lengths, right_padding=[width - length for length in lengths])
+            _compute_rows(model, [tokens + [0] * (width - len(tokens)) for tokens in new], joined)
+            for cache in joined:
+                cache.finalize()
+        return joined
+
+    def keep(self, row: int, place: int, tokens: int, caches: Sequence[Any]) -> None:
+        """Keep a row that ended.
+
+        Args:
+            row: its number.
+            place: where it is in the caches.
+            tokens: that they hold of it.
+            caches: of the batch, one for each layer.
+        """
+        if all(map(_can_be_kept, caches)):
+            taken = [extract_row(cache, place) for cache in caches]
+            mx.eval([cache.state for cache in taken])
+            self.ended[row] = tokens, taken
+
+
+def _compute_rows(model: nn.Module, rows: list[list[int]], caches: Sequence[Any]) -> None:
+    """Put the keys and values of rows of equal length into caches."""
+    if rows[0]:
+        model(mx.array(rows), cache=list(caches))
+        mx.eval([cache.state for cache in caches])
+
+
+def _can_be_kept(cache: Any) -> bool:
+    if isinstance(cache, CacheList):
+        return all(map(_can_be_kept, cache.caches))
+    return isinstance(cache, BatchKVCache | ArraysCache)
+
+
+# Sample texts after many prompts at once, with the model as it is
+
+PREFILL_TOKENS = 512  # of a prompt that are computed at once
+LEAST_SHARED = 16  # tokens that prompts have in common, from which on these are computed once
+# Rows that have ended stay in the batch until they are this share of it: taking rows out copies all keys and values.
+ENDED_SHARE = 0.25
+STEPS_PER_CLEARING = 256  # steps after which unused buffers are freed
+MOST_ROWS = 32  # texts that `write_texts` samples at once
+# Tokens of all these texts, prompts included. Not a share of the free memory: rounding, and so now and then a text,
+# depends on which texts are batched, and should be the same on another day.
+MOST_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are sampled.
+
+    Attributes:
+        group: G.
+        max_new_tokens: of an answer, with its end token.
+        temperature: 0: the likeliest token each time.
+        top_p: sample from the nucleus with this mass at the temperature; 1 is off.
+        min_p: leave out tokens less likely at the temperature than this share of the likeliest; 0 is off.
+    """
+
+    group: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def check_groups(model: nn.Module, model_id: str) -> None:
+    """Refuse a model whose keys and values cannot be held for several rows.
+
+    Raises:
+        InputError: its caches cannot be merged.
+    """
+    check_rows(model, model_id, "choose another model, or --objective dpo or sft")
+
+
+def sample_groups(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    ends: frozenset[int],
+    keys: mx.array,
+    limits: Sequence[int] | None = None,
+    kept: KeptCaches | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample G answers to each prompt.
+
+    Args:
+        model: in eval mode, with or without an adapter.
+        prompts: token ids, at least one each.
+        options: how.
+        ends: tokens that end an answer.
+        keys: (A, 2) uint32, the key of each answer's random stream.
+        limits: (A,) the most tokens of each answer; None: as the options say.
+        kept: has what earlier turns of the same rows left, and gets what this one leaves; the group is then 1 after the first.
+
+    Returns:
+        The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
+        temperature, before top_p and min_p.
+    """
+    last = [prompt[-1] for prompt in prompts for _ in range(options.group)]
+    limits = [options.max_new_tokens] * len(last) if limits is None else limits
+    one_by_one = len(last) > 1 and bool(one_row_because(model))
+    if one_by_one and kept is not None and kept.begun:  # it would compute the turn's tokens for all rows together
+        kept = None
+    caches = kept.joined(model, prompts) if kept else None
+    caches = caches or _group_caches(model, prompts, options.group)
+    if not one_by_one:
+        held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
+        return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
+    answers, found = [], []
+    for row, token in enumerate(last):
+        own = merge_rows(model, [[extract_row(cache, row) for cache in caches]])
+        got = _sampled(model, own, [token], (options, ends), keys[row : row + 1], limits[row : row + 1])
+        answers, found = answers + got[0], found + got[1]
+    return answers, found
+
+
+def _sampled(
+    model: nn.Module,
+    caches: list[Any],
+    last: Sequence[int],
+    how: tuple[SamplingOptions, frozenset[int]],
+    keys: mx.array,
+    limits: Sequence[int],
+    kept: tuple[KeptCaches, Sequence[int]] | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens.
+
+    Args:
+        model, caches, last: see there.
+        how: options, and the tokens that end an answer.
+        keys, limits: of the rows.
+        kept: gets the rows that end; and the tokens that the caches hold of each at first.
+    """
+    options, ends = how
+    answers: list[list[int]] = [[] for _ in last]
+    found: list[list[float]] = [[] for _ in last]
+    tokens = mx.array(list(last), mx.uint32)
+    rows, ended = list(range(len(answers))), [False] * len(answers)
+    for step in range(max(limits, default=0)):
+        logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
+        keys, tokens, logps = _drawn(logits, keys, options)
+        mx.eval(tokens, keys, logps)
+        for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
+            if not ended[place]:
+                answers[rows[place]].append(token)
+                found[rows[place]].append(logp)
+                ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
+                if kept is not None and token in ends:
+                    row = rows[place]
+                    kept[0].keep(row, place, kept[1][row] + len(answers[row]), caches)
+        if all(ended):
+            break
+        if sum(ended) >= ENDED_SHARE * len(ended):
+            keep = [place for place, done in enumerate(ended) if not done]
+            chosen = mx.array(keep)
+            for cache in caches:
+                cache.filter(chosen)
+            tokens, keys = tokens[chosen], keys[chosen]
+            rows, ended = [rows[place] for place in keep], [False] * len(keep)
+        if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
+            mx.clear_cache()
+    return answers, found
+
+
+def write_texts(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    numbers: Collection[int],
+    options: SamplingOptions,
+    ends: frozenset[int],
+    keys: mx.array,
+    take: Callable[[list[int], list[list[int]]], None],
+) -> None:
+    """Sample one text after each prompt.
+
+    Args:
+        base: without an adapter, or with one.
+        prompts: token ids, at least one each.
+        numbers: of the prompts to write after.
+        options: how; the group is 1.
+        ends: tokens that end a text.
+        keys: (prompts, 2) uint32, the key of each text's random stream.
+        take: called after each batch with its numbers and the tokens of its texts.
+
+    Raises:
+        InputError: the model cannot hold several texts at once.
+    """
+    check_groups(base.model, base.model_id)
+    order = sorted(numbers, key=lambda number: (len(prompts[number]), number))
+    if not order:
+        return
+    rows = max(1, min(MOST_ROWS, MOST_TOKENS // (len(prompts[order[-1]]) + options.max_new_tokens)))
+    training = base.model.training
+    base.model.eval()
+    try:
+        with held_weights(base, rows):
+            model = TokenSteps(base.model)
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
+                texts, _ = sample_groups(model, [prompts[n] for n in batch], options, ends, keys[mx.array(batch)])  # pyright: ignore[reportArgumentType] # it is called as a model
+                take(batch, texts)
+    finally:
+        base.model.train(training)
+
+
+def answer_keys(seed: int, rollout: int, count: int, turn: int = 0) -> mx.array:
+    """Return the keys of a rollout's answers at a turn, (count, 2) uint32; they differ in every rollout of a run."""
+    state = np.random.SeedSequence([seed, rollout], spawn_key=(turn,) if turn else ()).generate_state(1, np.uint64)[0]
+    return mx.random.split(mx.random.key(int(state)), count)
+
+
+def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int) -> list[Any]:
+    """Compute each prompt without its last token, and return caches of A rows."""
+    shortest = min(map(len, prompts)) - 1
+    count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
+    common, of_prompts = (list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []), []
+    begun = make_prompt_cache(model)
+    _compute(model, common, begun)
+    for prompt in prompts:
+        caches = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
+        _compute(model, prompt[len(common) : -1], caches)
+        of_prompts.append(caches)
+    return merge_rows(model, [caches for caches in of_prompts for _ in range(group)])
+
+
+def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None:
+    """Put the keys and values of tokens into caches."""
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        model(mx.array([tokens[start : start + PREFILL_TOKENS]]), cache=caches)
+        mx.eval([cache.state for cache in caches])
+
+
+def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the next keys (rows, 2), a token for each row (rows,), and its log-probability."""
+    logits = logits.astype(mx.float32)
+    tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
+    left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
+    if options.top_p < 1:
+        left = apply_top_p(left, options.top_p)
+    if options.min_p > 0:
+        left = apply_min_p(left, options.min_p)
+    pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
+    tokens = (
+        mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
+        if options.temperature
+        else mx.argmax(logits, axis=-1).astype(mx.uint32)
+    )
+    return pairs[:, 0], tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0]
