@@ -452,7 +452,20 @@ class MultiTurnEnv(VectorEnv):
         episode = self.episodes[number]
         if episode is None:
             return None
-        found = self._guarded(lambda: list(_checked(episode.step(text))), number, text, note)
+
+        def answered() -> list[Any]:
+            found = episode.step(text)
+            if not isinstance(found, tuple) or len(found) != 3:
+                raise ValueError(f"step returned {type(found).__name__}; return observation, reward, done")
+            observation, reward, done = found
+            if problem := problem_of(reward):
+                raise ValueError(f"step gave {problem} as the reward; return a number or None")
+            if not done and not isinstance(observation, str):
+                kind = type(observation).__name__
+                raise ValueError(f"step gave {kind} as the observation of an episode that goes on; return a text")
+            return list(found)
+
+        found = self._guarded(answered, number, text, note)
         if found is None:
             self.episodes[number], self.totals[number] = None, np.nan
             return None
@@ -468,21 +481,3 @@ class MultiTurnEnv(VectorEnv):
         """Return what an episode of the user's returns, None if it failed and that is skipped."""
         answers = {"prompts": [self.facts[number]["prompt"]], "completions": [text]}
         return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
-
-
-def _checked(found: Any) -> tuple[str | None, float | None, bool]:
-    """Return what a user's `step` returned.
-
-    Raises:
-        ValueError: it is not an observation, a reward, and whether the episode is over.
-    """
-    if not isinstance(found, tuple) or len(found) != 3:
-        raise ValueError(f"step returned {type(found).__name__}; return observation, reward, done")
-    observation, reward, done = found
-    if problem := problem_of(reward):
-        raise ValueError(f"step gave {problem} as the reward; return a number or None")
-    if not done and not isinstance(observation, str):
-        raise ValueError(
-            f"step gave {type(observation).__name__} as the observation of an episode that goes on; return a text"
-        )
-    return observation, reward, bool(done)

@@ -57,7 +57,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -316,7 +316,11 @@ def layers_with_copies(base: Base) -> list[nn.Module]:
 
 def copied_bytes(base: Base) -> int:
     """Return what dense copies of a model's weights take; 0 if it has no quantized layer."""
-    return sum(_copied_bytes(layer) for layer in layers_with_copies(base))
+    total = 0
+    for layer in layers_with_copies(base):
+        out, words = layer.weight.shape
+        total += out * (words * 32 // layer.bits) * _dtype(layer).size
+    return total
 
 
 def _dtype(layer: nn.Module) -> mx.Dtype:
@@ -325,11 +329,6 @@ def _dtype(layer: nn.Module) -> mx.Dtype:
 
 def _dense(layer: nn.Module) -> mx.array:
     return dequantized_weight(layer).astype(_dtype(layer))  # (out, in)
-
-
-def _copied_bytes(layer: nn.Module) -> int:
-    out, words = layer.weight.shape
-    return out * (words * 32 // layer.bits) * _dtype(layer).size
 
 
 # Measurement of both forms
@@ -443,7 +442,21 @@ class TokenSteps:
         modules = list(model.modules())
         names = {type(module).__module__ for module in modules}
         self._homes = [home for home in (vars(sys.modules[name]) for name in names) if ATTENTION in home]
-        self._turns = _share_turns(modules)
+        layers = [module for module in modules if _plain_class(module) in (*TURNING, *TURNING.values())]
+        known = next((layer.turns for layer in layers if hasattr(layer, TURNS)), None)
+        self._turns: Any = known or Turns()  # shared by all layers of positions, which get another class
+        for layer in layers:
+            own, kept = _plain_class(layer), cast(Any, layer)
+            if own in TURNING:
+                by_token = isinstance(layer, Rotation)
+                kept.__class__ = type(own.__name__, (Rotation, TURNING[own]), {}) if by_token else TURNING[own]
+            # What makes two layers of positions the same function.
+            settings = {
+                name: value for name, value in vars(layer).items() if isinstance(value, int | float | str | None)
+            }
+            arrays = {name: np.array(value).tobytes() for name, value in layer.items() if isinstance(value, mx.array)}
+            of_class = type(layer).__name__, *sorted(settings.items(), key=str), *sorted(arrays.items())
+            kept.turns, kept.kind = self._turns, of_class
         self._shortens = not device.on_gpu()
 
     def __getattr__(self, name: str) -> Any:
@@ -454,40 +467,16 @@ class TokenSteps:
         """Return the model's logits (B, T, V) for tokens (B, T)."""
         if not self._shortens or tokens.shape[1] != 1 or cache is None:
             return self.model(tokens, cache=cache, **given)
-        with self._step(cache):
-            return self.model(tokens, cache=cache, **given)
-
-    @contextmanager
-    def _step(self, caches: list[Any]) -> Iterator[None]:
         exchanged = [home for home in self._homes if home[ATTENTION] is base.scaled_dot_product_attention]
-        self._turns.begin(caches)
+        self._turns.begin(cache)
         for home in exchanged:
             home[ATTENTION] = attention_of_tokens
         try:
-            yield
+            return self.model(tokens, cache=cache, **given)
         finally:
             for home in exchanged:
                 home[ATTENTION] = base.scaled_dot_product_attention
             self._turns.end()
-
-
-def _share_turns(modules: list[nn.Module]) -> Turns:
-    """Give layers of positions their other class, and return the turns that they share."""
-    layers = [module for module in modules if _plain_class(module) in (*TURNING, *TURNING.values())]
-    turns: Any = next((layer.turns for layer in layers if hasattr(layer, TURNS)), None) or Turns()
-    for layer in layers:
-        own = _plain_class(layer)
-        if own in TURNING:
-            by_token = (Rotation,) if isinstance(layer, Rotation) else ()
-            kept: Any = layer
-            kept.__class__ = type(own.__name__, (*by_token, TURNING[own]), {}) if by_token else TURNING[own]
-        settings = {name: value for name, value in vars(layer).items() if isinstance(value, int | float | str | None)}
-        arrays = {name: np.array(value).tobytes() for name, value in layer.items() if isinstance(value, mx.array)}
-        layer.turns, layer.kind = (
-            turns,
-            (type(layer).__name__, *sorted(settings.items(), key=str), *sorted(arrays.items())),
-        )
-    return turns
 
 
 def _plain_class(module: nn.Module) -> type[nn.Module]:
@@ -622,7 +611,10 @@ def merge_rows(model: Any, rows: Rows) -> list[Any]:
         rows: the caches of each row, one for each layer.
     """
     merged = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
-    if _has_grouped_scores(_plain(model)):
+    plain = _plain(model)
+    if not hasattr(plain, GROUPED):
+        setattr(plain, GROUPED, any(type(one) is gemma2.Attention and one.repeats > 1 for one in plain.modules()))
+    if getattr(plain, GROUPED):
         for cache in merged:
             if type(cache) is BatchKVCache:
                 cache.__class__ = GroupedRows
@@ -715,7 +707,8 @@ def _try_rows(model: nn.Module) -> str:
             raise
         return _error_words(error)
     worst = 0.5 * mx.abs(together - alone).sum(axis=-1).max().item()
-    return "" if worst <= _rounding(model) else "rows of unlike length change each other"
+    narrow = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
+    return "" if worst <= (ROUNDING_16 if narrow else ROUNDING) else "rows of unlike length change each other"
 
 
 def _begun(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
@@ -733,23 +726,12 @@ def _distributions(model: nn.Module, last: Sequence[int], rows: Rows) -> mx.arra
     return found
 
 
-def _rounding(model: nn.Module) -> float:
-    narrow = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
-    return ROUNDING_16 if narrow else ROUNDING
-
-
 def _error_words(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _plain(model: Any) -> Any:
     return model.model if isinstance(model, TokenSteps) else model
-
-
-def _has_grouped_scores(model: Any) -> bool:
-    if not hasattr(model, GROUPED):
-        setattr(model, GROUPED, any(type(one) is gemma2.Attention and one.repeats > 1 for one in model.modules()))
-    return getattr(model, GROUPED)
 
 
 # Keys and values that are kept from one turn of an episode to the next, so that a turn computes only its new tokens
@@ -899,7 +881,17 @@ def sample_groups(
     if one_by_one and kept is not None and kept.begun:  # it would compute the turn's tokens for all rows together
         kept = None
     caches = kept.joined(model, prompts) if kept else None
-    caches = caches or _group_caches(model, prompts, options.group)
+    if not caches:  # each prompt without its last token; what all of several begin with is computed once
+        shortest = min(map(len, prompts)) - 1
+        count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
+        common = list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []
+        begun, of_prompts = make_prompt_cache(model), []
+        _compute(model, common, begun)
+        for prompt in prompts:
+            own = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
+            _compute(model, prompt[len(common) : -1], own)
+            of_prompts.append(own)
+        caches = merge_rows(model, [one for one in of_prompts for _ in range(options.group)])
     if not one_by_one:
         held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
         return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
@@ -1006,25 +998,10 @@ def answer_keys(seed: int, rollout: int, count: int, turn: int = 0) -> mx.array:
     return mx.random.split(mx.random.key(int(state)), count)
 
 
-def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int) -> list[Any]:
-    """Compute each prompt without its last token, and return caches of A rows."""
-    shortest = min(map(len, prompts)) - 1
-    count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
-    common, of_prompts = (list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []), []
-    begun = make_prompt_cache(model)
-    _compute(model, common, begun)
-    for prompt in prompts:
-        caches = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
-        _compute(model, prompt[len(common) : -1], caches)
-        of_prompts.append(caches)
-    return merge_rows(model, [caches for caches in of_prompts for _ in range(group)])
-
-
 def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None:
     """Put the keys and values of tokens into caches."""
     for start in range(0, len(tokens), PREFILL_TOKENS):
-        model(mx.array([tokens[start : start + PREFILL_TOKENS]]), cache=caches)
-        mx.eval([cache.state for cache in caches])
+        _compute_rows(model, [list(tokens[start : start + PREFILL_TOKENS])], caches)
 
 
 def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:

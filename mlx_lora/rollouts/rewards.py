@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -71,9 +72,14 @@ def number_match(completions: Sequence[Any], **columns: Any) -> list[float | Non
     """
     found = []
     for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
-        wanted = _number(str(right)) if right is not None else None
-        given = _number(text_of(completion))
-        found.append(None if wanted is None else float(given is not None and given == wanted))
+        wanted, given = ("" if right is None else str(right)), text_of(completion)
+        # The number after "####", else the last one.
+        numbers = [
+            (NUMBER.findall(text.rpartition(FINAL_MARK)[2])[:1] if FINAL_MARK in text else NUMBER.findall(text)[-1:])
+            for text in (wanted, given)
+        ]
+        values = [float(one[0].replace(",", "")) if one else None for one in numbers]
+        found.append(None if values[0] is None else float(values[0] == values[1]))
     return found
 
 
@@ -85,38 +91,25 @@ def think_format(completions: Sequence[Any], **columns: Any) -> list[float | Non
 # Rewards with an argument: it is no keyword of theirs, because the data may have a column of any name.
 
 
-def length(most: int) -> RewardFunction:
-    """Return what gives 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
-
-    def reward(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list:
-        return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
-
-    return reward
+def length(most: int, /, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list:
+    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
+    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
 
 
-def matches(pattern: re.Pattern) -> RewardFunction:
-    """Return what gives 1 for an answer in which the pattern is found, else 0."""
-
-    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
-
-    return reward
+def matches(pattern: re.Pattern, /, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer in which the pattern is found, else 0."""
+    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
 
 
-def fits_schema(validator: Any) -> RewardFunction:
-    """Return what gives 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
-
-    def score(text: str) -> float:
+def fits_schema(validator: Any, /, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
+    found: list[float | None] = []
+    for completion in completions:
         try:
-            value = json.loads(text)
+            found.append(1.0 if validator.is_valid(json.loads(text_of(completion))) else 0.5)
         except ValueError:
-            return 0.0
-        return 1.0 if validator.is_valid(value) else 0.5
-
-    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [score(text_of(completion)) for completion in completions]
-
-    return reward
+            found.append(0.0)
+    return found
 
 
 def math_verify(completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -195,28 +188,26 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
     if kind == "length":
         if not argument.isdecimal() or not int(argument):
             raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
-        return length(int(argument))
+        return partial(length, int(argument))
     if kind == "regex":
         try:
-            return matches(re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
+            return partial(matches, re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
         except re.error as error:
             raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
-    return fits_schema(_validator(name, Path(argument))) if kind == "json_schema" else None
-
-
-def _validator(name: str, file: Path) -> Any:
+    if kind != "json_schema":
+        return None
     try:
         import jsonschema
         from jsonschema.validators import validator_for
     except ImportError:
         raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
     try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-        kind = validator_for(schema)
-        kind.check_schema(schema)
+        schema = json.loads(Path(argument).read_text(encoding="utf-8"))
+        validator = validator_for(schema)
+        validator.check_schema(schema)
     except (OSError, ValueError, jsonschema.SchemaError) as error:
-        raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None
-    return kind(schema)
+        raise InputError(f"--reward {name}: {argument} holds no JSON schema ({error}); correct it") from None
+    return partial(fits_schema, validator(schema))
 
 
 def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
@@ -225,16 +216,6 @@ def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: st
     if not found:
         raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
     return [next((one for one in own if one is not None), None) for own in zip(*found, strict=True)]
-
-
-def _number(text: str) -> float | None:
-    """Return the number after "####", else the last one; None without any."""
-    if FINAL_MARK in text:
-        text = text.rpartition(FINAL_MARK)[2]
-        numbers = NUMBER.findall(text)[:1]
-    else:
-        numbers = NUMBER.findall(text)[-1:]
-    return float(numbers[0].replace(",", "")) if numbers else None
 
 
 # Reward sampled answers
@@ -281,12 +262,28 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
     asked = _asked(settings)
     if not asked:
         raise InputError(f"--objective {settings.objective} requires --reward: {GIVE}")
-    weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
+    try:
+        weights = [float(part) for part in (settings.reward_weights or ",".join("1" * len(asked))).split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(asked) or not all(map(math.isfinite, weights)):
+        raise InputError(
+            f"--reward-weights {settings.reward_weights}: give {len(asked)} numbers separated by commas, one for each --reward"
+        )
+    names = reward_names(settings)
     models = [_model_folder(text) for text in asked]
     found = []
     for place, (name, text, weight, model) in enumerate(zip(names, asked, weights, models, strict=True)):
         try:
-            function = no_function if model else functions.get(text) or _function(text)
+            function = no_function if model else functions.get(text) or ready_reward(text)
+            if function is None and text.startswith(IN_PYTHON):
+                raise InputError(
+                    f"--reward {text}: a function that was given in Python; continue with mlx_lora.train there"
+                )
+            if function is None and not text.rpartition(":")[0].endswith(".py"):
+                near = get_close_matches(text, PLAIN, n=1)
+                raise InputError(f"--reward {text}: {f'did you mean {near[0]}?' if near else f'give {GIVE}'}")
+            function = function or from_file("--reward", text, "function")
         except InputError as error:
             near_pattern = asked[place - 1 : place] + asked[place : place + 1] * (place + 1 < len(asked))
             if not any(one.startswith(REGEX) for one in near_pattern):
@@ -301,7 +298,11 @@ def reward_names(settings: ObjectiveSettings) -> list[str]:
     if settings.environment and not settings.reward:
         return [settings.environment.rpartition(":")[2]]
     asked = _asked(settings)
-    short = [_short(text) for text in asked]
+    short = []
+    for text in asked:  # the function's, the folder's, or the kind of a ready one
+        folder, (path, _, function) = _model_folder(text), text.rpartition(":")
+        own = function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
+        short.append(folder.resolve().name if folder else own)
     names = [text if short.count(name) > 1 else name for text, name in zip(asked, short, strict=True)]
     seen: Counter[str] = Counter()
     for place, name in enumerate(names):  # the same one twice
@@ -343,18 +344,15 @@ def _asked(settings: ObjectiveSettings) -> list[str]:
     """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward may begin there."""
     found: list[str] = []
     for part in (settings.reward or "").split(","):
-        if found and found[-1].startswith(REGEX) and _goes_on(found[-1], part.strip()):
+        text, plain = part.strip(), re.sub(r"\\.|\[[^]]*\]", "", found[-1] if found else "")  # without escapes and sets
+        opened = any(plain.count(one) > plain.count(other) for one, other in ("()", "{}", "[]"))
+        # What follows a comma is of the pattern in brackets, or where it can be no reward's name, right or wrong.
+        named = text.startswith(IN_PYTHON) or REWARD_NAME.fullmatch(text) or _model_folder(text)
+        if found and found[-1].startswith(REGEX) and (opened or not named):
             found[-1] += f",{part}"
-        elif part.strip():
+        elif text:
             found.append(part.lstrip())
     return [text.strip() for text in found]
-
-
-def _goes_on(pattern: str, text: str) -> bool:
-    """Tell whether what follows a comma is of the pattern: in brackets, or where it can be no reward's name, right or wrong."""
-    plain = re.sub(r"\\.|\[[^]]*\]", "", pattern)  # without escapes and sets
-    opened = any(plain.count(one) > plain.count(other) for one, other in ("()", "{}", "[]"))
-    return opened or not (text.startswith(IN_PYTHON) or REWARD_NAME.fullmatch(text) or _model_folder(text))
 
 
 def _model_folder(text: str) -> Path | None:
@@ -366,40 +364,6 @@ def _model_folder(text: str) -> Path | None:
 def no_function(*answers: Any, **columns: Any) -> list[float | None]:
     """Stand for a reward model that is not loaded, and for what an environment gives by itself."""
     raise ValueError("a reward that has no function was called")
-
-
-def _short(text: str) -> str:
-    """Return a short name for reports: the function's, the folder's, or the kind of a ready one."""
-    if folder := _model_folder(text):
-        return folder.resolve().name
-    path, _, function = text.rpartition(":")
-    return function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
-
-
-def _weights(text: str | None, count: int) -> list[float]:
-    if text is None:
-        return [1.0] * count
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != count or not all(map(math.isfinite, weights)):
-        raise InputError(f"--reward-weights {text}: give {count} numbers separated by commas, one for each --reward")
-    return weights
-
-
-def _function(name: str) -> RewardFunction:
-    found = ready_reward(name)
-    if found is not None:
-        return found
-    if name.startswith(IN_PYTHON):
-        raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
-    path, colon, _ = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        near = get_close_matches(name, PLAIN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
-        raise InputError(f"--reward {name}: {hint}")
-    return from_file("--reward", name, "function")
 
 
 # Calls
@@ -430,18 +394,15 @@ def call_reward(function: Callable[..., Any], arguments: dict[str, Any], state: 
         arguments: By name.
         state: Passed as `trainer_state` if the function has such a parameter, or takes any.
     """
-    if STATE not in arguments and _takes_state(function):
-        arguments = {**arguments, STATE: state}
-    values = function(**arguments)
-    return list(awaited(values) if inspect.isawaitable(values) else values)
-
-
-def _takes_state(function: Callable[..., Any]) -> bool:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of some callables written in C
-        return False
-    return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        parameters = {}
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if STATE not in arguments and (takes_any or STATE in parameters):
+        arguments = {**arguments, STATE: state}
+    values = function(**arguments)
+    return list(awaited(values) if inspect.isawaitable(values) else values)
 
 
 def _called(

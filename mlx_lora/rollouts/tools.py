@@ -81,12 +81,7 @@ Raises any exception if what looks like a call cannot be read.
 
 @dataclass(frozen=True)
 class CallForm:
-    """A way of writing calls.
-
-    Attributes:
-        name: of the parser in mlx-lm, or of the family.
-        read: reads them.
-    """
+    """A way of writing calls: its name, of the parser in mlx-lm or of the family, and what reads them."""
 
     name: str
     read: Reader
@@ -211,7 +206,12 @@ def call_form(turns: ToolTurns) -> CallForm:
         InputError: the template does not show tools, or its form is not known.
     """
     written = turns.probed()
-    said = _without_ends(written, turns)
+    said = written
+    for end in turns.ends:  # the token that ends the turn
+        token = str(turns.tokenizer.convert_ids_to_tokens(end))
+        if written.endswith(token) and token != "<|call|>":
+            said = written.removesuffix(token)
+            break
     for form in call_forms():
         found = _read(form, said, [PROBE_SCHEMA])[1]
         if [{name: call[name] for name in PROBE} for call in found] == [PROBE]:
@@ -225,23 +225,16 @@ def call_form(turns: ToolTurns) -> CallForm:
 def _read(form: CallForm, text: str, tools: Schemas) -> tuple[str, list[Call]]:
     """Return the text around the calls and these; all of it as text if a call cannot be read."""
     try:
-        around, found = form.read(text, tools)
-        return around, [_checked(call) for call in found]
+        (around, found), calls = form.read(text, tools), []
+        for call in found:
+            name, arguments = call["name"], call.get("arguments")
+            if not isinstance(name, str) or not name:
+                raise ValueError("a call without a name")
+            own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+            calls.append({"name": name, "arguments": {} if arguments is None else arguments, **own})
+        return around, calls
     except Exception:  # mlx-lm's parsers may raise anything on what a model wrote
         return text, []
-
-
-def _checked(call: Any) -> Call:
-    """Return a call with the arguments as a dict, if they are one.
-
-    Raises:
-        ValueError: it has no name.
-    """
-    name, arguments = call["name"], call.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise ValueError("a call without a name")
-    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {"name": name, "arguments": {} if arguments is None else arguments, **own}
 
 
 # What a model said
@@ -283,22 +276,10 @@ class CallReader:
         text = str(self.turns.tokenizer.decode(own, skip_special_tokens=False))
         thinking, answer = _thought(text, self.opened)
         around, calls = _read(self.form, answer, self.turns.tools)
-        return Said(self._plain(around).strip(), calls, self._plain(thinking).strip())
-
-    def _plain(self, text: str) -> str:
-        """Return a text without special tokens."""
-        for special in (token.content for token in self.turns.tokenizer.added_tokens_decoder.values() if token.special):
-            text = text.replace(special, "")
-        return text
-
-
-def _without_ends(text: str, turns: ToolTurns) -> str:
-    """Return a rendered turn without the token that ends it."""
-    for end in turns.ends:
-        token = str(turns.tokenizer.convert_ids_to_tokens(end))
-        if text.endswith(token) and token != "<|call|>":
-            return text.removesuffix(token)
-    return text
+        for token in self.turns.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                around, thinking = around.replace(token.content, ""), thinking.replace(token.content, "")
+        return Said(around.strip(), calls, thinking.strip())
 
 
 def _thought(text: str, opened: bool) -> tuple[str, str]:
@@ -400,22 +381,20 @@ def tool_schemas(plain: Sequence[Tool], environment: type[Any] | None, asked: st
                 method.__func__ if isinstance(method, staticmethod) else MethodType(method, object())
             )  # a schema needs no instance
             found.append((f"{ENVIRONMENT_FLAG} {asked}, {name}", bound))
-    schemas = [_schema(tool, where) for where, tool in found]
+    schemas = []
+    for where, tool in found:
+        try:
+            schemas.append(get_json_schema(tool))
+        except Exception as error:  # a docstring or type hints of any form
+            words = str(error).strip().split("\n")[0] or type(error).__name__
+            raise InputError(
+                f'{where}: no tool ({words}); give it type hints, and a docstring with "Args:" that describes each argument'
+            ) from None
     names = Counter(schema["function"]["name"] for schema in schemas)
     for name, count in names.items():
         if count > 1:
             raise InputError(f"{FLAG}: {count} tools are called {name}; rename all but one")
     return schemas
-
-
-def _schema(tool: Tool, where: str) -> dict[str, Any]:
-    try:
-        return get_json_schema(tool)
-    except Exception as error:  # a docstring or type hints of any form
-        words = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(
-            f'{where}: no tool ({words}); give it type hints, and a docstring with "Args:" that describes each argument'
-        ) from None
 
 
 def _name(tool: Tool) -> str:
@@ -465,12 +444,9 @@ def called(tools: Mapping[str, Tool], call: Call, limit_s: float) -> Result:
             value = awaited(value) if inspect.isawaitable(value) else value
             return Result(value if isinstance(value, list) else str(value))
     except TooLong:
-        return _failed(f"{name} took longer than {limit_s:g} s", "TimeoutError")
+        words, kind = f"{name} took longer than {limit_s:g} s", "TimeoutError"
     except FAILURES as error:  # a user's code may raise anything
-        return _failed(str(error), type(error).__name__)
-
-
-def _failed(words: str, kind: str) -> Result:
+        words, kind = str(error), type(error).__name__
     first = words.strip().splitlines()[:1]
     return Result(str({"error": words}), f"{kind}: {first[0]}" if first else kind)
 

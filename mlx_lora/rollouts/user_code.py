@@ -73,7 +73,10 @@ def at_most(seconds: float) -> Iterator[None]:
 
 def awaited(values: Awaitable[Any]) -> Any:
     """Wait for what an `async def` function returns."""
-    own = threading.current_thread() is threading.main_thread() and not _in_a_loop()
+    own = threading.current_thread() is threading.main_thread()
+    with suppress(RuntimeError):
+        asyncio.get_running_loop()
+        own = False  # it runs one already
     found, error = (_in_this_thread if own else _beside)(_outcome(values))
     if error is not None:
         raise error
@@ -86,14 +89,6 @@ async def _outcome(values: Awaitable[Any]) -> tuple[Any, BaseException | None]:
         return await values, None
     except (SystemExit, KeyboardInterrupt) as error:
         return None, error
-
-
-def _in_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 # By process: a forked one must not touch the loop of the process that it came from, nor throw it away.
@@ -133,7 +128,11 @@ def _close() -> None:
 
 
 def _beside(outcome: Coroutine[Any, Any, Any]) -> Any:
-    loop = _loop_beside()
+    with _making:  # the loop and its thread are made when they are first needed
+        loop = _beside_loops.get(os.getpid())
+        if loop is None:
+            loop = _beside_loops[os.getpid()] = asyncio.new_event_loop()
+            threading.Thread(target=_run_forever, args=(loop,), name="async rewards and tools", daemon=True).start()
     asked = asyncio.run_coroutine_threadsafe(outcome, loop)
     try:
         return asked.result()
@@ -144,15 +143,6 @@ def _beside(outcome: Coroutine[Any, Any, Any]) -> Any:
         except TimeoutError:  # code that never gives way holds the thread; the next call gets another
             _beside_loops.pop(os.getpid(), None)
         raise
-
-
-def _loop_beside() -> asyncio.AbstractEventLoop:
-    """Return the loop in the thread beside the others; both are made when they are first needed."""
-    with _making:
-        if os.getpid() not in _beside_loops:
-            loop = _beside_loops[os.getpid()] = asyncio.new_event_loop()
-            threading.Thread(target=_run_forever, args=(loop,), name="async rewards and tools", daemon=True).start()
-        return _beside_loops[os.getpid()]
 
 
 def _run_forever(loop: asyncio.AbstractEventLoop) -> None:

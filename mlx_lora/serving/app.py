@@ -98,7 +98,7 @@ def make_app(
             "adapter_evictions": store.evictions,
         }
         now = {
-            "running": engine.running,
+            "running": len(engine.batch),
             "unfinished": engine.unfinished,
             "adapters_known": len(store.cards),
             "adapters_resident": sum(card.resident for card in store.cards.values()),
@@ -157,6 +157,9 @@ def make_app(
     )
 
 
+Reply = ChatReply | CompletionReply
+
+
 class Completions:
     """The endpoints that generate, and those that list models."""
 
@@ -176,8 +179,9 @@ class Completions:
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models."""
-        cards = self._engine.store.cards.values()
-        return JSONResponse({"object": "list", "data": [self._model(None), *(self._model(card) for card in cards)]})
+        return JSONResponse(
+            {"object": "list", "data": [self._model(card) for card in (None, *self._engine.store.cards.values())]}
+        )
 
     async def model(self, request: HttpRequest) -> Response:
         """GET /v1/models/ID."""
@@ -189,10 +193,19 @@ class Completions:
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
         tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
+        limits, asked = self._limits, ask.max_tokens or 1
+        if asked > limits.max_tokens:
+            message = f"max_tokens {asked}: this server allows at most {limits.max_tokens}"
+            raise ApiError(400, message, "too_many_tokens", "max_tokens")
+        room = limits.max_context - len(tokens)
+        if room < asked:
+            message = f"{len(tokens)} tokens in the prompt and {asked} new ones: the limit is {limits.max_context}"
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        most = ask.max_tokens or min(limits.max_tokens, room)
         request = Request(
             tokens=tokens,
             adapter=card.name if card else None,
-            max_tokens=self._max_tokens(ask, len(tokens)),
+            max_tokens=most,
             sampling=ask.sampling,
             stops=ask.stops,
             ignore_eos=ask.ignore_eos,
@@ -213,6 +226,15 @@ class Completions:
             raise client_error(self._engine, error, self._pictures.folders) from None
         return prompt.tokens, prompt
 
+    def _model(self, card: Card | None) -> dict[str, Any]:
+        return {
+            "id": card.name if card else self._base_name,
+            "object": "model",
+            "owned_by": "mlx_lora",
+            "created": card.created if card else self._started_s,
+            "parent": self._base_name if card else None,
+        }
+
     def _card(self, model: str | None) -> Card | None:
         """Return the adapter that a model id means, None for the base."""
         if model in (None, self._base_name):
@@ -221,106 +243,53 @@ class Completions:
             raise ApiError(404, f"no model {model!r}; GET /v1/models lists them", "model_not_found", "model")
         return self._engine.store.cards[model]
 
-    def _max_tokens(self, ask: Ask, prompt: int) -> int:
-        limits = self._limits
-        if ask.max_tokens and ask.max_tokens > limits.max_tokens:
-            message = f"max_tokens {ask.max_tokens}: this server allows at most {limits.max_tokens}"
-            raise ApiError(400, message, "too_many_tokens", "max_tokens")
-        room = limits.max_context - prompt
-        if room < (ask.max_tokens or 1):
-            message = (
-                f"{prompt} tokens in the prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
-            )
-            raise ApiError(400, message, "context_length_exceeded", "messages")
-        return ask.max_tokens or min(limits.max_tokens, room)
-
-    def _model(self, card: Card | None) -> dict[str, Any]:
-        model = {"id": card.name if card else self._base_name, "object": "model", "owned_by": "mlx_lora"}
-        return {
-            **model,
-            "created": card.created if card else self._started_s,
-            "parent": self._base_name if card else None,
-        }
-
-
-class EngineResponse:
-    """A response that the engine generates."""
-
-    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
-        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer as an ASGI application; if the client disconnects, its row is freed."""
-        with HttpAnswer(self._engine, self._request, receive, self._timeout_s) as answer:
-            try:
-                if self._ask.stream:
-                    await send_stream(answer, self._reply, self._ask.include_usage, send)
-                else:
-                    await send_whole(answer, self._reply, send)
-            except ClientGone:
-                return
-
-
-async def _as_json(request: HttpRequest, error: Any) -> Response:
-    return error_response(error if isinstance(error, ApiError) else not_here(request, error))
-
-
-# One answer, from the engine's thread to its client
-
-Reply = ChatReply | CompletionReply
-
 
 class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-class HttpAnswer:
-    """One request's events in the server's event loop; leaving it as a context frees the request's row."""
+class EngineResponse:
+    """A response that the engine generates, as an ASGI application; its row is freed when it ends in any way."""
 
-    def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
-        """Submit the request.
-
-        Args:
-            engine: answers the request.
-            request: the request.
-            receive: ASGI's function; after the body it only tells when the client disconnects.
-            timeout_s: for the whole answer.
-
-        Raises:
-            ApiError: 429 if the queue is full, 503 if the engine has stopped.
-        """
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout_s
+    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
+        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
         self._timeout_s = timeout_s
         folders = request.pictures.reader.folders if request.pictures else ()
         self._told = partial(client_error, engine, folders=folders)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        try:
-            self._ticket = engine.submit(request, self._emit)
-        except (QueueFull, Stopped) as error:
-            raise self._told(error) from None
-        self._gone = self._loop.create_task(_until_gone(receive))
 
-    def _emit(self, event: Event) -> None:
-        # The loop is already closed if the process ends while requests are running.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    def __enter__(self) -> HttpAnswer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ticket.cancel()
-        self._gone.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Yield the events up to the last one.
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
+        """Answer, all at once or as server-sent events.
 
         Raises:
-            ClientGone: the client disconnected.
-            ApiError: the answer is an error, or is not done in time.
+            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in time.
         """
+        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._deadline = loop.time() + self._timeout_s
+
+        def emit(event: Event) -> None:
+            # The loop is already closed if the process ends while requests are running.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        async def until_gone() -> None:  # after the body, `receive` only tells when the client disconnects
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        try:
+            ticket = self._engine.submit(self._request, emit)
+        except (QueueFull, Stopped) as error:
+            raise self._told(error) from None
+        self._gone = loop.create_task(until_gone())
+        try:
+            await (self._stream(send) if self._ask.stream else self._whole(send))
+        except ClientGone:
+            return
+        finally:
+            ticket.canceled.set()
+            self._gone.cancel()
+
+    async def _answer(self) -> AsyncIterator[Event]:
+        """Yield the events up to the last one."""
         while True:
             event = await self._within_time(self._events.get())
             if event.error is not None:
@@ -329,13 +298,10 @@ class HttpAnswer:
             if event.last:
                 return
 
-    async def send(self, sending: Awaitable[None]) -> None:
-        """Await a send within the answer's time limit, since a client can delay it by not reading."""
-        await self._within_time(sending)
-
     async def _within_time(self, doing: Awaitable[Any]) -> Any:
+        """Await an event, or a send, which a client can delay by not reading."""
         task = asyncio.ensure_future(doing)
-        left = self._deadline - self._loop.time()
+        left = self._deadline - asyncio.get_running_loop().time()
         try:
             await asyncio.wait({task, self._gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -344,56 +310,49 @@ class HttpAnswer:
             task.cancel()
         if self._gone.done():
             raise ClientGone
-        raise ApiError(504, f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens", "timeout")
+        message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
+        raise ApiError(504, message, "timeout")
 
+    async def _whole(self, send: Callable[[Any], Any]) -> None:
+        """Send the complete answer at once."""
+        pieces, reports = [], []
+        event: Any = None  # the last event, of which there is one at least
+        async for event in self._answer():
+            pieces.append(event.piece.text)
+            reports += event.piece.reports
+        content = json.dumps(self._reply.whole("".join(pieces), reports, event)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
+        await self._within_time(send({"type": "http.response.body", "body": content}))
 
-async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _stream(self, send: Callable[[Any], Any]) -> None:
+        """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
+        opened = False
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
+        def body(content: str, more: bool = True) -> Any:
+            return send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
 
-async def send_whole(answer: HttpAnswer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
-    """Send the complete answer at once."""
-    pieces, reports = [], []
-    event: Any = None  # the last event, of which there is one at least
-    async for event in answer:
-        pieces.append(event.piece.text)
-        reports += event.piece.reports
-    content = json.dumps(reply.whole("".join(pieces), reports, event)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
-    await answer.send(send({"type": "http.response.body", "body": content}))
-
-
-async def send_stream(
-    answer: HttpAnswer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
-) -> None:
-    """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
-    opened = False
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-
-    async def send_event(content: str, more: bool = True) -> None:
-        await answer.send(
-            send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
-        )
-
-    try:
-        async for event in answer:
+        try:
+            async for event in self._answer():
+                if not opened:
+                    await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
+                    opened = True
+                await self._within_time(body(json.dumps(self._reply.chunk(event))))
+                if event.usage and self._ask.include_usage:
+                    await self._within_time(body(json.dumps(self._reply.usage_chunk(event.usage))))
+        except ApiError as error:
             if not opened:
-                await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
-                opened = True
-            await send_event(json.dumps(reply.chunk(event)))
-            if event.usage and include_usage:
-                await send_event(json.dumps(reply.usage_chunk(event.usage)))
-    except ApiError as error:
-        if not opened:
-            raise
-        # The status was already sent, so send the error as an event, unless the client does not read.
-        content = f"data: {json.dumps(error.body())}\n\n".encode()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(send({"type": "http.response.body", "body": content}), timeout=1)
-        return
-    await send_event("[DONE]", more=False)
+                raise
+            # The status was already sent, so send the error as an event, unless the client does not read.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(body(json.dumps(error.body()), more=False), timeout=1)
+            return
+        await self._within_time(body("[DONE]", more=False))
+
+
+async def _as_json(request: HttpRequest, error: Any) -> Response:
+    return error_response(error if isinstance(error, ApiError) else not_here(request, error))
 
 
 # The chat page

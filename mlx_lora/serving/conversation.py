@@ -104,7 +104,7 @@ class ChatAnswer:
         while self.finish is None:
             event = None if self._stopping else self._events.get()
             if event is None:
-                self._ticket.cancel()
+                self._ticket.canceled.set()
                 self.finish = "stopped"
                 return
             if isinstance(event.error, Stopped):
@@ -126,7 +126,7 @@ class ChatAnswer:
     def cancel(self) -> None:
         """Free its row, if it still has one."""
         if self.finish is None:
-            self._ticket.cancel()
+            self._ticket.canceled.set()
 
     def figures(self, alone: bool = True) -> str:
         """Return one line with its length, its speed, and how much of the prompt was cached from earlier turns.

@@ -117,10 +117,6 @@ class Likelihoods:
     ids: Any
     values: Any
 
-    def arrays(self) -> list[mx.array]:
-        """Return the arrays to evaluate."""
-        return [array for array in (self.token, self.ids, self.values) if array is not None]
-
     def top(self) -> list[tuple[int, float]]:
         """Return (id, log-probability) of the likeliest tokens, best first."""
         if self.ids is None:
@@ -149,18 +145,13 @@ def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, li
         if all(greedy)
         else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
     )
-    reports = [
-        _likelihoods(logprobs[row], tokens[row], sampler.settings.top_logprobs or 0) if reporting[row] else None
-        for row, sampler in enumerate(samplers)
-    ]
+    reports: list[Likelihoods | None] = [None] * len(samplers)
+    for row, sampler in enumerate(samplers):
+        if reporting[row]:
+            own, count = logprobs[row], sampler.settings.top_logprobs or 0
+            ids = mx.argpartition(-own, count - 1)[:count] if count else None
+            reports[row] = Likelihoods(own[tokens[row]], ids, None if ids is None else own[ids])
     return tokens, reports
-
-
-def _likelihoods(logprobs: mx.array, token: mx.array, count: int) -> Likelihoods:
-    if count == 0:
-        return Likelihoods(logprobs[token], None, None)
-    ids = mx.argpartition(-logprobs, count - 1)[:count]
-    return Likelihoods(logprobs[token], ids, logprobs[ids])
 
 
 # Text
@@ -347,7 +338,7 @@ class RunningBatch:
         self._routing.rows = tuple(row.adapter for row in self.rows)
         logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
         self._next, self._reports = sample_rows(logits, [row.sampler for row in self.rows])
-        mx.async_eval(self._next, [array for report in self._reports if report for array in report.arrays()])
+        mx.async_eval(self._next, [[report.token, report.ids, report.values] for report in self._reports if report])
         news = []
         for row, token, report in zip(self.rows, known.tolist(), reports, strict=True):
             row.tokens.append(token)
@@ -378,13 +369,6 @@ class RunningBatch:
 # Keys and values of earlier prompts
 
 
-@dataclass(frozen=True)
-class _Entry:
-    tokens: tuple[int, ...]
-    caches: list[Any]
-    nbytes: int
-
-
 class PromptCache:
     """A cache that evicts the least recently used entries first."""
 
@@ -392,7 +376,7 @@ class PromptCache:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
         self.reused_tokens = 0
-        self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], tuple[list[Any], int]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -407,24 +391,23 @@ class PromptCache:
             tokens: the prompt.
         """
         best, length = None, 0
-        for key, entry in self._entries.items():
+        for key, (caches, _) in self._entries.items():
+            known = key[1]
             if key[0] != adapter:
                 continue
-            pairs = zip(entry.tokens, tokens, strict=False)
-            common = min(
-                next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(entry.tokens), len(tokens))),
-                len(tokens) - 1,
+            common = next(
+                (n for n, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), min(len(known), len(tokens))
             )
-            if common > length and (common == len(entry.tokens) or can_trim_prompt_cache(entry.caches)):
+            common = min(common, len(tokens) - 1)
+            if common > length and (common == len(known) or can_trim_prompt_cache(caches)):
                 best, length = key, common
         if best is None:
             return None, 0
         self._entries.move_to_end(best)
         self.reused_tokens += length
-        entry = self._entries[best]
-        caches = copy.deepcopy(entry.caches)
-        if length < len(entry.tokens):
-            trim_prompt_cache(caches, len(entry.tokens) - length)
+        caches = copy.deepcopy(self._entries[best][0])
+        if length < len(best[1]):
+            trim_prompt_cache(caches, len(best[1]) - length)
         return caches, length
 
     def keep(self, adapter: int | None, tokens: list[int], caches: list[Any]) -> None:
@@ -436,7 +419,7 @@ class PromptCache:
         covered = [key for key in self._entries if key[0] == adapter and own[: len(key[1])] == key[1]]
         for key in covered if can_trim_prompt_cache(caches) else [key for key in covered if key[1] == own]:
             self._forget(key)
-        self._entries[adapter, own] = _Entry(own, caches, nbytes)
+        self._entries[adapter, own] = caches, nbytes
         self.nbytes += nbytes
         while self.nbytes > self.budget_bytes:
             self._forget(next(iter(self._entries)))
@@ -447,7 +430,7 @@ class PromptCache:
             self._forget(key)
 
     def _forget(self, key: tuple[int | None, tuple[int, ...]]) -> None:
-        self.nbytes -= self._entries.pop(key).nbytes
+        self.nbytes -= self._entries.pop(key)[1]
 
 
 # Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps
@@ -543,10 +526,6 @@ class Ticket:
     request: Request
     emit: Callable[[Event], None]
     canceled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Ask the engine to free the row at its next step; ignore events that still come."""
-        self.canceled.set()
 
 
 # The engine
@@ -713,7 +692,7 @@ class Engine(ModelThread):
         """
         self.limits, self.counts = limits, Counts()
         self.ignore_fingerprint = ignore_fingerprint
-        self._pending = 0
+        self.unfinished = 0  # requests that wait or run
         self._waiting: deque[Ticket] = deque()
         self._prefill: Prefill | None = None
         super().__init__(load, "mlx-lora-engine")
@@ -727,17 +706,14 @@ class Engine(ModelThread):
             QueueFull: too many requests are waiting.
             Stopped: the engine is ending, or has failed.
         """
-        with self._lock:
-            if self._pending >= self.limits.max_waiting + self.limits.max_batch:
-                raise QueueFull(f"{self.limits.max_waiting} requests are already waiting")
-            self._pending += 1
         ticket = Ticket(request, emit)
-        try:
-            self._send(ticket)
-        except Stopped:
-            with self._lock:
-                self._pending -= 1
-            raise
+        with self._lock:
+            if self._ending:
+                raise Stopped("the server is ending")
+            if self.unfinished >= self.limits.max_waiting + self.limits.max_batch:
+                raise QueueFull(f"{self.limits.max_waiting} requests are already waiting")
+            self.unfinished += 1
+            self._inbox.put(ticket)
         return ticket
 
     def call(self, function: Callable[[AdapterStore], T]) -> Future[T]:
@@ -759,16 +735,6 @@ class Engine(ModelThread):
 
         self._send(run)
         return future
-
-    @property
-    def unfinished(self) -> int:
-        """The number of requests that wait or run."""
-        return self._pending
-
-    @property
-    def running(self) -> int:
-        """The number of rows that generate now."""
-        return len(self.batch)
 
     # --- run in the engine's thread
 
@@ -918,7 +884,7 @@ class Engine(ModelThread):
             self.store.release(work.resident)
         self.counts.canceled += canceled
         with self._lock:
-            self._pending -= 1
+            self.unfinished -= 1
         if event is not None:
             ticket.emit(event)
 

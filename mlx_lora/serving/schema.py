@@ -13,7 +13,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,11 +236,16 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
-        parts = [_part(part, pictures if message["role"] == "user" else None) for part in content]
-        if None in parts:
-            kinds = "text, and of a user image_url with a url" if message["role"] == "user" else "text"
-            raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
-        content = "".join(part for part in parts if part is not None)
+        sees, texts = message["role"] == "user", []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            image = part.get("image_url") if kind in ("image_url", "input_image") and sees else None
+            text = part.get("text") if kind == "text" else image.get("url") if isinstance(image, dict) else image
+            if not isinstance(text, str) or not (text or kind == "text"):
+                kinds = "text, and of a user image_url with a url" if sees else "text"
+                raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
+            texts.append(text if kind == "text" else mark(text, pictures))
+        content = "".join(texts)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         raise _bad(f"{name}.content", content, "a string or parts of type text")
@@ -254,19 +259,6 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
     except (TypeError, KeyError, AttributeError, ValueError):
         raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
-
-
-def _part(part: Any, pictures: dict[str, str | bytes] | None) -> str | None:
-    """Return a part of a message as text, a picture as a mark; None if it is neither."""
-    if not isinstance(part, dict):
-        return None
-    if part.get("type") == "text":
-        return part["text"] if isinstance(part.get("text"), str) else None
-    given = part.get("image_url")
-    url = given.get("url") if isinstance(given, dict) else given
-    if part.get("type") not in ("image_url", "input_image") or pictures is None or not isinstance(url, str) or not url:
-        return None
-    return mark(url, pictures)
 
 
 def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
@@ -308,60 +300,62 @@ def _shown(value: Any) -> str:
 
 
 class ChatReply:
-    """Builds answers of chat/completions."""
+    """Builds the answers of chat/completions."""
+
+    PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str):
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._opened = False
 
     def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with the new text; the first chunk also has the role."""
+        """Return a chunk with the new text."""
+        choice = {**self._piece(event), "logprobs": self._logprobs(event.piece.reports)}
+        choices = [{"index": 0, **choice, "finish_reason": event.finish}]
+        return {**self._head, "object": self.CHUNK, "choices": choices}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Return the chunk that ends a stream with token counts."""
+        return {**self._head, "object": self.CHUNK, "choices": [], "usage": usage_object(usage)}
+
+    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        choice = {**self._all(text), "logprobs": self._logprobs(reports)}
+        choices = [{"index": 0, **choice, "finish_reason": end.finish}]
+        return {**self._head, "object": self.WHOLE, "choices": choices, "usage": usage_object(end.usage)}
+
+    def _piece(self, event: Event) -> dict[str, Any]:
+        """Return the new text; the first chunk also has the role."""
         delta = {} if self._opened else {"role": "assistant"}
         self._opened = True
-        if event.piece.text or not event.last:
-            delta["content"] = event.piece.text
-        return self._chunk([_choice({"delta": delta}, _chat_logprobs(event.piece.reports), event.finish)])
+        return {"delta": {**delta, **({"content": event.piece.text} if event.piece.text or not event.last else {})}}
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk that ends a stream with token counts."""
-        return {**self._chunk([]), "usage": usage_object(usage)}
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = _choice({"message": message}, _chat_logprobs(reports), end.finish)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(end.usage)}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        content = []
+        for report in reports:
+            every = [(report.text, report.logprob, report.data), *report.top]
+            own, *top = [{"token": text, "logprob": value, "bytes": list(data)} for text, value, data in every]
+            content.append({**own, "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
-class CompletionReply:
-    """Builds answers of completions."""
+class CompletionReply(ChatReply):
+    """Builds the answers of completions."""
 
-    def __init__(self, model: str):
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+    PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
 
-    def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with the new text."""
-        logprobs = self._logprobs(event.piece.reports)
-        return {**self._head, "choices": [_choice({"text": event.piece.text}, logprobs, event.finish)]}
+    def _piece(self, event: Event) -> dict[str, Any]:
+        return {"text": event.piece.text}
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk that ends a stream with token counts."""
-        return {**self._head, "choices": [], "usage": usage_object(usage)}
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        choice = _choice({"text": text}, self._logprobs(reports), end.finish)
-        return {**self._head, "choices": [choice], "usage": usage_object(end.usage)}
-
-    def _logprobs(self, reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
         if not reports:
             return None
         return {
@@ -381,27 +375,6 @@ def usage_object(usage: Any) -> dict[str, Any]:
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
     }
-
-
-def _choice(content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
-
-
-def _chat_logprobs(reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
-    if not reports:
-        return None
-    content = [
-        {
-            **_token(report.text, report.logprob, report.data),
-            "top_logprobs": [_token(*one) for one in report.top],
-        }
-        for report in reports
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _token(text: str, logprob: float, data: bytes) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 RETRY_AFTER_S = 1

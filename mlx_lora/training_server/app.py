@@ -42,7 +42,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server import protocol
 from mlx_lora.training_server.checkpoints import EXTERNAL, KINDS, SAMPLER, WEIGHTS, Place, Stored
 from mlx_lora.training_server.models import AdamNumbers, LoraShape, TokenRequest, TrainedModel
-from mlx_lora.training_server.sampler import SampleResult
+from mlx_lora.training_server.sampler import SampleTicket
 from mlx_lora.training_server.sessions import (
     ModelRecord,
     Payload,
@@ -342,8 +342,7 @@ class TrainingRoutes:
 
     def __init__(self, registry: Registry, guard: GuardLimits, most_tokens: int):
         self._registry, self._worker, self._guard = registry, registry.worker, guard
-        ends = frozenset(self._worker.base.tokenizer.eos_token_ids)
-        self._sample_limits = protocol.SampleLimits(self._worker.limits, most_tokens, ends)
+        self._most_tokens, self._ends = most_tokens, frozenset(self._worker.base.tokenizer.eos_token_ids)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -656,7 +655,7 @@ class TrainingRoutes:
             return promise(known, ids)
         pending, loop = self._registry.pending(sampler.session, request_id), asyncio.get_running_loop()
 
-        def done(outcome: SampleResult | Exception) -> None:
+        def done(outcome: SampleTicket | Exception) -> None:
             found = (
                 outcome
                 if isinstance(outcome, Exception)
@@ -665,7 +664,7 @@ class TrainingRoutes:
             loop.call_soon_threadsafe(self._registry.answer, pending, found)
 
         try:
-            ask = protocol.read_ask(asked, sampler.current, self._sample_limits)
+            ask = protocol.read_ask(asked, sampler.current, self._worker.limits, self._most_tokens, self._ends)
             pending.ticket = self._worker.sample(ask, done)
         except (InputError, Stopped) as error:
             self._registry.answer(pending, error)

@@ -97,14 +97,6 @@ class AdamNumbers:
                 raise InputError(f"adam_params: {given} {value} is out of range; see Tinker's AdamParams")
 
 
-@dataclass(frozen=True)
-class PassOutput:
-    """What a forward pass gives back: the loss, and the log-probabilities of each example's targets, shaped like them."""
-
-    loss_sum: float
-    logprobs: list[np.ndarray]
-
-
 @dataclass
 class TokenRequest:
     """A request for a loss under way.
@@ -214,11 +206,11 @@ class TrainedModel:
 
     def forward_backward(
         self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
-    ) -> PassOutput:
+    ) -> TokenRequest:
         """Compute the summed loss of examples alone, and add its gradient to the sum; arguments as for `prepare`."""
         return self.run(self.prepare(examples, name, config, backward))
 
-    def run(self, request: TokenRequest) -> PassOutput:
+    def run(self, request: TokenRequest) -> TokenRequest:
         """Compute a request alone."""
         for batch in request.batches:
             self.compute(request, batch)
@@ -258,13 +250,13 @@ class TrainedModel:
             (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, *arrays)
             request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
 
-    def finish(self, request: TokenRequest) -> PassOutput:
+    def finish(self, request: TokenRequest) -> TokenRequest:
         """Add a request's gradient to the sum. Only now: one that fails in the middle leaves the sum as it was."""
         if request.sums is not None:
             before = self._gradients
             self._gradients = request.sums if before is None else tree_map(mx.add, before, request.sums)
             mx.eval(self._gradients)
-        return PassOutput(request.loss_sum, request.logprobs)
+        return request
 
     def optim_step(self, numbers: AdamNumbers) -> dict[str, float]:
         """Update the factors by the summed gradient, and return numbers to report.

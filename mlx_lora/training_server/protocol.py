@@ -1,7 +1,7 @@
 """Translate between Tinker's messages and ours. Types and protocol buffers are those of the `tinker` package itself.
 
-forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; PassOutput -> bytes of a ForwardBackwardOutput
-asample             SampleRequest                           -> SamplingJob;  SampleResult -> bytes of a SampleResponse
+forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; TokenRequest -> bytes of a ForwardBackwardOutput
+asample             SampleRequest                           -> SamplingJob;  SampleTicket -> bytes of a SampleResponse
 all others          pydantic types, as JSON
 """
 
@@ -22,8 +22,8 @@ from tinker.proto import tinker_public_pb2 as pb
 from mlx_lora.serving.engine import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
-from mlx_lora.training_server.models import LoraShape, PassOutput
-from mlx_lora.training_server.sampler import SampledSequence, SampleResult, SamplingJob
+from mlx_lora.training_server.models import LoraShape, TokenRequest
+from mlx_lora.training_server.sampler import SampledSequence, SampleTicket, SamplingJob
 from mlx_lora.utils.errors import InputError
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -161,7 +161,7 @@ def _tensor(message: Any, what: str, most_rows: int) -> np.ndarray:
     return dense
 
 
-def output_bytes(output: PassOutput) -> bytes:
+def output_bytes(output: TokenRequest) -> bytes:
     """Return the answer to forward_backward; neighboring examples of one width are one record."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     message.metrics["loss:sum"] = output.loss_sum
@@ -186,17 +186,17 @@ def lora_shape(config: types.LoraConfig | None) -> LoraShape:
 # Sampling
 
 
-@dataclass(frozen=True)
-class SampleLimits:
-    """What a request for samples may ask for: the model's limits, new tokens, and the ids that end an answer by themselves."""
-
-    model: ModelLimits
-    max_tokens: int
-    end_tokens: frozenset[int]
-
-
-def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLimits) -> SamplingJob:
+def read_ask(
+    request: types.SampleRequest, weights: str | None, model: ModelLimits, most_tokens: int, ends: frozenset[int]
+) -> SamplingJob:
     """Return a request for samples.
+
+    Args:
+        request: of the client.
+        weights: their name; None: the base's.
+        model: its limits.
+        most_tokens: new ones of a sample.
+        ends: tokens that end an answer by themselves.
 
     Raises:
         InputError: it asks for what this server does not do, or for too much.
@@ -205,21 +205,21 @@ def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLi
         if not isinstance(chunk, types.EncodedTextChunk):
             raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
     tokens = [token for chunk in request.prompt.chunks for token in chunk.tokens]
-    check_tokens(np.array(tokens or [], np.int64), limits.model, "prompt")
+    check_tokens(np.array(tokens or [], np.int64), model, "prompt")
     params = request.sampling_params
-    room = limits.model.context - len(tokens)
-    most = min(limits.max_tokens, room) if params.max_tokens is None else params.max_tokens
-    if not 0 < most <= min(limits.max_tokens, room):
+    room = model.context - len(tokens)
+    most = min(most_tokens, room) if params.max_tokens is None else params.max_tokens
+    if not 0 < most <= min(most_tokens, room):
         raise InputError(
-            f"max_tokens {most}: with {len(tokens)} tokens in the prompt give 1 to {max(0, min(limits.max_tokens, room))}"
+            f"max_tokens {most}: with {len(tokens)} tokens in the prompt give 1 to {max(0, min(most_tokens, room))}"
         )
-    stop_tokens, stop_texts = _stops(params.stop, limits.end_tokens)
+    stop_tokens, stop_texts = _stops(params.stop, ends)
     score = bool(request.prompt_logprobs) or request.topk_prompt_logprobs > 0
     last = request.prompt_logprobs_last_n
     refused = {
         f"num_samples {request.num_samples}: give 1 to {MOST_SAMPLES}": not 0 < request.num_samples <= MOST_SAMPLES,
         f"topk logprobs: give 0 to {MOST_TOP}": not all(
-            0 <= k <= min(MOST_TOP, limits.model.vocabulary - 1)
+            0 <= k <= min(MOST_TOP, model.vocabulary - 1)
             for k in (request.topk_prompt_logprobs, request.topk_sample_logprobs)
         ),
         "target_prompt_logprobs: not computed here; use forward with target_tokens": request.target_prompt_logprobs
@@ -255,7 +255,7 @@ def _stops(stop: Any, end_tokens: frozenset[int]) -> tuple[frozenset[int], tuple
     return (tokens | end_tokens if texts else tokens), texts
 
 
-def answer_bytes(answer: SampleResult, top: int) -> bytes:
+def answer_bytes(answer: SampleTicket, top: int) -> bytes:
     """Return the answer to a request for samples.
 
     Args:

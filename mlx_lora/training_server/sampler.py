@@ -1,6 +1,6 @@
 """Sample answers for clients, several requests and adapters in one batch, between the requests that train.
 
-    SamplingJob -> prompt, computed once for all samples of a request -> rows of the running batch -> SampleResult
+    SamplingJob -> prompt, computed once for all samples of a request -> rows of the running batch -> SampleTicket
 
 The rows are those of the serving engine (serving/engine.py): each has its own adapter and random stream, so an answer depends on its
 prompt, weights, settings and seed, and not on what else is sampled. Log-probabilities are those of the model, at temperature 1 and
@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +89,6 @@ class PromptScores:
     top_values: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class SampleResult:
-    """The answers to a request, in order, and the prompt's log-probabilities if they were asked for."""
-
-    samples: list[SampledSequence]
-    prompt: PromptScores | None
-
-
 @dataclass(eq=False)
 class SampleTicket:
     """A request under way.
@@ -108,7 +100,7 @@ class SampleTicket:
     """
 
     ask: SamplingJob
-    done: Callable[[SampleResult | Exception], None]
+    done: Callable[[SampleTicket | Exception], None]
     canceled: bool = False
     samples: list[SampledSequence] = field(default_factory=list)
     left: int = 0
@@ -146,7 +138,11 @@ class WeightStore:
         self._factors[name] = factors
         resident = [one for one, value in self._factors.items() if not isinstance(value, Path)]
         for old in resident[: max(0, len(resident) - MOST_RESIDENT)]:
-            self._spill(old)
+            file, arrays = self._folder / f"{next(self._next)}.safetensors", {}
+            for path, one in self._factors[old].items():  # pyright: ignore[reportAttributeAccessIssue] # in memory
+                arrays |= {f"{path}.a": one.a, f"{path}.b": one.b, f"{path}.head": mx.array(one.adapts_head)}
+            save_tensors(file, arrays)
+            self._factors[old] = file
 
     def drop(self, name: str) -> None:
         """Forget weights; requests that use them, or wait for their turn to, keep them."""
@@ -179,12 +175,19 @@ class WeightStore:
             raise InputError("sample: these weights are gone, because their session has ended; save them again")
         self._factors.move_to_end(name)
         if name not in self._numbers:
-            factors = _read(kept) if isinstance(kept, Path) else kept
+            if isinstance(kept, Path):
+                arrays: Any = mx.load(str(kept))
+                kept = {
+                    path: LayerFactors(
+                        *(arrays[f"{path}.{part}"] for part in "ab"), adapts_head=arrays[f"{path}.head"].item()
+                    )
+                    for path in sorted({name.rpartition(".")[0] for name in arrays})
+                }
             number = self._numbers[name] = next(self._next)
-            layers: dict[str, Any] = route(self.model, list(factors), self.routing)
+            layers: dict[str, Any] = route(self.model, list(kept), self.routing)
             self._layers[number] = layers
             for path, layer in layers.items():
-                layer.pools.put(number, factors[path])
+                layer.pools.put(number, kept[path])
                 layer.pools.settle()
         self._uses[name] = self._uses.get(name, 0) + 1
         return self._numbers[name]
@@ -202,26 +205,6 @@ class WeightStore:
     def close(self) -> None:
         """Delete the files."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _spill(self, name: str) -> None:
-        factors = self._factors[name]
-        if isinstance(factors, Path):
-            return
-        file = self._folder / f"{next(self._next)}.safetensors"
-        arrays = {
-            f"{path}.{part}": array for path, one in factors.items() for part, array in (("a", one.a), ("b", one.b))
-        }
-        save_tensors(file, {**arrays, **{f"{path}.head": mx.array(one.adapts_head) for path, one in factors.items()}})
-        self._factors[name] = file
-
-
-def _read(file: Path) -> dict[str, LayerFactors]:
-    arrays: Any = mx.load(str(file))
-    paths = {name.rpartition(".")[0] for name in arrays}
-    return {
-        path: LayerFactors(arrays[f"{path}.a"], arrays[f"{path}.b"], adapts_head=bool(arrays[f"{path}.head"].item()))
-        for path in sorted(paths)
-    }
 
 
 # Sampling
@@ -279,12 +262,24 @@ class SampleLoop:
         while self._fresh and len(self._batch) < self._most_rows:
             ticket, sample, caches = self._fresh.popleft()
             if not ticket.canceled:
-                self._join(ticket, sample, caches)
+                ask, settings = ticket.ask, ticket.ask.sampling
+                seed = None if settings.seed is None else (settings.seed + sample) % 2**63
+                sampler, tokens = Sampler(replace(settings, seed=seed), self.vocabulary), list(ask.tokens)
+                own = BatchRow((ticket, sample), ticket.number, sampler, tokens[:-1])
+                self._batch.join(Prefill(self._model, self.weights.routing, own, tokens[-1:], caches))
             else:
                 self._finish(ticket)
         if len(self._batch):
             try:
-                self._advance()
+                leaving: list[BatchRow] = []
+                for row, token, likelihoods in self._batch.step():
+                    ticket, number = row.owner
+                    if ticket.canceled or self._ends(ticket.samples[number], ticket.ask, token, likelihoods):
+                        leaving.append(row)
+                if leaving:
+                    self._batch.leave(leaving)
+                for row in leaving:
+                    self._finish(row.owner[0])
             except Exception as error:
                 tickets = {id(row.owner[0]): row.owner[0] for row in self._batch.rows}
                 self._batch = RunningBatch(self._model, self.weights.routing)
@@ -335,42 +330,18 @@ class SampleLoop:
             return caches, None
         return caches, PromptScores(logprobs, *((ids, values) if ask.top_scores else ()))
 
-    def _join(self, ticket: SampleTicket, sample: int, caches: list[Any]) -> None:
-        ask, sampling = ticket.ask, ticket.ask.sampling
-        seed = None if sampling.seed is None else (sampling.seed + sample) % 2**63
-        own = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed, sampling.top_logprobs)
-        tokens = list(ask.tokens)
-        row = BatchRow((ticket, sample), ticket.number, Sampler(own, self.vocabulary), tokens[:-1])
-        self._batch.join(Prefill(self._model, self.weights.routing, row, tokens[-1:], caches))
-
-    def _advance(self) -> None:
-        leaving: list[BatchRow] = []
-        for row, token, likelihoods in self._batch.step():
-            ticket, number = row.owner
-            sampled, ask = ticket.samples[number], ticket.ask
-            if not ticket.canceled and not self._take(sampled, ask, token, likelihoods):
-                continue
-            leaving.append(row)
-        if leaving:
-            self._batch.leave(leaving)
-        for row in leaving:
-            self._finish(row.owner[0])
-
-    def _take(self, sampled: SampledSequence, ask: SamplingJob, token: int, likelihoods: Likelihoods | None) -> bool:
+    def _ends(self, sampled: SampledSequence, ask: SamplingJob, token: int, likelihoods: Likelihoods | None) -> bool:
         """Add a token to an answer, and return whether it is the last."""
         sampled.tokens.append(token)
         if likelihoods is not None:
             sampled.logprobs.append(likelihoods.token.item())
             sampled.top.append(likelihoods.top())
-        sampled.stopped = token in ask.stop_tokens or self._says_stop(sampled.tokens, ask.stop_texts)
+        sampled.stopped = token in ask.stop_tokens
+        if ask.stop_texts and not sampled.stopped:
+            window = max(STOP_WINDOW, *(len(stop.encode()) + 8 for stop in ask.stop_texts))
+            text = str(self._tokenizer.decode(sampled.tokens[-window:]))
+            sampled.stopped = any(stop in text for stop in ask.stop_texts)
         return sampled.stopped or len(sampled.tokens) >= ask.max_tokens
-
-    def _says_stop(self, tokens: list[int], stops: tuple[str, ...]) -> bool:
-        if not stops:
-            return False
-        window = max(STOP_WINDOW, *(len(stop.encode()) + 8 for stop in stops))
-        text = str(self._tokenizer.decode(tokens[-window:]))
-        return any(stop in text for stop in stops)
 
     def _finish(self, ticket: SampleTicket) -> None:
         """Count an ended row, and answer the request after its last one."""
@@ -379,7 +350,7 @@ class SampleLoop:
             return
         if ticket.ask.weights is not None:
             self.weights.release(ticket.ask.weights)
-        ticket.done(InputError("sample: canceled") if ticket.canceled else SampleResult(ticket.samples, ticket.prompt))
+        ticket.done(InputError("sample: canceled") if ticket.canceled else ticket)
 
     def _give_up(self, ticket: SampleTicket, error: Exception) -> None:
         if ticket.number is not None and ticket.ask.weights is not None:

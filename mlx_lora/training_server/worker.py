@@ -45,8 +45,8 @@ from mlx_lora.serving.engine import ModelThread, Stopped
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
 from mlx_lora.training_server.examples import MicroBatch, ModelLimits
-from mlx_lora.training_server.models import POSITIONS, LoraShape, PassOutput, TokenRequest, TrainedModel
-from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
+from mlx_lora.training_server.models import POSITIONS, LoraShape, TokenRequest, TrainedModel
+from mlx_lora.training_server.sampler import SampleLoop, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
 
@@ -160,7 +160,7 @@ class TokenJob:
 
     model: Callable[[], TrainedModel]
     prepare: Callable[[TrainedModel], TokenRequest]
-    answer: Callable[[PassOutput], Any]
+    answer: Callable[[TokenRequest], Any]
 
     def __call__(self) -> Any:
         """Compute it alone."""
@@ -210,7 +210,7 @@ class Worker(ModelThread):
         self._send((key, _Job(function, future)))
         return future
 
-    def sample(self, ask: SamplingJob, done: Callable[[SampleResult | Exception], None]) -> SampleTicket:
+    def sample(self, ask: SamplingJob, done: Callable[[SampleTicket | Exception], None]) -> SampleTicket:
         """Queue a request for samples; `done` is called in the thread.
 
         Raises:

@@ -253,7 +253,7 @@ async def _pieces(
         yield {"error": str(api_error(error))}
     finally:
         for ticket in tickets:
-            ticket.cancel()
+            ticket.canceled.set()
 
 
 def _hash(value: Any) -> str:
