@@ -180,8 +180,7 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.guard import GuardLimits, is_local, run_app
-    from mlx_lora.training_server.app import BINARY, FILES, make_app
-    from mlx_lora.training_server.sessions import SessionLimits
+    from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
     from mlx_lora.training_server.worker import Worker, WorkerSettings
 
     root = Path(settings.checkpoints).expanduser()

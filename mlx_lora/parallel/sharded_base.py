@@ -280,48 +280,20 @@ LEAST_BYTES = 1 << 16
 class Store(Protocol):
     """Where blocks have their weights from: other ranks (`Messages`), or files (parallel/offloaded_base.py).
 
+    A unit's `gathered(before)` returns its arrays, lazily.
+
     Attributes:
         flag: that asks for it.
+        unit: makes a unit of a block's arrays.
+        table_unit: the same for arrays of modules outside of the blocks.
+        rows_unit: (path, arrays, rows, stored) -> the same for rows of a table's arrays; `stored` says where lazy ones are
+            stored, by path.
     """
 
     flag: ClassVar[str]
-
-    def unit(self, arrays: Named) -> Any:
-        """Return a unit of a block's arrays, whose `gathered(before)` returns them, lazily."""
-        ...
-
-    def table_unit(self, arrays: Named) -> Any:
-        """Return the same for arrays of modules outside of the blocks."""
-        ...
-
-    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> Any:
-        """Return the same for rows of a table's arrays; `stored` says where lazy ones are stored, by path."""
-        ...
-
-
-def share_blocks(blocks: Sequence[nn.Module], store: Store) -> list[Any]:
-    """Leave only a part of blocks, or nothing, in memory, and return their units.
-
-    Args:
-        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
-        store: where they have their weights from.
-
-    Raises:
-        InputError: blocks have weights in common.
-    """
-    seen: set[int] = set()
-    for block in blocks:
-        own = {id(array) for _, array in tree_flatten(block.parameters())}
-        if own & seen:
-            raise InputError(f"{store.flag}: blocks of this model have weights in common; leave it out")
-        seen |= own
-    units = []
-    for one in blocks:
-        module: Any = one
-        module._held = held(module, store.unit)
-        mix_in(SharedBlock, module)
-        units.append(module._held.unit)
-    return units
+    unit: Callable[[Named], Any]
+    table_unit: Callable[[Named], Any]
+    rows_unit: Callable[[str, Named, slice, Mapping[str, StoredTensor]], Any]
 
 
 class SharedBlock(nn.Module):
@@ -445,7 +417,18 @@ def share_modules(
     """
     tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
     checkpoint_blocks(model.layers, products=False)
-    units = share_blocks(model.layers, store)
+    seen: set[int] = set()
+    for block in model.layers:
+        own = {id(array) for _, array in tree_flatten(block.parameters())}
+        if own & seen:
+            raise InputError(f"{store.flag}: blocks of this model have weights in common; leave it out")
+        seen |= own
+    units = []
+    for each in model.layers:
+        block: Any = each
+        block._held = held(block, store.unit)
+        mix_in(SharedBlock, block)
+        units.append(block._held.unit)
     paths = {id(module): path for path, module in model.named_modules()}
     for table in tables:
         units += _share_table(table, paths[id(table)], store, most, stored, mixin_of)

@@ -270,17 +270,6 @@ class Strategy:
                     "settings and versions"
                 )
 
-    def first_arrays(self, arrays: dict[str, mx.array], compared: Sequence[str]) -> dict[str, mx.array] | None:
-        """Return rank 0's arrays if those that are compared are not equal on all ranks, else None.
-
-        Args:
-            arrays: of this rank, by name.
-            compared: names of those that must be equal.
-        """
-        if self.ranks.same_bits({name: arrays[name] for name in compared}):
-            return None
-        return self.ranks.arrays_from_first(arrays)
-
 
 SINGLE_DEVICE = Strategy()
 

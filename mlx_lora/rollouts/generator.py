@@ -927,7 +927,20 @@ def _sampled(
     rows, ended = list(range(len(answers))), [False] * len(answers)
     for step in range(max(limits, default=0)):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
-        keys, tokens, logps = _drawn(logits, keys, options)
+        scores = scores.astype(mx.float32)
+        tempered = nn.log_softmax(scores if options.temperature in (0, 1) else scores / options.temperature, axis=-1)
+        left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
+        if options.top_p < 1:
+            left = apply_top_p(left, options.top_p)
+        if options.min_p > 0:
+            left = apply_min_p(left, options.min_p)
+        pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
+        drawn = (
+            mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
+            if options.temperature
+            else mx.argmax(scores, axis=-1).astype(mx.uint32)
+        )
+        keys, tokens, logps = (pairs[:, 0], drawn, mx.take_along_axis(tempered, drawn[:, None], axis=-1)[:, 0])
         mx.eval(tokens, keys, logps)
         for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
             if not ended[place]:
@@ -1002,21 +1015,3 @@ def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None
     """Put the keys and values of tokens into caches."""
     for start in range(0, len(tokens), PREFILL_TOKENS):
         _compute_rows(model, [list(tokens[start : start + PREFILL_TOKENS])], caches)
-
-
-def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the next keys (rows, 2), a token for each row (rows,), and its log-probability."""
-    logits = logits.astype(mx.float32)
-    tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
-    left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
-    if options.top_p < 1:
-        left = apply_top_p(left, options.top_p)
-    if options.min_p > 0:
-        left = apply_min_p(left, options.min_p)
-    pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
-    tokens = (
-        mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
-        if options.temperature
-        else mx.argmax(logits, axis=-1).astype(mx.uint32)
-    )
-    return pairs[:, 0], tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0]

@@ -34,12 +34,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.config.settings import TrainSettings
@@ -67,8 +65,7 @@ from mlx_lora.rollouts.generator import (
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
 
 if TYPE_CHECKING:
-    from mlx_lora.data.image_tokens import ImageTable
-    from mlx_lora.objectives.vision_encoder import VisionEncoder
+    pass
 
 
 @dataclass(frozen=True)
@@ -183,19 +180,6 @@ class Spent:
         return found
 
 
-class Scorer(Protocol):
-    """A teacher that scores sampled answers (objectives/on_policy.py)."""
-
-    @property
-    def uses_old(self) -> bool:
-        """Whether further updates need the probabilities with which the answers were sampled."""
-        ...
-
-    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
-        """Return a batch of sampled answers with what the teacher says about them."""
-        ...
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """Samples answers to the prompts of planned batches, in episodes of an environment, and rewards or scores them.
@@ -207,7 +191,7 @@ class Rollouts:
         loss: of tokens, for the log-probabilities before the first update and those of the reference.
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
-        scorer: scores answers as the teacher; None: the rewards count.
+        scorer: scores answers as the teacher (objectives/on_policy.py); None: the rewards count.
         joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
         ranks: that answer the prompts of a step together.
@@ -219,7 +203,7 @@ class Rollouts:
     loss: Loss
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
-    scorer: Scorer | None = None
+    scorer: Any = None
     joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
     ranks: Ranks = ALONE
@@ -356,7 +340,15 @@ class Rollouts:
         own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            filled = self._with_logps(filled, own, ranks)
+            asked, model, sampled = self.settings.objective, self.base.model, dict(filled.sampled or {})
+            if asked.updates_per_rollout > 1 or asked.objective == "rloo":
+                sampled[OLD] = of_own_rows(self.token_logps, filled, own, ranks)
+            if asked.kl_beta:
+                now = model.trainable_parameters()
+                model.update(self.start)
+                sampled[REFERENCE] = of_own_rows(self.token_logps, filled, own, ranks)
+                model.update(now)
+            filled = replace(filled, sampled=sampled)
         if self.scorer is not None:
             return self.scorer.scored(filled, planned.rows, own, ranks)
         return self._with_rewards(filled, rows, played.rewards, step)
@@ -392,24 +384,6 @@ class Rollouts:
             pictures=batch.pictures,
         )  # fmt: skip
         return filled, begins, ends
-
-    def _with_logps(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
-        """Add the log-probabilities of the sampled tokens under the policy, and under the reference.
-
-        Args:
-            batch: with answers.
-            own: the rows that this rank computes.
-            ranks: that compute the others.
-        """
-        objective, model, sampled = self.settings.objective, self.base.model, dict(batch.sampled or {})
-        if objective.updates_per_rollout > 1 or objective.objective == "rloo":
-            sampled[OLD] = of_own_rows(self.token_logps, batch, own, ranks)
-        if objective.kl_beta:
-            now = model.trainable_parameters()
-            model.update(self.start)
-            sampled[REFERENCE] = of_own_rows(self.token_logps, batch, own, ranks)
-            model.update(now)
-        return replace(batch, sampled=sampled)
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray, step: np.ndarray | None) -> Batch:
         """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
@@ -470,8 +444,7 @@ def planned_rollout(batch: Batch, rows: EncodedSet, number: int) -> Planned:
     """
     if batch.numbers is None or rows.facts is None:
         raise ValueError("a batch of other rows than prompts")
-    numbers = batch.numbers[:: batch.group]
-    facts = [rows.facts[example // batch.group] for example in numbers if example != EMPTY]
+    facts = [rows.facts[one // batch.group] for one in batch.numbers[:: batch.group] if one != EMPTY]
     return Planned(batch, facts, number, rows)
 
 
@@ -490,14 +463,10 @@ def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
         if rows.facts is None:
             continue
         prompt = FixedPrompt(begun, rows.facts[example])
-        if _asked(prompt) not in map(_asked, found):
+        # The same question may be asked about several pictures.
+        if all((one.tokens, one.fact.get("pictures")) != (begun, prompt.fact.get("pictures")) for one in found):
             found.append(prompt)
     return found
-
-
-def _asked(prompt: FixedPrompt) -> tuple[list[int], Any]:
-    """Return what tells prompts apart: the same question may be asked about several pictures."""
-    return prompt.tokens, prompt.fact.get("pictures")
 
 
 def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
@@ -529,8 +498,8 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
             **({"messages": episode.messages} if episode.messages else {}),
             "length": int(episode.sampled.sum()),
             "truncated": episode.truncated,
-            "reward": _finite_or_none(total),
-            "rewards": {name: _finite_or_none(value) for name, value in zip(names, own, strict=True)},
+            "reward": total if math.isfinite(total) else None,
+            "rewards": {name: v if math.isfinite(v) else None for name, v in zip(names, own, strict=True)},
         }
         for prompt, episode, total, own in zip(
             prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
@@ -552,26 +521,7 @@ def talk_text(messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 # Sample answers to prompts with pictures
-
-
-class Seeing(Protocol):
-    """What shows pictures to a model: the objective of the run."""
-
-    table: ImageTable
-
-    @property
-    def vision(self) -> VisionEncoder:
-        """The tower and what belongs to it."""
-        ...
-
-    def shown(self, model: nn.Module, batch: Batch) -> AbstractContextManager[None]:
-        """Let a model read the pictures of a batch inside the context."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -579,23 +529,17 @@ class PictureRollouts(Rollouts):
     """Samples answers to the prompts of planned batches, which may have pictures.
 
     Attributes:
-        seeing: shows their pictures.
+        seeing: shows their pictures: the objective, with `table`, `vision` and `shown`.
     """
 
-    seeing: Seeing | None = None
-
-    @property
-    def _seeing(self) -> Seeing:
-        if self.seeing is None:
-            raise ValueError("rollouts with pictures, and nothing that shows them")
-        return self.seeing
+    seeing: Any = None
 
     def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches:
-        rows = [self._seeing.table.rows[fact["pictures"]] for fact in facts]
-        return PromptsWithPictures(vision=self._seeing.vision, digests=rows, group=group)
+        rows = [self.seeing.table.rows[fact["pictures"]] for fact in facts]
+        return PromptsWithPictures(vision=self.seeing.vision, digests=rows, group=group)
 
     def token_logps(self, batch: Batch) -> np.ndarray:
-        with self._seeing.shown(self.base.model, batch):
+        with self.seeing.shown(self.base.model, batch):
             return super().token_logps(batch)
 
 
@@ -609,7 +553,7 @@ class PromptsWithPictures(KeptCaches):
         group: answers to each prompt.
     """
 
-    vision: VisionEncoder | None = None
+    vision: Any = None
     digests: Sequence[tuple[str, ...]] = ()
     group: int = 1
 
@@ -620,8 +564,6 @@ class PromptsWithPictures(KeptCaches):
             model: that computes single tokens (rollouts/generator.py); the one in it computes the prompts.
             prompts: token ids.
         """
-        if self.vision is None:
-            raise ValueError("prompts with pictures, and nothing that sees them")
         found = []
         for prompt, digests in zip(prompts, self.digests, strict=True):
             arrays = self.vision.prompt_arrays(prompt, digests)

@@ -235,7 +235,16 @@ class VerifiersEnv(VectorEnv):
         try:
             self.host.start(max(self._limit_s, START_S))
             self.host.failed = lambda number, name, why: self.failures.append((number, name, why))
-            self.host.begin({number: self._task(self.facts[number]) for number in numbers})
+            tasks, played = tasks_of(self.settings.data.data or ""), {}
+            for number, fact in enumerate(self.facts):
+                place = fact["columns"].get("task")
+                task = tasks[place] if isinstance(place, int) and place < len(tasks) else None
+                if task is None or task.hash != fact["columns"].get("task_hash"):
+                    raise RunError(
+                        f"{self.asked}: task {place} is another one than when the run began; its tasks must stay the same"
+                    )
+                played[number] = task
+            self.host.begin(played)
         except Exception as error:
             if isinstance(error, InputError | RunError):
                 raise
@@ -243,12 +252,25 @@ class VerifiersEnv(VectorEnv):
         self._settle(numbers, self._limit_s, note)
         begun = []
         for place, prompt in enumerate(prompts):
-            of = [number for number in numbers[place * group : (place + 1) * group] if self._asks(number, note)]
-            questions = [self._question(number) for number in of]
-            same_beginnings(
-                [[json.dumps(one.messages), json.dumps(one.tools)] for one in questions], max(1, len(of)), self.asked
-            )
-            tokens = self._rendered(questions[0]) if questions else list(prompt)
+            questions: list[Question] = []
+            for number in numbers[place * group : (place + 1) * group]:
+                talk, played = self.talks[number], self.host.episodes[number]
+                if not talk.dead and played.question is None:
+                    self._give_up(number, played.problem or "it asks the model nothing", note)
+                if not talk.dead and played.question is not None:
+                    questions.append(played.question)
+            contents = [[json.dumps(one.messages), json.dumps(one.tools)] for one in questions]
+            same_beginnings(contents, max(1, len(questions)), self.asked)
+            tokens = list(prompt)
+            if questions:
+                said = [*questions[0].messages, {"role": "assistant", "content": STAND_IN}]
+                try:
+                    tokens = prompt_tokens(self.encoder, Conversation(said, questions[0].tools or None))
+                except (jinja2.TemplateError, TypeError, ValueError) as error:
+                    raise RunError(
+                        f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another "
+                        "with --chat-template"
+                    ) from error
             for number in numbers[place * group : (place + 1) * group]:
                 self.talks[number].tokens, self.talks[number].mask = list(tokens), [False] * len(tokens)
             begun.append(tokens)
@@ -278,9 +300,11 @@ class VerifiersEnv(VectorEnv):
             played = self.host.episodes[number]
             if not talk.dead and played.problem is not None:
                 self._give_up(number, played.problem, note)
-            if not talk.dead and (problem := self._differs(played.trace, talk)):
-                self._give_up(number, problem, note)
-            if not talk.dead:
+            if talk.dead:
+                pass
+            elif not _has_kept(played.trace.branches, talk):
+                self._give_up(number, "its record of the conversation has other tokens than the model saw", note)
+            else:
                 found[number] = self._scores(number, played, note)
             episode.counts, episode.messages = dict(talk.counts), talk.turns
         return found
@@ -302,21 +326,6 @@ class VerifiersEnv(VectorEnv):
         objective = self.settings.objective
         return host_of(objective.environment or "", objective.max_turns, objective.reward_timeout)
 
-    def _task(self, fact: Facts) -> Any:
-        """Return the task of a prompt.
-
-        Raises:
-            RunError: it is not the one that the data had.
-        """
-        tasks, columns = tasks_of(self.settings.data.data or ""), fact["columns"]
-        number = columns.get("task")
-        found = tasks[number] if isinstance(number, int) and number < len(tasks) else None
-        if found is None or found.hash != columns.get("task_hash"):
-            raise RunError(
-                f"{self.asked}: task {number} is another one than when the run began; its tasks must stay the same"
-            )
-        return found
-
     def _settle(self, numbers: Sequence[int], limit_s: float, note: Callable[[str], None]) -> None:
         """Wait until episodes ask something or are over, and give those up that take too long."""
         for number in self.host.settle(numbers, limit_s):
@@ -337,36 +346,6 @@ class VerifiersEnv(VectorEnv):
         task = self.facts[number]["columns"].get("task")
         verb = why if why.startswith("took") else f"failed ({why})"
         fail(f"{self.asked} {verb} in an episode of task {task}", self.settings.objective, note, flag)
-
-    def _asks(self, number: int, note: Callable[[str], None]) -> bool:
-        """Return whether an episode asks the model something; one that ended without that is given up."""
-        talk, played = self.talks[number], self.host.episodes[number]
-        if talk.dead:
-            return False
-        if played.question is None:
-            self._give_up(number, played.problem or "it asks the model nothing", note)
-        return not talk.dead
-
-    def _question(self, number: int) -> Question:
-        question = self.host.episodes[number].question
-        if question is None:
-            raise ValueError("an episode that asks nothing")
-        return question
-
-    def _rendered(self, question: Question) -> list[int]:
-        """Return the tokens of an episode's first question.
-
-        Raises:
-            RunError: the chat template refuses it.
-        """
-        stand_in = {"role": "assistant", "content": STAND_IN}
-        try:
-            return prompt_tokens(self.encoder, Conversation([*question.messages, stand_in], question.tools or None))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another with "
-                "--chat-template"
-            ) from error
 
     def _answer(self, number: int, completion: list[int], note: Callable[[str], None]) -> None:
         """Give an episode what the model said."""
@@ -433,20 +412,6 @@ class VerifiersEnv(VectorEnv):
         ]
         return self._reader(tools).turns.tokens(talk.calls, results)
 
-    def _differs(self, trace: Any, talk: Dialogue) -> str | None:
-        """Return what is wrong if the package has other tokens of an episode than ours, or another mask."""
-        branches = trace.branches
-        tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
-        # It has no results for which there was no room for an answer.
-        if (
-            not tokens
-            or talk.tokens[: len(tokens)] != tokens
-            or talk.mask[: len(mask)] != mask
-            or any(talk.mask[len(mask) :])
-        ):
-            return "its record of the conversation has other tokens than the model saw"
-        return None
-
     def _scores(self, number: int, played: PlayedEpisode, note: Callable[[str], None]) -> np.ndarray:
         """Return an episode's rewards, (F,), and count what the package measured."""
         talk, trace = self.talks[number], played.trace
@@ -477,3 +442,10 @@ class VerifiersEnv(VectorEnv):
             turns = ToolTurns(self.tokenizer, encoder.template, self.ends, list(tools), encoder.day, special)
             self.readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
         return self.readers[key]
+
+
+def _has_kept(branches: Sequence[Any], talk: Dialogue) -> bool:
+    """Return whether the package has the same tokens of an episode, and the same mask; or none after the last answer."""
+    tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
+    same = talk.tokens[: len(tokens)] == tokens and talk.mask[: len(mask)] == mask
+    return bool(tokens) and same and not any(talk.mask[len(mask) :])

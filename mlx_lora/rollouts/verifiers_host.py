@@ -327,7 +327,14 @@ class Host:
         """
         if self._loop is not None:
             return
-        _let_children_import(type(self.environment.taskset))
+        kind = type(self.environment.taskset)
+        file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
+        root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]
+        known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        if root.name not in ("site-packages", "dist-packages"):
+            known += [str(root)] if str(root) not in known else []
+        if known:
+            os.environ["PYTHONPATH"] = os.pathsep.join(known)
         loop, ready, closing = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
         outcome: list[BaseException] = []
 
@@ -459,17 +466,6 @@ class Host:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSING_S)
-
-
-def _let_children_import(kind: type) -> None:
-    """Let servers of tools, which are processes in other folders, find the module of a class, and what PYTHONPATH has."""
-    file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
-    root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]
-    known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if root.name not in ("site-packages", "dist-packages"):
-        known += [str(root)] if str(root) not in known else []
-    if known:
-        os.environ["PYTHONPATH"] = os.pathsep.join(known)
 
 
 def _in_words(error: Any) -> str:

@@ -138,14 +138,11 @@ class LayerPools:
         self._new: dict[Kind, list[LayerFactors]] = {}
         self._plans: dict[Rows, list[RowGroup]] = {}
 
-    def __contains__(self, adapter: int) -> bool:
-        return adapter in self._slots
-
     def put(self, adapter: int, factors: LayerFactors) -> None:
         """Add an adapter, which can be used after `settle`, so that many can be added at once."""
         kind = Kind(factors.a.shape[1], factors.gain is not None, factors.adapts_head)
         waiting = self._new.setdefault(kind, [])
-        self._slots[adapter] = kind, self._count(kind) + len(waiting)
+        self._slots[adapter] = kind, (self._stacks[kind][0].shape[0] if kind in self._stacks else 0) + len(waiting)
         waiting.append(factors)
 
     def settle(self) -> None:
@@ -165,7 +162,7 @@ class LayerPools:
         """Remove an adapter; its memory is freed when no running call uses it."""
         kind, slot = self._slots.pop(adapter)
         self._plans.clear()
-        if self._count(kind) == 1:
+        if self._stacks[kind][0].shape[0] == 1:
             del self._stacks[kind]
             return
         self._stacks[kind] = tuple(mx.concatenate([s[:slot], s[slot + 1 :]]) for s in self._stacks[kind])
@@ -183,35 +180,27 @@ class LayerPools:
     def groups(self) -> list[RowGroup]:
         """Return the groups of rows of the next call that need this layer's factors."""
         rows = self.routing.rows
-        plan = self._plans.get(rows)
-        if plan is None:
-            if len(self._plans) >= REMEMBERED:
-                self._plans.clear()
-            plan = self._plans[rows] = self._planned(rows)
-        return plan
-
-    def _planned(self, rows: Rows) -> list[RowGroup]:
-        if len(set(rows)) == 1:
-            if rows[0] not in self._slots:
-                return []
-            kind, slot = self._slots[rows[0]]
-            a, b, *gain = (stack[slot] for stack in self._stacks[kind])
-            return [RowGroup(kind, a, b, gain[0] if gain else None, one=True)]
+        if rows in self._plans:
+            return self._plans[rows]
+        if len(self._plans) >= REMEMBERED:
+            self._plans.clear()
         served: dict[Kind, list[tuple[int, int]]] = {}
-        for row, adapter in enumerate(rows):
+        for row, adapter in enumerate(rows[:1] if len(set(rows)) == 1 else rows):
             if adapter in self._slots:
                 kind, slot = self._slots[adapter]
                 served.setdefault(kind, []).append((row, slot))
-        plan = []
+        plan = self._plans[rows] = []
         for kind, pairs in served.items():
-            a, b, *gain = self._stacks[kind]
+            stacks = self._stacks[kind]
+            if len(set(rows)) == 1:
+                a, b, *gain = (stack[pairs[0][1]] for stack in stacks)
+                plan.append(RowGroup(kind, a, b, gain[0] if gain else None, one=True))
+                continue
+            a, b, *gain = stacks
             own_rows = None if len(pairs) == len(rows) else self.routing.indices(tuple(row for row, _ in pairs))
             slots = self.routing.indices(tuple(slot for _, slot in pairs))
             plan.append(RowGroup(kind, a, b, gain[0] if gain else None, one=False, rows=own_rows, slots=slots))
         return plan
-
-    def _count(self, kind: Kind) -> int:
-        return self._stacks[kind][0].shape[0] if kind in self._stacks else 0
 
 
 # Layers
@@ -279,7 +268,8 @@ class RoutedEmbedding(nn.Module):
             count, vocabulary, rank = group.a.shape
             rows_of_a = group.a.reshape(count * vocabulary, rank)
             z = rows_of_a[group.slots[:, None] * vocabulary + own.astype(mx.uint32)]  # (n, T, r)
-            y = added_to(y, gathered(z, group.b, group.slots), group.rows)
+            added = gathered(z, group.b, group.slots)
+            y = y + added if group.rows is None else y.at[group.rows].add(added)
         return y
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -291,7 +281,8 @@ class RoutedEmbedding(nn.Module):
                 y = mx.addmm(y, x @ group.b.T, group.a.T)
                 continue
             z = gathered(x, group.b.swapaxes(1, 2), group.slots, group.rows)  # (n, T, r)
-            y = added_to(y, gathered(z, group.a.swapaxes(1, 2), group.slots), group.rows)
+            added = gathered(z, group.a.swapaxes(1, 2), group.slots)
+            y = y + added if group.rows is None else y.at[group.rows].add(added)
         return y
 
 
@@ -308,11 +299,6 @@ def gathered(x: mx.array, stack: mx.array, slots: mx.array, rows: mx.array | Non
         (n, T, out).
     """
     return mx.gather_mm(x, stack, lhs_indices=rows, rhs_indices=slots)
-
-
-def added_to(y: mx.array, added: mx.array, rows: mx.array | None) -> mx.array:
-    """Return y (B, ...) plus `added` (n, ...) at `rows`, or at all rows."""
-    return y + added if rows is None else y.at[rows].add(added)
 
 
 ROUTED = (RoutedLinear, RoutedEmbedding)
@@ -337,30 +323,25 @@ def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.
     return {**routed, **fresh}
 
 
-def unrouted_twin(model: nn.Module) -> nn.Module:
-    """Return a new module tree with the same arrays, without routed layers.
+def unrouted_twin(value: Any, twins: dict[int, nn.Module] | None = None) -> Any:
+    """Return a new module tree with the same arrays, without routed layers; or a copy of a module's attribute.
 
-    The commands' code can put an adapter on it, with all its checks, while the served model is in use.
+    The commands' code can put an adapter on it, with all its checks, while the served model is in use. This is not a
+    recursive closure, which would be a reference cycle that keeps the last adapter's arrays until Python collects cycles.
     """
-    return _twin(model, {})
-
-
-def _twin(value: Any, twins: dict[int, nn.Module]) -> Any:
-    """Return a copy of a module, or of a module's attribute, with the same arrays. This is not a recursive closure, which
-    would be a reference cycle that keeps the last adapter's arrays until Python collects cycles.
-    """
+    twins = {} if twins is None else twins
     if isinstance(value, ROUTED):
-        return _twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear, twins)
+        return unrouted_twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear, twins)
     if isinstance(value, nn.Module):
         if id(value) not in twins:
             twins[id(value)] = own = copy.copy(value)
             own._no_grad = set(value._no_grad)
             for name, child in value.items():
-                own[name] = _twin(child, twins)
+                own[name] = unrouted_twin(child, twins)
         return twins[id(value)]
     if isinstance(value, list):
-        return [_twin(child, twins) for child in value]
-    return {name: _twin(child, twins) for name, child in value.items()} if isinstance(value, dict) else value
+        return [unrouted_twin(child, twins) for child in value]
+    return {name: unrouted_twin(child, twins) for name, child in value.items()} if isinstance(value, dict) else value
 
 
 # Hold the adapters that a server knows, some of them in memory
@@ -398,12 +379,6 @@ class AdapterSource:
         own = [self.folder] if self.folder is not None else []
         return own + [folder for part in self.parts.values() for folder in part.folders]
 
-    def describe(self) -> str:
-        """Return a short text for lists: of a folder only its name, because clients must not see its path."""
-        return (
-            self.folder.name if self.folder else "+".join(f"{weight:g}*{name}" for name, weight in self.blend.items())
-        )
-
 
 @dataclass(frozen=True)
 class Card:
@@ -411,7 +386,7 @@ class Card:
 
     Attributes:
         name: the name that requests use.
-        source: described in one word.
+        source: described in one word: of a folder only its name, because clients must not see its path.
         method, rank, nbytes: of its factors.
         chat_template: its own template, or None.
         resident: whether it is in memory now.
@@ -508,7 +483,12 @@ class AdapterStore:
         for name, source in named.items():
             if not NAME.fullmatch(name):
                 raise InputError(f"adapter name {name!r}: must be at most 64 letters, digits, . _ or -")
-            self._check_blend(name, source, known)
+            for part in source.blend:  # no blends of blends, so that no blend can contain itself
+                if part not in known:
+                    raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
+                if known[part].blend:
+                    advice = "which is itself a blend; give its parts instead"
+                    raise InputError(f"adapter {name!r}: blends {part!r}, {advice}")
             read[name] = self._read(source, read)
         self._make_room(sum(factors.nbytes for factors in read.values()))
         for name, source in named.items():
@@ -565,14 +545,6 @@ class AdapterStore:
             self._retired.remove(resident)
             self._drop(resident)
 
-    def _check_blend(self, name: str, source: AdapterSource, sources: Mapping[str, AdapterSource]) -> None:
-        """Refuse a blend of unknown adapters, or of blends, so that no blend can contain itself."""
-        for part in source.blend:
-            if part not in sources:
-                raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
-            if sources[part].blend:
-                raise InputError(f"adapter {name!r}: blends {part!r}, which is itself a blend; give its parts instead")
-
     def _read(self, source: AdapterSource, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
         """Return an adapter's factors, from its folder or from the adapters that it blends.
 
@@ -591,24 +563,23 @@ class AdapterStore:
                 raise InputError(
                     f"{source.folder}: cannot be read as an adapter ({type(error).__name__}: {first_line(error)}); train or convert it again"
                 ) from error
-        parts = [
-            (part, self._read(source.parts[part], {}) if source.parts else self._current(part, beside), weight)
-            for part, weight in source.blend.items()
-        ]
+        parts = []
+        for name, weight in source.blend.items():
+            resident = self._residents.get(name)
+            if source.parts:
+                factors = self._read(source.parts[name], {})
+            elif name in beside:
+                factors = beside[name]
+            elif name not in self._sources:
+                raise UnknownAdapter(name)
+            elif resident is None:  # not kept in memory
+                factors = self._read(self._sources[name], beside)
+            else:
+                modules, card = dict(self._base.model.named_modules()), self.cards[name]
+                layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
+                factors = AdapterFactors(layers, card.method, card.chat_template, card.max_pixels)
+            parts.append((name, factors, weight))
         return blend_factors(parts)
-
-    def _current(self, name: str, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
-        """Return the factors of a known adapter, without keeping it in memory."""
-        if name in beside:
-            return beside[name]
-        if name not in self._sources:
-            raise UnknownAdapter(name)
-        if name not in self._residents:
-            return self._read(self._sources[name], beside)
-        resident, modules = self._residents[name], dict(self._base.model.named_modules())
-        layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
-        card = self.cards[name]
-        return AdapterFactors(layers, card.method, card.chat_template, card.max_pixels)
 
     def _make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used idle adapters until `needed_bytes` more fit the budget."""
@@ -658,10 +629,10 @@ class AdapterStore:
             layer.pools.settle()
         mx.clear_cache()
         for name, factors in read.items():
-            known = self.cards.get(name)
+            known, source = self.cards.get(name), self._sources[name]
             card = Card(
                 name,
-                self._sources[name].describe(),
+                source.folder.name if source.folder else "+".join(f"{w:g}*{one}" for one, w in source.blend.items()),
                 factors.method,
                 factors.rank,
                 factors.nbytes,
@@ -829,9 +800,20 @@ def named_source(flag: str, text: str) -> tuple[str, AdapterSource]:
         name, equals, value = own_name(flag, text), "=", text
     if not equals or not name or not value:
         raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
-    return name, AdapterSource(blend=blend_weights(text)) if flag == "--blend" else AdapterSource(
-        folder=resolve_adapter(value)
-    )
+    if flag != "--blend":
+        return name, AdapterSource(folder=resolve_adapter(value))
+    weights = {}
+    for part in value.split(","):
+        other, _, number = part.strip().rpartition(":")
+        try:
+            weights[other] = float(number)
+        except ValueError:
+            other = ""
+        if not other or not abs(weights[other]) <= 100:
+            raise InputError(
+                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
+            )
+    return name, AdapterSource(blend=weights)
 
 
 def own_name(flag: str, text: str) -> str:
@@ -847,26 +829,6 @@ def own_name(flag: str, text: str) -> str:
     if not NAME.fullmatch(name):
         raise InputError(f"{flag} {text}: {name!r} cannot be a name for requests; write it as NAME={text}")
     return name
-
-
-def blend_weights(text: str) -> dict[str, float]:
-    """Return {adapter: weight} for NAME=a:0.7,b:0.3.
-
-    Raises:
-        InputError: the text is malformed.
-    """
-    found = {}
-    for part in text.partition("=")[2].split(","):
-        name, _, number = part.strip().rpartition(":")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            name = ""
-        if not name or not abs(found[name]) <= 100:
-            raise InputError(
-                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
-            )
-    return found
 
 
 def check_names(flag: str, names: Iterable[str], own: tuple[str, ...]) -> None:

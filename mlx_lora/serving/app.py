@@ -41,10 +41,9 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens
+from mlx_lora.serving.conversation import AnswerLimits, PicturePrompt, PictureReader, picture_prompt, prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import (
     ApiError,
     Ask,

@@ -28,7 +28,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
@@ -49,9 +49,6 @@ from mlx_lora.rollouts.generator import (
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, Routing, UnknownAdapter
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from mlx_lora.serving.pictures import PicturePrompt
 
 # Tokens
 
@@ -469,7 +466,7 @@ class Request:
         stops: texts before which the answer ends.
         ignore_eos: continue after an end token (for measurements).
         continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
-        pictures: the prompt with what is needed of its pictures; None: it has none.
+        pictures: a PicturePrompt (conversation.py), with what is needed of its pictures; None: it has none.
     """
 
     tokens: list[int]
@@ -479,7 +476,7 @@ class Request:
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
     continues: bool = False
-    pictures: PicturePrompt | None = None
+    pictures: Any = None
 
 
 @dataclass(frozen=True)
@@ -742,7 +739,17 @@ class Engine(ModelThread):
         self._admit()
         if len(self.batch):
             self._step()
-        self._drop_canceled()
+        gone = [row for row in self.batch.rows if row.owner.ticket.canceled.is_set()]
+        if gone:
+            self.batch.leave(gone)
+        if self._prefill is not None and self._prefill.row.owner.ticket.canceled.is_set():
+            gone.append(self._prefill.row)
+            self._prefill = None
+        for row in gone:
+            self._close(row.owner.ticket, row.owner, canceled=True)
+        for waited in [waited for waited in self._waiting if waited.canceled.is_set()]:
+            self._waiting.remove(waited)
+            self._close(waited, None, canceled=True)
 
     def _prepare(self, base: Base) -> None:
         check_rows(base.model, base.model_id, "use mlx-lora generate instead")
@@ -863,20 +870,6 @@ class Engine(ModelThread):
             rest = work.text.finish()
             piece = Piece(piece.text + rest.text, piece.reports + rest.reports, rest.stopped)
         return Event(piece, "stop" if piece.stopped else "length", usage)
-
-    def _drop_canceled(self) -> None:
-        """Free the rows of canceled requests."""
-        gone = [row for row in self.batch.rows if row.owner.ticket.canceled.is_set()]
-        if gone:
-            self.batch.leave(gone)
-        if self._prefill is not None and self._prefill.row.owner.ticket.canceled.is_set():
-            gone.append(self._prefill.row)
-            self._prefill = None
-        for row in gone:
-            self._close(row.owner.ticket, row.owner, canceled=True)
-        for ticket in [ticket for ticket in self._waiting if ticket.canceled.is_set()]:
-            self._waiting.remove(ticket)
-            self._close(ticket, None, canceled=True)
 
     def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, canceled: bool = False) -> None:
         """End a request, and free its adapter and its position in the queue."""

@@ -23,7 +23,7 @@ from mlx_lora.serving.engine import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
 from mlx_lora.training_server.models import LoraShape, TokenRequest
-from mlx_lora.training_server.sampler import SampledSequence, SampleTicket, SamplingJob
+from mlx_lora.training_server.worker import SampleTicket, SamplingJob
 from mlx_lora.utils.errors import InputError
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -264,21 +264,18 @@ def answer_bytes(answer: SampleTicket, top: int) -> bytes:
     """
     message = pb.SampleResponse()
     for sampled in answer.samples:
-        _put_sample(message.sequences.add(), sampled, top)
+        own = message.sequences.add()
+        own.stop_reason = pb.STOP_REASON_STOP if sampled.stopped else pb.STOP_REASON_LENGTH
+        own.tokens = np.array(sampled.tokens, np.int32).tobytes()
+        own.logprobs = np.array(sampled.logprobs, np.float32).tobytes()
+        if top:
+            ids, values = (np.array([[one[part] for one in row] for row in sampled.top]) for part in (0, 1))
+            _put_top(own.topk_sampled_logprobs, ids, values)
     if answer.prompt is not None:
         message.prompt_logprobs = answer.prompt.logprobs.astype(np.float32).tobytes()
         if answer.prompt.top_ids is not None and answer.prompt.top_values is not None:
             _put_top(message.topk_prompt_logprobs, answer.prompt.top_ids, answer.prompt.top_values)
     return message.SerializeToString()
-
-
-def _put_sample(message: Any, sampled: SampledSequence, top: int) -> None:
-    message.stop_reason = pb.STOP_REASON_STOP if sampled.stopped else pb.STOP_REASON_LENGTH
-    message.tokens = np.array(sampled.tokens, np.int32).tobytes()
-    message.logprobs = np.array(sampled.logprobs, np.float32).tobytes()
-    if top:
-        ids, values = (np.array([[one[part] for one in row] for row in sampled.top]) for part in (0, 1))
-        _put_top(message.topk_sampled_logprobs, ids, values)
 
 
 def _put_top(message: Any, ids: np.ndarray, values: np.ndarray) -> None:

@@ -16,8 +16,7 @@ from mlx_lora.serving.engine import Sampling
 from mlx_lora.training_server.examples import Example
 from mlx_lora.training_server.models import AdamNumbers, LoraShape
 from mlx_lora.training_server.plan import plan_training_server
-from mlx_lora.training_server.sampler import SamplingJob
-from mlx_lora.training_server.worker import Worker, WorkerSettings
+from mlx_lora.training_server.worker import SamplingJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 CLIENTS, RANK, WIDTH = 3, 32, 128

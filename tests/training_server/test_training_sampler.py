@@ -7,7 +7,7 @@ import pytest
 from training_examples import loaded, trained_model
 
 from mlx_lora.serving.engine import Sampling
-from mlx_lora.training_server.sampler import SampleLoop, SampleTicket, SamplingJob, WeightStore
+from mlx_lora.training_server.worker import SampleLoop, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError
 
 
