@@ -73,7 +73,7 @@ class ActivationFiles:
         self._folder = folder / FOLDER
         shutil.rmtree(self._folder, ignore_errors=True)
         self._count = 0
-        self._last: list[tuple[mx.array, Place]] = []
+        self.last: list[tuple[mx.array, Place]] = []
         self.bytes = 0
 
     def put(self, array: mx.array) -> Place:
@@ -99,7 +99,7 @@ class ActivationFiles:
 
     def clear(self) -> None:
         """Remove the files."""
-        self._last, self.bytes = [], 0
+        self.last, self.bytes = [], 0
         self._count = 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -213,24 +213,24 @@ class Walk:
         """Compute a block, note it, and return what it returns."""
         outputs, kept = segment.forward(segment.primals)
         mx.eval(outputs, kept)
-        self.calls.append(self._noted(segment, outputs, kept))
+        call = Call(segment, outputs, kept)
+        if self.files is not None:
+            files, places, shapes = (
+                self.files,
+                {id(array): at for array, at in self.files.last},
+                {z.shape for z in outputs},
+            )
+            # What the block before returned is in its files already; what has no output's shape (a mask) is shared by blocks.
+            given = [
+                places.get(id(x)) or (files.put(x) if x.shape in shapes else (lambda x=x: x)) for x in segment.given
+            ]
+            stored, tape = [files.put(array) for array in outputs], [files.put(array) for array in kept]
+            files.last = list(zip(outputs, stored, strict=True))
+            segment.give([place() for place in given])
+            call = Call(segment, [place() for place in stored], [], given, tape)
+        self.calls.append(call)
         self.seeds.append(_seed_of_state())
         return segment.result(outputs)
-
-    def _noted(self, segment: Segment, outputs: list[mx.array], kept: list[mx.array]) -> Call:
-        if self.files is None:
-            return Call(segment, outputs, kept)
-        places = {id(array): place for array, place in self.files._last}
-        shapes = {array.shape for array in outputs}
-        given = [
-            places.get(id(array)) or (self.files.put(array) if array.shape in shapes else (lambda array=array: array))
-            for array in segment.given
-        ]
-        stored = [self.files.put(array) for array in outputs]
-        self.files._last = list(zip(outputs, stored, strict=True))
-        stored, tape = stored, [self.files.put(array) for array in kept]
-        segment.give([place() for place in given])
-        return Call(segment, [place() for place in stored], [], given, tape)
 
     def end(self) -> None:
         """Forget the step."""

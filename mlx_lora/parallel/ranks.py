@@ -340,30 +340,22 @@ class Heartbeat:
             # If this thread itself was delayed, first read what arrived in the meantime.
             late = time.monotonic() - now > SILENCE_S / 2
             for link in open_links:
-                if link.socket in ready:
-                    self._read(link)
-                elif not late and time.monotonic() - link.heard_s > SILENCE_S:
-                    self._lost(
-                        link, f"sent nothing for {SILENCE_S:.0f} s: its machine is down or the connection is lost"
-                    )
+                messages, lost = link.receive() if link.socket in ready else [], ""
+                if messages is None:
+                    lost = "ended without a message: it was killed, ran out of memory, or its machine is down"
+                elif link.socket not in ready and not late and time.monotonic() - link.heard_s > SILENCE_S:
+                    lost = f"sent nothing for {SILENCE_S:.0f} s: its machine is down or the connection is lost"
+                if lost:
+                    advice = "start all ranks again, with --resume to continue from the last checkpoint"
+                    self._end(None, f"rank {link.rank} ({link.name}) {lost}; {advice}", 1)
+                for message in messages or []:
+                    if "bye" in message:
+                        link.done = True
+                    elif "end" in message:
+                        rank, code, words = message["end"]
+                        self._end(rank, words, code, said=self._rank != 0)
             if all(link.done for link in self._links):
                 self._all_done.set()
-
-    def _read(self, link: PeerConnection) -> None:
-        messages = link.receive()
-        if messages is None:
-            self._lost(link, "ended without a message: it was killed, ran out of memory, or its machine is down")
-            return
-        for message in messages:
-            if "bye" in message:
-                link.done = True
-            elif "end" in message:
-                rank, code, words = message["end"]
-                self._end(rank, words, code, said=self._rank != 0)
-
-    def _lost(self, link: PeerConnection, what: str) -> NoReturn:
-        advice = "start all ranks again, with --resume to continue from the last checkpoint"
-        self._end(None, f"rank {link.rank} ({link.name}) {what}; {advice}", 1)
 
     def _end(self, rank: int | None, words: str, code: int, said: bool = False) -> NoReturn:
         """End this process; rank 0 also tells the others.
@@ -423,12 +415,16 @@ def find_launch(environment: dict[str, str]) -> Launch | None:
         coordinator = environment["MLX_JACCL_COORDINATOR"]
         size = len(_read_list(environment.get("MLX_IBV_DEVICES", ""), "MLX_IBV_DEVICES"))
         launch = Launch("jaccl", size, [coordinator.rsplit(":", 1)[0]], coordinator)
-    elif "NCCL_HOST_IP" in environment and "MLX_RANK" in environment:
-        host = environment["NCCL_HOST_IP"]
-        launch = Launch("nccl", _number(environment, "MLX_WORLD_SIZE"), [host], host)
     else:
-        size = next((_number(environment, n) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in environment), 1)
-        launch = Launch("mpi", size, [], "mpirun's hosts")
+        host = environment.get("NCCL_HOST_IP") if "MLX_RANK" in environment else None
+        names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if host is None else ("MLX_WORLD_SIZE",)
+        name = next((one for one in names if one in environment), "")
+        size = environment.get(name, "1")
+        if not size.isdecimal():
+            raise InputError(f"{name}={size}: not a number of processes; start the run with its launcher, or unset it")
+        launch = (
+            Launch("mpi", int(size), [], "mpirun's hosts") if host is None else Launch("nccl", int(size), [host], host)
+        )
     return launch if launch.size > 1 else None
 
 
@@ -445,13 +441,6 @@ def _read_list(file: str, name: str) -> list:
     if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
         raise InputError(f"{name}={file}: not a JSON list with one list per rank; write it as mlx.launch does")
     return value
-
-
-def _number(environment: dict[str, str], name: str) -> int:
-    text = environment.get(name, "1")
-    if not text.isdecimal():
-        raise InputError(f"{name}={text}: not a number of processes; start the run with its launcher, or unset it")
-    return int(text)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,14 +42,6 @@ if TYPE_CHECKING:
 
 
 DISK_WAIT = "disk_wait_share"  # in reports: of a step's time, waiting for a base that is read from its files
-
-
-class Batches(Protocol):
-    """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
 
 
 class Strategy:
@@ -207,11 +199,11 @@ class Strategy:
 
     # A measurement
 
-    def held_out(self, plan: Batches, most: int) -> Iterator[Batch]:
+    def held_out(self, plan: Any, most: int) -> Iterator[Batch]:
         """Yield the batches of a held-out plan that this rank measures.
 
         Args:
-            plan: of all ranks.
+            plan: of all ranks: a `BatchPlan`, or `HeldOutRollouts`.
             most: batches of all ranks; -1: all.
         """
         ranks = self.ranks
@@ -220,7 +212,7 @@ class Strategy:
         if self.lockstep and ranks.rank >= count % ranks.size > 0:
             yield from map(nothing_of, plan.batches(1))  # a batch without rows, so that all compute equally many
 
-    def held_out_count(self, plan: Batches, most: int) -> int:
+    def held_out_count(self, plan: Any, most: int) -> int:
         """Return the number of batches with rows in `held_out`."""
         count = len(plan) if most < 0 else min(most, len(plan))
         return len(range(self.ranks.rank, count, self.ranks.size))

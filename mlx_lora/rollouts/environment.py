@@ -70,7 +70,6 @@ class Env(Protocol):
         Returns:
             What is added to the end of the prompt's last message; None: nothing.
         """
-        ...
 
     def step(self, completion: str) -> tuple[str | None, float | None, bool]:
         """Take what the model said.
@@ -79,7 +78,6 @@ class Env(Protocol):
             The observation, to which the model replies if the episode goes on; the reward, of which those of all steps are
             added, or None; and whether the episode is over.
         """
-        ...
 
 
 # Episodes of a batch
@@ -229,11 +227,6 @@ class Played:
     episodes: list[Episode]
     rewards: np.ndarray
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def written(self) -> list[list[Any]]:
-        """The episodes as JSON values, each with the arguments of `Episode` but the last."""
-        return [[one.tokens, one.observed, one.truncated, one.counts] for one in self.episodes]
 
 
 Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]

@@ -178,11 +178,6 @@ def choose_sampling(
     return SamplingForm(weights)
 
 
-def kept_form(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of the form; a resumed run may have another one if it is asked for."""
-    return {SAMPLED_BY: identity[SAMPLED_BY]} if SAMPLED_BY in identity else {}
-
-
 # Form of quantized weights
 
 AUTO, PACKED, IN_FULL = "auto", "packed", "dense"
@@ -927,8 +922,8 @@ def _sampled(
     rows, ended = list(range(len(answers))), [False] * len(answers)
     for step in range(max(limits, default=0)):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
-        scores = scores.astype(mx.float32)
-        tempered = nn.log_softmax(scores if options.temperature in (0, 1) else scores / options.temperature, axis=-1)
+        logits = logits.astype(mx.float32)
+        tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
         left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
         if options.top_p < 1:
             left = apply_top_p(left, options.top_p)
@@ -938,7 +933,7 @@ def _sampled(
         drawn = (
             mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
             if options.temperature
-            else mx.argmax(scores, axis=-1).astype(mx.uint32)
+            else mx.argmax(logits, axis=-1).astype(mx.uint32)
         )
         keys, tokens, logps = (pairs[:, 0], drawn, mx.take_along_axis(tempered, drawn[:, None], axis=-1)[:, 0])
         mx.eval(tokens, keys, logps)

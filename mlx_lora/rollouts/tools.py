@@ -547,13 +547,6 @@ class Toolbox:
     schemas: list[dict[str, Any]]
     name: str = ""
 
-    def of(self, instance: Any) -> dict[str, Tool]:
-        """Return the tools of an episode by name."""
-        found = {schema["function"]["name"]: tool for schema, tool in zip(self.schemas, self.plain, strict=False)}
-        if self.environment is not None:
-            found |= {name: getattr(instance, name) for name in tool_methods(self.environment)}
-        return found
-
 
 @dataclass
 class EpisodeTurns:
@@ -613,8 +606,12 @@ class ToolEnv(VectorEnv):
         observations = same_beginnings(first, group, f"--environment {self.toolbox.name}")
         for number, own_random in enumerate(randoms):
             example = with_observation(self.facts[number]["example"], first[number] or "")
-            instance = self.pool[number] if self.toolbox.environment is not None else None
-            self.talks.append(EpisodeTurns(self.toolbox.of(instance), own_random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
+            box = self.toolbox
+            names = (schema["function"]["name"] for schema in box.schemas)
+            own: dict[str, Tool] = dict(zip(names, box.plain, strict=False))
+            if box.environment is not None:
+                own |= {name: getattr(self.pool[number], name) for name in tool_methods(box.environment)}
+            self.talks.append(EpisodeTurns(own, own_random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
         return [
             prompt if not text else prompt_tokens(self.encoder, with_observation(fact["example"], text))
             for prompt, fact, text in zip(prompts, facts, observations, strict=True)

@@ -33,7 +33,7 @@ from mlx_lora.data.prompts import observation_tokens, prompt_tokens
 from mlx_lora.data.tool_turns import ToolTurns, call_id
 from mlx_lora.data.verifiers_tasks import STAND_IN, make_environment, named, one_line, package, tasks_of
 from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
-from mlx_lora.rollouts.rewards import FirstTimes, Reward, fail, no_function
+from mlx_lora.rollouts.rewards import FirstTimes, fail
 from mlx_lora.rollouts.tools import (
     CALLS,
     CUT,
@@ -74,21 +74,6 @@ class Rehearsal:
     tools: list[dict[str, Any]]
     weights: dict[str, float]
     metrics: tuple[str, ...]
-
-
-def check_verifiers(settings: ObjectiveSettings) -> None:
-    """Refuse an environment of verifiers that cannot be used, before a model is loaded.
-
-    Raises:
-        InputError: it cannot be loaded or played on this machine, or a flag does not go with it.
-    """
-    asked = f"--environment {settings.environment}"
-    if settings.reward or settings.tools:
-        flag = f"--reward {settings.reward}" if settings.reward else f"--tools {settings.tools}"
-        raise InputError(
-            f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out"
-        )
-    rehearse(settings)
 
 
 def rehearse(settings: ObjectiveSettings) -> Rehearsal:
@@ -135,16 +120,6 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
     if not weights:
         raise InputError(f"{asked}: nothing rewards its episodes; give a task a reward")
     return Rehearsal(tools, weights, tuple(episode.trace.metrics))
-
-
-def verifiers_rewards(settings: ObjectiveSettings) -> list[Reward]:
-    """Return the rewards of an environment, with its own weights; errors as of `rehearse`."""
-    return [Reward(name, no_function, weight) for name, weight in rehearse(settings).weights.items()]
-
-
-def verifiers_reports(settings: ObjectiveSettings) -> tuple[str, ...]:
-    """Return the names of what is reported of its episodes beside rewards; errors as of `rehearse`."""
-    return *TOOL_REPORTS, ERRORS, TIMEOUTS, *(METRIC + name for name in rehearse(settings).metrics)
 
 
 HOSTS: dict[tuple[str, int, float], Host] = {}

@@ -208,36 +208,26 @@ class TextStream:
         if report is not None:
             self._waiting.append(replace(report, start=len(self._detokenizer.text)))
         add_token(self._detokenizer, token)
-        text = self._detokenizer.text
-        return self._stopped(text) or self._released(text, len(text) - self._held(text))
+        return self._piece(rest=False)
 
     def finish(self) -> Piece:
         """Return the remaining text after the last token."""
         self._detokenizer.finalize()
-        text = self._detokenizer.text
-        return self._stopped(text) or self._released(text, len(text), rest=True)
+        return self._piece(rest=True)
 
-    def _stopped(self, text: str) -> Piece | None:
+    def _piece(self, rest: bool) -> Piece:
+        """Return what can be sent now; unless it is the rest, an end that could begin a stop sequence is held back."""
+        text = self._detokenizer.text
         # Text that was already sent has no beginning of a stop sequence.
         starts = [start for start in (text.find(stop, self._sent) for stop in self._stops) if start >= 0]
-        if not starts:
-            return None
-        piece = self._released(text, min(starts))
-        return Piece(piece.text, piece.reports, stopped=True)
-
-    def _held(self, text: str) -> int:
-        """Return how many characters at the end could begin a stop sequence."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        tail = text[max(self._sent, len(text) - longest) :] if longest else ""
-        for start in range(len(tail)):
-            if any(stop.startswith(tail[start:]) for stop in self._stops):
-                return len(tail) - start
-        return 0
-
-    def _released(self, text: str, end: int, rest: bool = False) -> Piece:
-        ready = [report for report in self._waiting if rest or report.start < end]
+        end = min(starts, default=len(text))
+        if not starts and not rest:
+            longest = max((len(stop) for stop in self._stops), default=1) - 1
+            places = range(max(self._sent, len(text) - longest), len(text))
+            end = next((at for at in places if any(stop.startswith(text[at:]) for stop in self._stops)), end)
+        ready = [report for report in self._waiting if (rest and not starts) or report.start < end]
         self._waiting = self._waiting[len(ready) :]
-        piece = Piece(text[self._sent : end], tuple(ready))
+        piece = Piece(text[self._sent : end], tuple(ready), stopped=bool(starts))
         self._sent = max(self._sent, end)
         return piece
 

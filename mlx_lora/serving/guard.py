@@ -117,7 +117,17 @@ class Guard:
         except ApiError as error:
             await error_response(error, close=True)(scope, receive, counted)
             return
-        await self._app(scope, receive if body is None else _replayed(body, receive), counted)
+        given = body is None
+
+        async def replay() -> Message:
+            """Return the body in one message, and then the connection's messages."""
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, counted)
 
     def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
         """Check the head of a request.
@@ -177,20 +187,6 @@ class Guard:
             wait = f"{self._limits.read_timeout_s:g}"
             raise ApiError(408, f"the body did not arrive within {wait} s; send it at once", "request_timeout")
         return bytes(body)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that first gives the body in one message, and then the connection's messages."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def error_response(error: ApiError, close: bool = False) -> Response:

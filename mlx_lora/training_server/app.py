@@ -167,11 +167,6 @@ class Session:
     clones: int = 0
 
 
-def owner_of(key: str) -> str:
-    """Return what a session keeps of its API key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
 def not_found(what: str, given: str) -> ApiError:
     """Return the error for an id that this client has not."""
     return ApiError(
@@ -474,7 +469,7 @@ class RestRoutes:
 
     async def runs(self, request: Request) -> Response:
         """GET training_runs: those that live, and those that left checkpoints."""
-        stored = await self._stored()
+        stored = await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
         live = [record.id for session in self._own_sessions(request) for record in session.models.values()]
         ids = list(dict.fromkeys([*reversed(live), *(one.place.run for one in stored)]))
         part, cursor = protocol.pages(ids, *_page(request))
@@ -483,7 +478,11 @@ class RestRoutes:
 
     async def run(self, request: Request) -> Response:
         """GET training_runs/RUN."""
-        return reply(self._run(request, request.path_params["run"], await self._stored()))
+        return reply(
+            self._run(
+                request, request.path_params["run"], await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+            )
+        )
 
     def _run(self, request: Request, run_id: str, stored: list[Stored]) -> types.TrainingRun:
         own = [one for one in stored if one.place.run == run_id]
@@ -506,12 +505,16 @@ class RestRoutes:
     async def checkpoints_of(self, request: Request) -> Response:
         """GET training_runs/RUN/checkpoints."""
         run_id = request.path_params["run"]
-        own = [described(one) for one in await self._stored() if one.place.run == run_id]
+        own = [
+            described(one)
+            for one in await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+            if one.place.run == run_id
+        ]
         return reply(types.CheckpointsListResponse(checkpoints=own))
 
     async def checkpoints(self, request: Request) -> Response:
         """GET checkpoints: of all runs."""
-        part, cursor = protocol.pages(await self._stored(), *_page(request))
+        part, cursor = protocol.pages(await anyio.to_thread.run_sync(self._worker.checkpoints.listed), *_page(request))
         return reply(types.CheckpointsListResponse(checkpoints=[described(one) for one in part], cursor=cursor))
 
     async def weights_info(self, request: Request) -> Response:
@@ -544,9 +547,6 @@ class RestRoutes:
             raise ApiError(422, "ttl_seconds: must be a whole number or null", "invalid_request")
         await anyio.to_thread.run_sync(self._worker.checkpoints.set_expiry, _place(request), expiry(seconds))
         return JSONResponse({})
-
-    async def _stored(self) -> list[Stored]:
-        return await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
 
     # --- downloads
 
@@ -693,7 +693,7 @@ def reply(message: Any) -> JSONResponse:
 
 def owner(request: Request) -> str:
     """Return whose request it is."""
-    return owner_of(request.headers.get("x-api-key", ""))
+    return hashlib.sha256((request.headers.get("x-api-key", "")).encode()).hexdigest()
 
 
 class TrainingRoutes:

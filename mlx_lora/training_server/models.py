@@ -322,16 +322,12 @@ class TrainedModel:
             raise InputError(
                 f"load_weights: the checkpoint has other layers than this model ({(wrong or ['more'])[0]})"
             )
-
-        def part(name: str) -> dict[str, mx.array]:
-            return self.masters.from_names(
-                {key.partition(".")[2]: state[key] for key in own if key.startswith(f"{name}.")}
-            )
-
-        self.masters.put(part("masters"))
-        self.moments = [
-            part(name) if optimizer else tree_map(mx.zeros_like, self.masters.arrays) for name in ("m", "v")
-        ]
+        parts: dict[str, dict[str, mx.array]] = {"masters": {}, "m": {}, "v": {}}
+        for key in own:
+            part, _, name = key.partition(".")
+            parts[part][name] = state[key] if optimizer or part == "masters" else mx.zeros_like(state[key])
+        masters, *self.moments = (self.masters.from_names(part) for part in parts.values())
+        self.masters.put(masters)
         self.taken, self._gradients = taken if optimizer else 0, None
         self.masters.hand_out()
         mx.eval(self.masters.arrays, self.moments, self.model.trainable_parameters())

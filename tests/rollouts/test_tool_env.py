@@ -18,7 +18,7 @@ from mlx_lora.data.examples import Completion
 from mlx_lora.data.prompts import encode_prompts, parse_prompt, prompt_tokens
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Agent, Played, play
-from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
+from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, rewards_itself, toolbox_of
 from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
 from mlx_lora.rollouts.rollout import talk_text
 from mlx_lora.rollouts.tools import (
@@ -157,7 +157,7 @@ def test_a_class_may_reward_itself(file):
     assert played(env, [three, three]).rewards.tolist() == [[3.0, 3.0]] * 2
     alone = environment(QWEN, file, environment="Scored")
     assert [reward.name for reward in alone.rewards] == reward_names(alone.settings.objective) == ["Scored"]
-    assert own_reward(environment(QWEN, file, environment="Counter", reward="reached").toolbox.environment) is None
+    assert not rewards_itself(environment(QWEN, file, environment="Counter", reward="reached").toolbox.environment)
 
 
 @pytest.mark.parametrize("ends", ["1 / 0", "import sys; sys.exit(0)"])

@@ -21,6 +21,7 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.verifiers_tasks import verifiers_file
 from mlx_lora.rollouts import verifiers_env
 from mlx_lora.rollouts.environment import Agent, Played, play
+from mlx_lora.rollouts.make_environment import own_rewards_and_reports
 from mlx_lora.rollouts.rewards import summed
 from mlx_lora.rollouts.tools import CALLS, CUT, FAILED
 from mlx_lora.rollouts.tools import TURNS as ANSWERS
@@ -31,8 +32,6 @@ from mlx_lora.rollouts.verifiers_env import (
     VerifiersEnv,
     close_hosts,
     rehearse,
-    verifiers_reports,
-    verifiers_rewards,
 )
 from mlx_lora.utils.errors import RunError
 
@@ -62,7 +61,7 @@ def cache(monkeypatch, tmp_path):
 def environment(name: str, family: str = QWEN, **asked) -> VerifiersEnv:
     settings = train_settings({**ASKED, "environment": f"verifiers:{name}", **asked})
     tokenizer, ends = family_tokenizer(family)
-    return VerifiersEnv(verifiers_rewards(settings.objective), settings, tokenizer, ends=ends)
+    return VerifiersEnv(own_rewards_and_reports(settings.objective, ())[0], settings, tokenizer, ends=ends)
 
 
 def played(env: VerifiersEnv, tasks: list[int], answers: list[list[str]], room: int = 4000) -> Played:
@@ -110,7 +109,7 @@ def test_one_answer_has_the_packages_rewards_and_metrics(caplog):
     assert found.rewards.tolist() == [[1, 1], [0, 1], [1, 0], [0, 1]]
     assert summed(found.rewards, env.rewards).tolist() == [1.5, 0.5, 1.0, 0.5]
     assert [one.counts[METRIC + "characters"] for one in found.episodes] == [5, 7, len(long), 1]
-    assert METRIC + "characters" in verifiers_reports(env.settings.objective)
+    assert METRIC + "characters" in own_rewards_and_reports(env.settings.objective, ())[1]
     assert env.tokenizer.decode(found.prompts[0]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     for number, episode in enumerate(found.episodes):
         assert episode.sampled.all()
