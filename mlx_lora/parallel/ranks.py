@@ -514,7 +514,7 @@ def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
     ranks = SeveralRanks(group, device.message_stream(launch.backend))
     server = socket.create_server(("", 0), backlog=64) if ranks.leads else None
     token = secrets.token_hex(16) if ranks.leads else ""
-    try:
+    try:  # of this machine, for launchers that name none (mpirun)
         found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
     except OSError:
         found = []

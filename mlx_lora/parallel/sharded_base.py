@@ -321,7 +321,7 @@ class Sharded:
 
     unit: Any
     stand_ins: dict[str, Any]
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @contextmanager
     def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
@@ -417,7 +417,7 @@ def share_modules(
     """
     tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
     checkpoint_blocks(model.layers, products=False)
-    seen: set[int] = set()
+    seen: set[int] = set()  # the second of two blocks with weights in common would find them cut
     for block in model.layers:
         own = {id(array) for _, array in tree_flatten(block.parameters())}
         if own & seen:

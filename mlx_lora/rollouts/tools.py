@@ -661,10 +661,11 @@ class ToolEnv(VectorEnv):
             found = []
             for number, (fact, own_random, seed) in enumerate(zip(self.facts, randoms, seeds, strict=True)):
                 if number == len(self.pool):
+                    # Alike for those that play a prompt's episodes; of the run's seed and the place alone, because which
+                    # episodes come first in a process is another after it resumed.
                     place = number // self.settings.objective.answers_per_prompt
-                    with OwnRandom(
-                        int(np.random.SeedSequence(self.settings.loop.seed, spawn_key=(1, place)).generate_state(1)[0])
-                    ).used():
+                    own_seed = np.random.SeedSequence(self.settings.loop.seed, spawn_key=(1, place)).generate_state(1)
+                    with OwnRandom(int(own_seed[0])).used():
                         self.pool.append(make())
                 with own_random.used():
                     found.append(begin(self.pool[number], fact["columns"], seed))

@@ -204,14 +204,19 @@ def _module(file: Path, content: str) -> ModuleType:
         (folder / f"{name}.py").write_text(LOADER.format(path=str(file)), encoding="utf-8")
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-    source = Path(str(file))
-    spec = importlib.util.spec_from_file_location(name, source)
+    return run_as(name, str(file))
+
+
+def run_as(name: str, path: str) -> ModuleType:
+    """Run a user's file as the module `name`, in place of one that is being imported under it."""
+    file = Path(path)
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and pickle look for it
     try:
-        with _importing_from(source.parent):
+        with _importing_from(file.parent):
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]

@@ -327,6 +327,7 @@ class Host:
         """
         if self._loop is not None:
             return
+        # Servers of tools, processes in other folders, are to find the module of its class, and what PYTHONPATH has.
         kind = type(self.environment.taskset)
         file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
         root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]

@@ -557,7 +557,7 @@ class AdapterStore:
                 return read_factors(self._base, source.folder, self._dtype, self._ignore_fingerprint)
             except (InputError, OSError):
                 raise
-            except Exception as error:
+            except Exception as error:  # whatever is wrong with it does not end the server
                 if describe_gpu_failure(error):
                     raise
                 raise InputError(

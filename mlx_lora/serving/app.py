@@ -1,6 +1,6 @@
 """Serve OpenAI's completions, the models and adapters, health, metrics and the chat page over HTTP.
 
-    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> HttpAnswer -> client
+    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> EngineResponse -> client
 
 Under /v1/adapters, adapters are listed, loaded and unloaded. A name is never a path. A path is only looked up below one folder that
 the operator chose, after following links.
@@ -463,7 +463,23 @@ class Adapters:
                 raise ApiError(400, message, "invalid_value", "blend")
             return AdapterSource(blend={name: float(weight) for name, weight in blend.items()})
         if kind == "path":
-            return AdapterSource(folder=self._folder_of(body["path"]))
+            path, flag = body["path"], "--adapters-from"
+            if self._folder is None:
+                message = f"path: loading from this disk is off; start the server with {flag}"
+                raise ApiError(403, message, "path_off", "path")
+            if not isinstance(path, str) or not path or "\0" in path:
+                raise ApiError(400, f"path: must be a folder below the server's {flag}", "invalid_value", "path")
+            root = self._folder.resolve()
+            try:
+                folder = (root / path).resolve()
+                found = folder.is_dir()
+            except (OSError, RuntimeError):  # a name that is too long, or a circle of links
+                folder, found = root / "missing", False
+            if folder == root or not folder.is_relative_to(root):
+                raise ApiError(403, f"path: outside the server's {flag}", "path_outside", "path")
+            if not found:
+                raise ApiError(404, "path: no such folder", "not_found", "path")
+            return AdapterSource(folder=folder)
         if not self._allow_hub:
             raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
         hub, revision = body["hub"], body.get("revision")
@@ -474,26 +490,6 @@ class Adapters:
             return AdapterSource(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
         except (InputError, RunError, OSError) as error:
             raise ApiError(400, without_paths(str(error), self._engine), "invalid_adapter", "hub") from None
-
-    def _folder_of(self, path: Any) -> Path:
-        """Return the folder that a client asks for, if it is allowed."""
-        if self._folder is None:
-            raise ApiError(
-                403, "path: loading from this disk is off; start the server with --adapters-from", "path_off", "path"
-            )
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise ApiError(400, "path: must be a folder below the server's --adapters-from", "invalid_value", "path")
-        root = self._folder.resolve()
-        try:
-            folder = (root / path).resolve()
-            found = folder.is_dir()
-        except (OSError, RuntimeError):  # a name that is too long, or a circle of links
-            raise ApiError(404, "path: no such folder", "not_found", "path") from None
-        if folder == root or not folder.is_relative_to(root):
-            raise ApiError(403, "path: outside the server's --adapters-from", "path_outside", "path")
-        if not found:
-            raise ApiError(404, "path: no such folder", "not_found", "path")
-        return folder
 
 
 def _described(card: Card) -> dict[str, Any]:

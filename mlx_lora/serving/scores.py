@@ -27,6 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -334,6 +335,9 @@ class EmbeddingRequests:
         return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
 
+_token = partial(is_number, low=0, high=2**31 - 1, whole=True)
+
+
 def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
     """Return the inputs of a request, each a text or its tokens.
 
@@ -344,11 +348,10 @@ def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
     Raises:
         ApiError: they are neither, there are none or too many, or one is empty.
     """
-    alone = isinstance(given, str) or (isinstance(given, list) and all(map(_is_token, given)) and bool(given))
+    alone = isinstance(given, str) or (isinstance(given, list) and all(map(_token, given)) and bool(given))
     found: Any = [given] if alone else given
     if not isinstance(found, list) or not all(
-        (isinstance(one, str) and bool(one.strip()))
-        or (isinstance(one, list) and bool(one) and all(map(_is_token, one)))
+        (isinstance(one, str) and bool(one.strip())) or (isinstance(one, list) and bool(one) and all(map(_token, one)))
         for one in found
     ):
         message = (
@@ -362,10 +365,6 @@ def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
             message = f"input: found the token {max(one)}; the model has {vocabulary} (send texts, or its own tokens)"
             raise ApiError(400, message, "invalid_value", "input")
     return found
-
-
-def _is_token(one: Any) -> bool:
-    return isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31
 
 
 def rows_of(embedder: TextEmbedder, inputs: Sequence[str | list[int]], query: bool) -> list[np.ndarray]:
