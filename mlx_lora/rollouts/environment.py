@@ -78,6 +78,7 @@ class Env(Protocol):
             The observation, to which the model replies if the episode goes on; the reward, of which those of all steps are
             added, or None; and whether the episode is over.
         """
+        ...
 
 
 # Episodes of a batch
@@ -386,9 +387,6 @@ class MultiTurnEnv(VectorEnv):
     """
 
     make: Callable[[], Env] = field(kw_only=True)
-    episodes: list[Env | None] = field(default_factory=list)
-    totals: list[float] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
 
     def reset(
         self,
@@ -402,7 +400,7 @@ class MultiTurnEnv(VectorEnv):
         self.turns, self.totals = [0] * len(self.facts), [np.nan] * len(self.facts)
         with one_note(note) as skipped:
             begun = [self._begun(number, seeds[number // group], skipped) for number in range(len(self.facts))]
-        self.episodes = [None if one is None else one[0] for one in begun]
+        self.episodes: list[Env | None] = [None if one is None else one[0] for one in begun]
         found = []
         for place, (prompt, fact) in enumerate(zip(prompts, facts, strict=True)):
             texts = [one[1] for one in begun[place * group : (place + 1) * group] if one is not None]

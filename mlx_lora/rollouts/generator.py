@@ -379,9 +379,18 @@ def kind_words(shape: tuple[Any, ...]) -> str:
 
 def _measure(kind: Kind, dtype: mx.Dtype) -> dict[int, dict[str, Figures]]:
     """Time both forms, for each number of rows, over so many weights that each is read from memory, as in a model."""
-    out, width = kind[:2]
+    out, width, bits, group_size, mode = kind
     count = min(MOST_WEIGHTS, max(1, math.ceil(TRIAL_BYTES / (out * width * dtype.size))))
-    layers = _trial_layers(kind, dtype, count)
+    plain = nn.Linear(width, out, bias=False)
+    plain.weight = mx.random.normal((out, width), key=mx.random.key(0)).astype(dtype)
+    layers: list[nn.Module] = [nn.QuantizedLinear.from_linear(plain, group_size, bits, mode) for _ in range(count)]
+    first: dict[str, Any] = layers[0].parameters()
+    from_rows = dense_matmul_from_rows((out, width), bits, group_size, mode, layers[0].scales.dtype)
+    for layer in layers:  # the same numbers, in arrays of its own
+        layer.update({name: array + mx.zeros_like(array) for name, array in first.items()})
+        layer.dense_from_rows = from_rows
+        layer.__class__ = MeasuredQuantizedLinear
+    mx.eval([layer.parameters() for layer in layers])
     weight = dequantized_weight(layers[0]).astype(mx.float32)
     packed_bytes = sum(array.nbytes for array in packed_arrays(layers[0]))
     measured: dict[int, dict[str, Figures]] = {rows: {} for rows in ROWS}
@@ -400,22 +409,6 @@ def _measure(kind: Kind, dtype: mx.Dtype) -> dict[int, dict[str, Figures]]:
             seconds = best_s([lambda x=x, some=some: [layer(x) for layer in some]], rounds=3)[0] / len(some)
             figures[form] = Figures(seconds, held, held, packed_bytes, error, TOLERANCE[dtype])
     return measured
-
-
-def _trial_layers(kind: Kind, dtype: mx.Dtype, count: int) -> list[nn.Module]:
-    """Return so many layers with the same numbers, each with arrays of its own."""
-    out, width, bits, group_size, mode = kind
-    plain = nn.Linear(width, out, bias=False)
-    plain.weight = mx.random.normal((out, width), key=mx.random.key(0)).astype(dtype)
-    layers: list[nn.Module] = [nn.QuantizedLinear.from_linear(plain, group_size, bits, mode) for _ in range(count)]
-    first: dict[str, Any] = layers[0].parameters()
-    from_rows = dense_matmul_from_rows((out, width), bits, group_size, mode, layers[0].scales.dtype)
-    for layer in layers:
-        layer.update({name: array + mx.zeros_like(array) for name, array in first.items()})
-        layer.dense_from_rows = from_rows
-        layer.__class__ = MeasuredQuantizedLinear
-    mx.eval([layer.parameters() for layer in layers])
-    return layers
 
 
 # Steps of one token

@@ -585,7 +585,6 @@ class ToolEnv(VectorEnv):
     ends: frozenset[int] = field(kw_only=True)
     failed: FirstTimes = field(default_factory=FirstTimes)
     pool: list[Any] = field(default_factory=list)
-    talks: list[EpisodeTurns] = field(default_factory=list)
 
     def reset(
         self,
@@ -596,7 +595,7 @@ class ToolEnv(VectorEnv):
         note: Callable[[str], None],
     ) -> list[list[int]]:
         super().reset(prompts, facts, group, seeds, note)
-        self.talks = []
+        self.talks: list[EpisodeTurns] = []
         if not self.facts:
             return list(prompts)
         randoms = [OwnRandom(seed) for seed in seeds for _ in range(group)]

@@ -97,13 +97,8 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
             tools, late = None, host.settle([0], limit_s)
             while not late and (question := host.episodes[0].question) is not None:
                 tools = question.tools if tools is None else tools
-                said = Said(STAND_IN)
-                host.answer(
-                    0,
-                    import_module(type(host).__module__).response_of(
-                        said.content, said.thinking, [], (question.before or [0]), [0], True
-                    ),
-                )
+                respond = import_module(type(host).__module__).response_of
+                host.answer(0, respond(STAND_IN, "", [], question.before or [0], [0], True))
                 late = host.settle([0], limit_s)
     except Exception as error:  # the package's and the environment's code may raise anything
         raise InputError(f"{asked}: it cannot be started ({one_line(error)}); correct it") from error
@@ -191,7 +186,6 @@ class VerifiersEnv(VectorEnv):
     ends: frozenset[int] = field(kw_only=True)
     failed: FirstTimes = field(default_factory=FirstTimes)
     failures: list[tuple[int, str, str]] = field(default_factory=list)
-    talks: list[Dialogue] = field(default_factory=list)
     readers: dict[str, CallReader] = field(default_factory=dict)
 
     def reset(
@@ -210,7 +204,7 @@ class VerifiersEnv(VectorEnv):
         try:
             self.host.start(max(self._limit_s, START_S))
             self.host.failed = lambda number, name, why: self.failures.append((number, name, why))
-            tasks, played = tasks_of(self.settings.data.data or ""), {}
+            tasks, begins = tasks_of(self.settings.data.data or ""), {}
             for number, fact in enumerate(self.facts):
                 place = fact["columns"].get("task")
                 task = tasks[place] if isinstance(place, int) and place < len(tasks) else None
@@ -218,8 +212,8 @@ class VerifiersEnv(VectorEnv):
                     raise RunError(
                         f"{self.asked}: task {place} is another one than when the run began; its tasks must stay the same"
                     )
-                played[number] = task
-            self.host.begin(played)
+                begins[number] = task
+            self.host.begin(begins)
         except Exception as error:
             if isinstance(error, InputError | RunError):
                 raise

@@ -309,7 +309,7 @@ class Host:
         self._close = lambda: None
         before = self.environment.setup
 
-        async def setup(agents: Any) -> None:
+        async def setup(agents: Any) -> None:  # lets the plain chat loop run in this process, if the agent has that one
             await before(agents)
             agent = getattr(agents, agent_of(self.environment)[0])
             if type(agent.harness) is NullHarness:

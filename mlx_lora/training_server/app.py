@@ -30,7 +30,7 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -418,6 +418,15 @@ TYPES: dict[str, Any] = dict(zip(KINDS, ("training", "sampler", "external"), str
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+def _paged(request: Request, values: Sequence[Any]) -> tuple[Sequence[Any], types.Cursor]:
+    """Return the part of a list that is asked for, and the cursor that says which."""
+    asked = [request.query_params.get(name, default) for name, default in (("offset", "0"), ("limit", "20"))]
+    if not all(re.fullmatch(r"\d{1,9}", one) for one in asked):
+        raise ApiError(422, "limit and offset must be whole numbers", "invalid_request")
+    offset, limit = int(asked[0]), min(int(asked[1]), 1000)
+    return values[offset : offset + limit], types.Cursor(offset=offset, limit=limit, total_count=len(values))
+
+
 def expiry(ttl_seconds: int | None) -> float | None:
     """Return when a checkpoint's time is over, UNIX time; None: never.
 
@@ -472,7 +481,7 @@ class RestRoutes:
         stored = await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
         live = [record.id for session in self._own_sessions(request) for record in session.models.values()]
         ids = list(dict.fromkeys([*reversed(live), *(one.place.run for one in stored)]))
-        part, cursor = protocol.pages(ids, *_page(request))
+        part, cursor = _paged(request, ids)
         runs = [self._run(request, run_id, stored) for run_id in part]
         return reply(types.TrainingRunsResponse(training_runs=runs, cursor=cursor))
 
@@ -514,7 +523,7 @@ class RestRoutes:
 
     async def checkpoints(self, request: Request) -> Response:
         """GET checkpoints: of all runs."""
-        part, cursor = protocol.pages(await anyio.to_thread.run_sync(self._worker.checkpoints.listed), *_page(request))
+        part, cursor = _paged(request, await anyio.to_thread.run_sync(self._worker.checkpoints.listed))
         return reply(types.CheckpointsListResponse(checkpoints=[described(one) for one in part], cursor=cursor))
 
     async def weights_info(self, request: Request) -> Response:
@@ -581,7 +590,7 @@ class RestRoutes:
     async def sessions(self, request: Request) -> Response:
         """GET sessions: this client's own."""
         ids = [session.id for session in self._own_sessions(request)]
-        part, _ = protocol.pages(ids[::-1], *_page(request))
+        part, _ = _paged(request, ids[::-1])
         return reply(types.ListSessionsResponse(sessions=list(part)))
 
     async def session(self, request: Request) -> Response:
@@ -608,14 +617,6 @@ class RestRoutes:
 
 def _place(request: Request) -> Place:
     return Place.of(*(request.path_params[part] for part in ("run", "kind", "name")))
-
-
-def _page(request: Request) -> tuple[int, int]:
-    """Return offset and limit of a list."""
-    asked = [request.query_params.get(name, default) for name, default in (("offset", "0"), ("limit", "20"))]
-    if not all(re.fullmatch(r"\d{1,9}", one) for one in asked):
-        raise ApiError(422, "limit and offset must be whole numbers", "invalid_request")
-    return int(asked[0]), min(int(asked[1]), 1000)
 
 
 # Serve Tinker's protocol over HTTP

@@ -8,7 +8,7 @@ all others          pydantic types, as JSON
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -201,10 +201,11 @@ def read_ask(
     Raises:
         InputError: it asks for what this server does not do, or for too much.
     """
-    for chunk in request.prompt.chunks:
+    prompt: Any = request.prompt
+    for chunk in prompt.chunks:
         if not isinstance(chunk, types.EncodedTextChunk):
             raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
-    tokens = [token for chunk in request.prompt.chunks for token in chunk.tokens]
+    tokens = [token for chunk in prompt.chunks for token in chunk.tokens]
     check_tokens(np.array(tokens or [], np.int64), model, "prompt")
     params = request.sampling_params
     room = model.context - len(tokens)
@@ -295,8 +296,3 @@ def words_of(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
     if sum(len(key) + len(value) for key, value in words.items()) > 16_384:
         raise ApiError(422, "user_metadata: larger than 16 KB", "invalid_request")
     return words
-
-
-def pages(values: Sequence[Any], offset: int, limit: int) -> tuple[Iterator[Any], types.Cursor]:
-    """Return a part of a list, and the cursor that says which."""
-    return iter(values[offset : offset + limit]), types.Cursor(offset=offset, limit=limit, total_count=len(values))
