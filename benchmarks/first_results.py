@@ -98,7 +98,7 @@ def ask(base: Any, prompts: Sequence[str], adapter: Any) -> list[str]:
     from mlx_lm import batch_generate  # after mlx_lora, which chooses the library that multiplies
 
     from mlx_lora.data.chat_template import encode_prompt, own_template
-    from mlx_lora.rollouts.decode import hold_weights
+    from mlx_lora.rollouts.generator import hold_weights
 
     loaded, template = (base.loaded, None) if adapter is None else base._with_adapter(adapter, False)
     template = template or own_template(loaded.hf_tokenizer)

@@ -32,9 +32,8 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import base_reader
-from mlx_lora.parallel.base_reader import BaseReader
-from mlx_lora.parallel.offloaded_base import OffloadedBase, copy_rate
+from mlx_lora.parallel import offloaded_base as base_reader
+from mlx_lora.parallel.offloaded_base import BaseReader, OffloadedBase, copy_rate
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.reading import Reading

@@ -49,7 +49,7 @@ REASONS = {"kill": "ended without a message", "freeze": "sent nothing for", "cut
 # The train command, with another limit of silence.
 SILENCED = """
 import sys
-import mlx_lora.parallel.launch as heartbeat
+import mlx_lora.parallel.ranks as heartbeat
 heartbeat.SILENCE_S = float(sys.argv.pop(1))
 from mlx_lora.cli.train import main
 main()

@@ -11,7 +11,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from mlx_lora.parallel.launch import together
+from mlx_lora.parallel.ranks import together
 from mlx_lora.utils import console
 
 

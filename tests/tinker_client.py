@@ -24,9 +24,8 @@ from tinker.lib.internal_client_holder import _internal_client_holder_thread_sin
 from training_examples import loaded
 
 from mlx_lora.serving.guard import GuardLimits, listen, timed_protocol
-from mlx_lora.training_server.app import BINARY, FILES, make_app
+from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
 from mlx_lora.training_server.examples import Example
-from mlx_lora.training_server.sessions import SessionLimits
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 
 KEY = "tml-correct-horse"

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from run_cli import run
 
 from mlx_lora.rollouts.tools import tool_schemas
-from mlx_lora.rollouts.user_files import module_of
+from mlx_lora.rollouts.user_code import module_of
 
 WORDS = [f"word{number:02d}" for number in range(12)]
 COLORS = [f"color{number:02d}" for number in range(8)]

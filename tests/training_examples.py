@@ -52,3 +52,9 @@ def examples(seed: int = 0, columns: int | None = None, **given) -> list[Example
 def factors(model: TrainedModel) -> dict[str, np.ndarray]:
     """Return a model's factors by name."""
     return {name: np.array(value) for name, value in tree_flatten(model.model.trainable_parameters())}
+
+
+def gradients(model: TrainedModel) -> dict[str, mx.array]:
+    """The summed gradient by parameter name."""
+    assert model._gradients is not None
+    return model.masters.by_name(model._gradients)

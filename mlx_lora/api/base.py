@@ -27,7 +27,7 @@ from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.rollouts.decode import TokenSteps, hold_weights, release_weights
+from mlx_lora.rollouts.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter

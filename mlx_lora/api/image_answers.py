@@ -19,7 +19,7 @@ from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
-from mlx_lora.rollouts.decode import hold_weights
+from mlx_lora.rollouts.generator import hold_weights
 from mlx_lora.utils.errors import InputError
 
 

@@ -39,8 +39,7 @@ from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.objectives.table import check_kind, objective_of
-from mlx_lora.parallel.base_reader import read_rate
-from mlx_lora.parallel.offloaded_base import copy_rate
+from mlx_lora.parallel.offloaded_base import copy_rate, read_rate
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.planner.fit import (

@@ -31,7 +31,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, FIELDS, SECTIONS, ModelSettings, TrainSettings
 from mlx_lora.data.files import SPLIT_NAMES
-from mlx_lora.parallel.launch import find_launch
+from mlx_lora.parallel.ranks import find_launch
 from mlx_lora.reports.run_report import REPORT_FILE, read_records
 from mlx_lora.rollouts.rewards import IN_PYTHON, RewardFunction
 from mlx_lora.trainer.callbacks import Callback

@@ -31,9 +31,8 @@ from mlx_lora.serving.adapter_store import (
     context_of,
     named_source,
 )
-from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.conversation import BASE, AnswerSettings, ChatAnswer, ChatSession, figures_together
-from mlx_lora.serving.engine import Engine, Limits, Stopped, failed_words
+from mlx_lora.serving.engine import Engine, Limits, Sampling, Stopped, failed_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, RunError
 

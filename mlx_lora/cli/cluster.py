@@ -22,8 +22,7 @@ from huggingface_hub import snapshot_download
 
 from mlx_lora.cli import options as flags
 from mlx_lora.parallel.hosts import LinkRates, hosts_of, probe_link, reachable
-from mlx_lora.parallel.launch import find_launch, together
-from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.ranks import SeveralRanks, find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, free_on_disk

@@ -31,7 +31,7 @@ from mlx_lora.config.settings import SECTIONS, TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.launch import sharing_ranks
+from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.classes import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (

@@ -121,9 +121,8 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.app import Adapters, make_app
     from mlx_lora.serving.conversation import AnswerLimits
-    from mlx_lora.serving.embeddings import EmbeddingRequests
-    from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
-    from mlx_lora.serving.scores import Scores
+    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
+    from mlx_lora.serving.scores import EmbeddingRequests, Scores
 
     scores = Scores(engine, own[SCORES], settings.request_timeout)
     vectors = EmbeddingRequests(engine, own[VECTORS], settings.request_timeout)
@@ -152,8 +151,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         engine.on_failure = lambda: setattr(server, "should_exit", True)
 
     connections = settings.max_batch + settings.max_waiting + 64
-    limits = ServerLimits(settings.read_timeout, SHUTDOWN_S, connections)
-    run_app(app, settings.host, settings.port, limits, ready)
+    run_app(app, (settings.host, settings.port), ready, settings.read_timeout, SHUTDOWN_S, connections)
     if engine.failure is not None:
         raise RunError(failed_words(engine.failure))
     console.echo("ended")
@@ -181,9 +179,8 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
-    from mlx_lora.training_server.app import BINARY, FILES, make_app
-    from mlx_lora.training_server.sessions import SessionLimits
+    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
+    from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
     from mlx_lora.training_server.worker import Worker, WorkerSettings
 
     root = Path(settings.checkpoints).expanduser()
@@ -218,8 +215,8 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     connections = 128 * settings.max_sessions
     try:
         run_app(
-            make_app(worker, guard, limits, settings.max_tokens), settings.host, settings.port,
-            ServerLimits(settings.read_timeout, SHUTDOWN_S, connections), ready,
+            make_app(worker, guard, limits, settings.max_tokens), (settings.host, settings.port), ready,
+            settings.read_timeout, SHUTDOWN_S, connections,
         )  # fmt: skip
     finally:
         worker.close()

@@ -144,7 +144,7 @@ def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
     Raises:
         InputError: the address is not available.
     """
-    from mlx_lora.serving.guard import ServerLimits, run_app
+    from mlx_lora.serving.guard import run_app
 
     def ready(server: Any, address: str) -> None:
         console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
@@ -153,5 +153,5 @@ def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
             webbrowser.open(address)
 
     with console.log_to(console.drop):
-        run_app(app, host, port, ServerLimits(HEAD_TIMEOUT_S, SHUTDOWN_S, 256), ready)
+        run_app(app, (host, port), ready, HEAD_TIMEOUT_S, SHUTDOWN_S, 256)
     console.echo("ended")

@@ -21,7 +21,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
-from mlx_lora.parallel.launch import find_launch, together
+from mlx_lora.parallel.ranks import find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.supervise import run_supervised

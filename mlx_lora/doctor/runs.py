@@ -47,10 +47,9 @@ from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
-from mlx_lora.rollouts.ready_rewards import text_of
+from mlx_lora.rollouts.rewards import text_of
 from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import Engine, Event, Limits, Request
+from mlx_lora.serving.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
 
@@ -285,7 +284,7 @@ PROMPTS = ("O Romeo", "wherefore art thou, and why", "Deny thy father and refuse
 TOKENS = 16
 WAIT_S = 120.0
 SERVING_ADVICE = (
-    "serve one request at a time (--max-batch 1) and report it; mlx_lora/serving/batch.py makes the batches"
+    "serve one request at a time (--max-batch 1) and report it; mlx_lora/serving/engine.py makes the batches"
 )
 
 

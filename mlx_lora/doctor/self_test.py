@@ -29,8 +29,8 @@ from mlx_lora.kernels.measure import Figures, ShapeClass, choose, read_figures, 
 from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
 from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.head import Head
-from mlx_lora.rollouts.decode import NAME as WEIGHTS
-from mlx_lora.rollouts.decode import TOKEN, choose_form, kind_words, product_figures
+from mlx_lora.rollouts.generator import NAME as WEIGHTS
+from mlx_lora.rollouts.generator import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.utils import device
 
 # Products

@@ -39,7 +39,7 @@ from mlx_lora.evaluation.models import LogLikelihood, Models, Scored, TextReques
 from mlx_lora.evaluation.paired import compare_weighted
 from mlx_lora.evaluation.results import Answered, ModelScore, TaskResults, TaskScore
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
-from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Sampling
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest
 

@@ -11,7 +11,7 @@
     FILE.py:NAME     a function with the signature of a reward: def NAME(prompts, completions, **columns)
 
 A metric gives each answer a number, or None where a row has nothing to compare with; such rows are left out and counted.
-All of them that rewards have too are the functions of rewards (rollouts/ready_rewards.py).
+All of them that rewards have too are the functions of rewards (rollouts/rewards.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_lora.rollouts.ready_rewards import ANSWER_COLUMNS, MATH, PLAIN, ready_reward
-from mlx_lora.rollouts.rewards import TrainerState, call_reward, problem_of
-from mlx_lora.rollouts.tool_calls import Said
-from mlx_lora.rollouts.user_calls import FAILURES
-from mlx_lora.rollouts.user_files import from_file, one_line
+from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
+from mlx_lora.rollouts.tools import Said
+from mlx_lora.rollouts.user_code import FAILURES, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import closest
 

@@ -1,9 +1,9 @@
 """Score and write texts with a base and any number of adapters on it, all in the same batches.
 
     log-likelihoods    rows of all models beside each other; a context is computed once for all its continuations
-    texts              rows join and leave a running batch (serving/batch.py), each with its own model's prefix cache
+    texts              rows join and leave a running batch (serving/engine.py), each with its own model's prefix cache
 
-Each row of a batch has its own adapter (serving/pools.py). A row with several continuations has the layout of
+Each row of a batch has its own adapter (serving/adapter_store.py). A row with several continuations has the layout of
 models/prefix_attention.py:
 
     context p p p p, continuations "a a a" and "b b"        p p p | p a a | p b
@@ -37,11 +37,9 @@ from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.models.tokenizer import Continuation
-from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, held_weights
-from mlx_lora.rollouts.row_batches import check_rows, one_row_because
-from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, context_of
-from mlx_lora.serving.batch import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
-from mlx_lora.serving.pools import Routing
+from mlx_lora.rollouts.generator import ANSWERS, TokenSteps, check_rows, held_weights, one_row_because
+from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, Routing, context_of
+from mlx_lora.serving.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure
 from mlx_lora.utils.progress import tracked

@@ -157,7 +157,7 @@ def _agreeing_loss(
     check = check_name(model, config, strategy, "loss", first.description)
     if has_passed(check):
         return first
-    # Of a head in files, all logits and what they are computed from are kept until a gradient is there (parallel/stored_tables.py).
+    # Of a head in files, all logits and what they are computed from are kept until a gradient is there (parallel/offloaded_base.py).
     tokens = LOSS_TOKENS if head.is_whole or strategy.lockstep else LOSS_TOKENS // 4
     # Two passes over one block of each kind, unless the first candidate is wrong.
     with long_task(CHECKING_LOSS, 2, "computations") as task, _few_blocks(model, strategy):

@@ -158,7 +158,7 @@ class Head:
         return [(slice(0, self.vocabulary), lambda before: nullcontext())]
 
     def at_once(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that uses all parts, as it may be called while a step is planned (parallel/stored_tables.py)."""
+        """Return a function that uses all parts, as it may be called while a step is planned (parallel/offloaded_base.py)."""
         return self.layer.at_once(function) if hasattr(self.layer, "at_once") else function
 
     @property

@@ -30,8 +30,7 @@ from mlx_lora.losses.policy import PolicyOptions
 from mlx_lora.objectives.base import BoundObjective, FixedPrompt, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.sampled import SampledObjective
-from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.fixed_prompts import fixed_prompts, greedy_answers
+from mlx_lora.rollouts.generator import SamplingForm
 from mlx_lora.rollouts.make_environment import (
     check_environment,
     check_template,
@@ -50,8 +49,8 @@ from mlx_lora.rollouts.rewards import (
     reward_files,
     reward_names,
 )
-from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.tool_env import failures_of_calls
+from mlx_lora.rollouts.rollout import Rollouts, fixed_prompts, greedy_answers
+from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils.errors import InputError
 
 POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")

@@ -45,10 +45,9 @@ from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, teacher_key, teacher_name
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import Ranks
-from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.generator import SamplingForm
 from mlx_lora.rollouts.make_environment import environment_of
-from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.sharing import of_own_rows
+from mlx_lora.rollouts.rollout import Rollouts, of_own_rows
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import gigabytes
 

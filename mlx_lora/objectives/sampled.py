@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
-from mlx_lora.rollouts.decode import SamplingForm, choose_sampling, kept_form
+from mlx_lora.rollouts.generator import SAMPLED_BY, SamplingForm, check_groups, choose_sampling
 from mlx_lora.rollouts.rewards import TrainerState
 from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
-from mlx_lora.rollouts.sampler import check_groups
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted
 
@@ -111,7 +110,7 @@ class SampledObjective(Objective):
         return [self.sampling.form.describe(), *shared, self.layout.words]
 
     def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        return kept_form(identity)
+        return {SAMPLED_BY: identity[SAMPLED_BY]} if SAMPLED_BY in identity else {}
 
     def steps(self, batches: list[Batch], done: StepsDone) -> Iterator[list[Batch]]:
         """Sample answers to the prompts of `updates` steps, and yield the same answers for each of them."""

@@ -38,7 +38,7 @@ from mlx_lora.objectives.synthetic_prompts import (
     written_data,
 )
 from mlx_lora.objectives.teacher import check_teacher, facts_of, load_teacher
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
+from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

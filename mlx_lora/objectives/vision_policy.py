@@ -1,6 +1,6 @@
 """Rewards of answers about pictures: the policy objectives of objectives/grpo.py, on prompts that have pictures.
 
-Answers are sampled with the pictures in the prompt (rollouts/picture_rollouts.py), and a step computes their log-probabilities
+Answers are sampled with the pictures in the prompt (rollouts/rollout.py), and a step computes their log-probabilities
 with the same pictures (objectives/pictures.py). Rewards get the columns of the row as they are in the data.
 """
 
@@ -16,14 +16,14 @@ from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.grpo import Policy, policy
 from mlx_lora.objectives.pictures import WithPictures
-from mlx_lora.rollouts.picture_rollouts import PictureRollouts
 from mlx_lora.rollouts.rewards import reward_folders
+from mlx_lora.rollouts.rollout import PictureRollouts
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.losses.cross_entropy import Loss
-    from mlx_lora.rollouts.decode import SamplingForm
+    from mlx_lora.rollouts.generator import SamplingForm
     from mlx_lora.rollouts.rollout import Rollouts
 
 

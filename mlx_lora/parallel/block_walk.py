@@ -1,4 +1,12 @@
-"""Differentiate a model one block at a time, so that a block's weights are in memory only while it is computed.
+"""Keep what blocks keep for the backward pass on the disk (--offload-activations), for rows whose block inputs do not fit in memory.
+
+A block's call keeps its inputs, its outputs and the results on its tape. Each array is written to a file when the block is computed,
+and an array that is lazy takes its place: MLX reads the file when something needs the numbers. What one block returns and the next
+one gets is one file. The files are removed after the step.
+
+Source: ZeRO-Infinity, arXiv 2104.07857, section 5.1.2 (activations on NVMe).
+
+Differentiate a model one block at a time, so that a block's weights are in memory only while it is computed.
 
 `mx.value_and_grad` plans a whole step before anything is computed, and an array that is computed while it plans keeps what it
 was computed from. So the walk does what it does in parts, each of which is computed before the next one is planned:
@@ -17,11 +25,14 @@ Source: reverse mode over a program cut at checkpoints, Griewank and Walther, Ev
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Protocol, cast, runtime_checkable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,8 +40,71 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.compat.instances import mix_in
-from mlx_lora.parallel.activation_files import ActivationFiles, InFile, InMemory
+from mlx_lora.models.folder import save_tensors
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
+from mlx_lora.utils.errors import RunError
+
+LEAST_BYTES = 1 << 12  # a smaller array stays in memory
+FOLDER, NAME = "activations", "0"  # in a run folder, and of the array in its file
+
+
+Place = Callable[[], mx.array]
+"""Returns an array: one that stays in memory, or a lazy one, which is read from its file when it is computed with."""
+
+
+def _read(path: Path) -> mx.array:
+    """Return a new lazy array, so that what is read can be freed."""
+    return mx.load(str(path))[NAME]  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue] # a dict
+
+
+class ActivationFiles:
+    """The files of one step's activations.
+
+    Attributes:
+        bytes: written since the step began.
+    """
+
+    def __init__(self, folder: Path):
+        """Remove what a run that was killed has left.
+
+        Args:
+            folder: of the run, in which a folder for the files is made for the duration of a step.
+        """
+        self._folder = folder / FOLDER
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._count = 0
+        self.last: list[tuple[mx.array, Place]] = []
+        self.bytes = 0
+
+    def put(self, array: mx.array) -> Place:
+        """Write a computed array, if it is large enough.
+
+        Raises:
+            RunError: the disk is full, or cannot be written.
+        """
+        if array.nbytes < LEAST_BYTES:
+            return lambda: array
+        path = self._folder / f"{self._count}.safetensors"
+        self._count += 1
+        try:
+            self._folder.mkdir(exist_ok=True)
+            save_tensors(path, {NAME: array})
+        except (OSError, RunError) as error:
+            raise RunError(
+                f"--offload-activations: {error}; free space on that disk or give --adapter-path on another one, and continue "
+                "with --resume auto"
+            ) from error
+        self.bytes += array.nbytes
+        return partial(_read, path)
+
+    def clear(self) -> None:
+        """Remove the files."""
+        self.last, self.bytes = [], 0
+        self._count = 0
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# Differentiate a model one block at a time, so that a block's weights are in memory only while it is computed
 
 
 class Mode(Enum):
@@ -57,17 +131,17 @@ class Call:
     segment: Segment
     outputs: list[mx.array]
     kept: list[mx.array]
-    places: Sequence[InFile | InMemory] = ()
-    tape: Sequence[InFile | InMemory] = ()
+    places: Sequence[Place] = ()
+    tape: Sequence[Place] = ()
 
     def backward(self, cotangents: list[mx.array]) -> list[mx.array]:
         """Return the gradients of the block's parameters and of x, computed; what was kept is let go."""
-        kept = [place.array() for place in self.tape] or self.kept
+        kept = [place() for place in self.tape] or self.kept
         pulled = self.segment.backward(cotangents, kept)
         mx.eval(pulled)
         self.kept = []
         if self.places:
-            self.segment.give([place.array() for place in self.places])  # without what was read
+            self.segment.give([place() for place in self.places])  # without what was read
         return pulled
 
 
@@ -139,17 +213,24 @@ class Walk:
         """Compute a block, note it, and return what it returns."""
         outputs, kept = segment.forward(segment.primals)
         mx.eval(outputs, kept)
-        self.calls.append(self._noted(segment, outputs, kept))
+        call = Call(segment, outputs, kept)
+        if self.files is not None:
+            files, places, shapes = (
+                self.files,
+                {id(array): at for array, at in self.files.last},
+                {z.shape for z in outputs},
+            )
+            # What the block before returned is in its files already; what has no output's shape (a mask) is shared by blocks.
+            given = [
+                places.get(id(x)) or (files.put(x) if x.shape in shapes else (lambda x=x: x)) for x in segment.given
+            ]
+            stored, tape = [files.put(array) for array in outputs], [files.put(array) for array in kept]
+            files.last = list(zip(outputs, stored, strict=True))
+            segment.give([place() for place in given])
+            call = Call(segment, [place() for place in stored], [], given, tape)
+        self.calls.append(call)
         self.seeds.append(_seed_of_state())
         return segment.result(outputs)
-
-    def _noted(self, segment: Segment, outputs: list[mx.array], kept: list[mx.array]) -> Call:
-        if self.files is None:
-            return Call(segment, outputs, kept)
-        given = self.files.put_given(segment.given, outputs)
-        stored, tape = self.files.put_outputs(outputs), [self.files.put(array) for array in kept]
-        segment.give([place.array() for place in given])
-        return Call(segment, [place.array() for place in stored], [], given, tape)
 
     def end(self) -> None:
         """Forget the step."""
@@ -165,13 +246,6 @@ class Walk:
         return call.segment.result(call.outputs)
 
 
-@runtime_checkable
-class Cache(Protocol):
-    """A cache of mlx-lm's."""
-
-    state: Any
-
-
 class WalkedBlock(nn.Module):
     """A mixin that comes before a checkpointed block's own class; what it does when it is called depends on the walk."""
 
@@ -185,7 +259,7 @@ class WalkedBlock(nn.Module):
             return self._walk.computed(segment)
         result = super().__call__(*args, **kwargs)
         if mode is Mode.AT_ONCE:
-            mx.eval(result, [value.state for value in (*args, *kwargs.values()) if isinstance(value, Cache)])
+            mx.eval(result, [value.state for value in (*args, *kwargs.values()) if hasattr(value, "state")])
         return result
 
     def at_hand(self, before: Sequence[mx.array]) -> AbstractContextManager:
@@ -217,35 +291,30 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
         try:
             with walk.forward():
                 loss(*args)  # of which only the blocks are computed, and what is computed at once
-            return _backward(walk, model, lambda: loss(*args))
+            paths = {id(module): path for path, module in model.named_modules()}
+            own = {paths[id(call.segment.module)]: call.segment for call in walk.calls}
+            inside = {f"{path}.{name}" for path, segment in own.items() for name in segment.names}
+            outer = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if name not in inside]
+            between = _Between(walk, model, (lambda: loss(*args)), outer)
+            gradients: dict[str, mx.array] = {}
+            first = next((n for n, call in enumerate(walk.calls) if outer or call.segment.names), len(walk.calls))
+            for number in reversed(range(first, len(walk.calls))):
+                segment = walk.calls[number].segment
+                pulled = walk.calls[number].backward(between.pull(number))
+                count = len(segment.names)
+                for name, gradient in zip(segment.names, pulled[:count], strict=True):
+                    name = f"{paths[id(segment.module)]}.{name}"
+                    gradients[name] = gradients[name] + gradient if name in gradients else gradient
+                between.known[number] = list(pulled[count:])
+            value = between.value()
+            gradients |= zip((name for name, _ in outer), between.outer(), strict=True)
+            order = [name for name, _ in tree_flatten(model.trainable_parameters())]
+            zeros = dict(tree_flatten(model.trainable_parameters()))  # of a block that was not called
+            return value, tree_unflatten([(name, gradients.get(name, mx.zeros_like(zeros[name]))) for name in order])
         finally:
             walk.end()
 
     return function
-
-
-def _backward(walk: Walk, model: nn.Module, loss: Callable[[], Any]) -> tuple[Any, dict]:
-    """Return the value and the gradients of a walk whose forward pass was made."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    own = {paths[id(call.segment.module)]: call.segment for call in walk.calls}
-    inside = {f"{path}.{name}" for path, segment in own.items() for name in segment.names}
-    outer = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if name not in inside]
-    between = _Between(walk, model, loss, outer)
-    gradients: dict[str, mx.array] = {}
-    first = next((n for n, call in enumerate(walk.calls) if outer or call.segment.names), len(walk.calls))
-    for number in reversed(range(first, len(walk.calls))):
-        segment = walk.calls[number].segment
-        pulled = walk.calls[number].backward(between.pull(number))
-        count = len(segment.names)
-        for name, gradient in zip(segment.names, pulled[:count], strict=True):
-            name = f"{paths[id(segment.module)]}.{name}"
-            gradients[name] = gradients[name] + gradient if name in gradients else gradient
-        between.known[number] = list(pulled[count:])
-    value = between.value()
-    gradients |= zip((name for name, _ in outer), between.outer(), strict=True)
-    order = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    zeros = dict(tree_flatten(model.trainable_parameters()))  # of a block that was not called
-    return value, tree_unflatten([(name, gradients.get(name, mx.zeros_like(zeros[name]))) for name in order])
 
 
 class _Between:
@@ -269,7 +338,11 @@ class _Between:
         self._outputs = [call.outputs for call in walk.calls]
         self.known: dict[int, list[mx.array | None]] = {}
         self._value = self._called(self._primals())  # planned, for its shape
-        self._is_z = self._found_again()
+        before: list[list[mx.array]] = [[], *self._outputs]
+        self._is_z = [
+            [any(x is z for z in z_before) for x in given]
+            for given, z_before in zip(self._walk.given, before, strict=False)
+        ]
         self._leaves = _arrays(self._value)
         self._is_known = False
 
@@ -312,14 +385,6 @@ class _Between:
             self._model.update(tree_unflatten(list(zip(self._names, self._outer, strict=True))))
             for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
                 call.outputs = outputs
-
-    def _found_again(self) -> list[list[bool]]:
-        """Return for each x of each call whether it is a z of the call before, as the last `_called` noted them."""
-        before: list[list[mx.array]] = [[], *self._outputs]
-        return [
-            [any(x is z for z in z_before) for x in given]
-            for given, z_before in zip(self._walk.given, before, strict=False)
-        ]
 
     def _pulled(self) -> list[mx.array]:
         """Return the gradients of all z and of the parameters outside of blocks, planned."""

@@ -1,4 +1,11 @@
-"""Share a frozen base between ranks: each keeps a part of every block's weights, and all have a block while they compute it.
+"""The messages in which ranks share a frozen base, and the part of its weights that each keeps (parallel/sharded_base.py).
+
+A unit (a block, a slice of a table) is one message, or two where ranks keep unequal parts. Each waits for the one before, so
+that all ranks send them in the same order.
+
+Shapes: N ranks, E bytes of one of N equal parts.
+
+Share a frozen base between ranks: each keeps a part of every block's weights, and all have a block while they compute it.
 
     gather     all ranks' parts of a block become its weights, just before the block is computed
     compute    forward, or in the backward pass again and then backward: the block is checkpointed
@@ -9,7 +16,7 @@ one message, which holds its arrays as bytes, packed weights as they are. Messag
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
 computes.
 
-Every rank must call the model equally often; `ShardedBase` (parallel/divided_base.py) sees to that. Other uses of a shared
+Every rank must call the model equally often; `ShardedBase` (parallel/sharded_base.py) sees to that. Other uses of a shared
 base have helpers here: one text for all ranks, and the weights of one block.
 
 The embedding and the head are shared, too. A table of a small model is as large as many of its blocks. So it is cut along
@@ -22,6 +29,11 @@ and dropped before the one after the next.
 
 Shapes: N ranks, V vocabulary, D width, S rows of a slice.
 Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.11277, without what training a base takes.
+
+The strategies in which a process keeps only a part of the frozen base.
+
+Another way to keep a part is another class and a line in `strategy_of` (trainer/choose_strategy.py); parallel/offloaded_base.py
+is one for a single process.
 """
 
 from __future__ import annotations
@@ -29,9 +41,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -41,15 +53,223 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat.instances import mix_in
-from mlx_lora.models.folder import StoredTensor
+from mlx_lora.config.checks import shard_parts
+from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
-from mlx_lora.parallel.messages import Messages, Named
-from mlx_lora.planner.several_macs import Units
+from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.strategy import DataParallel
+from mlx_lora.planner.fit import budget_of
+from mlx_lora.planner.machine import this_machine
+from mlx_lora.planner.several_macs import Units, rank_part
 from mlx_lora.trainer.gradient_checkpointing import checkpoint_blocks
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_lora.parallel.ranks import SeveralRanks
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
+
+ALIGNMENT = 16  # bytes; of each array in a message
+# Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
+LEVELS = 200
+Named = Sequence[tuple[str, mx.array]]
+
+
+@dataclass
+class Messages:
+    """The order of a rank's messages, and who keeps what.
+
+    Attributes:
+        ranks: that share the base.
+        shares: of each rank in all units together; they add up to 1.
+        sent: a number that is computed from the last message, for the next one to wait for.
+        before: what the last unit waited for.
+        cut_bytes: of the units so far.
+        held_bytes: of those, what each rank keeps.
+    """
+
+    ranks: SeveralRanks
+    shares: Sequence[float]
+    sent: list[mx.array] = field(default_factory=list)
+    before: list[mx.array] = field(default_factory=list)
+    cut_bytes: int = 0
+    held_bytes: list[int] = field(default_factory=list)
+    flag: ClassVar[str] = "--shard-base"
+
+    def unit(self, arrays: Named) -> Unit:
+        """Keep this rank's part of arrays."""
+        return Unit(arrays, self)
+
+    table_unit = unit
+
+    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> Unit:
+        """Keep this rank's part of some rows of a table's arrays, which are read from their files alone if possible."""
+        return Unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays], self)
+
+    def gather(self, even: mx.array, rest: mx.array, at: slice, before: Sequence[mx.array]) -> list[mx.array]:
+        """Return a unit's bytes, lazily: those of its even part and those of the rest.
+
+        Args:
+            even: (E,) uint8, this rank's of N equal parts.
+            rest: (at.stop - at.start,) uint8, this rank's part of the rest.
+            at: where that is; its step is the size of the rest.
+            before: arrays that this unit's computation starts from. The message waits only for those of the unit before, so
+                that it is on its way while that unit computes.
+        """
+        content, waited = [], [*self.before, *self.sent]
+        # Not in the computation's own stream, where this would wait for all that was planned before it.
+        with self.ranks.beside():
+            if even.size:
+                [own] = mx.depends([even], waited)
+                every = mx.stop_gradient(self.ranks.gathered(own)).reshape(-1)
+                waited = [every[:1] + 0]  # a copy: a view would keep the whole message alive
+                content.append(_planned_early(every))
+            if at.step:
+                [own] = mx.depends([rest], waited)
+                every = mx.stop_gradient(self.ranks.put_together(own.view(mx.uint32), at.start // 4, at.step // 4))
+                every = every.view(mx.uint8)
+                waited = [every[:1] + 0]
+                content.append(_planned_early(every))
+        self.before, self.sent = list(before), waited
+        return content
+
+    def divide(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Decide which arrays of the next unit are kept in equal parts, and each rank's bytes of the others.
+
+        Equal parts are gathered, which sends the least; what only some ranks keep is added to the others' zeros. Neither
+        takes memory beside the unit itself. Unequal ranks keep as much in equal parts as the smallest has room for.
+
+        Args:
+            sizes: bytes of its arrays, multiples of ALIGNMENT.
+
+        Returns:
+            Numbers of the arrays in equal parts, and (N,) bytes.
+        """
+        count = len(self.shares)
+        self.held_bytes = self.held_bytes or [0] * count
+        self.cut_bytes += sum(sizes)
+        if max(self.shares) - min(self.shares) < 1e-6:
+            even = list(range(len(sizes)))
+        else:
+            missing = [share * self.cut_bytes - size for share, size in zip(self.shares, self.held_bytes, strict=True)]
+            room, even = count * min(missing), []
+            for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+                if sizes[number] <= room:
+                    even.append(number)
+                    room -= sizes[number]
+        in_even = sum(sizes[number] for number in even)
+        rest = sum(sizes) - in_even
+        held = [size + in_even / count for size in self.held_bytes]
+        missing = [max(0.0, share * self.cut_bytes - size) for share, size in zip(self.shares, held, strict=True)]
+        parts = cut(rest, missing if sum(missing) else self.shares)
+        self.held_bytes = [round(size + part) for size, part in zip(held, parts, strict=True)]
+        return sorted(even), parts
+
+
+@dataclass(frozen=True)
+class ArraySlot:
+    """Where an array is in a unit's bytes.
+
+    Attributes:
+        name: its path in the module.
+        message: 0 for the first of the unit's messages, 1 for the second.
+        begin, bytes, dtype, shape: of it.
+    """
+
+    name: str
+    message: int
+    begin: int
+    bytes: int
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    def of(self, content: Sequence[mx.array]) -> mx.array:
+        """Return the array, a view of the unit's bytes."""
+        return content[self.message][self.begin : self.begin + self.bytes].view(self.dtype).reshape(self.shape)
+
+
+class Unit:
+    """This rank's part of some frozen arrays that are computed with together."""
+
+    def __init__(self, arrays: Named, messages: Messages):
+        """Keep only this rank's part of the arrays.
+
+        Args:
+            arrays: by name; they may be lazy, and are read here.
+            messages: the order of messages.
+        """
+        arrays = sorted(arrays, key=lambda pair: -pair[1].dtype.size)
+        sizes = [_aligned(array.nbytes) for _, array in arrays]
+        numbers, parts = messages.divide(sizes)
+        even = [arrays[number] for number in numbers]
+        rest = [pair for number, pair in enumerate(arrays) if number not in numbers]
+        in_even = sum(sizes[number] for number in numbers)
+        count, rank = messages.ranks.size, messages.ranks.rank
+        even_part = _aligned(-(-in_even // count))
+        begin = sum(parts[:rank])
+        self.messages = messages
+        self.places = [*_places(even, 0), *_places(rest, int(bool(even)))]
+        self.at = slice(begin, begin + parts[rank], sum(parts))
+        self.even = _bytes_of(even, rank * even_part, (rank + 1) * even_part)
+        self.rest = _bytes_of(rest, begin, begin + parts[rank])
+        self.parts = [even_part + part for part in parts]
+        mx.eval(self.even, self.rest)
+
+    @property
+    def bytes(self) -> int:
+        """Of all ranks' parts."""
+        return sum(self.parts)
+
+    def gathered(self, before: Sequence[mx.array]) -> list[tuple[str, mx.array]]:
+        """Return the arrays, lazily; `before` as for `Messages.gather`."""
+        content = self.messages.gather(self.even, self.rest, self.at, before)
+        return [(place.name, place.of(content)) for place in self.places]
+
+
+def _planned_early(message: mx.array) -> mx.array:
+    """Return a message through operations that do nothing, so that MLX sends it before it computes the unit before.
+
+    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be sent after nearly all
+    operations of this one. These add levels, if MLX plans whole graphs (device.plan_whole_graphs).
+    """
+    for _ in range(LEVELS):
+        message = mx.stop_gradient(message)
+    return message
+
+
+def cut(size: int, shares: Sequence[float]) -> list[int]:
+    """Return the bytes of each rank's part, as the shares say; multiples of ALIGNMENT, but for the last."""
+    whole = sum(shares)
+    edges = [int(size * end / whole) // ALIGNMENT * ALIGNMENT for end in accumulate(shares)]
+    edges[-1] = size
+    return [end - begin for begin, end in zip([0, *edges], edges, strict=False)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _places(arrays: Named, message: int) -> Iterator[ArraySlot]:
+    begin = 0
+    for name, array in arrays:
+        yield ArraySlot(name, message, begin, array.nbytes, array.dtype, array.shape)
+        begin += _aligned(array.nbytes)
+
+
+def _bytes_of(arrays: Named, begin: int, end: int) -> mx.array:
+    """Return some of the bytes of arrays that lie one after the other, with zeros after the last."""
+    pieces, start = [mx.zeros((0,), mx.uint8)], 0
+    for _, array in arrays:
+        stop = start + _aligned(array.nbytes)
+        if start < end and stop > begin:
+            flat = mx.pad(array.reshape(-1).view(mx.uint8), (0, stop - start - array.nbytes))
+            pieces.append(flat[max(0, begin - start) : end - start])
+        start = stop
+    return mx.concatenate([*pieces, mx.zeros((end - max(begin, start) if end > start else 0,), mx.uint8)])
+
+
+# Share a frozen base between ranks
 
 # Sharing
 
@@ -60,49 +280,26 @@ LEAST_BYTES = 1 << 16
 class Store(Protocol):
     """Where blocks have their weights from: other ranks (`Messages`), or files (parallel/offloaded_base.py).
 
+    A unit's `gathered(before)` returns its arrays, lazily.
+
     Attributes:
         flag: that asks for it.
+        unit: makes a unit of a block's arrays.
+        table_unit: the same for arrays of modules outside of the blocks.
+        rows_unit: (path, arrays, rows, stored) -> the same for rows of a table's arrays; `stored` says where lazy ones are
+            stored, by path.
     """
 
     flag: ClassVar[str]
-
-    def unit(self, arrays: Named) -> Any:
-        """Return a unit of a block's arrays, whose `gathered(before)` returns them, lazily."""
-        ...
-
-    def table_unit(self, arrays: Named) -> Any:
-        """Return the same for arrays of modules outside of the blocks."""
-        ...
-
-    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> Any:
-        """Return the same for rows of a table's arrays; `stored` says where lazy ones are stored, by path."""
-        ...
-
-
-def share_blocks(blocks: Sequence[nn.Module], store: Store) -> list[Any]:
-    """Leave only a part of blocks, or nothing, in memory, and return their units.
-
-    Args:
-        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
-        store: where they have their weights from.
-
-    Raises:
-        InputError: blocks have weights in common.
-    """
-    _check_apart(blocks, store.flag)
-    units = []
-    for one in blocks:
-        module: Any = one
-        module._held = Held(module, store.unit)
-        mix_in(SharedBlock, module)
-        units.append(module._held.unit)
-    return units
+    unit: Callable[[Named], Any]
+    table_unit: Callable[[Named], Any]
+    rows_unit: Callable[[str, Named, slice, Mapping[str, StoredTensor]], Any]
 
 
 class SharedBlock(nn.Module):
     """A mixin that comes before a checkpointed block's own class, and has the block's weights only while it is computed."""
 
-    _held: Held
+    _held: Sharded
 
     def at_hand(self, before: Sequence[mx.array]):
         return self._held.at_hand(self, before)
@@ -112,21 +309,19 @@ class SharedBlock(nn.Module):
         return mx.depends(given, own) if own and given else given
 
 
-def _check_apart(blocks: Sequence[nn.Module], flag: str) -> None:
-    """Refuse blocks that have weights in common: the second of them would find them cut."""
-    seen: set[int] = set()
-    for block in blocks:
-        own = {id(array) for _, array in tree_flatten(block.parameters())}
-        if own & seen:
-            raise InputError(f"{flag}: blocks of this model have weights in common; leave it out")
-        seen |= own
-
-
+@dataclass(frozen=True)
 class Sharded:
-    """Arrays of which each rank keeps a part, and what stands in for them while they are not at hand."""
+    """Arrays of a module of which each rank keeps a part.
+
+    Attributes:
+        unit: this rank's part.
+        stand_ins: for the arrays while they are not at hand; of a table, for all of its rows.
+        rows: of a table, which the module has as if they were all.
+    """
 
     unit: Any
     stand_ins: dict[str, Any]
+    rows: slice = field(default_factory=lambda: slice(None))
 
     @contextmanager
     def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
@@ -138,16 +333,13 @@ class Sharded:
             module.update(self.stand_ins)
 
 
-class Held(Sharded):
-    """All frozen arrays of a module."""
-
-    def __init__(self, module: nn.Module, make_unit: Callable[[Named], Any]):
-        """Leave only a part of a module's frozen arrays, or nothing, in memory."""
-        arrays = frozen_arrays(module)
-        self.unit = make_unit(arrays)
-        self.stand_ins = tree_unflatten(stand_ins(arrays))
-        mx.eval(self.stand_ins, module.trainable_parameters())
-        module.update(self.stand_ins)
+def held(module: nn.Module, make_unit: Callable[[Named], Any]) -> Sharded:
+    """Leave only a part of a module's frozen arrays, or nothing, in memory."""
+    arrays = frozen_arrays(module)
+    found = Sharded(make_unit(arrays), tree_unflatten(stand_ins(arrays)))
+    mx.eval(found.stand_ins, module.trainable_parameters())
+    module.update(found.stand_ins)
+    return found
 
 
 def frozen_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
@@ -174,50 +366,6 @@ def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
 
 
 # Use of a shared base
-
-
-def end_of_trial(model: nn.Module) -> None:
-    """Forget messages that were planned and not sent, so that the next one does not wait for them."""
-    for module in model.layers[:1]:
-        if isinstance(module, SharedBlock):
-            messages = module._held.unit.messages
-            messages.sent, messages.before = [], []
-
-
-def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """Return a function that chooses as rank 0 does, so that ranks that share a base generate one text.
-
-    Args:
-        model: whose base is shared.
-        choose: log-probabilities (1, V) -> a token, (1,) uint32.
-    """
-    messages = _messages(model)
-
-    def choose_first(logprobs: mx.array) -> mx.array:
-        [own] = mx.depends([choose(logprobs)], [*messages.before, *messages.sent])
-        with messages.ranks.beside():
-            every = messages.ranks.gathered(own)  # (N, 1)
-        messages.before, messages.sent = [every], [every]
-        return every[0]
-
-    return choose_first
-
-
-def await_messages(model: nn.Module) -> None:
-    """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
-    mx.eval(_messages(model).sent)
-
-
-def unshareable_words(config: dict[str, Any]) -> str:
-    """Return why a model's base cannot be shared, if its numbers are not finite then."""
-    return (
-        f"--shard-base: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where a process "
-        "does not have them; leave it out"
-    )
-
-
-def _messages(model: nn.Module) -> Messages:
-    return model.layers[0]._held.unit.messages
 
 
 # Tables: the embedding and the head in slices of the vocabulary
@@ -269,7 +417,18 @@ def share_modules(
     """
     tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
     checkpoint_blocks(model.layers, products=False)
-    units = share_blocks(model.layers, store)
+    seen: set[int] = set()  # the second of two blocks with weights in common would find them cut
+    for block in model.layers:
+        own = {id(array) for _, array in tree_flatten(block.parameters())}
+        if own & seen:
+            raise InputError(f"{store.flag}: blocks of this model have weights in common; leave it out")
+        seen |= own
+    units = []
+    for each in model.layers:
+        block: Any = each
+        block._held = held(block, store.unit)
+        mix_in(SharedBlock, block)
+        units.append(block._held.unit)
     paths = {id(module): path for path, module in model.named_modules()}
     for table in tables:
         units += _share_table(table, paths[id(table)], store, most, stored, mixin_of)
@@ -287,18 +446,14 @@ def _share_table(
 ) -> list[Any]:
     """Let a module outside of the blocks have its weights from a store; arguments as in `share_modules`."""
     if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
-        table._held = Held(table, store.table_unit)
+        table._held = held(table, store.table_unit)
         mix_in(SharedWhole, table)
         return [table._held.unit]
     arrays = frozen_arrays(table)
     instead = stand_ins(arrays)
     mx.eval([array for _, array in instead])
     slices = [
-        Slice(
-            rows,
-            store.rows_unit(path, arrays, rows, stored),
-            tree_unflatten(instead),
-        )
+        Sharded(store.rows_unit(path, arrays, rows, stored), tree_unflatten(instead), rows)
         for rows in slices_of(table, most_bytes)
     ]
     table.update(tree_unflatten(instead))
@@ -353,25 +508,10 @@ def units_of(model: nn.Module) -> Units:
 
 
 @dataclass(frozen=True)
-class Slice(Sharded):
-    """Some rows of a table, which the module has as if they were all.
-
-    Attributes:
-        rows: which.
-        unit: this rank's part of them.
-        stand_ins: for the whole table's arrays while they are not at hand.
-    """
-
-    rows: slice
-    unit: Any
-    stand_ins: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Slices:
     """All slices of a table, in order."""
 
-    every: tuple[Slice, ...]
+    every: tuple[Sharded, ...]
 
 
 class SharedTable(nn.Module):
@@ -452,8 +592,72 @@ class SharedLinear(SharedTable):
 class SharedWhole(nn.Module):
     """The mixin for any other module outside of the blocks, which is one unit."""
 
-    _held: Held
+    _held: Sharded
 
     def __call__(self, x: mx.array) -> mx.array:
         with self._held.at_hand(self, [x]):
             return super().__call__(x)
+
+
+# The strategies in which a process keeps only a part of the frozen base
+
+
+class ShardedBase(DataParallel):
+    """Each rank computes some rows, and keeps a part of every block's weights; see parallel/sharded_base.py.
+
+    Attributes:
+        share: of this rank in the base, from 0 to 1; 1 until the base is divided.
+    """
+
+    lockstep = True
+    divides_base = "--shard-base"
+    whole_blocks = "it gets its weights in whole"
+
+    def __init__(self, ranks: SeveralRanks, seed: int = 0):
+        super().__init__(ranks, seed)
+        self._several, self.share = ranks, 1.0
+
+    def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
+        ranks = self._several
+        asked = settings.loop.shard_base
+        if asked == "memory":
+            parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
+        else:
+            parts = shard_parts(asked) or [1.0] * ranks.size
+        if len(parts) != ranks.size:
+            raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
+        shares = [part / sum(parts) for part in parts]
+        alive = units_of(base.model).largest
+        units = share_base(base.model, ranks, shares, base.stored)
+        device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
+        own = sum(unit.parts[ranks.rank] for unit in units)
+        whole = sum(unit.bytes for unit in units)
+        self.share = shares[ranks.rank]
+        self.words = f"base shared by {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
+        checkpointing = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
+        return replace(settings, loop=replace(settings.loop, grad_checkpoint=checkpointing, sample_tokens=0))
+
+    def part_of(self, shape: ModelShape, model: nn.Module) -> ModelShape:
+        return rank_part(shape, units_of(model), self.share)
+
+    def end_of_trial(self, model: nn.Module) -> None:
+        """Forget messages that were planned and not sent, so that the next one does not wait for them."""
+        for module in model.layers[:1]:
+            if isinstance(module, SharedBlock):
+                messages = module._held.unit.messages
+                messages.sent, messages.before = [], []
+
+    def same_choice(self, model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        messages = model.layers[0]._held.unit.messages
+
+        def choose_first(logprobs: mx.array) -> mx.array:
+            [own] = mx.depends([choose(logprobs)], [*messages.before, *messages.sent])
+            with messages.ranks.beside():
+                every = messages.ranks.gathered(own)  # (N, 1)
+            messages.before, messages.sent = [every], [every]
+            return every[0]
+
+        return choose_first
+
+    def await_messages(self, model: nn.Module) -> None:
+        mx.eval(model.layers[0]._held.unit.messages.sent)

@@ -1,8 +1,8 @@
 """How the processes of a run divide its work: one class per way, chosen once (trainer/choose_strategy.py) and carried by the run.
 
-    SingleDevice     one process computes everything
+    Strategy         one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch
-    ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/divided_base.py)
+    ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/sharded_base.py)
     OffloadedBase    one process reads the frozen base from its files (parallel/offloaded_base.py)
 
 Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,28 +44,20 @@ if TYPE_CHECKING:
 DISK_WAIT = "disk_wait_share"  # in reports: of a step's time, waiting for a base that is read from its files
 
 
-class Batches(Protocol):
-    """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
-
-
 class Strategy:
     """One process with the whole model. The strategies below override what differs; callers ask, and do not look at the class.
 
     Attributes:
         ranks: all processes of the run.
         lockstep: whether all ranks must call the model equally often, because each call sends messages.
-        divides_base: whether a process keeps only a part of the base's weights, so that they are not read before it is known
-            which.
+        divides_base: the flag by which a process keeps only a part of the base's weights, which are not read before it is
+            known which; empty: it keeps all.
         whole_blocks: why a block is always computed in whole, in words; empty: it need not be.
         words: on the division of the base, for the run header; empty until it is divided.
     """
 
     lockstep: bool = False
-    divides_base: bool = False
+    divides_base: str = ""
     whole_blocks: str = ""
     words: str = ""
 
@@ -128,7 +120,16 @@ class Strategy:
         return 0
 
     def check_checkpointing(self, config: dict[str, Any], left_out: bool) -> None:
-        """Refuse a model some of whose blocks are not checkpointed (`left_out`), if each must be."""
+        """Refuse blocks that are not checkpointed: each would keep its weights until the backward pass.
+
+        Raises:
+            InputError: the base is divided and there are some, because they pass a state to each other.
+        """
+        if left_out and self.divides_base:
+            raise InputError(
+                f"{self.divides_base}: blocks of {config.get('model_type')} pass a state to the next block, so every block "
+                f"would have to keep its weights until the backward pass; leave {self.divides_base} out"
+            )
 
     def check_read(self, bad: mx.array, config: dict[str, Any]) -> None:
         """Refuse a model that has computed without weights that are elsewhere.
@@ -140,6 +141,11 @@ class Strategy:
         Raises:
             InputError: it has.
         """
+        if self.divides_base and bad.any().item():
+            raise InputError(
+                f"{self.divides_base}: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where "
+                "this process does not have them; leave it out"
+            )
 
     def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
         """Return the loss and its gradient by the trainable parameters, as `nn.value_and_grad` does."""
@@ -153,7 +159,9 @@ class Strategy:
         """Forget what was planned while steps were tried and is not computed."""
 
     def bound_memory(self, peak_bytes: int) -> None:
-        """Bound what is allocated ahead of the computation to a run's planned peak."""
+        """Bound what is allocated ahead of the computation, if the base is divided, to a run's planned peak."""
+        if self.divides_base:
+            device.wait_beyond(peak_bytes)
 
     # A step
 
@@ -191,11 +199,11 @@ class Strategy:
 
     # A measurement
 
-    def held_out(self, plan: Batches, most: int) -> Iterator[Batch]:
+    def held_out(self, plan: Any, most: int) -> Iterator[Batch]:
         """Yield the batches of a held-out plan that this rank measures.
 
         Args:
-            plan: of all ranks.
+            plan: of all ranks: a `BatchPlan`, or `HeldOutRollouts`.
             most: batches of all ranks; -1: all.
         """
         ranks = self.ranks
@@ -204,7 +212,7 @@ class Strategy:
         if self.lockstep and ranks.rank >= count % ranks.size > 0:
             yield from map(nothing_of, plan.batches(1))  # a batch without rows, so that all compute equally many
 
-    def held_out_count(self, plan: Batches, most: int) -> int:
+    def held_out_count(self, plan: Any, most: int) -> int:
         """Return the number of batches with rows in `held_out`."""
         count = len(plan) if most < 0 else min(most, len(plan))
         return len(range(self.ranks.rank, count, self.ranks.size))
@@ -254,23 +262,8 @@ class Strategy:
                     "settings and versions"
                 )
 
-    def first_arrays(self, arrays: dict[str, mx.array], compared: Sequence[str]) -> dict[str, mx.array] | None:
-        """Return rank 0's arrays if those that are compared are not equal on all ranks, else None.
 
-        Args:
-            arrays: of this rank, by name.
-            compared: names of those that must be equal.
-        """
-        if self.ranks.same_bits({name: arrays[name] for name in compared}):
-            return None
-        return self.ranks.arrays_from_first(arrays)
-
-
-class SingleDevice(Strategy):
-    """One process computes everything."""
-
-
-SINGLE_DEVICE = SingleDevice()
+SINGLE_DEVICE = Strategy()
 
 
 class DataParallel(Strategy):

@@ -8,7 +8,7 @@ episodes of a batch side by side, in tokens. There are three:
 
     SingleTurnEnv    every episode is over after one answer, and --reward rewards all answers of a batch in one call
     MultiTurnEnv     each episode has an `Env` of its own (--environment), whose observations become turns of the user
-    ToolEnv          the model calls tools, whose results become turns of tools (rollouts/tool_env.py)
+    ToolEnv          the model calls tools, whose results become turns of tools (rollouts/tools.py)
 
 rollouts/make_environment.py chooses.
 
@@ -24,27 +24,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import prompt_encoder
 from mlx_lora.data.prompts import example_with_answer, observation_tokens, prompt_tokens, with_observation
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.rewards import (
+    FirstTimes,
     Reward,
-    SilentRewards,
     TrainerState,
     guarded,
     one_note,
     problem_of,
     rewards_for,
 )
-from mlx_lora.rollouts.user_files import without_defaults
+from mlx_lora.rollouts.user_code import without_defaults
 from mlx_lora.utils.errors import RunError
 
 Facts = Mapping[str, Any]
@@ -70,7 +70,6 @@ class Env(Protocol):
         Returns:
             What is added to the end of the prompt's last message; None: nothing.
         """
-        ...
 
     def step(self, completion: str) -> tuple[str | None, float | None, bool]:
         """Take what the model said.
@@ -127,16 +126,27 @@ class StepResults:
     done: Sequence[bool]
 
 
-class VectorEnv(Protocol):
-    """The environment of all episodes of a batch, side by side.
+@dataclass
+class VectorEnv:
+    """The environment of all episodes of a batch, side by side; the classes below say what happens in a step.
 
     Attributes:
-        rewards: names and weights of the rewards that a step gives.
+        rewards: names and weights of the rewards that a step gives; none where a teacher scores answers.
+        settings: of the run.
+        tokenizer: not mlx-lm's wrapper.
+        day: that the chat template shows as today; None: today.
         state: where the run is, for rewards that take it.
+        silent: counts rewards that gave nothing to a batch.
+        facts: of each episode's prompt.
     """
 
     rewards: Sequence[Reward]
-    state: TrainerState
+    settings: TrainSettings
+    tokenizer: PreTrainedTokenizerBase
+    day: date | None = None
+    state: TrainerState = field(default_factory=TrainerState)
+    silent: FirstTimes = field(default_factory=FirstTimes)
+    facts: list[Facts] = field(default_factory=list)
 
     def reset(
         self,
@@ -158,7 +168,8 @@ class VectorEnv(Protocol):
         Raises:
             RunError: a user's environment failed.
         """
-        ...
+        self.facts = [fact for fact in facts for _ in range(group)]
+        return list(prompts)
 
     def step(
         self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
@@ -173,7 +184,7 @@ class VectorEnv(Protocol):
         Raises:
             RunError: a reward or a user's environment failed.
         """
-        ...
+        raise NotImplementedError
 
     def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
         """Return what all episodes get at the end, (E, F) float64, which is added to what steps gave; None: nothing.
@@ -185,11 +196,21 @@ class VectorEnv(Protocol):
         Raises:
             RunError: a reward failed.
         """
-        ...
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, as rewards see it."""
-        ...
+        """Return the text of tokens, as rewards and environments see it."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What encodes prompts and observations, as the run's data were encoded."""
+        rows = SplitRows([fact["example"] for fact in self.facts])
+        return prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the columns of the episodes' records, as rewards get them."""
+        names = dict.fromkeys(name for fact in self.facts for name in fact["columns"])
+        return {name: [fact["columns"].get(name) for fact in self.facts] for name in names}
 
 
 @dataclass(frozen=True)
@@ -207,11 +228,6 @@ class Played:
     episodes: list[Episode]
     rewards: np.ndarray
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def written(self) -> list[list[Any]]:
-        """The episodes as JSON values, each with the arguments of `Episode` but the last."""
-        return [[one.tokens, one.observed, one.truncated, one.counts] for one in self.episodes]
 
 
 Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]
@@ -295,11 +311,6 @@ def _add(total: np.ndarray, episodes: Sequence[int], found: np.ndarray) -> None:
     total[episodes] = np.where(np.isnan(before), found, np.where(np.isnan(found), before, both))
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of tokens, as rewards and environments see it."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-
 def seeds_of(seed: int, rollout: int, prompts: Sequence[int]) -> list[int]:
     """Return the seeds of a rollout's episodes, one for each of these prompts.
 
@@ -316,67 +327,28 @@ def seeds_of(seed: int, rollout: int, prompts: Sequence[int]) -> list[int]:
 
 
 @dataclass
-class SingleTurnEnv:
-    """The environment of a single answer, which rewards answers in one call for all of a batch.
-
-    Attributes:
-        rewards: what rewards answers; none where a teacher scores them.
-        settings: of the objective.
-        tokenizer: not mlx-lm's wrapper.
-        state: where the run is, for rewards that take it.
-        silent: counts rewards that gave nothing to a batch.
-        facts: of each episode's prompt.
-    """
-
-    rewards: Sequence[Reward]
-    settings: ObjectiveSettings
-    tokenizer: PreTrainedTokenizerBase
-    state: TrainerState = field(default_factory=TrainerState)
-    silent: SilentRewards = field(default_factory=SilentRewards)
-    facts: list[Facts] = field(default_factory=list)
-
-    def reset(
-        self,
-        prompts: Sequence[list[int]],
-        facts: Sequence[Facts],
-        group: int,
-        seeds: Sequence[int],
-        note: Callable[[str], None],
-    ) -> list[list[int]]:
-        self.facts = [fact for fact in facts for _ in range(group)]
-        return list(prompts)
+class SingleTurnEnv(VectorEnv):
+    """The environment of a single answer, which rewards answers in one call for all of a batch."""
 
     def step(
         self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
     ) -> StepResults:
-        rewards = self._rewards([self.facts[number] for number in episodes], completions, note)
-        return StepResults([[] for _ in completions], rewards, [True] * len(completions))
-
-    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
-        return None
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        return text_of(self.tokenizer, tokens)
-
-    def _rewards(self, facts: Sequence[Facts], answers: Sequence[list[int]], note: Callable[[str], None]) -> np.ndarray:
-        """Return what every reward gives every answer, (E, F) float64, NaN for none."""
-        if not self.rewards or not answers:
-            return np.zeros((len(answers), len(self.rewards)))
-        texts = [self.text_of(answer) for answer in answers]
-        completions = [
-            [{"role": "assistant", "content": text}] if fact["chat"] else text
-            for fact, text in zip(facts, texts, strict=True)
-        ]
-        names = dict.fromkeys(name for fact in facts for name in fact["columns"])
-        columns = {name: [fact["columns"].get(name) for fact in facts] for name in names}
-        for name in ("prompt", "completion", "prompts", "completions", "completion_ids"):
-            columns.pop(name, None)
-        arguments = {"prompts": [fact["prompt"] for fact in facts], "completions": completions}
-        arguments = {**columns, **arguments, "completion_ids": list(answers)}
-        whole = [example_with_answer(fact["example"], text) for fact, text in zip(facts, texts, strict=True)]
-        found = rewards_for(self.rewards, arguments, self.settings, note, whole, self.state)
-        self.silent.watch([reward.name for reward in self.rewards], found, note)
-        return found
+        found = np.zeros((len(completions), len(self.rewards)))
+        if self.rewards and completions:
+            facts = [self.facts[number] for number in episodes]
+            texts = [self.text_of(answer) for answer in completions]
+            told = [
+                [{"role": "assistant", "content": text}] if fact["chat"] else text
+                for fact, text in zip(facts, texts, strict=True)
+            ]
+            columns = {name: [values[number] for number in episodes] for name, values in self.columns().items()}
+            for name in ("prompt", "completion", "prompts", "completions", "completion_ids"):
+                columns.pop(name, None)
+            arguments = {"prompts": [fact["prompt"] for fact in facts], "completions": told}
+            arguments = {**columns, **arguments, "completion_ids": list(completions)}
+            whole = [example_with_answer(fact["example"], text) for fact, text in zip(facts, texts, strict=True)]
+            found = rewards_for(self.rewards, arguments, self.settings.objective, note, whole, self.state, self.silent)
+        return StepResults([[] for _ in completions], found, [True] * len(completions))
 
 
 # Several turns
@@ -404,33 +376,17 @@ def same_beginnings(first: Sequence[Any], group: int, asked: str) -> list[Any]:
 
 
 @dataclass
-class MultiTurnEnv:
+class MultiTurnEnv(VectorEnv):
     """Runs an `Env` for each episode; its rewards are one, with the name of its class.
 
     Attributes:
         make: returns the environment of one episode.
-        rewards: the single reward.
-        settings: of the run.
-        tokenizer: not mlx-lm's wrapper.
-        day: that the chat template shows as today; None: today.
-        state: where the run is.
         episodes: of each; None: it failed, which is skipped.
         totals: rewards of each so far, NaN for none.
-        facts: of each episode's prompt.
-        encoder: of prompts and observations; None: no episode was begun yet.
+        turns: answers of each so far.
     """
 
-    make: Callable[[], Env]
-    rewards: Sequence[Reward]
-    settings: TrainSettings
-    tokenizer: PreTrainedTokenizerBase
-    day: date | None = None
-    state: TrainerState = field(default_factory=TrainerState)
-    episodes: list[Env | None] = field(default_factory=list)
-    totals: list[float] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
-    encoder: Encoder | None = None
+    make: Callable[[], Env] = field(kw_only=True)
 
     def reset(
         self,
@@ -440,17 +396,17 @@ class MultiTurnEnv:
         seeds: Sequence[int],
         note: Callable[[str], None],
     ) -> list[list[int]]:
-        self.facts = [fact for fact in facts for _ in range(group)]
+        super().reset(prompts, facts, group, seeds, note)
         self.turns, self.totals = [0] * len(self.facts), [np.nan] * len(self.facts)
         with one_note(note) as skipped:
             begun = [self._begun(number, seeds[number // group], skipped) for number in range(len(self.facts))]
-        self.episodes = [None if one is None else one[0] for one in begun]
+        self.episodes: list[Env | None] = [None if one is None else one[0] for one in begun]
         found = []
         for place, (prompt, fact) in enumerate(zip(prompts, facts, strict=True)):
             texts = [one[1] for one in begun[place * group : (place + 1) * group] if one is not None]
             first = same_beginnings(texts, max(1, len(texts)), f"--environment {self.rewards[0].name}")
             for text in filter(None, first):  # none, or one
-                prompt = prompt_tokens(self._encoder(), with_observation(fact["example"], text))
+                prompt = prompt_tokens(self.encoder, with_observation(fact["example"], text))
             found.append(prompt)
         return found
 
@@ -461,22 +417,12 @@ class MultiTurnEnv:
         with one_note(note) as skipped:
             for number, completion in zip(episodes, completions, strict=True):
                 text, example = self._answered(number, self.text_of(completion), skipped), self.facts[number]["example"]
-                observations.append([] if text is None else observation_tokens(self._encoder(), example, text))
+                observations.append([] if text is None else observation_tokens(self.encoder, example, text))
                 done.append(text is None)
         return StepResults(observations, np.full((len(done), 1), np.nan), done)
 
     def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
         return np.array(self.totals)[:, None]
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        return text_of(self.tokenizer, tokens)
-
-    def _encoder(self) -> Encoder:
-        """Return what encodes prompts, as the run's data were encoded."""
-        if self.encoder is None:
-            rows = SplitRows([fact["example"] for fact in self.facts])
-            self.encoder = prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
-        return self.encoder
 
     def _begun(self, number: int, seed: int, note: Callable[[str], None]) -> tuple[Env, str | None] | None:
         """Begin an episode, and return it with what is added to its prompt; None if that failed and is skipped."""
@@ -497,7 +443,20 @@ class MultiTurnEnv:
         episode = self.episodes[number]
         if episode is None:
             return None
-        found = self._guarded(lambda: list(_checked(episode.step(text))), number, text, note)
+
+        def answered() -> list[Any]:
+            found = episode.step(text)
+            if not isinstance(found, tuple) or len(found) != 3:
+                raise ValueError(f"step returned {type(found).__name__}; return observation, reward, done")
+            observation, reward, done = found
+            if problem := problem_of(reward):
+                raise ValueError(f"step gave {problem} as the reward; return a number or None")
+            if not done and not isinstance(observation, str):
+                kind = type(observation).__name__
+                raise ValueError(f"step gave {kind} as the observation of an episode that goes on; return a text")
+            return list(found)
+
+        found = self._guarded(answered, number, text, note)
         if found is None:
             self.episodes[number], self.totals[number] = None, np.nan
             return None
@@ -513,21 +472,3 @@ class MultiTurnEnv:
         """Return what an episode of the user's returns, None if it failed and that is skipped."""
         answers = {"prompts": [self.facts[number]["prompt"]], "completions": [text]}
         return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
-
-
-def _checked(found: Any) -> tuple[str | None, float | None, bool]:
-    """Return what a user's `step` returned.
-
-    Raises:
-        ValueError: it is not an observation, a reward, and whether the episode is over.
-    """
-    if not isinstance(found, tuple) or len(found) != 3:
-        raise ValueError(f"step returned {type(found).__name__}; return observation, reward, done")
-    observation, reward, done = found
-    if problem := problem_of(reward):
-        raise ValueError(f"step gave {problem} as the reward; return a number or None")
-    if not done and not isinstance(observation, str):
-        raise ValueError(
-            f"step gave {type(observation).__name__} as the observation of an episode that goes on; return a text"
-        )
-    return observation, reward, bool(done)

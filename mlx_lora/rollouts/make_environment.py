@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -31,18 +30,20 @@ from mlx_lora.rollouts.rewards import (
     no_function,
     reward_names,
 )
-from mlx_lora.rollouts.tool_calls import CallReader
-from mlx_lora.rollouts.tool_env import TOOL_REPORTS, Toolbox, ToolEnv
-from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
-from mlx_lora.rollouts.user_calls import awaited
-from mlx_lora.rollouts.user_files import from_file
-from mlx_lora.rollouts.verifiers_env import (
-    VerifiersEnv,
-    check_verifiers,
-    rehearse,
-    verifiers_reports,
-    verifiers_rewards,
+from mlx_lora.rollouts.tools import (
+    OWN_REWARD,
+    RESET,
+    STEP,
+    TOOL_REPORTS,
+    CallReader,
+    Toolbox,
+    ToolEnv,
+    plain_tools,
+    tool_methods,
+    tool_schemas,
 )
+from mlx_lora.rollouts.user_code import awaited, from_file
+from mlx_lora.rollouts.verifiers_env import ERRORS, METRIC, TIMEOUTS, VerifiersEnv, rehearse
 from mlx_lora.utils.errors import InputError
 
 # The user's class
@@ -92,11 +93,6 @@ def shown_tools(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS
     return toolbox.schemas if toolbox else None
 
 
-def is_stepped(environment: type[Any] | None) -> bool:
-    """Return whether a class answers the model itself; if not, its public methods are tools."""
-    return environment is not None and callable(getattr(environment, STEP, None))
-
-
 def toolbox_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> Toolbox | None:
     """Return the tools that a run's settings ask for; None: there are none.
 
@@ -108,7 +104,7 @@ def toolbox_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
         InputError: a class or a function cannot be used.
     """
     environment = env_class(settings, functions) if settings.environment else None
-    if is_stepped(environment):
+    if callable(getattr(environment, STEP, None)):  # it answers the model itself
         if settings.tools:
             raise InputError(
                 f"--tools with --environment {settings.environment}: its step answers the model, so no tool would be "
@@ -122,18 +118,6 @@ def toolbox_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
     return Toolbox(plain, environment, tool_schemas(plain, environment, settings.environment or ""), name)
 
 
-def own_reward(environment: type[Any] | None) -> Reward | None:
-    """Return the reward that a class of TRL's form gives by itself, from `get_reward`; None if it gives none."""
-    if environment is None or is_stepped(environment) or not callable(getattr(environment, OWN_REWARD, None)):
-        return None
-
-    def get_reward(environments: Sequence[Any], **columns: Any) -> list[float | None]:
-        found = [one.get_reward() for one in environments]
-        return [awaited(value) if inspect.isawaitable(value) else value for value in found]
-
-    return Reward(environment.__name__, get_reward, alone=True)
-
-
 def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
     """Refuse --environment and --tools that cannot be used, before a model is loaded.
 
@@ -141,7 +125,13 @@ def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUN
         InputError: they cannot be loaded, nothing rewards the episodes, or two do.
     """
     if is_verifiers(settings.environment):
-        check_verifiers(settings)
+        asked = f"--environment {settings.environment}"
+        if settings.reward or settings.tools:
+            flag = f"--reward {settings.reward}" if settings.reward else f"--tools {settings.tools}"
+            raise InputError(
+                f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out"
+            )
+        rehearse(settings)
         return
     toolbox = toolbox_of(settings, functions)
     if toolbox is None and settings.reward:
@@ -149,7 +139,7 @@ def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUN
             f"--reward {settings.reward} with --environment {settings.environment}: the environment's step gives the "
             "rewards; leave one of the two out"
         )
-    if toolbox is not None and not settings.reward and own_reward(toolbox.environment) is None:
+    if toolbox is not None and not settings.reward and not rewards_itself(toolbox.environment):
         asked = f"--environment {settings.environment}" if settings.environment else f"--tools {settings.tools}"
         raise InputError(
             f"{asked}: nothing rewards the episodes; give --reward FILE.py:FUNCTION, or the class a method get_reward"
@@ -179,15 +169,17 @@ def environment_of(
         InputError: --environment or --tools cannot be used.
     """
     objective, tokenizer = settings.objective, base.hf_tokenizer
+    ends = frozenset(base.tokenizer.eos_token_ids)
     if is_verifiers(objective.environment):
-        return VerifiersEnv(settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), rewards, day)
+        return VerifiersEnv(rewards, settings, tokenizer, day, ends=ends)
     toolbox = toolbox_of(objective, functions)
     if toolbox is not None:
-        return ToolEnv(toolbox, rewards, settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), day)
+        return ToolEnv(rewards, settings, tokenizer, day, toolbox=toolbox, ends=ends)
     if objective.environment:
         [name] = reward_names(objective)
-        return MultiTurnEnv(env_class(objective, functions), [Reward(name, no_function)], settings, tokenizer, day)
-    return SingleTurnEnv(rewards, objective, tokenizer)
+        make = env_class(objective, functions)
+        return MultiTurnEnv([Reward(name, no_function)], settings, tokenizer, day, make=make)
+    return SingleTurnEnv(rewards, settings, tokenizer)
 
 
 def check_template(tokenizer: TokenizerWrapper, template: str | None, schemas: Sequence[dict[str, Any]]) -> None:
@@ -216,15 +208,27 @@ def own_rewards_and_reports(
         functions: what was given in Python.
     """
     if is_verifiers(settings.environment):
-        return verifiers_rewards(settings), verifiers_reports(settings)
+        seen = rehearse(settings)
+        own = [Reward(name, no_function, weight) for name, weight in seen.weights.items()]
+        return own, (*TOOL_REPORTS, ERRORS, TIMEOUTS, *(METRIC + name for name in seen.metrics))
     toolbox = toolbox_of(settings, functions) if settings.has_episodes else None
     return (rewards, ()) if toolbox is None else (episode_rewards(rewards, toolbox.environment), TOOL_REPORTS)
 
 
 def episode_rewards(rewards: Sequence[Reward], environment: type[Any] | None) -> tuple[Reward, ...]:
     """Return the rewards of episodes with tools: those of --reward, and what the class gives by itself."""
-    own = own_reward(environment)
-    if own is None:
+    if not rewards_itself(environment):
         return tuple(rewards)
-    alike = sum(one.name == own.name for one in rewards)
-    return *rewards, replace(own, name=f"{own.name} {alike + 1}") if alike else own
+
+    def get_reward(environments: Sequence[Any], **columns: Any) -> list[float | None]:
+        found = [one.get_reward() for one in environments]
+        return [awaited(value) if inspect.isawaitable(value) else value for value in found]
+
+    name = environment.__name__  # pyright: ignore[reportOptionalMemberAccess] # there is one
+    alike = sum(one.name == name for one in rewards)
+    return *rewards, Reward(f"{name} {alike + 1}" if alike else name, get_reward, alone=True)
+
+
+def rewards_itself(environment: type[Any] | None) -> bool:
+    """Return whether a class of TRL's form gives a reward by itself, from `get_reward`."""
+    return not callable(getattr(environment, STEP, None)) and callable(getattr(environment, OWN_REWARD, None))

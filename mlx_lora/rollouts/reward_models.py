@@ -150,9 +150,8 @@ def check_rewards(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIO
     Raises:
         InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
     """
-    for reward in rewards_of(settings, functions):
-        if reward.model is not None:
-            check_reward_model(reward.model)
+    for folder in filter(None, (reward.model for reward in rewards_of(settings, functions))):
+        check_reward_model(folder)
 
 
 def check_reward_model(folder: Path) -> None:
@@ -216,13 +215,24 @@ def _model_reward(folder: Path, asked: ModelSettings, bases: list[Base], day: da
         base.model.freeze()
         held, where = 0, "a model beside the base"
     else:
-        known = next((one for one in bases if _is_of(folder, one)), None)
-        of = known or _other_base(folder, asked)
-        held, where = (
-            (of.size_bytes, f"on {of.model_id}, shared") if known else (0, f"on {of.model_id}, beside the base")
-        )
-        if known is None:
-            bases.append(of)
+        named = base_named(folder / ADAPTER_CONFIG)
+        trained_on = own_entries(read_adapter_config(folder)).get("base_fingerprint")
+        # By fingerprint, or if it has none (PEFT), by name.
+        known = next((one for one in bases if trained_on and trained_on == one.fingerprint), None)
+        if named is not None and not trained_on:
+            names = ((one, (one.model_id, str(one.folder))) for one in bases)
+            known = next((one for one, own in names if any(is_same_model(named[0], name) for name in own)), None)
+        if known is None and named is None:
+            raise InputError(f"--reward {folder}: does not name its base; give a folder that a run wrote")
+        try:
+            other = (
+                replace(asked, model=named[0], revision=named[1], bits=None) if named else asked
+            )  # --bits is of --model
+            of = known or load_base(other)
+        except InputError as error:
+            raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None
+        held, where = of.size_bytes if known else 0, f"on {of.model_id}, {'shared' if known else 'beside the base'}"
+        bases += [] if known else [of]
         # The weights are shared; the tokenizer is its own, because an adapter may bring a template.
         tokenizer = load_folder_tokenizer(of.folder, of.config, asked.trust_remote_code)
         base = replace(of, model=copy.deepcopy(of.model), tokenizer=tokenizer)
@@ -232,26 +242,6 @@ def _model_reward(folder: Path, asked: ModelSettings, bases: list[Base], day: da
     own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters())) - held
     log.info(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
     return ModelReward(base, own, day)
-
-
-def _is_of(folder: Path, base: Base) -> bool:
-    """Tell whether an adapter was trained on this base: by fingerprint, or if it has none (PEFT), by name."""
-    trained_on = own_entries(read_adapter_config(folder)).get("base_fingerprint")
-    if trained_on:
-        return trained_on == base.fingerprint
-    named = base_named(folder / ADAPTER_CONFIG)
-    return named is not None and any(is_same_model(named[0], name) for name in (base.model_id, str(base.folder)))
-
-
-def _other_base(folder: Path, asked: ModelSettings) -> Base:
-    """Load the base that an adapter names."""
-    named = base_named(folder / ADAPTER_CONFIG)
-    if named is None:
-        raise InputError(f"--reward {folder}: does not name its base; give a folder that a run wrote")
-    try:
-        return load_base(replace(asked, model=named[0], revision=named[1], bits=None))  # --bits is of --model
-    except InputError as error:
-        raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None
 
 
 # Memory
@@ -275,11 +265,13 @@ def beside_bytes(settings: TrainSettings) -> int:
     for folder in reward_folders(settings.objective):
         file = folder / PEFT_CONFIG
         if not file.is_file():
-            total += (
-                _count_numbers(folder, "model*.safetensors") * dtype.size if (folder / CONFIG_FILE).is_file() else 0
-            )
+            pattern, size = "model*.safetensors", dtype.size if (folder / CONFIG_FILE).is_file() else 0
+        else:
+            pattern, size = "adapter*.safetensors", SINGLE_BYTES
+        headers = [read_safetensors_header(one) for one in sorted(folder.glob(pattern))] if size else []
+        total += size * sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+        if not file.is_file():
             continue
-        total += _count_numbers(folder, "adapter*.safetensors") * SINGLE_BYTES
         named = base_named(file)
         known = [settings.model.model or "", *(name for name, _ in bases)]
         if named is not None and not any(is_same_model(named[0], name) for name in known):
@@ -306,9 +298,3 @@ def is_same_model(one: str, other: str) -> bool:
         return True
     paths = Path(one).expanduser(), Path(other).expanduser()
     return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
-
-
-def _count_numbers(folder: Path, pattern: str) -> int:
-    """Return how many numbers the files of a folder hold."""
-    headers = [read_safetensors_header(file) for file in sorted(folder.glob(pattern))]
-    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

@@ -1,4 +1,6 @@
-"""Reward sampled answers: with functions that have the signature of TRL's, with ready ones by name, and with reward models.
+"""Rewards by name, such as exact_match or length:200.
+
+Reward sampled answers: with functions that have the signature of TRL's, with ready ones by name, and with reward models.
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
 import os
 import re
@@ -21,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,16 +33,192 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.data.task_sets import GYM, gym
 from mlx_lora.losses.policy import group_deviation
-from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
-from mlx_lora.rollouts.user_calls import FAILURES, TooLong, at_most, awaited
-from mlx_lora.rollouts.user_files import from_file, one_line
+from mlx_lora.rollouts.user_code import FAILURES, TooLong, at_most, awaited, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.data.examples import Completion, Conversation
+
+ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+ESCAPED_COMMA = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\x2c", re.IGNORECASE
+)  # \x2c, which is no comma between the numbers of {1,3}
+FINAL_MARK = "####"  # before the result in GSM8K's answers
+THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
+
+
+def text_of(completion: Any) -> str:
+    """Return a completion's text, given as text or as messages."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def exact_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own, without white space around it, else 0."""
+    return [
+        None if right is None else float(text_of(completion).strip() == str(right).strip())
+        for completion, right in zip(completions, _right_answers(completions, columns, "exact_match"), strict=True)
+    ]
+
+
+def number_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 if an answer's last number is that of the record's own answer, else 0.
+
+    In both, a number after "####" (GSM8K) counts before the last one. Commas in numbers are ignored.
+    """
+    found = []
+    for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
+        wanted, given = ("" if right is None else str(right)), text_of(completion)
+        # The number after "####", else the last one.
+        numbers = [
+            (NUMBER.findall(text.rpartition(FINAL_MARK)[2])[:1] if FINAL_MARK in text else NUMBER.findall(text)[-1:])
+            for text in (wanted, given)
+        ]
+        values = [float(one[0].replace(",", "")) if one else None for one in numbers]
+        found.append(None if values[0] is None else float(values[0] == values[1]))
+    return found
+
+
+def think_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for one thought in <think> tags, followed by an answer, else 0."""
+    return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
+
+
+# Rewards with an argument: it is no keyword of theirs, because the data may have a column of any name.
+
+
+def length(most: int, /, completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list:
+    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
+    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
+
+
+def matches(pattern: re.Pattern, /, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer in which the pattern is found, else 0."""
+    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+
+
+def fits_schema(validator: Any, /, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
+    found: list[float | None] = []
+    for completion in completions:
+        try:
+            found.append(1.0 if validator.is_valid(json.loads(text_of(completion))) else 0.5)
+        except ValueError:
+            found.append(0.0)
+    return found
+
+
+def math_verify(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own as mathematics, else 0; None if the record's own is none.
+
+    Both are read by the package math-verify, in LaTeX or as plain expressions.
+    """
+    library = _math_verify()
+    found: list[float | None] = []
+    for completion, right in zip(completions, _right_answers(completions, columns, MATH), strict=True):
+        # The package's own time limits use the timer that rewards have.
+        gold = library.parse(str(right), parsing_timeout=None) if right is not None else []
+        given = library.parse(text_of(completion), parsing_timeout=None) if gold else []
+        found.append(float(library.verify(gold, given, timeout_seconds=None)) if gold else None)
+    return found
+
+
+def _math_verify() -> Any:
+    try:
+        return import_module("math_verify")
+    except ImportError:
+        raise InputError(f"--reward {MATH}: needs math-verify; pip install 'mlx-lora[rewards]'") from None
+
+
+def gym_score(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give what the package reasoning-gym gives an answer to its task, from 0 to 1."""
+    package = gym(f"--reward {GYM}")
+    if "metadata" not in columns:
+        raise ValueError(f"{GYM} needs the column metadata of --data {GYM}:NAME")
+    answers = columns.get("answer") or [None] * len(completions)  # of tasks with many right answers, none is known
+    found: list[float | None] = []
+    for said, answer, about in zip(completions, answers, columns["metadata"], strict=True):
+        if about is None:  # a record of other data
+            found.append(None)
+            continue
+        score, text = package.get_score_answer_fn(about["source_dataset"]), text_of(said).strip()
+        # JSON has no tuples, and some tasks compare what they find in an answer with tuples.
+        forms = (about, _with_tuples(about))
+        found.append(max(float(score(answer=text, entry={"answer": answer, "metadata": form})) for form in forms))
+    return found
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a JSON value with tuples in place of its lists."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(one) for name, one in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+MATH = "math-verify"
+PLAIN: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "number_match": number_match,
+    "think_format": think_format,
+    MATH: math_verify,
+    GYM: gym_score,
+}
+WITH_ARGUMENT = ("length", "regex", "json_schema")
+NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
+GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
+
+
+def ready_reward(name: str) -> Callable[..., Any] | None:
+    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
+
+    Raises:
+        InputError: what follows the colon cannot be used.
+    """
+    kind, colon, argument = name.partition(":")
+    if not colon:
+        if kind == MATH:
+            _math_verify()  # told before a model is loaded
+        if kind == GYM:
+            gym(f"--reward {GYM}")
+        return PLAIN.get(kind)
+    if kind == "length":
+        if not argument.isdecimal() or not int(argument):
+            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
+        return partial(length, int(argument))
+    if kind == "regex":
+        try:
+            return partial(matches, re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
+        except re.error as error:
+            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
+    if kind != "json_schema":
+        return None
+    try:
+        import jsonschema
+        from jsonschema.validators import validator_for
+    except ImportError:
+        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
+    try:
+        schema = json.loads(Path(argument).read_text(encoding="utf-8"))
+        validator = validator_for(schema)
+        validator.check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        raise InputError(f"--reward {name}: {argument} holds no JSON schema ({error}); correct it") from None
+    return partial(fits_schema, validator(schema))
+
+
+def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
+    """Return the record's own answer for each completion: its first column with one; None where it has none."""
+    found = [columns[column] for column in ANSWER_COLUMNS if column in columns]
+    if not found:
+        raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
+    return [next((one for one in own if one is not None), None) for own in zip(*found, strict=True)]
+
+
+# Reward sampled answers
 
 # Rewards of a run
 
@@ -81,12 +262,28 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
     asked = _asked(settings)
     if not asked:
         raise InputError(f"--objective {settings.objective} requires --reward: {GIVE}")
-    weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
+    try:
+        weights = [float(part) for part in (settings.reward_weights or ",".join("1" * len(asked))).split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(asked) or not all(map(math.isfinite, weights)):
+        raise InputError(
+            f"--reward-weights {settings.reward_weights}: give {len(asked)} numbers separated by commas, one for each --reward"
+        )
+    names = reward_names(settings)
     models = [_model_folder(text) for text in asked]
     found = []
     for place, (name, text, weight, model) in enumerate(zip(names, asked, weights, models, strict=True)):
         try:
-            function = no_function if model else functions.get(text) or _function(text)
+            function = no_function if model else functions.get(text) or ready_reward(text)
+            if function is None and text.startswith(IN_PYTHON):
+                raise InputError(
+                    f"--reward {text}: a function that was given in Python; continue with mlx_lora.train there"
+                )
+            if function is None and not text.rpartition(":")[0].endswith(".py"):
+                near = get_close_matches(text, PLAIN, n=1)
+                raise InputError(f"--reward {text}: {f'did you mean {near[0]}?' if near else f'give {GIVE}'}")
+            function = function or from_file("--reward", text, "function")
         except InputError as error:
             near_pattern = asked[place - 1 : place] + asked[place : place + 1] * (place + 1 < len(asked))
             if not any(one.startswith(REGEX) for one in near_pattern):
@@ -101,7 +298,11 @@ def reward_names(settings: ObjectiveSettings) -> list[str]:
     if settings.environment and not settings.reward:
         return [settings.environment.rpartition(":")[2]]
     asked = _asked(settings)
-    short = [_short(text) for text in asked]
+    short = []
+    for text in asked:  # the function's, the folder's, or the kind of a ready one
+        folder, (path, _, function) = _model_folder(text), text.rpartition(":")
+        own = function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
+        short.append(folder.resolve().name if folder else own)
     names = [text if short.count(name) > 1 else name for text, name in zip(asked, short, strict=True)]
     seen: Counter[str] = Counter()
     for place, name in enumerate(names):  # the same one twice
@@ -143,18 +344,15 @@ def _asked(settings: ObjectiveSettings) -> list[str]:
     """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward may begin there."""
     found: list[str] = []
     for part in (settings.reward or "").split(","):
-        if found and found[-1].startswith(REGEX) and _goes_on(found[-1], part.strip()):
+        text, plain = part.strip(), re.sub(r"\\.|\[[^]]*\]", "", found[-1] if found else "")  # without escapes and sets
+        opened = any(plain.count(one) > plain.count(other) for one, other in ("()", "{}", "[]"))
+        # What follows a comma is of the pattern in brackets, or where it can be no reward's name, right or wrong.
+        named = text.startswith(IN_PYTHON) or REWARD_NAME.fullmatch(text) or _model_folder(text)
+        if found and found[-1].startswith(REGEX) and (opened or not named):
             found[-1] += f",{part}"
-        elif part.strip():
+        elif text:
             found.append(part.lstrip())
     return [text.strip() for text in found]
-
-
-def _goes_on(pattern: str, text: str) -> bool:
-    """Tell whether what follows a comma is of the pattern: in brackets, or where it can be no reward's name, right or wrong."""
-    plain = re.sub(r"\\.|\[[^]]*\]", "", pattern)  # without escapes and sets
-    opened = any(plain.count(one) > plain.count(other) for one, other in ("()", "{}", "[]"))
-    return opened or not (text.startswith(IN_PYTHON) or REWARD_NAME.fullmatch(text) or _model_folder(text))
 
 
 def _model_folder(text: str) -> Path | None:
@@ -166,40 +364,6 @@ def _model_folder(text: str) -> Path | None:
 def no_function(*answers: Any, **columns: Any) -> list[float | None]:
     """Stand for a reward model that is not loaded, and for what an environment gives by itself."""
     raise ValueError("a reward that has no function was called")
-
-
-def _short(text: str) -> str:
-    """Return a short name for reports: the function's, the folder's, or the kind of a ready one."""
-    if folder := _model_folder(text):
-        return folder.resolve().name
-    path, _, function = text.rpartition(":")
-    return function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
-
-
-def _weights(text: str | None, count: int) -> list[float]:
-    if text is None:
-        return [1.0] * count
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != count or not all(map(math.isfinite, weights)):
-        raise InputError(f"--reward-weights {text}: give {count} numbers separated by commas, one for each --reward")
-    return weights
-
-
-def _function(name: str) -> RewardFunction:
-    found = ready_reward(name)
-    if found is not None:
-        return found
-    if name.startswith(IN_PYTHON):
-        raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
-    path, colon, _ = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        near = get_close_matches(name, PLAIN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
-        raise InputError(f"--reward {name}: {hint}")
-    return from_file("--reward", name, "function")
 
 
 # Calls
@@ -230,18 +394,15 @@ def call_reward(function: Callable[..., Any], arguments: dict[str, Any], state: 
         arguments: By name.
         state: Passed as `trainer_state` if the function has such a parameter, or takes any.
     """
-    if STATE not in arguments and _takes_state(function):
-        arguments = {**arguments, STATE: state}
-    values = function(**arguments)
-    return list(awaited(values) if inspect.isawaitable(values) else values)
-
-
-def _takes_state(function: Callable[..., Any]) -> bool:
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of some callables written in C
-        return False
-    return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        parameters = {}
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if STATE not in arguments and (takes_any or STATE in parameters):
+        arguments = {**arguments, STATE: state}
+    values = function(**arguments)
+    return list(awaited(values) if inspect.isawaitable(values) else values)
 
 
 def _called(
@@ -346,6 +507,7 @@ def rewards_for(
     note: Callable[[str], None],
     conversations: Sequence[Conversation | Completion] = (),
     state: TrainerState = TrainerState(),  # noqa: B008 (never changed here)
+    silent: FirstTimes | None = None,
 ) -> np.ndarray:
     """Return what every function gives every answer, (A, F) float64; NaN: it cannot be rewarded.
 
@@ -356,6 +518,7 @@ def rewards_for(
         note: takes a line if a failure is skipped.
         conversations: each prompt with its answer, for reward models.
         state: where the run is, for functions that take it.
+        silent: counts rewards that give nothing to a batch, which is noted at times; None: nobody is told.
 
     Raises:
         RunError: a function failed, and the run is to stop.
@@ -364,14 +527,15 @@ def rewards_for(
     found = np.full((count, len(rewards)), math.nan)
     for column, reward in enumerate(rewards):
         values = _called(reward, answers, conversations, settings, note, state)
-        if values is None:
-            continue
-        for row, value in enumerate(values):
+        for row, value in enumerate(values or ()):
             problem = problem_of(value)
             if problem:
                 fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, note)
             elif value is not None:
                 found[row, column] = float(value)
+        if silent and count and np.isnan(found[:, column]).all() and (batches := silent.next(reward.name)):
+            times = "a batch" if batches == 1 else f"{batches:,} batches so far"
+            note(f"Note: --reward {reward.name} gave None to every answer of {times}; it changes nothing there")
     return found
 
 
@@ -412,27 +576,13 @@ def means_of_known(means: dict[str, float]) -> dict[str, float]:
     return {name: own.get(name, value) for name, value in means.items() if not name.startswith(KNOWN)}
 
 
-class SilentRewards:
-    """Counts the batches to which a reward gave nothing, and says so at the first, the 10th, the 100th ..."""
+class FirstTimes:
+    """Counts things by name, of which the first, the 10th, the 100th ... is worth a note."""
 
     def __init__(self) -> None:
-        """Begin to count."""
-        self.batches: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
-    def watch(self, names: Sequence[str], found: np.ndarray, note: Callable[[str], None]) -> None:
-        """Count a batch.
-
-        Args:
-            names: Of the rewards, (F,).
-            found: (A, F), NaN where a reward gave none.
-            note: Takes a note.
-        """
-        gave_none: Any = np.isnan(found).all(axis=0)
-        for name, silent in zip(names, gave_none, strict=True):
-            if not silent or not len(found):
-                continue
-            self.batches[name] += 1
-            count = self.batches[name]
-            if str(count).strip("0") == "1":
-                times = "a batch" if count == 1 else f"{count:,} batches so far"
-                note(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
+    def next(self, name: str) -> int:
+        """Count one more, and return how many there were, or 0 if that is no news."""
+        self.counts[name] += 1
+        return self.counts[name] if str(self.counts[name]).strip("0") == "1" else 0

@@ -1,44 +1,169 @@
-"""Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
+"""Divide the prompts of a step among ranks: each answers some of them, rewards its answers, and all get everything.
+
+What is exchanged is small: tokens and a few numbers for each answer. Afterwards every rank has the same batches as a single
+process, so all that depends on a whole step (advantages, tokens of the step, the division of the training pass) is
+computed from them as by a single process. The random streams belong to the answers, not to the ranks that sample them.
+
+Shapes: G answers to one prompt, B rows, T columns; N ranks.
+
+Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
 
 Or, in place of rewards, with what a teacher says about the answers (objectives/on_policy.py).
 
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
 before the run. At the beginning of a step (`steps` of objectives/sampled.py) the model as it is then answers the prompts of
-the step's batches, of which several ranks divide the prompts (rollouts/sharing.py); the answers are put into the rows, and
+the step's batches, of which several ranks divide the prompts (rollouts/rollout.py); the answers are put into the rows, and
 their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a resumed run
 samples the same answers. With several updates per rollout, a run is only saved and ended between rollouts.
 
 Shapes: A = N G rows, T columns.
+
+Answer a few held-out prompts greedily at every validation, so that a person sees how the answers change.
+
+Sample answers to prompts with pictures.
+
+A prompt is computed at once, with what the tower sees of its pictures, and its keys and values are copied for each of its
+answers. Nothing of it is shared with other prompts, whose image tokens are the same and stand for other pictures. From the
+last token of the prompt on, sampling is that of text (rollouts/generator.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.batch import EMPTY, Batch
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.batch import EMPTY, Batch, share_of
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
+from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.base import FixedPrompt
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import Agent, Facts, Played, SingleTurnEnv, VectorEnv, play, seeds_of
-from mlx_lora.rollouts.kept_caches import Held, KeptCaches
+from mlx_lora.rollouts.environment import Agent, Episode, Facts, Played, SingleTurnEnv, VectorEnv, play, seeds_of
+from mlx_lora.rollouts.generator import (
+    Held,
+    KeptCaches,
+    SamplingForm,
+    SamplingOptions,
+    answer_keys,
+    merge_rows,
+    sample_groups,
+)
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
-from mlx_lora.rollouts.sharing import Planned, deal_prompts, gathered, of_own_rows
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A planned batch whose prompts are to be answered.
+
+    Attributes:
+        batch: with room for the answers.
+        facts: what rewards see of each prompt.
+        rollout: its number, which decides the random streams.
+        rows: the set that the batch is of.
+    """
+
+    batch: Batch
+    facts: Sequence[dict[str, Any]]
+    rollout: int
+    rows: EncodedSet
+
+
+def deal_prompts(counts: Sequence[int], size: int) -> list[list[list[int]]]:
+    """Deal the prompts of a step's batches to ranks in turn, on from one batch to the next.
+
+    Args:
+        counts: prompts of each batch.
+        size: N.
+
+    Returns:
+        For each batch, for each rank, the numbers of its prompts.
+    """
+    dealt, begin = [], 0
+    for count in counts:
+        dealt.append([[prompt for prompt in range(count) if (begin + prompt) % size == rank] for rank in range(size)])
+        begin += count
+    return dealt
+
+
+def gathered(own: Sequence[Played], dealt: Sequence[list[list[int]]], group: int, ranks: Ranks) -> list[Played]:
+    """Return the episodes of all prompts of each batch, the same on every rank.
+
+    Args:
+        own: this rank's, for each batch.
+        dealt: from `deal_prompts`.
+        group: G.
+        ranks: all ranks of the run.
+    """
+    every = ranks.everyone(
+        [
+            [
+                one.prompts,
+                [[e.tokens, e.observed, e.truncated, e.counts] for e in one.episodes],
+                one.rewards.tolist(),
+                one.notes,
+            ]
+            for one in own
+        ]
+    )
+    whole = []
+    for number, prompts_of in enumerate(dealt):
+        prompts = sum(map(len, prompts_of))
+        shape = group * prompts, own[number].rewards.shape[1]
+        found = Played([[] for _ in range(prompts)], [Episode() for _ in range(shape[0])], np.zeros(shape))
+        for rank, dealt_to in enumerate(prompts_of):
+            begun, episodes, rewards, notes = every[rank][number]
+            for prompt, tokens in zip(dealt_to, begun, strict=True):
+                found.prompts[prompt] = tokens
+            rows = [group * prompt + place for prompt in dealt_to for place in range(group)]
+            for row, episode, reward in zip(rows, episodes, rewards, strict=True):
+                found.episodes[row], found.rewards[row] = Episode(*episode), reward
+            found.notes.extend(f"rank {rank}: {note}" if rank else note for note in notes)
+        whole.append(found)
+    return whole
+
+
+def of_own_rows(
+    compute: Callable[[Batch], np.ndarray],
+    batch: Batch,
+    rows: np.ndarray,
+    ranks: Ranks,
+    depth: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Return float32 numbers for each target of a batch, (B, T, *depth), of which this rank computes only its own rows.
+
+    Args:
+        compute: returns the numbers of a batch's targets.
+        batch: the same on every rank.
+        rows: of this rank; every row belongs to one rank, or to none if its numbers are 0.
+        ranks: all ranks of the run.
+        depth: the shape of the numbers of one target.
+    """
+    if ranks.size == 1:
+        return compute(batch)
+    found = np.zeros((*batch.mask.shape, *depth), np.float32)
+    if len(rows):
+        found[rows] = compute(share_of(batch, rows))
+    return np.array(ranks.sum(mx.array(found)))
+
+
+# Sample the answers that a step trains on
 
 log = logging.getLogger(__name__)
 
@@ -65,19 +190,6 @@ class Spent:
         return found
 
 
-class Scorer(Protocol):
-    """A teacher that scores sampled answers (objectives/on_policy.py)."""
-
-    @property
-    def uses_old(self) -> bool:
-        """Whether further updates need the probabilities with which the answers were sampled."""
-        ...
-
-    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
-        """Return a batch of sampled answers with what the teacher says about them."""
-        ...
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """Samples answers to the prompts of planned batches, in episodes of an environment, and rewards or scores them.
@@ -89,7 +201,7 @@ class Rollouts:
         loss: of tokens, for the log-probabilities before the first update and those of the reference.
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
-        scorer: scores answers as the teacher; None: the rewards count.
+        scorer: scores answers as the teacher (objectives/on_policy.py); None: the rewards count.
         joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
         ranks: that answer the prompts of a step together.
@@ -101,7 +213,7 @@ class Rollouts:
     loss: Loss
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
-    scorer: Scorer | None = None
+    scorer: Any = None
     joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
     ranks: Ranks = ALONE
@@ -238,7 +350,15 @@ class Rollouts:
         own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            filled = self._with_logps(filled, own, ranks)
+            asked, model, sampled = self.settings.objective, self.base.model, dict(filled.sampled or {})
+            if asked.updates_per_rollout > 1 or asked.objective == "rloo":
+                sampled[OLD] = of_own_rows(self.token_logps, filled, own, ranks)
+            if asked.kl_beta:
+                now = model.trainable_parameters()
+                model.update(self.start)
+                sampled[REFERENCE] = of_own_rows(self.token_logps, filled, own, ranks)
+                model.update(now)
+            filled = replace(filled, sampled=sampled)
         if self.scorer is not None:
             return self.scorer.scored(filled, planned.rows, own, ranks)
         return self._with_rewards(filled, rows, played.rewards, step)
@@ -274,24 +394,6 @@ class Rollouts:
             pictures=batch.pictures,
         )  # fmt: skip
         return filled, begins, ends
-
-    def _with_logps(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
-        """Add the log-probabilities of the sampled tokens under the policy, and under the reference.
-
-        Args:
-            batch: with answers.
-            own: the rows that this rank computes.
-            ranks: that compute the others.
-        """
-        objective, model, sampled = self.settings.objective, self.base.model, dict(batch.sampled or {})
-        if objective.updates_per_rollout > 1 or objective.objective == "rloo":
-            sampled[OLD] = of_own_rows(self.token_logps, batch, own, ranks)
-        if objective.kl_beta:
-            now = model.trainable_parameters()
-            model.update(self.start)
-            sampled[REFERENCE] = of_own_rows(self.token_logps, batch, own, ranks)
-            model.update(now)
-        return replace(batch, sampled=sampled)
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray, step: np.ndarray | None) -> Batch:
         """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
@@ -352,6 +454,132 @@ def planned_rollout(batch: Batch, rows: EncodedSet, number: int) -> Planned:
     """
     if batch.numbers is None or rows.facts is None:
         raise ValueError("a batch of other rows than prompts")
-    numbers = batch.numbers[:: batch.group]
-    facts = [rows.facts[example // batch.group] for example in numbers if example != EMPTY]
+    facts = [rows.facts[one // batch.group] for one in batch.numbers[:: batch.group] if one != EMPTY]
     return Planned(batch, facts, number, rows)
+
+
+# Answer a few held-out prompts greedily at every validation, so that a person sees how the answers change
+
+
+LIKELIEST = 1.0  # min-p that leaves only the likeliest token
+
+
+def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
+    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
+    found: list[FixedPrompt] = []
+    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
+        tokens, mask = rows.row(example * rows.group)
+        begun = tokens[: int(np.argmax(mask))].tolist()
+        if rows.facts is None:
+            continue
+        prompt = FixedPrompt(begun, rows.facts[example])
+        # The same question may be asked about several pictures.
+        if all((one.tokens, one.fact.get("pictures")) != (begun, prompt.fact.get("pictures")) for one in found):
+            found.append(prompt)
+    return found
+
+
+def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
+
+    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
+    without one) and `rewards` by name; of an episode with tools also `messages`, and `answer` shows calls and results.
+
+    Raises:
+        RunError: a reward failed.
+    """
+    base, env = rollouts.base, rollouts.env
+    training, count = base.model.training, len(prompts)
+    tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
+    options = SamplingOptions(1, rollouts.settings.objective.max_new_tokens, min_p=LIKELIEST)
+    greedy = rollouts.agent(options, lambda turn: answer_keys(0, 0, count, turn), facts)
+    base.model.eval()
+    try:
+        played = play(env, greedy, tokens, facts, seeds_of(0, 0, range(count)), group=1)
+    finally:
+        base.model.train(training)
+    for note in played.notes:
+        log.info(note)
+    names, totals = [reward.name for reward in env.rewards], summed(played.rewards, env.rewards)
+    return [
+        {
+            "prompt": prompt.fact["prompt"],
+            "answer": talk_text(episode.messages) if episode.messages else env.text_of(episode.tokens),
+            **({"messages": episode.messages} if episode.messages else {}),
+            "length": int(episode.sampled.sum()),
+            "truncated": episode.truncated,
+            "reward": total if math.isfinite(total) else None,
+            "rewards": {name: v if math.isfinite(v) else None for name, v in zip(names, own, strict=True)},
+        }
+        for prompt, episode, total, own in zip(
+            prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
+        )
+    ]
+
+
+def talk_text(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the turns of an episode with tools as a person reads them: a call after an arrow, its result or a reply after another."""
+    lines = []
+    for message in messages:
+        if message["role"] in ("tool", "user"):
+            lines.append(f"← {message['content']}")
+            continue
+        lines += [message["content"]] if message["content"].strip() else []
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            lines.append(f"→ {function['name']} {json.dumps(function['arguments'], ensure_ascii=False, default=str)}")
+    return "\n".join(lines)
+
+
+# Sample answers to prompts with pictures
+
+
+@dataclass(frozen=True)
+class PictureRollouts(Rollouts):
+    """Samples answers to the prompts of planned batches, which may have pictures.
+
+    Attributes:
+        seeing: shows their pictures: the objective, with `table`, `vision` and `shown`.
+    """
+
+    seeing: Any = None
+
+    def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches:
+        rows = [self.seeing.table.rows[fact["pictures"]] for fact in facts]
+        return PromptsWithPictures(vision=self.seeing.vision, digests=rows, group=group)
+
+    def token_logps(self, batch: Batch) -> np.ndarray:
+        with self.seeing.shown(self.base.model, batch):
+            return super().token_logps(batch)
+
+
+@dataclass
+class PromptsWithPictures(KeptCaches):
+    """Computes prompts with pictures for the sampler, which asks for caches that hold them; it keeps nothing of them.
+
+    Attributes:
+        vision: sees the pictures.
+        digests: of the pictures of each prompt.
+        group: answers to each prompt.
+    """
+
+    vision: Any = None
+    digests: Sequence[tuple[str, ...]] = ()
+    group: int = 1
+
+    def joined(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        """Return caches of a row for each answer, which hold its prompt without the last token.
+
+        Args:
+            model: that computes single tokens (rollouts/generator.py); the one in it computes the prompts.
+            prompts: token ids.
+        """
+        found = []
+        for prompt, digests in zip(prompts, self.digests, strict=True):
+            arrays = self.vision.prompt_arrays(prompt, digests)
+            shown = ModelWithImages(model.model, self.vision.spec, arrays)
+            found.append(shown.prefilled(prompt[:-1]))
+        return merge_rows(model, [caches for caches in found for _ in range(self.group)])
+
+    def keep(self, row: int, place: int, tokens: int, caches: Sequence[Any]) -> None:
+        """Keep nothing: an episode is one answer."""

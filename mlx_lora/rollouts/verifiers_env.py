@@ -20,29 +20,32 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.examples import Conversation, Message
-from mlx_lora.data.load import prompt_encoder
 from mlx_lora.data.prompts import observation_tokens, prompt_tokens
-from mlx_lora.data.read import SplitRows
-from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.tool_turns import ToolTurns, call_id
 from mlx_lora.data.verifiers_tasks import STAND_IN, make_environment, named, one_line, package, tasks_of
-from mlx_lora.rollouts.environment import Episode, Facts, StepResults, same_beginnings, text_of
-from mlx_lora.rollouts.rewards import Reward, TrainerState, fail, no_function
-from mlx_lora.rollouts.tool_calls import CallForm, CallReader, Said
-from mlx_lora.rollouts.tool_env import MOST_CHARACTERS, TOOL_REPORTS
-from mlx_lora.rollouts.tools import FailedCalls, Result
+from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
+from mlx_lora.rollouts.rewards import FirstTimes, fail
+from mlx_lora.rollouts.tools import (
+    CALLS,
+    CUT,
+    FAILED,
+    MOST_CHARACTERS,
+    TOOL_REPORTS,
+    TURNS,
+    CallForm,
+    CallReader,
+    Said,
+    watch_failure,
+)
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.progress import waiting
 
@@ -73,21 +76,6 @@ class Rehearsal:
     metrics: tuple[str, ...]
 
 
-def check_verifiers(settings: ObjectiveSettings) -> None:
-    """Refuse an environment of verifiers that cannot be used, before a model is loaded.
-
-    Raises:
-        InputError: it cannot be loaded or played on this machine, or a flag does not go with it.
-    """
-    asked = f"--environment {settings.environment}"
-    if settings.reward or settings.tools:
-        flag = f"--reward {settings.reward}" if settings.reward else f"--tools {settings.tools}"
-        raise InputError(
-            f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out"
-        )
-    rehearse(settings)
-
-
 def rehearse(settings: ObjectiveSettings) -> Rehearsal:
     """Play the first task once with a stand-in for the model's answers.
 
@@ -109,7 +97,8 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
             tools, late = None, host.settle([0], limit_s)
             while not late and (question := host.episodes[0].question) is not None:
                 tools = question.tools if tools is None else tools
-                host.answer(0, answer_of(host, Said(STAND_IN), question.before or [0], [0], True))
+                respond = import_module(type(host).__module__).response_of
+                host.answer(0, respond(STAND_IN, "", [], question.before or [0], [0], True))
                 late = host.settle([0], limit_s)
     except Exception as error:  # the package's and the environment's code may raise anything
         raise InputError(f"{asked}: it cannot be started ({one_line(error)}); correct it") from error
@@ -126,16 +115,6 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
     if not weights:
         raise InputError(f"{asked}: nothing rewards its episodes; give a task a reward")
     return Rehearsal(tools, weights, tuple(episode.trace.metrics))
-
-
-def verifiers_rewards(settings: ObjectiveSettings) -> list[Reward]:
-    """Return the rewards of an environment, with its own weights; errors as of `rehearse`."""
-    return [Reward(name, no_function, weight) for name, weight in rehearse(settings).weights.items()]
-
-
-def verifiers_reports(settings: ObjectiveSettings) -> tuple[str, ...]:
-    """Return the names of what is reported of its episodes beside rewards; errors as of `rehearse`."""
-    return *TOOL_REPORTS, ERRORS, TIMEOUTS, *(METRIC + name for name in rehearse(settings).metrics)
 
 
 HOSTS: dict[tuple[str, int, float], Host] = {}
@@ -192,38 +171,22 @@ class Dialogue:
     dead: bool = False
 
 
-CALLS, FAILURES, TURNS, CUT = TOOL_REPORTS
-
-
 @dataclass
-class VerifiersEnv:
-    """The environment of episodes of verifiers.
+class VerifiersEnv(VectorEnv):
+    """The environment of episodes of verifiers; its rewards are the package's, with its weights.
 
     Attributes:
-        settings: of the run.
-        tokenizer: not mlx-lm's wrapper.
         ends: tokens that end what the model says.
-        rewards: of the package, with its weights.
-        day: that the chat template shows as today; None: today.
-        state: where the run is.
         failed: counts calls of tools that failed.
+        failures: episode, tool and reason of calls that failed since the last look.
         talks: of each episode.
-        facts: of each episode's prompt.
+        readers: of answers, by the tools of the question.
     """
 
-    settings: TrainSettings
-    tokenizer: PreTrainedTokenizerBase
-    ends: frozenset[int]
-    rewards: Sequence[Reward]
-    day: date | None = None
-    state: TrainerState = field(default_factory=TrainerState)
-    failed: FailedCalls = field(default_factory=FailedCalls)
-    talks: list[Dialogue] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Set up."""
-        self._failures: list[tuple[int, str, str]] = []
+    ends: frozenset[int] = field(kw_only=True)
+    failed: FirstTimes = field(default_factory=FirstTimes)
+    failures: list[tuple[int, str, str]] = field(default_factory=list)
+    readers: dict[str, CallReader] = field(default_factory=dict)
 
     def reset(
         self,
@@ -233,15 +196,24 @@ class VerifiersEnv:
         seeds: Sequence[int],
         note: Callable[[str], None],
     ) -> list[list[int]]:
-        self.facts = [fact for fact in facts for _ in range(group)]
+        super().reset(prompts, facts, group, seeds, note)
         self.talks = [Dialogue() for _ in self.facts]
         if not self.facts:
             return list(prompts)
         numbers = list(range(len(self.facts)))
         try:
             self.host.start(max(self._limit_s, START_S))
-            self.host.failed = lambda number, name, why: self._failures.append((number, name, why))
-            self.host.begin({number: self._task(self.facts[number]) for number in numbers})
+            self.host.failed = lambda number, name, why: self.failures.append((number, name, why))
+            tasks, begins = tasks_of(self.settings.data.data or ""), {}
+            for number, fact in enumerate(self.facts):
+                place = fact["columns"].get("task")
+                task = tasks[place] if isinstance(place, int) and place < len(tasks) else None
+                if task is None or task.hash != fact["columns"].get("task_hash"):
+                    raise RunError(
+                        f"{self.asked}: task {place} is another one than when the run began; its tasks must stay the same"
+                    )
+                begins[number] = task
+            self.host.begin(begins)
         except Exception as error:
             if isinstance(error, InputError | RunError):
                 raise
@@ -249,12 +221,25 @@ class VerifiersEnv:
         self._settle(numbers, self._limit_s, note)
         begun = []
         for place, prompt in enumerate(prompts):
-            of = [number for number in numbers[place * group : (place + 1) * group] if self._asks(number, note)]
-            questions = [self._question(number) for number in of]
-            same_beginnings(
-                [[json.dumps(one.messages), json.dumps(one.tools)] for one in questions], max(1, len(of)), self.asked
-            )
-            tokens = self._rendered(questions[0]) if questions else list(prompt)
+            questions: list[Question] = []
+            for number in numbers[place * group : (place + 1) * group]:
+                talk, played = self.talks[number], self.host.episodes[number]
+                if not talk.dead and played.question is None:
+                    self._give_up(number, played.problem or "it asks the model nothing", note)
+                if not talk.dead and played.question is not None:
+                    questions.append(played.question)
+            contents = [[json.dumps(one.messages), json.dumps(one.tools)] for one in questions]
+            same_beginnings(contents, max(1, len(questions)), self.asked)
+            tokens = list(prompt)
+            if questions:
+                said = [*questions[0].messages, {"role": "assistant", "content": STAND_IN}]
+                try:
+                    tokens = prompt_tokens(self.encoder, Conversation(said, questions[0].tools or None))
+                except (jinja2.TemplateError, TypeError, ValueError) as error:
+                    raise RunError(
+                        f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another "
+                        "with --chat-template"
+                    ) from error
             for number in numbers[place * group : (place + 1) * group]:
                 self.talks[number].tokens, self.talks[number].mask = list(tokens), [False] * len(tokens)
             begun.append(tokens)
@@ -284,15 +269,14 @@ class VerifiersEnv:
             played = self.host.episodes[number]
             if not talk.dead and played.problem is not None:
                 self._give_up(number, played.problem, note)
-            if not talk.dead and (problem := self._differs(played.trace, talk)):
-                self._give_up(number, problem, note)
-            if not talk.dead:
+            if talk.dead:
+                pass
+            elif not _has_kept(played.trace.branches, talk):
+                self._give_up(number, "its record of the conversation has other tokens than the model saw", note)
+            else:
                 found[number] = self._scores(number, played, note)
             episode.counts, episode.messages = dict(talk.counts), talk.turns
         return found
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        return text_of(self.tokenizer, tokens)
 
     # Parts of these
 
@@ -311,21 +295,6 @@ class VerifiersEnv:
         objective = self.settings.objective
         return host_of(objective.environment or "", objective.max_turns, objective.reward_timeout)
 
-    def _task(self, fact: Facts) -> Any:
-        """Return the task of a prompt.
-
-        Raises:
-            RunError: it is not the one that the data had.
-        """
-        tasks, columns = tasks_of(self.settings.data.data or ""), fact["columns"]
-        number = columns.get("task")
-        found = tasks[number] if isinstance(number, int) and number < len(tasks) else None
-        if found is None or found.hash != columns.get("task_hash"):
-            raise RunError(
-                f"{self.asked}: task {number} is another one than when the run began; its tasks must stay the same"
-            )
-        return found
-
     def _settle(self, numbers: Sequence[int], limit_s: float, note: Callable[[str], None]) -> None:
         """Wait until episodes ask something or are over, and give those up that take too long."""
         for number in self.host.settle(numbers, limit_s):
@@ -333,11 +302,11 @@ class VerifiersEnv:
             self.host.drop(number, why)
             self.talks[number].counts[TIMEOUTS] = 1.0
             self._give_up(number, why, note, "--reward-timeout")
-        failures, self._failures = sorted(self._failures), []
+        failures, self.failures = sorted(self.failures), []
         for number, name, why in failures:
             if number < len(self.talks):
-                self.talks[number].counts[FAILURES] += 1
-                self.failed.watch({"name": name}, Result("", why), note)
+                self.talks[number].counts[FAILED] += 1
+                watch_failure(self.failed, name, why, note)
 
     def _give_up(self, number: int, why: str, note: Callable[[str], None], flag: str = "") -> None:
         """Stop the run for an episode that cannot be used, or leave it without a reward."""
@@ -346,36 +315,6 @@ class VerifiersEnv:
         task = self.facts[number]["columns"].get("task")
         verb = why if why.startswith("took") else f"failed ({why})"
         fail(f"{self.asked} {verb} in an episode of task {task}", self.settings.objective, note, flag)
-
-    def _asks(self, number: int, note: Callable[[str], None]) -> bool:
-        """Return whether an episode asks the model something; one that ended without that is given up."""
-        talk, played = self.talks[number], self.host.episodes[number]
-        if talk.dead:
-            return False
-        if played.question is None:
-            self._give_up(number, played.problem or "it asks the model nothing", note)
-        return not talk.dead
-
-    def _question(self, number: int) -> Question:
-        question = self.host.episodes[number].question
-        if question is None:
-            raise ValueError("an episode that asks nothing")
-        return question
-
-    def _rendered(self, question: Question) -> list[int]:
-        """Return the tokens of an episode's first question.
-
-        Raises:
-            RunError: the chat template refuses it.
-        """
-        stand_in = {"role": "assistant", "content": STAND_IN}
-        try:
-            return prompt_tokens(self.encoder, Conversation([*question.messages, stand_in], question.tools or None))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another with "
-                "--chat-template"
-            ) from error
 
     def _answer(self, number: int, completion: list[int], note: Callable[[str], None]) -> None:
         """Give an episode what the model said."""
@@ -442,20 +381,6 @@ class VerifiersEnv:
         ]
         return self._reader(tools).turns.tokens(talk.calls, results)
 
-    def _differs(self, trace: Any, talk: Dialogue) -> str | None:
-        """Return what is wrong if the package has other tokens of an episode than ours, or another mask."""
-        branches = trace.branches
-        tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
-        # It has no results for which there was no room for an answer.
-        if (
-            not tokens
-            or talk.tokens[: len(tokens)] != tokens
-            or talk.mask[: len(mask)] != mask
-            or any(talk.mask[len(mask) :])
-        ):
-            return "its record of the conversation has other tokens than the model saw"
-        return None
-
     def _scores(self, number: int, played: PlayedEpisode, note: Callable[[str], None]) -> np.ndarray:
         """Return an episode's rewards, (F,), and count what the package measured."""
         talk, trace = self.talks[number], played.trace
@@ -474,30 +399,22 @@ class VerifiersEnv:
             return np.full(len(self.rewards), np.nan)
         return found
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """What encodes prompts, as the run's data were encoded."""
-        rows = SplitRows([fact["example"] for fact in self.facts])
-        return prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
-
     def _reader(self, tools: Sequence[dict[str, Any]]) -> CallReader:
         """Return what reads an answer, and writes the results of its calls."""
         key = json.dumps(tools)
-        if key not in self._readers:
+        if key not in self.readers:
             encoder, special = self.encoder, self.settings.data.allow_special_tokens
             if encoder.template is None:
                 raise InputError(
                     f"{self.asked}: needs a chat template, and the model has none; give one with --chat-template"
                 )
             turns = ToolTurns(self.tokenizer, encoder.template, self.ends, list(tools), encoder.day, special)
-            self._readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
-        return self._readers[key]
-
-    @cached_property
-    def _readers(self) -> dict[str, CallReader]:
-        return {}
+            self.readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
+        return self.readers[key]
 
 
-def answer_of(host: Any, said: Said, before: list[int], own: list[int], ended: bool) -> Any:
-    """Return an answer without calls as the package takes it."""
-    return import_module(type(host).__module__).response_of(said.content, said.thinking, [], before, own, ended)
+def _has_kept(branches: Sequence[Any], talk: Dialogue) -> bool:
+    """Return whether the package has the same tokens of an episode, and the same mask; or none after the last answer."""
+    tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
+    same = talk.tokens[: len(tokens)] == tokens and talk.mask[: len(mask)] == mask
+    return bool(tokens) and same and not any(talk.mask[len(mask) :])

@@ -132,7 +132,13 @@ class AskingClient(Client):
         question = Question(
             messages=messages,
             tail=tail,
-            tools=[_schema(tool) for tool in turn.tools],
+            tools=[
+                {
+                    "type": "function",
+                    "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+                }
+                for tool in turn.tools
+            ],
             before=None if not turn.prefix_node_ids else [*before[0], *before[1]] if before else [],
             reply=asyncio.get_running_loop().create_future(),
         )
@@ -144,13 +150,6 @@ class AskingClient(Client):
                 self.host.changed(episode, question=None)
         response.raw = serialize_completion(response, MODEL)
         return response
-
-
-def _schema(tool: Any) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
-    }
 
 
 def response_of(
@@ -165,7 +164,11 @@ def response_of(
         own: its tokens.
         ended: whether an end token ends it.
     """
-    made = [ToolCall(id=one["id"], name=one["name"], arguments=_as_json(one["arguments"])) for one in calls]
+    made = []
+    for one in calls:
+        given = one["arguments"]
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False, default=str)
+        made.append(ToolCall(id=one["id"], name=one["name"], arguments=text))
     return Response(
         id="",
         created=0,
@@ -175,10 +178,6 @@ def response_of(
         usage=Usage(prompt_tokens=len(before), completion_tokens=len(own)),
         tokens=TurnTokens(prompt_ids=list(before), completion_ids=list(own)),
     )
-
-
-def _as_json(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 # The chat loop
@@ -309,7 +308,16 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served: Any = None
         self._close = lambda: None
-        self._with_own_harness()
+        before = self.environment.setup
+
+        async def setup(agents: Any) -> None:  # lets the plain chat loop run in this process, if the agent has that one
+            await before(agents)
+            agent = getattr(agents, agent_of(self.environment)[0])
+            if type(agent.harness) is NullHarness:
+                agent.harness = ChatHarness(agent.harness.config)
+                agent.harness.failures = self._failed_call
+
+        self.environment.setup = setup
 
     def start(self, limit_s: float) -> None:
         """Serve the environment, unless it is served.
@@ -320,7 +328,15 @@ class Host:
         """
         if self._loop is not None:
             return
-        _let_children_import(type(self.environment.taskset))
+        # Servers of tools, processes in other folders, are to find the module of its class, and what PYTHONPATH has.
+        kind = type(self.environment.taskset)
+        file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
+        root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]
+        known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        if root.name not in ("site-packages", "dist-packages"):
+            known += [str(root)] if str(root) not in known else []
+        if known:
+            os.environ["PYTHONPATH"] = os.pathsep.join(known)
         loop, ready, closing = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
         outcome: list[BaseException] = []
 
@@ -421,19 +437,6 @@ class Host:
             raise ValueError("an environment that is not served")
         return self._loop
 
-    def _with_own_harness(self) -> None:
-        """Let the plain chat loop run in this process, if the agent has that one."""
-        before = self.environment.setup
-
-        async def setup(agents: Any) -> None:
-            await before(agents)
-            agent = getattr(agents, agent_of(self.environment)[0])
-            if type(agent.harness) is NullHarness:
-                agent.harness = ChatHarness(agent.harness.config)
-                agent.harness.failures = self._failed_call
-
-        self.environment.setup = setup
-
     def _failed_call(self, trace: str, name: str, why: str) -> None:
         if (episode := self.of_trace.get(trace)) is not None:
             self.failed(episode.number, name, why)
@@ -465,17 +468,6 @@ class Host:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSING_S)
-
-
-def _let_children_import(kind: type) -> None:
-    """Let servers of tools, which are processes in other folders, find the module of a class, and what PYTHONPATH has."""
-    file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
-    root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]
-    known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    if root.name not in ("site-packages", "dist-packages"):
-        known += [str(root)] if str(root) not in known else []
-    if known:
-        os.environ["PYTHONPATH"] = os.pathsep.join(known)
 
 
 def _in_words(error: Any) -> str:

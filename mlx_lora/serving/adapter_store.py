@@ -1,4 +1,17 @@
-"""Hold the adapters that a server knows, some of them in memory.
+"""Apply to each row of a batch its own adapter, or none: the factors of all adapters in memory, and the layers that use them.
+
+    before   self_attn.q_proj: Linear | QuantizedLinear
+    after    self_attn.q_proj: RoutedLinear(linear: the same object), with all adapters' factors in separate pools
+
+The pools' `Routing` has each row's adapter. A layer that no row's adapter uses computes only the base layer.
+
+One pool holds the factors of one rank, so an adapter takes exactly its own bytes, whatever ranks the others have. A batch
+whose rows use different adapters reads them by index, without a copy; if the rows change, only index arrays change.
+
+Shapes: B rows, T tokens, n rows of one pool; N adapters of a pool, r their rank; in, out of the layer (vocabulary and width
+of an embedding).
+
+Hold the adapters that a server knows, some of them in memory.
 
 A known adapter is read again when a request needs it; the least recently used are evicted when the budget is full.
 An adapter that is replaced or unloaded while rows use it stays in memory for those rows, under its own number. Several
@@ -13,6 +26,7 @@ this module too, so it must not need the web framework.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -21,17 +35,316 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
+from mlx_lora.adapters.base import EMBEDDING
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower, with_limits_of_run
 from mlx_lora.models.load import Base
-from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 from mlx_lora.utils.hub import HUB_ID, no_adapter_folder, resolve_adapter
+
+# The adapter of each row, None for the base alone.
+Rows = tuple[int | None, ...]
+# A layer's plans and index arrays are kept for this many combinations of rows, which is more than are in use.
+REMEMBERED = 64
+
+
+# Pools
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One adapter's factors for one layer, in the model's compute dtype.
+
+    Attributes:
+        a: (in, r).
+        b: (r, out), multiplied by the adapter's scale.
+        gain: (out,) that multiplies base and product (DoRA's m / |W + D|), or None.
+        adapts_head: for an embedding, whether the adapter also applies if the embedding is used as the output head.
+    """
+
+    a: mx.array
+    b: mx.array
+    gain: mx.array | None = None
+    adapts_head: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
+
+
+class Kind(NamedTuple):
+    """The properties that the adapters of one pool share."""
+
+    rank: int
+    has_gain: bool
+    adapts_head: bool
+
+
+class RowGroup(NamedTuple):
+    """The rows of a batch that use one pool.
+
+    Attributes:
+        kind: of the pool.
+        a, b, gain: the pool's stacks (N, in, r), (N, r, out), (N, out); without their first axis for `one` adapter.
+        one: every row of the batch uses the same adapter.
+        rows: (n,) indices of the rows in the batch, or None for all rows.
+        slots: (n,) array, each row's index into the stacks; None for `one`.
+    """
+
+    kind: Kind
+    a: mx.array
+    b: mx.array
+    gain: mx.array | None
+    one: bool
+    rows: mx.array | None = None
+    slots: Any = None
+
+
+class Routing:
+    """Tells all layers of a model which adapter each row of the next call uses.
+
+    Attributes:
+        rows: an adapter's number, or None, for each row; empty: only the base.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Rows = ()
+        self._indices: dict[tuple[int, ...], mx.array] = {}
+
+    def indices(self, values: tuple[int, ...]) -> mx.array:
+        """Return an index array, uint32; it is cached, because most layers need the same few."""
+        if values not in self._indices:
+            if len(self._indices) >= REMEMBERED:
+                self._indices.clear()
+            self._indices[values] = mx.array(values, mx.uint32)
+        return self._indices[values]
+
+
+class LayerPools:
+    """All adapters of one layer."""
+
+    def __init__(self, routing: Routing):
+        self.routing = routing
+        self._slots: dict[int, tuple[Kind, int]] = {}
+        self._stacks: dict[Kind, tuple[mx.array, ...]] = {}
+        self._new: dict[Kind, list[LayerFactors]] = {}
+        self._plans: dict[Rows, list[RowGroup]] = {}
+
+    def put(self, adapter: int, factors: LayerFactors) -> None:
+        """Add an adapter, which can be used after `settle`, so that many can be added at once."""
+        kind = Kind(factors.a.shape[1], factors.gain is not None, factors.adapts_head)
+        waiting = self._new.setdefault(kind, [])
+        self._slots[adapter] = kind, (self._stacks[kind][0].shape[0] if kind in self._stacks else 0) + len(waiting)
+        waiting.append(factors)
+
+    def settle(self) -> None:
+        """Add new factors to the stacks; running calls keep the arrays that they have."""
+        for kind, waiting in self._new.items():
+            parts = [(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in waiting]
+            added = tuple(mx.stack(arrays) for arrays in zip(*parts, strict=True))
+            old = self._stacks.get(kind)
+            self._stacks[kind] = (
+                added if old is None else tuple(mx.concatenate(p) for p in zip(old, added, strict=True))
+            )
+            mx.eval(self._stacks[kind])
+        self._new.clear()
+        self._plans.clear()
+
+    def drop(self, adapter: int) -> None:
+        """Remove an adapter; its memory is freed when no running call uses it."""
+        kind, slot = self._slots.pop(adapter)
+        self._plans.clear()
+        if self._stacks[kind][0].shape[0] == 1:
+            del self._stacks[kind]
+            return
+        self._stacks[kind] = tuple(mx.concatenate([s[:slot], s[slot + 1 :]]) for s in self._stacks[kind])
+        mx.eval(self._stacks[kind])
+        for other, (its_kind, its_slot) in self._slots.items():
+            if its_kind == kind and its_slot > slot:
+                self._slots[other] = kind, its_slot - 1
+
+    def get(self, adapter: int) -> LayerFactors:
+        """Return an adapter's factors from the stacks."""
+        kind, slot = self._slots[adapter]
+        a, b, *gain = (stack[slot] for stack in self._stacks[kind])
+        return LayerFactors(a, b, gain[0] if gain else None, kind.adapts_head)
+
+    def groups(self) -> list[RowGroup]:
+        """Return the groups of rows of the next call that need this layer's factors."""
+        rows = self.routing.rows
+        if rows in self._plans:
+            return self._plans[rows]
+        if len(self._plans) >= REMEMBERED:
+            self._plans.clear()
+        served: dict[Kind, list[tuple[int, int]]] = {}
+        for row, adapter in enumerate(rows[:1] if len(set(rows)) == 1 else rows):
+            if adapter in self._slots:
+                kind, slot = self._slots[adapter]
+                served.setdefault(kind, []).append((row, slot))
+        plan = self._plans[rows] = []
+        for kind, pairs in served.items():
+            stacks = self._stacks[kind]
+            if len(set(rows)) == 1:
+                a, b, *gain = (stack[pairs[0][1]] for stack in stacks)
+                plan.append(RowGroup(kind, a, b, gain[0] if gain else None, one=True))
+                continue
+            a, b, *gain = stacks
+            own_rows = None if len(pairs) == len(rows) else self.routing.indices(tuple(row for row, _ in pairs))
+            slots = self.routing.indices(tuple(slot for _, slot in pairs))
+            plan.append(RowGroup(kind, a, b, gain[0] if gain else None, one=False, rows=own_rows, slots=slots))
+        return plan
+
+
+# Layers
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear layer plus, for row i, (x_i A) B of the row's adapter, times its gain for a DoRA."""
+
+    def __init__(self, linear: nn.Module, routing: Routing):
+        super().__init__()
+        self.linear = linear
+        self.pools = LayerPools(routing)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply the layer.
+
+        Args:
+            x: (..., in); the first axis has the batch's rows, or is flattened from them and more axes.
+        """
+        y = self.linear(x)  # (..., out)
+        for group in self.pools.groups():
+            y = self._applied(group, x, y)
+        return y
+
+    def _applied(self, group: RowGroup, x: mx.array, y: mx.array) -> mx.array:
+        bias = self.linear.bias if "bias" in self.linear else None
+        if group.one:
+            if group.gain is None:
+                return mx.addmm(y, x @ group.a, group.b)
+            plain = y if bias is None else y - bias
+            turned = mx.addmm(plain, x @ group.a, group.b) * group.gain
+            return turned if bias is None else turned + bias
+        shape, count = y.shape, len(self.pools.routing.rows)
+        x, y = x.reshape(count, -1, x.shape[-1]), y.reshape(count, -1, shape[-1])  # (B, T, in), (B, T, out)
+        added = gathered(gathered(x, group.a, group.slots, group.rows), group.b, group.slots)  # (n, T, out)
+        if group.gain is not None:
+            # gain (W x + D x) + bias = y + (gain - 1) (y - bias) + gain D x
+            own = y if group.rows is None else y[group.rows]
+            gain = group.gain[group.slots][:, None]  # (n, 1, out)
+            added = added * gain + (own if bias is None else own - bias) * (gain - 1)
+        y = y + added if group.rows is None else y.at[group.rows].add(added)
+        return y.reshape(shape)
+
+
+class RoutedEmbedding(nn.Module):
+    """A frozen embedding plus A[tokens] B of each row's adapter; as a tied output head it adds (x B^T) A^T."""
+
+    def __init__(self, embedding: nn.Module, routing: Routing):
+        super().__init__()
+        self.embedding = embedding
+        self.pools = LayerPools(routing)
+
+    @property
+    def weight(self) -> mx.array:
+        """The base layer's weight, which some architectures read for a tied output head."""
+        return self.embedding.weight
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        y = self.embedding(tokens)  # (B, T, width)
+        for group in self.pools.groups():
+            if group.one:
+                y = mx.addmm(y, group.a[tokens], group.b)
+                continue
+            own = tokens if group.rows is None else tokens[group.rows]  # (n, T)
+            count, vocabulary, rank = group.a.shape
+            rows_of_a = group.a.reshape(count * vocabulary, rank)
+            z = rows_of_a[group.slots[:, None] * vocabulary + own.astype(mx.uint32)]  # (n, T, r)
+            added = gathered(z, group.b, group.slots)
+            y = y + added if group.rows is None else y.at[group.rows].add(added)
+        return y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        for group in self.pools.groups():
+            if not group.kind.adapts_head:
+                continue
+            if group.one:
+                y = mx.addmm(y, x @ group.b.T, group.a.T)
+                continue
+            z = gathered(x, group.b.swapaxes(1, 2), group.slots, group.rows)  # (n, T, r)
+            added = gathered(z, group.a.swapaxes(1, 2), group.slots)
+            y = y + added if group.rows is None else y.at[group.rows].add(added)
+        return y
+
+
+def gathered(x: mx.array, stack: mx.array, slots: mx.array, rows: mx.array | None = None) -> mx.array:
+    """Return each row i of x times the matrix of its slot.
+
+    Args:
+        x: (n, T, in), or (B, T, in) with `rows`.
+        stack: (N, in, out).
+        slots: (n,).
+        rows: (n,), indices of rows of x; None: all rows in order.
+
+    Returns:
+        (n, T, out).
+    """
+    return mx.gather_mm(x, stack, lhs_indices=rows, rhs_indices=slots)
+
+
+ROUTED = (RoutedLinear, RoutedEmbedding)
+
+
+def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.Module]:
+    """Replace the layers at `paths` by routed ones, unless they already are, and return them by path.
+
+    Args:
+        model: the served model, which is changed in place.
+        paths: linear layers and embeddings, quantized or not.
+        routing: shared by all of them.
+    """
+    modules = dict(model.named_modules())
+    routed = {path: modules[path] for path in paths}
+    fresh: dict[str, nn.Module] = {
+        path: (RoutedEmbedding if isinstance(module, EMBEDDING) else RoutedLinear)(module, routing)
+        for path, module in routed.items()
+        if not isinstance(module, ROUTED)
+    }
+    model.update_modules(tree_unflatten(list(fresh.items())))
+    return {**routed, **fresh}
+
+
+def unrouted_twin(value: Any, twins: dict[int, nn.Module] | None = None) -> Any:
+    """Return a new module tree with the same arrays, without routed layers; or a copy of a module's attribute.
+
+    The commands' code can put an adapter on it, with all its checks, while the served model is in use. This is not a
+    recursive closure, which would be a reference cycle that keeps the last adapter's arrays until Python collects cycles.
+    """
+    twins = {} if twins is None else twins
+    if isinstance(value, ROUTED):
+        return unrouted_twin(value.embedding if isinstance(value, RoutedEmbedding) else value.linear, twins)
+    if isinstance(value, nn.Module):
+        if id(value) not in twins:
+            twins[id(value)] = own = copy.copy(value)
+            own._no_grad = set(value._no_grad)
+            for name, child in value.items():
+                own[name] = unrouted_twin(child, twins)
+        return twins[id(value)]
+    if isinstance(value, list):
+        return [unrouted_twin(child, twins) for child in value]
+    return {name: unrouted_twin(child, twins) for name, child in value.items()} if isinstance(value, dict) else value
+
+
+# Hold the adapters that a server knows, some of them in memory
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # The path of a layer of one expert in a list of them, as DBRX has it: it is called with single tokens, whose rows are not known.
@@ -66,12 +379,6 @@ class AdapterSource:
         own = [self.folder] if self.folder is not None else []
         return own + [folder for part in self.parts.values() for folder in part.folders]
 
-    def describe(self) -> str:
-        """Return a short text for lists: of a folder only its name, because clients must not see its path."""
-        return (
-            self.folder.name if self.folder else "+".join(f"{weight:g}*{name}" for name, weight in self.blend.items())
-        )
-
 
 @dataclass(frozen=True)
 class Card:
@@ -79,7 +386,7 @@ class Card:
 
     Attributes:
         name: the name that requests use.
-        source: described in one word.
+        source: described in one word: of a folder only its name, because clients must not see its path.
         method, rank, nbytes: of its factors.
         chat_template: its own template, or None.
         resident: whether it is in memory now.
@@ -176,7 +483,12 @@ class AdapterStore:
         for name, source in named.items():
             if not NAME.fullmatch(name):
                 raise InputError(f"adapter name {name!r}: must be at most 64 letters, digits, . _ or -")
-            self._check_blend(name, source, known)
+            for part in source.blend:  # no blends of blends, so that no blend can contain itself
+                if part not in known:
+                    raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
+                if known[part].blend:
+                    advice = "which is itself a blend; give its parts instead"
+                    raise InputError(f"adapter {name!r}: blends {part!r}, {advice}")
             read[name] = self._read(source, read)
         self._make_room(sum(factors.nbytes for factors in read.values()))
         for name, source in named.items():
@@ -233,14 +545,6 @@ class AdapterStore:
             self._retired.remove(resident)
             self._drop(resident)
 
-    def _check_blend(self, name: str, source: AdapterSource, sources: Mapping[str, AdapterSource]) -> None:
-        """Refuse a blend of unknown adapters, or of blends, so that no blend can contain itself."""
-        for part in source.blend:
-            if part not in sources:
-                raise InputError(f"adapter {name!r}: blends {part!r}, which is not loaded; load it first")
-            if sources[part].blend:
-                raise InputError(f"adapter {name!r}: blends {part!r}, which is itself a blend; give its parts instead")
-
     def _read(self, source: AdapterSource, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
         """Return an adapter's factors, from its folder or from the adapters that it blends.
 
@@ -249,38 +553,33 @@ class AdapterStore:
             beside: adapters that are read together with it, by name.
         """
         if source.folder is not None:
-            return self._of_folder(source.folder)
-        parts = [
-            (part, self._read(source.parts[part], {}) if source.parts else self._current(part, beside), weight)
-            for part, weight in source.blend.items()
-        ]
-        return blend_factors(parts)
-
-    def _of_folder(self, folder: Path) -> AdapterFactors:
-        """Return the factors in a folder; whatever is wrong with it is an InputError, which does not end the server."""
-        try:
-            return read_factors(self._base, folder, self._dtype, self._ignore_fingerprint)
-        except (InputError, OSError):
-            raise
-        except Exception as error:
-            if describe_gpu_failure(error):
+            try:
+                return read_factors(self._base, source.folder, self._dtype, self._ignore_fingerprint)
+            except (InputError, OSError):
                 raise
-            raise InputError(
-                f"{folder}: cannot be read as an adapter ({type(error).__name__}: {first_line(error)}); train or convert it again"
-            ) from error
-
-    def _current(self, name: str, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
-        """Return the factors of a known adapter, without keeping it in memory."""
-        if name in beside:
-            return beside[name]
-        if name not in self._sources:
-            raise UnknownAdapter(name)
-        if name not in self._residents:
-            return self._read(self._sources[name], beside)
-        resident, modules = self._residents[name], dict(self._base.model.named_modules())
-        layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
-        card = self.cards[name]
-        return AdapterFactors(layers, card.method, card.chat_template, card.max_pixels)
+            except Exception as error:  # whatever is wrong with it does not end the server
+                if describe_gpu_failure(error):
+                    raise
+                raise InputError(
+                    f"{source.folder}: cannot be read as an adapter ({type(error).__name__}: {first_line(error)}); train or convert it again"
+                ) from error
+        parts = []
+        for name, weight in source.blend.items():
+            resident = self._residents.get(name)
+            if source.parts:
+                factors = self._read(source.parts[name], {})
+            elif name in beside:
+                factors = beside[name]
+            elif name not in self._sources:
+                raise UnknownAdapter(name)
+            elif resident is None:  # not kept in memory
+                factors = self._read(self._sources[name], beside)
+            else:
+                modules, card = dict(self._base.model.named_modules()), self.cards[name]
+                layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
+                factors = AdapterFactors(layers, card.method, card.chat_template, card.max_pixels)
+            parts.append((name, factors, weight))
+        return blend_factors(parts)
 
     def _make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used idle adapters until `needed_bytes` more fit the budget."""
@@ -330,10 +629,10 @@ class AdapterStore:
             layer.pools.settle()
         mx.clear_cache()
         for name, factors in read.items():
-            known = self.cards.get(name)
+            known, source = self.cards.get(name), self._sources[name]
             card = Card(
                 name,
-                self._sources[name].describe(),
+                source.folder.name if source.folder else "+".join(f"{w:g}*{one}" for one, w in source.blend.items()),
                 factors.method,
                 factors.rank,
                 factors.nbytes,
@@ -501,9 +800,20 @@ def named_source(flag: str, text: str) -> tuple[str, AdapterSource]:
         name, equals, value = own_name(flag, text), "=", text
     if not equals or not name or not value:
         raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
-    return name, AdapterSource(blend=blend_weights(text)) if flag == "--blend" else AdapterSource(
-        folder=resolve_adapter(value)
-    )
+    if flag != "--blend":
+        return name, AdapterSource(folder=resolve_adapter(value))
+    weights = {}
+    for part in value.split(","):
+        other, _, number = part.strip().rpartition(":")
+        try:
+            weights[other] = float(number)
+        except ValueError:
+            other = ""
+        if not other or not abs(weights[other]) <= 100:
+            raise InputError(
+                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
+            )
+    return name, AdapterSource(blend=weights)
 
 
 def own_name(flag: str, text: str) -> str:
@@ -519,26 +829,6 @@ def own_name(flag: str, text: str) -> str:
     if not NAME.fullmatch(name):
         raise InputError(f"{flag} {text}: {name!r} cannot be a name for requests; write it as NAME={text}")
     return name
-
-
-def blend_weights(text: str) -> dict[str, float]:
-    """Return {adapter: weight} for NAME=a:0.7,b:0.3.
-
-    Raises:
-        InputError: the text is malformed.
-    """
-    found = {}
-    for part in text.partition("=")[2].split(","):
-        name, _, number = part.strip().rpartition(":")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            name = ""
-        if not name or not abs(found[name]) <= 100:
-            raise InputError(
-                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
-            )
-    return found
 
 
 def check_names(flag: str, names: Iterable[str], own: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """Serve OpenAI's completions, the models and adapters, health, metrics and the chat page over HTTP.
 
-    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> HttpAnswer -> client
+    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> EngineResponse -> client
 
 Under /v1/adapters, adapters are listed, loaded and unloaded. A name is never a path. A path is only looked up below one folder that
 the operator chose, after following links.
@@ -41,20 +41,21 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.client_errors import client_error, without_paths
-from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens
+from mlx_lora.serving.conversation import AnswerLimits, PicturePrompt, PictureReader, picture_prompt, prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import (
     ApiError,
     Ask,
     ChatReply,
     CompletionReply,
+    client_error,
     is_number,
     read_chat,
     read_completion,
+    read_fields,
     read_json,
+    without_paths,
 )
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
@@ -83,7 +84,34 @@ def make_app(
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def metrics(request: HttpRequest) -> Response:
-        return PlainTextResponse(metrics_text(engine, answers), media_type="text/plain; version=0.0.4")
+        store, prompts = engine.store, engine.prompt_cache
+        lines = ["# TYPE mlx_lora_answers_total counter"]
+        lines += [
+            f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
+            for (path, status), count in sorted(answers.items())
+        ]
+        totals = {
+            **asdict(engine.counts),
+            "reused_prompt_tokens": prompts.reused_tokens,
+            "adapter_loads": store.loads,
+            "adapter_evictions": store.evictions,
+        }
+        now = {
+            "running": len(engine.batch),
+            "unfinished": engine.unfinished,
+            "adapters_known": len(store.cards),
+            "adapters_resident": sum(card.resident for card in store.cards.values()),
+            "adapter_bytes": store.nbytes,
+            "prompt_cache_bytes": prompts.nbytes,
+            "prompt_cache_entries": len(prompts),
+            "memory_bytes": mx.get_active_memory(),
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
+        for name, value in totals.items():
+            lines += [f"# TYPE mlx_lora_{name}_total counter", f"mlx_lora_{name}_total {value}"]
+        for name, value in now.items():
+            lines += [f"# TYPE mlx_lora_{name} gauge", f"mlx_lora_{name} {value}"]
+        return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -96,9 +124,24 @@ def make_app(
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
     )
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
+    for name in SCRIPTS:
+        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    headers = {
+        "Content-Security-Policy": policy(text),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",  # frame-ancestors, for old browsers
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+    async def page(request: HttpRequest) -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
     return Starlette(
         routes=[
-            page_route(),
+            Route("/", page, methods=["GET"]),
             Route("/v1/chat/completions", completions.chat, methods=["POST"]),
             Route("/v1/completions", completions.completion, methods=["POST"]),
             Route("/v1/models", completions.models),
@@ -111,6 +154,9 @@ def make_app(
         exception_handlers={ApiError: _as_json, HTTPException: _as_json},
         lifespan=lifespan,
     )
+
+
+Reply = ChatReply | CompletionReply
 
 
 class Completions:
@@ -132,8 +178,9 @@ class Completions:
 
     async def models(self, request: HttpRequest) -> Response:
         """GET /v1/models."""
-        cards = self._engine.store.cards.values()
-        return JSONResponse({"object": "list", "data": [self._model(None), *(self._model(card) for card in cards)]})
+        return JSONResponse(
+            {"object": "list", "data": [self._model(card) for card in (None, *self._engine.store.cards.values())]}
+        )
 
     async def model(self, request: HttpRequest) -> Response:
         """GET /v1/models/ID."""
@@ -145,10 +192,19 @@ class Completions:
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
         tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
+        limits, asked = self._limits, ask.max_tokens or 1
+        if asked > limits.max_tokens:
+            message = f"max_tokens {asked}: this server allows at most {limits.max_tokens}"
+            raise ApiError(400, message, "too_many_tokens", "max_tokens")
+        room = limits.max_context - len(tokens)
+        if room < asked:
+            message = f"{len(tokens)} tokens in the prompt and {asked} new ones: the limit is {limits.max_context}"
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        most = ask.max_tokens or min(limits.max_tokens, room)
         request = Request(
             tokens=tokens,
             adapter=card.name if card else None,
-            max_tokens=self._max_tokens(ask, len(tokens)),
+            max_tokens=most,
             sampling=ask.sampling,
             stops=ask.stops,
             ignore_eos=ask.ignore_eos,
@@ -169,6 +225,15 @@ class Completions:
             raise client_error(self._engine, error, self._pictures.folders) from None
         return prompt.tokens, prompt
 
+    def _model(self, card: Card | None) -> dict[str, Any]:
+        return {
+            "id": card.name if card else self._base_name,
+            "object": "model",
+            "owned_by": "mlx_lora",
+            "created": card.created if card else self._started_s,
+            "parent": self._base_name if card else None,
+        }
+
     def _card(self, model: str | None) -> Card | None:
         """Return the adapter that a model id means, None for the base."""
         if model in (None, self._base_name):
@@ -177,106 +242,53 @@ class Completions:
             raise ApiError(404, f"no model {model!r}; GET /v1/models lists them", "model_not_found", "model")
         return self._engine.store.cards[model]
 
-    def _max_tokens(self, ask: Ask, prompt: int) -> int:
-        limits = self._limits
-        if ask.max_tokens and ask.max_tokens > limits.max_tokens:
-            message = f"max_tokens {ask.max_tokens}: this server allows at most {limits.max_tokens}"
-            raise ApiError(400, message, "too_many_tokens", "max_tokens")
-        room = limits.max_context - prompt
-        if room < (ask.max_tokens or 1):
-            message = (
-                f"{prompt} tokens in the prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
-            )
-            raise ApiError(400, message, "context_length_exceeded", "messages")
-        return ask.max_tokens or min(limits.max_tokens, room)
-
-    def _model(self, card: Card | None) -> dict[str, Any]:
-        model = {"id": card.name if card else self._base_name, "object": "model", "owned_by": "mlx_lora"}
-        return {
-            **model,
-            "created": card.created if card else self._started_s,
-            "parent": self._base_name if card else None,
-        }
-
-
-class EngineResponse:
-    """A response that the engine generates."""
-
-    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
-        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer as an ASGI application; if the client disconnects, its row is freed."""
-        with HttpAnswer(self._engine, self._request, receive, self._timeout_s) as answer:
-            try:
-                if self._ask.stream:
-                    await send_stream(answer, self._reply, self._ask.include_usage, send)
-                else:
-                    await send_whole(answer, self._reply, send)
-            except ClientGone:
-                return
-
-
-async def _as_json(request: HttpRequest, error: Any) -> Response:
-    return error_response(error if isinstance(error, ApiError) else not_here(request, error))
-
-
-# One answer, from the engine's thread to its client
-
-Reply = ChatReply | CompletionReply
-
 
 class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-class HttpAnswer:
-    """One request's events in the server's event loop; leaving it as a context frees the request's row."""
+class EngineResponse:
+    """A response that the engine generates, as an ASGI application; its row is freed when it ends in any way."""
 
-    def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
-        """Submit the request.
-
-        Args:
-            engine: answers the request.
-            request: the request.
-            receive: ASGI's function; after the body it only tells when the client disconnects.
-            timeout_s: for the whole answer.
-
-        Raises:
-            ApiError: 429 if the queue is full, 503 if the engine has stopped.
-        """
-        self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + timeout_s
+    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
+        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
         self._timeout_s = timeout_s
         folders = request.pictures.reader.folders if request.pictures else ()
         self._told = partial(client_error, engine, folders=folders)
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        try:
-            self._ticket = engine.submit(request, self._emit)
-        except (QueueFull, Stopped) as error:
-            raise self._told(error) from None
-        self._gone = self._loop.create_task(_until_gone(receive))
 
-    def _emit(self, event: Event) -> None:
-        # The loop is already closed if the process ends while requests are running.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    def __enter__(self) -> HttpAnswer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ticket.cancel()
-        self._gone.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Yield the events up to the last one.
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
+        """Answer, all at once or as server-sent events.
 
         Raises:
-            ClientGone: the client disconnected.
-            ApiError: the answer is an error, or is not done in time.
+            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in time.
         """
+        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._deadline = loop.time() + self._timeout_s
+
+        def emit(event: Event) -> None:
+            # The loop is already closed if the process ends while requests are running.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        async def until_gone() -> None:  # after the body, `receive` only tells when the client disconnects
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        try:
+            ticket = self._engine.submit(self._request, emit)
+        except (QueueFull, Stopped) as error:
+            raise self._told(error) from None
+        self._gone = loop.create_task(until_gone())
+        try:
+            await (self._stream(send) if self._ask.stream else self._whole(send))
+        except ClientGone:
+            return
+        finally:
+            ticket.canceled.set()
+            self._gone.cancel()
+
+    async def _answer(self) -> AsyncIterator[Event]:
+        """Yield the events up to the last one."""
         while True:
             event = await self._within_time(self._events.get())
             if event.error is not None:
@@ -285,13 +297,10 @@ class HttpAnswer:
             if event.last:
                 return
 
-    async def send(self, sending: Awaitable[None]) -> None:
-        """Await a send within the answer's time limit, since a client can delay it by not reading."""
-        await self._within_time(sending)
-
     async def _within_time(self, doing: Awaitable[Any]) -> Any:
+        """Await an event, or a send, which a client can delay by not reading."""
         task = asyncio.ensure_future(doing)
-        left = self._deadline - self._loop.time()
+        left = self._deadline - asyncio.get_running_loop().time()
         try:
             await asyncio.wait({task, self._gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -300,88 +309,55 @@ class HttpAnswer:
             task.cancel()
         if self._gone.done():
             raise ClientGone
-        raise ApiError(504, f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens", "timeout")
+        message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
+        raise ApiError(504, message, "timeout")
 
+    async def _whole(self, send: Callable[[Any], Any]) -> None:
+        """Send the complete answer at once."""
+        pieces, reports = [], []
+        event: Any = None  # the last event, of which there is one at least
+        async for event in self._answer():
+            pieces.append(event.piece.text)
+            reports += event.piece.reports
+        content = json.dumps(self._reply.whole("".join(pieces), reports, event)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
+        await self._within_time(send({"type": "http.response.body", "body": content}))
 
-async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _stream(self, send: Callable[[Any], Any]) -> None:
+        """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
+        opened = False
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
+        def body(content: str, more: bool = True) -> Any:
+            return send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
 
-async def send_whole(answer: HttpAnswer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
-    """Send the complete answer at once."""
-    pieces, reports = [], []
-    event: Any = None  # the last event, of which there is one at least
-    async for event in answer:
-        pieces.append(event.piece.text)
-        reports += event.piece.reports
-    content = json.dumps(reply.whole("".join(pieces), reports, event)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
-    await answer.send(send({"type": "http.response.body", "body": content}))
-
-
-async def send_stream(
-    answer: HttpAnswer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
-) -> None:
-    """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
-    opened = False
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-
-    async def send_event(content: str, more: bool = True) -> None:
-        await answer.send(
-            send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
-        )
-
-    try:
-        async for event in answer:
+        try:
+            async for event in self._answer():
+                if not opened:
+                    await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
+                    opened = True
+                await self._within_time(body(json.dumps(self._reply.chunk(event))))
+                if event.usage and self._ask.include_usage:
+                    await self._within_time(body(json.dumps(self._reply.usage_chunk(event.usage))))
+        except ApiError as error:
             if not opened:
-                await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
-                opened = True
-            await send_event(json.dumps(reply.chunk(event)))
-            if event.usage and include_usage:
-                await send_event(json.dumps(reply.usage_chunk(event.usage)))
-    except ApiError as error:
-        if not opened:
-            raise
-        # The status was already sent, so send the error as an event, unless the client does not read.
-        content = f"data: {json.dumps(error.body())}\n\n".encode()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(send({"type": "http.response.body", "body": content}), timeout=1)
-        return
-    await send_event("[DONE]", more=False)
+                raise
+            # The status was already sent, so send the error as an event, unless the client does not read.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(body(json.dumps(error.body()), more=False), timeout=1)
+            return
+        await self._within_time(body("[DONE]", more=False))
+
+
+async def _as_json(request: HttpRequest, error: Any) -> Response:
+    return error_response(error if isinstance(error, ApiError) else not_here(request, error))
 
 
 # The chat page
 
 FOLDER = Path(__file__).parent / "pages"
 SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
-
-
-def page_route() -> Route:
-    """Return the route GET / that serves the page."""
-    text = page_text()
-    headers = {
-        "Content-Security-Policy": policy(text),
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",  # frame-ancestors, for old browsers
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cache-Control": "no-store",
-    }
-
-    async def page(request: HttpRequest) -> HTMLResponse:
-        return HTMLResponse(text, headers=headers)
-
-    return Route("/", page, methods=["GET"])
-
-
-def page_text() -> str:
-    """Return the page with its scripts, and the colors and type sizes that all pages of ours share."""
-    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
-    for name in SCRIPTS:
-        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
-    return text
 
 
 def policy(text: str) -> str:
@@ -411,43 +387,6 @@ def _hashes(text: str, tag: str) -> list[str]:
 
 # Paths with ids are counted under their prefix, so that clients cannot create new series.
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters", "/health", "/metrics")
-
-
-def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
-    """Return all metrics.
-
-    Args:
-        engine: read without a lock, because numbers of different steps do no harm.
-        answers: (one of `KNOWN` or "other", status) -> count.
-    """
-    store, prompts = engine.store, engine.prompt_cache
-    lines = ["# TYPE mlx_lora_answers_total counter"]
-    lines += [
-        f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
-        for (path, status), count in sorted(answers.items())
-    ]
-    totals = {
-        **asdict(engine.counts),
-        "reused_prompt_tokens": prompts.reused_tokens,
-        "adapter_loads": store.loads,
-        "adapter_evictions": store.evictions,
-    }
-    now = {
-        "running": engine.running,
-        "unfinished": engine.unfinished,
-        "adapters_known": len(store.cards),
-        "adapters_resident": sum(card.resident for card in store.cards.values()),
-        "adapter_bytes": store.nbytes,
-        "prompt_cache_bytes": prompts.nbytes,
-        "prompt_cache_entries": len(prompts),
-        "memory_bytes": mx.get_active_memory(),
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
-    for name, value in totals.items():
-        lines += [f"# TYPE mlx_lora_{name}_total counter", f"mlx_lora_{name}_total {value}"]
-    for name, value in now.items():
-        lines += [f"# TYPE mlx_lora_{name} gauge", f"mlx_lora_{name} {value}"]
-    return "\n".join(lines) + "\n"
 
 
 # Adapters
@@ -487,10 +426,7 @@ class Adapters:
 
     async def load(self, request: HttpRequest) -> Response:
         """POST /v1/adapters: load a new adapter, or reload a known one."""
-        body = read_json(await request.body())
-        strange = body.keys() - FIELDS
-        if strange:
-            raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+        body = read_fields(await request.body(), FIELDS)
         name = body.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
             message = "name: must be at most 64 letters, digits, . _ or -, and not the base's name"
@@ -520,9 +456,30 @@ class Adapters:
 
     async def _source(self, body: dict[str, Any], kind: str) -> AdapterSource:
         if kind == "blend":
-            return AdapterSource(blend=_weights(body["blend"]))
+            blend = body["blend"]
+            fits = isinstance(blend, dict) and 0 < len(blend) <= 16
+            if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
+                message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
+                raise ApiError(400, message, "invalid_value", "blend")
+            return AdapterSource(blend={name: float(weight) for name, weight in blend.items()})
         if kind == "path":
-            return AdapterSource(folder=self._folder_of(body["path"]))
+            path, flag = body["path"], "--adapters-from"
+            if self._folder is None:
+                message = f"path: loading from this disk is off; start the server with {flag}"
+                raise ApiError(403, message, "path_off", "path")
+            if not isinstance(path, str) or not path or "\0" in path:
+                raise ApiError(400, f"path: must be a folder below the server's {flag}", "invalid_value", "path")
+            root = self._folder.resolve()
+            try:
+                folder = (root / path).resolve()
+                found = folder.is_dir()
+            except (OSError, RuntimeError):  # a name that is too long, or a circle of links
+                folder, found = root / "missing", False
+            if folder == root or not folder.is_relative_to(root):
+                raise ApiError(403, f"path: outside the server's {flag}", "path_outside", "path")
+            if not found:
+                raise ApiError(404, "path: no such folder", "not_found", "path")
+            return AdapterSource(folder=folder)
         if not self._allow_hub:
             raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
         hub, revision = body["hub"], body.get("revision")
@@ -533,35 +490,6 @@ class Adapters:
             return AdapterSource(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
         except (InputError, RunError, OSError) as error:
             raise ApiError(400, without_paths(str(error), self._engine), "invalid_adapter", "hub") from None
-
-    def _folder_of(self, path: Any) -> Path:
-        """Return the folder that a client asks for, if it is allowed."""
-        if self._folder is None:
-            raise ApiError(
-                403, "path: loading from this disk is off; start the server with --adapters-from", "path_off", "path"
-            )
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise ApiError(400, "path: must be a folder below the server's --adapters-from", "invalid_value", "path")
-        root = self._folder.resolve()
-        try:
-            folder = (root / path).resolve()
-            found = folder.is_dir()
-        except (OSError, RuntimeError):  # a name that is too long, or a circle of links
-            raise ApiError(404, "path: no such folder", "not_found", "path") from None
-        if folder == root or not folder.is_relative_to(root):
-            raise ApiError(403, "path: outside the server's --adapters-from", "path_outside", "path")
-        if not found:
-            raise ApiError(404, "path: no such folder", "not_found", "path")
-        return folder
-
-
-def _weights(blend: Any) -> dict[str, float]:
-    """Return the weights of a blend, {"name": weight}, after checking them."""
-    fits = isinstance(blend, dict) and 0 < len(blend) <= 16
-    if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
-        message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
-        raise ApiError(400, message, "invalid_value", "blend")
-    return {name: float(weight) for name, weight in blend.items()}
 
 
 def _described(card: Card) -> dict[str, Any]:

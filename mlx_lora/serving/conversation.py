@@ -1,4 +1,13 @@
-"""Hold a chat with one base and its adapters: the turns so far, the adapter that answers next, and its answers.
+"""Show pictures to a served model: read those of a conversation, and compute a prompt with what the tower sees of them.
+
+    messages with marks -> PicturePrompt (tokens, pictures)         any thread, one at a time; no MLX
+    PicturePrompt -> PicturePrefill -> keys and values              the engine's thread, which loads the tower once
+
+After its prompt, a row with pictures is like any other: its caches are mlx-lm's, and the next token's position is the number
+of tokens before it. Its keys and values are not kept for later prompts, because the same tokens may stand for another picture.
+Nothing of a picture is written to disk.
+
+Hold a chat with one base and its adapters: the turns so far, the adapter that answers next, and its answers.
 
     turns + question -> the adapter's chat template -> tokens -> engine -> ChatAnswer -> turns
 
@@ -10,23 +19,158 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template, template_shows
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
-from mlx_lora.data.examples import FormatError
-from mlx_lora.data.images import mark
-from mlx_lora.serving.adapter_store import base_name
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import Engine, Event, Request, Stopped, Usage, failed_words
-from mlx_lora.serving.pictures import PicturePrompt, PictureReader, has_pictures
+from mlx_lora.data.examples import FormatError, Message
+from mlx_lora.data.image_prompts import encode_messages
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, family_of
+from mlx_lora.data.images import MARK, mark
+from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
+from mlx_lora.models.load import Base
+from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
+from mlx_lora.objectives.image_features import ImageFeatureCache
+from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
+from mlx_lora.rollouts.generator import TokenSteps
+from mlx_lora.serving.adapter_store import Routing, base_name
+from mlx_lora.serving.engine import BatchRow, Engine, Event, Prefill, Request, Sampling, Stopped, Usage, failed_words
 from mlx_lora.serving.schema import ApiError, Ask
 from mlx_lora.utils.errors import InputError, RunError, first_line
+
+
+class PictureReader:
+    """Reads the pictures of conversations for one base."""
+
+    def __init__(self, base: Base, folders: Sequence[Path] = ()):
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            base: that is served.
+            folders: that files may be read from; data URLs need none.
+        """
+        self.base, self.folders = base, folders
+        self._processors: dict[int | None, ImageProcessor] = {}
+        self._tower: VisionTower | None = None
+
+    def check(self) -> None:
+        """Check that the model can be shown pictures, before one is read.
+
+        Raises:
+            InputError: it cannot.
+        """
+        kind = self.base.config.get("model_type")
+        if family_of(self.base.config) is None:
+            raise InputError(f"a {kind} model sees no pictures; leave them out")
+        if ImageInputSpec.of(self.base.config).prompt:
+            raise InputError(f"a {kind} model is not served with pictures; use mlx-lora generate --image")
+
+    def prompt(
+        self,
+        messages: list[Message],
+        sources: Mapping[str, str | bytes],
+        template: str | None,
+        folders: Sequence[Path] = (),
+        max_pixels: int | None = None,
+    ) -> PicturePrompt:
+        """Return a conversation as a prompt.
+
+        Args:
+            messages: pictures are marks in their content (data/images.py).
+            sources: what the marks stand for: file names, data URLs.
+            template: the adapter's own; None: the model's.
+            folders: further ones that files may be read from.
+            max_pixels: to which larger pictures are shrunk; None: only the model's own limits.
+
+        Raises:
+            InputError: the model sees no pictures, or one cannot be used.
+        """
+        self.check()
+        base = self.base
+        if max_pixels not in self._processors:
+            self._processors[max_pixels] = ImageProcessor(base.folder, base.config, max_pixels)
+        processor = self._processors[max_pixels]
+        template = template or image_template(base.hf_tokenizer, base.folder, processor.family)
+        if template is None:
+            raise InputError("the model has no chat template, so it cannot be asked about pictures")
+        table = ImageTable.empty()
+        reader = ImageReader(processor, [*self.folders, *folders], table, image_token(base.config))
+        try:
+            tokens, digests = encode_messages(reader, base.hf_tokenizer, template, messages, sources)
+        except FormatError as error:
+            raise InputError(str(error)) from None
+        return PicturePrompt(self, tokens, digests, table, processor)
+
+    def arrays(self, prompt: PicturePrompt) -> tuple[ImageInputSpec, list[mx.array]]:
+        """Return how the model reads pictures, and a prompt's arrays for that; in the engine's thread.
+
+        Raises:
+            InputError: the tower cannot be loaded, or fails.
+        """
+        if self._tower is None:
+            self._tower = load_tower(self.base.folder, compute_dtype(self.base))
+        seen = ImageFeatureCache(self._tower, prompt.processor, prompt.table, writes=False)
+        spec = ImageInputSpec.of(self.base.config)
+        vision = VisionEncoder(self._tower, prompt.processor, spec, prompt.table, seen)
+        return spec, vision.prompt_arrays(prompt.tokens, prompt.digests)
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A prompt with pictures.
+
+    Attributes:
+        reader: that read it.
+        tokens: up to where the model answers.
+        digests: of its pictures, in order.
+        table: that has them.
+        processor: that made their pixels.
+    """
+
+    reader: PictureReader
+    tokens: list[int]
+    digests: tuple[str, ...]
+    table: ImageTable
+    processor: ImageProcessor
+
+    def prefill(self, model: TokenSteps, routing: Routing, row: BatchRow) -> Prefill:
+        """Return what computes the prompt; what the tower sees is computed here, in the engine's thread.
+
+        Raises:
+            InputError: see `PictureReader.arrays`.
+        """
+        spec, arrays = self.reader.arrays(self)
+        return PicturePrefill(model, routing, row, self.tokens, ModelWithImages(model.model, spec, arrays))
+
+
+class PicturePrefill(Prefill):
+    """A prompt with pictures, which is computed at once: the tokens of a picture may have to see one another."""
+
+    def __init__(self, model: TokenSteps, routing: Routing, row: BatchRow, tokens: list[int], shown: ModelWithImages):
+        """Prepare; arguments as of `Prefill`.
+
+        Args:
+            model, routing, row, tokens: see there.
+            shown: the model, with what it reads in place of image tokens.
+        """
+        super().__init__(model, routing, row, tokens, None)
+        self._shown = shown
+
+    def advance(self, most: int) -> None:
+        """Compute the prompt except for its last token, which is text."""
+        part, self.rest = self.rest[:-1], self.rest[-1:]
+        self._routing.rows = (self.row.adapter,)
+        self.caches = self._shown.prefilled(part)
+        self.row.tokens += part
+
+
+# Hold a chat with one base and its adapters
 
 BASE = "base"  # another name of the base, in addition to its own
 
@@ -105,13 +249,15 @@ class ChatAnswer:
         while self.finish is None:
             event = None if self._stopping else self._events.get()
             if event is None:
-                self._ticket.cancel()
+                self._ticket.canceled.set()
                 self.finish = "stopped"
                 return
             if isinstance(event.error, Stopped):
                 raise RunError(failed_words(self._engine.failure))
             if isinstance(event.error, OSError):
-                raise InputError(f"{self.name}: {disk_words(event.error)}")
+                where = f" {event.error.filename}" if event.error.filename else ""
+                why = event.error.strerror or first_line(event.error)
+                raise InputError(f"{self.name}: its files{where} cannot be read ({why}); /load NAME=DIR loads it again")
             if event.error is not None:
                 raise event.error
             self.text += event.piece.text
@@ -127,7 +273,7 @@ class ChatAnswer:
     def cancel(self) -> None:
         """Free its row, if it still has one."""
         if self.finish is None:
-            self._ticket.cancel()
+            self._ticket.canceled.set()
 
     def figures(self, alone: bool = True) -> str:
         """Return one line with its length, its speed, and how much of the prompt was cached from earlier turns.
@@ -148,12 +294,6 @@ class ChatAnswer:
     def span_s(self) -> tuple[float, float]:
         """The times of its first and its last event, on the monotonic clock."""
         return self._first_s, self._last_s
-
-
-def disk_words(error: OSError) -> str:
-    """Return what a user reads when an adapter's files cannot be read."""
-    where = f" {error.filename}" if error.filename else ""
-    return f"its files{where} cannot be read ({error.strerror or first_line(error)}); /load NAME=DIR loads it again"
 
 
 def figures_together(answers: list[ChatAnswer]) -> str:
@@ -300,7 +440,7 @@ class ChatSession:
         return prompt
 
     def _rendered(self, messages: list[dict[str, str]], adapter: str | None) -> tuple[list[int], PicturePrompt | None]:
-        if has_pictures(messages):
+        if any(MARK.search(str(message.get("content") or "")) for message in messages):
             card = self.engine.store.cards[adapter] if adapter else None
             folders = list({Path(str(source)).parent for source in self._sources.values()})
             own, pixels = (card.chat_template, card.max_pixels) if card else (None, None)
@@ -333,8 +473,14 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
         ApiError: a chat has no template, the template refuses it or shows no tools, or a token id does not exist.
     """
     if ask.messages is not None:
+        template = template or own_template(tokenizer)
+        if not template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
         try:
-            return _chat_tokens(tokenizer, ask, template or own_template(tokenizer), vocabulary)
+            if ask.tools and not template_shows(tokenizer, ask.messages, template, ask.tools):
+                message = "tools: this model's chat template does not show them; leave them out"
+                raise ApiError(400, message, "no_tools", "tools")
+            return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
         except InputError as error:
             raise ApiError(400, f"messages: {error}", "template", "messages") from None
     tokens = tokenizer.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
@@ -380,15 +526,6 @@ def picture_prompt(
         return reader.prompt(ask.messages or [], ask.pictures, template, max_pixels=max_pixels)
     except InputError as error:
         raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
-
-
-def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
-    if not template:
-        raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
-    if ask.tools and not template_shows(tokenizer, ask.messages or [], template, ask.tools):
-        message = "tools: this model's chat template does not show them; leave them out"
-        raise ApiError(400, message, "no_tools", "tools")
-    return chat_tokens(tokenizer, ask.messages or [], template, vocabulary, ask.tools)
 
 
 def chat_tokens(

@@ -117,7 +117,17 @@ class Guard:
         except ApiError as error:
             await error_response(error, close=True)(scope, receive, counted)
             return
-        await self._app(scope, receive if body is None else _replayed(body, receive), counted)
+        given = body is None
+
+        async def replay() -> Message:
+            """Return the body in one message, and then the connection's messages."""
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, counted)
 
     def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
         """Check the head of a request.
@@ -137,7 +147,9 @@ class Guard:
         linked = (scope["method"], scope["path"], headers.get("sec-fetch-dest")) == ("GET", PAGE, "document")
         if origin is None and not linked and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
             raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
-        if self._limits.api_key and not self._open(scope["path"]) and scope["method"] != "OPTIONS":
+        folder = self._limits.open_folder
+        is_open = scope["path"] in OPEN_PATHS or (folder is not None and scope["path"].startswith(folder))
+        if self._limits.api_key and not is_open and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
             if self._limits.key_header is not None and self._limits.key_header in headers:
                 kind, key = "bearer", headers[self._limits.key_header]
@@ -148,11 +160,6 @@ class Guard:
         kind = "application/x-protobuf" if scope["path"] in self._limits.binary else kind
         if scope["method"] in ("POST", "PUT") and headers.get("content-type", "").split(";")[0].strip() != kind:
             raise ApiError(415, f"the body's Content-Type must be {kind}", "unsupported_media_type")
-
-    def _open(self, path: str) -> bool:
-        """Tell whether a path needs no API key."""
-        folder = self._limits.open_folder
-        return path in OPEN_PATHS or (folder is not None and path.startswith(folder))
 
     async def _body(self, path: str, headers: dict[str, str], receive: Receive) -> bytes:
         """Return the complete body.
@@ -180,20 +187,6 @@ class Guard:
             wait = f"{self._limits.read_timeout_s:g}"
             raise ApiError(408, f"the body did not arrive within {wait} s; send it at once", "request_timeout")
         return bytes(body)
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that first gives the body in one message, and then the connection's messages."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
 
 
 def error_response(error: ApiError, close: bool = False) -> Response:
@@ -263,30 +256,36 @@ def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
     return TimedProtocol
 
 
-@dataclass(frozen=True)
-class ServerLimits:
-    """Limits of a server: seconds for a request's head, seconds for unfinished answers at its end, and connections."""
+def run_app(
+    app: Any,
+    address: tuple[str, int],
+    ready: Callable[[uvicorn.Server, str], None],
+    head_timeout_s: float,
+    shutdown_s: int,
+    connections: int,
+) -> None:
+    """Serve an application until interrupted.
 
-    head_timeout_s: float
-    shutdown_s: int
-    connections: int
-
-
-def run_app(app: Any, host: str, port: int, limits: ServerLimits, ready: Callable[[uvicorn.Server, str], None]) -> None:
-    """Serve an application until interrupted; `ready` is told the server and its URL before the first request.
+    Args:
+        app: the application.
+        address: host and port.
+        ready: is told the server and its URL before the first request.
+        head_timeout_s: seconds for a request's head.
+        shutdown_s: seconds for unfinished answers at its end.
+        connections: the most at a time.
 
     Raises:
         InputError: the address is not available.
     """
     config = uvicorn.Config(
-        app, http=timed_protocol(limits.head_timeout_s), ws="none", log_level="warning", access_log=False,
-        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=limits.shutdown_s,
-        limit_concurrency=limits.connections,
+        app, http=timed_protocol(head_timeout_s), ws="none", log_level="warning", access_log=False,
+        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=shutdown_s,
+        limit_concurrency=connections,
     )  # fmt: skip
-    opened, address = listen(host, port)
+    opened, url = listen(*address)
     server = uvicorn.Server(config)
     # uvicorn raises the signal that ended it again; for a server this is the normal end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ready(server, address)
+    ready(server, url)
     with opened, contextlib.suppress(KeyboardInterrupt):
         server.run([opened])

@@ -3,6 +3,8 @@
 Every field is checked, and fields that would be ignored are refused.
 
 Source: OpenAI's API reference: chat/completions and completions; chat.completion, chat.completion.chunk, text_completion.
+
+Turn the engine's errors into answers to clients, which must not learn the paths of the server's machine.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_lora.data.images import mark
-from mlx_lora.serving.batch import Sampling, TokenReport
-from mlx_lora.serving.engine import Event, Usage
+from mlx_lora.serving.adapter_store import NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.engine import Engine, Event, QueueFull, Sampling, Stopped, TokenReport, Usage
+from mlx_lora.utils.errors import InputError
 
 # Requests
 
@@ -111,6 +115,18 @@ def read_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def read_fields(raw: bytes, known: Collection[str]) -> dict[str, Any]:
+    """Return a body's JSON object, which has no other fields than these.
+
+    Raises:
+        ApiError: it has, or is no JSON object.
+    """
+    body = read_json(raw)
+    if strange := body.keys() - known:
+        raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+    return body
+
+
 def read_chat(body: dict[str, Any]) -> Ask:
     """Return the request of a chat/completions body.
 
@@ -149,9 +165,9 @@ def read_completion(body: dict[str, Any]) -> Ask:
     """
     _check_fields(body, _COMPLETION)
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not _is_token(prompt[0]):
+    if isinstance(prompt, list) and len(prompt) == 1 and not is_number(prompt[0], -math.inf, math.inf, True):
         prompt = prompt[0]
-    tokens = isinstance(prompt, list) and prompt and all(map(_is_token, prompt))
+    tokens = isinstance(prompt, list) and prompt and all(is_number(one, -math.inf, math.inf, True) for one in prompt)
     if not (tokens or (isinstance(prompt, str) and prompt)):
         raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
     top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
@@ -165,6 +181,10 @@ def _common(
     options = _typed(body, "stream_options", dict, {})
     stream = _typed(body, "stream", bool, False)
     temperature, top_p = _number(body, "temperature", float, 0, 100), _number(body, "top_p", float, 0, 1)
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
     return {
         "model": _typed(body, "model", str, None),
         "max_tokens": most,
@@ -175,7 +195,7 @@ def _common(
             seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
             top_logprobs=top_logprobs,
         ),
-        "stops": _stops(body),
+        "stops": tuple(stops),
         "ignore_eos": _typed(body, "ignore_eos", bool, False),
         "stream": stream,
         "include_usage": stream and bool(_typed(options, "include_usage", bool, False)),
@@ -197,14 +217,6 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
             )
 
 
-def _stops(body: dict[str, Any]) -> tuple[str, ...]:
-    stops = body.get("stop")
-    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
-    return tuple(stops)
-
-
 def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = _typed(body, "tools", list, None) or None
     for tool in tools or []:
@@ -224,41 +236,27 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
-        parts = [_part(part, pictures if message["role"] == "user" else None) for part in content]
-        if None in parts:
-            kinds = "text, and of a user image_url with a url" if message["role"] == "user" else "text"
-            raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
-        content = "".join(part for part in parts if part is not None)
+        sees, texts = message["role"] == "user", []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            image = part.get("image_url") if kind in ("image_url", "input_image") and sees else None
+            text = part.get("text") if kind == "text" else image.get("url") if isinstance(image, dict) else image
+            if not isinstance(text, str) or not (text or kind == "text"):
+                kinds = "text, and of a user image_url with a url" if sees else "text"
+                raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
+            texts.append(text if kind == "text" else mark(text, pictures))
+        content = "".join(texts)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         raise _bad(f"{name}.content", content, "a string or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
-    return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
-
-
-def _part(part: Any, pictures: dict[str, str | bytes] | None) -> str | None:
-    """Return a part of a message as text, a picture as a mark; None if it is neither."""
-    if not isinstance(part, dict):
-        return None
-    if part.get("type") == "text":
-        return part["text"] if isinstance(part.get("text"), str) else None
-    given = part.get("image_url")
-    url = given.get("url") if isinstance(given, dict) else given
-    if part.get("type") not in ("image_url", "input_image") or pictures is None or not isinstance(url, str) or not url:
-        return None
-    return mark(url, pictures)
-
-
-def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
+    if calls is None:
+        return plain
     try:
-        return [
-            {
-                **call,
-                "function": {**call["function"], "arguments": json.loads(call["function"].get("arguments") or "{}")},
-            }
-            for call in calls
-        ]
+        functions = [call["function"] for call in calls]
+        read = [{**one, "arguments": json.loads(one.get("arguments") or "{}")} for one in functions]
+        return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
     except (TypeError, KeyError, AttributeError, ValueError):
         raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
 
@@ -267,10 +265,6 @@ def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
     """Tell whether a value of a body is a number, no truth value, in a range."""
     kinds = int if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_token(value: Any) -> bool:
-    return is_number(value, -math.inf, math.inf, whole=True)
 
 
 def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
@@ -306,60 +300,62 @@ def _shown(value: Any) -> str:
 
 
 class ChatReply:
-    """Builds answers of chat/completions."""
+    """Builds the answers of chat/completions."""
+
+    PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, model: str):
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._opened = False
 
     def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with the new text; the first chunk also has the role."""
+        """Return a chunk with the new text."""
+        choice = {**self._piece(event), "logprobs": self._logprobs(event.piece.reports)}
+        choices = [{"index": 0, **choice, "finish_reason": event.finish}]
+        return {**self._head, "object": self.CHUNK, "choices": choices}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Return the chunk that ends a stream with token counts."""
+        return {**self._head, "object": self.CHUNK, "choices": [], "usage": usage_object(usage)}
+
+    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        choice = {**self._all(text), "logprobs": self._logprobs(reports)}
+        choices = [{"index": 0, **choice, "finish_reason": end.finish}]
+        return {**self._head, "object": self.WHOLE, "choices": choices, "usage": usage_object(end.usage)}
+
+    def _piece(self, event: Event) -> dict[str, Any]:
+        """Return the new text; the first chunk also has the role."""
         delta = {} if self._opened else {"role": "assistant"}
         self._opened = True
-        if event.piece.text or not event.last:
-            delta["content"] = event.piece.text
-        return self._chunk([_choice({"delta": delta}, _chat_logprobs(event.piece.reports), event.finish)])
+        return {"delta": {**delta, **({"content": event.piece.text} if event.piece.text or not event.last else {})}}
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk that ends a stream with token counts."""
-        return {**self._chunk([]), "usage": usage_object(usage)}
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = _choice({"message": message}, _chat_logprobs(reports), end.finish)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(end.usage)}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        content = []
+        for report in reports:
+            every = [(report.text, report.logprob, report.data), *report.top]
+            own, *top = [{"token": text, "logprob": value, "bytes": list(data)} for text, value, data in every]
+            content.append({**own, "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
 
-class CompletionReply:
-    """Builds answers of completions."""
+class CompletionReply(ChatReply):
+    """Builds the answers of completions."""
 
-    def __init__(self, model: str):
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
+    PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
 
-    def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with the new text."""
-        logprobs = self._logprobs(event.piece.reports)
-        return {**self._head, "choices": [_choice({"text": event.piece.text}, logprobs, event.finish)]}
+    def _piece(self, event: Event) -> dict[str, Any]:
+        return {"text": event.piece.text}
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """Return the chunk that ends a stream with token counts."""
-        return {**self._head, "choices": [], "usage": usage_object(usage)}
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        choice = _choice({"text": text}, self._logprobs(reports), end.finish)
-        return {**self._head, "choices": [choice], "usage": usage_object(end.usage)}
-
-    def _logprobs(self, reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
         if not reports:
             return None
         return {
@@ -381,22 +377,44 @@ def usage_object(usage: Any) -> dict[str, Any]:
     }
 
 
-def _choice(content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
+RETRY_AFTER_S = 1
 
 
-def _chat_logprobs(reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
-    if not reports:
-        return None
-    content = [
-        {
-            **_token(report.text, report.logprob, report.data),
-            "top_logprobs": [_token(*one) for one in report.top],
-        }
-        for report in reports
-    ]
-    return {"content": content, "refusal": None}
+def api_error(error: Exception) -> ApiError:
+    """Return the error that a client gets for an error of the engine."""
+    if isinstance(error, UnknownAdapter):
+        words = f"no model or adapter {str(error)!r}; GET /v1/models lists them"
+        return ApiError(404, words, "model_not_found", "model")
+    if isinstance(error, QueueFull | NoRoom):
+        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "no_room")
+        return ApiError(status, f"{error}; try again later", code, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, Stopped):
+        return ApiError(503, f"{error}", "shutting_down")
+    if isinstance(error, (InputError, OSError)):
+        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
+    raise error
 
 
-def _token(text: str, logprob: float, data: bytes) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
+def client_error(engine: Engine, error: Exception, folders: Iterable[Path] = ()) -> ApiError:
+    """Return the error that a client gets, without paths of this machine.
+
+    Args:
+        engine: whose base and adapters are known.
+        error: of the engine, or one that is an answer already.
+        folders: further ones that the text may name.
+    """
+    told = error if isinstance(error, ApiError) else api_error(error)
+    told.args = (without_paths(str(told), engine, folders),)
+    return told
+
+
+def without_paths(text: str, engine: Engine, folders: Iterable[Path] = ()) -> str:
+    """Return a text in which the folders of the base and the adapters, and further ones, are only their names."""
+    base = engine.base
+    known = [*folders, *engine.store.folders, base.folder]
+    names = {str(form): folder.name for folder in known for form in (folder, folder.resolve())}
+    name = base_name(base)
+    names[base.model_id] = Path(name).name if Path(name).is_absolute() else name  # a folder may be gone by now
+    for path in sorted((path for path, name in names.items() if name), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text

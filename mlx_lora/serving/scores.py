@@ -6,34 +6,49 @@
 
 Each adapter is put on a copy of the base's modules, which shares the base's arrays. Texts are scored in the engine's thread, a few
 at a time, between two steps of the answers that are being generated.
+
+Serve vectors of texts over HTTP, as OpenAI's clients ask for them: by adapters of --objective embed, and by the base.
+
+    POST /v1/embeddings, /embeddings     {"model": NAME, "input": TEXT, [TEXT, ...], [TOKEN, ...] or [[TOKEN, ...], ...],
+                                          "encoding_format": "float" or "base64", "dimensions": N, "input_type": "query"}
+
+The vectors are those of `mlx-lora embed`: normalized, with the pooling and prompts that the adapter or the model was trained with.
+OpenAI's request has no word for queries; `input_type` is that of Cohere's, Voyage's and NVIDIA's. Tokens are taken as they
+are, without a prompt. The base is served if it is an encoder, or if its folder is sentence-transformers'.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Text
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
-from mlx_lora.serving.adapter_store import base_name
-from mlx_lora.serving.client_errors import api_error, without_paths
+from mlx_lora.objectives.text_vectors import TextEmbedder, open_embedder
+from mlx_lora.serving.adapter_store import base_name, unrouted_twin
 from mlx_lora.serving.engine import Engine, Stopped
-from mlx_lora.serving.pools import unrouted_twin
-from mlx_lora.serving.schema import ApiError, read_json
+from mlx_lora.serving.schema import ApiError, api_error, is_number, read_fields, without_paths
 from mlx_lora.utils.errors import InputError
 
 MOST_TEXTS = 2048  # in a request
@@ -44,6 +59,7 @@ RERANK_FIELDS = frozenset(
     ["model", "query", "documents", "top_n", "return_documents", "max_chunks_per_doc", "max_tokens_per_doc", "user"]
 )
 Score = Callable[[Sequence[Any]], tuple[np.ndarray, int]]
+M = TypeVar("M")
 
 
 def check_names(engine: Engine, folders: Mapping[str, Path]) -> None:
@@ -54,6 +70,20 @@ def check_names(engine: Engine, folders: Mapping[str, Path]) -> None:
     """
     if twice := sorted({base_name(engine.base), *engine.store.cards} & set(folders)):
         raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+
+
+def named_model(models: Mapping[str, M], asked: Any, purpose: str, advice: str) -> tuple[str, M]:
+    """Return the model that a request names, or the only one.
+
+    Raises:
+        ApiError: 404.
+    """
+    if asked is None and len(models) == 1:
+        asked = next(iter(models))
+    if not isinstance(asked, str) or asked not in models:
+        known = f"there are {', '.join(sorted(models))}" if models else advice
+        raise ApiError(404, f"no model {asked!r} for {purpose}; {known}", "model_not_found", "model")
+    return asked, models[asked]
 
 
 class Scores:
@@ -87,33 +117,47 @@ class Scores:
         paths |= dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), self.rerank)
         return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
 
+    def _of(self, objective: str, body: dict[str, Any]) -> tuple[str, TextScorer]:
+        own = {name: one for name, one in self._scorers.items() if one.head["objective"] == objective}
+        return named_model(own, body.get("model"), objective, "start the server with --adapter NAME=DIR")
+
     async def classify(self, request: HttpRequest) -> Response:
         """POST /classify."""
-        body = read_json(await request.body())
-        if strange := body.keys() - CLASSIFY_FIELDS:
-            raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
-        name, scorer = self._scorer(body.get("model"), "classify")
+        body = read_fields(await request.body(), CLASSIFY_FIELDS)
+        name, scorer = self._of("classify", body)
         given = body.get("input")
         texts = texts_of([given] if isinstance(given, str) else given, "input")
-        scores, tokens = await self._score(lambda part: score_texts(scorer, part), texts)
-        answers = scorer.answers(scores, {})
+
+        def score(part: Sequence[Text]) -> tuple[np.ndarray, int]:
+            encoded, dropped = scorer.encode(part)
+            if dropped:
+                raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
+            return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
+
+        scores, tokens = await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
+        data = []
+        for number, answer in enumerate(scorer.answers(scores, {})):
+            if ERROR in answer:
+                raise ValueError(answer[ERROR])
+            # As vLLM has it; `labels` for several labels, `value` for a number.
+            chances = list(answer.get("probabilities", {}).values())
+            named = "value" if not chances else "labels" if isinstance(answer[PREDICTED], list) else "label"
+            data.append({"index": number, named: answer[PREDICTED], "probs": chances, "num_classes": len(chances)})
         return JSONResponse(
             {
                 "id": f"classify-{uuid.uuid4().hex}",
                 "object": "list",
                 "created": int(time.time()),
                 "model": name,
-                "data": [classified(number, answer) for number, answer in enumerate(answers)],
+                "data": data,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )
 
     async def rerank(self, request: HttpRequest) -> Response:
         """POST /v1/rerank."""
-        body = read_json(await request.body())
-        if strange := body.keys() - RERANK_FIELDS:
-            raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
-        name, scorer = self._scorer(body.get("model"), "rerank")
+        body = read_fields(await request.body(), RERANK_FIELDS)
+        name, scorer = self._of("rerank", body)
         (query,) = texts_of([body.get("query")], "query")
         given = body.get("documents")
         plain = (
@@ -121,9 +165,11 @@ class Scores:
         )
         documents = [one.text for one in texts_of(plain, "documents")]
         top_n = len(documents) if body.get("top_n") is None else body["top_n"]
-        if isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1:
+        if not is_number(top_n, 1, math.inf, whole=True):
             raise ApiError(400, f"top_n: found {top_n!r}; send a number of at least 1", "invalid_value", "top_n")
-        scores, tokens = await self._score(lambda part: scorer.rank(query.text, part), documents)
+        scores, tokens = await a_few_at_a_time(
+            self._engine, self._timeout_s, lambda part: scorer.rank(query.text, part), documents
+        )
         shown = body.get("return_documents") is True
         return JSONResponse(
             {
@@ -136,20 +182,6 @@ class Scores:
                 ],
             }
         )
-
-    def _scorer(self, model: Any, objective: str) -> tuple[str, TextScorer]:
-        """Return the adapter that a request names, or the only one for an objective."""
-        own = {name: one for name, one in self._scorers.items() if one.head["objective"] == objective}
-        if model is None and len(own) == 1:
-            model = next(iter(own))
-        if not isinstance(model, str) or model not in own:
-            known = f"; there are {', '.join(sorted(own))}" if own else "; start the server with --adapter NAME=DIR"
-            raise ApiError(404, f"no model {model!r} for {objective}{known}", "model_not_found", "model")
-        return model, own[model]
-
-    async def _score(self, score: Score, texts: Sequence[Any]) -> tuple[np.ndarray, int]:
-        """Return the scores of texts, and the number of tokens that were read; `score` gets a few texts at a time."""
-        return await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
 
 
 async def a_few_at_a_time(
@@ -165,7 +197,7 @@ async def a_few_at_a_time(
         async with asyncio.timeout(timeout_s):
             for start in range(0, len(texts), TOGETHER):
                 part = texts[start : start + TOGETHER]
-                scores, count = await asyncio.wrap_future(engine.call(_without_store(score, part)))
+                scores, count = await asyncio.wrap_future(engine.call(lambda store, part=part: score(part)))
                 found.append(scores)
                 tokens += count
     except TimeoutError:
@@ -176,23 +208,6 @@ async def a_few_at_a_time(
         text = without_paths(" ".join(str(error).split()), engine)
         raise ApiError(400, text, "invalid_value") from None
     return np.concatenate(found), tokens
-
-
-def score_texts(scorer: TextScorer, part: Sequence[Text]) -> tuple[np.ndarray, int]:
-    """Return the scores of texts, (N, K), and the number of their tokens.
-
-    Raises:
-        InputError: a text has no token.
-    """
-    encoded, dropped = scorer.encode(part)
-    if dropped:
-        raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
-    return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
-
-
-def _without_store(function: Score, part: Sequence[Any]) -> Callable[[Any], Any]:
-    """Return a function of the adapter store, which it does not need."""
-    return lambda store: function(part)
 
 
 def twin_of(base: Base) -> Base:
@@ -227,18 +242,134 @@ def texts_of(given: Any, name: str) -> list[Text]:
     return [Text(one, ends=False) for one in given]
 
 
-def classified(number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is predicted of a text as vLLM has it; `labels` for several labels, `value` for a number."""
-    if ERROR in answer:
-        raise ValueError(answer[ERROR])
-    chances = list(answer.get("probabilities", {}).values())
-    named = "value" if not chances else "labels" if isinstance(answer[PREDICTED], list) else "label"
-    return {"index": number, named: answer[PREDICTED], "probs": chances, "num_classes": len(chances)}
-
-
 def described(head: Mapping[str, Any]) -> str:
     """Return in a few words what the scores are."""
     labels = head["labels"]
     more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
     of_number = ", a number" if head["objective"] == "classify" else ""
     return f"{head['objective']}{': ' if labels else of_number}{', '.join(labels[:8])}{more}"
+
+
+FIELDS = frozenset(["model", "input", "encoding_format", "dimensions", "input_type", "user"])
+QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "passage")  # values of input_type
+OBJECTIVE = "embed"
+
+
+class EmbeddingRequests:
+    """The models of a server that give vectors, and their endpoint."""
+
+    def __init__(self, engine: Engine, folders: Mapping[str, Path], timeout_s: float):
+        """Load the adapters.
+
+        Args:
+            engine: holds the base.
+            folders: name -> folder.
+            timeout_s: for a whole request.
+
+        Raises:
+            InputError: an adapter does not fit the base, or has the name of another model.
+        """
+        self._engine, self._timeout_s = engine, timeout_s
+        check_names(engine, folders)
+        named: dict[str, Path | None] = {**folders}
+        if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
+            named = {base_name(engine.base): None, **named}
+        settings = train_settings({"model": str(engine.base.folder), "objective": OBJECTIVE})
+        self._embedders = {}
+        for name, folder in named.items():
+            opened = engine.call(
+                lambda store, folder=folder: open_embedder(
+                    settings, twin_of(engine.base), folder, engine.ignore_fingerprint
+                )
+            )
+            self._embedders[name] = opened.result()
+
+    def describe(self) -> list[str]:
+        """Return a line about each model."""
+        return [
+            f"vectors {name}: {one.embedder.width} numbers, {one.embedder.pooling} pooling"
+            for name, one in self._embedders.items()
+        ]
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        return [Route(path, self.embeddings, methods=["POST"]) for path in ("/v1/embeddings", "/embeddings")]
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """POST /v1/embeddings."""
+        body = read_fields(await request.body(), FIELDS)
+        advice = "start the server with --adapter NAME=DIR of --objective embed"
+        name, embedder = named_model(self._embedders, body.get("model"), "embeddings", advice)
+        form = body.get("encoding_format")
+        if form not in (None, "float", "base64"):
+            raise ApiError(
+                400, f"encoding_format: found {form!r}; send float or base64", "invalid_value", "encoding_format"
+            )
+        dims, width = body.get("dimensions"), embedder.embedder.width
+        if dims is not None and not is_number(dims, 1, width, whole=True):
+            message = f"dimensions: found {dims!r}; send a number from 1 to {width}"
+            raise ApiError(400, message, "invalid_value", "dimensions")
+        embedder = replace(embedder, how=replace(embedder.how, dims=dims))
+        given = body.get("input_type")
+        if given not in (None, *QUERY, *DOCUMENT):
+            known = ", ".join((*QUERY, *DOCUMENT))
+            raise ApiError(400, f"input_type: found {given!r}; send one of {known}", "invalid_value", "input_type")
+        inputs = inputs_of(body.get("input"), embedder.base.token_rows)
+
+        def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
+            """Return the vectors of some inputs, and the number of their tokens."""
+            rows = rows_of(embedder, part, given in QUERY)
+            return embedder.of_rows(rows), sum(map(len, rows))
+
+        found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
+        rows = found.astype("<f4")
+        data = [
+            {
+                "object": "embedding",
+                "index": number,
+                "embedding": base64.b64encode(row.tobytes()).decode() if form == "base64" else row.tolist(),
+            }
+            for number, row in enumerate(rows)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+_token = partial(is_number, low=0, high=2**31 - 1, whole=True)
+
+
+def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
+    """Return the inputs of a request, each a text or its tokens.
+
+    Args:
+        given: as the request has it: one of them, or a list.
+        vocabulary: tokens that the model has; None: not known.
+
+    Raises:
+        ApiError: they are neither, there are none or too many, or one is empty.
+    """
+    alone = isinstance(given, str) or (isinstance(given, list) and all(map(_token, given)) and bool(given))
+    found: Any = [given] if alone else given
+    if not isinstance(found, list) or not all(
+        (isinstance(one, str) and bool(one.strip())) or (isinstance(one, list) and bool(one) and all(map(_token, one)))
+        for one in found
+    ):
+        message = (
+            "input: must be a text, a list of texts, a list of tokens, or a list of such lists, none of them empty"
+        )
+        raise ApiError(400, message, "invalid_value", "input")
+    if not 0 < len(found) <= MOST_TEXTS:
+        raise ApiError(400, f"input: {len(found)} inputs; send from 1 to {MOST_TEXTS}", "invalid_value", "input")
+    for one in found:
+        if not isinstance(one, str) and vocabulary is not None and max(one) >= vocabulary:
+            message = f"input: found the token {max(one)}; the model has {vocabulary} (send texts, or its own tokens)"
+            raise ApiError(400, message, "invalid_value", "input")
+    return found
+
+
+def rows_of(embedder: TextEmbedder, inputs: Sequence[str | list[int]], query: bool) -> list[np.ndarray]:
+    """Return the token ids of inputs in their order, at most as many as the model takes of a text."""
+    texts = [one for one in inputs if isinstance(one, str)]
+    encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, query) if texts else [])
+    most = embedder.form.max_length
+    return [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in inputs]

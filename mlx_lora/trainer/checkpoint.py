@@ -83,7 +83,10 @@ def send_first_ranks(strategy: Strategy, step: Step) -> bool:
         strategy, step: of this run.
     """
     arrays = run_arrays(step)
-    first = strategy.first_arrays(arrays, [name for name in arrays if name != "random"])  # each rank has its own
+    same = strategy.ranks.same_bits(
+        {name: array for name, array in arrays.items() if name != "random"}
+    )  # each has its own
+    first = None if same else strategy.ranks.arrays_from_first(arrays)
     if first is not None and not strategy.ranks.leads:
         restore_arrays(step, first)
     return first is not None

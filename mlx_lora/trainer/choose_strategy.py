@@ -69,7 +69,7 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
         raise InputError(
             f"--shard-base {loop.shard_base}: this run is a single process; start several with mlx.launch, or leave it out"
         )
-    from mlx_lora.parallel.divided_base import ShardedBase
+    from mlx_lora.parallel.sharded_base import ShardedBase
 
     return ShardedBase(ranks, loop.seed)
 

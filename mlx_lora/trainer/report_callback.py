@@ -41,7 +41,7 @@ from mlx_lora.reports.run_report import (
     keep_answers,
     read_answers,
 )
-from mlx_lora.rollouts.decode import TokenSteps, held_weights
+from mlx_lora.rollouts.generator import TokenSteps, held_weights
 from mlx_lora.trainer.adapter import first_qat_step
 from mlx_lora.trainer.evaluate import ROWS_FILE, RowsFile
 from mlx_lora.trainer.next_commands import Uses, closing_words

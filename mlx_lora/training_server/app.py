@@ -1,4 +1,18 @@
-"""Serve Tinker's protocol over HTTP: the routes, and what each does with sessions and the worker.
+"""Sessions of clients, with their models, samplers and futures.
+
+    session  a client that sends heartbeats; owns models and samplers, which are freed when it ends or falls silent
+    model    runs its requests in the order of their seq_id, whatever order they arrive in
+    sampler  weights to sample from: the base, a checkpoint, or a model's factors as they were saved
+    pending  a request's answer, now or later; asking for it waits a while and then says "try again"
+
+Ids hold a session's 128 random bits, so nobody finds another's by guessing; and a session only answers requests with the API key that
+began it. Everything here is used from the server's event loop alone.
+
+The protocol's lists: training runs, checkpoints, sessions and samplers; and the download of an adapter folder.
+
+A download's address has a random token, valid for an hour, instead of the API key, because the client fetches files without it.
+
+Serve Tinker's protocol over HTTP: the routes, and what each does with sessions and the worker.
 
     Guard (serving/guard.py) -> route -> read_request (protocol.py) -> Registry (sessions.py) -> Worker -> answer, by polling
 
@@ -10,10 +24,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import re
+import secrets
 import time
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
@@ -21,37 +44,588 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from tinker import types
 from tinker.types.try_again_response import TryAgainResponse
 
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from mlx_lora.serving.engine import Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server import protocol
-from mlx_lora.training_server.checkpoints import EXTERNAL, SAMPLER, WEIGHTS, Place
-from mlx_lora.training_server.models import TokenRequest, TrainedModel
-from mlx_lora.training_server.rest import FILES, RestRoutes, expiry
-from mlx_lora.training_server.sampler import SampleResult
-from mlx_lora.training_server.sessions import (
-    ModelRecord,
-    Payload,
-    Pending,
-    Registry,
-    SessionLimits,
-    failure_words,
-    owner_of,
-)
-from mlx_lora.training_server.worker import TokenJob, Worker, WorkerEnded
+from mlx_lora.training_server.checkpoints import EXTERNAL, KINDS, SAMPLER, WEIGHTS, Place, Stored
+from mlx_lora.training_server.models import AdamNumbers, LoraShape, TokenRequest, TrainedModel
+from mlx_lora.training_server.worker import SampleTicket, TokenJob, Worker
 from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_line
+
+# What a request's answer is: bytes of a protocol buffer, or a JSON object.
+Payload = bytes | dict[str, Any]
+# Seconds after which a request that waits for an earlier one, which never came, fails.
+GAP_S = 15.0
+# Seconds for which an answer that was fetched can be fetched again, in case it was lost on its way.
+KEPT_S = 120.0
+# Sessions that have ended, whose clients are told so.
+MOST_ENDED = 1000
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """Limits of what clients may hold.
+
+    Attributes:
+        sessions: at the same time.
+        models: of a session.
+        samplers: of a session.
+        waiting: requests of a session that have no answer yet.
+        silence_s: seconds without a sign of life after which a session ends.
+        poll_s: seconds that a question for an answer waits.
+    """
+
+    sessions: int = 16
+    models: int = 32
+    samplers: int = 10_000
+    waiting: int = 2048
+    silence_s: float = 120.0
+    poll_s: float = 20.0
+
+
+@dataclass(eq=False)
+class Pending:
+    """A request's answer.
+
+    Attributes:
+        request_id: of the request.
+        session: that it belongs to.
+        answer: set when it is there; an exception is a failed request.
+        ticket: of a request for samples, which can be canceled.
+        job: of any other, likewise until it runs.
+        fetched: time when the client got the answer, None before.
+    """
+
+    request_id: str
+    session: Session
+    answer: asyncio.Future[Payload]
+    ticket: SampleTicket | None = None
+    job: Future[Any] | None = None
+    fetched: float | None = None
+
+
+@dataclass(eq=False)
+class ModelRecord:
+    """A client's model.
+
+    Attributes:
+        id, session: its id, and whose it is.
+        metadata: that the client gave.
+        shape: known when the model exists.
+        next_seq: the number of the request that runs next.
+        held: requests that came early, by number: what begins them, and when they came.
+        last_request: UNIX time.
+    """
+
+    id: str
+    session: Session
+    metadata: dict[str, str] | None = None
+    shape: LoraShape | None = None
+    next_seq: int = 1
+    held: dict[int, tuple[Pending, Callable[[], None], float]] = field(default_factory=dict)
+    last_request: float = field(default_factory=time.time)
+    inflight: str | None = None  # the weights that its inflight samplers share
+
+
+@dataclass(frozen=True)
+class SamplerRecord:
+    """Weights to sample from: `weights` is their name, None for the base, and for inflight samplers the model that has them."""
+
+    id: str
+    session: Session
+    weights: str | None = None
+    path: str | None = None
+    inflight_of: ModelRecord | None = None
+
+    @property
+    def current(self) -> str | None:
+        """The name of the weights that a request uses now."""
+        return self.inflight_of.inflight if self.inflight_of is not None else self.weights
+
+
+@dataclass(eq=False)
+class Session:
+    """A client."""
+
+    id: str
+    owner: str
+    metadata: dict[str, str] | None
+    display_name: str | None
+    last_seen: float
+    models: dict[str, ModelRecord] = field(default_factory=dict)
+    samplers: dict[str, SamplerRecord] = field(default_factory=dict)
+    pending: dict[str, Pending] = field(default_factory=dict)
+    weights: list[str] = field(default_factory=list)
+    clones: int = 0
+
+
+def not_found(what: str, given: str) -> ApiError:
+    """Return the error for an id that this client has not."""
+    return ApiError(
+        404,
+        f"{what} {given[:120]!r}: unknown here; a server that was started again knows only checkpoints",
+        "not_found",
+    )
+
+
+class Registry:
+    """All sessions of a server."""
+
+    def __init__(self, worker: Worker, limits: SessionLimits):
+        """Begin without sessions.
+
+        Args:
+            worker: runs the requests.
+            limits: of what clients may hold.
+        """
+        self.worker, self.limits = worker, limits
+        self.sessions: dict[str, Session] = {}
+        self._ended: dict[str, str] = {}
+        self._of_session = len(uuid.uuid4().hex)
+
+    # --- sessions
+
+    def begin(self, owner: str, metadata: dict[str, str] | None, display_name: str | None) -> Session:
+        """Begin a session.
+
+        Raises:
+            ApiError: 429 if there are too many.
+        """
+        if len(self.sessions) >= self.limits.sessions:
+            message = f"{self.limits.sessions} sessions are open; close one, or raise --max-sessions"
+            raise ApiError(429, message, "too_many_sessions", retry_after_s=5)
+        session = Session(uuid.uuid4().hex, owner, metadata, display_name, time.monotonic())
+        self.sessions[session.id] = session
+        return session
+
+    def session(self, session_id: str, owner: str) -> Session:
+        """Return an open session of this client, which has shown a sign of life.
+
+        Raises:
+            ApiError: 404, or 410 if it has ended.
+        """
+        session = self.sessions.get(session_id)
+        if session is None or session.owner != owner:
+            if self._ended.get(session_id) == owner:
+                raise ApiError(410, "this session has ended; begin a new one and load a checkpoint", "session_ended")
+            raise not_found("session", session_id)
+        session.last_seen = time.monotonic()
+        return session
+
+    def session_of(self, one_id: str, owner: str) -> Session:
+        """Return the session that an id of a model, a sampler or a request belongs to.
+
+        Raises:
+            ApiError: as for `session`.
+        """
+        return self.session(one_id[: self._of_session], owner)
+
+    def end(self, session: Session) -> None:
+        """End a session and free what it holds."""
+        if self.sessions.pop(session.id, None) is None:
+            return
+        self._ended[session.id] = session.owner
+        while len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
+        for pending in session.pending.values():
+            if pending.ticket is not None:
+                pending.ticket.canceled = True
+            if pending.job is not None:
+                pending.job.cancel()
+            if not pending.answer.done():
+                pending.answer.set_exception(InputError("the session has ended"))
+                pending.answer.exception()  # read here, so that nobody has to
+        models, weights = list(session.models), list(session.weights)
+        with contextlib.suppress(Stopped):
+            # After the jobs of its models that are in their queues.
+            for number, model_id in enumerate(models or [""]):
+                own = weights if number == 0 else []
+                self.worker.do(model_id, lambda model_id=model_id, own=own: self.worker.forget([model_id], own))
+
+    # --- what a session holds
+
+    def model(self, model_id: str, owner: str) -> ModelRecord:
+        """Return a client's model.
+
+        Raises:
+            ApiError: 404 or 410.
+        """
+        record = self.session_of(model_id, owner).models.get(model_id)
+        if record is None:
+            raise not_found("model", model_id)
+        record.last_request = time.time()
+        return record
+
+    def add_sampler(self, session: Session, number: int, **what: Any) -> SamplerRecord:
+        """Note a new sampler; a number that is known gives the sampler that has it.
+
+        Raises:
+            ApiError: 403 if the session has too many.
+        """
+        sampler_id = f"{session.id}:sample:{number}"
+        if sampler_id in session.samplers:
+            return session.samplers[sampler_id]
+        if len(session.samplers) >= self.limits.samplers:
+            raise ApiError(
+                403, f"the session has {self.limits.samplers} samplers, which is the most", "too_many_samplers"
+            )
+        sampler = session.samplers[sampler_id] = SamplerRecord(sampler_id, session, **what)
+        return sampler
+
+    def sampler(self, sampler_id: str, owner: str) -> SamplerRecord:
+        """Return a client's sampler.
+
+        Raises:
+            ApiError: 404 or 410.
+        """
+        found = self.session_of(sampler_id, owner).samplers.get(sampler_id)
+        if found is None:
+            raise not_found("sampling session", sampler_id)
+        return found
+
+    # --- requests
+
+    def pending(self, session: Session, request_id: str) -> Pending:
+        """Note a request.
+
+        Raises:
+            ApiError: 429 if too many of the session wait.
+        """
+        if sum(not one.answer.done() for one in session.pending.values()) >= self.limits.waiting:
+            message = f"{self.limits.waiting} requests of this session wait; fetch some answers first"
+            raise ApiError(429, message, "too_many_requests", retry_after_s=1)
+        made = Pending(request_id, session, asyncio.get_running_loop().create_future())
+        session.pending[request_id] = made
+        return made
+
+    def submit(self, record: ModelRecord, seq: int | None, job: Callable[[], Payload]) -> Pending:
+        """Run a job of a model when its turn has come.
+
+        Args:
+            record: the model.
+            seq: the request's number, from 1; None: the next one. One that is known gives its request, as when a client repeats it.
+            job: runs in the worker's thread.
+
+        Raises:
+            ApiError: 410 if the request is over and its answer is gone.
+        """
+        seq = max([record.next_seq - 1, *record.held]) + 1 if seq is None else seq
+        request_id = f"{record.id}:{seq}"
+        if request_id in record.session.pending:
+            return record.session.pending[request_id]
+        if seq < record.next_seq:
+            raise ApiError(410, f"request {seq} of this model is over, and its answer is gone", "gone")
+        pending = self.pending(record.session, request_id)
+        record.held[seq] = pending, lambda: self.run(pending, record.id, job), time.monotonic()
+        while record.next_seq in record.held:
+            _, begin, _ = record.held.pop(record.next_seq)
+            record.next_seq += 1
+            begin()
+        return pending
+
+    def run(self, pending: Pending, key: str, job: Callable[[], Payload]) -> None:
+        """Run a job in the worker, and note its answer."""
+        try:
+            future = pending.job = self.worker.do(key, job)
+        except Stopped as error:
+            self.answer(pending, error)
+            return
+        loop = asyncio.get_running_loop()
+
+        def settle(done: Future[Payload]) -> None:
+            error = CancelledError() if done.cancelled() else done.exception()
+            loop.call_soon_threadsafe(self.answer, pending, done.result() if error is None else error)
+
+        future.add_done_callback(settle)
+
+    def answer(self, pending: Pending, outcome: Payload | BaseException) -> None:
+        """Note the answer of a request."""
+        if pending.answer.done():
+            return
+        if isinstance(outcome, BaseException):
+            pending.answer.set_exception(outcome)
+            pending.answer.exception()  # read here: a client may never ask
+        else:
+            pending.answer.set_result(outcome)
+
+    async def fetch(self, request_id: str, owner: str) -> Payload | None:
+        """Return the answer of a request, None if it is not there yet.
+
+        Raises:
+            ApiError: 404 or 410 if there is no such request.
+            Exception: the request failed; this is its error.
+        """
+        session = self.session_of(request_id, owner)
+        pending = session.pending.get(request_id)
+        if pending is None:
+            raise not_found("request", request_id)
+        try:
+            found = await asyncio.wait_for(asyncio.shield(pending.answer), self.limits.poll_s)
+        except TimeoutError:
+            # The answer may come just when the waiting ends; and the request may have failed with a TimeoutError of its own.
+            return pending.answer.result() if pending.answer.done() else None
+        finally:
+            if pending.answer.done():
+                pending.fetched = pending.fetched or time.monotonic()
+        return found
+
+    # --- from time to time
+
+    def sweep(self, now: float) -> list[str]:
+        """End silent sessions, fail requests whose predecessor never came, and drop answers that were fetched.
+
+        Args:
+            now: time.monotonic().
+
+        Returns:
+            The ids of the sessions that ended.
+        """
+        silent = [one for one in self.sessions.values() if now - one.last_seen > self.limits.silence_s]
+        for session in silent:
+            self.end(session)
+        for session in self.sessions.values():
+            old = [
+                key for key, one in session.pending.items() if one.fetched is not None and now - one.fetched > KEPT_S
+            ]
+            for key in old:
+                del session.pending[key]
+            for record in session.models.values():
+                if not record.held or now - min(since for _, _, since in record.held.values()) <= GAP_S:
+                    continue
+                why = f"request {record.next_seq} of this model did not arrive, so the ones after it cannot run"
+                for pending, _, _ in record.held.values():
+                    self.answer(pending, InputError(why))
+                record.next_seq = max(record.held) + 1
+                record.held.clear()
+        return [session.id for session in silent]
+
+
+# The protocol's lists
+
+FILES = "/files/"
+TOKEN_S = 3600.0
+MOST_TOKENS = 1000
+# The protocol's names of our kinds.
+TYPES: dict[str, Any] = dict(zip(KINDS, ("training", "sampler", "external"), strict=True))
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def _paged(request: Request, values: Sequence[Any]) -> tuple[Sequence[Any], types.Cursor]:
+    """Return the part of a list that is asked for, and the cursor that says which."""
+    asked = [request.query_params.get(name, default) for name, default in (("offset", "0"), ("limit", "20"))]
+    if not all(re.fullmatch(r"\d{1,9}", one) for one in asked):
+        raise ApiError(422, "limit and offset must be whole numbers", "invalid_request")
+    offset, limit = int(asked[0]), min(int(asked[1]), 1000)
+    return values[offset : offset + limit], types.Cursor(offset=offset, limit=limit, total_count=len(values))
+
+
+def expiry(ttl_seconds: int | None) -> float | None:
+    """Return when a checkpoint's time is over, UNIX time; None: never.
+
+    Raises:
+        ApiError: it is no time to live.
+    """
+    if ttl_seconds is None:
+        return None
+    if not 0 < ttl_seconds < 10**9:
+        raise ApiError(422, f"ttl_seconds {ttl_seconds}: must be positive, at most 10 years or so", "invalid_request")
+    return time.time() + ttl_seconds
+
+
+def described(stored: Stored) -> types.Checkpoint:
+    """Return a checkpoint as the protocol has it."""
+    place = stored.place
+    return types.Checkpoint(
+        checkpoint_id=f"{place.kind}/{place.name}",
+        checkpoint_type=TYPES[place.kind],
+        time=datetime.fromtimestamp(stored.created, UTC),
+        tinker_path=place.path,
+        size_bytes=stored.size_bytes,
+        user_metadata=stored.about.get("user_metadata"),
+        expires_at=None if stored.expires is None else datetime.fromtimestamp(stored.expires, UTC),
+    )
+
+
+class RestRoutes:
+    """The lists."""
+
+    def __init__(self, registry: Registry):
+        self._registry, self._worker = registry, registry.worker
+        self._tokens: dict[str, tuple[Path, float]] = {}
+
+    def routes(self, api: str) -> list[BaseRoute]:
+        """Return the routes below `api`, and those of files."""
+        run = f"{api}/training_runs/{{run}}"
+        one = f"{run}/checkpoints/{{kind}}/{{name}}"
+        rows: list[tuple[str, str, Handler]] = [
+            ("GET", f"{api}/training_runs", self.runs), ("GET", run, self.run), ("GET", f"{run}/checkpoints", self.checkpoints_of),
+            ("DELETE", one, self.delete), ("PUT", f"{one}/ttl", self.set_ttl), ("GET", f"{one}/external_weights_urls", self.urls),
+            ("GET", f"{api}/checkpoints", self.checkpoints), ("POST", f"{api}/weights_info", self.weights_info),
+            ("GET", f"{api}/sessions", self.sessions), ("GET", f"{api}/sessions/{{session}}", self.session),
+            ("GET", f"{api}/samplers/{{sampler}}", self.sampler), ("GET", f"{FILES}{{token}}/{{name}}", self.file),
+        ]  # fmt: skip
+        return [Route(path, handler, methods=[method]) for method, path, handler in rows]
+
+    # --- runs and checkpoints
+
+    async def runs(self, request: Request) -> Response:
+        """GET training_runs: those that live, and those that left checkpoints."""
+        stored = await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+        live = [record.id for session in self._own_sessions(request) for record in session.models.values()]
+        ids = list(dict.fromkeys([*reversed(live), *(one.place.run for one in stored)]))
+        part, cursor = _paged(request, ids)
+        runs = [self._run(request, run_id, stored) for run_id in part]
+        return reply(types.TrainingRunsResponse(training_runs=runs, cursor=cursor))
+
+    async def run(self, request: Request) -> Response:
+        """GET training_runs/RUN."""
+        return reply(
+            self._run(
+                request, request.path_params["run"], await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+            )
+        )
+
+    def _run(self, request: Request, run_id: str, stored: list[Stored]) -> types.TrainingRun:
+        own = [one for one in stored if one.place.run == run_id]
+        record = next((s.models[run_id] for s in self._own_sessions(request) if run_id in s.models), None)
+        if record is None and not own:
+            raise not_found("training run", run_id)
+        shape = record.shape if record is not None else own[0].shape
+        last = max([one.created for one in own] + ([record.last_request] if record is not None else []))
+
+        def newest(kind: str) -> types.Checkpoint | None:
+            return next((described(one) for one in own if TYPES[one.place.kind] == kind), None)
+
+        return types.TrainingRun(
+            training_run_id=run_id, base_model=self._worker.name if record is not None else own[0].base_model,
+            model_owner="local", is_lora=True, lora_rank=shape.rank if isinstance(shape, LoraShape) else None,
+            last_request_time=datetime.fromtimestamp(last, UTC), last_checkpoint=newest("training"),
+            last_sampler_checkpoint=newest("sampler"), user_metadata=record.metadata if record is not None else None,
+        )  # fmt: skip
+
+    async def checkpoints_of(self, request: Request) -> Response:
+        """GET training_runs/RUN/checkpoints."""
+        run_id = request.path_params["run"]
+        own = [
+            described(one)
+            for one in await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+            if one.place.run == run_id
+        ]
+        return reply(types.CheckpointsListResponse(checkpoints=own))
+
+    async def checkpoints(self, request: Request) -> Response:
+        """GET checkpoints: of all runs."""
+        part, cursor = _paged(request, await anyio.to_thread.run_sync(self._worker.checkpoints.listed))
+        return reply(types.CheckpointsListResponse(checkpoints=[described(one) for one in part], cursor=cursor))
+
+    async def weights_info(self, request: Request) -> Response:
+        """POST weights_info: what a client must know to load a checkpoint."""
+        asked = protocol.read_json(await request.body())
+        stored = await anyio.to_thread.run_sync(
+            self._worker.checkpoints.read, Place.parse(str(asked.get("tinker_path")))
+        )
+        shape = stored.shape
+        return reply(
+            types.WeightsInfoResponse(
+                base_model=stored.base_model,
+                is_lora=True,
+                lora_rank=shape.rank,
+                train_unembed=shape.unembed,
+                train_mlp=shape.mlp,
+                train_attn=shape.attention,
+            )
+        )
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE a checkpoint."""
+        await anyio.to_thread.run_sync(self._worker.checkpoints.delete, _place(request))
+        return JSONResponse({})
+
+    async def set_ttl(self, request: Request) -> Response:
+        """PUT a checkpoint's time to live."""
+        seconds = protocol.read_json(await request.body()).get("ttl_seconds")
+        if not isinstance(seconds, int | None) or isinstance(seconds, bool):
+            raise ApiError(422, "ttl_seconds: must be a whole number or null", "invalid_request")
+        await anyio.to_thread.run_sync(self._worker.checkpoints.set_expiry, _place(request), expiry(seconds))
+        return JSONResponse({})
+
+    # --- downloads
+
+    async def urls(self, request: Request) -> Response:
+        """GET the addresses of an adapter folder's files."""
+        place = _place(request)
+        if place.kind != EXTERNAL:
+            raise ApiError(422, "only checkpoints of save_weights_external can be downloaded", "invalid_request")
+        stored = await anyio.to_thread.run_sync(self._worker.checkpoints.read, place)
+        folder = await anyio.to_thread.run_sync(self._worker.checkpoints.checked, stored)
+        now, token = time.monotonic(), secrets.token_urlsafe(32)
+        self._tokens = {key: value for key, value in self._tokens.items() if value[1] > now}
+        while len(self._tokens) >= MOST_TOKENS:
+            del self._tokens[next(iter(self._tokens))]
+        self._tokens[token] = folder, now + TOKEN_S
+        start = f"{request.url.scheme}://{request.url.netloc}{FILES}{token}"
+        urls = {name: f"{start}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        return reply(
+            types.ExternalWeightsUrlsResponse(urls=urls, expires=datetime.now(UTC) + timedelta(seconds=TOKEN_S))
+        )
+
+    async def file(self, request: Request) -> Response:
+        """GET a file by its token."""
+        folder, until = self._tokens.get(request.path_params["token"], (None, 0.0))
+        name = request.path_params["name"]
+        if folder is None or until <= time.monotonic() or name not in (CONFIG_FILE, WEIGHTS_FILE):
+            raise ApiError(404, "no such file, or its hour is over; ask for its address again", "not_found")
+        return FileResponse(folder / name)
+
+    # --- sessions
+
+    async def sessions(self, request: Request) -> Response:
+        """GET sessions: this client's own."""
+        ids = [session.id for session in self._own_sessions(request)]
+        part, _ = _paged(request, ids[::-1])
+        return reply(types.ListSessionsResponse(sessions=list(part)))
+
+    async def session(self, request: Request) -> Response:
+        """GET sessions/ID."""
+        session = self._registry.session(request.path_params["session"], owner(request))
+        return reply(
+            types.GetSessionResponse(
+                training_run_ids=list(session.models),
+                sampler_ids=list(session.samplers),
+                user_metadata=session.metadata,
+                display_name=session.display_name,
+            )
+        )
+
+    async def sampler(self, request: Request) -> Response:
+        """GET samplers/ID."""
+        found = self._registry.sampler(request.path_params["sampler"], owner(request))
+        return reply(types.GetSamplerResponse(sampler_id=found.id, base_model=self._worker.name, model_path=found.path))
+
+    def _own_sessions(self, request: Request) -> list[Any]:
+        own = owner(request)
+        return [session for session in self._registry.sessions.values() if session.owner == own]
+
+
+def _place(request: Request) -> Place:
+    return Place.of(*(request.path_params[part] for part in ("run", "kind", "name")))
+
+
+# Serve Tinker's protocol over HTTP
 
 API = "/api/v1"
 PROTOBUF = "application/x-protobuf"
 # Bodies of this type instead of JSON; a page of another origin cannot send it without permission either.
 BINARY = (f"{API}/forward_backward",)
 SWEEP_S = 2.0
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(worker: Worker, guard: GuardLimits, limits: SessionLimits, most_tokens: int) -> Starlette:
@@ -82,11 +656,11 @@ def make_app(worker: Worker, guard: GuardLimits, limits: SessionLimits, most_tok
     async def as_json(request: Request, error: Any) -> Response:
         if isinstance(error, InputError):
             return error_response(ApiError(404 if "no such" in str(error) else 422, str(error), "invalid_request"))
-        if isinstance(error, WorkerEnded):
+        if isinstance(error, Stopped):
             return error_response(ApiError(503, str(error), "ending"))
         return error_response(error if isinstance(error, ApiError) else not_here(request, error))
 
-    handlers = dict.fromkeys((ApiError, HTTPException, InputError, WorkerEnded), as_json)
+    handlers = dict.fromkeys((ApiError, HTTPException, InputError, Stopped), as_json)
     routes = [Route("/health", health), Route(f"{API}/healthz", health), *training.routes(), *rest.routes(API)]
     return Starlette(
         routes=routes,
@@ -120,7 +694,7 @@ def reply(message: Any) -> JSONResponse:
 
 def owner(request: Request) -> str:
     """Return whose request it is."""
-    return owner_of(request.headers.get("x-api-key", ""))
+    return hashlib.sha256((request.headers.get("x-api-key", "")).encode()).hexdigest()
 
 
 class TrainingRoutes:
@@ -128,85 +702,101 @@ class TrainingRoutes:
 
     def __init__(self, registry: Registry, guard: GuardLimits, most_tokens: int):
         self._registry, self._worker, self._guard = registry, registry.worker, guard
-        ends = frozenset(self._worker.base.tokenizer.eos_token_ids)
-        self._sample_limits = protocol.SampleLimits(self._worker.limits, most_tokens, ends)
+        self._most_tokens, self._ends = most_tokens, frozenset(self._worker.base.tokenizer.eos_token_ids)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
-        posts: dict[str, Handler] = {
-            "client/config": self.client_config, "client/dynamic_config": self.dynamic_config, "telemetry": self.telemetry,
-            "create_session": self.create_session, "session_heartbeat": self.heartbeat, "create_model": self.create_model,
-            "get_info": self.get_info, "forward_backward": self.forward_backward, "optim_step": self.optim_step,
-            "save_weights": self.save_weights, "save_weights_for_sampler": self.save_for_sampler,
-            "save_weights_external": self.save_external, "load_weights": self.load_weights,
-            "create_sampling_session": self.create_sampler, "join_sampling_session": self.join_sampler, "asample": self.sample,
-            "retrieve_future": self.retrieve, "cancel_future": self.cancel, "sessions/{session}/finish": self.finish,
-        }  # fmt: skip
-        return [
-            Route(f"{API}/get_server_capabilities", self.capabilities),
-            *(Route(f"{API}/{path}", self._in_turn(handler), methods=["POST"]) for path, handler in posts.items()),
+        posts: dict[str, tuple[Any, Callable[[Any, str], Any]]] = {
+            "client/config": (types.ClientConfigRequest, self.client_config),
+            "create_session": (types.CreateSessionRequest, self.create_session),
+            "session_heartbeat": (types.SessionHeartbeatRequest, self.heartbeat),
+            "create_model": (types.CreateModelRequest, self.create_model),
+            "load_weights": (types.LoadWeightsRequest, self.load_weights),
+            "create_sampling_session": (types.CreateSamplingSessionRequest, self.create_sampler),
+            "join_sampling_session": (types.JoinSamplingSessionRequest, self.join_sampler),
+            "asample": (types.SampleRequest, self.sample),
+            "retrieve_future": (types.FutureRetrieveRequest, self.retrieve),
+            "cancel_future": (types.FutureRetrieveRequest, self.cancel),
+        }
+        of_model: dict[str, tuple[Any, Callable[[Any, ModelRecord], Any]]] = {
+            "get_info": (types.GetInfoRequest, self.get_info),
+            "forward_backward": (None, self.forward_backward),
+            "optim_step": (types.OptimStepRequest, self.optim_step),
+            "save_weights": (types.SaveWeightsRequest, self.save_weights),
+            "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, self.save_for_sampler),
+            "save_weights_external": (types.SaveWeightsExternalRequest, self.save_external),
+        }
+        context = self._worker.limits.context
+        model = types.SupportedModel(
+            model_name=self._worker.name, max_context_length=context, trainable=True, sampleable=True
+        )
+        settled = {
+            "GET get_server_capabilities": types.GetServerCapabilitiesResponse(supported_models=[model]),
+            "POST client/dynamic_config": types.ClientDynamicConfigResponse(sample_cancel_enabled=True),
+            "POST telemetry": types.TelemetryResponse(status="accepted"),  # and not read
+        }
+        rows = [(path, kind, handler, False) for path, (kind, handler) in posts.items()]
+        rows += [(path, kind, handler, True) for path, (kind, handler) in of_model.items()]
+        routes: list[BaseRoute] = [
+            Route(f"{API}/{path}", self._endpoint(kind, handler, by_model), methods=["POST"])
+            for path, kind, handler, by_model in rows
         ]
+        for name, answer in settled.items():
+            method, path = name.split()
+            routes.append(Route(f"{API}/{path}", partial(_always, answer), methods=[method]))
+        return [*routes, Route(f"{API}/sessions/{{session}}/finish", self.finish, methods=["POST"])]
 
-    def _in_turn(self, handler: Handler) -> Handler:
-        """Count a request that is refused, too: its client has numbered it, and its model waits for the number."""
+    def _endpoint(self, kind: Any, handler: Callable[[Any, Any], Any], by_model: bool) -> Handler:
+        """Return a route's function, which reads the request and answers with a message of the protocol.
+
+        A request that is refused is counted, too: its client has numbered it, and its model waits for the number.
+
+        Args:
+            kind: of the request; None: a protocol buffer for a loss.
+            handler: takes the request, and its owner or the model that it is of.
+            by_model: which of the two.
+        """
 
         async def handle(request: Request) -> Response:
+            own, body = owner(request), await request.body()
             try:
-                return await handler(request)
+                asked = protocol.read_train_request(body) if kind is None else protocol.read_request(kind, body)
+                found = await handler(asked, self._registry.model(asked.model_id, own) if by_model else own)
+                return found if isinstance(found, Response) else reply(found)
             except (ApiError, InputError) as error:
                 words = {"error": str(error), "category": types.RequestErrorCategory.User.value}
                 # The same error comes again if the body is not JSON, the model is unknown, or the client has to try again.
                 with contextlib.suppress(ApiError):
-                    asked = protocol.read_json(await request.body())
-                    if isinstance(asked.get("seq_id"), int) and isinstance(asked.get("model_id"), str):
-                        record = self._registry.model(asked["model_id"], owner(request))
-                        self._registry.submit(record, asked["seq_id"], lambda: words)
+                    sent = protocol.read_json(body)
+                    if isinstance(sent.get("seq_id"), int) and isinstance(sent.get("model_id"), str):
+                        self._registry.submit(
+                            self._registry.model(sent["model_id"], own), sent["seq_id"], lambda: words
+                        )
                 raise
 
         return handle
 
     # --- the server and its sessions
 
-    async def capabilities(self, request: Request) -> Response:
-        """GET get_server_capabilities: the one model."""
-        context = self._worker.limits.context
-        model = types.SupportedModel(
-            model_name=self._worker.name, max_context_length=context, trainable=True, sampleable=True
-        )
-        return reply(types.GetServerCapabilitiesResponse(supported_models=[model]))
-
-    async def client_config(self, request: Request) -> Response:
+    async def client_config(self, asked: types.ClientConfigRequest, own: str) -> Any:
         """POST client/config: what the client must know of this server, such as the size of a request's body."""
-        protocol.read_request(types.ClientConfigRequest, await request.body())
-        return reply(
-            types.ClientConfigResponse(
-                parallel_fwdbwd_chunks=True,
-                fwdbwd_max_chunk_bytes_count=max(1, self._guard.max_body_bytes // 2),
-                sample_max_concurrent_requests=64,
-                use_pyqwest_transport=False,
-            )
+        return types.ClientConfigResponse(
+            parallel_fwdbwd_chunks=True,
+            fwdbwd_max_chunk_bytes_count=max(1, self._guard.max_body_bytes // 2),
+            sample_max_concurrent_requests=64,
+            use_pyqwest_transport=False,
         )
 
-    async def dynamic_config(self, request: Request) -> Response:
-        """POST client/dynamic_config."""
-        return reply(types.ClientDynamicConfigResponse(sample_cancel_enabled=True))
-
-    async def telemetry(self, request: Request) -> Response:
-        """POST telemetry: accepted, and not read."""
-        return reply(types.TelemetryResponse(status="accepted"))
-
-    async def create_session(self, request: Request) -> Response:
+    async def create_session(self, asked: types.CreateSessionRequest, own: str) -> Any:
         """POST create_session."""
-        asked = protocol.read_request(types.CreateSessionRequest, await request.body())
         metadata = protocol.words_of(asked.user_metadata)
-        session = self._registry.begin(owner(request), metadata, (asked.display_name or "")[:200] or None)
-        return reply(types.CreateSessionResponse(session_id=session.id))
+        session = self._registry.begin(own, metadata, (asked.display_name or "")[:200] or None)
+        return types.CreateSessionResponse(session_id=session.id)
 
-    async def heartbeat(self, request: Request) -> Response:
+    async def heartbeat(self, asked: types.SessionHeartbeatRequest, own: str) -> Any:
         """POST session_heartbeat."""
-        asked = protocol.read_request(types.SessionHeartbeatRequest, await request.body())
-        self._registry.session(asked.session_id, owner(request))
-        return reply(types.SessionHeartbeatResponse())
+        self._registry.session(asked.session_id, own)
+        return types.SessionHeartbeatResponse()
 
     async def finish(self, request: Request) -> Response:
         """POST sessions/ID/finish."""
@@ -215,156 +805,74 @@ class TrainingRoutes:
 
     # --- models
 
-    async def create_model(self, request: Request) -> Response:
+    async def create_model(self, asked: types.CreateModelRequest, own: str) -> Any:
         """POST create_model."""
-        asked = protocol.read_request(types.CreateModelRequest, await request.body())
-        session = self._registry.session(asked.session_id, owner(request))
-        self._check_base(asked.base_model)
-        protocol.check_optimizer(asked.optimizer_config)
         shape = protocol.lora_shape(asked.lora_config)
-        request_id = f"{session.id}:create:{asked.model_seq_id}"
-        if request_id in session.pending:
-            return self._promise(session.pending[request_id])
-        record = self._registry.add_model(session, asked.model_seq_id, protocol.words_of(asked.user_metadata))
 
-        def create() -> Payload:
+        def create(record: ModelRecord) -> Any:
             record.shape = self._worker.create(record.id, shape).shape
-            return types.CreateModelResponse(model_id=record.id).model_dump(mode="json")
+            return types.CreateModelResponse(model_id=record.id)
 
-        return self._promise(self._made(record, request_id, create))
+        return self._made(asked, own, "create", create)
 
-    async def get_info(self, request: Request) -> Response:
-        """POST get_info."""
-        asked = protocol.read_request(types.GetInfoRequest, await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-        name = self._worker.name
-        # The tokenizer's id is where the client finds it: a folder of this machine, which only clients on it may see.
-        base = self._worker.base
-        tokenizer = str(base.folder.resolve()) if self._guard.local and not base.revision else base.model_id
-        data = types.ModelData(arch=base.config.get("model_type"), model_name=name, tokenizer_id=tokenizer)
-        rank = record.shape.rank if record.shape else None
-        return reply(
-            types.GetInfoResponse(model_data=data, model_id=record.id, is_lora=True, lora_rank=rank, model_name=name)
-        )
-
-    async def forward_backward(self, request: Request) -> Response:
-        """POST forward_backward, with and without the gradient."""
-        asked = protocol.read_train_request(await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-
-        def prepare(model: TrainedModel) -> TokenRequest:
-            return model.prepare(asked.examples(), asked.loss, asked.config, asked.backward)
-
-        job = TokenJob(lambda: self._model(record), prepare, protocol.output_bytes)
-        return self._promise(self._registry.submit(record, asked.seq or None, job))
-
-    async def optim_step(self, request: Request) -> Response:
-        """POST optim_step."""
-        asked = protocol.read_request(types.OptimStepRequest, await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-
-        def step(model: TrainedModel) -> Payload:
-            metrics = model.optim_step(protocol.adam_numbers(asked.optim_params))
-            return types.OptimStepResponse(metrics=metrics).model_dump(mode="json")
-
-        return self._promise(self._submit(record, asked.seq_id, step))
-
-    async def save_weights(self, request: Request) -> Response:
-        """POST save_weights: a checkpoint from which training goes on."""
-        asked = protocol.read_request(types.SaveWeightsRequest, await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-        about = {"user_metadata": protocol.words_of(asked.user_metadata), "expires": expiry(asked.ttl_seconds)}
-
-        def save(model: TrainedModel) -> Payload:
-            place = Place.of(record.id, WEIGHTS, asked.path or f"step-{model.taken:06d}")
-            stored = self._worker.checkpoints.save(model, place, about, asked.overwrite)
-            return types.SaveWeightsResponse(path=stored.place.path).model_dump(mode="json")
-
-        return self._promise(self._submit(record, asked.seq_id, save))
-
-    async def save_external(self, request: Request) -> Response:
-        """POST save_weights_external: an adapter folder for download."""
-        asked = protocol.read_request(types.SaveWeightsExternalRequest, await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-        about = {"expires": expiry(asked.ttl_seconds)}
-
-        def save(model: TrainedModel) -> Payload:
-            if asked.age_encryption_recipients:
-                raise InputError("age_encryption_recipients: files are not encrypted here; leave it out")
-            stored = self._worker.checkpoints.save(model, Place.of(record.id, EXTERNAL, asked.path), about)
-            answer = types.SaveWeightsExternalResponseInternal(path=stored.place.path, size_bytes=stored.size_bytes)
-            return answer.model_dump(mode="json")
-
-        return self._promise(self._submit(record, asked.seq_id, save))
-
-    async def save_for_sampler(self, request: Request) -> Response:
-        """POST save_weights_for_sampler: a checkpoint under a name, or a sampler of the weights as they are now."""
-        asked = protocol.read_request(types.SaveWeightsForSamplerRequest, await request.body())
-        record = self._registry.model(asked.model_id, owner(request))
-        about = {"user_metadata": protocol.words_of(asked.user_metadata), "expires": expiry(asked.ttl_seconds)}
-        number = asked.sampling_session_seq_id
-        weights = f"{record.id}:{asked.seq_id}:{number}"
-        loop = asyncio.get_running_loop()
-
-        def save(model: TrainedModel) -> Payload:
-            path = sampler_id = None
-            if asked.path is not None:
-                place = Place.of(record.id, SAMPLER, asked.path)
-                path = self._worker.checkpoints.save(model, place, about).place.path
-            elif number is None:
-                raise InputError("save_weights_for_sampler: give a name, or a sampling_session_seq_id")
-            else:
-                self._worker.keep_weights(weights, model)
-                made = asyncio.run_coroutine_threadsafe(self._sampler_of(record, number, weights, asked.kind), loop)
-                sampler_id = made.result(timeout=10)
-            answer = types.SaveWeightsForSamplerResponseInternal(path=path, sampling_session_id=sampler_id)
-            return answer.model_dump(mode="json")
-
-        return self._promise(self._submit(record, asked.seq_id, save))
-
-    async def _sampler_of(self, record: ModelRecord, number: int, weights: str, kind: str) -> str:
-        """Note a sampler of weights that were just kept."""
-        record.session.weights.append(weights)
-        if kind != "inflight":
-            return self._registry.add_sampler(record.session, number, weights=weights).id
-        before, record.inflight = record.inflight, weights
-        if before is not None:
-            record.session.weights.remove(before)
-            self._worker.do(record.id, lambda: self._worker.weights.drop(before))
-        return self._registry.add_sampler(record.session, number, inflight_of=record).id
-
-    async def load_weights(self, request: Request) -> Response:
+    async def load_weights(self, asked: types.LoadWeightsRequest, own: str) -> Any:
         """POST load_weights: into a model, or as a new one."""
-        asked = protocol.read_request(types.LoadWeightsRequest, await request.body())
         checkpoints, worker = self._worker.checkpoints, self._worker
-
-        def answer(record: ModelRecord) -> Payload:
-            return types.LoadWeightsResponse(path=asked.path, model_id=record.id).model_dump(mode="json")
-
         if asked.session_id is None or asked.model_seq_id is None:
-            record = self._registry.model(asked.model_id or "", owner(request))
+            record = self._registry.model(asked.model_id or "", own)
 
-            def load(model: TrainedModel) -> Payload:
+            def load(model: TrainedModel) -> Any:
                 stored = checkpoints.read(Place.parse(asked.path))
                 model.restore(worker.checked_arrays(stored), stored.taken, asked.optimizer)
-                return answer(record)
+                return types.LoadWeightsResponse(path=asked.path, model_id=record.id)
 
-            return self._promise(self._submit(record, asked.seq_id, load))
-        session = self._registry.session(asked.session_id, owner(request))
-        if asked.base_model is not None:
-            self._check_base(asked.base_model)
-        protocol.check_optimizer(asked.optimizer_config)
-        request_id = f"{session.id}:load:{asked.model_seq_id}"
-        if request_id in session.pending:
-            return self._promise(session.pending[request_id])
-        record = self._registry.add_model(session, asked.model_seq_id, protocol.words_of(asked.user_metadata))
+            return self._submit(record, asked.seq_id, load)
 
-        def create() -> Payload:
+        def create(record: ModelRecord) -> Any:
             stored = checkpoints.read(Place.parse(asked.path))
             record.shape = worker.create_from(record.id, stored, asked.optimizer).shape
-            return answer(record)
+            return types.LoadWeightsResponse(path=asked.path, model_id=record.id)
 
-        return self._promise(self._made(record, request_id, create))
+        return self._made(asked, own, "load", create)
+
+    def _made(self, asked: Any, own: str, what: str, create: Callable[[ModelRecord], Any]) -> Any:
+        """Begin a new model, and forget it if that fails.
+
+        Args:
+            asked: the request.
+            own: its owner.
+            what: the request's name in its id.
+            create: makes the model, in the worker's thread, and returns the answer.
+        """
+        session = self._registry.session(asked.session_id, own)
+        if asked.base_model is not None:
+            self._check_base(asked.base_model)
+        if asked.optimizer_config is not None and asked.optimizer_config.type != "adamw":
+            kind = asked.optimizer_config.type[:40]
+            raise InputError(f"optimizer_config: {kind!r}; this server has Adam alone, so leave it out")
+        request_id = f"{session.id}:{what}:{asked.model_seq_id}"
+        if request_id in session.pending:
+            return promise(session.pending[request_id])
+        model_id = f"{session.id}:train:{asked.model_seq_id}"
+        if not 0 <= asked.model_seq_id < 10**6 or model_id in session.models:
+            raise ApiError(409, f"model_seq_id {asked.model_seq_id}: is taken or out of range", "model_exists")
+        if len(session.models) >= self._registry.limits.models:
+            raise ApiError(
+                403,
+                f"the session has {self._registry.limits.models} models, which is the most; begin another",
+                "too_many_models",
+            )
+        model = session.models[model_id] = ModelRecord(model_id, session, protocol.words_of(asked.user_metadata))
+        record = model
+        pending = self._registry.pending(session, request_id)
+
+        def settle(answer: asyncio.Future[Payload]) -> None:
+            if answer.cancelled() or answer.exception() is not None:
+                session.models.pop(record.id, None)
+
+        pending.answer.add_done_callback(settle)
+        self._registry.run(pending, record.id, lambda: create(record).model_dump(mode="json"))
+        return promise(pending)
 
     def _check_base(self, name: str) -> None:
         """Refuse another base than this server's.
@@ -378,22 +886,98 @@ class TrainingRoutes:
             )
             raise ApiError(404, message, "model_not_found")
 
-    def _made(self, record: ModelRecord, request_id: str, create: Callable[[], Payload]) -> Pending:
-        """Run what makes a model, and forget the model if that fails."""
-        pending = self._registry.pending(record.session, request_id)
+    async def get_info(self, asked: types.GetInfoRequest, record: ModelRecord) -> Any:
+        """POST get_info."""
+        name, base = self._worker.name, self._worker.base
+        # The tokenizer's id is where the client finds it: a folder of this machine, which only clients on it may see.
+        tokenizer = str(base.folder.resolve()) if self._guard.local and not base.revision else base.model_id
+        data = types.ModelData(arch=base.config.get("model_type"), model_name=name, tokenizer_id=tokenizer)
+        rank = record.shape.rank if record.shape else None
+        return types.GetInfoResponse(model_data=data, model_id=record.id, is_lora=True, lora_rank=rank, model_name=name)
 
-        def settle(answer: asyncio.Future[Payload]) -> None:
-            if answer.cancelled() or answer.exception() is not None:
-                record.session.models.pop(record.id, None)
+    async def forward_backward(self, asked: protocol.TrainRequest, record: ModelRecord) -> Any:
+        """POST forward_backward, with and without the gradient."""
 
-        pending.answer.add_done_callback(settle)
-        self._registry.run(pending, record.id, create)
-        return pending
+        def prepare(model: TrainedModel) -> TokenRequest:
+            return model.prepare(asked.examples(), asked.loss, asked.config, asked.backward)
 
-    def _submit(self, record: ModelRecord, seq: int | None, job: Callable[[TrainedModel], Payload]) -> Pending:
-        """Run a job of a model in its turn."""
+        job = TokenJob(lambda: self._model(record), prepare, protocol.output_bytes)
+        return promise(self._registry.submit(record, asked.seq or None, job))
 
-        return self._registry.submit(record, seq, lambda: job(self._model(record)))
+    async def optim_step(self, asked: types.OptimStepRequest, record: ModelRecord) -> Any:
+        """POST optim_step."""
+
+        def step(model: TrainedModel) -> Any:
+            params = asked.optim_params
+            if not isinstance(params, types.AdamParams):
+                kind = type(params).__name__
+                raise InputError(f"optim_step: {kind}; this server has Adam alone, so pass AdamParams")
+            numbers = AdamNumbers(
+                params.learning_rate, params.beta1, params.beta2, params.eps, params.weight_decay, params.grad_clip_norm
+            )
+            return types.OptimStepResponse(metrics=model.optim_step(numbers))
+
+        return self._submit(record, asked.seq_id, step)
+
+    async def save_weights(self, asked: types.SaveWeightsRequest, record: ModelRecord) -> Any:
+        """POST save_weights: a checkpoint from which training goes on."""
+        about = {"user_metadata": protocol.words_of(asked.user_metadata), "expires": expiry(asked.ttl_seconds)}
+
+        def save(model: TrainedModel) -> Any:
+            place = Place.of(record.id, WEIGHTS, asked.path or f"step-{model.taken:06d}")
+            stored = self._worker.checkpoints.save(model, place, about, asked.overwrite)
+            return types.SaveWeightsResponse(path=stored.place.path)
+
+        return self._submit(record, asked.seq_id, save)
+
+    async def save_external(self, asked: types.SaveWeightsExternalRequest, record: ModelRecord) -> Any:
+        """POST save_weights_external: an adapter folder for download."""
+        about = {"expires": expiry(asked.ttl_seconds)}
+
+        def save(model: TrainedModel) -> Any:
+            if asked.age_encryption_recipients:
+                raise InputError("age_encryption_recipients: files are not encrypted here; leave it out")
+            stored = self._worker.checkpoints.save(model, Place.of(record.id, EXTERNAL, asked.path), about)
+            return types.SaveWeightsExternalResponseInternal(path=stored.place.path, size_bytes=stored.size_bytes)
+
+        return self._submit(record, asked.seq_id, save)
+
+    async def save_for_sampler(self, asked: types.SaveWeightsForSamplerRequest, record: ModelRecord) -> Any:
+        """POST save_weights_for_sampler: a checkpoint under a name, or a sampler of the weights as they are now."""
+        about = {"user_metadata": protocol.words_of(asked.user_metadata), "expires": expiry(asked.ttl_seconds)}
+        number = asked.sampling_session_seq_id
+        weights = f"{record.id}:{asked.seq_id}:{number}"
+        loop = asyncio.get_running_loop()
+
+        def save(model: TrainedModel) -> Any:
+            path = sampler_id = None
+            if asked.path is not None:
+                place = Place.of(record.id, SAMPLER, asked.path)
+                path = self._worker.checkpoints.save(model, place, about).place.path
+            elif number is None:
+                raise InputError("save_weights_for_sampler: give a name, or a sampling_session_seq_id")
+            else:
+                self._worker.weights.put(weights, model.sampling_factors(self._worker.dtype))
+                made = asyncio.run_coroutine_threadsafe(self._sampler_of(record, number, weights, asked.kind), loop)
+                sampler_id = made.result(timeout=10)
+            return types.SaveWeightsForSamplerResponseInternal(path=path, sampling_session_id=sampler_id)
+
+        return self._submit(record, asked.seq_id, save)
+
+    async def _sampler_of(self, record: ModelRecord, number: int, weights: str, kind: str) -> str:
+        """Note a sampler of weights that were just kept."""
+        record.session.weights.append(weights)
+        if kind != "inflight":
+            return self._registry.add_sampler(record.session, number, weights=weights).id
+        before, record.inflight = record.inflight, weights
+        if before is not None:
+            record.session.weights.remove(before)
+            self._worker.do(record.id, lambda: self._worker.weights.drop(before))
+        return self._registry.add_sampler(record.session, number, inflight_of=record).id
+
+    def _submit(self, record: ModelRecord, seq: int | None, job: Callable[[TrainedModel], Any]) -> Any:
+        """Run a job of a model in its turn; it returns a message."""
+        return promise(self._registry.submit(record, seq, lambda: job(self._model(record)).model_dump(mode="json")))
 
     def _model(self, record: ModelRecord) -> TrainedModel:
         """Return a client's model; called in the worker's thread.
@@ -408,10 +992,9 @@ class TrainingRoutes:
 
     # --- samples
 
-    async def create_sampler(self, request: Request) -> Response:
+    async def create_sampler(self, asked: types.CreateSamplingSessionRequest, own: str) -> Any:
         """POST create_sampling_session: of the base, or of a checkpoint."""
-        asked = protocol.read_request(types.CreateSamplingSessionRequest, await request.body())
-        session = self._registry.session(asked.session_id, owner(request))
+        session = self._registry.session(asked.session_id, own)
         if asked.base_model is not None:
             self._check_base(asked.base_model)
         what: dict[str, Any] = {}
@@ -422,29 +1005,27 @@ class TrainingRoutes:
             session.weights.append(weights)
             what = {"weights": weights, "path": stored.place.path}
         sampler = self._registry.add_sampler(session, asked.sampling_session_seq_id, **what)
-        return reply(types.CreateSamplingSessionResponse(sampling_session_id=sampler.id))
+        return types.CreateSamplingSessionResponse(sampling_session_id=sampler.id)
 
-    async def join_sampler(self, request: Request) -> Response:
+    async def join_sampler(self, asked: types.JoinSamplingSessionRequest, own: str) -> Any:
         """POST join_sampling_session: another process of a client samples, too."""
-        asked = protocol.read_request(types.JoinSamplingSessionRequest, await request.body())
-        session = self._registry.sampler(asked.sampling_session_id, owner(request)).session
+        session = self._registry.sampler(asked.sampling_session_id, own).session
         session.clones += 1
-        return reply(types.JoinSamplingSessionResponse(client_counter=session.clones))
+        return types.JoinSamplingSessionResponse(client_counter=session.clones)
 
-    async def sample(self, request: Request) -> Response:
+    async def sample(self, asked: types.SampleRequest, own: str) -> Any:
         """POST asample."""
-        asked = protocol.read_request(types.SampleRequest, await request.body())
         if asked.sampling_session_id is None or asked.seq_id is None:
             raise ApiError(422, "asample: give sampling_session_id and seq_id", "invalid_request")
-        sampler = self._registry.sampler(asked.sampling_session_id, owner(request))
+        sampler = self._registry.sampler(asked.sampling_session_id, own)
         request_id = f"{sampler.id}:{asked.seq_id}"
         ids = [f"{request_id}:{number}" for number in range(max(0, min(asked.num_samples, protocol.MOST_SAMPLES)))]
         known = sampler.session.pending.get(request_id)
         if known is not None:
-            return self._promise(known, ids)
+            return promise(known, ids)
         pending, loop = self._registry.pending(sampler.session, request_id), asyncio.get_running_loop()
 
-        def done(outcome: SampleResult | Exception) -> None:
+        def done(outcome: SampleTicket | Exception) -> None:
             found = (
                 outcome
                 if isinstance(outcome, Exception)
@@ -453,40 +1034,44 @@ class TrainingRoutes:
             loop.call_soon_threadsafe(self._registry.answer, pending, found)
 
         try:
-            ask = protocol.read_ask(asked, sampler.current, self._sample_limits)
+            ask = protocol.read_ask(asked, sampler.current, self._worker.limits, self._most_tokens, self._ends)
             pending.ticket = self._worker.sample(ask, done)
-        except (InputError, WorkerEnded) as error:
+        except (InputError, Stopped) as error:
             self._registry.answer(pending, error)
-        return self._promise(pending, ids)
+        return promise(pending, ids)
 
-    async def cancel(self, request: Request) -> Response:
+    async def cancel(self, asked: types.FutureRetrieveRequest, own: str) -> Response:
         """POST cancel_future: samples are no longer wanted."""
-        asked = protocol.read_request(types.FutureRetrieveRequest, await request.body())
-        pending = self._registry.session_of(asked.request_id, owner(request)).pending.get(asked.request_id)
+        pending = self._registry.session_of(asked.request_id, own).pending.get(asked.request_id)
         if pending is not None and pending.ticket is not None:
             pending.ticket.canceled = True
         return JSONResponse({})
 
     # --- answers
 
-    def _promise(self, pending: Pending, sequence_ids: list[str] | None = None) -> Response:
-        """Return the id by which the client asks for the answer."""
-        return reply(types.UntypedAPIFuture(request_id=pending.request_id, sample_sequence_ids=sequence_ids))
-
-    async def retrieve(self, request: Request) -> Response:
+    async def retrieve(self, asked: types.FutureRetrieveRequest, own: str) -> Any:
         """POST retrieve_future: the answer, a failure, or "try again" after a while."""
-        asked = protocol.read_request(types.FutureRetrieveRequest, await request.body())
         try:
-            found = await self._registry.fetch(asked.request_id, owner(request))
+            found = await self._registry.fetch(asked.request_id, own)
         except ApiError:
             raise
         except Exception as error:
-            words, own = failure_words(error)
-            category = types.RequestErrorCategory.User if own else types.RequestErrorCategory.Server
-            return JSONResponse({"error": words, "category": category.value})
+            mine = isinstance(error, InputError)
+            category = types.RequestErrorCategory.User if mine else types.RequestErrorCategory.Server
+            return JSONResponse({"error": str(error) if mine else first_line(error), "category": category.value})
         if found is None:
-            return reply(TryAgainResponse(request_id=asked.request_id, queue_state="active"))
+            return TryAgainResponse(request_id=asked.request_id, queue_state="active")
         return Response(found, media_type=PROTOBUF) if isinstance(found, bytes) else JSONResponse(found)
+
+
+def promise(pending: Pending, sequence_ids: list[str] | None = None) -> Any:
+    """Return the id by which the client asks for the answer."""
+    return types.UntypedAPIFuture(request_id=pending.request_id, sample_sequence_ids=sequence_ids)
+
+
+async def _always(message: Any, request: Request) -> Response:
+    """Return a message that is the same for every request."""
+    return reply(message)
 
 
 __all__ = ["API", "BINARY", "FILES", "make_app"]

@@ -19,7 +19,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +100,7 @@ class Stored:
         sums: checksums by file name.
         about: time, expiry and metadata.
         size_bytes: of its files.
+        created, expires: UNIX times, None for never.
     """
 
     place: Place
@@ -111,16 +111,8 @@ class Stored:
     sums: dict[str, str]
     about: dict[str, Any]
     size_bytes: int
-
-    @property
-    def created(self) -> float:
-        """UNIX time."""
-        return float(self.about.get("created", 0.0))
-
-    @property
-    def expires(self) -> float | None:
-        """UNIX time, None for never."""
-        return self.about.get("expires")
+    created: float
+    expires: float | None
 
 
 class CheckpointFolder:
@@ -184,8 +176,9 @@ class CheckpointFolder:
             shape, taken = LoraShape(**state["shape"]), int(state["taken"])
             sums = {str(key): str(value) for key, value in state["sha256"].items()}
             base_model, fingerprint = str(state["base_model"]), str(state["base_fingerprint"])
-            expires, words = about.get("expires"), about.get("user_metadata") or {}
-            for moment in (about.get("created", 0.0), 0.0 if expires is None else expires):
+            created, expires = float(about.get("created", 0.0)), about.get("expires")
+            words = about.get("user_metadata") or {}
+            for moment in (created, 0.0 if expires is None else expires):
                 datetime.fromtimestamp(moment, UTC)
             kinds = [type(value) for value in (*asdict(shape).values(), *words.values())]
             if state["version"] != VERSION or kinds != [int, int, bool, bool, bool] + [str] * len(words):
@@ -195,7 +188,7 @@ class CheckpointFolder:
                 f"{place.path}: its {STATE} or {ABOUT} is damaged or of another version; use another checkpoint"
             ) from None
         size = sum(path.stat().st_size for path in folder.iterdir())
-        return Stored(place, shape, base_model, fingerprint, taken, sums, about, size)
+        return Stored(place, shape, base_model, fingerprint, taken, sums, about, size, created, expires)
 
     def arrays(self, stored: Stored) -> dict[str, mx.array]:
         """Return the arrays of a checkpoint from which training can go on, after checking the files.
@@ -243,12 +236,13 @@ class CheckpointFolder:
     def listed(self, run: str | None = None) -> list[Stored]:
         """Return all whole checkpoints, of one run or of all, the newest first."""
         found = []
-        for place in self._places():
-            if run in (None, place.run):
-                try:
+        for own in sorted(self._root.glob("*.train.*/*/*")):
+            try:
+                place = Place.of(own.parts[-3].replace(".", ":"), own.parts[-2], own.name)
+                if run in (None, place.run):
                     found.append(self.read(place))
-                except InputError:
-                    continue  # another program's folder, or a damaged one: loading it says so
+            except InputError:
+                continue  # another program's folder, or a damaged one: loading it says so
         return sorted(found, key=lambda one: -one.created)
 
     def delete_expired(self, now: float) -> list[Place]:
@@ -257,14 +251,6 @@ class CheckpointFolder:
         for place in gone:
             self.delete(place)
         return gone
-
-    def _places(self) -> Iterator[Place]:
-        for folder in sorted(self._root.glob("*.train.*")) if self._root.is_dir() else ():
-            for kind in KINDS:
-                for own in sorted((folder / kind).glob("*")) if (folder / kind).is_dir() else ():
-                    run = folder.name.replace(".", ":")
-                    if RUN.fullmatch(run) and NAME.fullmatch(own.name):
-                        yield Place(run, kind, own.name)
 
     def _folder(self, place: Place) -> Path:
         return self._root / place.run.replace(":", ".") / place.kind / place.name

@@ -18,7 +18,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -33,20 +33,21 @@ from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
 from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
-from mlx_lora.serving.pools import LayerFactors
+from mlx_lora.serving.adapter_store import LayerFactors
 from mlx_lora.trainer.optimizer import Masters, clip_scale
 from mlx_lora.training_server.examples import (
     Example,
+    LossRow,
     MicroBatch,
     ModelLimits,
     by_example,
     check_examples,
+    find_loss,
     micro_batches,
 )
-from mlx_lora.training_server.losses import LossRow, find_loss
 from mlx_lora.utils.errors import InputError
 
 # Tinker's: the product of the factors counts alpha / rank.
@@ -90,22 +91,10 @@ class AdamNumbers:
 
     def check(self) -> None:
         """Raise InputError for numbers that would break the adapter."""
-        rules = {
-            "learning_rate": self.learning_rate >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
-            "eps": self.eps >= 0, "weight_decay": self.weight_decay >= 0, "grad_clip_norm": self.max_grad_norm >= 0,
-        }  # fmt: skip
-        values = (self.learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay, self.max_grad_norm)
-        for (name, kept), value in zip(rules.items(), values, strict=True):
-            if not (kept and math.isfinite(value)):
-                raise InputError(f"adam_params: {name} {value} is out of range; see Tinker's AdamParams")
-
-
-@dataclass(frozen=True)
-class PassOutput:
-    """What a forward pass gives back: the loss, and the log-probabilities of each example's targets, shaped like them."""
-
-    loss_sum: float
-    logprobs: list[np.ndarray]
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value >= 0 and (value < 1 or name not in ("beta1", "beta2"))):
+                given = "grad_clip_norm" if name == "max_grad_norm" else name
+                raise InputError(f"adam_params: {given} {value} is out of range; see Tinker's AdamParams")
 
 
 @dataclass
@@ -217,8 +206,20 @@ class TrainedModel:
 
     def forward_backward(
         self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
-    ) -> PassOutput:
-        """Compute the summed loss of examples, and add its gradient to the sum.
+    ) -> TokenRequest:
+        """Compute the summed loss of examples alone, and add its gradient to the sum; arguments as for `prepare`."""
+        return self.run(self.prepare(examples, name, config, backward))
+
+    def run(self, request: TokenRequest) -> TokenRequest:
+        """Compute a request alone."""
+        for batch in request.batches:
+            self.compute(request, batch)
+        return self.finish(request)
+
+    def prepare(
+        self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
+    ) -> TokenRequest:
+        """Check a request for a loss and its gradient, and cut it into micro-batches.
 
         Args:
             examples: of the request.
@@ -227,19 +228,6 @@ class TrainedModel:
 
         Raises:
             InputError: the loss cannot be computed of these examples.
-        """
-        request = self.prepare(examples, name, config, backward)
-        for batch in request.batches:
-            self.compute(request, batch)
-        return self.finish(request)
-
-    def prepare(
-        self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
-    ) -> TokenRequest:
-        """Check a request, and cut it into micro-batches; arguments as for `forward_backward`.
-
-        Raises:
-            InputError: as for `forward_backward`.
         """
         row, numbers = find_loss(name, config)
         check_examples(examples, name, row, self._limits)
@@ -254,28 +242,21 @@ class TrainedModel:
             logprobs = -self._loss.tokens(model, arrays)
             return request.row.of_tokens(logprobs, batch.given, request.numbers).sum(), logprobs
 
+        arrays = {name: mx.array(getattr(batch, name)) for name in TOKEN_ARRAYS}
         with left_unchanged(self.model), self.exchanged(self.model):
             if not request.backward:
-                request.add(batch, *loss(self.model, batch.arrays), None)
+                request.add(batch, *loss(self.model, arrays), None)
                 return
-            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, batch.arrays)
+            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, arrays)
             request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
 
-    def finish(self, request: TokenRequest) -> PassOutput:
+    def finish(self, request: TokenRequest) -> TokenRequest:
         """Add a request's gradient to the sum. Only now: one that fails in the middle leaves the sum as it was."""
         if request.sums is not None:
             before = self._gradients
             self._gradients = request.sums if before is None else tree_map(mx.add, before, request.sums)
             mx.eval(self._gradients)
-        return PassOutput(request.loss_sum, request.logprobs)
-
-    def gradients(self) -> dict[str, mx.array]:
-        """Return the summed gradient by parameter name, for tests and reports.
-
-        Raises:
-            InputError: there is none.
-        """
-        return self.masters.by_name(self._summed())
+        return request
 
     def optim_step(self, numbers: AdamNumbers) -> dict[str, float]:
         """Update the factors by the summed gradient, and return numbers to report.
@@ -284,7 +265,9 @@ class TrainedModel:
             InputError: there is no gradient, or it is not finite; then nothing changes, except that the sum begins again.
         """
         numbers.check()
-        gradients, self._gradients = self._summed(), None
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
+            raise InputError("optim_step: there is no gradient; call forward_backward first")
         norm, factor = clip_scale(gradients, numbers.max_grad_norm)
         if not math.isfinite(norm.item()):
             raise InputError(
@@ -300,11 +283,6 @@ class TrainedModel:
         self.masters.hand_out()
         mx.eval(self.masters.arrays, self.moments, self.model.trainable_parameters())
         return {"unclipped_grad_l2:mean": norm.item(), "optim_step:max": float(self.taken)}
-
-    def _summed(self) -> dict[str, mx.array]:
-        if self._gradients is None:
-            raise InputError("optim_step: there is no gradient; call forward_backward first")
-        return self._gradients
 
     # --- what is kept of it
 
@@ -344,16 +322,12 @@ class TrainedModel:
             raise InputError(
                 f"load_weights: the checkpoint has other layers than this model ({(wrong or ['more'])[0]})"
             )
-
-        def part(name: str) -> dict[str, mx.array]:
-            return self.masters.from_names(
-                {key.partition(".")[2]: state[key] for key in own if key.startswith(f"{name}.")}
-            )
-
-        self.masters.put(part("masters"))
-        self.moments = [
-            part(name) if optimizer else tree_map(mx.zeros_like, self.masters.arrays) for name in ("m", "v")
-        ]
+        parts: dict[str, dict[str, mx.array]] = {"masters": {}, "m": {}, "v": {}}
+        for key in own:
+            part, _, name = key.partition(".")
+            parts[part][name] = state[key] if optimizer or part == "masters" else mx.zeros_like(state[key])
+        masters, *self.moments = (self.masters.from_names(part) for part in parts.values())
+        self.masters.put(masters)
         self.taken, self._gradients = taken if optimizer else 0, None
         self.masters.hand_out()
         mx.eval(self.masters.arrays, self.moments, self.model.trainable_parameters())

@@ -13,7 +13,7 @@ from mlx_lora.planner.several_adapters import plan_clients
 from mlx_lora.planner.shapes import Rollout, RunShape
 from mlx_lora.trainer.model_shape import outlined_shape, with_caches, with_kernels
 from mlx_lora.training_server.models import ALPHA, LoraShape, chosen_paths, most_positions
-from mlx_lora.training_server.sampler import MOST_RESIDENT
+from mlx_lora.training_server.worker import MOST_RESIDENT
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 

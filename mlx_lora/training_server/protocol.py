@@ -1,14 +1,14 @@
 """Translate between Tinker's messages and ours. Types and protocol buffers are those of the `tinker` package itself.
 
-forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; PassOutput -> bytes of a ForwardBackwardOutput
-asample             SampleRequest                           -> SamplingJob;  SampleResult -> bytes of a SampleResponse
+forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; TokenRequest -> bytes of a ForwardBackwardOutput
+asample             SampleRequest                           -> SamplingJob;  SampleTicket -> bytes of a SampleResponse
 all others          pydantic types, as JSON
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -19,11 +19,11 @@ from google.protobuf.message import DecodeError
 from tinker import types
 
 from mlx_lora.compat.foreign import MESSAGES
-from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
-from mlx_lora.training_server.models import AdamNumbers, LoraShape, PassOutput
-from mlx_lora.training_server.sampler import PromptScores, SampledSequence, SampleResult, SamplingJob
+from mlx_lora.training_server.models import LoraShape, TokenRequest
+from mlx_lora.training_server.worker import SampleTicket, SamplingJob
 from mlx_lora.utils.errors import InputError
 
 pb: Any = MESSAGES.of()
@@ -162,7 +162,7 @@ def _tensor(message: Any, what: str, most_rows: int) -> np.ndarray:
     return dense
 
 
-def output_bytes(output: PassOutput) -> bytes:
+def output_bytes(output: TokenRequest) -> bytes:
     """Return the answer to forward_backward; neighboring examples of one width are one record."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     message.metrics["loss:sum"] = output.loss_sum
@@ -177,19 +177,6 @@ def output_bytes(output: PassOutput) -> bytes:
     return message.SerializeToString()
 
 
-def adam_numbers(params: Any) -> AdamNumbers:
-    """Return the numbers of an optimizer step.
-
-    Raises:
-        InputError: it is for another optimizer.
-    """
-    if not isinstance(params, types.AdamParams):
-        raise InputError(f"optim_step: {type(params).__name__}; this server has Adam alone, so pass AdamParams")
-    return AdamNumbers(
-        params.learning_rate, params.beta1, params.beta2, params.eps, params.weight_decay, params.grad_clip_norm
-    )  # fmt: skip
-
-
 def lora_shape(config: types.LoraConfig | None) -> LoraShape:
     """Return what a client's model is to be; without a seed, it gets one of its own."""
     config = config or types.LoraConfig(rank=32)
@@ -197,50 +184,44 @@ def lora_shape(config: types.LoraConfig | None) -> LoraShape:
     return LoraShape(config.rank, seed, config.train_attn, config.train_mlp, config.train_unembed)
 
 
-def check_optimizer(config: Any) -> None:
-    """Refuse optimizers that are not here.
-
-    Raises:
-        InputError: it is not Adam.
-    """
-    if config is not None and config.type != "adamw":
-        raise InputError(f"optimizer_config: {config.type[:40]!r}; this server has Adam alone, so leave it out")
-
-
 # Sampling
 
 
-@dataclass(frozen=True)
-class SampleLimits:
-    """What a request for samples may ask for: the model's limits, new tokens, and the ids that end an answer by themselves."""
-
-    model: ModelLimits
-    max_tokens: int
-    end_tokens: frozenset[int]
-
-
-def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLimits) -> SamplingJob:
+def read_ask(
+    request: types.SampleRequest, weights: str | None, model: ModelLimits, most_tokens: int, ends: frozenset[int]
+) -> SamplingJob:
     """Return a request for samples.
+
+    Args:
+        request: of the client.
+        weights: their name; None: the base's.
+        model: its limits.
+        most_tokens: new ones of a sample.
+        ends: tokens that end an answer by themselves.
 
     Raises:
         InputError: it asks for what this server does not do, or for too much.
     """
-    tokens = _prompt(request.prompt)
-    check_tokens(np.array(tokens or [], np.int64), limits.model, "prompt")
+    prompt: Any = request.prompt
+    for chunk in prompt.chunks:
+        if not isinstance(chunk, types.EncodedTextChunk):
+            raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
+    tokens = [token for chunk in prompt.chunks for token in chunk.tokens]
+    check_tokens(np.array(tokens or [], np.int64), model, "prompt")
     params = request.sampling_params
-    room = limits.model.context - len(tokens)
-    most = min(limits.max_tokens, room) if params.max_tokens is None else params.max_tokens
-    if not 0 < most <= min(limits.max_tokens, room):
+    room = model.context - len(tokens)
+    most = min(most_tokens, room) if params.max_tokens is None else params.max_tokens
+    if not 0 < most <= min(most_tokens, room):
         raise InputError(
-            f"max_tokens {most}: with {len(tokens)} tokens in the prompt give 1 to {max(0, min(limits.max_tokens, room))}"
+            f"max_tokens {most}: with {len(tokens)} tokens in the prompt give 1 to {max(0, min(most_tokens, room))}"
         )
-    stop_tokens, stop_texts = _stops(params.stop, limits.end_tokens)
+    stop_tokens, stop_texts = _stops(params.stop, ends)
     score = bool(request.prompt_logprobs) or request.topk_prompt_logprobs > 0
     last = request.prompt_logprobs_last_n
     refused = {
         f"num_samples {request.num_samples}: give 1 to {MOST_SAMPLES}": not 0 < request.num_samples <= MOST_SAMPLES,
         f"topk logprobs: give 0 to {MOST_TOP}": not all(
-            0 <= k <= min(MOST_TOP, limits.model.vocabulary - 1)
+            0 <= k <= min(MOST_TOP, model.vocabulary - 1)
             for k in (request.topk_prompt_logprobs, request.topk_sample_logprobs)
         ),
         "target_prompt_logprobs: not computed here; use forward with target_tokens": request.target_prompt_logprobs
@@ -263,13 +244,6 @@ def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLi
     )  # fmt: skip
 
 
-def _prompt(prompt: Any) -> list[int]:
-    for chunk in prompt.chunks:
-        if not isinstance(chunk, types.EncodedTextChunk):
-            raise InputError(f"prompt: has a {type(chunk).__name__}; this server takes text alone")
-    return [token for chunk in prompt.chunks for token in chunk.tokens]
-
-
 def _stops(stop: Any, end_tokens: frozenset[int]) -> tuple[frozenset[int], tuple[str, ...]]:
     """Return the tokens and the texts that end an answer; without any given, the model's own end tokens do."""
     if stop is None:
@@ -283,7 +257,7 @@ def _stops(stop: Any, end_tokens: frozenset[int]) -> tuple[frozenset[int], tuple
     return (tokens | end_tokens if texts else tokens), texts
 
 
-def answer_bytes(answer: SampleResult, top: int) -> bytes:
+def answer_bytes(answer: SampleTicket, top: int) -> bytes:
     """Return the answer to a request for samples.
 
     Args:
@@ -292,25 +266,18 @@ def answer_bytes(answer: SampleResult, top: int) -> bytes:
     """
     message = pb.SampleResponse()
     for sampled in answer.samples:
-        _put_sample(message.sequences.add(), sampled, top)
+        own = message.sequences.add()
+        own.stop_reason = pb.STOP_REASON_STOP if sampled.stopped else pb.STOP_REASON_LENGTH
+        own.tokens = np.array(sampled.tokens, np.int32).tobytes()
+        own.logprobs = np.array(sampled.logprobs, np.float32).tobytes()
+        if top:
+            ids, values = (np.array([[one[part] for one in row] for row in sampled.top]) for part in (0, 1))
+            _put_top(own.topk_sampled_logprobs, ids, values)
     if answer.prompt is not None:
-        _put_scores(message, answer.prompt)
+        message.prompt_logprobs = answer.prompt.logprobs.astype(np.float32).tobytes()
+        if answer.prompt.top_ids is not None and answer.prompt.top_values is not None:
+            _put_top(message.topk_prompt_logprobs, answer.prompt.top_ids, answer.prompt.top_values)
     return message.SerializeToString()
-
-
-def _put_sample(message: Any, sampled: SampledSequence, top: int) -> None:
-    message.stop_reason = pb.STOP_REASON_STOP if sampled.stopped else pb.STOP_REASON_LENGTH
-    message.tokens = np.array(sampled.tokens, np.int32).tobytes()
-    message.logprobs = np.array(sampled.logprobs, np.float32).tobytes()
-    if top:
-        ids, values = (np.array([[one[part] for one in row] for row in sampled.top]) for part in (0, 1))
-        _put_top(message.topk_sampled_logprobs, ids, values)
-
-
-def _put_scores(message: Any, scores: PromptScores) -> None:
-    message.prompt_logprobs = scores.logprobs.astype(np.float32).tobytes()
-    if scores.top_ids is not None and scores.top_values is not None:
-        _put_top(message.topk_prompt_logprobs, scores.top_ids, scores.top_values)
 
 
 def _put_top(message: Any, ids: np.ndarray, values: np.ndarray) -> None:
@@ -330,8 +297,3 @@ def words_of(metadata: Mapping[str, Any] | None) -> dict[str, str] | None:
     if sum(len(key) + len(value) for key, value in words.items()) > 16_384:
         raise ApiError(422, "user_metadata: larger than 16 KB", "invalid_request")
     return words
-
-
-def pages(values: Sequence[Any], offset: int, limit: int) -> tuple[Iterator[Any], types.Cursor]:
-    """Return a part of a list, and the cursor that says which."""
-    return iter(values[offset : offset + limit]), types.Cursor(offset=offset, limit=limit, total_count=len(values))

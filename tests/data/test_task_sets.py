@@ -11,7 +11,7 @@ import pytest
 from mlx_lora.data import task_sets
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.prompts import parse_prompt
-from mlx_lora.rollouts.ready_rewards import ready_reward
+from mlx_lora.rollouts.rewards import ready_reward
 from mlx_lora.utils.errors import InputError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_lora.evaluation.metrics import AskedRow, ModelAnswer, metric_of, rouge_l
-from mlx_lora.rollouts.tool_calls import Said
+from mlx_lora.rollouts.tools import Said
 from mlx_lora.utils.errors import InputError, RunError
 
 

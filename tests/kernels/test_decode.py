@@ -21,12 +21,11 @@ from mlx_lora.kernels.measure import SWITCH
 from mlx_lora.kernels.quantized_matmul import DENSE
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token
-from mlx_lora.rollouts import decode as decode_weights
-from mlx_lora.rollouts import decode as token_steps
-from mlx_lora.rollouts.decode import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
+from mlx_lora.rollouts import generator as decode_weights
+from mlx_lora.rollouts import generator as token_steps
+from mlx_lora.rollouts.generator import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
 from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import Engine, Limits, Request
+from mlx_lora.serving.engine import Engine, Limits, Request, Sampling
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.models.tokenizer import Continuation
-from mlx_lora.serving.batch import TextStream
+from mlx_lora.serving.engine import TextStream
 
 
 def spm_tokenizer() -> PreTrainedTokenizerFast:

@@ -36,8 +36,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv
 from mlx_lora.rollouts.rewards import Reward, no_function
-from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.sharing import Planned
+from mlx_lora.rollouts.rollout import Planned, Rollouts
 
 GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]
@@ -97,7 +96,7 @@ def sampled_batches(
         shared: what the joined batch is planned on; None: the same rows.
         env: of the episodes; None: one answer and `reward`.
     """
-    env = env or SingleTurnEnv([Reward("r", reward)], settings.objective, base.hf_tokenizer)
+    env = env or SingleTurnEnv([Reward("r", reward)], settings, base.hf_tokenizer)
     loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
     joining = Joining(work_of(model_shape(base.model, base.config)), True)
     found = []
@@ -217,7 +216,7 @@ def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(bas
     """The second turn sees the first and the observation; log-probabilities are the model's own at its tokens, and 0 elsewhere."""
     more = {"environment": "talk.py:Talk", "reward": None, "max_turns": 2, "max_new_tokens": 90}
     settings = settings_of(base, "grpo", 0.2, updates_per_rollout=2, iters=2, **more)
-    env = MultiTurnEnv(Talk, [Reward("Talk", no_function)], settings, base.hf_tokenizer)
+    env = MultiTurnEnv([Reward("Talk", no_function)], settings, base.hf_tokenizer, make=Talk)
     separate, together = sampled_batches(base, settings, prompts(room=90), env=env)
     episodes = separate.sampled[LENGTHS][separate.real]
     last = [int(np.flatnonzero(mask)[-1]) for mask in separate.mask[separate.real]]

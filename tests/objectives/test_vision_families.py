@@ -28,7 +28,7 @@ from mlx_lora.models.vision import arrays_of, load_tower
 from mlx_lora.objectives import image_features
 from mlx_lora.objectives.image_features import tower_key
 from mlx_lora.objectives.tower_training import BUFFERS, tower_targets
-from mlx_lora.serving.pictures import PictureReader
+from mlx_lora.serving.conversation import PictureReader
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError

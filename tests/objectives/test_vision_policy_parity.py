@@ -20,9 +20,8 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, at_temperature, token_logps
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.decode import TokenSteps
-from mlx_lora.rollouts.picture_rollouts import PromptsWithPictures
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
+from mlx_lora.rollouts.rollout import PromptsWithPictures
 from mlx_lora.trainer.step import differentiation
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -22,9 +22,8 @@ from mlx_lora.data.image_prompts import ImagePrompt
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
-from mlx_lora.rollouts.decode import TokenSteps
-from mlx_lora.rollouts.picture_rollouts import PromptsWithPictures
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
+from mlx_lora.rollouts.rollout import PromptsWithPictures
 
 pytest.importorskip("mlx_vlm")
 FAMILIES = by_default([name for name in sorted(MAKERS) if "pali" not in name], "smolvlm", "qwen2_5_vl", "gemma3")

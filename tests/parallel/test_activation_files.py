@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -16,8 +17,9 @@ from tiny_moe import tiny_moe
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import activation_files, block_walk
-from mlx_lora.parallel.activation_files import ActivationFiles, InFile, InMemory
+from mlx_lora.parallel import block_walk
+from mlx_lora.parallel import block_walk as activation_files
+from mlx_lora.parallel.block_walk import ActivationFiles
 from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.planner.memory import OFFLOADED_ENDS
 from mlx_lora.trainer.adapter import adapt
@@ -146,17 +148,24 @@ def test_a_file_that_ends_early_is_noticed(tmp_path, monkeypatch):
 
 def test_what_one_block_returns_and_the_next_one_gets_is_one_file(tmp_path):
     files = ActivationFiles(tmp_path)
-    z, mask = mx.arange(8.0), mx.zeros((8, 8))
-    (stored,) = files.put_outputs([z])
-    assert isinstance(stored, InFile)
-    written = files.bytes
-    given = files.put_given([z, mask], [z])
-    assert given[0] is stored
-    assert isinstance(given[1], InMemory)
-    assert files.bytes == written
-    assert mx.array_equal(given[0].array(), z)
-    files.clear()
-    assert not stored.path.exists()
+    walk = block_walk.Walk(files=files)
+    x, z, mask = mx.arange(2048.0), mx.arange(2048.0) + 1, mx.zeros((64, 64))
+
+    def segment(given: list, output: mx.array) -> SimpleNamespace:
+        return SimpleNamespace(
+            given=given, primals=given, forward=lambda primals: ([output], []), give=given.__init__, result=lambda z: z
+        )
+
+    (first,) = walk.computed(segment([x, mask], z))
+    assert files.bytes == x.nbytes + z.nbytes
+    walk.computed(segment([z, mask], z * 2))
+    assert files.bytes == x.nbytes + 2 * z.nbytes
+    own, shared = walk.calls[1].places
+    assert shared() is mask
+    assert mx.array_equal(own(), z)
+    assert mx.array_equal(first, z)
+    walk.end()
+    assert not (tmp_path / activation_files.FOLDER).exists()
 
 
 def test_it_requires_a_base_that_is_read_from_its_files(tiny_4bit_folder, chats, tmp_path):

@@ -26,8 +26,7 @@ from mlx_lora.data.batch import Batch, share_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
-from mlx_lora.parallel.launch import find_launch, together
-from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks
+from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, together
 from mlx_lora.parallel.strategy import deal_rows
 from mlx_lora.trainer.evaluate import ROWS_FILE, read_rows_file
 from mlx_lora.trainer.guards import Agreement

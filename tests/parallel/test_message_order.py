@@ -25,7 +25,7 @@ from conftest import tiny_model
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.utils import device
-from mlx_lora.parallel import messages as base_shards
+from mlx_lora.parallel import sharded_base as base_shards
 from mlx_lora.parallel.sharded_base import share_base
 
 device.plan_whole_graphs()

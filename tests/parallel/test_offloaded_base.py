@@ -28,7 +28,8 @@ from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, r
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import base_reader, offloaded_base
+from mlx_lora.parallel import offloaded_base
+from mlx_lora.parallel import offloaded_base as base_reader
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
 from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.trainer import choose_strategy

@@ -9,7 +9,7 @@ from rank_runs import assert_same_run, command, train, weights
 from ranks import Started, in_one_session
 from run_cli import run
 
-from mlx_lora.parallel.messages import ALIGNMENT, cut
+from mlx_lora.parallel.sharded_base import ALIGNMENT, cut
 
 STEPS_OF_ONE = pytest.mark.float32("ranks add a batch's sums in another order, and eight steps multiply the difference")
 

@@ -13,10 +13,11 @@ from mlx_lora.losses.fused import fused_token_losses, row_token_losses
 from mlx_lora.models.folder import read_rows
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import load_base
-from mlx_lora.parallel.messages import Messages, Unit
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.sharded_base import (
+    Messages,
     SharedTable,
+    Unit,
     share_base,
     slice_bytes,
     slices_of,

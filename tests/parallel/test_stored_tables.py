@@ -21,10 +21,9 @@ from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import stored_tables
+from mlx_lora.parallel import offloaded_base as stored_tables
 from mlx_lora.parallel.block_walk import Mode
-from mlx_lora.parallel.offloaded_base import OffloadedBase
-from mlx_lora.parallel.stored_tables import StoredEmbedding, StoredLinear, StoredTable
+from mlx_lora.parallel.offloaded_base import OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils.errors import RunError
 

@@ -21,8 +21,7 @@ from mlx_lora.planner.fit import DataLimits, fit, largest_rollout, run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory, rollout_parts
 from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, RunShape
-from mlx_lora.rollouts.kept_caches import KeptCaches
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.text import GIB
 
 NO_END = frozenset()

@@ -8,7 +8,7 @@ import math
 import mlx.core as mx
 from run_cli import run
 
-from mlx_lora.serving.batch import Sampler, Sampling
+from mlx_lora.serving.engine import Sampler, Sampling
 from mlx_lora.serving.schema import read_completion
 
 

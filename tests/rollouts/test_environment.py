@@ -33,11 +33,10 @@ from mlx_lora.rollouts.environment import (
     play,
     seeds_of,
 )
+from mlx_lora.rollouts.generator import answer_keys
 from mlx_lora.rollouts.make_environment import check_environment
-from mlx_lora.rollouts.ready_rewards import exact_match
-from mlx_lora.rollouts.rewards import Reward, TrainerState, no_function, reward_files
+from mlx_lora.rollouts.rewards import Reward, TrainerState, exact_match, no_function, reward_files
 from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.sampler import answer_keys
 from mlx_lora.utils.errors import InputError, RunError
 
 PLAIN = byte_tokenizer(None)
@@ -67,7 +66,7 @@ class Echo:
 
 def echo(make=Echo, tokenizer=PLAIN, **objective) -> MultiTurnEnv:
     settings = replace(SETTINGS, objective=replace(SETTINGS.objective, **objective))
-    return MultiTurnEnv(make, [Reward("Echo", no_function)], settings, tokenizer)
+    return MultiTurnEnv([Reward("Echo", no_function)], settings, tokenizer, make=make)
 
 
 def tokens_of(text: str) -> list[int]:
@@ -319,7 +318,7 @@ def test_one_turn_gives_every_answer_to_the_rewards_at_once():
         calls.append((prompts, completions, completion_ids, level, trainer_state.global_step))
         return [float(len(text)) for text in completions]
 
-    env = SingleTurnEnv([Reward("r", reward)], SETTINGS.objective, PLAIN, TrainerState(7))
+    env = SingleTurnEnv([Reward("r", reward)], SETTINGS, PLAIN, state=TrainerState(7))
     found = played(env, [["a"], ["bb"]], level=3)
     ids = [[*tokens_of("a"), END], [*tokens_of("bb"), END]]
     assert calls == [(["p0"] * 2, ["a", "bb"], ids, [3, 3], 7)]
@@ -346,7 +345,7 @@ def test_every_batch_has_the_columns_of_all_rows(tmp_path, pictures):
     def reward(completions, hint, tip, **columns):
         return [float(hint == [None] * 2 == tip)] * 2
 
-    env = SingleTurnEnv([Reward("r", reward), Reward("e", exact_match)], SETTINGS.objective, PLAIN)
+    env = SingleTurnEnv([Reward("r", reward), Reward("e", exact_match)], SETTINGS, PLAIN)
     env.reset([tokens_of("p0")], [one], 2, [0], print)
     rewards = env.step([0, 1], [tokens_of("a")] * 2, print).rewards
     assert rewards[:, 0].tolist() == [1, 1]

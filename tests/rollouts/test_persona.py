@@ -22,8 +22,8 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.teacher_answers import read_answers
-from mlx_lora.rollouts import sampler as batch_writing
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts import generator as batch_writing
+from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.files import cache_dir
 

@@ -14,8 +14,8 @@ import pytest
 from mlx_lora.api.train import named_functions
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.rollouts.rewards import (
+    FirstTimes,
     Reward,
-    SilentRewards,
     TrainerState,
     means_of_known,
     ready_reward,
@@ -227,13 +227,17 @@ def test_async_rewards_and_the_trainers_state(tmp_path):
 
 
 def test_a_reward_that_gives_nothing_is_said_now_and_then():
-    silent, said = SilentRewards(), []
-    nothing = np.array([[math.nan, 1.0], [math.nan, math.nan]])
+    silent, said = FirstTimes(), []
+    rewards = [
+        Reward("quiet", lambda completions, **c: [None] * 2),
+        Reward("loud", lambda completions, **c: [1.0, None]),
+    ]
     for _ in range(30):
-        silent.watch(["quiet", "loud"], nothing, said.append)
-    assert silent.batches == {"quiet": 30}
+        rewards_for(rewards, ANSWERS, ASKED, said.append, silent=silent)
+    assert silent.counts == {"quiet": 30}
     assert ["quiet" in line for line in said] == [True, True]
-    silent.watch(["quiet"], np.zeros((0, 1)), said.append)
+    none = {name: [] for name in ("prompts", "completions", "completion_ids")}
+    rewards_for([Reward("quiet", lambda completions, **c: [])], none, ASKED, said.append, silent=silent)
     assert len(said) == 2
 
 

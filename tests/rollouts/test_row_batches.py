@@ -12,8 +12,7 @@ from serving_rows import Answer, asked, started
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.evaluation.models import Models, TextRequest
 from mlx_lora.models.load import load_base
-from mlx_lora.rollouts.row_batches import check_rows, one_row_because
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, check_rows, one_row_because, sample_groups
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32("texts are compared: where two tokens are nearly as likely, bfloat16 takes either")

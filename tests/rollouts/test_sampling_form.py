@@ -19,9 +19,15 @@ from mlx_lora.kernels.quantized_matmul import DENSE
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.rollouts import decode as sampling_form
-from mlx_lora.rollouts.decode import SamplingForm, TokenSteps, choose_sampling
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts import generator as sampling_form
+from mlx_lora.rollouts.generator import (
+    SamplingForm,
+    SamplingOptions,
+    TokenSteps,
+    answer_keys,
+    choose_sampling,
+    sample_groups,
+)
 from mlx_lora.trainer.checkpoint import read_checkpoint
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils import device

@@ -18,12 +18,22 @@ from mlx_lora.data.examples import Completion
 from mlx_lora.data.prompts import encode_prompts, parse_prompt, prompt_tokens
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Agent, Played, play
-from mlx_lora.rollouts.fixed_prompts import talk_text
-from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
+from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, rewards_itself, toolbox_of
 from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
-from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES, TURNS, ToolEnv, failures_of_calls, with_ids
-from mlx_lora.rollouts.tools import asked_tools, begin, plain_tools
-from mlx_lora.rollouts.user_files import module_of
+from mlx_lora.rollouts.rollout import talk_text
+from mlx_lora.rollouts.tools import (
+    CALLS,
+    CUT,
+    FAILED,
+    TURNS,
+    ToolEnv,
+    asked_tools,
+    begin,
+    failures_of_calls,
+    plain_tools,
+    with_ids,
+)
+from mlx_lora.rollouts.user_code import module_of
 from mlx_lora.utils.errors import InputError, RunError
 
 ASKED = {"model": "m", "data": "d", "objective": "grpo", "group_size": 2, "max_new_tokens": 4000, "reward_timeout": 0.2}
@@ -46,7 +56,7 @@ def environment(family: str, file, **asked) -> ToolEnv:
     toolbox = toolbox_of(settings.objective)
     rewards = rewards_of(settings.objective) if settings.objective.reward else []
     tokenizer, ends = family_tokenizer(family)
-    return ToolEnv(toolbox, episode_rewards(rewards, toolbox.environment), settings, tokenizer, ends)
+    return ToolEnv(episode_rewards(rewards, toolbox.environment), settings, tokenizer, toolbox=toolbox, ends=ends)
 
 
 def prompts_of(env: ToolEnv, *texts: str, **columns) -> tuple[list[list[int]], list[dict]]:
@@ -147,7 +157,7 @@ def test_a_class_may_reward_itself(file):
     assert played(env, [three, three]).rewards.tolist() == [[3.0, 3.0]] * 2
     alone = environment(QWEN, file, environment="Scored")
     assert [reward.name for reward in alone.rewards] == reward_names(alone.settings.objective) == ["Scored"]
-    assert own_reward(environment(QWEN, file, environment="Counter", reward="reached").toolbox.environment) is None
+    assert not rewards_itself(environment(QWEN, file, environment="Counter", reward="reached").toolbox.environment)
 
 
 @pytest.mark.parametrize("ends", ["1 / 0", "import sys; sys.exit(0)"])
@@ -189,7 +199,7 @@ def test_what_goes_wrong_in_a_call_is_told_to_the_model_and_counted(case, file):
     found = played(env, [[said, RED], [RED]])
     assert words in found.episodes[0].messages[1]["content"]
     assert found.episodes[0].messages[1]["content"].startswith("{'error': ")
-    assert [one.counts[FAILURES] for one in found.episodes] == [1, 0]
+    assert [one.counts[FAILED] for one in found.episodes] == [1, 0]
     assert found.rewards.tolist() == [[1.0], [1.0]]  # the episode goes on
     [note] = found.notes
     assert "failed once" in note
@@ -203,7 +213,7 @@ def test_a_tool_has_a_time_limit(file):
     found = played(env, [[call("wait"), RED], [RED]])
     assert time.perf_counter() - start < 20
     assert "took longer than 0.2 s" in found.episodes[0].messages[1]["content"]
-    assert found.episodes[0].counts[FAILURES] == 1
+    assert found.episodes[0].counts[FAILED] == 1
 
 
 def test_a_loop_ends_at_the_most_turns_and_is_counted(file):
@@ -498,8 +508,8 @@ def test_python_gives_functions_and_classes(file):
 
 
 def test_failed_calls_are_a_share_of_calls():
-    assert failures_of_calls({CALLS: 2.0, FAILURES: 0.5}) == {CALLS: 2.0, FAILURES: 0.25}
-    assert failures_of_calls({CALLS: 0.0, FAILURES: 0.0})[FAILURES] == 0
+    assert failures_of_calls({CALLS: 2.0, FAILED: 0.5}) == {CALLS: 2.0, FAILED: 0.25}
+    assert failures_of_calls({CALLS: 0.0, FAILED: 0.0})[FAILED] == 0
     assert failures_of_calls({"reward": 1.0}) == {"reward": 1.0}
 
 

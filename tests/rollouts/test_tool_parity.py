@@ -30,9 +30,7 @@ from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.environment import Agent, play
 from mlx_lora.rollouts.rewards import Reward
 from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.tool_calls import CallReader
-from mlx_lora.rollouts.tool_env import Toolbox, ToolEnv
-from mlx_lora.rollouts.tools import tool_schemas
+from mlx_lora.rollouts.tools import CallReader, Toolbox, ToolEnv, tool_schemas
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 QWEN, GROUP, ROOM = "qwen3_thinking", 3, 400
@@ -62,7 +60,7 @@ def frozen_episodes():
     )
     toolbox = Toolbox([near], None, tool_schemas([near], None))
     zeros = Reward("zeros", lambda completions, **more: [0.0] * len(completions))
-    env = ToolEnv(toolbox, [zeros], settings, tokenizer, frozenset([tokenizer.eos_token_id]))
+    env = ToolEnv([zeros], settings, tokenizer, toolbox=toolbox, ends=frozenset([tokenizer.eos_token_id]))
     encoder = Encoder(tokenizer, tokenizer.chat_template, max_seq_length=10**4)
     prompts = encode_prompts(
         encoder, [parse_prompt({"prompt": text}) for text in ("a?", "And b?")], tools=toolbox.schemas

@@ -14,7 +14,7 @@ from run_cli import one_line, run
 from tool_model import SHELF, shelf_folder
 
 import mlx_lora
-from mlx_lora.rollouts.user_files import module_of
+from mlx_lora.rollouts.user_code import module_of
 
 QUICK = ("--learning-rate", "1e-2", "--batch-size", 2, "--group-size", 4, "--max-new-tokens", 30, "--kernels", "ours",
          "--steps-per-report", 1, "--rank", 4, "--warmup", 0, "--val-batches", 0, "--sample-tokens", 0)  # fmt: skip

@@ -12,9 +12,9 @@ import time
 import mlx.core as mx
 import pytest
 
-from mlx_lora.rollouts import user_calls
+from mlx_lora.rollouts import user_code as user_calls
 from mlx_lora.rollouts.tools import called
-from mlx_lora.rollouts.user_calls import TooLong, at_most, awaited
+from mlx_lora.rollouts.user_code import TooLong, at_most, awaited
 
 
 def in_this_thread(function):
@@ -159,7 +159,7 @@ def test_the_interpreter_ends_with_waiting_tasks():
     """Without a word on them, and at once."""
     code = """
 import asyncio, sys
-from mlx_lora.rollouts.user_calls import awaited
+from mlx_lora.rollouts.user_code import awaited
 async def leaves():
     asyncio.get_running_loop().left = asyncio.create_task(asyncio.sleep(600))
     await asyncio.sleep(0)
@@ -176,7 +176,7 @@ with asyncio.Runner() as other:
 def test_a_task_that_takes_no_notice_does_not_hold_the_interpreter():
     code = """
 import asyncio
-from mlx_lora.rollouts.user_calls import awaited
+from mlx_lora.rollouts.user_code import awaited
 async def stays():
     while True:
         try:

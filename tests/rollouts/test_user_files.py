@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.rollouts import user_files
-from mlx_lora.rollouts.user_files import from_file
+from mlx_lora.rollouts import user_code as user_files
+from mlx_lora.rollouts.user_code import from_file
 from mlx_lora.utils.errors import InputError
 
 REWARD = """
@@ -87,7 +87,7 @@ def test_what_spawned_processes_import_is_private_and_removed(tmp_path):
     (tmp_path / "r.py").write_text("def f(): return 1\n")
     script = """if True:
         import os, sys
-        from mlx_lora.rollouts.user_files import from_file
+        from mlx_lora.rollouts.user_code import from_file
         from_file("--reward", sys.argv[1], "function")
         [folder] = {one for one in sys.path if os.path.basename(one).startswith("mlx_lora_users_")}
         if os.fork() == 0:

@@ -21,9 +21,10 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.verifiers_tasks import verifiers_file
 from mlx_lora.rollouts import verifiers_env
 from mlx_lora.rollouts.environment import Agent, Played, play
+from mlx_lora.rollouts.make_environment import own_rewards_and_reports
 from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES
-from mlx_lora.rollouts.tool_env import TURNS as ANSWERS
+from mlx_lora.rollouts.tools import CALLS, CUT, FAILED
+from mlx_lora.rollouts.tools import TURNS as ANSWERS
 from mlx_lora.rollouts.verifiers_env import (
     ERRORS,
     METRIC,
@@ -31,8 +32,6 @@ from mlx_lora.rollouts.verifiers_env import (
     VerifiersEnv,
     close_hosts,
     rehearse,
-    verifiers_reports,
-    verifiers_rewards,
 )
 from mlx_lora.utils.errors import RunError
 
@@ -62,7 +61,7 @@ def cache(monkeypatch, tmp_path):
 def environment(name: str, family: str = QWEN, **asked) -> VerifiersEnv:
     settings = train_settings({**ASKED, "environment": f"verifiers:{name}", **asked})
     tokenizer, ends = family_tokenizer(family)
-    return VerifiersEnv(settings, tokenizer, ends, verifiers_rewards(settings.objective))
+    return VerifiersEnv(own_rewards_and_reports(settings.objective, ())[0], settings, tokenizer, ends=ends)
 
 
 def played(env: VerifiersEnv, tasks: list[int], answers: list[list[str]], room: int = 4000) -> Played:
@@ -110,7 +109,7 @@ def test_one_answer_has_the_packages_rewards_and_metrics(caplog):
     assert found.rewards.tolist() == [[1, 1], [0, 1], [1, 0], [0, 1]]
     assert summed(found.rewards, env.rewards).tolist() == [1.5, 0.5, 1.0, 0.5]
     assert [one.counts[METRIC + "characters"] for one in found.episodes] == [5, 7, len(long), 1]
-    assert METRIC + "characters" in verifiers_reports(env.settings.objective)
+    assert METRIC + "characters" in own_rewards_and_reports(env.settings.objective, ())[1]
     assert env.tokenizer.decode(found.prompts[0]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     for number, episode in enumerate(found.episodes):
         assert episode.sampled.all()
@@ -148,7 +147,7 @@ def test_tools_are_called_and_their_results_are_not_trained(family):
     found = played(env, [0], [[calls[0], red], [calls[1], calls[0], red], [call_text(family, "fly", {}), no], [red]])
     assert found.rewards.ravel().tolist() == [1, 1, 0, 1]
     assert [one.counts[CALLS] for one in found.episodes] == [1, 2, 1, 0]
-    assert [one.counts[FAILURES] for one in found.episodes] == [0, 1, 1, 0]
+    assert [one.counts[FAILED] for one in found.episodes] == [0, 1, 1, 0]
     assert [one.counts[METRIC + "looked"] for one in found.episodes] == [1, 2, 1, 0]
     results = [[turn["content"] for turn in one.messages if turn["role"] == "tool"] for one in found.episodes]
     assert results[0] == ["red"]
@@ -167,7 +166,7 @@ def test_a_tool_that_ends_its_process_is_told_to_the_model():
     calls = [call_text(QWEN, "look_up", {"word": word}) for word in ("exit", "apple")]
     found = played(env, [0], [[calls[0], red], [calls[1], red]])
     assert found.rewards.ravel().tolist() == [1, 1]
-    assert [one.counts[FAILURES] for one in found.episodes] == [1, 0]
+    assert [one.counts[FAILED] for one in found.episodes] == [1, 0]
     assert found.episodes[0].messages[1]["content"].startswith("error: ")
     again = played(env, [0], [[calls[1], red], [red]])  # it is there for the next call
     assert again.episodes[0].messages[1]["content"] == "red"

@@ -22,9 +22,8 @@ from mlx_lora.cli.chat import shown
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.conversation import AnswerSettings, ChatSession, figures_together
-from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.engine import Engine, Limits, Sampling
 from mlx_lora.utils.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"

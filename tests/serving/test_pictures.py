@@ -26,11 +26,9 @@ from mlx_lora.data.downloads import ImageDownloads
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.app import make_app
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.conversation import AnswerLimits, AnswerSettings, ChatSession, picture_prompt
-from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.conversation import AnswerLimits, AnswerSettings, ChatSession, PictureReader, picture_prompt
+from mlx_lora.serving.engine import Engine, Limits, Sampling
 from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.serving.pictures import PictureReader
 from mlx_lora.serving.schema import ApiError, read_chat
 from mlx_lora.utils.errors import InputError
 

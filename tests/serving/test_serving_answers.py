@@ -21,12 +21,11 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.app import Adapters, make_app
-from mlx_lora.serving.batch import Piece, TextStream, TokenReport
 from mlx_lora.serving.conversation import AnswerLimits
-from mlx_lora.serving.embeddings import EmbeddingRequests
-from mlx_lora.serving.engine import Engine, Event, Limits, Usage
+from mlx_lora.serving.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.serving.guard import GuardLimits
 from mlx_lora.serving.schema import CompletionReply
+from mlx_lora.serving.scores import EmbeddingRequests
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 

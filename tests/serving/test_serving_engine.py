@@ -17,8 +17,7 @@ from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
 from mlx_lora.serving import adapter_store
 from mlx_lora.serving.adapter_store import AdapterSource, UnknownAdapter
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.engine import QueueFull, Stopped
+from mlx_lora.serving.engine import QueueFull, Sampling, Stopped
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(
@@ -248,7 +247,7 @@ def test_a_canceled_request_frees_its_row(folder, adapters):
     engine = started(folder, {"four": adapters["four"]}, max_batch=1)
     long = Answer(engine, asked("four", count=100_000, ignore_eos=True)).first()
     short = Answer(engine, asked("four", count=2))
-    long.ticket.cancel()
+    long.ticket.canceled.set()
     assert short.wait().end.finish == "length"
     assert (engine.counts.canceled, engine.unfinished) == (1, 0)
     engine.close()
@@ -290,7 +289,7 @@ def test_long_prompts_do_not_hold_up_running_rows(folder):
     late = Answer(engine, asked(None, prompt="x" * 300, count=1)).wait()
     assert late.end.finish == "length"
     assert engine.counts.steps - steps >= 300 // 8 - 1, "a step of the batch after every part of the prompt"
-    running.ticket.cancel()
+    running.ticket.canceled.set()
     engine.close()
 
 

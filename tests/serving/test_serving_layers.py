@@ -14,10 +14,20 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import spelling
-from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, UnknownAdapter, read_factors
-from mlx_lora.serving.batch import Sampler, Sampling, TextStream, TokenReport, sample_rows
-from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
-from mlx_lora.serving.schema import _chat_logprobs
+from mlx_lora.serving.adapter_store import (
+    ROUTED,
+    AdapterSource,
+    AdapterStore,
+    LayerFactors,
+    LayerPools,
+    Routing,
+    UnknownAdapter,
+    read_factors,
+    route,
+    unrouted_twin,
+)
+from mlx_lora.serving.engine import Sampler, Sampling, TextStream, TokenReport, sample_rows
+from mlx_lora.serving.schema import ChatReply
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
@@ -247,5 +257,5 @@ def test_a_token_is_spelled_with_its_own_bytes():
 
 def test_the_likeliest_of_tokens_with_one_text_is_kept():
     report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
-    assert _chat_logprobs([report])["content"][0]["bytes"] == [0xC3]
-    assert [one["bytes"] for one in _chat_logprobs([report])["content"][0]["top_logprobs"]] == [[0xC3], [0xA9]]
+    assert ChatReply("m")._logprobs([report])["content"][0]["bytes"] == [0xC3]
+    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [[0xC3], [0xA9]]

@@ -8,11 +8,11 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from training_examples import examples, loaded, trained_model
+from training_examples import examples, gradients, loaded, trained_model
 
-from mlx_lora.training_server.joint import JointPass
+from mlx_lora.serving.engine import Stopped
 from mlx_lora.training_server.models import AdamNumbers
-from mlx_lora.training_server.worker import TokenJob, Worker, WorkerEnded, WorkerSettings
+from mlx_lora.training_server.worker import JointPass, TokenJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 SAMPLED = {
@@ -51,7 +51,7 @@ def test_a_joint_pass_gives_each_model_its_own_numbers(base, most_positions):
         # A sum of losses of both signs: its rounding is that of its parts.
         assert found.loss_sum == pytest.approx(wanted.loss_sum, rel=1e-6, abs=1e-5)
         assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(found.logprobs, wanted.logprobs, strict=True))
-        own, theirs = model.gradients(), judge.gradients()
+        own, theirs = gradients(model), gradients(judge)
         size = max(mx.abs(value).max().item() for value in theirs.values())
         assert max(mx.abs(own[name] - theirs[name]).max().item() for name in theirs) < 1e-6 * size
         # Parameters are themselves again, and a step moves this model alone.
@@ -106,7 +106,7 @@ def test_requests_that_wait_together_are_computed_together(tiny_folder, tmp_path
             model = trained_model(base, move_b=False, seed=number, unembed=number == 2)
             wanted = model.forward_backward(examples(number), "cross_entropy", {})
             assert future.result(60).loss_sum == pytest.approx(wanted.loss_sum, rel=1e-6)
-            assert worker.do(f"m{number}", lambda number=number: bool(worker.models[f"m{number}"].gradients())).result(
+            assert worker.do(f"m{number}", lambda number=number: bool(gradients(worker.models[f"m{number}"]))).result(
                 60
             )
         with pytest.raises(InputError, match="ppo needs"):
@@ -161,5 +161,5 @@ def test_jobs_that_were_canceled_do_not_keep_a_server_from_ending(tiny_folder, t
     ending.join(60)
     assert worker.failure is None
     for future in waiting[1:]:
-        with pytest.raises(WorkerEnded):
+        with pytest.raises(Stopped):
             future.result(10)

@@ -6,10 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from torch_judge import name_here, torch_base
-from training_examples import LIMITS, examples, factors, loaded, trained_model
+from training_examples import LIMITS, examples, factors, gradients, loaded, trained_model
 
-from mlx_lora.training_server.examples import Example, check_examples, micro_batches
-from mlx_lora.training_server.losses import LOSSES, find_loss
+from mlx_lora.training_server.examples import LOSSES, Example, check_examples, find_loss, micro_batches
 from mlx_lora.utils.errors import InputError
 
 
@@ -103,7 +102,7 @@ def test_loss_and_gradient_are_those_of_torch(name, tiny_folder, base):
     for found, expected in zip(output.logprobs, likelihoods, strict=True):
         assert np.abs(found - expected).max() < 1e-4
     size = max(np.abs(value).max() for value in gradients.values())
-    for key, value in model.gradients().items():
+    for key, value in gradients(model).items():
         assert np.abs(np.array(value) - gradients[key]).max() < 1e-4 * size
     # And the judge sees a small change.
     key = "weights" if "weights" in given else "advantages"
@@ -121,7 +120,7 @@ def test_a_request_may_be_cut_between_its_examples(name, base):
     parts._most_positions = 1  # each row by itself
     pieces = [parts.forward_backward([one], name, config) for one in data]
     assert sum(one.loss_sum for one in pieces) == pytest.approx(total.loss_sum, rel=1e-5)
-    one, other = whole.gradients(), parts.gradients()
+    one, other = gradients(whole), gradients(parts)
     size = max(mx.abs(value).max().item() for value in one.values())
     assert all(mx.abs(one[key] - other[key]).max().item() < 1e-5 * size for key in one)
     assert whole.forward_backward(data[:1], name, config, backward=False).loss_sum != total.loss_sum
@@ -131,7 +130,7 @@ def test_a_request_may_be_cut_between_its_examples(name, base):
 def test_several_targets_of_a_position_are_rows_of_their_own(base):
     model, data = trained_model(base), examples(3, columns=2, weights=normal)
     both = model.forward_backward(data, "cross_entropy", {})
-    gradient = model.gradients()
+    gradient = gradients(model)
     again = trained_model(base)
     alone = [
         again.forward_backward(
@@ -145,7 +144,7 @@ def test_several_targets_of_a_position_are_rows_of_their_own(base):
     assert [one.shape for one in both.logprobs] == [one.targets.shape for one in data]
     assert np.allclose(both.logprobs[1][:, 1], alone[1].logprobs[1], atol=1e-5)
     assert all(
-        np.allclose(np.array(gradient[key]), np.array(value), atol=1e-4) for key, value in again.gradients().items()
+        np.allclose(np.array(gradient[key]), np.array(value), atol=1e-4) for key, value in gradients(again).items()
     )
 
 
@@ -210,5 +209,5 @@ def test_rows_of_similar_length_share_a_batch():
     data = [one(n) for n in (3, 8, 5, 8, 2)]
     batches = list(micro_batches(data, LOSSES["ppo"], 16))
     assert [[row[0] for row in batch.rows] for batch in batches] == [[1, 3], [2, 0, 4]]
-    assert all(batch.arrays["inputs"].size <= 16 for batch in batches)
-    assert batches[1].arrays["positions"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]
+    assert all(batch.inputs.size <= 16 for batch in batches)
+    assert batches[1].positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 10, 11]

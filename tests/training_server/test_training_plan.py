@@ -12,12 +12,11 @@ from run_cli import run
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Sampling
 from mlx_lora.training_server.examples import Example
 from mlx_lora.training_server.models import AdamNumbers, LoraShape
 from mlx_lora.training_server.plan import plan_training_server
-from mlx_lora.training_server.sampler import SamplingJob
-from mlx_lora.training_server.worker import Worker, WorkerSettings
+from mlx_lora.training_server.worker import SamplingJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 CLIENTS, RANK, WIDTH = 3, 32, 128
@@ -42,7 +41,9 @@ def use_all(worker: Worker, plan: dict) -> None:
     for name in (*models, models[0]):
         worker.do(name, lambda name=name: request(name)).result(60)
     for name in models:
-        worker.do(name, lambda name=name: worker.keep_weights(f"w-{name}", worker.models[name])).result(60)
+        worker.do(
+            name, lambda name=name: worker.weights.put(f"w-{name}", worker.models[name].sampling_factors(worker.dtype))
+        ).result(60)
     answered = threading.Semaphore(0)
     prompt = rng.integers(1, worker.limits.vocabulary, WIDTH // 2).tolist()
     for number in range(plan["answers"]):

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from training_examples import loaded, trained_model
 
-from mlx_lora.serving.batch import Sampling
-from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
+from mlx_lora.serving.engine import Sampling
+from mlx_lora.training_server.worker import SampleLoop, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError
 
 
@@ -39,7 +39,7 @@ def test_requests_that_wait_keep_weights_that_are_replaced(base):
     loop.step()
     loop.weights.drop("mine")
     run(loop)
-    assert [type(one) for one in found] == [SampleResult] * 3
+    assert [type(one) for one in found] == [SampleTicket] * 3
     assert len({tuple(one.samples[0].tokens) for one in found}) == 1
     assert "mine" not in loop.weights
     assert not loop.weights._numbers

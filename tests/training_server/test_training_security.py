@@ -16,8 +16,8 @@ import pytest
 from tinker_client import KEY, TrainingServer, wait_until
 from training_examples import loaded
 
+from mlx_lora.training_server.app import SessionLimits
 from mlx_lora.training_server.models import LoraShape
-from mlx_lora.training_server.sessions import SessionLimits
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
@@ -299,7 +299,7 @@ def test_models_share_a_bounded_memory(tiny_folder, root):
 
 
 def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatch):
-    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 0.5)
+    monkeypatch.setattr("mlx_lora.training_server.app.GAP_S", 0.5)
     model = make_model(http, session)
     answer = http.post("/api/v1/optim_step", json={"model_id": model, "adam_params": {}, "seq_id": 2})
     outcome = fetch(http, answer.json()["request_id"])
@@ -316,7 +316,7 @@ def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatc
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["save_weights", "save_weights_for_sampler", "load_weights", "optim_step"])
 def test_the_request_after_a_refused_one_does_not_wait(http, session, path, wrong, monkeypatch):
-    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 1e9)
+    monkeypatch.setattr("mlx_lora.training_server.app.GAP_S", 1e9)
     model = make_model(http, session)
     given = {"optim_params": {}} if path == "optim_step" else {"path": "a"}
     refused = http.post(f"/api/v1/{path}", json={"model_id": model, "seq_id": 1, **given, **wrong})
@@ -330,10 +330,8 @@ def test_an_answer_that_comes_just_when_the_waiting_ends_is_told(http, session, 
             await answer
         raise TimeoutError
 
-    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 0.5)
-    monkeypatch.setattr(
-        "mlx_lora.training_server.sessions.asyncio", SimpleNamespace(**{**vars(asyncio), "wait_for": late})
-    )
+    monkeypatch.setattr("mlx_lora.training_server.app.GAP_S", 0.5)
+    monkeypatch.setattr("mlx_lora.training_server.app.asyncio", SimpleNamespace(**{**vars(asyncio), "wait_for": late}))
     model = make_model(http, session)
     answer = http.post("/api/v1/optim_step", json={"model_id": model, "adam_params": {}, "seq_id": 2})
     assert "did not arrive" in fetch(http, answer.json()["request_id"])["error"]

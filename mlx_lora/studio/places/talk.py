@@ -33,11 +33,9 @@ from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.models.vision import has_tower
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
-from mlx_lora.serving.client_errors import api_error
-from mlx_lora.serving.conversation import chat_tokens, picture_prompt
+from mlx_lora.serving.conversation import PicturePrompt, PictureReader, chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
-from mlx_lora.serving.pictures import PicturePrompt, PictureReader
-from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
+from mlx_lora.serving.schema import ApiError, Ask, api_error, is_number, read_chat, read_json
 from mlx_lora.studio.folders import numbered_paths, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
 from mlx_lora.studio.places import Studio
@@ -254,7 +252,7 @@ async def _pieces(
         yield {"error": str(api_error(error))}
     finally:
         for ticket in tickets:
-            ticket.cancel()
+            ticket.canceled.set()
 
 
 def _hash(value: Any) -> str:
