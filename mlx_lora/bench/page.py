@@ -36,32 +36,40 @@ def write_page(
     """
     tables = compare(results, across_versions)
     measured = [table for table in tables if table.reference]
+    speeds = [row.speed["median"] for table in measured for row in table.rows if row.measured]
+    macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
+    tiers = []
+    for tier in TIERS:
+        columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
+        rows = [(chip.name, [_tier_cell(column[n]) for column in columns.values()]) for n, chip in enumerate(CHIPS)]
+        name = tier if tier == "embedded" else f"{tier} GB"
+        tiers.append({"name": name, "workloads": list(columns), "rows": rows})
     page = render_page(
         PAGES,
         "bench.html",
         date=date.today().isoformat(),
-        tiles=_tiles(results, measured),
+        tiles=[
+            ("results", str(len(results))),
+            ("kinds of Macs", str(len(macs)) if macs else "none yet"),
+            ("workloads measured", str(len(measured))),
+            ("fastest, tokens/s", number(max(speeds)) if speeds else "–"),
+        ],
         problems=problems,
         machines=_machines(results),
         columns=COLUMNS,
         sections=[_section(table, results) for table in measured],
         missing=[(table.name, remarks_of(table)) for table in tables if not table.reference],
         scaling=[_scaling(table, results) for table in measured if table.name in KNOWN],
-        tiers=[_tier(tier) for tier in TIERS],
+        tiers=tiers,
         chips=CHIPS,
     )
     replace_text(path, page)
 
 
-def _tiles(results: Sequence[ResultFile], measured: Sequence[Table]) -> list[tuple[str, str]]:
-    rows = [row for table in measured for row in table.rows if row.measured]
-    macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
-    return [
-        ("results", str(len(results))),
-        ("kinds of Macs", str(len(macs)) if macs else "none yet"),
-        ("workloads measured", str(len(measured))),
-        ("fastest, tokens/s", number(max(row.speed["median"] for row in rows)) if rows else "–"),
-    ]
+def _tier_cell(predicted: dict[str, Any]) -> str:
+    if not predicted["fits"]:
+        return "does not fit"
+    return f"{number(predicted['tokens_per_s'])} ({predicted['memory_gib']} GB)"
 
 
 def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
@@ -93,11 +101,44 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
 
 def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
     """Return one workload for the page: its table, its description, and charts of what was measured and is predicted."""
-    workload = KNOWN.get(table.name)
-    predicted = [_predicted_speed(table, workload, results), _predicted_memory(table, workload)] if workload else []
+    rows = [row for row in table.rows if row.measured]
+    speed = [
+        Bar(row.label, row.speed["median"], low=row.speed["p10"], high=row.speed["p90"], note="; ".join(row.notes))
+        for row in rows
+    ]
+    memory = []
+    for row in rows:
+        figures, planned = row.entry["figures"], row.entry["predicted"]["peak_memory_bytes"]
+        memory += [
+            Bar(row.label, figures["peak_memory_bytes"] / 1e9, note="MLX's allocator"),
+            Bar("its process", figures["process_peak_bytes"] / 1e9, color=1, note=row.label),
+            Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
+        ]
+    measured = [_chart(table, "measured", "tokens per second", speed)]
+    measured.append(_chart(table, "measured", "peak memory", memory, " GB"))
+    predicted = []
+    if workload := KNOWN.get(table.name):
+        seen = {one.chip for one in results for row in rows if row.file == str(one.path)}
+        speed = [
+            Bar(
+                one["chip"],
+                one["tokens_per_s"],
+                predicted=True,
+                note=f"with {one['memory_gib']} GB; from {one['status']} peaks",
+            )
+            for one in _chips(workload)
+            if one["chip"] not in seen and one["fits"]
+        ]
+        memory = []
+        for size, one in predict_sizes(workload):
+            peak, most = one["peak_memory_bytes"] / 1e9, one["working_set_bytes"] / 1e9
+            words = f"{peak:.3g} of {most:.0f} GB" if one["fits"] else f"{peak:.3g} GB: too much"
+            note = f"MLX's allocator; the GPU may use {most:.1f} GB"
+            memory.append(Bar(f"Mac, {size} GB", peak, predicted=True, note=note, words=words))
+        predicted = [_chart(table, "predicted", "tokens per second", speed)]
+        predicted.append(_chart(table, "predicted", "peak memory", memory, " GB"))
     return {
-        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted,
-        "measured": [_measured_speed(table), _measured_memory(table)],
+        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted, "measured": measured,
         "cells": [cells_of(row) for row in table.rows], "remarks": remarks_of(table),
     }  # fmt: skip
 
@@ -116,61 +157,15 @@ def words_of(definition: dict[str, Any]) -> str:
     return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 
-def _measured_speed(table: Table) -> dict[str, Any]:
-    """Draw measured tokens per second."""
-    bars = [
-        Bar(row.label, row.speed["median"], low=row.speed["p10"], high=row.speed["p90"], note="; ".join(row.notes))
-        for row in table.rows
-        if row.measured
-    ]
-    return _chart("Measured: tokens per second", bar_chart(f"{table.name}: measured tokens per second", bars), bars)
-
-
-def _predicted_speed(table: Table, workload: Workload | None, results: Sequence[ResultFile]) -> dict[str, Any]:
-    """Draw predicted tokens per second of chips without results."""
-    seen = {one.chip for one in results for row in table.rows if row.file == str(one.path) and row.measured}
-    bars = [
-        Bar(
-            one["chip"],
-            one["tokens_per_s"],
-            predicted=True,
-            note=f"with {one['memory_gib']} GB; from {one['status']} peaks",
-        )
-        for one in _chips(workload)
-        if one["chip"] not in seen and one["fits"]
-    ]
-    return _chart("Predicted: tokens per second", bar_chart(f"{table.name}: predicted tokens per second", bars), bars)
-
-
-def _measured_memory(table: Table) -> dict[str, Any]:
-    """Draw measured peaks, MLX's and the process's, next to the plan's for the same run."""
-    bars = []
-    for row in table.rows:
-        if row.measured:
-            figures, planned = row.entry["figures"], row.entry["predicted"]["peak_memory_bytes"]
-            bars += [
-                Bar(row.label, figures["peak_memory_bytes"] / 1e9, note="MLX's allocator"),
-                Bar("its process", figures["process_peak_bytes"] / 1e9, color=1, note=row.label),
-                Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
-            ]
-    return _chart("Measured: peak memory", bar_chart(f"{table.name}: measured peak memory", bars, " GB"), bars)
-
-
-def _predicted_memory(table: Table, workload: Workload | None) -> dict[str, Any]:
-    """Draw the planned peaks on Macs by their memory."""
-    bars = []
-    for size, one in _sizes(workload):
-        peak, most = one["peak_memory_bytes"] / 1e9, one["working_set_bytes"] / 1e9
-        words = f"{peak:.3g} of {most:.0f} GB" if one["fits"] else f"{peak:.3g} GB: too much"
-        note = f"MLX's allocator; the GPU may use {most:.1f} GB"
-        bars.append(Bar(f"Mac, {size} GB", peak, predicted=True, note=note, words=words))
-    return _chart("Predicted: peak memory", bar_chart(f"{table.name}: predicted peak memory", bars, " GB"), bars)
-
-
-def _chart(title: str, svg: str, bars: Sequence[Bar]) -> dict[str, Any]:
+def _chart(table: Table, kind: str, what: str, bars: Sequence[Bar], unit: str = "") -> dict[str, Any]:
     kinds = dict.fromkeys((bar.color, bar.predicted) for bar in bars)
     words = {(0, False): "measured", (1, False): "measured, process", (0, True): "predicted, not measured"}
-    return {"title": title, "svg": svg, "keys": [(color, hollow, words[color, hollow]) for color, hollow in kinds]}
+    keys = [(color, hollow, words[color, hollow]) for color, hollow in kinds]
+    return {
+        "title": f"{kind.capitalize()}: {what}",
+        "svg": bar_chart(f"{table.name}: {kind} {what}", bars, unit),
+        "keys": keys,
+    }
 
 
 def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
@@ -190,37 +185,9 @@ def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
     return {"title": table.name, "series": series, "svg": line_chart(title, series, "", True, "cores")}
 
 
-def _tier(tier: str) -> dict[str, Any]:
-    """Return a tier's predictions: a row per chip, a column per workload."""
-    workloads = [one for one in WORKLOADS if one.tier == tier]
-    columns = [_chips(one) for one in workloads]
-    rows = [
-        (
-            chip.name,
-            [
-                f"{number(column[index]['tokens_per_s'])} ({column[index]['memory_gib']} GB)"
-                if column[index]["fits"]
-                else "does not fit"
-                for column in columns
-            ],
-        )
-        for index, chip in enumerate(CHIPS)
-    ]
-    return {
-        "name": tier if tier == "embedded" else f"{tier} GB",
-        "workloads": [one.name for one in workloads],
-        "rows": rows,
-    }
-
-
 @cache
-def _chips(workload: Workload | None) -> list[dict[str, Any]]:
-    return predict_chips(workload) if workload else []
-
-
-@cache
-def _sizes(workload: Workload | None) -> list[tuple[int, dict[str, Any]]]:
-    return predict_sizes(workload) if workload else []
+def _chips(workload: Workload) -> list[dict[str, Any]]:
+    return predict_chips(workload)
 
 
 def _or_dash(value: Any) -> str:

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, TEMPLATE_FILE, template_beside
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, run_of, save_adapter
-from mlx_lora.exporters.initial_adapter import put_start, read_start
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_start, run_of, save_adapter
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.adapter import adapter_template

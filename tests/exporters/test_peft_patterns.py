@@ -9,7 +9,7 @@ import pytest
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.peft_experts import rank_problems
+from mlx_lora.exporters.peft import rank_problems
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 

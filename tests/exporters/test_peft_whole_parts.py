@@ -17,8 +17,7 @@ from tiny_moe import tiny_moe
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, check_peft, write_peft
-from mlx_lora.exporters.peft_experts import check_reached
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, check_peft, check_reached, write_peft
 from mlx_lora.models.head import tied_embedding
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError

@@ -11,9 +11,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from varied_strings import varied_strings
 
-from mlx_lora.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, vocabulary_from_metadata, write_folder
+from mlx_lora.gguf.tokenizer import (
+    PRE_TOKENIZERS,
+    PROBES,
+    _cut,
+    _words,
+    build_tokenizer,
+    tokenizer_metadata,
+    tokenizer_vocabulary,
+    vocabulary_from_metadata,
+    write_folder,
+)
 from mlx_lora.gguf.tokenizer import PUBLISHED as SPELLED
-from mlx_lora.gguf.vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.utils.errors import InputError
 
 # As the published tokenizer.json files spell them.
