@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.bench.workloads import digest_of
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import counted
 
@@ -421,8 +421,7 @@ def read_result(path: Path) -> ResultFile:
         raise InputError(f"{path}: corrupt, not JSON ({str(error).splitlines()[0]}); left out") from None
     problems = problems_of(content)
     if problems:
-        more = f", and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise InputError(f"{path}: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; left out")
+        raise InputError(f"{path}: {first_of(problems, SHOWN_PROBLEMS)}; left out")
     return ResultFile(path, content)
 
 

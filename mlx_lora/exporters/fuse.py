@@ -42,7 +42,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError, first_of
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
 
@@ -377,8 +377,7 @@ def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_co
         or (p.ndim == 1 and not mx.array_equal(p, read[name], equal_nan=True).item())
     ]
     if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise RunError(
-            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back differently; keep the adapter "
+            f"--out {out}: not written, mlx-lm reads {first_of(differ, 3, ', ')} back differently; keep the adapter "
             "separate"
         )

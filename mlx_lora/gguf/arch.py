@@ -71,7 +71,7 @@ from mlx_lora.gguf.mapping import (
 from mlx_lora.gguf.reader import GGUFFile
 from mlx_lora.models.folder import FUSED_KEY
 from mlx_lora.models.image_inputs import ImageInputSpec
-from mlx_lora.utils.errors import InputError, Problems
+from mlx_lora.utils.errors import InputError, Problems, first_of
 
 Config = dict[str, Any]
 
@@ -934,8 +934,8 @@ def weight_map(file: GGUFFile, config: dict[str, Any]) -> dict[str, TensorMappin
         if name not in mappings and name not in family.absorbed and not _left_out(family, config, name)
     ]
     missing = [name for name in mappings if name not in file.tensors]
-    problems = [f"tensors missing: {_listed(missing)}"] if missing else []
-    problems += [f"tensors unknown to {family.model_type}: {_listed(unknown)}"] if unknown else []
+    problems = [f"tensors missing: {first_of(missing, 6, ', ')}"] if missing else []
+    problems += [f"tensors unknown to {family.model_type}: {first_of(unknown, 6, ', ')}"] if unknown else []
     if problems:
         raise InputError(f"{file.path}: {'; '.join(problems)}; download it again or use its Hugging Face weights")
     return {name: mappings[name] for name in file.tensors if name in mappings}
@@ -961,10 +961,6 @@ def _left_out(family: GgufFamily, config: dict[str, Any], name: str) -> bool:
     number = name.split(".")[1] if name.startswith("blk.") else ""
     # Layers after the last one predict further tokens in one step, which only llama.cpp uses.
     return (number.isdigit() and int(number) >= config["num_hidden_layers"]) or family.spare(config, name)
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _mappings(family: GgufFamily, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:

@@ -29,7 +29,7 @@ from gguf.quants import Q4_K
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
 from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_weight, relative_error
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_of
 
 GROUP = 32
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
@@ -350,7 +350,4 @@ def check_shapes(
         if wanted != tensors[name].shape:
             wrong.append(f"{name} is {tensors[name].shape}, but the model needs {wanted}")
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"{path}: {'; '.join(wrong[:3])}{more}; its tensors do not match its metadata, so download it again"
-        )
+        raise InputError(f"{path}: {first_of(wrong, 3)}; its tensors do not match its metadata, so download it again")

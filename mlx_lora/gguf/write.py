@@ -44,7 +44,7 @@ from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.models.tower_files import of_tower
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
 
@@ -222,9 +222,8 @@ def _plan(
     known = {name for mapping in mappings.values() for name in mapping.names}
     unplaced = [name for name in sources if name not in known]
     if unplaced:
-        more = f" and {len(unplaced) - 3} more" if len(unplaced) > 3 else ""
         raise InputError(
-            f"--to gguf: {', '.join(unplaced[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
+            f"--to gguf: {first_of(unplaced, 3, ', ')} have no tensor in a {architecture} GGUF; use --to peft or hf"
         )
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
@@ -361,8 +360,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
     problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
+        raise InputError(f"--to gguf-adapter: {first_of(problems, 4)}; fuse it instead, or adapt other layers")
     alphas = {layer.scale * layer.rank for layer in layers.values()}
     # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
     alpha = alphas.pop() if len(alphas) == 1 else None
