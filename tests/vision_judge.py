@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_lora.exporters.peft_experts import peft_path
+from mlx_lora.exporters.peft import peft_path
 
 # Processors that need no torchvision: they are asked as a whole.
 WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor", "PaliGemmaProcessor")

@@ -255,7 +255,7 @@ class AdapterLayer(nn.Module):
     def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
         """Return this layer's tensors in PEFT's format: module -> name within it -> tensor.
 
-        Experts are bare tensors in PEFT; exporters/peft_experts.py joins them.
+        Experts are bare tensors in PEFT; exporters/peft.py joins them.
 
         Args:
             name: of the layer in transformers.

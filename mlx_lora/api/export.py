@@ -25,10 +25,9 @@ from mlx_lora.exporters.adapter_config import (
     label_names,
     remove_earlier,
 )
-from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower, write_mlx_vlm
 from mlx_lora.exporters.card import CARD_FILE, check_repo, float_base, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
-from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form

@@ -19,9 +19,8 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.api.fused_gain import FADED, Gain, GainMeter, calibration_tokens
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.bits_budget import Budget
-from mlx_lora.exporters.compensate import CalibrationTokens
 from mlx_lora.exporters.fuse import Rounding, Survival, is_rounded, write_fused
+from mlx_lora.exporters.rounding import Budget, CalibrationTokens
 from mlx_lora.exporters.sentence_transformers import write_form
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base

@@ -32,7 +32,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.compensate import CalibrationTokens
+from mlx_lora.exporters.rounding import CalibrationTokens
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.trainer.adapter import adapter_template

@@ -61,36 +61,22 @@ def answer(*command: str, timeout_s: float = 10) -> str | None:
 def describe_machine() -> dict[str, Any]:
     """Return facts about the hardware and the operating system."""
     common = {"architecture": platform.machine(), "cpu_cores": os.cpu_count(), "memory_bytes": memory_bytes()}
-    return {**common, **(_mac() if sys.platform == "darwin" else _linux())}
-
-
-def memory_bytes() -> int:
-    """Return the machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _mac() -> dict[str, Any]:
-    return {
-        "chip": answer("sysctl", "-n", "machdep.cpu.brand_string"),
-        "model": answer("sysctl", "-n", "hw.model"),
-        "gpu_cores": gpu_core_count(answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or ""),
-        "performance_cores": _whole(answer("sysctl", "-n", "hw.perflevel0.physicalcpu")),
-        "efficiency_cores": _whole(answer("sysctl", "-n", "hw.perflevel1.physicalcpu")),
-        "system": "macOS",
-        "system_version": answer("sw_vers", "-productVersion"),
-        "system_build": answer("sw_vers", "-buildVersion"),
-    }
-
-
-def gpu_core_count(registry: str) -> int | None:
-    """Return the number of GPU cores in the output of `ioreg`."""
-    found = re.search(r'"gpu-core-count" = (\d+)', registry)
-    return int(found[1]) if found else None
-
-
-def _linux() -> dict[str, Any]:
+    if sys.platform == "darwin":
+        cores = re.search(r'"gpu-core-count" = (\d+)', answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or "")
+        return {
+            **common,
+            "chip": answer("sysctl", "-n", "machdep.cpu.brand_string"),
+            "model": answer("sysctl", "-n", "hw.model"),
+            "gpu_cores": int(cores[1]) if cores else None,
+            "performance_cores": _whole(answer("sysctl", "-n", "hw.perflevel0.physicalcpu")),
+            "efficiency_cores": _whole(answer("sysctl", "-n", "hw.perflevel1.physicalcpu")),
+            "system": "macOS",
+            "system_version": answer("sw_vers", "-productVersion"),
+            "system_build": answer("sw_vers", "-buildVersion"),
+        }
     name = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
     return {
+        **common,
         "chip": name[1].strip() if name else None,
         "model": _read("/sys/devices/virtual/dmi/id/product_name"),
         "gpu_cores": None,
@@ -102,79 +88,56 @@ def _linux() -> dict[str, Any]:
     }
 
 
-def describe_power() -> dict[str, Any]:
-    """Return what may slow the machine down now: power source, low-power mode, heat, other programs."""
-    readings = _mac_power() if sys.platform == "darwin" else _linux_power(Path("/sys"))
-    return {**readings, "load_average": round(os.getloadavg()[0], 2)}
+def memory_bytes() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _mac_power() -> dict[str, Any]:
-    """Return macOS's readings; it does not tell users' programs the temperature."""
-    return {
-        "source": mac_source(answer("pmset", "-g", "batt") or ""),
-        "low_power_mode": mac_low_power(answer("pmset", "-g") or ""),
-        "thermal_state": thermal_state(answer("osascript", "-l", "JavaScript", "-e", THERMAL_SCRIPT)),
-        "temperature_c": None,
-    }
-
-
-def mac_source(batteries: str) -> str | None:
-    """Return `ac` or `battery`, given the output of `pmset -g batt`."""
-    found = re.search(r"Now drawing from '(AC|Battery) Power'", batteries)
-    return {"AC": "ac", "Battery": "battery"}[found[1]] if found else None
-
-
-def mac_low_power(settings: str) -> bool | None:
-    """Tell whether the output of `pmset -g` has `lowpowermode` 1, or `powermode` 1 on Macs that also have a high mode."""
-    found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", settings, re.MULTILINE)
-    return found[1] == "1" if found else None
-
-
-def thermal_state(number: str | None) -> str | None:
-    """Return the name of a thermal state of NSProcessInfo."""
-    value = _whole(number)
-    return THERMAL_STATES[value] if value is not None and 0 <= value < len(THERMAL_STATES) else None
-
-
-def _linux_power(system: Path) -> dict[str, Any]:
-    """Return Linux's readings.
+def describe_power(system: Path = Path("/sys")) -> dict[str, Any]:
+    """Return what may slow the machine down now: power source, low-power mode, heat, other programs.
 
     Args:
-        system: /sys, or a replacement in tests.
+        system: Linux's /sys, or a replacement in tests.
     """
-    supplies = {
-        (_read(one / "type") or "", _read(one / "online")) for one in (system / "class" / "power_supply").glob("*")
-    }
-    online = {state for kind, state in supplies if kind in ("Mains", "USB")}
-    source = "ac" if "1" in online else "battery" if any(kind == "Battery" for kind, _ in supplies) else None
-    profile = _read(system / "firmware" / "acpi" / "platform_profile")
-    zones = [_whole(_read(file)) for file in (system / "class" / "thermal").glob("thermal_zone*/temp")]
-    heat = [zone for zone in zones if zone is not None]
-    return {
-        "source": source,
-        "low_power_mode": None if profile is None else profile == "low-power",
-        "thermal_state": None,
-        "temperature_c": max(heat) / 1000 if heat else None,
-    }
+    if sys.platform == "darwin":
+        drawn = re.search(r"Now drawing from '(AC|Battery) Power'", answer("pmset", "-g", "batt") or "")
+        # Macs that also have a high mode say `powermode`.
+        saves = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", answer("pmset", "-g") or "", re.MULTILINE)
+        state = _whole(answer("osascript", "-l", "JavaScript", "-e", THERMAL_SCRIPT))
+        readings = {
+            "source": {"AC": "ac", "Battery": "battery"}[drawn[1]] if drawn else None,
+            "low_power_mode": saves[1] == "1" if saves else None,
+            "thermal_state": None if state is None else dict(enumerate(THERMAL_STATES)).get(state),
+            "temperature_c": None,  # macOS does not tell it to users' programs
+        }
+    else:
+        supplies = {
+            (_read(one / "type") or "", _read(one / "online")) for one in (system / "class" / "power_supply").glob("*")
+        }
+        online = {state for kind, state in supplies if kind in ("Mains", "USB")}
+        profile = _read(system / "firmware" / "acpi" / "platform_profile")
+        zones = [_whole(_read(file)) for file in (system / "class" / "thermal").glob("thermal_zone*/temp")]
+        heat = [zone for zone in zones if zone is not None]
+        readings = {
+            "source": "ac" if "1" in online else "battery" if any(kind == "Battery" for kind, _ in supplies) else None,
+            "low_power_mode": None if profile is None else profile == "low-power",
+            "thermal_state": None,
+            "temperature_c": max(heat) / 1000 if heat else None,
+        }
+    return {**readings, "load_average": round(os.getloadavg()[0], 2)}
 
 
 def describe_software() -> dict[str, Any]:
     """Return versions, the commit of a checkout, and the environment variables that change speed."""
+    root = Path(mlx_lora.__file__).resolve().parents[1]
+    checkout = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
     return {
-        "commit": commit(),
+        "commit": answer(*checkout) if (root / ".git").exists() else None,
         "python": platform.python_version(),
         "versions": package_versions(PACKAGES),
         "variables": {name: os.environ.get(name) for name in RECORDED_VARIABLES},
         "removed_variables": list(DROPPED_VARIABLES),
     }
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that runs, with `-dirty` if files differ; None if the package is installed."""
-    root = Path(mlx_lora.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    return answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def _read(path: str | Path) -> str | None:

@@ -2,21 +2,346 @@
 
 A file that cannot be read is reported with one line. There is one table per workload, with ratios only if the work and the
 versions are equal.
+
+The schema, version 1, has every field with its type and meaning; files are checked against it. docs/benchmarks.md has
+the same table; a test compares the two. A name ending in `[]` means each entry of a list, one ending in `{}` each value
+of a mapping.
+
+The report page is one HTML file with charts, without network access or scripts.
+
+Full bars are measured. Hollow, dashed bars are the planner's predictions, from listed peaks, for chips without results,
+and are always labeled so.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.schema import SCHEMA, VERSION, problems_of
-from mlx_lora.utils.errors import InputError
+from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
+from mlx_lora.planner.speed import CHIPS
+from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
+from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import counted
+
+SCHEMA, VERSION = "mlx-lora-bench", 1
+STATUSES = ("measured", "not run", "failed")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field.
+
+    Attributes:
+        path: dotted.
+        kind: `text`, `number` (finite, not negative), `whole`, `yes/no`, `mapping` or `list`.
+        meaning: for the documentation.
+        may_be_null: whether null is allowed, because the value could not be read or does not exist.
+    """
+
+    path: str
+    kind: str
+    meaning: str
+    may_be_null: bool = False
+
+
+def fields_of(prefix: str, *rows: tuple[str, str, str]) -> tuple[Field, ...]:
+    """Return fields with a prefix; a `?` after the kind allows null."""
+    return tuple(Field(f"{prefix}{name}", kind.rstrip("?"), text, kind.endswith("?")) for name, kind, text in rows)
+
+
+def _spread(prefix: str, of: str) -> tuple[Field, ...]:
+    return fields_of(
+        prefix,
+        ("median", "number", f"{of}: median over the counted steps"),
+        ("p10", "number", "10th percentile, nearest rank"),
+        ("p90", "number", "90th percentile"),
+        ("min", "number", "smallest value"),
+        ("max", "number", "largest value"),
+    )
+
+
+TOP = fields_of(
+    "",
+    ("schema", "text", f"`{SCHEMA}`"),
+    ("schema_version", "whole", "1"),
+    ("created", "text", "local date and time of the start, ISO 8601"),
+    ("tiers", "list", "the values of `--tier`"),
+    ("machine", "mapping", "hardware and operating system"),
+    ("device", "mapping", "the device that MLX computes on"),
+    ("software", "mapping", "versions and environment variables"),
+    ("rates", "mapping", "speeds of single operations, the best of five measurements"),
+    ("results", "list", "one entry per workload"),
+)
+MACHINE = fields_of(
+    "machine.",
+    ("chip", "text?", "chip or processor name"),
+    ("model", "text?", "the machine's model name"),
+    ("architecture", "text", "`arm64`, `x86_64`"),
+    ("cpu_cores", "whole?", "number of logical CPU cores"),
+    ("performance_cores", "whole?", "number of performance cores; Apple silicon only"),
+    ("efficiency_cores", "whole?", "number of efficiency cores; Apple silicon only"),
+    ("gpu_cores", "whole?", "number of GPU cores; Apple silicon only"),
+    ("memory_bytes", "whole", "the machine's memory"),
+    ("system", "text", "`macOS`, `Linux`"),
+    ("system_version", "text?", "the version of macOS, or of the Linux kernel"),
+    ("system_build", "text?", "the build number of macOS"),
+)
+DEVICE = fields_of(
+    "device.",
+    ("name", "text", "the device's name in MLX"),
+    ("backend", "text", "`metal`, `cpu` or `cuda`"),
+    ("memory_bytes", "whole", "the memory that the device can use"),
+    ("working_set_bytes", "whole", "the most memory that a run should use"),
+    ("blas", "text?", "the linear algebra library of MLX's CPU backend"),
+    ("compute_dtype", "text", "the dtype that all workloads compute in"),
+)
+SOFTWARE = fields_of(
+    "software.",
+    (
+        "commit",
+        "text?",
+        "the checkout's git commit, with `-dirty` if files were changed; null for an installed package",
+    ),
+    ("python", "text", "the version of Python"),
+    ("versions", "mapping", "each package's version; null if it is not installed"),
+    ("variables", "mapping", "environment variables that affect speed; null if unset"),
+    ("removed_variables", "list", "environment variables that the benchmark removed before it measured"),
+)
+RATES = fields_of(
+    "rates.",
+    ("gemm_flops_per_s", "mapping", "speed of square matrix products by dtype, at the fastest size"),
+    ("gemm_flops_per_s.{}", "number", "speed in this dtype"),
+    (
+        "quantized_matmul_flops_per_s",
+        "mapping",
+        "speed of products with 4-bit weights: for 1 row, for 1024 rows, and with the weights dequantized first (`dequantize_then_gemm`)",
+    ),
+    ("quantized_matmul_flops_per_s.{}", "number", "speed of this kind of product"),
+    ("copy_bytes_per_s", "number", "memory bandwidth when one array is read and one is written"),
+    ("triad_bytes_per_s", "number", "memory bandwidth when two arrays are read and one is written"),
+    ("ceilings", "mapping", "the speeds that predictions are computed from"),
+    ("ceilings.dtype", "text", "the dtype of the speeds below"),
+    ("ceilings.flops_per_s", "number", "speed of matrix products as a training step computes them"),
+    ("ceilings.bytes_per_s", "number", "memory bandwidth of elementwise operations"),
+    (
+        "ceilings.exponentials_per_s",
+        "number?",
+        "exponentials per second; null on a GPU, where memory bandwidth is the limit instead",
+    ),
+    ("ceilings.launch_s", "number", "seconds to start one operation"),
+)
+RESULT = fields_of(
+    "results[].",
+    ("workload", "mapping", "the whole definition (mlx_lora/bench/workloads.py)"),
+    ("workload.name", "text", "the value for `--workload`"),
+    ("workload.version", "whole", "version of the definition"),
+    ("workload.digest", "text", "hash of the definition, which shows whether it was edited"),
+    ("workload.tier", "text", "memory size in GB, or `embedded`"),
+    ("workload.model", "text", "the model's name in the suite"),
+    ("workload.form", "text", "the kind of rows: `chat`, `2k`, `8k` or `dpo`"),
+    ("workload.packed", "yes/no", "whether the base is quantized to 4 bits (QLoRA)"),
+    ("status", "text", "`measured`, `not run` or `failed`"),
+    ("reason", "text?", "why there are no figures"),
+    (
+        "shortened",
+        "yes/no",
+        "whether `--steps` or `--seconds` changed the length, so that the result cannot be compared",
+    ),
+    ("data_sha256", "text", "hash of the training data"),
+    ("base", "mapping?", "`model`, `revision` and `fingerprint` of the weights"),
+    ("power_before", "mapping", "power and temperature before the workload"),
+    ("power_after", "mapping?", "the same fields after the workload"),
+    ("figures", "mapping?", "the measurements, if `status` is `measured`"),
+    ("predicted", "mapping?", "the planner's prediction for the counted steps, which is not a measurement"),
+)
+POWER = fields_of(
+    "",
+    ("source", "text?", "power source: `ac` or `battery`"),
+    ("low_power_mode", "yes/no?", "whether macOS's low power mode, or Linux's low-power platform profile, is on"),
+    ("thermal_state", "text?", "macOS's thermal state: `nominal`, `fair`, `serious` or `critical`"),
+    ("temperature_c", "number?", "temperature of the hottest sensor; Linux only"),
+    (
+        "load_average",
+        "number",
+        "system load over a minute: before the first measurement of the whole result; after the workload, with the workload's own load",
+    ),
+)
+FIGURES = (
+    *fields_of("", ("tokens_per_s", "mapping", "tokens per second in a step, without padding")),
+    *_spread("tokens_per_s.", "tokens/s"),
+    *fields_of("", ("supervised_tokens_per_s", "mapping", "trained tokens per second in a step")),
+    *_spread("supervised_tokens_per_s.", "trained tokens/s"),
+    *fields_of("", ("step_s", "mapping", "seconds per step")),
+    *_spread("step_s.", "seconds"),
+    *fields_of(
+        "",
+        (
+            "overall_tokens_per_s",
+            "number",
+            "tokens of all counted steps, without padding, divided by their time; includes steps with new batch shapes",
+        ),
+        (
+            "first_step_s",
+            "number",
+            "seconds from the start of the process to the end of the first step: imports, loading, compilation and the step",
+        ),
+        ("warmup_steps", "whole", "steps of the first pass over the rows, which are not counted"),
+        ("counted_steps", "whole", "steps after the first pass"),
+        ("counted_s", "number", "seconds of the counted steps"),
+        ("real_tokens", "whole", "tokens of the counted steps, without padding"),
+        ("supervised_tokens", "whole", "how many of these tokens are trained"),
+        ("positions", "whole", "tokens of the counted steps, with padding"),
+        ("shapes", "mapping", "number of steps for each batch shape (rows x width)"),
+        ("peak_memory_bytes", "whole", "peak memory of MLX's allocator over the whole run"),
+        ("process_peak_bytes", "whole", "peak resident memory of the process"),
+        ("skipped_steps", "whole", "steps that were skipped because the update was not finite"),
+        (
+            "last_loss",
+            "number?",
+            "loss of the last step, which only shows that training works, because the texts are random",
+        ),
+        (
+            "useful_flops_per_s",
+            "number",
+            "operations per second that the model itself needs, without padding and without what checkpointing repeats, at the median speed",
+        ),
+        ("mfu", "number", "`useful_flops_per_s` divided by the measured speed of matrix products in the compute dtype"),
+        (
+            "mfu_listed",
+            "number?",
+            "`useful_flops_per_s` divided by the listed peak of the chip with this machine's GPU cores",
+        ),
+        ("energy_j", "number?", "energy from the end of the first step to the end of the run, in joules"),
+        ("energy_source", "text", "where the energy was read, or why it could not be read"),
+    ),
+)
+PREDICTED = fields_of(
+    "",
+    ("tokens_per_s", "number", "tokens per second, without padding"),
+    ("peak_memory_bytes", "whole", "peak memory of MLX's allocator"),
+    ("needed_bytes", "whole", "peak memory and MLX's cache of freed buffers"),
+    ("fits", "yes/no", "whether `needed_bytes` is below the device's `working_set_bytes`"),
+    ("ceilings", "text", "where the speeds come from: `measured here`"),
+)
+KINDS = {
+    "text": lambda value: isinstance(value, str) and bool(value),
+    "number": lambda value: (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    ),
+    "whole": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    "yes/no": lambda value: isinstance(value, bool),
+    "mapping": lambda value: isinstance(value, dict),
+    "list": lambda value: isinstance(value, list),
+}
+
+
+def problems_of(content: Any) -> list[str]:
+    """Return the problems of a result file's content, a few words each; empty: it is valid."""
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        return [f'foreign: no "schema": "{SCHEMA}" in it']
+    version = content.get("schema_version")
+    if not isinstance(version, int) or not KINDS["whole"](version):
+        return ["schema_version is missing"]
+    if version != VERSION:
+        advice = "update mlx-lora to read it" if version > VERSION else "run the benchmark again"
+        age = "newer" if version > VERSION else "older"
+        return [f"schema version {version}, {age} than {VERSION}, which is read here; {advice}"]
+    found = [line for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES) for line in field_problems(content, fields)]
+    for number, entry in enumerate(content["results"] if isinstance(content.get("results"), list) else []):
+        found += under(f"results[{number}]", _entry_problems(entry))
+    return found
+
+
+def under(path: str, lines: Iterable[str]) -> list[str]:
+    """Return problems with the path of the part that they are in; some are about the part itself (`is missing`)."""
+    return [f"{path} {line}" if line.startswith("is ") else f"{path}.{line}" for line in lines]
+
+
+def _entry_problems(entry: Any) -> Iterator[str]:
+    """Yield the problems of one workload's entry."""
+    if not isinstance(entry, dict):
+        yield "is not a mapping"
+        return
+    own = [Field(f.path.removeprefix("results[]."), f.kind, f.meaning, f.may_be_null) for f in RESULT]
+    yield from field_problems(entry, own)
+    for moment in ("power_before", "power_after"):
+        if isinstance(entry.get(moment), dict):
+            yield from under(moment, field_problems(entry[moment], POWER))
+    workload = entry.get("workload")
+    if isinstance(workload, dict) and workload.get("digest") != digest_of(workload):
+        yield "workload.digest does not belong to the definition: it was edited"
+    status = entry.get("status")
+    if status not in STATUSES:
+        yield f"status is {status!r}, not one of {', '.join(STATUSES)}"
+    if status == "measured":
+        for part, fields in (("figures", FIGURES), ("predicted", PREDICTED)):
+            content = entry.get(part)
+            yield from under(part, field_problems(content, fields) if content else ["is missing"])
+    elif status in STATUSES and not entry.get("reason"):
+        yield "reason is missing"
+    figures = entry.get("figures")
+    for name in ("tokens_per_s", "step_s", "peak_memory_bytes"):
+        value = figures.get(name) if status == "measured" and isinstance(figures, dict) else None
+        if value == 0 or (isinstance(value, dict) and value.get("median") == 0):
+            yield f"figures.{name} is zero"
+
+
+def field_problems(content: Any, fields: Any) -> Iterator[str]:
+    """Yield the problems of a mapping's fields; fields inside a wrong one are not checked."""
+    if not isinstance(content, dict):
+        yield "is not a mapping"
+        return
+    for field in fields:
+        for value, path in _values(content, field.path.split("."), ""):
+            if value is ABSENT:
+                yield f"{path} is missing"
+            elif value is None and field.may_be_null:
+                continue
+            elif not KINDS[field.kind](value):
+                shown = repr(value) if len(repr(value)) <= 40 else f"{repr(value)[:37]}..."
+                yield f"{path} is {shown}, not {'a ' if field.kind != 'yes/no' else ''}{field.kind}"
+
+
+ABSENT = object()
+
+
+def _values(content: Any, parts: list[str], path: str) -> Iterator[tuple[Any, str]]:
+    """Yield the values that a path names, with their own paths."""
+    if not parts:
+        yield content, path.removeprefix(".")
+    elif not isinstance(content, dict):
+        return  # the parent was already reported, or is an allowed null
+    elif parts[0] == "{}":
+        for key, value in content.items():
+            yield from _values(value, parts[1:], f"{path}.{key}")
+    elif parts[0] in content:
+        yield from _values(content[parts[0]], parts[1:], f"{path}.{parts[0]}")
+    elif len(parts) == 1:
+        yield ABSENT, f"{path}.{parts[0]}".removeprefix(".")
+
+
+def document() -> str:
+    """Return the schema as a Markdown table."""
+    parts = (
+        *((f.path, f) for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES, RESULT) for f in fields),
+        *((f"results[].power_before.{f.path}", f) for f in POWER),
+        *((f"results[].figures.{f.path}", f) for f in FIGURES if f.path.split(".")[-1] not in ("min", "max")),
+        *((f"results[].predicted.{f.path}", f) for f in PREDICTED),
+    )
+    lines = ["| field | type | meaning |", "|---|---|---|"]
+    for path, f in parts:
+        lines.append(f"| `{path}` | {f.kind}{' or null' if f.may_be_null else ''} | {f.meaning} |")
+    return "\n".join(lines)
+
 
 # Files
 
@@ -40,11 +365,6 @@ class ResultFile:
     def chip(self) -> str:
         """The chip's name, without `Apple`."""
         return machine_name(self.content)
-
-    @property
-    def memory(self) -> str:
-        """The machine's memory, as in `16 GB`."""
-        return f"{round(self.content['machine']['memory_bytes'] / 2**30)} GB"
 
 
 def machine_name(content: dict[str, Any]) -> str:
@@ -111,8 +431,7 @@ def read_result(path: Path) -> ResultFile:
         raise InputError(f"{path}: corrupt, not JSON ({str(error).splitlines()[0]}); left out") from None
     problems = problems_of(content)
     if problems:
-        more = f", and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        raise InputError(f"{path}: {'; '.join(problems[:SHOWN_PROBLEMS])}{more}; left out")
+        raise InputError(f"{path}: {first_of(problems, SHOWN_PROBLEMS)}; left out")
     return ResultFile(path, content)
 
 
@@ -186,11 +505,6 @@ class ResultRow:
         """Median and spread of tokens per second."""
         return self.entry["figures"]["tokens_per_s"]
 
-    @property
-    def against_plan(self) -> float:
-        """Measured speed divided by predicted speed."""
-        return self.speed["median"] / self.entry["predicted"]["tokens_per_s"]
-
 
 @dataclass(frozen=True)
 class Table:
@@ -213,7 +527,8 @@ def labels_of(results: Sequence[ResultFile]) -> list[str]:
     Where machines have one label, the numbers of their cores tell them apart: `M2 Pro, 19 GPU cores, 16 GB`. Results of equal
     machines also get the date, or the part of the path that differs.
     """
-    parts = [[one.chip, one.memory] for one in results]
+    memory = [round(one.content["machine"]["memory_bytes"] / 2**30) for one in results]
+    parts = [[one.chip, f"{size} GB"] for one, size in zip(results, memory, strict=True)]
     for kind in ("GPU", "CPU"):
         cores = [one.content["machine"][f"{kind.lower()}_cores"] for one in results]
         for alike in _alike([", ".join(part) for part in parts]):
@@ -225,8 +540,8 @@ def labels_of(results: Sequence[ResultFile]) -> list[str]:
     for alike in _alike(labels):
         dates = [results[n].content["created"][:10] for n in alike]
         names = distinct_names([results[n].path for n in alike])
-        for n, date, name in zip(alike, dates, names, strict=True):
-            labels[n] += f" · {date if dates.count(date) == 1 else name}"
+        for n, day, name in zip(alike, dates, names, strict=True):
+            labels[n] += f" · {day if dates.count(day) == 1 else name}"
     return labels
 
 
@@ -259,38 +574,30 @@ def compare(results: Sequence[ResultFile], across_versions: bool = False) -> lis
         results: the first that measured a workload is its reference.
         across_versions: give ratios even if versions differ, and note the difference.
     """
-    labels = labels_of(results)
-    names = dict.fromkeys(entry["workload"]["name"] for one in results for entry in one.content["results"])
-    return [_table(name, results, labels, across_versions) for name in names]
-
-
-def _table(name: str, results: Sequence[ResultFile], labels: Sequence[str], across_versions: bool) -> Table:
-    there = [
-        (label, one, entry)
-        for label, one in zip(labels, results, strict=True)
-        for entry in one.content["results"]
-        if entry["workload"]["name"] == name
-    ]
-    first = next((item for item in there if item[2]["status"] == "measured"), None)
-    rows = []
-    for label, one, entry in there:
-        notes = notes_of(one.content, entry)
-        mismatch: list[str] = []
-        ratios: dict[str, float] = {}
-        if first and entry["status"] == "measured" and entry is not first[2]:
-            mismatch = work_differs(entry, first[2])
-            versions = versions_differ(one.content, first[1].content)
-            if across_versions:
-                notes += versions
-            else:
-                mismatch += versions
-            notes += variables_differ(one.content, first[1].content)
-            commits = {content["software"]["commit"] for content in (one.content, first[1].content)}
-            notes += [f"commit {one.content['software']['commit'] or 'unknown'}"] if len(commits) > 1 else []
-            if not mismatch:
-                ratios = _ratios(entry["figures"], first[2]["figures"])
-        rows.append(ResultRow(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
-    return Table(name, first[0] if first else None, tuple(rows))
+    runs: dict[str, list[tuple[str, ResultFile, dict[str, Any]]]] = {}
+    for label, one in zip(labels_of(results), results, strict=True):
+        for entry in one.content["results"]:
+            runs.setdefault(entry["workload"]["name"], []).append((label, one, entry))
+    tables = []
+    for name, there in runs.items():
+        first = next((item for item in there if item[2]["status"] == "measured"), None)
+        rows = []
+        for label, one, entry in there:
+            notes = notes_of(one.content, entry)
+            mismatch: list[str] = []
+            ratios: dict[str, float] = {}
+            if first and entry["status"] == "measured" and entry is not first[2]:
+                mismatch = work_differs(entry, first[2])
+                versions, others = software_differs(one.content["software"], first[1].content["software"])
+                (notes if across_versions else mismatch).extend(versions)
+                notes += others
+                ours, theirs = entry["figures"], first[2]["figures"]
+                if not mismatch:
+                    ratios["speed_ratio"] = ours["tokens_per_s"]["median"] / theirs["tokens_per_s"]["median"]
+                    ratios["memory_ratio"] = ours["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+            rows.append(ResultRow(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
+        tables.append(Table(name, first[0] if first else None, tuple(rows)))
+    return tables
 
 
 def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
@@ -310,27 +617,25 @@ def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     return found
 
 
-def versions_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Return the versions in which two results differ."""
-    ours, theirs = content["software"]["versions"], reference["software"]["versions"]
-    return [
-        f"{name} {ours.get(name)} against {theirs.get(name)}"
+def software_differs(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the versions in which two results differ, and what else of their software does: variables, commit."""
+    here, there = ours["versions"], theirs["versions"]
+    versions = [
+        f"{name} {here.get(name)} against {there.get(name)}"
         for name in SAME_VERSIONS
-        if ours.get(name) != theirs.get(name)
+        if here.get(name) != there.get(name)
     ]
-
-
-def variables_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Return the environment variables in which two results differ, without those that were removed before measuring."""
-    ours, theirs = (
+    here, there = (  # without those that were removed before measuring
         {name: value for name, value in software["variables"].items() if name not in software["removed_variables"]}
-        for software in (content["software"], reference["software"])
+        for software in (ours, theirs)
     )
-    return [
-        f"{name} {ours.get(name) or 'unset'} against {theirs.get(name) or 'unset'}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if (ours.get(name) or None) != (theirs.get(name) or None)
+    others = [
+        f"{name} {here.get(name) or 'unset'} against {there.get(name) or 'unset'}"
+        for name in dict.fromkeys([*here, *there])
+        if (here.get(name) or None) != (there.get(name) or None)
     ]
+    others += [f"commit {ours['commit'] or 'unknown'}"] if ours["commit"] != theirs["commit"] else []
+    return versions, others
 
 
 def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -351,13 +656,6 @@ def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     if entry["figures"]["skipped_steps"]:
         notes.append(f"{entry['figures']['skipped_steps']} updates were not finite")
     return notes
-
-
-def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    return {
-        "speed_ratio": ours["tokens_per_s"]["median"] / theirs["tokens_per_s"]["median"],
-        "memory_ratio": ours["peak_memory_bytes"] / theirs["peak_memory_bytes"],
-    }
 
 
 # Tables as text (aligned for a terminal, or Markdown) and as JSON
@@ -387,13 +685,13 @@ def cells_of(row: ResultRow) -> list[str]:
         number(row.speed["median"]),
         f"{number(row.speed['p10'])}-{number(row.speed['p90'])}",
         "none" if row.mismatch else _ratio(row.speed_ratio),
-        _gigabytes(figures["peak_memory_bytes"]),
+        f"{figures['peak_memory_bytes'] / 1e9:.2f}",
         "none" if row.mismatch else _ratio(row.memory_ratio),
-        _gigabytes(figures["process_peak_bytes"]),
+        f"{figures['process_peak_bytes'] / 1e9:.2f}",
         f"{figures['first_step_s']:.1f}",
         f"{figures['mfu']:.0%}",
-        f"{number(predicted['tokens_per_s'])} ({row.against_plan:.0%} reached)",
-        _gigabytes(predicted["peak_memory_bytes"]),
+        f"{number(predicted['tokens_per_s'])} ({row.speed['median'] / predicted['tokens_per_s']:.0%} reached)",
+        f"{predicted['peak_memory_bytes'] / 1e9:.2f}",
     ]
 
 
@@ -407,16 +705,28 @@ def remarks_of(table: Table) -> list[str]:
     return found
 
 
+ESCAPED = "\\|"  # in a cell of a Markdown table
+
+
 def render_tables(tables: Sequence[Table], markdown: bool) -> str:
     """Return all tables as text."""
     parts = []
     for table in tables:
         title = f"{table.name} (ratios to {table.reference})" if table.reference else f"{table.name} (not measured)"
         rows = [list(COLUMNS), *(cells_of(row) for row in table.rows)]
-        lines = _markdown(rows) if markdown else _aligned(rows)
-        remarks = [f"- {line}" if markdown else f"  {line}" for line in remarks_of(table)]
-        head = [f"### {title}", ""] if markdown else [title]
-        parts.append("\n".join([*head, *lines, *([""] if markdown and remarks else []), *remarks]))
+        remarks = remarks_of(table)
+        if markdown:
+            lines = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in row)} |" for row in rows]
+            lines = [f"### {title}", "", lines[0], f"|{'---|' * len(COLUMNS)}", *lines[1:]]
+            lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+        else:
+            widths = [max(len(row[n]) for row in rows) for n in range(len(COLUMNS))]
+            lines = [title]
+            for first, *others in rows:
+                cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
+                lines.append("  ".join(cells).rstrip())
+            lines += [f"  {remark}" for remark in remarks]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -456,22 +766,176 @@ def _ratio(value: float | None) -> str:
     return "1" if value is None else f"{value:.2f}"
 
 
-def _gigabytes(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.2f}"
+PAGES = Path(__file__).parent / "pages"
+KNOWN = {one.name: one for one in WORKLOADS}
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    return [lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]]
+def write_page(
+    path: Path, results: Sequence[ResultFile], problems: Sequence[str], across_versions: bool = False
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        results: the valid results.
+        problems: a line for each file that was left out.
+        across_versions: as in `compare`.
+    """
+    tables = compare(results, across_versions)
+    measured = [table for table in tables if table.reference]
+    speeds = [row.speed["median"] for table in measured for row in table.rows if row.measured]
+    macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
+    tiers = []
+    for tier in TIERS:
+        columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
+        rows = [(chip.name, [_tier_cell(column[n]) for column in columns.values()]) for n, chip in enumerate(CHIPS)]
+        name = tier if tier == "embedded" else f"{tier} GB"
+        tiers.append({"name": name, "workloads": list(columns), "rows": rows})
+    page = render_page(
+        PAGES,
+        "bench.html",
+        date=date.today().isoformat(),
+        tiles=[
+            ("results", str(len(results))),
+            ("kinds of Macs", str(len(macs)) if macs else "none yet"),
+            ("workloads measured", str(len(measured))),
+            ("fastest, tokens/s", number(max(speeds)) if speeds else "–"),
+        ],
+        problems=problems,
+        machines=_machines(results),
+        columns=COLUMNS,
+        sections=[_section(table, results) for table in measured],
+        missing=[(table.name, remarks_of(table)) for table in tables if not table.reference],
+        scaling=[_scaling(table, results) for table in measured if table.name in KNOWN],
+        tiers=tiers,
+        chips=CHIPS,
+    )
+    replace_text(path, page)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+def _tier_cell(predicted: dict[str, Any]) -> str:
+    if not predicted["fits"]:
+        return "does not fit"
+    return f"{number(predicted['tokens_per_s'])} ({predicted['memory_gib']} GB)"
+
+
+def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
+    """Return the rows of the table of machines."""
+    found = []
+    for label, one in zip(labels_of(results), results, strict=True):
+        content = one.content
+        machine, rates, software = content["machine"], content["rates"], content["software"]
+        flops = rates["gemm_flops_per_s"]
+        power = [entry["power_before"] for entry in content["results"]]
+        found.append(
+            {
+                "machine": label,
+                "date": content["created"][:10],
+                "backend": content["device"]["backend"],
+                "GPU cores": _or_dash(machine["gpu_cores"]),
+                "CPU cores": _or_dash(machine["cpu_cores"]),
+                "system": f"{machine['system']} {(machine['system_version'] or '').partition('-')[0]}",  # no build of a Linux kernel
+                "power": _or_dash(", ".join(sorted({one["source"] for one in power if one["source"]})) or None),
+                **{f"{name} TFLOPS": f"{rate / 1e12:.2g}" for name, rate in flops.items()},
+                "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
+                "mlx": _or_dash(software["versions"].get("mlx")),
+                "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
+            }
+        )
+    columns = dict.fromkeys(key for row in found for key in row)
+    return [{key: row.get(key, "–") for key in columns} for row in found]
+
+
+def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
+    """Return one workload for the page: its table, its description, and charts of what was measured and is predicted."""
+    rows = [row for row in table.rows if row.measured]
+    speed = [
+        Bar(row.label, row.speed["median"], low=row.speed["p10"], high=row.speed["p90"], note="; ".join(row.notes))
         for row in rows
     ]
+    memory = []
+    for row in rows:
+        figures, planned = row.entry["figures"], row.entry["predicted"]["peak_memory_bytes"]
+        memory += [
+            Bar(row.label, figures["peak_memory_bytes"] / 1e9, note="MLX's allocator"),
+            Bar("its process", figures["process_peak_bytes"] / 1e9, color=1, note=row.label),
+            Bar("by the plan", planned / 1e9, predicted=True, note=f"{row.label}, MLX's allocator"),
+        ]
+    measured = [_chart(table, "measured", "tokens per second", speed)]
+    measured.append(_chart(table, "measured", "peak memory", memory, " GB"))
+    predicted = []
+    if workload := KNOWN.get(table.name):
+        seen = {one.chip for one in results for row in rows if row.file == str(one.path)}
+        speed = [
+            Bar(
+                one["chip"],
+                one["tokens_per_s"],
+                predicted=True,
+                note=f"with {one['memory_gib']} GB; from {one['status']} peaks",
+            )
+            for one in _chips(workload)
+            if one["chip"] not in seen and one["fits"]
+        ]
+        memory = []
+        for size, one in predict_sizes(workload):
+            peak, most = one["peak_memory_bytes"] / 1e9, one["working_set_bytes"] / 1e9
+            words = f"{peak:.3g} of {most:.0f} GB" if one["fits"] else f"{peak:.3g} GB: too much"
+            note = f"MLX's allocator; the GPU may use {most:.1f} GB"
+            memory.append(Bar(f"Mac, {size} GB", peak, predicted=True, note=note, words=words))
+        predicted = [_chart(table, "predicted", "tokens per second", speed)]
+        predicted.append(_chart(table, "predicted", "peak memory", memory, " GB"))
+    return {
+        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted, "measured": measured,
+        "cells": [cells_of(row) for row in table.rows], "remarks": remarks_of(table),
+    }  # fmt: skip
+
+
+def words_of(definition: dict[str, Any]) -> str:
+    """Return a description of a workload."""
+    base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
+    rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
+    rows["dpo"] = "DPO on pairs of short answers"
+    sizes = (
+        f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
+        if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()
+        else ""
+    )
+    words = [f"{definition['model']}, {base}", rows.get(definition["form"], definition["form"]), sizes]
+    return "; ".join([*filter(None, words), f"version {definition['version']}"])
+
+
+def _chart(table: Table, kind: str, what: str, bars: Sequence[Bar], unit: str = "") -> dict[str, Any]:
+    kinds = dict.fromkeys((bar.color, bar.predicted) for bar in bars)
+    words = {(0, False): "measured", (1, False): "measured, process", (0, True): "predicted, not measured"}
+    keys = [(color, hollow, words[color, hollow]) for color, hollow in kinds]
+    return {
+        "title": f"{kind.capitalize()}: {what}",
+        "svg": bar_chart(f"{table.name}: {kind} {what}", bars, unit),
+        "keys": keys,
+    }
+
+
+def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
+    """Draw tokens per second over GPU cores: a dashed line per generation for predictions, dots for measurements."""
+    generations: dict[str, list[tuple[float, float]]] = {}
+    for one in _chips(KNOWN[table.name]):
+        if one["fits"]:
+            points = generations.setdefault(one["chip"].split()[0], [])
+            points.append((one["gpu_cores"], one["tokens_per_s"]))
+    series = [Series(f"{name}, predicted", sorted(points), dashed=True) for name, points in generations.items()]
+    cores = {str(one.path): one.content["machine"]["gpu_cores"] for one in results}
+    dots = sorted((cores[row.file], row.speed["median"]) for row in table.rows if row.measured and cores[row.file])
+    # NaN makes gaps between the points, because different machines are not on one line.
+    apart = [point for cores_there, speed in dots for point in ((cores_there, speed), (cores_there, math.nan))]
+    series.append(Series("measured" if dots else "measured: no Mac yet", apart))
+    title = f"{table.name}: tokens per second over GPU cores"
+    return {"title": table.name, "series": series, "svg": line_chart(title, series, "", True, "cores")}
+
+
+@cache
+def _chips(workload: Workload) -> list[dict[str, Any]]:
+    return predict_chips(workload)
+
+
+def _or_dash(value: Any) -> str:
+    return "–" if value is None else str(value)

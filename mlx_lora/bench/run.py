@@ -12,13 +12,14 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -45,11 +46,6 @@ class Length:
 
     steps: int | None = None
     seconds: float | None = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether a workload runs for another length than its own."""
-        return self.steps is not None or self.seconds is not None
 
 
 class Watch:
@@ -146,14 +142,27 @@ def run_workload(
         load_before: the load average before anything was measured.
         model: train this instead of the workload's own model (for tests).
     """
-    text = workload.shape.rows.text()
-    entry = _new_entry(workload, length, text)
-    # The load average now is that of the micro-benchmarks or of the workload before, and would pass for other programs.
-    entry["power_before"]["load_average"] = load_before
+    text = workload.text()
+    entry = {
+        "workload": workload.definition(),
+        "status": "not run",
+        "reason": None,
+        "shortened": length != Length(),
+        "data_sha256": sha256_of(text),
+        "base": None,
+        # The load now is that of the micro-benchmarks or of the workload before, and would pass for other programs.
+        "power_before": {**describe_power(), "load_average": load_before},
+        "power_after": None,
+        "figures": None,
+        "predicted": None,
+    }
     try:
-        return {**entry, **_outcome(workload, result, work, length, text, model)}
+        entry |= _outcome(workload, result, work, length, text, model)
     except (OSError, RunError) as error:  # a full disk, for example; other workloads may still run
-        return {**entry, "status": "failed", "reason": _without_home(first_line(error))}
+        entry |= {"status": "failed", "reason": first_line(error)}
+    if entry["reason"]:  # results are published, and must not contain a user's name
+        entry["reason"] = entry["reason"].replace(str(Path.home()), "~")
+    return entry
 
 
 def _outcome(
@@ -168,15 +177,18 @@ def _outcome(
         embedded = workload.tier == "embedded" and not model
         source = str(prepare_embedded(workload.packed, work)) if embedded else model or workload.source
     except (InputError, RunError) as error:
-        return {"reason": _without_home(str(error))}
+        return {"reason": str(error)}
     run = folder / "run"
-    with energy_meter() as meter:
+    with closing(EnergyMeter()) as meter:
         watch = Watch(run / "metrics.jsonl", length.seconds, meter)
         ended = run_process(train_command(workload, source, data, run, length), folder / "log.txt", watch)
         joules = meter.joules()
     after = {"power_after": describe_power()}
+    if ended.code == BAD_INPUT:
+        return {**after, "reason": ended.last_words}
     if ended.code not in (0, INTERRUPTED) or watch.first_step_s is None:
-        return {**after, **_failure(ended)}
+        how = f"signal {-ended.code}" if ended.code < 0 else f"code {ended.code}"
+        return {**after, "status": "failed", "reason": f"train ended with {how}: {ended.last_words}"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
         figures = run_figures(records, watch.first_step_s)
@@ -185,46 +197,13 @@ def _outcome(
     figures["energy_j"] = None if joules is None or watch.joules is None else joules - watch.joules
     figures["energy_source"] = meter.source
     predicted = _against_plan(workload, result, records, figures)
-    return {**after, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
-
-
-def _new_entry(workload: Workload, length: Length, text: str) -> dict[str, Any]:
-    """Return an entry for a workload that has not run; `text` is its training data."""
-    return {
-        "workload": workload.definition(),
-        "status": "not run",
-        "reason": None,
-        "shortened": length.changed,
-        "data_sha256": sha256_of(text),
-        "base": None,
-        "power_before": describe_power(),
-        "power_after": None,
-        "figures": None,
-        "predicted": None,
+    own = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))["mlx_lora"]
+    base = {
+        "model": workload.source if workload.tier == "embedded" else own["base_model"],
+        "revision": own["base_revision"],
+        "fingerprint": own["base_fingerprint"],
     }
-
-
-def _failure(ended: Ended) -> dict[str, Any]:
-    """Return the status and the reason of a run without figures: it was refused before it began, or failed."""
-    if ended.code == BAD_INPUT:
-        return {"status": "not run", "reason": _without_home(ended.last_words)}
-    how = f"signal {-ended.code}" if ended.code < 0 else f"code {ended.code}"
-    return {"status": "failed", "reason": f"train ended with {how}: {_without_home(ended.last_words)}"}
-
-
-def _without_home(text: str) -> str:
-    """Return a text without the home folder: results are published, and must not contain a user's name."""
-    return text.replace(str(Path.home()), "~")
-
-
-def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
-    """Return the base weights, as the adapter's config names them."""
-    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))["mlx_lora"]
-    return {
-        "model": workload.source if workload.tier == "embedded" else config["base_model"],
-        "revision": config["base_revision"],
-        "fingerprint": config["base_fingerprint"],
-    }
+    return {**after, "status": "measured", "base": base, "figures": figures, "predicted": predicted}
 
 
 def _against_plan(
@@ -311,13 +290,8 @@ def run_figures(records: Sequence[Record], first_step_s: float) -> dict[str, Any
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return median, 10th and 90th percentile (nearest rank), minimum and maximum."""
     ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-    def rank(share: float) -> float:
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return {"median": median, "p10": rank(0.1), "p90": rank(0.9), "min": ordered[0], "max": ordered[-1]}
+    p10, p90 = (ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in (0.1, 0.9))
+    return {"median": statistics.median(ordered), "p10": p10, "p90": p90, "min": ordered[0], "max": ordered[-1]}
 
 
 # Processes
@@ -433,14 +407,11 @@ class EnergyMeter:
             return "none: powermetrics needs root (run as root, or allow it in sudoers without a password)"
         command = [*prefix, "powermetrics", "--samplers", "cpu_power,gpu_power", "-i", str(SAMPLE_MS)]
         try:
-            self._begin(command)
+            self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError as error:
             return f"none: powermetrics did not start ({error.strerror})"
-        return "powermetrics, combined power"
-
-    def _begin(self, command: list[str]) -> None:
-        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         threading.Thread(target=self._follow, args=(self._child.stdout,), daemon=True).start()
+        return "powermetrics, combined power"
 
     def _follow(self, samples: IO[str]) -> None:
         """Add up the samples, each of which is the mean power since the one before, until the meter is closed."""
@@ -459,13 +430,3 @@ class EnergyMeter:
             return int((self._counter / "energy_uj").read_text())
         except (OSError, ValueError):
             return None
-
-
-@contextmanager
-def energy_meter() -> Iterator[EnergyMeter]:
-    """Yield a meter that is stopped at the end of the block, even after an error."""
-    meter = EnergyMeter()
-    try:
-        yield meter
-    finally:
-        meter.close()

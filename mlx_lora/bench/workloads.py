@@ -153,7 +153,7 @@ TIERS = ("embedded", "8", "16", "32", "64", "128")
 
 @dataclass(frozen=True)
 class ChatData:
-    """The training data to generate, as chats.
+    """The training data to generate, as chats, or as preference pairs: two answers to each prompt.
 
     Attributes:
         count: the number of rows.
@@ -165,19 +165,6 @@ class ChatData:
     prompt_words: tuple[int, int]
     answer_words: tuple[int, int]
     seed: int = 0
-
-    def text(self) -> str:
-        """Return the data file's content."""
-        return chat_rows(self.count, self.prompt_words, self.answer_words, self.seed)
-
-
-@dataclass(frozen=True)
-class PairData(ChatData):
-    """Preference pairs to generate: two answers to each prompt."""
-
-    def text(self) -> str:
-        """Return the data file's content."""
-        return pair_rows(self.count, self.prompt_words, self.answer_words, self.seed)
 
 
 @dataclass(frozen=True)
@@ -205,7 +192,7 @@ class RowShape:
 ROW_SHAPES = {
     "chat": RowShape(ChatData(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
     "2k": RowShape(ChatData(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
-    "dpo": RowShape(PairData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
+    "dpo": RowShape(ChatData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
     "8k": RowShape(ChatData(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
 }
 
@@ -255,6 +242,10 @@ class Workload:
         found = MODELS[self.model]
         return (found.packed_id if self.packed else found.float_id) or ""
 
+    def text(self) -> str:
+        """Return the content of its data file."""
+        return chat_rows(**vars(self.shape.rows), pairs=self.shape.objective == "dpo")
+
     def flags(self) -> dict[str, Any]:
         """Return its train settings by name."""
         # Imitation is not named, so that definitions from the time when it was the only objective stay the same.
@@ -292,39 +283,35 @@ def digest_of(definition: dict[str, Any]) -> str:
     return sha256_of(json.dumps(content, sort_keys=True))[:12]
 
 
-def _workload(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
-    return Workload(tier, model.name, form, packed, **changes)
-
-
 SHORT = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
 LONG = {"batch_tokens": 8192, "epochs": 2}
 WORKLOADS = (
-    _workload("embedded", SMOLLM2, "chat", False, **SHORT),
-    _workload("embedded", SMOLLM2, "chat", True, **SHORT),
-    _workload("embedded", SMOLLM2, "2k", True, epochs=2),
-    _workload("embedded", SMOLLM2, "dpo", False, **SHORT),
-    _workload("8", SMOLLM2, "chat", False, checkpointing="none"),
-    _workload("8", SMOLLM2, "2k", False),
-    _workload("8", LLAMA_1B, "chat", True),
-    _workload("8", LLAMA_1B, "2k", True),
-    _workload("8", GEMMA3_1B, "chat", True),
-    _workload("16", LLAMA_1B, "chat", False),
-    _workload("16", GEMMA3_1B, "2k", False),
-    _workload("16", LLAMA_3B, "chat", True),
-    _workload("16", LLAMA_3B, "2k", True),
-    _workload("16", QWEN3_4B, "chat", True),
-    _workload("32", LLAMA_3B, "chat", False),
-    _workload("32", QWEN3_4B, "2k", True),
-    _workload("32", QWEN3_8B, "chat", True),
-    _workload("32", QWEN3_8B, "2k", True),
-    _workload("32", GPT_OSS_20B, "chat", True),
-    _workload("64", QWEN3_4B, "2k", False),
-    _workload("64", QWEN3_8B, "chat", False),
-    _workload("64", QWEN3_8B, "8k", True, **LONG),
-    _workload("64", GPT_OSS_20B, "2k", True),
-    _workload("128", QWEN3_8B, "2k", False),
-    _workload("128", QWEN3_8B, "8k", False, **LONG),
-    _workload("128", GPT_OSS_20B, "8k", True, **LONG),
+    Workload("embedded", SMOLLM2.name, "chat", False, **SHORT),
+    Workload("embedded", SMOLLM2.name, "chat", True, **SHORT),
+    Workload("embedded", SMOLLM2.name, "2k", True, epochs=2),
+    Workload("embedded", SMOLLM2.name, "dpo", False, **SHORT),
+    Workload("8", SMOLLM2.name, "chat", False, checkpointing="none"),
+    Workload("8", SMOLLM2.name, "2k", False),
+    Workload("8", LLAMA_1B.name, "chat", True),
+    Workload("8", LLAMA_1B.name, "2k", True),
+    Workload("8", GEMMA3_1B.name, "chat", True),
+    Workload("16", LLAMA_1B.name, "chat", False),
+    Workload("16", GEMMA3_1B.name, "2k", False),
+    Workload("16", LLAMA_3B.name, "chat", True),
+    Workload("16", LLAMA_3B.name, "2k", True),
+    Workload("16", QWEN3_4B.name, "chat", True),
+    Workload("32", LLAMA_3B.name, "chat", False),
+    Workload("32", QWEN3_4B.name, "2k", True),
+    Workload("32", QWEN3_8B.name, "chat", True),
+    Workload("32", QWEN3_8B.name, "2k", True),
+    Workload("32", GPT_OSS_20B.name, "chat", True),
+    Workload("64", QWEN3_4B.name, "2k", False),
+    Workload("64", QWEN3_8B.name, "chat", False),
+    Workload("64", QWEN3_8B.name, "8k", True, **LONG),
+    Workload("64", GPT_OSS_20B.name, "2k", True),
+    Workload("128", QWEN3_8B.name, "2k", False),
+    Workload("128", QWEN3_8B.name, "8k", False, **LONG),
+    Workload("128", GPT_OSS_20B.name, "8k", True, **LONG),
 )
 
 
@@ -361,7 +348,9 @@ watch far really almost let above girl sometimes mountain cut young talk soon li
 WORDS = tuple(_LIST.split())
 
 
-def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+def chat_rows(
+    count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int = 0, pairs: bool = False
+) -> str:
     """Return `count` single-turn chats as JSON lines, in the messages format.
 
     Args:
@@ -369,31 +358,18 @@ def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int
         prompt_words, answer_words: least and most words. Lengths are evenly distributed on a logarithmic scale: as in
             real instructions, many are short and few are long.
         seed: of the words and lengths.
+        pairs: return preference pairs instead, in TRL's conversational format.
     """
     source = random.Random(seed)
     lines = []
     for _ in range(count):
-        prompt, answer = (_text(source, _length(source, *bounds)) for bounds in (prompt_words, answer_words))
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": messages}))
+        words = [prompt_words, *[answer_words] * (2 if pairs else 1)]
+        prompt, *answers = (_text(source, round(least * (most / least) ** source.random())) for least, most in words)
+        asked = {"role": "user", "content": prompt}
+        said = [{"role": "assistant", "content": answer} for answer in answers]
+        row = {"prompt": [asked], "chosen": said[:1], "rejected": said[1:]} if pairs else {"messages": [asked, *said]}
+        lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
-
-
-def pair_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
-    """Return `count` preference pairs as JSON lines, in TRL's conversational format; arguments as in `chat_rows`."""
-    source = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        prompt = _text(source, _length(source, *prompt_words))
-        answers = [_text(source, _length(source, *answer_words)) for _ in range(2)]
-        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
-        record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
-        lines.append(json.dumps(record))
-    return "\n".join(lines) + "\n"
-
-
-def _length(source: random.Random, least: int, most: int) -> int:
-    return round(least * (most / least) ** source.random())
 
 
 def _text(source: random.Random, words: int) -> str:

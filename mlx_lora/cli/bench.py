@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
-from mlx_lora.bench.page import write_page
 from mlx_lora.bench.results import (
     compare,
     default_path,
@@ -24,6 +23,7 @@ from mlx_lora.bench.results import (
     read_results,
     render_tables,
     to_json,
+    write_page,
     write_result,
 )
 from mlx_lora.bench.run import Length, measure_rates, run_workload

@@ -109,8 +109,7 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
     from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
-    from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line
-    from mlx_lora.doctor.result import PAGE_FILE, RESULT_FILE
+    from mlx_lora.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, run_kit, show_issue, summary_line
 
     folder, send, minutes = given.pop("out") or Path(FOLDER), given.pop("send"), given.pop("minutes") or Asked.minutes
     asked = Asked(folder, **given, minutes=minutes)

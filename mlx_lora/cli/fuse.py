@@ -19,8 +19,8 @@ from mlx_lora.api.fused_gain import FADED, NOT_MEASURED, Gain
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
-from mlx_lora.exporters.bits_budget import Budget
 from mlx_lora.exporters.fuse import Rounding
+from mlx_lora.exporters.rounding import Budget
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

@@ -156,6 +156,11 @@ def dtypes_of(kit: Kit) -> list[mx.Dtype]:
     return [used] if kit.quick or used == mx.float32 or not kit.on_gpu else [used, mx.float32]
 
 
+def labeled_dtypes(kit: Kit) -> list[tuple[mx.Dtype, str]]:
+    """Return `dtypes_of`, each with what its findings' names end with: nothing for the first."""
+    return [(dtype, f", {dtype_name(dtype)}" if number else "") for number, dtype in enumerate(dtypes_of(kit))]
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """Return a dtype's name, as in bfloat16."""
     return str(dtype).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Check whole runs: a step of each objective, an exact resume, and text generation with what a run trained.
+"""Check whole runs: a step of each objective, an exact resume, text generation with what a run trained, memory, and speed.
 
 A run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have
 their own lines: a line here is red for what is wrong in the run itself. The checks of memory and speed train in a process of
@@ -6,7 +6,19 @@ its own, with `train_child`.
 
 Of generation, a row in a batch must get the numbers that it gets alone, with and without an adapter. Logits are compared while
 both decode the same tokens, so that a rounding that turns one token does not make the rest differ. In float32 the served texts must
-be equal, too: there, nothing is near enough to a tie."""
+be equal, too: there, nothing is near enough to a tie.
+
+What may slow this machine down or change its numbers is told, too: power, heat, other programs, a virtual GPU.
+
+The planner is checked with eight runs: their peak memory as planned before the run and as measured by MLX's allocator. Each run
+is `mlx-lora train` in a process of its own, on a model of random weights, with rows that are full.
+
+The speed of training is compared with that of mlx_lm.lora's trainer and torch on the same rows, and with that after some minutes
+of load. Each program runs in a process of its own, one after the other. The first pass over the rows, which compiles, is not
+counted. Seconds of the counted passes are compared; tokens per second are theirs, without padding. The models have the widths of
+published ones, and no more blocks than take seconds. Ratios between programs are those of the model; tokens per second are not,
+because blocks are left out.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +26,9 @@ import json
 import math
 import queue
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +41,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
+from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
-from mlx_lora.bench.workloads import chat_rows, pair_rows
+from mlx_lora.bench.workloads import AFFINE, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, chat_rows
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.doctor.check import (
@@ -41,10 +56,10 @@ from mlx_lora.doctor.check import (
     on_cpu,
     other_tiny_folder,
     tiny_folder,
+    write_model,
 )
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.kernels.measure import TOLERANCE
-from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
@@ -52,6 +67,7 @@ from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
+from mlx_lora.utils.text import GIB, package_versions
 
 WEIGHTS = "adapters.safetensors"
 STEPS, STOPPED = 6, 3  # of the run that is resumed
@@ -77,26 +93,6 @@ def run_checks() -> list[KitCheck]:
     return [*steps, *resume]
 
 
-def _chats() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in chat_rows(8, (4, 8), (4, 12), 0).splitlines()]
-
-
-def _pairs() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in pair_rows(8, (4, 8), (4, 12), 0).splitlines()]
-
-
-def _rated() -> list[dict[str, Any]]:
-    """Return single answers, good and bad by turns."""
-    return [
-        {"prompt": one["prompt"], "completion": one["chosen"], "label": bool(number % 2)}
-        for number, one in enumerate(_pairs())
-    ]
-
-
-def _prompts() -> list[dict[str, Any]]:
-    return [{"prompt": row["messages"][0]["content"], "answer": "a"} for row in _chats()]
-
-
 SAMPLED = {"group_size": 2, "max_new_tokens": 8}
 # Name -> settings of the run. Sampled answers may differ between devices by a rounding, so only their runs are checked.
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -117,7 +113,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rloo": {"objective": "rloo", "reward": "letters", **SAMPLED},
     "distill, on policy": {"objective": "distill", "teacher": True, "on_policy": True, **SAMPLED},
 }
-ROWS = {"sft": _chats, "kto": _rated, "grpo": _prompts, "rloo": _prompts, "distill": _chats}
+
+
+def _rows(objective: str) -> list[dict[str, Any]]:
+    """Return rows of the form that an objective reads."""
+    pairs = objective not in ("sft", "distill", "grpo", "rloo")
+    rows = [json.loads(line) for line in chat_rows(8, (4, 8), (4, 12), pairs=pairs).splitlines()]
+    if objective in ("grpo", "rloo"):
+        return [{"prompt": row["messages"][0]["content"], "answer": "a"} for row in rows]
+    if objective == "kto":  # good and bad by turns
+        answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        return [{**row, "label": bool(number % 2)} for number, row in enumerate(answers)]
+    return rows
 
 
 def letters(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -137,8 +144,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
         asked["teacher"] = str(other_tiny_folder(kit.work))
     if asked.get("reward") == "letters":
         asked["reward"] = letters
-    rows = ROWS.get(asked.get("objective", "sft"), _pairs)()
-    run = train(base, rows, folder, iters=steps, **asked)
+    run = train(base, _rows(asked.get("objective", "sft")), folder, iters=steps, **asked)
     if run.interrupted:
         raise KeyboardInterrupt
     return [line for line in run.metrics if line["val_loss"] is None]
@@ -204,20 +210,14 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     train_tiny(kit, "sft", root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
     again = (root / "stopped" / WEIGHTS).read_bytes()
     same = again == whole and before != whole
-    words = f"stopped after step {STOPPED} of {STEPS}: " + (
-        "the same bytes" if same else f"{_other_arrays(root)} differ from the run that never stopped"
-    )
+    words = "the same bytes"
+    if not same:
+        one, other = (dict(mx.load(str(root / name / WEIGHTS))) for name in ("whole", "stopped"))  # pyright: ignore[reportArgumentType,reportCallIssue]
+        changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
+        words = f"{len(changed)} of {len(one)} arrays differ from the run that never stopped"
+    words = f"stopped after step {STOPPED} of {STEPS}: {words}"
     advice = "" if same else "train without stopping; see the line `repeats` of the group machine first; report it"
     yield CheckFinding("stored factors", "ok" if same else "failed", words, advice=advice)
-
-
-def _other_arrays(root: Path) -> str:
-    """Return how many stored arrays are not equal."""
-    one, other = (mx.load(str(root / name / WEIGHTS)) for name in ("whole", "stopped"))
-    assert isinstance(one, dict)
-    assert isinstance(other, dict)
-    changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
-    return f"{len(changed)} of {len(read_safetensors_header(root / 'whole' / WEIGHTS))} arrays"
 
 
 # A run in a process of its own
@@ -229,23 +229,10 @@ QUIET = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run that has ended.
-
-    Attributes:
-        records: lines of metrics.jsonl with a loss.
-        facts: report.json.
-    """
-
-    records: list[dict[str, Any]]
-    facts: dict[str, Any]
-
-
 def train_child(
     kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
-) -> TrainedRun:
-    """Train in a new process and return its figures.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train in a new process, and return the lines of metrics.jsonl with a loss, and report.json.
 
     Args:
         kit: its work folder takes the run.
@@ -261,21 +248,17 @@ def train_child(
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
-    words = [word for key, value in asked.items() for word in _words(key, value)]
+    words = []
+    for flag, value in ((flag_of(key), value) for key, value in asked.items()):
+        switch = [flag if value else f"--no-{flag.removeprefix('--')}"]
+        words += switch if isinstance(value, bool) else [flag, str(value)]
     watch = Watch(folder / "metrics.jsonl", seconds)
     ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
     if ended.code not in (0, INTERRUPTED):
         raise RunError(f"train ended with code {ended.code}: {ended.last_words}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    return TrainedRun([line for line in lines if line["val_loss"] is None], facts)
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """Return a setting as words of the command line."""
-    if isinstance(value, bool):
-        return [flag_of(name) if value else f"--no-{flag_of(name).removeprefix('--')}"]
-    return [flag_of(name), str(value)]
+    return [line for line in lines if line["val_loss"] is None], facts
 
 
 # Text generation
@@ -297,9 +280,11 @@ def decode_checks() -> list[KitCheck]:
 
 
 def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
-    """Compare rows of a batch with single rows, first without an adapter, then with one."""
+    """Compare rows of a batch with single rows, first without an adapter, then with one, and then served texts."""
     folder, dtype = tiny_folder(kit.work, packed), device.compute_dtype()
-    adapter = _adapter(kit, packed)
+    adapter = kit.work / f"spoken{'-4bit' if packed else ''}"
+    shutil.rmtree(adapter, ignore_errors=True)
+    train_tiny(kit, "sft", adapter, 6, packed=packed, learning_rate=3e-2)  # so far that the model says something else
     for words, path in (("without an adapter", None), ("with an adapter", adapter)):
         base = load_base(ModelSettings(model=str(folder)))
         if path is not None:
@@ -307,15 +292,35 @@ def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
         error = _batch_error(base)
         what = f"{dtype_name(dtype)} logits of {len(PROMPTS)} rows, {TOKENS} tokens each, in a batch against alone"
         yield bounded(f"logits {words}", error, TOLERANCE[dtype], what, SERVING_ADVICE)
-    yield from _served(folder, adapter)
-
-
-def _adapter(kit: Kit, packed: bool) -> Path:
-    """Train an adapter that changes what the model says."""
-    folder = Path(kit.work) / f"spoken{'-4bit' if packed else ''}"
-    shutil.rmtree(folder, ignore_errors=True)
-    train_tiny(kit, "sft", folder, 6, packed=packed, learning_rate=3e-2)
-    return folder
+    # The texts of a server that answers all at once, and those of `generate`, in float32.
+    alone = load(folder, dtype="float32")
+    wanted = {
+        (name, prompt): alone.generate(prompt, adapter if name else None, max_tokens=TOKENS, ignore_chat_template=True)
+        for name in (None, "adapter")
+        for prompt in PROMPTS
+    }
+    found, waiting = {}, {}
+    engine = Engine(lambda: load_base(ModelSettings(model=str(folder), dtype="float32")), Limits())
+    try:
+        engine.call(lambda store: store.add({"adapter": AdapterSource(adapter)})).result(WAIT_S)
+        for name, prompt in wanted:
+            events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+            tokens = engine.base.hf_tokenizer.encode(prompt)
+            engine.submit(Request(tokens, name, TOKENS, sampling=Sampling(temperature=0), continues=True), events.put)
+            waiting[name, prompt] = events
+        for key, events in waiting.items():
+            pieces = [events.get(timeout=WAIT_S)]
+            while not pieces[-1].last:
+                pieces.append(events.get(timeout=WAIT_S))
+            found[key] = "".join(event.piece.text for event in pieces)
+    finally:
+        engine.close()
+    same = sum(found[key] == text for key, text in wanted.items())
+    changes = any(wanted[None, prompt] != wanted["adapter", prompt] for prompt in PROMPTS)
+    words = f"{same} of {len(wanted)} texts in one batch are those of `generate`"
+    words += "" if changes else "; the adapter changes none of them"
+    good = same == len(wanted) and changes
+    yield CheckFinding("served texts", "ok" if good else "failed", words, advice="" if good else SERVING_ADVICE)
 
 
 def _batch_error(base: Base) -> float:
@@ -323,7 +328,8 @@ def _batch_error(base: Base) -> float:
     base.model.eval()
     prompts = [base.hf_tokenizer.encode(text) for text in PROMPTS]
     alone = [_decode_alone(base.model, prompt) for prompt in prompts]
-    caches = _merged([cache for _, _, cache in alone])
+    # One cache per layer, which holds all rows.
+    caches = [layer[0].merge(list(layer)) for layer in zip(*(cache for _, _, cache in alone), strict=True)]
     tokens = [tokens for _, tokens, _ in alone]
     worst = 0.0
     for step in range(TOKENS):
@@ -349,48 +355,394 @@ def _decode_alone(model: nn.Module, prompt: list[int]) -> tuple[list[mx.array], 
     return found, given, begun
 
 
-def _merged(rows: list[list[Any]]) -> list[Any]:
-    """Return one cache per layer, which holds all rows."""
-    return [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+# The machine
+
+PEER_PACKAGES = ("torch", "peft", "transformers")
+BUSY_LOAD = 1.0  # per core
+HOT = ("serious", "critical")
+HOT_C = 95.0
+# What a virtual GPU must be able to compute, or no check can run: a product, its gradient, 16 bits, random numbers.
+PROBE = """
+import mlx_lora, mlx.core as mx
+x = mx.random.normal((64, 64)).astype(mx.bfloat16)
+mx.eval(mx.grad(lambda w: mx.softmax(x @ w, axis=-1).square().sum())(x), mx.fast.rms_norm(x, x[0], 1e-5))
+"""
 
 
-def _served(folder: Path, adapter: Path) -> Iterator[CheckFinding]:
-    """Compare the texts of a server that answers all at once with those of `generate`, in float32."""
-    base = load(folder, dtype="float32")
-    names: tuple[str | None, ...] = (None, "adapter")
-    wanted = {
-        (name, prompt): base.generate(prompt, adapter if name else None, max_tokens=TOKENS, ignore_chat_template=True)
-        for name in names
-        for prompt in PROMPTS
+def machine_checks() -> list[KitCheck]:
+    """Return the checks of the machine itself; the short doctor has others."""
+    return [KitCheck("machine", "GPU", check_gpu), KitCheck("machine", "power and load", check_power)]
+
+
+def peer_versions() -> dict[str, str | None]:
+    """Return the versions of packages that training is compared with; None for those that are not installed."""
+    return package_versions(PEER_PACKAGES)
+
+
+def is_virtual(here: device.Device) -> bool:
+    """Return whether the GPU is that of a virtual machine, as on GitHub's runners (`Apple Paravirtual device`)."""
+    return here.backend != "cpu" and "virtual" in here.name.lower()
+
+
+def virtual_words(here: device.Device) -> str:
+    """Return what is said of a virtual GPU."""
+    return f"a virtual GPU ({here.name})"
+
+
+def gpu_problem(kit: Kit) -> str:
+    """Return why the GPU cannot compute, empty if it can; asked in a process of its own, which it may end."""
+    ended = run_process([sys.executable, "-c", PROBE], kit.work / "probe.log")
+    return "" if ended.code == 0 else f"a probe ended with code {ended.code}, {ended.last_words}"
+
+
+def check_gpu(kit: Kit) -> Iterator[CheckFinding]:
+    """Say which device computes, and whether it is a real one."""
+    if is_virtual(kit.here):
+        words = f"{virtual_words(kit.here)}: its memory and speed are not those of a chip, so they are left out"
+        yield CheckFinding("device", "warning", words, advice="run this on a Mac itself for memory and speed")
+    elif kit.on_gpu:
+        cores = describe_machine()["gpu_cores"]
+        yield CheckFinding("device", "ok", f"{kit.here.header()}{f', {cores} GPU cores' if cores else ''}")
+    else:
+        words = f"{kit.here.header()}: no GPU, so functions are compared with their definitions on the CPU"
+        yield CheckFinding("device", "ok", words)
+
+
+def check_power(kit: Kit) -> Iterator[CheckFinding]:
+    """Say what slows measurements down now."""
+    power, cores = describe_power(), describe_machine()["cpu_cores"] or 1
+    low, heat, state, load = (
+        power[name] for name in ("low_power_mode", "temperature_c", "thermal_state", "load_average")
+    )
+    hot = state in HOT or (heat is not None and heat > HOT_C)
+    warmth = state or ("not known" if heat is None else f"{heat:.0f} °C at the hottest sensor")
+    lines = {
+        "source": (power["source"] == "battery", power["source"] or "not known", "plug in the charger"),
+        "low-power mode": (
+            low is True,
+            "not known" if low is None else "on" if low else "off",
+            "turn it off before you compare speeds",
+        ),
+        "heat": (hot, warmth, "let the machine cool, then run --again --group speed"),
+        "other programs": (
+            load > BUSY_LOAD * cores,
+            f"load {load:g} over the last minute on {cores} cores",
+            "close other programs before you compare speeds",
+        ),
     }
-    engine = Engine(lambda: load_base(ModelSettings(model=str(folder), dtype="float32")), Limits())
-    try:
-        engine.call(lambda store: store.add({"adapter": AdapterSource(adapter)})).result(WAIT_S)
-        waiting = {key: _asked(engine, *key) for key in wanted}
-        found = {key: _answer(events) for key, events in waiting.items()}
-    finally:
-        engine.close()
-    other = [key for key in wanted if found[key] != wanted[key]]
-    plain = [wanted[None, prompt] for prompt in PROMPTS]
-    adapted = [wanted["adapter", prompt] for prompt in PROMPTS]
-    words = f"{len(wanted) - len(other)} of {len(wanted)} texts in one batch are those of `generate`"
-    good = not other and plain != adapted
-    if plain == adapted:
-        words += "; the adapter changes none of them"
-    yield CheckFinding("served texts", "ok" if good else "failed", words, advice="" if good else SERVING_ADVICE)
+    for name, (slows, words, advice) in lines.items():
+        yield CheckFinding(name, "warning" if slows else "ok", words, advice=advice if slows else "")
 
 
-def _asked(engine: Engine, name: str | None, prompt: str) -> queue.SimpleQueue[Event]:
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    tokens = engine.base.hf_tokenizer.encode(prompt)
-    engine.submit(Request(tokens, name, TOKENS, sampling=Sampling(temperature=0), continues=True), events.put)
-    return events
+# The planner
+
+BOUND = 0.10  # of the measured peak
+LAYOUT = {"group_size": 64, "bits": 4, "mode": "affine"}
+PLAN_ADVICE = (
+    "give --memory-budget with some room; docs/planner.md says how the plan counts; report it with these numbers"
+)
+# SmolLM2's and Llama 3.2 1B's widths. In a much smaller model, what the plan rounds up is more than a tenth.
+MODEL_ON_CPU = {**SMOLLM2.config, "num_hidden_layers": 6}
+MODEL_ON_GPU = {**LLAMA_1B.config, "num_hidden_layers": 8}
 
 
-def _answer(events: queue.SimpleQueue[Event]) -> str:
-    pieces: list[str] = []
-    while True:
-        event = events.get(timeout=WAIT_S)
-        pieces.append(event.piece.text)
-        if event.last:
-            return "".join(pieces)
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: rank, rows per step, --grad-checkpoint, method, whether the base is in 4 bits, and the objective."""
+
+    rank: int
+    rows: int
+    checkpointing: str
+    method: str = "lora"
+    packed: bool = False
+    objective: str = "sft"
+
+    @property
+    def words(self) -> str:
+        """Its name in the result."""
+        kind = "dpo" if self.objective == "dpo" else self.method
+        base = "4-bit" if self.packed else "float"
+        return f"{kind}, {base} base, rank {self.rank}, {self.rows} rows, checkpointing {self.checkpointing}"
+
+
+RUNS = (
+    PlannedRun(8, 2, "none"),
+    PlannedRun(64, 2, "none"),
+    PlannedRun(8, 2, "block"),
+    PlannedRun(16, 4, "block"),
+    PlannedRun(16, 4, "none", packed=True),
+    PlannedRun(16, 4, "block", "dora", packed=True),
+    PlannedRun(8, 2, "none", objective="dpo"),
+    PlannedRun(8, 4, "block", packed=True, objective="dpo"),
+)
+
+
+def memory_checks() -> list[KitCheck]:
+    """Return a check for each run."""
+    return [
+        KitCheck("memory", one.words, partial(check_peak, one), quick=number == 4) for number, one in enumerate(RUNS)
+    ]
+
+
+def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
+    """Compare the planned with the measured peak of one run."""
+    positions = 1024 if kit.as_fast_as_a_gpu else 256
+    folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
+    config = MODEL_ON_GPU if kit.as_fast_as_a_gpu else MODEL_ON_CPU
+    model = write_model(folder, config, device.compute_dtype(), LAYOUT if one.packed else None)
+    data, dpo = _data(kit.work, one, positions), one.objective == "dpo"
+    settings = {
+        **({"objective": "dpo"} if dpo else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
+        "batch_size": one.rows, "iters": 3, "grad_checkpoint": one.checkpointing, "max_seq_length": positions + 1,
+    }  # fmt: skip
+    planned, measured = _peaks(kit, one, model, data, settings)
+    if planned is not None and abs(planned / measured - 1) > BOUND:
+        # The first run of a shape on a machine also measures kernels, and the plan is for the run alone.
+        planned, measured = _peaks(kit, one, model, data, settings)
+    if planned is None:
+        yield CheckFinding("peak", "failed", "the run was not planned", advice=PLAN_ADVICE)
+        return
+    ratio = planned / measured
+    good = abs(ratio - 1) <= BOUND
+    words = f"planned {planned / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {ratio:.3f} times"
+    yield CheckFinding(
+        "peak", "ok" if good else "warning", words, abs(ratio - 1), BOUND, "of the measured peak",
+        "" if good else PLAN_ADVICE, {"planned GB": planned / 1e9, "measured GB": measured / 1e9},
+    )  # fmt: skip
+
+
+def _peaks(kit: Kit, one: PlannedRun, model: Path, data: Path, settings: dict[str, Any]) -> tuple[int | None, int]:
+    """Return the planned and the measured peak of one run, in bytes."""
+    records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
+    return facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in records)
+
+
+def _data(work: Path, one: PlannedRun, positions: int) -> Path:
+    """Write texts that each fill a row, or pairs of answers that nearly do; a token is a byte."""
+    path = work / f"memory-{one.objective}.jsonl"
+    if one.objective == "dpo":
+        words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
+        path.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
+    else:
+        rows = [json.loads(line) for line in chat_rows(16, (4, 5), (positions, positions), 0).splitlines()]
+        texts = [json.dumps({"text": row["messages"][1]["content"][:positions]}) for row in rows]
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+# Speed
+
+BATCH, RANK = 4, 16
+FASTER = 0.95  # of a peer's speed: within the noise of two runs
+STEADY = 1.10  # first speed over last
+MODELS = 4
+
+
+@dataclass(frozen=True)
+class SpeedLength:
+    """How much is run: rows, passes that are counted after the first, words of an answer, and a peer's longest time."""
+
+    rows: int
+    passes: int
+    words: tuple[int, int]
+    limit_s: float
+
+
+ON_CPU, ON_GPU = SpeedLength(8, 1, (4, 14), 60.0), SpeedLength(16, 3, (60, 200), 120.0)
+
+
+def speed_checks() -> list[KitCheck]:
+    """Return a check for each model and one for the steady load."""
+    checks = [
+        KitCheck("speed", f"model {number + 1} of {MODELS}", partial(check_speed, number), quick=number == 0)
+        for number in range(MODELS)
+    ]
+    return [*checks, KitCheck("speed", "steady load", check_steady, quick=False)]
+
+
+def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
+    """Compare our speed with the peers' on one model."""
+    model, length = speed_models(kit)[number], ON_GPU if kit.as_fast_as_a_gpu else ON_CPU
+    folder, data = model.write(kit), kit.work / "speed.jsonl"
+    data.write_text(chat_rows(length.rows, (3, 6), length.words, 0), encoding="utf-8")
+    settings = {
+        "batch_size": BATCH,
+        "rank": RANK,
+        "alpha": 2.0 * RANK,
+        "max_seq_length": 2048,
+        "epochs": 1 + length.passes,
+    }
+    records, _ = train_child(kit, f"speed-{number}", folder, data, {**settings, "grad_checkpoint": "none"})
+    each = length.rows // BATCH
+    ends = [record["elapsed_s"] for record in records]
+    tokens = sum(record["real_tokens"] for record in records[each:])
+    if len(ends) != each * (1 + length.passes):
+        raise RunError(f"{len(ends)} steps were reported, not {each * (1 + length.passes)}")
+    ours = tokens / (ends[-1] - ends[each - 1])
+    yield CheckFinding(
+        f"{model.words}: mlx-lora", "ok", f"{ours:,.0f} tokens/s", ours, None, "tokens/s", values={"mlx-lora": ours}
+    )
+    job = {
+        "model": str(folder), "data": str(data), "batch_size": BATCH, "rank": RANK, "steps": len(ends),
+        "ends": str(kit.work / "peer-steps.txt"),
+    }  # fmt: skip
+    (kit.work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    for name, argument in PEERS.items():
+        label, steps = f"{model.words}: {name}", Path(job["ends"])
+        if name == "torch" and (missing := [one for one in ("torch", "peft") if peer_versions()[one] is None]):
+            words = f"{' and '.join(missing)} not installed (pip install torch peft)"
+            yield CheckFinding(label, "skipped", words)
+            continue
+        steps.unlink(missing_ok=True)
+        watch = Stopper(length.limit_s)
+        command = [sys.executable, "-m", "mlx_lora.doctor.peers", argument, str(kit.work / "job.json")]
+        ended = run_process(command, kit.work / "peer.log", watch)
+        lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
+        if len(lines) == len(ends):
+            theirs = tokens / (float(lines[-1]) - float(lines[each - 1]))
+            slower = ours / theirs < FASTER
+            note = " in float weights, as it has no 4-bit base here" if name == "torch" and model.packed else ""
+            words = f"{theirs:,.0f} tokens/s{note}; mlx-lora is {ours / theirs:.2f} times as fast"
+            yield CheckFinding(
+                label, "warning" if slower else "ok", words, ours / theirs, None, "times as fast",
+                SLOWER if slower else "", {name: theirs},
+            )  # fmt: skip
+        elif watch.stopped:
+            words = f"stopped after {length.limit_s:.0f} s, start included, at step {len(lines)} of {len(ends)}"
+            yield CheckFinding(label, "ok", f"{words}; mlx-lora's steps took {ends[-1]:.1f} s")
+        else:
+            yield CheckFinding(label, "warning", f"it ended with code {ended.code}: {ended.last_words}"[:300])
+
+
+PEERS = {"mlx_lm.lora": "mlx-lm", "torch": "torch"}  # name -> argument of peers.py
+SLOWER = "run it again on a quiet machine (--again --group speed); report it with these numbers"
+
+
+class Stopper:
+    """Ends a process after some time."""
+
+    def __init__(self, seconds: float):
+        self._end, self.stopped = time.perf_counter() + seconds, False
+
+    def __call__(self, child: subprocess.Popen) -> None:
+        if not self.stopped and time.perf_counter() > self._end:
+            self.stopped = True
+            child.kill()
+
+
+def check_steady(kit: Kit) -> Iterator[CheckFinding]:
+    """Compare the speed of the first minute of a steady load with that of its last minute."""
+    model = speed_models(kit)[0]
+    data = kit.work / "steady.jsonl"
+    # Rows of one length: every step has the same shape.
+    data.write_text(chat_rows(1, (6, 6), (30, 30), 0) * (8 * BATCH), encoding="utf-8")
+    settings = {
+        "batch_size": BATCH,
+        "rank": RANK,
+        "iters": 100_000,
+        "steps_per_report": 10 if kit.as_fast_as_a_gpu else 1,
+    }
+    records, _ = train_child(kit, "steady", model.write(kit), data, settings, seconds=60 * kit.minutes)
+    after = describe_power()
+    first, last = steady_speeds(records, 60 * kit.minutes)
+    ratio = first / last
+    state = after["thermal_state"] or (f"{after['temperature_c']:.0f} °C" if after["temperature_c"] else "not known")
+    words = (
+        f"{model.words}: {first:,.0f} tokens/s at first and {last:,.0f} after {kit.minutes:g} minutes, "
+        f"{ratio:.2f} times as fast at first; heat afterwards: {state}"
+    )
+    slower = ratio > STEADY
+    advice = "heat, the charger or another program: see the lines of the group machine" if slower else ""
+    yield CheckFinding(
+        "first over last", "warning" if slower else "ok", words, ratio, STEADY, "times", advice,
+        {"first minute": first, "last minute": last},
+    )  # fmt: skip
+
+
+def steady_speeds(records: list[dict], seconds: float) -> tuple[float, float]:
+    """Return the tokens per second of the first and of the last minute, or of halves of a shorter load.
+
+    Args:
+        records: lines of metrics.jsonl; the first two, which compile, are left out.
+        seconds: of the load.
+
+    Raises:
+        RunError: there are too few steps.
+    """
+    steady, window = records[1:], min(60.0, seconds / 2)
+    if len(steady) < 4:
+        raise RunError(f"{len(records)} reports in {seconds:.0f} s are too few to compare; give more --minutes")
+    begin, end = steady[0]["elapsed_s"], steady[-1]["elapsed_s"]
+    early = [one for one in steady[1:] if one["elapsed_s"] <= begin + window] or steady[1:2]
+    late = [one for one in steady[1:] if one["elapsed_s"] > end - window] or steady[-1:]
+    before_late = steady[steady.index(late[0]) - 1]["elapsed_s"]
+    return (
+        sum(one["real_tokens"] for one in early) / (early[-1]["elapsed_s"] - begin),
+        sum(one["real_tokens"] for one in late) / (end - before_late),
+    )
+
+
+# Models
+
+SMALL_QWEN = {
+    **QWEN3_4B.config,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+}
+SMALL_GEMMA = {
+    "model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18, "intermediate_size": 2048,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144,
+    "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+    "sliding_window": 512, "sliding_window_pattern": 6, "max_position_embeddings": 32768,
+}  # fmt: skip
+MEMORY_FOR_LARGE = 30 * GIB  # from here, an 8B model's widths
+
+
+@dataclass(frozen=True)
+class SpeedModel:
+    """A model.
+
+    Attributes:
+        name: as it is published.
+        config: of the whole model.
+        blocks: that are kept.
+        packed: whether it is in 4 bits.
+    """
+
+    name: str
+    config: dict[str, Any]
+    blocks: int
+    packed: bool
+
+    @property
+    def words(self) -> str:
+        """Its name in the result."""
+        whole = self.config["num_hidden_layers"]
+        cut = "" if self.blocks == whole else f", {self.blocks} of {whole} blocks"
+        return f"{self.name}, {'4-bit' if self.packed else 'float'}{cut}"
+
+    def write(self, kit: Kit) -> Path:
+        """Return a folder with it, written once."""
+        config = {**self.config, "num_hidden_layers": self.blocks}
+        folder = kit.work / f"speed-{self.name}-{self.blocks}{'-4bit' if self.packed else ''}"
+        return write_model(folder, config, device.compute_dtype(), AFFINE if self.packed else None)
+
+
+def speed_models(kit: Kit) -> list[SpeedModel]:
+    """Return four models for this machine."""
+    if not kit.as_fast_as_a_gpu:
+        return [
+            SpeedModel("SmolLM2-135M", SMOLLM2.config, 4, False),
+            SpeedModel("SmolLM2-135M", SMOLLM2.config, 4, True),
+            SpeedModel("Gemma-3-270M", SMALL_GEMMA, 6, False),  # its pattern of windows is six blocks long
+            SpeedModel("Qwen3-0.6B", SMALL_QWEN, 2, True),
+        ]
+    large = QWEN3_8B if kit.here.working_set_bytes >= MEMORY_FOR_LARGE else QWEN3_4B
+    return [
+        SpeedModel("SmolLM2-135M", SMOLLM2.config, 30, False),
+        SpeedModel("Gemma-3-270M", SMALL_GEMMA, 18, False),
+        SpeedModel("Llama-3.2-1B", LLAMA_1B.config, 8, True),
+        SpeedModel(large.name, large.config, 6, True),
+    ]

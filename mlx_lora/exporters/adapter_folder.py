@@ -17,6 +17,14 @@ Rounding and quantizing W add noise that is independent of D: its standard devia
 number, a few thousandths over the rows sampled here. An update too small to tell from that noise is not judged.
 
 Shapes: n rows of a layer, r rank.
+
+A run can start from the factors of another adapter (--resume-adapter-file).
+
+An adapter of a vision-language model can be written for stock mlx-vlm: in mlx-lm's form, with two differences: `keys` are the layers' whole paths, and a few models have other names there.
+
+    here, and in mlx-lm                                mlx-vlm
+    language_model.model.layers.0.self_attn.q_proj     language_model.layers.0.self_attn.q_proj       SmolVLM, Idefics 3
+                                                       the same path                                  all others
 """
 
 from __future__ import annotations
@@ -38,7 +46,8 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
 from mlx_lora.adapters.qat import RIGHT_FUSED, begin_qat, rounded_to
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
-from mlx_lora.config.settings import DataSettings
+from mlx_lora.config.objectives import POOLINGS
+from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.exporters.adapter_config import (
     check_use,
     head_of,
@@ -49,15 +58,14 @@ from mlx_lora.exporters.adapter_config import (
     shape_problems,
     template_beside,
 )
-from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
-from mlx_lora.exporters.peft_experts import PREFIX, TOWERS
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, PREFIX, TOWERS, PeftAdapter, is_peft, read_peft
 from mlx_lora.models.encoder_head import LAST_OF_HEAD, check_whole_head
-from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
-from mlx_lora.models.head import SCORE_WEIGHT, put_head
+from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark, write_json
+from mlx_lora.models.head import SCORE, SCORE_WEIGHT, put_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.models.vision import open_tower
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, Problems, first_of
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.parsing import parse_yaml, read_json
 from mlx_lora.utils.text import similar_paths
@@ -106,24 +114,6 @@ class AdapterInfo:
         """Whether it has a score head, and gives scores instead of text: a reward model, or a classifier."""
         return SCORE_WEIGHT in self.full
 
-    def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
-        """Return adapter_config.json: the keys that stock mlx-lm reads, and ours.
-
-        Args:
-            layer_type: of the stored layers; `full` if there are none.
-            rank: the largest of the stored layers.
-        """
-        shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
-        return {
-            "fine_tune_type": layer_type,
-            # mlx-lm would load the factors without the rounding: without this key it refuses them.
-            **({} if self.qat else {"num_layers": self.num_layers}),
-            "lora_parameters": shape,
-            "model": self.base_model,
-            **label_names(self.head),
-            "mlx_lora": {"version": __version__, **asdict(self)},
-        }
-
 
 def save_adapter(
     folder: Path,
@@ -141,14 +131,24 @@ def save_adapter(
         same_rank: pad layers with zeros to the largest rank, which stock mlx-lm requires.
         overlap: what `measure_overlap` returned, if it was measured before.
     """
-    stored = stored_parameters(model, info)
-    ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
-    rank = max(ranks, default=info.rank)
-    layers = adapter_layers(model)
+    stored, layers = stored_parameters(model, info), adapter_layers(model)
+    rank = max((value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")), default=info.rank)
     if same_rank:
-        stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
-    config = info.to_config(next((layer.STORED_TYPE or layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
-    config["mlx_lora"]["overlap"] = measure_overlap(model) if overlap is None else overlap
+        for path, layer in layers.items():
+            for leaf, axis in layer.rank_axes.items():
+                value = stored[f"{path}.{leaf}"]
+                widths = [(0, rank - size if i == axis else 0) for i, size in enumerate(value.shape)]
+                stored[f"{path}.{leaf}"] = mx.pad(value, widths)
+    measured = measure_overlap(model) if overlap is None else overlap
+    config = {
+        "fine_tune_type": next((layer.STORED_TYPE or layer.LAYER_TYPE for layer in layers.values()), "full"),
+        # mlx-lm would load the factors without the rounding: without this key it refuses them.
+        **({} if info.qat else {"num_layers": info.num_layers}),
+        "lora_parameters": {"rank": rank, "scale": info.scale, "dropout": info.dropout, "keys": list(info.keys)},
+        "model": info.base_model,
+        **label_names(info.head),
+        "mlx_lora": {"version": __version__, **asdict(info), "overlap": measured},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -163,16 +163,6 @@ def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array
     return {**stored, **{name: parameters[name] for name in info.full}}
 
 
-def _padded(name: str, value: mx.array, rank: int, layers: dict[str, AdapterLayer]) -> mx.array:
-    """Return a stored factor with its rank axis padded with zeros."""
-    path, _, leaf = name.rpartition(".")
-    if path not in layers or leaf not in ("lora_a", "lora_b"):
-        return value
-    axis = layers[path].rank_axes[leaf]
-    widths = [(0, rank - value.shape[axis] if i == axis else 0) for i in range(value.ndim)]
-    return mx.pad(value, widths)
-
-
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json, mlx-lm's or PEFT's.
 
@@ -182,9 +172,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         near = similar_paths(folder, lambda p: (p / CONFIG_FILE).is_file())
-        if near:
-            raise InputError(f"--adapter-path {folder}: no such folder; did you mean {near[0]}?")
-        raise InputError(f"--adapter-path {folder}: no such folder; give the folder that a training run wrote")
+        advice = f"did you mean {near[0]}?" if near else "give the folder that a training run wrote"
+        raise InputError(f"--adapter-path {folder}: no such folder; {advice}")
     if not path.is_file():
         raise InputError(f"{path}: cannot be read (no such file); give the folder that a training run wrote")
     config = read_json(path, "restore it from a checkpoint")
@@ -277,18 +266,46 @@ def load_adapter(
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
         put_head(base, outputs=_outputs(header))
-    _check_full(base.model, full, file)
+    modules, lost = dict(base.model.named_modules()), []
+    for name in full:
+        # An adapted layer's base has its own name inside the layer; some layers of towers are called `linear` themselves.
+        outer = re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name)
+        places = [one.rpartition(".") for one in (name, outer)]
+        lost += [] if any(is_parameter(modules.get(path), leaf) for path, _, leaf in places) else [outer]
+    if lost:
+        raise InputError(f"{file}: the model does not have {', '.join(lost[:5])}; give the base it was trained on")
     if layer_type != "full":
-        paths = _target_paths(base.model, config, folder)
-        shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
-        dropout = float(shape.get("dropout") or 0.0)
-        adapt_layers(base.model, shapes, layer_type, dropout=dropout)
+        blocks = len(base.model.layers)
+        count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
+        if count > blocks:
+            raise InputError(
+                f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
+            )
+        # As in mlx-lm, keys are names inside the last blocks, or full paths.
+        wish = ",".join(shape.get("keys") or ()) or "all-linear"
+        targets = select_targets(base.model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", stored=True)
+        shapes = {}
+        for path in targets.paths:
+            sizes = header.get(f"{path}.lora_a", {}).get("shape", [])
+            # What is missing or misshapen is named by load_factors.
+            shapes[path] = sizes[1] if len(sizes) > 1 and sizes[1] > 0 else shape["rank"], scale
+        adapt_layers(base.model, shapes, layer_type, dropout=float(shape.get("dropout") or 0.0))
     restore_full(base.model, full)
     load_factors(base.model, file)
-    if not ignore_fingerprint:
-        _check_not_fused(base, own, folder)
+    # Another program's config has no record of the update.
+    share = None if ignore_fingerprint else share_present(base.model, own.get("overlap") or {})
+    if share is not None and share > PRESENT:
+        raise InputError(
+            f"{folder}: --model {base.model_id} already contains this adapter ({share:.0%} of its update is in the weights); "
+            f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
+        )
     if own.get("qat") is True:
-        _check_rounding(base, own, folder, ignore_fingerprint)
+        trained, here = own.get("rounded_to"), rounded_to(base.model)
+        if not here or (trained not in (None, here) and not ignore_fingerprint):
+            raise InputError(
+                f"{folder}: {RIGHT_FUSED}, on layers of {trained or 'a quantized base'}; --model {base.model_id} has "
+                f"{here or 'float layers'}; give {own.get('base_model')} quantized as in the run (with its --bits, if it had some)"
+            )
         begin_qat(base.model)
     _finish(base.model)
     return AdapterInfo(
@@ -314,47 +331,6 @@ def _outputs(header: dict[str, Any]) -> int:
     """Return the number of outputs of a stored score head; 1 if there is none, which is told when it is loaded."""
     plain = {name.replace(".modules_to_save.default", ""): entry for name, entry in header.items()}
     return next((entry["shape"][0] for name, entry in plain.items() if name.endswith(LAST_OF_HEAD)), 1)
-
-
-def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
-    """Refuse an adapter whose update is already in the base's weights; another program's config has no record of it."""
-    share = share_present(base.model, own.get("overlap") or {})
-    if share is not None and share > PRESENT:
-        raise InputError(
-            f"{origin}: --model {base.model_id} already contains this adapter ({share:.0%} of its update is in the weights); "
-            f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
-        )
-
-
-def _check_rounding(base: Base, own: dict[str, Any], origin: Path, ignore_fingerprint: bool) -> None:
-    """Refuse an adapter of --qat on a base that is quantized in another way, or not at all."""
-    trained, here = own.get("rounded_to"), rounded_to(base.model)
-    if not here or (trained not in (None, here) and not ignore_fingerprint):
-        raise InputError(
-            f"{origin}: {RIGHT_FUSED}, on layers of {trained or 'a quantized base'}; --model {base.model_id} has "
-            f"{here or 'float layers'}; give {own.get('base_model')} quantized as in the run (with its --bits, if it had some)"
-        )
-
-
-def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
-    """Return a stored layer's rank, or the config's rank if it is missing or misshapen (load_factors then names it)."""
-    found = header.get(f"{path}.lora_a", {}).get("shape", [])
-    return found[1] if len(found) > 1 and found[1] > 0 else default
-
-
-def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
-    """Refuse parameters trained in full that the model does not have, before anything is changed."""
-    modules = dict(model.named_modules())
-
-    def held(name: str) -> bool:
-        path, _, leaf = name.rpartition(".")
-        return is_parameter(modules.get(path), leaf)
-
-    # An adapted layer's base has its own name inside the layer; some layers of towers are called `linear` themselves.
-    outer = {name: re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name) for name in names}
-    lost = [plain for name, plain in outer.items() if not held(name) and not held(plain)]
-    if lost:
-        raise InputError(f"{file}: the model does not have {', '.join(lost[:5])}; give the base it was trained on")
 
 
 def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -388,7 +364,13 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
             layer.m = adapter.magnitudes[path]
     if adapter.leaves_head is not None:
         layers[adapter.leaves_head].adapts_head = False
-    full = _put_full(base.model, adapter.full)
+    full = {}
+    for (path, leaf), value in adapter.full.items():
+        inside = f".{layers[path].holds}" if path in layers else ""
+        full[f"{path}{inside}.{leaf}"] = value
+    restore_full(base.model, tuple(full))
+    own = adapter_parameters(base.model)
+    base.model.load_weights([(name, value.astype(own[name].dtype)) for name, value in full.items()], strict=False)
     mx.eval(base.model.trainable_parameters())
     _finish(base.model)
     return AdapterInfo(
@@ -402,34 +384,8 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
         base_model=adapter.base_model or base.model_id,
         base_revision=None,
         base_fingerprint=base.fingerprint,
-        full=full,
+        full=tuple(full),
     )
-
-
-def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> tuple[str, ...]:
-    """Put parameters trained in full, (path, leaf) -> value, onto an adapted model, and return their names in it."""
-    layers = adapter_layers(model)
-    names = {}
-    for (path, leaf), value in parameters.items():
-        inside = f".{layers[path].holds}" if path in layers else ""
-        names[f"{path}{inside}.{leaf}"] = value
-    restore_full(model, tuple(names))
-    own = adapter_parameters(model)
-    model.load_weights([(name, value.astype(own[name].dtype)) for name, value in names.items()], strict=False)
-    return tuple(names)
-
-
-def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tuple[str, ...]:
-    """Return the paths that `keys` and `num_layers` mean in mlx-lm: names inside the last blocks, or full paths."""
-    blocks = len(model.layers)
-    count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
-    if count > blocks:
-        raise InputError(
-            f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
-        )
-    keys = config["lora_parameters"].get("keys")
-    wish = ",".join(keys) if keys else "all-linear"
-    return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", stored=True).paths
 
 
 def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh: tuple[str, ...] = ()) -> None:
@@ -458,7 +414,8 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh
         for name, shape in shapes.items()
         if name in header and tuple(header[name]["shape"]) != shape
     ]
-    _refuse_factors(file, problems, "give the base it was trained on")
+    if problems:
+        raise InputError(f"{file}: does not fit this model: {first_of(problems)}; give the base it was trained on")
     stored = mx.load(str(file))
     for path, layer in layers.items():
         for name in (name for name in layer.trained if f"{path}.{name}" in wanted):
@@ -466,19 +423,16 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh
                 stored[f"{path}.{name}"] = layer.from_stored(name, stored[f"{path}.{name}"])
             except ValueError as error:
                 problems.append(f"{path}.{error}")
-    _refuse_factors(file, problems, "continue with the --method that trained it")
+    if problems:
+        raise InputError(
+            f"{file}: does not fit this model: {first_of(problems)}; continue with the --method that trained it"
+        )
     # Factors are float32 masters; a parameter trained in full has the model's dtype.
     model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
     for layer in layers.values():
         if scale is not None and layer.scale != scale:
             layer.lora_b = layer.lora_b * (scale / layer.scale)
     mx.eval(model.trainable_parameters())
-
-
-def _refuse_factors(file: Path, problems: list[str], advice: str) -> None:
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(f"{file}: does not fit this model: {shown}; {advice}")
 
 
 # Is the adapter in the base already?
@@ -517,7 +471,8 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     inner, size, noise, numbers = sums.tolist()
     if not size > 0:  # NaN too
         return {}
-    return {"inner": _digits(inner), "size": _digits(size), "noise": _digits(noise / numbers)}
+    found = {"inner": inner, "size": size, "noise": noise / numbers}
+    return {name: float(f"{value:.6g}") for name, value in found.items()}
 
 
 def _sums(layer: AdapterLayer) -> mx.array:
@@ -535,10 +490,6 @@ def _sums(layer: AdapterLayer) -> mx.array:
     noise = NOISE.get(base.bits, LEAST_NOISE) if isinstance(base, QUANTIZED) else LEAST_NOISE
     squares = noise**2 * mx.square(weight).sum()
     return mx.stack([(weight * update).sum(), mx.square(update).sum(), squares, mx.array(float(weight.size))])
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
@@ -587,3 +538,218 @@ def run_of(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+FLAG = "--resume-adapter-file"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The factors to start from.
+
+    Attributes:
+        file: Their file.
+        peft: What was read of a PEFT adapter; None: the file is in our layout.
+        scale: The factor on the stored products; None: that of the run.
+        qat: Whether they are right with the rounding of their fused form only.
+        head: What the outputs of their score head mean; None: not known, or there is none.
+    """
+
+    file: Path
+    peft: PeftAdapter | None
+    scale: float | None
+    qat: bool = False
+    head: dict[str, Any] | None = None
+
+
+def resume_file(given: str) -> Path:
+    """Return the file of factors that --resume-adapter-file names, itself or by its folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (WEIGHTS_FILE, PEFT_WEIGHTS) if (path / name).is_file()), None)
+    if found is None:
+        raise InputError(f"{FLAG} {given}: the folder has no {WEIGHTS_FILE} and no {PEFT_WEIGHTS}; give an adapter's")
+    return found
+
+
+def start_folder(given: str) -> Path:
+    """Return the folder of the adapter that a run began with, to be measured against.
+
+    Args:
+        given: As the run had --resume-adapter-file; a folder or a file on this disk.
+
+    Raises:
+        InputError: It is gone, has no config, or is one of several files in its folder.
+    """
+    path = Path(given).expanduser()
+    folder = path if path.is_dir() else path.parent
+    named = (WEIGHTS_FILE, PEFT_WEIGHTS) if path == folder else (path.name,)
+    if not (folder / CONFIG_FILE).is_file() or not any((folder / name).is_file() for name in named):
+        raise InputError(
+            f"{FLAG} {given}: the adapter that the run began with, which is its reference, is not there; give its folder "
+            "as --reference-adapter"
+        )
+    if path != folder and path.name not in (WEIGHTS_FILE, PEFT_WEIGHTS):
+        raise InputError(
+            f"{FLAG} {given}: the run began with this file, and only a whole folder can be measured against; copy it with "
+            f"{CONFIG_FILE} to a folder as {WEIGHTS_FILE}, and give that as --reference-adapter"
+        )
+    return folder
+
+
+def vectors_of_start(settings: TrainSettings) -> dict[str, str]:
+    """Return pooling and prompts of the run that made the adapter to start from, where they are known, and open in the settings."""
+    given, names = settings.adapter.resume_adapter_file, ("pooling", "query_prompt", "document_prompt")
+    if given is None:
+        return {}
+    path = Path(given).expanduser()
+    run = run_of(path if path.is_dir() else path.parent)
+    if run.get("objective") != "embed" or run.get("pooling") not in (None, *POOLINGS):
+        return {}
+    return {
+        name: run[name]
+        for name in names
+        if getattr(settings.objective, name) is None and isinstance(run.get(name), str)
+    }
+
+
+def read_start(base: Base, given: str, scores: bool) -> Start:
+    """Read what --resume-adapter-file names, before the base is adapted.
+
+    Args:
+        base: Not adapted yet.
+        given: A file or a folder.
+        scores: Whether the run trains a reward model; then another adapter may become one.
+
+    Raises:
+        InputError: it is for another base, or cannot be read.
+    """
+    file = resume_file(given)
+    if not (file.parent / CONFIG_FILE).exists():
+        return Start(file, None, None)
+    config = read_adapter_config(file.parent)
+    check_use(config, file, None if scores else False)
+    if is_peft(config):
+        return Start(file, read_peft(file.parent, config, base.model), None)
+    check_base(base, config, file)
+    qat = (config.get("mlx_lora") or {}).get("qat") is True
+    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat, head_of(config, file.parent))
+
+
+def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...], head: dict[str, Any] | None = None) -> None:
+    """Load the factors into the adapter layers of a model.
+
+    Args:
+        model: Adapted.
+        start: From `read_start`.
+        fresh: Names of parameters that stay as they are where the file does not have them.
+        head: What the outputs of the run's score head mean; those of the start are put in their order.
+
+    Raises:
+        InputError: layers, shapes or labels differ.
+    """
+    order = None
+    if start.head is not None and head is not None:
+        theirs, ours = (list(one.get("labels") or []) for one in (start.head, head))
+        compared = {
+            "--problem-type": (start.head.get("problem_type"), head.get("problem_type")),
+            "--labels": (",".join(sorted(theirs)), ",".join(sorted(ours))),
+        }
+        for flag, (before, now) in compared.items():
+            if before != now:
+                raise InputError(
+                    f"{FLAG} {start.file}: was trained with {flag} {before}, this run has {now}; give {flag} {before} and data "
+                    "that fit, or train a new adapter"
+                )
+        order = None if theirs == ours else mx.array([theirs.index(label) for label in ours])
+    if start.peft is None:
+        load_factors(model, start.file, start.scale, fresh=fresh)
+    else:
+        _put_peft(model, start.file, start.peft, fresh)
+    if order is not None:
+        score = model[SCORE]
+        score.update({name: value[order] for name, value in score.parameters().items()})
+        mx.eval(score.parameters())
+
+
+def _put_peft(model: nn.Module, file: Path, adapter: PeftAdapter, fresh: tuple[str, ...]) -> None:
+    """Load the factors of a PEFT adapter; see `put_start`."""
+    layers, factors = adapter_layers(model), {}
+    problems = Problems(f"{path} is missing" for path in layers if path not in adapter.factors)
+    problems += [f"{path} is not adapted in this run" for path in adapter.factors if path not in layers]
+    problems += [f"{path}.{leaf} was trained in full" for path, leaf in adapter.full if f"{path}.{leaf}" not in fresh]
+    problems.note_if(
+        adapter.leaves_head is not None,
+        f"{adapter.leaves_head} is adapted without the head, which is the same matrix here",
+    )
+    for path, layer in layers.items():
+        rank, _ = adapter.shapes.get(path, (layer.rank, 1.0))
+        problems.note_if(rank != layer.rank, f"{path} has rank {rank}, the run {layer.rank}")
+        problems.note_if(
+            path in adapter.factors and ("m" in layer) != (path in adapter.magnitudes),
+            f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run",
+        )
+    for path, layer in layers.items() if not problems else ():
+        try:
+            pairs = zip(("lora_a", "lora_b"), adapter.factors[path], strict=True)
+            factors[path] = [layer.from_stored(name, array) for name, array in pairs]
+        except ValueError as error:
+            problems.append(f"{path}.{error}")
+    if problems:
+        raise InputError(
+            f"{file}: does not fit this run: {first_of(problems)}; give its --rank, --target-modules and --method"
+        )
+    for path, layer in layers.items():
+        a, b = factors[path]
+        layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)
+        if path in adapter.magnitudes:
+            layer.m = adapter.magnitudes[path]
+    mx.eval(model.trainable_parameters())
+
+
+# model_type -> our prefix, mlx-vlm's.
+NAMES: dict[str, tuple[str, str]] = dict.fromkeys(("smolvlm", "idefics3"), ("language_model.model.", "language_model."))
+
+
+# Layers whose `weight` mlx-vlm's own code reads, which its adapter layers do not have.
+READ = ("vision_tower.patch_embedder.input_proj",)  # Gemma 4
+
+
+def write_mlx_vlm(folder: Path, model: nn.Module, info: AdapterInfo, kind: str) -> None:
+    """Write an adapter folder that mlx-vlm's `load` takes as `adapter_path`.
+
+    Args:
+        folder: to write.
+        model: adapted.
+        info: of the adapter.
+        kind: model_type of the base.
+
+    Raises:
+        InputError: the adapter has more than low-rank factors on layers, or is on a layer that mlx-vlm cannot adapt.
+    """
+    if info.full or info.qat:
+        raise InputError(
+            "--to mlx-vlm: the adapter has whole trained parts, or rounding; fuse it instead (mlx-lora fuse)"
+        )
+    modules = dict(model.named_modules())
+    if unfit := [path for path in READ if isinstance(modules.get(path), AdapterLayer)]:
+        raise InputError(f"--to mlx-vlm: it cannot adapt {unfit[0]}; fuse the adapter instead (mlx-lora fuse)")
+    save_adapter(folder, model, info, same_rank=True)
+    ours, theirs = NAMES.get(kind, ("", ""))
+    stored = mx.load(str(folder / WEIGHTS_FILE))
+    if not isinstance(stored, dict):
+        raise ValueError(f"{WEIGHTS_FILE} is no file of tensors")
+    named = {
+        theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name: array
+        for name, array in stored.items()
+    }
+    mx.eval(named)
+    save_tensors(folder / WEIGHTS_FILE, named)
+    config = read_json(folder / CONFIG_FILE, "export it again")
+    config["lora_parameters"]["keys"] = sorted({name.rpartition(".")[0] for name in named})
+    write_json(folder / CONFIG_FILE, config)

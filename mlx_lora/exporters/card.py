@@ -132,8 +132,19 @@ def write_card(
     card = _Card(
         format, base, info, base_id or _hub_base(base, info), base_id or float_base(base, info), repo or "adapter"
     )
-    usage = card.usage_of_vectors() if facts.objective == "embed" else card.usage(_ranks(folder))
-    text = "\n".join([card.front_matter(facts), MARK, "", *card.description(facts), *usage, ""])
+    task = "feature-extraction" if facts.objective == "embed" else "text-generation"
+    tags = ["lora", "mlx", "mlx-lora"] if format == "mlx" else ["lora", "peft", "mlx-lora"]
+    head = ModelCardData(  # which the hub reads
+        base_model=plain((card.float_base or card.hub_base or "").split(":")[0]) or None,
+        library_name=format,
+        pipeline_tag="text-classification" if info.scores else task,
+        tags=tags + [info.method] * (info.method not in tags),
+    )
+    file = folder / WEIGHTS_FILE
+    header = read_safetensors_header(file) if file.exists() else {}
+    ranks = {entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")}
+    usage = card.usage(ranks, vectors=facts.objective == "embed")
+    text = "\n".join([f"---\n{head.to_yaml()}\n---", MARK, "", *card.description(facts), *usage, ""])
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return True
@@ -174,13 +185,6 @@ def float_base(base: Base, info: AdapterInfo) -> str | None:
     return ids.get(name.lower()) or ids.get(name.lower().rpartition("_")[2])  # Qwen_Qwen3-0.6B-Q4_K_M.gguf
 
 
-def _ranks(folder: Path) -> set[int]:
-    """Return the ranks of an MLX adapter's layers."""
-    file = folder / WEIGHTS_FILE
-    header = read_safetensors_header(file) if file.exists() else {}
-    return {entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")}
-
-
 @dataclass(frozen=True)
 class _Card:
     """One card's text.
@@ -205,18 +209,6 @@ class _Card:
         named = self.hub_base or self.info.base_model
         return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
 
-    def front_matter(self, facts: CardFacts) -> str:
-        """Return the YAML block that the hub reads."""
-        task = "feature-extraction" if facts.objective == "embed" else "text-generation"
-        tags = ["lora", "mlx", "mlx-lora"] if self.format == "mlx" else ["lora", "peft", "mlx-lora"]
-        data = ModelCardData(
-            base_model=plain((self.float_base or self.hub_base or "").split(":")[0]) or None,
-            library_name=self.format,
-            pipeline_tag="text-classification" if self.info.scores else task,
-            tags=tags + [self.info.method] * (self.info.method not in tags),
-        )
-        return f"---\n{data.to_yaml()}\n---"
-
     def description(self, facts: CardFacts) -> list[str]:
         """Return the title and the table."""
         info = self.info
@@ -230,7 +222,10 @@ class _Card:
             rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
         else:
             rows += [("weights trained in full", len(info.full))]
-        rows += [("data", _shown_data(facts.data)), ("steps", facts.steps), ("result", facts.verdict)]
+        data = facts.data  # of a path the last part
+        if data is not None and not (HUB_ID.fullmatch(data) and not Path(data).exists()):
+            data = plain(Path(shown_data(data)).name)
+        rows += [("data", data), ("steps", facts.steps), ("result", facts.verdict)]
         if facts.val_loss is not None:
             likelihood = facts.objective == "sft" and facts.val_loss < 700
             perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""
@@ -245,13 +240,31 @@ class _Card:
             "",
         ]
 
-    def usage(self, ranks: set[int]) -> list[str]:
-        """Return the commands for each program that reads the adapter."""
-        lines = ["## Use", ""]
+    def usage(self, ranks: set[int], vectors: bool) -> list[str]:
+        """Return the commands for each program that reads the adapter.
+
+        Args:
+            ranks: of an MLX adapter's layers.
+            vectors: whether it is one of embeddings, which does not write.
+        """
+        ours, lines = f"--model {self.model} --adapter-path {self.location}", ["## Use", ""]
+        if vectors and self.format == "peft":  # which has no place for pooling and prompts
+            return [*lines, "This adapter gives texts vectors for search, with the pooling and prompts of its run.", ""]
+        if vectors:
+            export = f"mlx-lora export {ours} --to sentence-transformers-peft --out search"
+            load = [
+                "from sentence_transformers import SentenceTransformer",
+                "",
+                'model = SentenceTransformer("search")',
+            ]
+            return [
+                *lines, "This adapter gives texts vectors for search, and does not write text.", "", "### mlx-lora", "",
+                *_block("bash", f"mlx-lora embed notes {ours} --out notes.npy"), "### sentence-transformers", "",
+                *_block("bash", export), *_block("python", *load, 'print(model.encode_query(["Hello"]))'),
+            ]  # fmt: skip
         if self.location == "adapter":
             lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
         if self.info.scores:
-            ours = f"--model {self.model} --adapter-path {self.location}"
             what, use = "a reward model: it scores answers", "evaluate {} --objective reward --data pairs.jsonl"
             if (head := self.info.head) is not None:
                 what, use = "a classifier: it labels texts", 'predict {} --text "Hello"'
@@ -262,27 +275,8 @@ class _Card:
             lines += [f"This adapter makes {what} and does not write text.", "", "### mlx-lora", ""]
             lines += _block("bash", f"mlx-lora {use.format(ours)}")
             return [*lines, "### PEFT", "", *self._peft()]
-        generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
-        lines += ["### mlx-lora", "", *_block("bash", generate)]
+        lines += ["### mlx-lora", "", *_block("bash", f'mlx-lora generate {ours} --prompt "Hello"')]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
-
-    def usage_of_vectors(self) -> list[str]:
-        """Return the same for an adapter of embeddings, which does not write."""
-        ours = f"--model {self.model} --adapter-path {self.location}"
-        export = f"mlx-lora export {ours} --to sentence-transformers-peft --out search"
-        load = ["from sentence_transformers import SentenceTransformer", "", 'model = SentenceTransformer("search")']
-        if self.format == "peft":  # which has no place for pooling and prompts
-            return [
-                "## Use",
-                "",
-                "This adapter gives texts vectors for search, with the pooling and prompts of its run.",
-                "",
-            ]
-        return [
-            "## Use", "", "This adapter gives texts vectors for search, and does not write text.", "", "### mlx-lora", "",
-            *_block("bash", f"mlx-lora embed notes {ours} --out notes.npy"), "### sentence-transformers", "",
-            *_block("bash", export), *_block("python", *load, 'print(model.encode_query(["Hello"]))'),
-        ]  # fmt: skip
 
     def _mlx_lm(self, ranks: set[int]) -> list[str]:
         """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
@@ -319,64 +313,43 @@ class _Card:
             ]
         tokenizer, own = self.base.hf_tokenizer, self.info.chat_template
         tokens = location if own else model  # an adapter with a chat template of its own comes with the tokenizer
-        if self.info.scores:
-            padding = padding_token(tokenizer, self.base.config)
-            return lines + _block("python", *_score_code(model, location, tokens, padding, self.info.head))
-        return lines + _block("python", *_peft_code(model, location, tokens, bool(own or tokenizer.chat_template)))
-
-
-def _peft_code(model: str, location: str, tokens: str, is_chat: bool) -> list[str]:
-    """Return a program that generates text with PEFT; arguments as for `_score_code`."""
-    chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
-    encode = chat + 'return_dict=True, return_tensors="pt")' if is_chat else 'tokenizer("Hello", return_tensors="pt")'
-    return [
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
-        f"inputs = {encode}",
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
-    ]
-
-
-def _score_code(model: str, location: str, tokens: str, padding: str | None, head: dict[str, Any] | None) -> list[str]:
-    """Return a program that scores a conversation, or labels a text, with PEFT.
-
-    Args:
-        model, location: of the base and the adapter.
-        tokens: location of the tokenizer.
-        padding: the token to pad with; None: there is none, and texts are scored one by one.
-        head: of a classifier; None: of a reward model.
-    """
-    outputs = max(1, len(head["labels"])) if head else 1
-    said = [
-        'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
-        'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
-    ]
-    said = ['inputs = tokenizer("Hello", return_tensors="pt")'] if head else said
-    names = [f"# The labels, in this order, are in {LABELS_FILE}."] if head and head["labels"] else []
-    pad = [] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]
-    option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
-    return [
-        "from peft import PeftModel",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
-        *pad,
-        f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs}{option})',
-        f'model = PeftModel.from_pretrained(base, "{location}").eval()',
-        *said,
-        *names,
-        "print(model(**inputs).logits)",
-    ]
-
-
-def _shown_data(data: str | None) -> str | None:
-    """Return a data set's name, for a path its last part."""
-    if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
-        return data
-    return plain(Path(shown_data(data)).name)
+        if not self.info.scores:
+            chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+            chat += 'return_dict=True, return_tensors="pt")'
+            encode = chat if own or tokenizer.chat_template else 'tokenizer("Hello", return_tensors="pt")'
+            return lines + _block(
+                "python",
+                "from peft import PeftModel",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
+                f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
+                f"inputs = {encode}",
+                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+            )
+        said = [
+            'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
+            'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
+        ]
+        if head := self.info.head:
+            said = ['inputs = tokenizer("Hello", return_tensors="pt")']
+            said += [f"# The labels, in this order, are in {LABELS_FILE}."] if head["labels"] else []
+        outputs = max(1, len(head["labels"])) if head else 1
+        padding = padding_token(tokenizer, self.base.config)  # without one, texts are scored one by one
+        option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
+        load = f'AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs}{option})'
+        return lines + _block(
+            "python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
+            *([] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]),
+            f"base = {load}",
+            f'model = PeftModel.from_pretrained(base, "{location}").eval()',
+            *said,
+            "print(model(**inputs).logits)",
+        )
 
 
 def plain(name: str) -> str:
@@ -433,8 +406,9 @@ def push(path: Path, repo: str, private: bool) -> str:
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
-            raise _failure(
-                repo, path, "already exists, and is public; make it private on the hub, or give another name"
+            raise RunError(
+                f"--push-to-hub {repo}: already exists, and is public; make it private on the hub, or give another name; "
+                f"the written files stay in {path}"
             )
         message = f"Upload {path.name}"
         if path.is_dir():
@@ -443,15 +417,11 @@ def push(path: Path, repo: str, private: bool) -> str:
             repo_id=repo, path_or_fileobj=path, path_in_repo=path.name, commit_message=message
         ).commit_url
     except LocalTokenNotFoundError:
-        raise _failure(repo, path, REFUSALS[401]) from None
+        reason = REFUSALS[401]
     except OfflineModeIsEnabled:
-        raise _failure(repo, path, "HF_HUB_OFFLINE is set; unset it, then push again") from None
+        reason = "HF_HUB_OFFLINE is set; unset it, then push again"
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        raise _failure(repo, path, REFUSALS.get(status, f"the hub refused the upload ({first_line(error)})")) from None
+        reason = REFUSALS.get(error.response.status_code, f"the hub refused the upload ({first_line(error)})")
     except REQUEST_ERRORS as error:
-        raise _failure(repo, path, f"Hugging Face is unreachable ({first_line(error)}); check the connection") from None
-
-
-def _failure(repo: str, path: Path, reason: str) -> RunError:
-    return RunError(f"--push-to-hub {repo}: {reason}; the written files stay in {path}")
+        reason = f"Hugging Face is unreachable ({first_line(error)}); check the connection"
+    raise RunError(f"--push-to-hub {repo}: {reason}; the written files stay in {path}")

@@ -33,10 +33,8 @@ from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
-from mlx_lora.exporters.bits_budget import Budget, choose_bits
-from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers
-from mlx_lora.exporters.peft_experts import own_path, peft_path
-from mlx_lora.exporters.rounding import rounded_layer
+from mlx_lora.exporters.peft import own_path, peft_path
+from mlx_lora.exporters.rounding import Budget, CalibrationTokens, choose_bits, compensated_layers, rounded_layer
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
@@ -44,7 +42,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError, first_of
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
 
@@ -77,7 +75,18 @@ class Rounding:
         Raises:
             InputError: naming the flag.
         """
-        check_bits(base, self.bits, self.dequantize)
+        layers = adapter_layers(base.model).values()
+        if self.bits is not None:
+            if self.dequantize:
+                raise InputError("--fused-bits with --dequantize: a float model has no bits; leave out one of them")
+            own = min((layer.base.bits for layer in layers if isinstance(layer.base, QUANTIZED)), default=None)
+            if own is None:
+                raise InputError(
+                    f"--fused-bits {self.bits}: --model is not quantized, and fuses without loss; leave it out"
+                )
+            if own >= self.bits:
+                more = "leave it out" if own >= 8 else "give more, or leave it out"
+                raise InputError(f"--fused-bits {self.bits}: the base's layers have {own} bits already; {more}")
         flag = "--compensate" if self.compensate else "--bits-budget" if self.budget else None
         if flag is None:
             return
@@ -85,7 +94,6 @@ class Rounding:
             raise InputError(f"{flag} with --dequantize: a float model is not rounded; leave out one of them")
         if self.budget and self.bits:
             raise InputError("--bits-budget with --fused-bits: the budget chooses the bits; leave out one of them")
-        layers = adapter_layers(base.model).values()
         if not any(isinstance(layer.base, QUANTIZED) for layer in layers):
             raise InputError(f"{flag}: --model is not quantized, and fuses without loss; leave it out")
         if not any(is_rounded(layer, self) for layer in layers):
@@ -144,7 +152,8 @@ def fuse_adapter(
         base, own_bits = layer.base, (chosen or {}).get(path, bits)
         update = None if dequantize or own_bits or path in rounded else group_update(layer)
         if update is not None:
-            whole = with_biases(base, base.biases.astype(mx.float32) + update)
+            whole = copy.copy(base)  # packed numbers and scales are the base's
+            whole.biases = (base.biases.astype(mx.float32) + update).astype(base.biases.dtype)
             survival[path] = _survival(base.biases, whole.biases, update, base.bits)
         else:
             if path in rounded:
@@ -157,22 +166,12 @@ def fuse_adapter(
                 whole = fused_layer(layer)
             else:
                 whole = rounded_layer(base, layer.merged(), own_bits, new_grid=new_grid)
-            survival[path] = _survival(exact_weight(base), exact_weight(whole), layer.delta(), bits_of(whole))
+            survival[path] = _survival(
+                exact_weight(base), exact_weight(whole), layer.delta(), getattr(whole, "bits", None)
+            )
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
-
-
-def with_biases(base: Any, biases: mx.array) -> Any:
-    """Return a quantized layer with other biases, in the dtype of its own; packed numbers and scales are the base's."""
-    whole = copy.copy(base)
-    whole.biases = biases.astype(base.biases.dtype)
-    return whole
-
-
-def bits_of(layer: Any) -> int | None:
-    """Return the bits of a layer's weights; None: float."""
-    return layer.bits if isinstance(layer, QUANTIZED) else None
 
 
 def is_rounded(layer: Any, rounding: Rounding) -> bool:
@@ -244,7 +243,18 @@ def write_fused(
                     {peft_path(name, str(config["model_type"])) if scores and is_encoder(model) else name: array}
                 )
         writer.close()
-        config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
+        quantized = {path: one for path, one in model.named_modules() if isinstance(one, QUANTIZED)}
+        if "quantization" in config and not quantized:
+            config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+        elif "quantization" in config:  # layers with other bits, and float ones, have changed
+            others = {path for path, _ in model.named_modules()} - quantized.keys()
+            kept = {key: value for key, value in config["quantization"].items() if key not in others}
+            for path, layer in quantized.items():
+                own = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+                if own != {name: kept.get(path, kept).get(name, "affine") for name in own}:
+                    kept[path] = own
+            config |= {"quantization": kept, "quantization_config": kept}
+        config["mlx_lora"] = {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}
         config |= classifier_config(base, info.head) if scores else {}
         mlx_lm.utils.save_config(config, folder / "config.json")
         copy_side_files(base.folder, folder, tower)
@@ -273,7 +283,13 @@ def _measured_rounding(
     }
     chosen: dict[str, int] = {}
     if rounding.budget is not None:
-        size = _size_with(dict(tree_flatten(untouched.parameters())), dict(tree_flatten(model.parameters())), full)
+        # What was trained in full replaces its own arrays, as floats.
+        files, now = (dict(tree_flatten(one.parameters())) for one in (untouched, model))
+        names = {name: _without_adapter(name) for name in full}
+        packed = [name.removesuffix("weight") for name in names.values() if name.endswith(".weight")]
+        replaced = {path + part for path in packed for part in ("scales", "biases")} | set(names.values())
+        size = sum(p.nbytes for name, p in files.items() if name not in replaced)
+        size += sum(now[name].size * _dtype_of(plain, _floats_of(files)).size for name, plain in names.items())
         new_grid = rounding.compensate or rounding.new_grid
         chosen = choose_bits(model, tokens, stored, rounding.budget, size, new_grid=new_grid)
     if not rounding.compensate:
@@ -287,22 +303,6 @@ def _measured_rounding(
         f"{made.kept_error:.0%} of the error that plain rounding makes{rest}"
     )
     return chosen, made.layers
-
-
-def _size_with(stored: Mapping[str, mx.array], now: Mapping[str, mx.array], full: tuple[str, ...]) -> int:
-    """Return the bytes of a model's arrays, with those that were trained in full, as floats, for its own.
-
-    Args:
-        stored: name -> array of the base's files.
-        now: of the model.
-        full: names that were trained in full.
-    """
-    floats = _floats_of(stored)
-    names = {name: _without_adapter(name) for name in full}
-    modules = {name.rpartition(".")[0] for name in names.values() if name.endswith(".weight")}
-    replaced = {f"{module}.{name}" for module in modules for name in ("scales", "biases")} | set(names.values())
-    kept = sum(p.nbytes for name, p in stored.items() if name not in replaced)
-    return kept + sum(now[name].size * _dtype_of(plain, floats).size for name, plain in names.items())
 
 
 def _floats_of(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -354,44 +354,6 @@ def take_stored_dtypes(base: Base, full: tuple[str, ...], casts_full: bool = Tru
     base.model.load_weights(changed, strict=False)
 
 
-def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the config with the layouts of the layers as they are now: those with other bits, and float ones, have changed."""
-    if "quantization" not in config:
-        return config
-    modules = dict(model.named_modules())
-    if not any(isinstance(module, QUANTIZED) for module in modules.values()):
-        return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    kept = {
-        key: value
-        for key, value in config["quantization"].items()
-        if key not in modules or isinstance(modules[key], QUANTIZED)
-    }
-    for path, layer in modules.items():
-        if isinstance(layer, QUANTIZED):
-            own = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-            if own != {name: kept.get(path, kept).get(name, "affine") for name in own}:
-                kept[path] = own
-    return {**config, "quantization": kept, "quantization_config": kept}
-
-
-def check_bits(base: Base, bits: int | None, dequantize: bool) -> None:
-    """Refuse bits for fused layers that the base cannot have, before the work.
-
-    Raises:
-        InputError: it is not quantized, has so many bits already, or becomes float.
-    """
-    if bits is None:
-        return
-    if dequantize:
-        raise InputError("--fused-bits with --dequantize: a float model has no bits; leave out one of them")
-    own = [layer.base.bits for layer in adapter_layers(base.model).values() if isinstance(layer.base, QUANTIZED)]
-    if not own:
-        raise InputError(f"--fused-bits {bits}: --model is not quantized, and fuses without loss; leave it out")
-    if min(own) >= bits:
-        more = "leave it out" if min(own) >= 8 else "give more, or leave it out"
-        raise InputError(f"--fused-bits {bits}: the base's layers have {min(own)} bits already; {more}")
-
-
 def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
     """Read a folder back like mlx-lm, and check every name, shape and dtype, and the values of all vectors.
 
@@ -415,13 +377,7 @@ def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_co
         or (p.ndim == 1 and not mx.array_equal(p, read[name], equal_nan=True).item())
     ]
     if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise RunError(
-            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back differently; keep the adapter "
+            f"--out {out}: not written, mlx-lm reads {first_of(differ, 3, ', ')} back differently; keep the adapter "
             "separate"
         )
-
-
-def _provenance(base: Base, mark: str) -> dict[str, Any]:
-    """Return the origin of the fused model for config.json; `fused` marks it as a different base."""
-    return {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

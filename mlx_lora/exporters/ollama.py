@@ -175,8 +175,16 @@ def recognize(tokenizer: PreTrainedTokenizerBase, template: str) -> Chat | None:
     for text, before in renderers:
         for family in FAMILIES:
             chat = Chat(family, str(tokenizer.eos_token or ""), None, "")
-            system = _default_system(chat, text)
-            if _agree(chat, text, system):
+            # The system text that the template adds to a conversation without one.
+            found, system = text(_TURNS) or "", None
+            start, end = chat.render([{"role": "system", "content": "\0"}, *_TURNS]).split("\0")
+            if found.startswith(start) and found.endswith(end) and len(found) > len(start) + len(end):
+                system = found[len(start) : len(found) - len(end)]
+            added = [{"role": "system", "content": system}] if system is not None else []
+            if any(text(probe) != chat.render([*added, *probe]) for probe in _PROBES):
+                continue
+            # A template that refuses system turns agrees with any format of them.
+            if all(text([_SYSTEM, *probe]) in (None, chat.render([_SYSTEM, *probe])) for probe in _PROBES):
                 return Chat(family, chat.eos, system, before)
     return None
 
@@ -187,24 +195,6 @@ def _without(render: Callable[[Messages], str | None], start: str) -> Callable[[
         return text.removeprefix(start) if text.startswith(start) else None
 
     return rest
-
-
-def _default_system(chat: Chat, render: Callable[[Messages], str | None]) -> str | None:
-    """Return the system text that the template adds to a conversation without one."""
-    mark = "\0"
-    found = render(_TURNS) or ""
-    start, end = chat.render([{"role": "system", "content": mark}, *_TURNS]).split(mark)
-    inside = found.startswith(start) and found.endswith(end) and len(found) > len(start) + len(end)
-    return found[len(start) : len(found) - len(end)] if inside else None
-
-
-def _agree(chat: Chat, render: Callable[[Messages], str | None], system: str | None) -> bool:
-    """Tell whether the template renders the probes like the family, with a system turn and without."""
-    added = [{"role": "system", "content": system}] if system is not None else []
-    if any(render(probe) != chat.render([*added, *probe]) for probe in _PROBES):
-        return False
-    # A template that refuses system turns agrees with any format of them.
-    return all(render([_SYSTEM, *probe]) in (None, chat.render([_SYSTEM, *probe])) for probe in _PROBES)
 
 
 def write_ollama(
@@ -227,8 +217,22 @@ def write_ollama(
         InputError: `out` must not be written, or a writer refuses.
     """
     out = out.resolve()
-    _check_folder(out, base, force)
-    source = _from(ollama_base)
+    check_replaceable(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not force:
+            raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
+        if not (out / MODELFILE).is_file():
+            raise InputError(f"--out {out}: --force only replaces a folder that has a Modelfile; give another folder")
+    for folder in (base.folder, Path(base.model_id).expanduser()):
+        if folder.resolve().is_relative_to(out):
+            raise InputError(f"--out {out}: holds the base {folder}; give another folder")
+    source = ollama_base or "./model.gguf"
+    if ollama_base is not None and (path := Path(ollama_base).expanduser()).is_file():
+        source = str(path.resolve())
+    elif source.endswith(".gguf") and ollama_base is not None:
+        raise InputError(
+            f"--ollama-base {ollama_base}: no such file; give a .gguf file, or a name that `ollama list` shows"
+        )
     own = info.chat_template if info else None
     with replacing_folder(out) as folder:
         if ollama_base is None:
@@ -247,33 +251,6 @@ def write_ollama(
             lines += chat_lines
         (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return notes
-
-
-def _check_folder(out: Path, base: Base, force: bool) -> None:
-    """Check that `out` can be written, before the work."""
-    check_replaceable(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not force:
-            raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
-        if not (out / MODELFILE).is_file():
-            raise InputError(f"--out {out}: --force only replaces a folder that has a Modelfile; give another folder")
-    for source in (base.folder, Path(base.model_id).expanduser()):
-        if source.resolve().is_relative_to(out):
-            raise InputError(f"--out {out}: holds the base {source}; give another folder")
-
-
-def _from(ollama_base: str | None) -> str:
-    """Return the argument of FROM: our file, another file's absolute path, or a model that Ollama has."""
-    if ollama_base is None:
-        return "./model.gguf"
-    path = Path(ollama_base).expanduser()
-    if path.is_file():
-        return str(path.resolve())
-    if path.suffix == ".gguf":
-        raise InputError(
-            f"--ollama-base {ollama_base}: no such file; give a .gguf file, or a name that `ollama list` shows"
-        )
-    return ollama_base
 
 
 def _chat_lines(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[list[str], list[str]]:

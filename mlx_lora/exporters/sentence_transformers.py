@@ -23,8 +23,7 @@ import mlx.core as mx
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.exporters.adapter_config import set_padding_token
-from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS
-from mlx_lora.exporters.peft_experts import PREFIX
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from mlx_lora.models.folder import save_tensors, write_json
 from mlx_lora.utils.errors import InputError
 

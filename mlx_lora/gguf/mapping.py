@@ -22,6 +22,7 @@ import numpy as np
 
 from mlx_lora.gguf.reader import GGUFFile
 from mlx_lora.models.config import MOST_BLOCKS
+from mlx_lora.utils.errors import Problems
 
 # Settings
 
@@ -31,7 +32,7 @@ class Settings:
 
     def __init__(self, file: GGUFFile, architecture: str):
         self.file, self.architecture = file, architecture
-        self.problems: list[str] = []
+        self.problems = Problems()
 
     def number(self, key: str, default: float | None = None, *, zero: bool = False) -> Any:
         """Return one number; note a problem if it is missing without a default, or is not a positive number.
@@ -55,8 +56,7 @@ class Settings:
     def count(self, key: str, default: int | None = None, *, zero: bool = False) -> int:
         """Return one whole number; problems are noted as in `number`."""
         value = self.number(key, default, zero=zero)
-        if value != int(value):
-            self.problems.append(f"{self.architecture}.{key} is {value}, not a whole number")
+        self.problems.note_if(value != int(value), f"{self.architecture}.{key} is {value}, not a whole number")
         return max(0 if zero else 1, int(value))
 
     def per_layer(self, key: str, n_layers: int) -> list[Any] | None:
@@ -83,16 +83,17 @@ class Settings:
     def same(self, key: str, value: int, default: int | None = None) -> None:
         """Note a problem if a key has another value than `value`."""
         found = self.count(key, value if default is None else default)
-        if found != value:
-            self.problems.append(f"{self.architecture}.{key} is {found}, but the model needs {value}")
+        self.problems.note_if(found != value, f"{self.architecture}.{key} is {found}, but the model needs {value}")
 
 
 def shared_fields(settings: Settings) -> dict[str, Any]:
     """Return the config fields that all architectures have, under Hugging Face's names."""
     hidden, heads = settings.count("embedding_length"), settings.count("attention.head_count")
     head_dim = settings.count("attention.key_length", max(1, hidden // heads))
-    if settings.count("attention.value_length", head_dim) != head_dim:
-        settings.problems.append(f"{settings.architecture}.attention.value_length differs from key_length")
+    settings.problems.note_if(
+        settings.count("attention.value_length", head_dim) != head_dim,
+        f"{settings.architecture}.attention.value_length differs from key_length",
+    )
     # Extra layers that predict several tokens at once are not part of mlx-lm's models.
     n_layers = settings.count("block_count") - settings.count("nextn_predict_layers", 0, zero=True)
     if not 0 < n_layers <= min(len(settings.file.tensors), MOST_BLOCKS):
@@ -119,42 +120,38 @@ def shared_fields(settings: Settings) -> dict[str, Any]:
     }
 
 
-def whole_heads_rotate(settings: Settings, config: dict[str, Any]) -> None:
-    """Note a problem if RoPE only rotates a part of each head."""
-    if settings.count("rope.dimension_count", config["head_dim"]) != config["head_dim"]:
-        settings.problems.append(
-            f"{settings.architecture}.rope.dimension_count is not the whole head ({config['head_dim']})"
-        )
-
-
-def feed_forward(settings: Settings) -> dict[str, Any]:
-    """Return the field for the feed-forward width of blocks without experts."""
-    return {"intermediate_size": settings.count("feed_forward_length")}
-
-
 def same_key_heads(settings: Settings, config: dict[str, Any]) -> None:
     """Note a problem if layers differ in their number of key heads."""
     found = settings.per_layer("attention.head_count_kv", config["num_hidden_layers"])
-    if found and len(set(found)) > 1:
-        settings.problems.append(
-            f"{settings.architecture}.attention.head_count_kv is {str(found)[:40]}, not one number"
-        )
+    settings.problems.note_if(
+        found and len(set(found)) > 1,
+        f"{settings.architecture}.attention.head_count_kv is {str(found)[:40]}, not one number",
+    )
 
 
-def experts(settings: Settings, config: dict[str, Any]) -> tuple[int, int, int]:
-    """Return the number of experts, the number used per token, and the width of each.
+def whole_heads_rotate(settings: Settings, config: dict[str, Any]) -> None:
+    """Note a problem if RoPE only rotates a part of each head."""
+    size = config["head_dim"]
+    settings.problems.note_if(
+        settings.count("rope.dimension_count", size) != size,
+        f"{settings.architecture}.rope.dimension_count is not the whole head ({size})",
+    )
+
+
+def experts(settings: Settings) -> tuple[int, int]:
+    """Return the number of experts, and the number used per token.
 
     The number must match the file's tensors: otherwise a wrong number could make mlx-lm build a huge model.
     """
     n_experts, used = settings.count("expert_count"), settings.count("expert_used_count")
     router = settings.file.tensors.get("blk.0.ffn_gate_inp.weight")
     held = router.shape[0] if router is not None and router.shape else 0
-    if n_experts != held or used > n_experts:
-        settings.problems.append(
-            f"{settings.architecture}.expert_count is {n_experts} with {used} in use, but the file has {held} experts"
-        )
-        n_experts, used = 1, 1
-    return n_experts, used, settings.count("expert_feed_forward_length", config["intermediate_size"])
+    if n_experts == held and used <= n_experts:
+        return n_experts, used
+    settings.problems.append(
+        f"{settings.architecture}.expert_count is {n_experts} with {used} in use, but the file has {held} experts"
+    )
+    return 1, 1
 
 
 # Tensors
@@ -237,11 +234,6 @@ class TensorMapping:
     def moves(self) -> bool:
         """Whether the file's values, or their order, differ from mlx-lm's."""
         return bool(self.rows or self.columns or self.offset or self.values != "plain")
-
-    @property
-    def keeps_columns(self) -> bool:
-        """Whether a row of the file has the values of a row of mlx-lm's parameter, in their order."""
-        return not (self.columns or self.offset or self.values != "plain" or self.axis is not None)
 
     def file_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the file's tensor has for a parameter of shape `ours`."""
@@ -337,7 +329,7 @@ class GgufFamily:
     model_class: str
     block: Callable[[dict[str, Any], int], Block]
     fields: Callable[[Settings, dict[str, Any]], dict[str, Any]]
-    settings: Callable[[dict[str, Any], list[str]], Written]
+    settings: Callable[[dict[str, Any], Problems], Written]
     top: Callable[[dict[str, Any]], dict[str, str]] = lambda config: TOP
     prefix: str = ""
     norm_offset: float = 0.0
@@ -373,10 +365,10 @@ def read_scaling(settings: Settings) -> dict[str, Any]:
 def refuse_scaling(settings: Settings, model_type: str) -> None:
     """Note a problem if the file scales RoPE, for a model type that does not support it in mlx-lm."""
     kind = settings.text("rope.scaling.type", "none")
-    if kind != "none":
-        settings.problems.append(
-            f"{settings.architecture}.rope.scaling.type is {kind!r}, but mlx-lm's {model_type} has no scaling"
-        )
+    settings.problems.note_if(
+        kind != "none",
+        f"{settings.architecture}.rope.scaling.type is {kind!r}, but mlx-lm's {model_type} has no scaling",
+    )
 
 
 def kind_of(args: Values) -> str:
@@ -385,7 +377,7 @@ def kind_of(args: Values) -> str:
     return scaling.get("type") or scaling.get("rope_type") or "default"
 
 
-def write_scaling(args: Values, problems: list[str]) -> Values:
+def write_scaling(args: Values, problems: Problems) -> Values:
     """Return linear or YaRN scaling as GGUF settings; note a problem for another kind."""
     kind, scaling = kind_of(args), args.get("rope_scaling") or {}
     if kind == "default":
@@ -418,7 +410,7 @@ def read_llama3_scaling(settings: Settings, config: dict[str, Any]) -> dict[str,
     return {"rope_scaling": {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}}
 
 
-def llama3_factors(args: Values, problems: list[str]) -> dict[str, np.ndarray]:
+def llama3_factors(args: Values, problems: Problems) -> dict[str, np.ndarray]:
     """Return Llama 3's scaling as {tensor name: frequency divisors}."""
     scaling = args["rope_scaling"]
     problems += [
@@ -460,8 +452,10 @@ def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
         return fields
     wanted = longrope_attention_factor(whole, original)
     found = settings.number("rope.scaling.attn_factor", 1.0)
-    if not math.isclose(found, wanted, rel_tol=1e-4):
-        settings.problems.append(f"{settings.architecture}.rope.scaling.attn_factor is {found}, not {wanted:.6g}")
+    settings.problems.note_if(
+        not math.isclose(found, wanted, rel_tol=1e-4),
+        f"{settings.architecture}.rope.scaling.attn_factor is {found}, not {wanted:.6g}",
+    )
     # float32's shortest decimal is the number that the config had.
     lists = {
         name: [float(str(value)) for value in values]
@@ -470,7 +464,7 @@ def read_longrope(settings: Settings, config: dict[str, Any]) -> dict[str, Any]:
     return fields | {"rope_scaling": {"type": "longrope", **lists}}
 
 
-def write_longrope(args: Values, problems: list[str]) -> tuple[Values, dict[str, np.ndarray]]:
+def write_longrope(args: Values, problems: Problems) -> tuple[Values, dict[str, np.ndarray]]:
     """Return LongRoPE as GGUF settings and the two tensors of factors (none without scaling)."""
     original, whole = args["original_max_position_embeddings"], args["max_position_embeddings"]
     settings: Values = {"rope.scaling.original_context_length": original}

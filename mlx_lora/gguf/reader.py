@@ -120,16 +120,47 @@ def read_gguf(path: str | Path) -> GGUFFile:
         InputError: the file is missing, truncated, damaged, or not such a GGUF file.
     """
     path = Path(path)
-    cursor = _Cursor(path, _map_file(path))
-    version, n_tensors, n_pairs = _read_header(cursor)
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise InputError(f"{path}: asked to read a GGUF file, found a folder; give the .gguf file in it")
+        if size == 0:
+            raise InputError(f"{path}: asked to read a GGUF file, found an empty one; download it again")
+        cursor = _Cursor(path, np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        raise InputError(f"{path}: asked to read a GGUF file, found none ({error.strerror}); check the path") from None
+    magic = bytes(cursor.view[:4])
+    if magic != b"GGUF":
+        raise InputError(f"{path}: asked to read GGUF, found a file that starts with {magic!r}; give a .gguf file")
+    cursor.position = 4
+    version = cursor.number("<I", "the version")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in (1, 2, 3)
+        kind = "a big-endian file" if swapped else f"GGUF version {version}"
+        raise InputError(f"{path}: asked to read GGUF, found {kind}; give a little-endian file of version 2 or 3")
+    n_tensors = cursor.number("<Q", "the tensor count")
+    n_pairs = cursor.number("<Q", "the metadata count")
+    cursor.need(n_pairs * _SMALLEST_PAIR_BYTES, f"{n_pairs} metadata pairs")
+    cursor.need(n_tensors * _SMALLEST_TENSOR_BYTES, f"a table of {n_tensors} tensors")
     metadata: dict[str, Any] = {}
     for _ in range(n_pairs):
         key = cursor.string("a metadata key")
         if key in metadata:
             cursor.fail(f"metadata key {key!r} twice")
         metadata[key] = _read_value(cursor, cursor.number("<I", f"the type of {key}"), key)
-    table = [_read_tensor_info(cursor) for _ in range(n_tensors)]
-    return GGUFFile(path, version, metadata, _map_tensors(cursor, table, _alignment(cursor, metadata)))
+    table = []
+    for _ in range(n_tensors):
+        name = cursor.string("a tensor name")
+        n_dims = cursor.number("<I", f"the dimension count of {name}")
+        if n_dims > _MOST_DIMS:
+            cursor.fail(f"{n_dims} dimensions of tensor {name} (at most {_MOST_DIMS})")
+        dims = [cursor.number("<Q", f"the shape of {name}") for _ in range(n_dims)]
+        kind, offset = (cursor.number(layout, f"the type or offset of {name}") for layout in ("<I", "<Q"))
+        table.append((name, tuple(reversed(dims)), kind, offset))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        cursor.fail(f"general.alignment {alignment!r}, which is not a power of two")
+    return GGUFFile(path, version, metadata, _map_tensors(cursor, table, alignment))
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -198,40 +229,6 @@ class _Cursor:
             self.fail(f"{what} at byte {start} that is not UTF-8")
 
 
-def _map_file(path: Path) -> np.ndarray:
-    try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise InputError(f"{path}: asked to read a GGUF file, found a folder; give the .gguf file in it")
-        if size == 0:
-            raise InputError(f"{path}: asked to read a GGUF file, found an empty one; download it again")
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except OSError as error:
-        raise InputError(f"{path}: asked to read a GGUF file, found none ({error.strerror}); check the path") from None
-
-
-def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
-    """Check the magic bytes, and return (version, number of tensors, number of metadata pairs)."""
-    magic = bytes(cursor.view[:4])
-    if magic != b"GGUF":
-        raise InputError(
-            f"{cursor.path}: asked to read GGUF, found a file that starts with {magic!r}; give a .gguf file"
-        )
-    cursor.position = 4
-    version = cursor.number("<I", "the version")
-    if version not in (2, 3):
-        swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in (1, 2, 3)
-        kind = "a big-endian file" if swapped else f"GGUF version {version}"
-        raise InputError(
-            f"{cursor.path}: asked to read GGUF, found {kind}; give a little-endian file of version 2 or 3"
-        )
-    n_tensors = cursor.number("<Q", "the tensor count")
-    n_pairs = cursor.number("<Q", "the metadata count")
-    cursor.need(n_pairs * _SMALLEST_PAIR_BYTES, f"{n_pairs} metadata pairs")
-    cursor.need(n_tensors * _SMALLEST_TENSOR_BYTES, f"a table of {n_tensors} tensors")
-    return version, n_tensors, n_pairs
-
-
 def _read_value(cursor: _Cursor, type_number: int, key: str, depth: int = 0) -> Any:
     """Return one metadata value; a numeric array of any length is a numpy array."""
     kind = _known(GGUFValueType, type_number)
@@ -259,25 +256,6 @@ def _read_value(cursor: _Cursor, type_number: int, key: str, depth: int = 0) -> 
     start, cursor.position = cursor.position, cursor.position + count * dtype.itemsize
     values = np.frombuffer(cursor.view[start : cursor.position], dtype=dtype).copy()
     return values.astype(bool) if item is GGUFValueType.BOOL else values
-
-
-def _read_tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Return one row of the tensor table: (name, row-major shape, type number, offset)."""
-    name = cursor.string("a tensor name")
-    n_dims = cursor.number("<I", f"the dimension count of {name}")
-    if n_dims > _MOST_DIMS:
-        cursor.fail(f"{n_dims} dimensions of tensor {name} (at most {_MOST_DIMS})")
-    dims = [cursor.number("<Q", f"the shape of {name}") for _ in range(n_dims)]
-    type_number = cursor.number("<I", f"the type of {name}")
-    offset = cursor.number("<Q", f"the offset of {name}")
-    return name, tuple(reversed(dims)), type_number, offset
-
-
-def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        cursor.fail(f"general.alignment {alignment!r}, which is not a power of two")
-    return alignment
 
 
 def _map_tensors(

@@ -1,4 +1,4 @@
-"""Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp.
+"""Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp, and write one as metadata.
 
 There are three kinds: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
 fallback) and Gemma 4's (`gemma4`: like SentencePiece, but with merges instead of scores, and runs of newlines are split
@@ -7,11 +7,17 @@ off). All become a `tokenizers` BPE model, so that transformers and mlx-lm can l
 A byte-level vocabulary names its pre-tokenizer (`tokenizer.ggml.pre`). Its recipe is a sequence of patterns; every pattern
 isolates its matches in the pieces that the patterns before it left. The patterns are those that llama.cpp applies, so that
 an adapter trained here gets the same tokens there.
+
+A loaded tokenizer becomes a `Vocabulary`, and that GGUF metadata. It is judged by what it does, not by its file: encoding shows which pre-tokenizer it has, and whether it puts
+bos before a text or a space before the first word. At the end, the vocabulary must encode a set of test texts with the
+same ids as the original tokenizer.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +26,12 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import read_gguf
-from mlx_lora.utils.errors import InputError
+from mlx_lora.models.folder import write_json
+from mlx_lora.utils.errors import InputError, Problems
 from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 
 # tokenizer.ggml.token_type
@@ -147,13 +155,22 @@ PUBLISHED = {
 # Metadata to vocabulary
 
 
+# The names of special tokens here, and in GGUF's keys.
+SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+
+
 def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     """Return the vocabulary in a GGUF file's metadata, after checking it.
 
     Raises:
         InputError: the vocabulary cannot be used; the message has all problems.
     """
-    problems = _kind_problems(metadata)
+    entries = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
+    problems = [
+        f"tokenizer.{key} is not {words}; convert the file again"
+        for key, (fits, words) in _KINDS.items()
+        if entries[key] is not None and not fits(entries[key])
+    ]
     if problems:
         raise InputError("GGUF tokenizer: " + "; ".join(problems))
     model = metadata.get("tokenizer.ggml.model", "none")
@@ -169,7 +186,8 @@ def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
     byte_level = model == "gpt2"
     # llama.cpp's defaults if the file has no setting: SentencePiece models add bos and a leading space.
     add_bos = PRE_TOKENIZERS[pre].add_bos if byte_level else True
-    special = _special_ids(metadata, len(tokens))
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL_KEYS.items()}
+    special = {name: int(i) for name, i in ids.items() if i is not None and 0 <= int(i) < len(tokens)}
     return Vocabulary(
         model=model,
         tokens=tokens,
@@ -206,16 +224,6 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _kind_problems(metadata: dict[str, Any]) -> list[str]:
-    """Return a problem for each entry of a wrong type."""
-    found = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
-    return [
-        f"tokenizer.{key} is not {words}; convert the file again"
-        for key, (fits, words) in _KINDS.items()
-        if found[key] is not None and not fits(found[key])
-    ]
-
-
 def _is_numbers(value: Any, kinds: str) -> bool:
     """Return whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
     if isinstance(value, list):
@@ -229,12 +237,6 @@ def _pair(merge: str) -> tuple[str, str]:
     return merge[:at], merge[at + 1 :]
 
 
-def _special_ids(metadata: dict[str, Any], n_tokens: int) -> dict[str, int]:
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
-    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    return {name: int(i) for name, i in found.items() if i is not None and 0 <= int(i) < n_tokens}
-
-
 def _problems(
     model: str, pre: str, tokens: list[str], types: list[int], scores: list[float], merges: list[tuple[str, str]]
 ) -> list[str]:
@@ -243,19 +245,20 @@ def _problems(
         return [
             f"kind {model!r} is not supported (known: gpt2, llama, gemma4); give the model's original folder instead"
         ]
-    problems = []
-    if not tokens:
-        problems.append("it has no tokens; give a complete model file")
+    problems = Problems()
+    problems.note_if(not tokens, "it has no tokens; give a complete model file")
     if len(set(tokens)) != len(tokens):
         repeated, _ = Counter(tokens).most_common(1)[0]
         problems.append(f"token {repeated!r} appears twice; convert the file again")
     longest = max(map(len, tokens), default=0)
-    if longest > MAX_TOKEN_CHARACTERS:  # merges_from_scores tries every way to cut it in two
-        problems.append(f"a token has {longest} characters; convert the file again")
-    if len(types) != len(tokens):
-        problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
-    if model == "llama" and len(scores) != len(tokens):
-        problems.append(f"{len(scores)} scores for {len(tokens)} tokens; convert the file again")
+    problems.note_if(longest > MAX_TOKEN_CHARACTERS, f"a token has {longest} characters; convert the file again")
+    problems.note_if(
+        len(types) != len(tokens), f"{len(types)} token types for {len(tokens)} tokens; convert the file again"
+    )
+    problems.note_if(
+        model == "llama" and len(scores) != len(tokens),
+        f"{len(scores)} scores for {len(tokens)} tokens; convert the file again",
+    )
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         problems.append(
@@ -279,7 +282,14 @@ def _problems(
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """Return the `tokenizers` pipeline: normalizer, words, BPE, added tokens, bos and eos, decoder."""
-    tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
+    if vocabulary.model == "gpt2":  # words by the named patterns, bytes as letters, merges in the file's order
+        recipe = PRE_TOKENIZERS[vocabulary.pre]
+        vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab, vocabulary.merges, ignore_merges=recipe.ignore_merges))
+        tokenizer.pre_tokenizer = _words(recipe)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = _sentencepiece(vocabulary)
     # These are matched in the raw text before anything else. Control tokens can be left out of decoded text;
     # user-defined ones (Gemma's runs of newlines) are ordinary text that is never split.
     added = [
@@ -309,19 +319,6 @@ def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | 
             {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]} for name in used
         ],
     )
-
-
-def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """Return byte-level BPE: words by the named patterns, bytes as letters, merges in the file's order."""
-    recipe = PRE_TOKENIZERS[vocabulary.pre]
-    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, vocabulary.merges, ignore_merges=recipe.ignore_merges))
-    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in recipe.patterns]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
@@ -407,18 +404,14 @@ def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> Non
     if vocabulary.chat_template:
         config["chat_template"] = vocabulary.chat_template
         (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
-    _write_json(out / "tokenizer_config.json", config)
+    write_json(out / "tokenizer_config.json", config)
     generation: dict[str, Any] = {
         f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special
     }
     end_ids = vocabulary.end_ids()
     if end_ids:
         generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids
-    _write_json(out / "generation_config.json", generation)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "generation_config.json", generation)
 
 
 def gguf_tokenizer_folder(path: Path) -> Path:
@@ -437,3 +430,214 @@ def gguf_tokenizer_folder(path: Path) -> Path:
             write_tokenizer(file.metadata, temporary)
             (temporary / "config.json").write_text(json.dumps(model_config(file), default=str), encoding="utf-8")
     return folder
+
+
+# Texts on which any two pre-tokenizers of the table differ. All are NFC: Qwen's tokenizer normalizes texts to NFC, but
+# llama.cpp, whose own converter accepts this difference, does not.
+PROBES = (
+    "Hello world, it's a test; they'll DON'T we'VE I'm you'd He's",
+    "def main(args):\n    x = 12345 + 6.78e-9\n\treturn {'a': [1, 22, 333, 4444]}  # don't\n\n\n  end",
+    " leading  double   triple    spaces\t\ttabs \t mixed\r\nline\r\n\r\nends \n \n",
+    "camelCaseWords HTTPServer parseXMLFile ABCdef xY Zz iPhone",
+    "https://example.com/a/b?c=d&e=f//g\n// comment /* x */\n../path/to/file///\n/",
+    '$100 + €20 = <tag> ^~| `code` @user #hash 50% ... !!! ?! --- (a)[b]{c} "q" \\n :) a_b _c',
+    ".word ,word -word !Word ?word 'word \"word (word [word $word +word `word ~~word",
+    "你好，世界！这是一个测试。日本語のテキスト、カタカナ。한국어 문장입니다 中文English混排123数字",
+    "Привет, мир! Ελληνικά γράμματα Ünïcödé naïve café ÀÉÎ ŒUVRE straße",
+    "العربية نَصٌّ مُشَكَّل हिन्दी का पाठ ภาษาไทย תַּנַ״ךְ",
+    "🙂🙃 emoji 👩‍👩‍👧 flags 🇫🇷 — dash … ellipsis « guillemets » “quotes” ‘single’ x² ⅷ ½ №5 ①②",
+    "0 00 000 0000 00000 1a2b3c v1.2.3 3rd 2024-01-31 1,000,000 ٣٤٥ ३४५",
+    "a\nb\n c\n\nd \ne\n\n\nf   g\n    h\t\n",
+    "word\u00a0nbsp em\u2003space\u3000wide",
+)
+_MOST_ENDS = 2  # eot and eom, in addition to eos
+
+
+def tokenizer_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    n_rows: int,
+    end_ids: list[int],
+    chat_template: str | None,
+    architecture: str = "",
+) -> Vocabulary:
+    """Return a tokenizer's vocabulary.
+
+    Args:
+        tokenizer: as loaded by transformers.
+        n_rows: of the model's embedding; the vocabulary is padded, or cut, to that many tokens.
+        end_ids: ids that end a generation.
+        chat_template: Jinja text, for the vocabulary.
+        architecture: llama.cpp's name for the architecture; Gemma 4's files keep a SentencePiece tokenizer's merges.
+
+    Raises:
+        InputError: llama.cpp does not have this kind of tokenizer, or would split texts differently.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{type(tokenizer).__name__}: this tokenizer has no tokenizer.json, whose tables GGUF requires; add one"
+        )
+    backend = tokenizer.backend_tokenizer
+    content = json.loads(backend.to_str())
+    model = content["model"]
+    byte_level = '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
+    if model["type"] != "BPE" or not (model.get("byte_fallback") or byte_level):
+        raise InputError(
+            f"--to gguf: the tokenizer is of kind {model['type']}; only byte-level BPE and SentencePiece BPE with byte "
+            "fallback are supported, use --to peft or hf"
+        )
+    kind = "llama" if model.get("byte_fallback") else "gpt2"
+    added = {entry["id"]: CONTROL if entry["special"] else USER_DEFINED for entry in content["added_tokens"]}
+    tokens: list[str | None] = [None] * n_rows  # None for rows of the embedding without a token
+    for token, i in backend.get_vocab(with_added_tokens=True).items():
+        if i < n_rows:  # the model has no embedding for other tokens (Gemma 3's image token)
+            tokens[i] = token
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    special = {name: i for name, i in ids.items() if i is not None and i < n_rows}
+    merges: list[Any] = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if kind == "gpt2" and not merges:
+        raise InputError("--to gguf: a byte-level tokenizer without merges, which llama.cpp does not load; use --to hf")
+    add_bos, add_eos = _framing(tokenizer)
+    space_prefix = kind == "llama" and tokenizer.tokenize("x")[0].startswith(SPACE)
+    if kind == "llama" and architecture == "gemma4" and add_bos and merges and not space_prefix:
+        kind = "gemma4"
+    types = [NORMAL if token is not None else UNUSED for token in tokens]
+    for i, token in enumerate(tokens):
+        if token is not None and kind != "gpt2" and special.get("unk") == i:
+            types[i] = UNKNOWN
+        elif token is not None and i in added:
+            types[i] = added[i]
+        elif kind != "gpt2" and re.fullmatch("<0x..>", token or "", re.DOTALL):
+            types[i] = BYTE
+    # Scores that result in these merges: a token from an earlier merge has a higher one.
+    ranks = {joined: rank for rank, joined in enumerate(dict.fromkeys(a + b for a, b in merges))}
+    scores = [-float(ranks.get(token or "", len(ranks))) for token in tokens]
+    vocabulary = Vocabulary(
+        model=kind,
+        tokens=[token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)],
+        types=types,
+        scores=scores if kind == "llama" else [],
+        merges=merges if kind != "llama" else [],
+        pre=_pre_tokenizer(backend, bool(model.get("ignore_merges"))) if kind == "gpt2" else "default",
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=space_prefix,
+        chat_template=chat_template,
+    )
+    known = vocabulary.end_ids()  # llama.cpp also recognizes most of them by their text
+    others = [i for i in end_ids if i not in known and i < n_rows]
+    special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
+    _check_ids(tokenizer, vocabulary)
+    return vocabulary
+
+
+def tokenizer_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the vocabulary as GGUF key-value pairs, which `vocabulary_from_metadata` can read."""
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": vocabulary.model,
+        "tokenizer.ggml.pre": vocabulary.pre,
+        "tokenizer.ggml.tokens": vocabulary.tokens,
+        "tokenizer.ggml.token_type": vocabulary.types,
+        **{f"tokenizer.ggml.{SPECIAL_KEYS[name]}_token_id": i for name, i in vocabulary.special.items()},
+        "tokenizer.ggml.add_bos_token": vocabulary.add_bos,
+        "tokenizer.ggml.add_eos_token": vocabulary.add_eos,
+        "tokenizer.ggml.add_space_prefix": vocabulary.add_space_prefix,
+    }
+    if vocabulary.model == "llama":
+        metadata["tokenizer.ggml.scores"] = vocabulary.scores
+    else:
+        metadata["tokenizer.ggml.merges"] = [" ".join(pair) for pair in vocabulary.merges]
+    if vocabulary.chat_template:
+        metadata["tokenizer.chat_template"] = vocabulary.chat_template
+    return metadata
+
+
+def _framing(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Return whether the tokenizer puts bos before every text, and whether it puts eos after.
+
+    Raises:
+        InputError: it adds other tokens.
+    """
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("x")["input_ids"]
+    for bos in (False, True):
+        for eos in (False, True):
+            before = [tokenizer.bos_token_id] if bos else []
+            if before + plain + ([tokenizer.eos_token_id] if eos else []) == framed:
+                return bos, eos
+    raise InputError(
+        "--to gguf: the tokenizer adds tokens other than bos and eos to a text, which GGUF does not support; use --to hf"
+    )
+
+
+def _pre_tokenizer(backend: Tokenizer, ignore_merges: bool) -> str:
+    """Return the name of the pre-tokenizer that splits texts as this one does, or that llama.cpp uses instead.
+
+    Raises:
+        InputError: the table has no such pre-tokenizer.
+    """
+    spelled = _spelled(backend)
+    if spelled in PUBLISHED:
+        return PUBLISHED[spelled]
+    wanted = [_cut(backend.pre_tokenizer, text) for text in PROBES]
+    cuts: dict[tuple[str, ...], bool] = {}
+    found = []
+    for name, recipe in PRE_TOKENIZERS.items():
+        if recipe.patterns not in cuts:
+            cuts[recipe.patterns] = [_cut(_words(recipe), text) for text in PROBES] == wanted
+        if cuts[recipe.patterns]:
+            found.append(name)
+    if not found:
+        raise InputError(
+            f"--to gguf: pre-tokenizer {_shown(backend)} splits words differently from all of llama.cpp's "
+            f"({', '.join(sorted(PRE_TOKENIZERS))}); use --to peft or hf"
+        )
+    # If merges can make every token, ignore_merges changes nothing, so another value is also accepted.
+    return next((name for name in found if PRE_TOKENIZERS[name].ignore_merges == ignore_merges), found[0])
+
+
+def _spelled(backend: Tokenizer) -> str | None:
+    """Return the pattern of a tokenizer.json that has exactly one for its words, else None."""
+    words = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    steps = words.get("pretokenizers", [words])
+    patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
+    return patterns[0] if len(patterns) == 1 else None
+
+
+def _words(recipe: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in recipe.patterns]
+    return pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _cut(words: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in words.pre_tokenize_str(text)]
+
+
+def _shown(backend: Tokenizer, limit: int = 160) -> str:
+    text = json.dumps(json.loads(backend.to_str())["pre_tokenizer"], ensure_ascii=False)
+    return text if len(text) <= limit else text[:limit] + " ..."
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
+    """Compare ids for the test texts, and for texts from the vocabulary itself.
+
+    Raises:
+        InputError: the ids of a text differ.
+    """
+    rebuilt = build_tokenizer(vocabulary)
+    step = max(1, len(vocabulary.tokens) // 400)
+    words = [vocabulary.tokens[i] for i in range(0, len(vocabulary.tokens), step) if vocabulary.types[i] == NORMAL]
+    texts = [*PROBES, *(tokenizer.convert_tokens_to_string([word]) for word in words)]
+    backend = tokenizer.backend_tokenizer
+    approximate = vocabulary.model == "gpt2" and _spelled(backend) in PUBLISHED
+    for text in texts:
+        if not unicodedata.is_normalized("NFC", text):  # see PROBES
+            continue
+        if approximate and _cut(backend.pre_tokenizer, text) != _cut(_words(PRE_TOKENIZERS[vocabulary.pre]), text):
+            continue
+        wanted, found = tokenizer(text)["input_ids"], rebuilt.encode(text).ids
+        if wanted != found:
+            raise InputError(
+                f"--to gguf: {text[:40]!r} is encoded as {wanted[:12]}, but llama.cpp would encode it as {found[:12]} by "
+                f"its rules for {vocabulary.pre if vocabulary.model == 'gpt2' else 'SentencePiece'}; use --to peft or hf"
+            )

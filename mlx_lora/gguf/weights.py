@@ -17,18 +17,19 @@ Q6_K, Q3_K, Q2_K and the IQ types have 16-wide groups or code books: they are re
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import Q4_K
 
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
 from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_weight, relative_error
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_of
 
 GROUP = 32
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
@@ -36,11 +37,6 @@ LOSSLESS = frozenset((*_BITS, Kind.MXFP4))
 MXFP4 = Quantization(4, GROUP, "mxfp4")
 FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
-
-
-def block_quantization(kind: Kind) -> Quantization:
-    """Return MLX's quantization that is equal to a type in LOSSLESS."""
-    return MXFP4 if kind is Kind.MXFP4 else Quantization(_BITS[kind], GROUP)
 
 
 def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
@@ -152,50 +148,34 @@ def affine_blocks(packed: PackedWeight, kind: Kind) -> np.ndarray:
 
 
 def _unpack(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return codes (rows, groups, 32) uint8, scales and biases (rows, groups) float32 of rows of blocks."""
-    n_rows = len(data)
-    if kind in (Kind.Q4_K, Kind.Q5_K):
-        codes, scales, biases = _unpack_k(kind, data)
-    else:
-        codes, scales, biases = _unpack_legacy(kind, data)
-    return codes.reshape(n_rows, -1, GROUP), scales.reshape(n_rows, -1), biases.reshape(n_rows, -1)
+    """Return codes (rows, groups, 32) uint8, scales and biases (rows, groups) float32 of rows of blocks.
 
-
-# In bytes: Q4_0 d2 qs16 | Q4_1 d2 m2 qs16 | Q5_0 d2 qh4 qs16 | Q5_1 d2 m2 qh4 qs16 | Q8_0 d2 qs32
-_BLOCK_BYTES = {Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q5_0: 22, Kind.Q5_1: 24, Kind.Q8_0: 34}
-
-
-def _unpack_legacy(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    blocks = data.reshape(-1, _BLOCK_BYTES[kind])
-    scales = _halves(blocks[:, 0:2])
-    if kind is Kind.Q8_0:
-        # Flipping the sign bit of a two's complement byte adds 128.
-        return blocks[:, 2:] ^ np.uint8(0x80), scales, scales * np.float32(-128)
-    quarters = blocks[:, -16:]
-    codes = np.concatenate([quarters & 15, quarters >> 4], axis=1)  # (blocks, 32)
-    if kind in (Kind.Q5_0, Kind.Q5_1):
-        codes |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
-    if kind in (Kind.Q4_1, Kind.Q5_1):
-        return codes, scales, _halves(blocks[:, 2:4])
-    return codes, scales, scales * np.float32(-8 if kind is Kind.Q4_0 else -16)
-
-
-def _unpack_k(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unpack blocks of 256 values in 8 groups of 32.
-
-    In bytes: Q4_K d2 dmin2 scales12 qs128 | Q5_K d2 dmin2 scales12 qh32 qs128
+    K types have blocks of 256 values in 8 groups of 32. In bytes: Q4_K d2 dmin2 scales12 qs128 | Q5_K d2 dmin2 scales12
+    qh32 qs128 | Q4_0 d2 qs16 | Q4_1 d2 m2 qs16 | Q5_0 d2 qh4 qs16 | Q5_1 d2 m2 qh4 qs16 | Q8_0 d2 qs32.
     """
-    blocks = data.reshape(-1, 144 if kind is Kind.Q4_K else 176)
-    scale_codes, minimum_codes = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))  # (blocks, 8) each
-    scales = _halves(blocks[:, 0:2])[:, None] * scale_codes.astype(np.float32)
-    biases = -(_halves(blocks[:, 2:4])[:, None] * minimum_codes.astype(np.float32))
-    quarters = blocks[:, -128:].reshape(-1, 4, 1, 32)
-    codes = np.concatenate([quarters & 15, quarters >> 4], axis=2).reshape(-1, 8, 32)
-    if kind is Kind.Q5_K:
-        # Bit g of byte i is the fifth bit of value i of group g.
-        high = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little")  # (blocks, 32, 8)
-        codes |= high.transpose(0, 2, 1) << 4
-    return codes, scales, biases
+    blocks = data.reshape(-1, GGML_QUANT_SIZES[kind][1])
+    scales = _halves(blocks[:, 0:2])
+    if kind in (Kind.Q4_K, Kind.Q5_K):
+        scale_codes, minimum_codes = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))  # (blocks, 8) each
+        scales = scales[:, None] * scale_codes.astype(np.float32)
+        biases = -(_halves(blocks[:, 2:4])[:, None] * minimum_codes.astype(np.float32))
+        quarters = blocks[:, -128:].reshape(-1, 4, 1, 32)
+        codes = np.concatenate([quarters & 15, quarters >> 4], axis=2).reshape(-1, 8, 32)
+        if kind is Kind.Q5_K:
+            # Bit g of byte i is the fifth bit of value i of group g.
+            high = np.unpackbits(blocks[:, 16:48, None], axis=2, bitorder="little")  # (blocks, 32, 8)
+            codes |= high.transpose(0, 2, 1) << 4
+    elif kind is Kind.Q8_0:
+        # Flipping the sign bit of a two's complement byte adds 128.
+        codes, biases = blocks[:, 2:] ^ np.uint8(0x80), scales * np.float32(-128)
+    else:
+        quarters = blocks[:, -16:]
+        codes = np.concatenate([quarters & 15, quarters >> 4], axis=1)  # (blocks, 32)
+        if kind in (Kind.Q5_0, Kind.Q5_1):
+            codes |= np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little") << 4
+        least = np.float32(-8 if kind is Kind.Q4_0 else -16)
+        biases = _halves(blocks[:, 2:4]) if kind in (Kind.Q4_1, Kind.Q5_1) else scales * least
+    return codes.reshape(len(data), -1, GROUP), scales.reshape(len(data), -1), biases.reshape(len(data), -1)
 
 
 def _halves(pairs: np.ndarray) -> np.ndarray:
@@ -264,7 +244,10 @@ def _import_tensor(tensor: GGUFTensor, mapping: TensorMapping, target: Target, d
         parts = [kept] if not mapping.then else mx.split(kept, len(mapping.names), axis=-2)
         parameters = dict(zip(mapping.names, parts, strict=True))
         return Imported(tensor.name, tensor.type.name, parameters, n_values, None, lossless=True)
-    packed = _cast_scales(quantize_weight(values, quantization), dtype)
+    packed = quantize_weight(values, quantization)
+    if quantization.mode == "affine":  # microscaling modes keep their integer scales
+        codes, *scales = packed.arrays
+        packed = PackedWeight([codes, *(scale.astype(dtype) for scale in scales)], quantization)
     _check_range(tensor, packed.arrays[1:])
     error = relative_error(packed.dequantize(), values)
     parameters = _split_packed(packed, mapping)
@@ -288,7 +271,9 @@ def _carries(tensor: GGUFTensor, mapping: TensorMapping) -> bool:
 
 
 def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> PackedWeight:
-    packed = carry_blocks(_reordered(tensor, mapping), dtype)
+    if mapping.rows is not None:  # packed rows in mlx-lm's order: bytes are moved, nothing is rounded
+        tensor = replace(tensor, data=tensor.data[mapping.rows.from_file(len(tensor.data))])
+    packed = carry_blocks(tensor, dtype)
     if mapping.columns is None:
         return packed
     order: Any = mapping.columns.in_groups(GROUP)  # not None, because `_carries` has checked it
@@ -301,7 +286,9 @@ def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> Pac
 
 def carried_quantization(tensor: GGUFTensor, mapping: TensorMapping) -> Quantization | None:
     """Return how a tensor is packed if GGUF's blocks are carried over, or None for float; reads no weight."""
-    return block_quantization(tensor.type) if _carries(tensor, mapping) else _quantization_for(tensor, mapping, "carry")
+    if not _carries(tensor, mapping):
+        return _quantization_for(tensor, mapping, "carry")
+    return MXFP4 if tensor.type is Kind.MXFP4 else Quantization(_BITS[tensor.type], GROUP)
 
 
 def _quantization_for(tensor: GGUFTensor, mapping: TensorMapping, target: Target) -> Quantization | None:
@@ -317,28 +304,12 @@ def _quantization_for(tensor: GGUFTensor, mapping: TensorMapping, target: Target
     return next((choice for choice in (Quantization(8, 64), Quantization(8, 32)) if choice.fits(width)), None)
 
 
-def _reordered(tensor: GGUFTensor, mapping: TensorMapping) -> GGUFTensor:
-    """Return the tensor with its packed rows in mlx-lm's order: bytes are moved, nothing is rounded."""
-    if mapping.rows is None:
-        return tensor
-    rows = tensor.data[mapping.rows.from_file(len(tensor.data))]
-    return GGUFTensor(tensor.name, tensor.type, tensor.shape, rows)
-
-
 def _float_values(tensor: GGUFTensor, mapping: TensorMapping) -> mx.array:
     """Return the tensor's float32 values as mlx-lm's parameter holds them."""
     if _carries(tensor, mapping):  # same values as ggml's, much faster; MXFP4's come as bfloat16, which is exact
         return _carried(tensor, mapping, mx.float32).dequantize().astype(mx.float32)
     with np.errstate(invalid="ignore", divide="ignore"):  # _check_range reports values that are not finite
         return mx.array(np.ascontiguousarray(mapping.from_file(tensor.dequantize())))
-
-
-def _cast_scales(packed: PackedWeight, dtype: mx.Dtype) -> PackedWeight:
-    """Return the weight with affine scales and biases cast; the microscaling modes keep their integer scales."""
-    if packed.quantization.mode != "affine":
-        return packed
-    codes, *scales = packed.arrays
-    return PackedWeight([codes, *(scale.astype(dtype) for scale in scales)], packed.quantization)
 
 
 def _check_range(tensor: GGUFTensor, arrays: list[mx.array]) -> None:
@@ -379,7 +350,4 @@ def check_shapes(
         if wanted != tensors[name].shape:
             wrong.append(f"{name} is {tensors[name].shape}, but the model needs {wanted}")
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"{path}: {'; '.join(wrong[:3])}{more}; its tensors do not match its metadata, so download it again"
-        )
+        raise InputError(f"{path}: {first_of(wrong, 3)}; its tensors do not match its metadata, so download it again")

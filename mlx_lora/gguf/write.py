@@ -18,8 +18,9 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
+from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, picture_settings, text_model
 from mlx_lora.gguf.mapping import TensorMapping
-from mlx_lora.gguf.vision import picture_settings
-from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.gguf.tokenizer import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.models.tower_files import of_tower
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
 
@@ -87,14 +87,17 @@ class TensorSource:
     kind: Kind | None = None
 
 
+AS_IT_IS = TensorMapping("")
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the file: its name, its source, and its stored type."""
+    """One tensor of the file: its name, its source, its stored type, and how the file's values differ from the source's."""
 
     name: str
     source: TensorSource
-    mapping: TensorMapping
     kind: Kind
+    mapping: TensorMapping = AS_IT_IS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,7 +172,11 @@ def write_gguf_model(
         writer = GGUFWriter(str(temporary), architecture)
         writer.add_type("model")
         writer.add_name(name)
-        writer.add_file_type(_file_type(planned) if file_type is None else file_type)
+        sizes: Counter[Kind] = Counter()
+        for tensor in planned:
+            sizes[tensor.kind] += int(np.prod(tensor.shape))
+        most = _FILE_TYPES.get(sizes.most_common(1)[0][0], LlamaFileType.GUESSED)  # that most values have
+        writer.add_file_type(most if file_type is None else file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in settings.items():
             add_metadata(writer, f"{architecture}.{key}", value)
@@ -178,13 +185,15 @@ def write_gguf_model(
         mark = merge_mark(base.model, base.config) if adapter_layers(base.model) else fused_mark(base.config)
         if mark:
             writer.add_string(FUSED_KEY, mark)
-        _write_tensors(writer, planned, extra)
+        write_tensors(writer, planned, extra)
     return file.stat().st_size
 
 
-def _write_tensors(writer: GGUFWriter, planned: list[PlannedTensor], extra: dict[str, np.ndarray]) -> None:
+def write_tensors(
+    writer: GGUFWriter, planned: Sequence[PlannedTensor], extra: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write the table, which needs only shapes, and then the data, so that one tensor at a time is computed."""
-    for name, values in extra.items():
+    for name, values in (extra or {}).items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for tensor in planned:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.kind)
@@ -192,20 +201,12 @@ def _write_tensors(writer: GGUFWriter, planned: list[PlannedTensor], extra: dict
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        for values in extra.values():
+        for values in (extra or {}).values():
             writer.write_tensor_data(values)
         for tensor in tracked(planned, "Writing", len(planned), "tensors"):
             writer.write_tensor_data(tensor.stored())
     finally:
         writer.close()
-
-
-def _file_type(planned: list[PlannedTensor]) -> LlamaFileType:
-    """Return the number of the type that most values of a file have."""
-    sizes: Counter[Kind] = Counter()
-    for tensor in planned:
-        sizes[tensor.kind] += int(np.prod(tensor.shape))
-    return _FILE_TYPES.get(sizes.most_common(1)[0][0], LlamaFileType.GUESSED)
 
 
 def _plan(
@@ -221,29 +222,25 @@ def _plan(
     known = {name for mapping in mappings.values() for name in mapping.names}
     unplaced = [name for name in sources if name not in known]
     if unplaced:
-        more = f" and {len(unplaced) - 3} more" if len(unplaced) > 3 else ""
         raise InputError(
-            f"--to gguf: {', '.join(unplaced[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
+            f"--to gguf: {first_of(unplaced, 3, ', ')} have no tensor in a {architecture} GGUF; use --to peft or hf"
         )
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
-    return [
-        PlannedTensor(name, source, mapping, _kind(source, mapping, kind, prefix + head))
-        for name, mapping in mappings.items()
-        if (source := _source(mapping, sources)) is not None
-    ]
+    planned = []
+    for name, mapping in mappings.items():
+        parts = [sources[part] for part in mapping.names if part in sources]
+        if len(parts) == len(mapping.names):
+            source = parts[0]
+            if len(parts) > 1:  # their rows follow one another
+                *before, rows, width = source.shape
+                source = TensorSource((*before, rows * len(parts), width), partial(_joined, parts))
+            planned.append(PlannedTensor(name, source, _kind(source, mapping, kind, prefix + head), mapping))
+    return planned
 
 
-def _source(mapping: TensorMapping, sources: dict[str, TensorSource]) -> TensorSource | None:
-    """Return the source of a tensor: one parameter, or several with concatenated rows."""
-    parts = [sources[name] for name in mapping.names if name in sources]
-    if len(parts) != len(mapping.names):
-        return None
-    if len(parts) == 1:
-        return parts[0]
-    *before, rows, width = parts[0].shape
-    shape = (*before, rows * len(parts), width)
-    return TensorSource(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
+def _joined(parts: list[TensorSource]) -> mx.array:
+    return mx.concatenate([part.values() for part in parts], axis=-2)
 
 
 def _kind(source: TensorSource, mapping: TensorMapping, wanted: Kind | None, head: str) -> Kind:
@@ -255,7 +252,8 @@ def _kind(source: TensorSource, mapping: TensorMapping, wanted: Kind | None, hea
         return Kind.MXFP4
     if wanted is None:
         # Rows of blocks can be reordered, columns within a block cannot.
-        return source.kind if source.kind not in (None, Kind.MXFP4) and mapping.keeps_columns else Kind.F16
+        changes = mapping.columns or mapping.offset or mapping.values != "plain" or mapping.axis is not None
+        return Kind.F16 if changes or source.kind in (None, Kind.MXFP4) else source.kind
     kind = Kind.Q8_0 if mapping.name == head and wanted in _COARSE else wanted
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else Kind.F16
@@ -271,37 +269,37 @@ def merged_parameters(model: nn.Module, stored: bool = False) -> Iterator[tuple[
     Raises:
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
-    adapters, adapter = adapter_layers(model), None
+    adapters, inside = adapter_layers(model), None
     # In this order an adapter's parts follow it directly.
     for path, module in sorted(model.named_modules(), key=lambda item: item[0].split(".")):
-        if adapter is not None and path.startswith(f"{adapter}."):
+        if inside is not None and path.startswith(f"{inside}."):
             continue
-        if path in adapters:
-            adapter = path
-            module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
-            packed = _packed(module.base, module) if stored else (None, None)
-            yield f"{path}.weight", TensorSource(_weight_shape(module.base), _merged(module.base, module), *packed)
-            yield from _bias_source(path, module.base)
-        elif isinstance(module, QUANTIZED):
-            packed = _mxfp4(module) or (_packed(module, None) if stored else (None, None))
-            yield f"{path}.weight", TensorSource(_weight_shape(module), _merged(module, None), *packed)
-            yield from _bias_source(path, module)
-        else:
-            for name, value in module.items():
-                if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
-                    yield f"{path}.{name}" if path else name, TensorSource(value.shape, _floats(value))
+        adapter = module if path in adapters else None
+        if adapter is not None or isinstance(module, QUANTIZED):
+            base, packed = module, (None, None)
+            if adapter is not None:
+                inside, base = path, adapter.base
+                adapter.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
+            elif (module.mode, module.group_size) == (MXFP4.mode, MXFP4.group_size):
+                packed = PackedWeight([module.weight, module.scales], MXFP4), Kind.MXFP4
+            if stored and packed[0] is None:
+                packed = _packed(base, adapter)
+            width, rows = base_dims(base)
+            shape = (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
+            shape = (*base.weight.shape[:-2], *shape)  # experts have an axis before
+            yield f"{path}.weight", TensorSource(shape, partial(_merged, base, adapter), *packed)
+            if "bias" in base:
+                yield f"{path}.bias", TensorSource(base.bias.shape, partial(base.bias.astype, mx.float32))
+            continue
+        for name, value in module.items():
+            if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
+                own = f"{path}.{name}" if path else name
+                yield own, TensorSource(value.shape, partial(value.astype, mx.float32))
 
 
-def _weight_shape(base: nn.Module) -> tuple[int, ...]:
-    width, rows = base_dims(base)
-    shape = (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
-    return (*base.weight.shape[:-2], *shape)  # experts have an axis before
-
-
-def _mxfp4(base: nn.Module) -> tuple[PackedWeight, Kind] | None:
-    """Return a layer's packed weight if it is MXFP4, which GGUF has too, else None."""
-    is_mxfp4 = (base.mode, base.group_size) == (MXFP4.mode, MXFP4.group_size)
-    return (PackedWeight([base.weight, base.scales], MXFP4), Kind.MXFP4) if is_mxfp4 else None
+def _merged(base: nn.Module, adapter: AdapterLayer | None) -> mx.array:
+    weight = exact_weight(base)
+    return weight if adapter is None else weight + adapter.delta()
 
 
 def _packed(base: nn.Module, adapter: AdapterLayer | None) -> tuple[PackedWeight | None, Kind | None]:
@@ -321,24 +319,6 @@ def _packed(base: nn.Module, adapter: AdapterLayer | None) -> tuple[PackedWeight
     packed = PackedWeight([base.weight, base.scales, biases], Quantization(base.bits, base.group_size))
     kind = stored_kind(packed, symmetric=None if update is None else False)
     return (packed, kind) if kind else (None, None)
-
-
-def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, TensorSource]]:
-    """Yield a layer's bias, if it has one."""
-    if "bias" in base:
-        yield f"{path}.bias", TensorSource(base.bias.shape, _floats(base.bias))
-
-
-def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:
-    def values() -> mx.array:
-        weight = exact_weight(base)
-        return weight if adapter is None else weight + adapter.delta()
-
-    return values
-
-
-def _floats(array: mx.array) -> Callable[[], mx.array]:
-    return lambda: array.astype(mx.float32)
 
 
 def add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -380,8 +360,7 @@ def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple
     problems += [f"{name} was trained in full" for name in full]
     problems += [] if layers else ["the model has no adapter"]
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
+        raise InputError(f"--to gguf-adapter: {first_of(problems, 4)}; fuse it instead, or adapt other layers")
     alphas = {layer.scale * layer.rank for layer in layers.values()}
     # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
     alpha = alphas.pop() if len(alphas) == 1 else None

@@ -34,7 +34,7 @@ from mlx_lora.adapters.base import base_dims
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.pairs import TextForm, load_pairs
-from mlx_lora.exporters.initial_adapter import vectors_of_start
+from mlx_lora.exporters.adapter_folder import vectors_of_start
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.check import choose_compute
 from mlx_lora.losses.contrastive import (

@@ -32,8 +32,9 @@ from mlx_lora.exporters.adapter_folder import (
     check_base,
     load_adapter,
     read_adapter_config,
+    resume_file,
+    start_folder,
 )
-from mlx_lora.exporters.initial_adapter import resume_file, start_folder
 from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses import preference as pair_losses

@@ -13,8 +13,15 @@ import mlx.nn as nn
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat, rounded_to
 from mlx_lora.exporters.adapter_config import head_of, own_entries, template_beside
-from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config, run_of
-from mlx_lora.exporters.initial_adapter import put_start, read_start
+from mlx_lora.exporters.adapter_folder import (
+    AdapterInfo,
+    check_writes_text,
+    load_adapter,
+    put_start,
+    read_adapter_config,
+    read_start,
+    run_of,
+)
 from mlx_lora.exporters.peft import is_peft
 from mlx_lora.models.encoder_head import head_parameters
 from mlx_lora.models.head import put_head

@@ -7,6 +7,8 @@ RuntimeError (mlx#3523). The texts after the colon are macOS's own, as in
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlx_lora.utils.supervise import OUT_OF_MEMORY, OUT_OF_TIME
 
 
@@ -70,3 +72,18 @@ def describe_gpu_failure(error: BaseException) -> tuple[str, int] | None:
             OUT_OF_TIME,
         )
     return None
+
+
+class Problems(list[str]):
+    """What is wrong, a few words each, gathered so that one message has all of it."""
+
+    def note_if(self, wrong: Any, problem: str) -> None:
+        """Add a problem if there is one."""
+        if wrong:
+            self.append(problem)
+
+
+def first_of(problems: list[str], most: int = 5, between: str = "; ") -> str:
+    """Return the first problems, and how many more there are."""
+    more = f"{between}and {len(problems) - most} more" if len(problems) > most else ""
+    return between.join(problems[:most]) + more

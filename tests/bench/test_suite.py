@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from tiers import by_default
 from mlx_lora.bench import machine
 from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
-from mlx_lora.bench.results import read_result
+from mlx_lora.bench.results import RATES, field_problems, problems_of, read_result
 from mlx_lora.bench.run import (
     POWER,
     Ended,
@@ -30,7 +32,6 @@ from mlx_lora.bench.run import (
     spread,
     train_command,
 )
-from mlx_lora.bench.schema import RATES, field_problems, problems_of
 from mlx_lora.bench.workloads import (
     MODELS,
     ROW_SHAPES,
@@ -79,7 +80,7 @@ def test_workloads_are_as_they_were():
 
 @pytest.mark.parametrize("row_shape", ROW_SHAPES)
 def test_data_are_the_same_bytes_everywhere(row_shape):
-    text = ROW_SHAPES[row_shape].rows.text()
+    text = next(one for one in WORKLOADS if one.form == row_shape).text()
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == DATA[row_shape]
     rows = [json.loads(line) for line in text.splitlines()]
     assert len(rows) == ROW_SHAPES[row_shape].rows.count
@@ -179,27 +180,41 @@ def test_the_listed_peak_is_that_of_the_machines_cores():
 # --- what is recorded
 
 
-def test_power_of_a_mac_is_read():
-    assert machine.mac_source("Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t80%; charging") == "ac"
-    assert machine.mac_source("Now drawing from 'Battery Power'\n") == "battery"
-    assert machine.mac_source("") is None
-    assert machine.mac_low_power("System-wide power settings:\n lowpowermode         1\n sleep 1") is True
-    assert machine.mac_low_power(" powermode            2\n") is False
-    assert machine.mac_low_power(" sleep                1\n") is None
-    assert machine.gpu_core_count('+-o AGXAcceleratorG13X  <class AGX>\n  {\n    "gpu-core-count" = 16\n') == 16
-    assert machine.gpu_core_count("") is None
+@pytest.mark.parametrize(
+    ("batteries", "settings", "state", "power"),
+    [
+        (
+            "Now drawing from 'AC Power'\n -Internal 80%",
+            "Power:\n lowpowermode   1\n sleep 1",
+            "0",
+            ("ac", True, "nominal"),
+        ),
+        ("Now drawing from 'Battery Power'\n", " powermode            2\n", "3", ("battery", False, "critical")),
+        (None, " sleep                1\n", "9", (None, None, None)),
+        (None, None, None, (None, None, None)),
+    ],
+)
+def test_power_of_a_mac_is_read(batteries, settings, state, power, monkeypatch):
+    answers = {("pmset", "-g", "batt"): batteries, ("pmset", "-g"): settings}
+    registry = '+-o AGXAcceleratorG13X  <class AGX>\n  {\n    "gpu-core-count" = 16\n' if batteries else None
+    answers[("ioreg", "-rc", "AGXAccelerator", "-d", "1")] = registry
+    monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(machine, "answer", lambda *command: answers.get(command, state))
+    read = machine.describe_power()
+    assert (read["source"], read["low_power_mode"], read["thermal_state"]) == power
+    assert machine.describe_machine()["gpu_cores"] == (16 if batteries else None)
+
+
+def test_the_power_of_a_sample_is_read():
     assert POWER.search("Combined Power (CPU + GPU + ANE): 12345 mW")[1] == "12345"
-    assert [machine.thermal_state(one) for one in ("0", "3", "9", "", None)] == [
-        "nominal",
-        "critical",
-        None,
-        None,
-        None,
-    ]
 
 
-def test_power_of_linux_is_read(tmp_path):
-    assert set(machine._linux_power(tmp_path).values()) == {None}
+def test_power_of_linux_is_read(tmp_path, monkeypatch):
+    def read():
+        return {name: value for name, value in machine.describe_power(tmp_path).items() if name != "load_average"}
+
+    monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="linux"))
+    assert set(read().values()) == {None}
     for path, text in {
         "class/power_supply/AC/type": "Mains\n",
         "class/power_supply/AC/online": "0\n",
@@ -210,10 +225,9 @@ def test_power_of_linux_is_read(tmp_path):
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    read = machine._linux_power(tmp_path)
-    assert read == {"source": "battery", "low_power_mode": True, "thermal_state": None, "temperature_c": 61.5}
+    assert read() == {"source": "battery", "low_power_mode": True, "thermal_state": None, "temperature_c": 61.5}
     (tmp_path / "class/power_supply/AC/online").write_text("1\n")
-    assert machine._linux_power(tmp_path)["source"] == "ac"
+    assert read()["source"] == "ac"
 
 
 def test_a_program_that_is_not_there_answers_nothing():
@@ -475,7 +489,10 @@ def test_a_meter_of_another_users_process_is_closed(tmp_path, monkeypatch):
 
     meter = EnergyMeter(tmp_path)
     sampling = "while True: print('Combined Power (CPU + GPU + ANE): 1000 mW', flush=True); time.sleep(0.02)"
-    meter._begin([sys.executable, "-c", f"import time\n{sampling}"])
+    meter._child = subprocess.Popen(
+        [sys.executable, "-c", f"import time\n{sampling}"], stdout=subprocess.PIPE, text=True
+    )
+    threading.Thread(target=meter._follow, args=(meter._child.stdout,), daemon=True).start()
     child = meter._child
     monkeypatch.setattr(child, "terminate", refuse)
     while not meter.joules():

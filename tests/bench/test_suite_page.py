@@ -9,9 +9,8 @@ from browser import look
 from made_results import made_entry, made_result, write
 from run_cli import run
 
-from mlx_lora.bench import page as bench_page
-from mlx_lora.bench.page import write_page
-from mlx_lora.bench.results import read_results
+from mlx_lora.bench import results as bench_page
+from mlx_lora.bench.results import read_results, write_page
 from mlx_lora.bench.workloads import WORKLOADS
 from mlx_lora.reports.charts import Bar, bar_chart
 

@@ -20,11 +20,9 @@ from run_cli import run
 
 from mlx_lora.bench.run import Ended
 from mlx_lora.doctor import kit as kit_module
-from mlx_lora.doctor import machine
+from mlx_lora.doctor import runs
 from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
-from mlx_lora.doctor.kit import Asked, all_checks, run_kit
-from mlx_lora.doctor.result import PAGE_FILE, RESULT_FILE, kit_problems
-from mlx_lora.doctor.runs import TrainedRun
+from mlx_lora.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, kit_problems, run_kit
 from mlx_lora.kernels import table as kernel_table
 from mlx_lora.utils import device
 
@@ -177,7 +175,7 @@ def test_a_kill_loses_nothing_and_a_check_that_kills_twice_is_passed_by(tmp_path
     assert [(one["name"], one["done"]) for one in state["checks"]] == [("a", True), ("b", False)]
     checks = [good(name, calls=calls) for name in "abc"]
     state["checks"][1]["attempts"] += 1  # as a second kill leaves it
-    state["key"] = kit_module._key(device.current_device(), "full")  # a rehearsal's device is not that of the process
+    state["key"] = run_kit(Asked(tmp_path / "other"), [])[0]["key"]  # a rehearsal's device is not that of the process
     (tmp_path / RESULT_FILE).write_text(json.dumps(state))
     content, _ = run_kit(Asked(tmp_path), checks)
     assert calls == ["c"]
@@ -298,50 +296,50 @@ def test_the_cpu_judges_a_gpu_in_float32_too(tmp_path, monkeypatch):
 
 def planned_run(planned: int, *peaks: int):
     left = list(peaks)
-    return lambda *args, **named: TrainedRun([{"peak_memory_bytes": left.pop(0)}], {"planned_peak_bytes": planned})
+    return lambda *args, **named: ([{"peak_memory_bytes": left.pop(0)}], {"planned_peak_bytes": planned})
 
 
 def test_a_plan_that_is_off_is_a_warning(tmp_path, monkeypatch):
     kit = Kit(device.current_device(), False, tmp_path, 1.0)
-    monkeypatch.setattr(machine, "write_model", lambda folder, *args: folder)
+    monkeypatch.setattr(runs, "write_model", lambda folder, *args: folder)
     cases = {(105, 100): "ok", (89, 100, 100): "warning", (111, 100, 100): "warning", (89, 100, 90): "ok"}
     for (planned, *peaks), status in cases.items():
-        monkeypatch.setattr(machine, "train_child", planned_run(planned, *peaks))
-        [finding] = machine.check_peak(machine.RUNS[0], kit)
+        monkeypatch.setattr(runs, "train_child", planned_run(planned, *peaks))
+        [finding] = runs.check_peak(runs.RUNS[0], kit)
         assert finding.status == status, (planned, peaks)
 
 
 def test_speeds_are_those_of_the_counted_passes(tmp_path, monkeypatch):
     kit = Kit(device.Device("cpu", "a CPU", 2**34, 2**33, ""), False, tmp_path, 1.0)
     steps = [{"elapsed_s": end, "real_tokens": 400} for end in (5.0, 9.0, 10.0, 11.0)]  # two of a pass, two counted
-    monkeypatch.setattr(machine, "train_child", lambda *args, **named: TrainedRun(steps, {}))
-    monkeypatch.setattr(machine.SpeedModel, "write", lambda model, kit: kit.work)
+    monkeypatch.setattr(runs, "train_child", lambda *args, **named: (steps, {}))
+    monkeypatch.setattr(runs.SpeedModel, "write", lambda model, kit: kit.work)
     ends = {"mlx_lm.lora": (4.0, 8.0, 12.0, 16.0), "torch": (1.0, 2.0, 2.5, 3.0)}
 
     def peer(command, log, watch):
         job = json.loads(Path(command[-1]).read_text())
-        name = next(name for name, peer in machine.PEERS.items() if peer == command[3])
+        name = next(name for name, peer in runs.PEERS.items() if peer == command[3])
         Path(job["ends"]).write_text("".join(f"{end}\n" for end in ends[name]))
         return Ended(0, "")
 
-    monkeypatch.setattr(machine, "run_process", peer)
-    monkeypatch.setattr(machine, "peer_versions", lambda: {"torch": "2", "peft": "1"})
-    ours, mlx_lm, torch = machine.check_speed(0, kit)
+    monkeypatch.setattr(runs, "run_process", peer)
+    monkeypatch.setattr(runs, "peer_versions", lambda: {"torch": "2", "peft": "1"})
+    ours, mlx_lm, torch = runs.check_speed(0, kit)
     assert ours.found == pytest.approx(800 / 2)
     assert (mlx_lm.status, mlx_lm.found) == ("ok", pytest.approx(4.0))
     assert (torch.status, torch.found) == ("warning", pytest.approx(0.5))
-    monkeypatch.setattr(machine, "peer_versions", lambda: {"torch": None, "peft": "1"})
-    *_, torch = machine.check_speed(0, kit)
+    monkeypatch.setattr(runs, "peer_versions", lambda: {"torch": None, "peft": "1"})
+    *_, torch = runs.check_speed(0, kit)
     assert (torch.status, "torch" in torch.words) == ("skipped", True)
 
 
 def test_a_load_that_gets_slower_shows():
     steps = [{"elapsed_s": float(second), "real_tokens": 100} for second in range(1, 61)]
     steps += [{"elapsed_s": 60.0 + 2 * number, "real_tokens": 100} for number in range(1, 61)]  # half as fast
-    first, last = machine.steady_speeds(steps, 180)
+    first, last = runs.steady_speeds(steps, 180)
     assert first == pytest.approx(100, rel=0.02)
     assert last == pytest.approx(50, rel=0.02)
-    first, last = machine.steady_speeds(steps[:60], 60)
+    first, last = runs.steady_speeds(steps[:60], 60)
     assert first == pytest.approx(last, rel=0.02)
 
 

@@ -17,11 +17,17 @@ from mlx_lora.adapters.base import exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.api.fuse import FuseSettings, ways_to_round
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters import bits_budget
+from mlx_lora.exporters import rounding
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.bits_budget import Budget, LayerCost, allocate
-from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, layer_inputs
-from mlx_lora.exporters.rounding import rounded_layer
+from mlx_lora.exporters.rounding import (
+    Budget,
+    CalibrationTokens,
+    LayerCost,
+    allocate,
+    compensated_layers,
+    layer_inputs,
+    rounded_layer,
+)
 from mlx_lora.models import block_walk
 from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.load import load_base
@@ -179,10 +185,10 @@ def test_a_budget_gives_bits_where_most_is_lost_and_is_kept(tiny_4bit_folder, ro
 @pytest.mark.parametrize("new_grid", [False, True])
 def test_a_budget_measures_layers_on_the_grid_that_they_get(new_grid, tiny_4bit_folder, tmp_path, monkeypatch):
     model, given, costs = adapted(tiny_4bit_folder, tmp_path, strength=0.01).model, tokens(), {}
-    monkeypatch.setattr(bits_budget, "allocate", lambda measured, room: costs.update(measured) or {})
+    monkeypatch.setattr(rounding, "allocate", lambda measured, room: costs.update(measured) or {})
     layers = adapter_layers(model)
     stored = {path: layer.base for path, layer in layers.items()}
-    bits_budget.choose_bits(model, given, stored, Budget.parse("+15%"), 100_000, new_grid=new_grid)
+    rounding.choose_bits(model, given, stored, Budget.parse("+15%"), 100_000, new_grid=new_grid)
     assert costs.keys() == layers.keys()
     for block in layer_inputs(model, given, stored):
         for path, hessian in ((path, one.hessian) for one in block for path in one.paths):

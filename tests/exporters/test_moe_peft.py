@@ -20,8 +20,7 @@ from tiny_moe import FEW, MANY, close, differ, loaded, logits, tiny_moe
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.lora import LoRASwitchLinear
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, write_peft
-from mlx_lora.exporters.peft_experts import THEIRS, expert_tensors
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, THEIRS, expert_tensors, write_peft
 from mlx_lora.utils.errors import InputError
 
 KINDS = ["gpt_oss", "qwen3_moe", "qwen2_moe", "mixtral"]

@@ -16,9 +16,16 @@ from run_cli import run
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
-from mlx_lora.exporters.peft_experts import folded_rows, own_path, peft_path
-from mlx_lora.exporters.peft_full import full_for_peft, full_values, shift_of
+from mlx_lora.exporters.peft import (
+    PEFT_WEIGHTS,
+    folded_rows,
+    full_for_peft,
+    full_values,
+    own_path,
+    peft_path,
+    shift_of,
+    write_peft,
+)
 from mlx_lora.models.load import load_base
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

@@ -1,21 +1,30 @@
-"""What lies beside a PEFT adapter: its chat template, what an earlier adapter left there, and a run that starts from it."""
+"""What lies beside a PEFT adapter: its chat template, what an earlier adapter left there, and a run that starts from it.
+
+Also ranks of PEFT's configs against the factors in their files; tied embeddings and parameters trained in full in PEFT's form, without torch: which tensors are written, and what is read.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
-from make_adapters import OWN_TEMPLATE, make_adapter
+from architectures.build import tiny_architecture, write_architecture
+from conftest import tiny_model, write_folder
+from make_adapters import OWN_TEMPLATE, TOKENS, make_adapter
 from run_cli import run
+from tiny_moe import tiny_moe
 from transformers import AutoTokenizer
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, TEMPLATE_FILE, template_beside
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, run_of, save_adapter
-from mlx_lora.exporters.initial_adapter import put_start, read_start
-from mlx_lora.exporters.peft import write_peft
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_start, run_of, save_adapter
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, check_peft, check_reached, rank_problems, write_peft
+from mlx_lora.models.head import tied_embedding
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.utils.errors import InputError
@@ -153,3 +162,199 @@ def test_what_is_no_exported_adapter_is_not_replaced(to, what, tiny_folder, adap
     assert {str(path.relative_to(out)): path.read_text() for path in out.rglob("*.*") if path.is_file()} == {
         name: name for name in OTHERS[what]
     }
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def write(folder, rank: int, **config):
+    tensors = {
+        f"base_model.model.{LAYER}.lora_A.weight": mx.ones((rank, 64)),
+        f"base_model.model.{LAYER}.lora_B.weight": mx.ones((64, rank)),
+    }
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(whole))
+    return folder
+
+
+def test_a_rank_that_is_not_the_factors_is_refused(tiny_folder, tmp_path):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    with pytest.raises(InputError) as refused:
+        load_adapter(base, write(tmp_path, 2))
+    assert "\n" not in str(refused.value)
+    assert all(words in str(refused.value) for words in ("rank 2", "r 4", LAYER))
+    assert load_adapter(base, write(tmp_path, 2, rank_pattern={"q_proj": 2})).rank == 2
+
+
+def test_every_layer_is_compared():
+    found = {f"layer{n}": {"A": f"a{n}"} for n in range(3)}
+    header = {f"a{n}": {"shape": [4 + n, 8]} for n in range(3)}
+    [problem] = rank_problems({"r": 4}, found, header)
+    assert "layer1" in problem
+    assert "1 more" in problem
+    assert not rank_problems({"r": 4, "rank_pattern": {"layer1": 5, "layer2": 6}}, found, header)
+    assert not rank_problems({"r": 4, "peft_type": "ADALORA"}, found, header)
+
+
+PREFIX = "base_model.model."
+# mlx-lm's path of a tied embedding, and transformers'.
+TIED = {
+    "gpt2": ("model.wte", "transformer.wte"),
+    "gpt_bigcode": ("transformer.wte", "transformer.wte"),
+    "mamba": ("backbone.embeddings", "backbone.embeddings"),
+    "llama": ("model.embed_tokens", "model.embed_tokens"),
+}
+
+
+def logits(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    base = load_base(ModelSettings(model=str(folder)))
+    if adapter is not None:
+        load_adapter(base, adapter)
+    return np.array(base.model(TOKENS))
+
+
+def exported(folder: Path, out: Path, **settings) -> tuple[np.ndarray, dict[str, mx.array]]:
+    """Adapt a model, move every trained number, write PEFT's form; return the logits and the stored tensors."""
+    base = load_base(ModelSettings(model=str(folder)))
+    adapted = adapt_model(base.model, AdapterSettings(rank=4, **settings), 0)
+    mx.random.seed(1)
+    moved = [(name, v + 0.1 * mx.random.normal(v.shape)) for name, v in adapter_parameters(base.model).items()]
+    base.model.load_weights(moved, strict=False)
+    base.model.eval()
+    write_peft(out, base.model, "some/base", 0.0, adapted.full)
+    return np.array(base.model(TOKENS)), dict(mx.load(str(out / PEFT_WEIGHTS)))
+
+
+def changed(out: Path, tensors: dict[str, mx.array], **config) -> None:
+    """Write other tensors, and other settings, over a PEFT folder's."""
+    mx.save_safetensors(str(out / PEFT_WEIGHTS), tensors)
+    before = json.loads((out / PEFT_CONFIG).read_text())
+    (out / PEFT_CONFIG).write_text(json.dumps(before | config))
+
+
+@pytest.mark.parametrize("name", [*TIED, "gemma3", "cohere", "openelm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_tied_embedding_is_the_one_that_makes_logits(name, tied, monkeypatch):
+    called, as_linear = [], nn.Embedding.as_linear
+    monkeypatch.setattr(nn.Embedding, "as_linear", lambda self, x: (called.append(self), as_linear(self, x))[1])
+    model = tiny_architecture(name, tied)
+    model(TOKENS)
+    found = [path for path, module in model.named_modules() if any(module is one for one in called)]
+    assert ([tied_embedding(model)] if tied_embedding(model) else []) == found
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("whole", [False, True])
+def test_only_the_tied_embedding_is_a_head_for_peft(name, whole, tmp_path):
+    folder, out = write_architecture(tmp_path / "base", name, tied=True), tmp_path / "p"
+    (_, theirs), layer = TIED[name], "in_proj" if name == "mamba" else "c_attn" if "gpt" in name else "q_proj"
+    leaf = TIED[name][0].rpartition(".")[2]
+    targets = {"target_modules": layer, "modules_to_save": leaf} if whole else {"target_modules": f"{layer},{leaf}"}
+    expected, stored = exported(folder, out, **targets)
+    if whole:
+        assert mx.array_equal(stored[f"{PREFIX}lm_head.weight"], stored[f"{PREFIX}{theirs}.weight"])
+    else:
+        head, own = f"{PREFIX}lm_head.lora_A.weight", f"{PREFIX}{theirs}.lora_embedding_B"
+        assert mx.array_equal(stored[head], stored[own].T)
+    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    kept = {key: value for key, value in stored.items() if "lm_head" not in key}
+    changed(out, kept)
+    if whole:  # PEFT would have left the head as it was
+        with pytest.raises(InputError):
+            logits(folder, out)
+    else:
+        assert not np.allclose(logits(folder, out), expected, atol=1e-3)
+
+
+def test_an_embedding_of_positions_is_no_head(tmp_path):
+    folder = write_architecture(tmp_path / "base", "gpt2", tied=True)
+    expected, stored = exported(folder, tmp_path / "p", target_modules="c_attn,wpe")
+    assert f"{PREFIX}transformer.wpe.lora_embedding_A" in stored
+    assert not [name for name in stored if "lm_head" in name]
+    assert np.allclose(logits(folder, tmp_path / "p"), expected, atol=1e-5)
+
+
+def test_gpt2s_layers_in_full_have_their_inputs_first(tmp_path):
+    folder, out = write_architecture(tmp_path / "base", "gpt2", tied=True), tmp_path / "p"
+    own = load_base(ModelSettings(model=str(folder))).model
+    for targets, saved in (("c_fc", "attn.*"), ("c_attn", "mlp.*")):
+        expected, stored = exported(folder, out, target_modules=targets, modules_to_save=saved)
+        weights = {n: v for n, v in stored.items() if n.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))}
+        assert len(weights) == 2 * len(own.layers)
+        for name, value in weights.items():
+            block, part, leaf = name.removesuffix(".weight").split(".")[-3:]
+            assert value.shape == own.layers[int(block)][part][leaf].weight.T.shape
+        assert np.allclose(logits(folder, out), expected, atol=1e-5)
+        assert not np.allclose(logits(folder), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen3_moe", {"modules_to_save": "switch_mlp.down_proj"}),
+        ("gpt_oss", {"modules_to_save": "experts.down_proj"}),
+        ("gpt_oss", {"bias": "all"}),
+        ("gpt_oss", {"target_modules": "all-linear", "bias": "lora_only"}),
+    ],
+)
+def test_whole_experts_and_their_biases_are_refused(kind, settings):
+    model, _ = tiny_moe(kind)
+    adapted = adapt_model(model, AdapterSettings(**{"rank": 4, "target_modules": "self_attn.*", **settings}), 0)
+    with pytest.raises(InputError, match=r"(switch_mlp|experts)\.\w+\.(weight|bias) and \d+ more"):
+        check_peft(model, adapted.full)
+
+
+def test_mixtrals_whole_router_has_the_name_in_transformers(tmp_path):
+    folder = write_folder(tmp_path / "base", *tiny_moe("mixtral"))
+    saved = {"target_modules": "self_attn.*", "modules_to_save": "block_sparse_moe.gate"}
+    expected, stored = exported(folder, tmp_path / "p", **saved)
+    assert {f"{PREFIX}model.layers.{block}.mlp.gate.weight" for block in (0, 1)} <= stored.keys()
+    assert not [name for name in stored if "block_sparse_moe" in name]
+    assert json.loads((tmp_path / "p" / PEFT_CONFIG).read_text())["modules_to_save"] == [
+        "model.layers.0.mlp.gate", "model.layers.1.mlp.gate",
+    ]  # fmt: skip
+    assert np.allclose(logits(folder, tmp_path / "p"), expected, atol=1e-5)
+    assert not np.allclose(logits(folder), expected, atol=1e-2)
+
+
+def test_biases_of_layers_with_other_names_are_refused():
+    path = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(InputError):
+        check_reached("hunyuan", [], [f"{path}.bias"])
+    with pytest.raises(InputError):
+        check_reached("hunyuan", [], [f"{path}.linear.bias"])
+    with pytest.raises(InputError):
+        check_reached("phimoe", [], ["model.layers.0.block_sparse_moe.gate.weight"])
+    check_reached("hunyuan", [], ["model.layers.0.self_attn.o_proj.bias"])
+    check_reached("mamba", [], ["backbone.layers.0.mixer.dt_proj.bias"])  # PEFT finds it by its name
+
+
+def test_a_doras_magnitudes_have_the_name_that_transformers_reads_and_old_files_load(tmp_path):
+    folder, out = write_folder(tmp_path / "base", tiny_model()), tmp_path / "p"
+    expected, stored = exported(folder, out, method="dora", target_modules="q_proj")
+    names = [name for name in stored if "magnitude" in name]
+    assert names
+    assert all(name.endswith(".lora_magnitude_vector.weight") for name in names)
+    assert json.loads((out / PEFT_CONFIG).read_text())["use_dora"] is True
+    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    changed(out, {n.removesuffix(".weight") if "magnitude" in n else n: value for n, value in stored.items()})
+    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+
+
+def test_an_embedding_that_peft_kept_tied_is_read(tmp_path):
+    folder, out = write_folder(tmp_path / "base", tiny_model()), tmp_path / "p"
+    expected, stored = exported(folder, out, target_modules="q_proj", modules_to_save="embed_tokens")
+    # As PEFT writes it with ensure_weight_tying: the head is in the file, and not in modules_to_save.
+    peft = {"modules_to_save": ["embed_tokens", "model.embed_tokens"], "ensure_weight_tying": True}
+    changed(out, stored, **peft)
+    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    head = f"{PREFIX}lm_head.weight"
+    changed(out, {name: value for name, value in stored.items() if name != head})
+    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    changed(out, {**stored, head: stored[head] + 0.1})
+    with pytest.raises(InputError):
+        logits(folder, out)
+    changed(out, {name: value for name, value in stored.items() if name != head}, ensure_weight_tying=False)
+    with pytest.raises(InputError):
+        logits(folder, out)

@@ -14,9 +14,8 @@ from mlx.utils import tree_flatten
 from run_cli import one_line, run
 
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.gguf.mmproj import mmproj_of
+from mlx_lora.gguf.mmproj import PROJECTORS, mmproj_of
 from mlx_lora.gguf.reader import read_gguf
-from mlx_lora.gguf.vision import PROJECTORS
 from mlx_lora.models.vision import stored_tower
 from mlx_lora.utils.errors import InputError
 

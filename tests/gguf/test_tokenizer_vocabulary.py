@@ -1,20 +1,120 @@
-"""Tokenizers read back as GGUF vocabularies: pre-tokenizers known by what they do, ids unchanged."""
+"""Tokenizers rebuilt from GGUF metadata, and read back as GGUF vocabularies: pre-tokenizers known by what they do, ids unchanged."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_model, spm_vocabulary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from varied_strings import varied_strings
 
-from mlx_lora.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, vocabulary_from_metadata, write_folder
+from mlx_lora.gguf.tokenizer import (
+    PRE_TOKENIZERS,
+    PROBES,
+    _cut,
+    _words,
+    build_tokenizer,
+    tokenizer_metadata,
+    tokenizer_vocabulary,
+    vocabulary_from_metadata,
+    write_folder,
+    write_tokenizer,
+)
 from mlx_lora.gguf.tokenizer import PUBLISHED as SPELLED
-from mlx_lora.gguf.vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.utils.errors import InputError
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def metadata(entries: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{key}": value for key, value in {**entries, **more}.items()}
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> dict[str, Any]:
+    return byte_level_vocabulary("qwen2", n_tokens=1000)
+
+
+@pytest.fixture(scope="module")
+def pieces() -> dict[str, Any]:
+    return spm_vocabulary(spm_model(), add_space_prefix=True)
+
+
+def test_byte_level_folder_loads_and_round_trips(byte_level, tmp_path) -> None:
+    write_tokenizer({**metadata(byte_level), "tokenizer.chat_template": TEMPLATE}, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in varied_strings(400):
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        assert tokenizer.decode(encoded["input_ids"]) == text
+        if text.isascii():  # one character, one byte: every character belongs to one token
+            assert "".join(text[start:end] for start, end in encoded["offset_mapping"]) == text
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n"
+    assert tokenizer.decode(tokenizer(chat)["input_ids"], skip_special_tokens=True) == "user\nhi\n"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer(chat)["input_ids"]
+
+
+def test_sentencepiece_folder_loads_and_round_trips(pieces, tmp_path) -> None:
+    write_tokenizer(metadata(pieces), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in varied_strings(400):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == 1
+        # A space goes before each text, and again after a symbol that is cut out of it.
+        if not any(cut in text for cut in ("▁", "\n\n", "<div>", "<s>", "</s>", "<unk>", "<|im_")):
+            assert tokenizer.decode(ids[1:]) == text
+
+
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, True), (True, True), (False, False)])
+def test_bos_and_eos_are_added_as_the_file_says(byte_level, tmp_path, add_bos, add_eos) -> None:
+    write_tokenizer(metadata(byte_level, add_bos_token=add_bos, add_eos_token=add_eos), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    plain = tokenizer.encode("some text", add_special_tokens=False)
+    assert tokenizer.encode("some text") == [1] * add_bos + plain + [2] * add_eos
+    assert 1 not in plain
+    assert 2 not in plain
+
+
+def test_generation_ends_at_eos_and_at_end_of_turn(byte_level, tmp_path) -> None:
+    def end_ids(**more: Any) -> Any:
+        write_tokenizer(metadata(byte_level, **more), tmp_path)
+        return json.loads((Path(tmp_path) / "generation_config.json").read_text())["eos_token_id"]
+
+    assert end_ids() == [2, 0]  # <|im_end|> is eos; <|endoftext|> ends a text too
+    assert end_ids(eos_token_id=0) == [0, 2]
+    assert end_ids(eot_token_id=300) == [2, 300, 0]
+
+
+def test_sentencepiece_is_merged_by_its_scores_alone(pieces) -> None:
+    plain = build_tokenizer(vocabulary_from_metadata(metadata(pieces)))
+    for merges in ([" a", "b c"], [""], ["zz qqqqq"], ["▁ a"]):
+        given = build_tokenizer(vocabulary_from_metadata(metadata(pieces, merges=merges)))
+        assert given.to_str() == plain.to_str()
+
+
+def test_what_is_not_known_is_named(byte_level, pieces) -> None:
+    with pytest.raises(InputError, match=r"pre-tokenizer 'novel' is not supported \(.*llama-bpe.*qwen2"):
+        vocabulary_from_metadata(metadata(byte_level, pre="novel"))
+    with pytest.raises(InputError, match=r"kind 't5' is not supported \(known: gpt2, llama, gemma4\)"):
+        vocabulary_from_metadata(metadata(byte_level, model="t5"))
+    with pytest.raises(InputError, match="kind 'none'"):
+        vocabulary_from_metadata({})
+    with pytest.raises(InputError, match="no merges"):
+        vocabulary_from_metadata(metadata(byte_level, merges=[]))
+    with pytest.raises(InputError, match="1 of the merges join texts that are not tokens"):
+        vocabulary_from_metadata(metadata(byte_level, merges=[*byte_level["merges"], "zz qqqqq"]))
+    repeated = [*byte_level["tokens"][:-1], byte_level["tokens"][5]]
+    with pytest.raises(InputError, match="appears twice"):
+        vocabulary_from_metadata(metadata(byte_level, tokens=repeated))
+    with pytest.raises(InputError, match="3 scores for 3500 tokens; convert"):
+        vocabulary_from_metadata(metadata(pieces, scores=[0.0, 1.0, 2.0]))
+
 
 # As the published tokenizer.json files spell them.
 _INSENSITIVE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -26,14 +126,14 @@ def split(*patterns):
     return pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def byte_level(**options):
+def by_bytes(**options):
     return pre_tokenizers.ByteLevel(add_prefix_space=False, **options)
 
 
 PUBLISHED = {
     # name: (pre-tokenizer, ignore_merges, normalizer)
-    "gpt-2": (byte_level(), False, None),
-    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()]), False, None),
+    "gpt-2": (by_bytes(), False, None),
+    "smollm": (pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_bytes()]), False, None),
     "llama-bpe": (split(_INSENSITIVE + r"\p{N}{1,3}" + _TAIL), True, None),
     "dbrx": (split(_INSENSITIVE + r"\p{N}{1,3}" + _TAIL), False, None),
     "qwen2": (split(_INSENSITIVE + r"\p{N}" + _TAIL), False, normalizers.NFC()),
@@ -42,7 +142,7 @@ PUBLISHED = {
         pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Punctuation("contiguous"),
-                byte_level(),
+                by_bytes(),
                 pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
             ]
         ),
@@ -102,7 +202,7 @@ def test_spellings_that_llama_cpp_approximates_are_known_by_their_text(pattern, 
 
 
 def test_metadata_reads_back_as_the_same_vocabulary(entries):
-    tokenizer = byte_tokenizer(entries, byte_level(), pad_token="<|endoftext|>")
+    tokenizer = byte_tokenizer(entries, by_bytes(), pad_token="<|endoftext|>")
     vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]) + 5, [2, 300], "{{ messages }}")
     assert vocabulary_from_metadata(tokenizer_metadata(vocabulary)) == vocabulary
     assert vocabulary.special == {"bos": 1, "eos": 2, "pad": 0, "eot": 300}
@@ -114,7 +214,7 @@ def test_metadata_reads_back_as_the_same_vocabulary(entries):
 
 
 def test_tokens_beyond_the_embedding_are_left_out(entries):
-    tokenizer = byte_tokenizer(entries, byte_level())
+    tokenizer = byte_tokenizer(entries, by_bytes())
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     vocabulary = tokenizer_vocabulary(tokenizer, len(entries["tokens"]), [], None)
     assert vocabulary.tokens == entries["tokens"]
@@ -142,7 +242,7 @@ def test_what_llama_cpp_has_not_is_named(entries):
         InputError, match=r"pre-tokenizer .*\[aeiou\]\+.* differently from all of llama.cpp.s \(.*qwen2"
     ):
         tokenizer_vocabulary(odd, n_tokens, [], None)
-    lower = byte_tokenizer(entries, byte_level(), False, normalizers.Lowercase())
+    lower = byte_tokenizer(entries, by_bytes(), False, normalizers.Lowercase())
     with pytest.raises(InputError, match=r"Hello world.*llama\.cpp would encode it as .* by its rules for gpt-2"):
         tokenizer_vocabulary(lower, n_tokens, [], None)
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁x", -1.0)], unk_id=0))
@@ -151,7 +251,7 @@ def test_what_llama_cpp_has_not_is_named(entries):
 
 
 def test_other_tokens_around_a_text_are_refused(entries):
-    tokenizer = byte_tokenizer(entries, byte_level())
+    tokenizer = byte_tokenizer(entries, by_bytes())
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"] = {
         "type": "TemplateProcessing",

@@ -19,8 +19,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.exporters.peft import write_peft
-from mlx_lora.exporters.peft_experts import PREFIX, peft_path
+from mlx_lora.exporters.peft import PREFIX, peft_path, write_peft
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.encoder_head import head_parameters
 from mlx_lora.models.head import put_head

@@ -25,9 +25,9 @@ from mlx_lora.config.settings import ROWS
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.exporters import peft_experts as peft_patterns
+from mlx_lora.exporters import peft as peft_patterns
 from mlx_lora.exporters.card import plain
-from mlx_lora.exporters.peft_experts import names_layer, rank_problems
+from mlx_lora.exporters.peft import names_layer, rank_problems
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml, read_json
