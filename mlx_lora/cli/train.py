@@ -131,7 +131,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
         from mlx_lora.api.dry_run import dry_run as dry_plan
         from mlx_lora.cli.plan import render
 
-        click.echo(render(dry_plan(settings)))
+        click.echo(render("plan", dry_plan(settings)))
         return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
