@@ -36,14 +36,7 @@ def _starting() -> None:
         console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
-class TrainCommand(flags.SettingsCommand):
-    """The command, whose --runs takes all the files that follow it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(flags.repeated(args, (RUNS,))))
-
-
-@click.command(cls=TrainCommand)
+@click.command(cls=flags.SettingsCommand, several=(RUNS,))
 @flags.config_option
 @click.option(
     RUNS,
