@@ -51,10 +51,10 @@ from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.preview_pictures import RowPictures, in_runs, reader_for, write_pictures
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.versions import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError

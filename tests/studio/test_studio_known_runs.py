@@ -127,7 +127,7 @@ def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkey
     monkeypatch.setattr(
         "mlx_lora.studio.control.RunControl._launch", lambda self, folder, *_, **__: launched.append(folder.name)
     )
-    monkeypatch.setattr("mlx_lora.studio.control.resolved", lambda *_: None)
+    monkeypatch.setattr("mlx_lora.studio.control.train_settings", lambda *_: None)
     paused = write_run(tmp_path / "home" / "runs" / "paused", ended=False)
     order = {"settings": {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}, "card": "balanced"}
     with studio(tmp_path / "home", known_runs=file) as client:

@@ -38,7 +38,7 @@ from mlx_lora.serving.conversation import chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
-from mlx_lora.studio.folders import numbered_paths, safe_name
+from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
@@ -361,7 +361,7 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
         name += ".gguf"
     out = studio.folders.exports / name
     if to == HUB:  # the page names the repository, not the folder
-        out = next(path for path in numbered_paths(out) if not path.exists())
+        out = free_path(out)
     force = bool(options.get("force"))
     if out.exists() and not force:
         raise ApiError(409, f"out: there is {out.name} already; choose another name", "name_taken", "out")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
@@ -16,10 +17,10 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import PAGE_FILE, SET_BY_SWEEP, SWEEP_FILE
 from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import resolved, run_yaml, train_words
-from mlx_lora.studio.folders import numbered_paths, safe_name
+from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.run_folders import train_words
 from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import SweepState, results_of
@@ -63,15 +64,15 @@ def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, An
     command = command_line(train_words(settings, folder))
     words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": "", "command": command}
     try:
-        resolved(settings, folder)
+        train_settings({**settings, "adapter_path": str(folder)})  # what the command would refuse
         if not settings.get("model"):
             raise InputError("choose a model first")
         words["own"], reads = own_settings(studio.plans, card, settings, body["settings"])
         settings = {**words["own"], **settings}
-        words |= {
-            "command": command_line(train_words(settings, folder)),
-            "run_yaml": run_yaml(resolved(settings, folder)),
-        }
+        words["command"] = command_line(train_words(settings, folder))
+        # As the run will write it, before it chooses what is left to it (a date, shared prompts).
+        written = train_settings({**settings, "adapter_path": str(folder)}).to_flat() | {"resume": None, "force": False}
+        words["run_yaml"] = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
         plan, task = (studio.plans.of_config(settings), reads) if reads else studio.plans.of_run(settings)
     except InputError as error:
         return {**refused_plan(str(error)), **words}
@@ -129,7 +130,7 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
 
 def sweep_folder(wanted: Path, settings: dict[str, Any]) -> Path:
     """Return the folder of the sweep with these settings, to go on with it, or one that is not there yet: NAME, NAME-2 ..."""
-    return next(path for path in numbered_paths(wanted) if not path.exists() or _goes_on(path, settings))
+    return free_path(wanted, lambda path: _goes_on(path, settings))
 
 
 def _goes_on(folder: Path, settings: dict[str, Any]) -> bool:
