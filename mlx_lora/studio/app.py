@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -41,15 +41,6 @@ SHARED = {
 }
 
 
-def state_of_studio(folders: Folders, key_required: bool) -> dict[str, Any]:
-    """Return what the page shows at its top and does not change (GET /api/state)."""
-    here = current_device()
-    machine = {
-        "chip": here.name, "memory_bytes": here.memory_bytes, "working_set_bytes": here.working_set_bytes, "device": here.backend,
-    }  # fmt: skip
-    return {"version": __version__, "machine": machine, "home": str(folders.home), "key_required": key_required}
-
-
 def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
     """Return the studio as an ASGI application.
 
@@ -65,7 +56,17 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
     checker = Checker(folders, stores.roots(), listing.bases)
     control, plans = RunControl(folders, listing, tasks, checker), Plans(tasks)
     studio = Studio(folders, checker, stores, listing, control, plans, tasks, max_upload_bytes)
-    places, fixed = find_places(), state_of_studio(folders, guard.api_key is not None)
+    places, here = find_places(), current_device()
+    machine = {
+        "chip": here.name, "memory_bytes": here.memory_bytes, "working_set_bytes": here.working_set_bytes, "device": here.backend,
+    }  # fmt: skip
+    # What the page shows at its top and does not change.
+    fixed = {
+        "version": __version__,
+        "machine": machine,
+        "home": str(folders.home),
+        "key_required": guard.api_key is not None,
+    }
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -103,23 +104,15 @@ def page_routes(places: Sequence[StudioPlace]) -> list[BaseRoute]:
 
     async def page(request: Request) -> Response:
         text = (PAGES / "index.html").read_text(encoding="utf-8")
-        links = [f'<link rel="modulepreload" href="{_address(one)}" data-place="{one.name}">' for one in places]
+        links = [f'<link rel="modulepreload" href="{one.address}" data-place="{one.name}">' for one in places]
         return HTMLResponse(text.replace("<!-- places -->", "\n".join(links)))
+
+    async def file(path: Path, request: Request) -> Response:
+        return FileResponse(path)
 
     return [
         Route("/", page),
-        *(Route(f"/static/{name}", _file(path)) for name, path in SHARED.items()),
-        *(Route(_address(place), _file(place.script)) for place in places),
+        *(Route(f"/static/{name}", partial(file, path)) for name, path in SHARED.items()),
+        *(Route(place.address, partial(file, place.script)) for place in places),
         Mount("/static/pages", StaticFiles(directory=PAGES, check_dir=False)),
     ]
-
-
-def _address(place: StudioPlace) -> str:
-    return f"/static/places/{place.name}.js"
-
-
-def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
-    async def file(request: Request) -> Response:
-        return FileResponse(path)
-
-    return file

@@ -38,6 +38,7 @@ PATHS = tuple(
     for name, field in FIELDS.items()
     if field_type(field) is str and not ROWS[name].choices and name not in (*WORDS, *OWN, "model", "data")
 )
+DEPTH = 3  # of folders below one that is searched: PUBLISHER/REPO/file
 # Of a folder: what tells a model's or an adapter's shape, tokenizer and templates.
 TELLING = (*CONFIG_AND_TOKENIZER, "additional_chat_templates/*.jinja")
 Stamps = tuple[tuple[str, int, int], ...]
@@ -121,6 +122,19 @@ def safe_name(name: object, field: str = "name") -> str:
             "invalid_value",
         )  # fmt: skip
     return text
+
+
+def walk(root: Path, folder: Path | None = None, left: int = DEPTH) -> Iterator[tuple[Path, set[str], list[Path]]]:
+    """Yield a folder, the names of all that is in it, and its entries but for hidden ones and links out of the root; then what
+    is below. Folders that the caller takes out of the entries are not entered."""
+    folder = folder or root
+    with contextlib.suppress(OSError):
+        found = sorted(folder.iterdir())
+        entries = [one for one in found if not one.name.startswith(".") and one.resolve().is_relative_to(root)]
+        yield folder, {one.name for one in found}, entries
+        for entry in entries if left else ():
+            if entry.is_dir():
+                yield from walk(root, entry, left - 1)
 
 
 def free_path(wanted: Path, fits: Callable[[Path], bool] = lambda path: False) -> Path:
@@ -231,11 +245,6 @@ class Checker:
         return kept
 
 
-def files_in(value: str) -> list[str]:
-    """Return the files and folders that are there of those that a setting's value names."""
-    return [file for file, _ in _named_in(value) if os.path.exists(file)]
-
-
 def _named_in(value: str) -> Iterator[tuple[str, bool]]:
     """Yield what a value like FILE.py:NAME, json_schema:FILE, or several by comma may name, and whether it also does if it is not there.
 
@@ -283,5 +292,7 @@ def stamps_at(path: Path) -> Stamps:
 
 def stamps_of_settings(settings: Mapping[str, Any]) -> Stamps:
     """Return the stamps of the files and folders that settings name, but for those of model and data."""
-    named = dict.fromkeys(file for name in PATHS if settings.get(name) for file in files_in(str(settings[name])))
+    named = {
+        file: None for name in PATHS for file, _ in _named_in(str(settings.get(name) or "")) if os.path.exists(file)
+    }
     return tuple(one for file in named for one in stamps_at(Path(file)))

@@ -10,10 +10,8 @@ not shown again.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,67 +85,33 @@ def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: 
     )
 
 
-@dataclass(frozen=True)
 class RowPictures:
     """The pictures of an index.
 
     Attributes:
-        folder: of the index.
-        numbers: (R,) of each row.
+        token: id of the image token.
     """
 
-    folder: Path
-    numbers: np.ndarray
-
-    @classmethod
-    def of(cls, folder: Path) -> RowPictures | None:
-        """Return those of an index; None if its rows have none."""
-        file = folder / NUMBERS
-        return cls(folder, np.load(file, mmap_mode="r")) if file.is_file() else None
-
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        return json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
-
-    @property
-    def token(self) -> int:
-        """The id of the image token."""
-        return self._facts["token"]
+    def __init__(self, folder: Path):
+        self._folder, self._numbers = folder, np.load(folder / NUMBERS, mmap_mode="r")
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.token, self._rows, self._pictures = facts["token"], facts["rows"], facts["pictures"]
 
     def of_row(self, number: int) -> list[dict[str, Any]]:
         """Return the pictures of a row for the page, in order, the first few with their thumbnails."""
         found = []
-        for place, digest in enumerate(self._facts["rows"][int(self.numbers[number])]):
-            file, width, height, tokens = self._facts["pictures"][digest]
+        for place, digest in enumerate(self._rows[int(self._numbers[number])]):
+            file, width, height, tokens = self._pictures[digest]
+            url, kept = None, self._folder / THUMBNAILS / f"{digest}.jpg"
+            with contextlib.suppress(InputError, OSError):  # the picture cannot be shown any more
+                if place < MOST_OF_ROW and file is not None and not kept.is_file():
+                    content = thumbnail(ImageFile(Path(file), digest, (0, 0)).pixels())
+                    with replacing_file(kept) as temporary:
+                        temporary.write_bytes(content)
+                url = jpeg_url(kept.read_bytes()) if place < MOST_OF_ROW else None
             name = "" if file is None else Path(file).name
-            url = self._url(digest, file) if place < MOST_OF_ROW else None
             found.append({"name": name, "width": width, "height": height, "tokens": tokens, "url": url})
         return found
-
-    def _url(self, digest: str, file: str | None) -> str | None:
-        """Return a thumbnail as a data URL; None if the picture cannot be shown any more."""
-        kept = self.folder / THUMBNAILS / f"{digest}.jpg"
-        try:
-            if not kept.is_file():
-                if file is None:
-                    return None
-                content = thumbnail(ImageFile(Path(file), digest, (0, 0)).pixels())
-                with replacing_file(kept) as temporary:
-                    temporary.write_bytes(content)
-            return jpeg_url(kept.read_bytes())
-        except (InputError, OSError):
-            return None
-
-
-def in_runs(tokens: np.ndarray, mask: np.ndarray, token: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Return a row's tokens and mask in parts, each with how many image tokens it is; 0 for text.
-
-    Args:
-        tokens, mask: (T,).
-        token: id of the image token.
-    """
-    edges = [0, *(np.flatnonzero(np.diff(tokens == token)) + 1).tolist(), len(tokens)]
-    return [(tokens[a:b], mask[a:b], b - a if tokens[a] == token else 0) for a, b in pairwise(edges) if b > a]
 
 
 def pictures_of_text(one: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[str]]:

@@ -11,9 +11,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MOST_POINTS = 2000  # of a curve
 TAIL_BYTES = 64 << 10
@@ -27,13 +26,16 @@ def read_columns(path: Path, most: int = MOST_POINTS) -> dict[str, list[Any]]:
     """Return metrics.jsonl by columns of equal length, thinned evenly to `most` rows; validations are kept."""
     rows: list[dict[str, Any]] = []
     kept_of, count = 1, 0
-    for record in records(path):
-        held_out = record.get("loss") is None
-        if held_out or count % kept_of == 0:
-            rows.append(record)
-        count += not held_out
-        if len(rows) > 2 * most:  # memory stays the same however long the file is
-            rows, kept_of = thinned(rows, most), kept_of * 2
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if (record := parsed(line)) is None:
+                continue
+            held_out = record.get("loss") is None
+            if held_out or count % kept_of == 0:
+                rows.append(record)
+            count += not held_out
+            if len(rows) > 2 * most:  # memory stays the same however long the file is
+                rows, kept_of = thinned(rows, most), kept_of * 2
     rows = thinned(rows, most) if len(rows) > most else rows
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES)
     return {name: [row.get(name) for row in rows] for name in names}
@@ -49,17 +51,6 @@ def thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     held = even([i for i, row in enumerate(rows) if row.get("val_loss") is not None], most // 2)
     others = even([i for i, row in enumerate(rows) if row.get("val_loss") is None], most - len(held))
     return [rows[i] for i in sorted({*held, *others})]
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of metrics.jsonl one at a time, without incomplete lines."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if (record := parsed(line)) is not None:
-                    yield record
-    except OSError:
-        return
 
 
 def parsed(line: str) -> dict[str, Any] | None:
@@ -118,38 +109,35 @@ class RunClock:
         self._at, self._end = 0, b""  # what was read, and its last bytes
         self._earlier_s = 0.0  # of the processes before the last one
         self._step_s: float | None = None
-        self._first: tuple[int, float] | None = None  # step and time of the last process's first line
+        # Step and time of the last process's first line, and of its last one.
+        self._first: tuple[int, float] | None = None
         self._last: tuple[int, float] | None = None
 
     def read(self) -> tuple[float | None, float | None]:
         """Return the seconds of the whole run so far, and those of a step in its last process; None: not known."""
         with self._lock, contextlib.suppress(OSError), self._path.open("rb") as file:
-            self._read(file)
+            file.seek(max(0, self._at - len(self._end)))
+            if file.read(len(self._end)) != self._end:  # it was cut or replaced
+                self._begin()
+                file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # it is being written
+                self._at, self._end = self._at + len(line), line[-MARK_BYTES:]
+                if not (found := STEP.search(line)) or not (elapsed := ELAPSED.search(line)):
+                    continue
+                step, elapsed_s = int(found[1]), float(elapsed[1])
+                if self._last is not None and elapsed_s < self._last[1]:
+                    self._earlier_s += self._last[1]
+                    self._first = None
+                self._first, self._last = self._first or (step, elapsed_s), (step, elapsed_s)
+                # Where a process began is not told, so steps are counted from its first line; until it has a second one, those
+                # of the process before tell more.
+                if steps := step - self._first[0]:
+                    self._step_s = (elapsed_s - self._first[1]) / steps
+                elif self._step_s is None and step:
+                    self._step_s = elapsed_s / step
         return (None if self._last is None else self._earlier_s + self._last[1]), self._step_s
-
-    def _read(self, file: IO[bytes]) -> None:
-        file.seek(max(0, self._at - len(self._end)))
-        if file.read(len(self._end)) != self._end:  # it was cut or replaced
-            self._begin()
-            file.seek(0)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break  # it is being written
-            self._at, self._end = self._at + len(line), line[-MARK_BYTES:]
-            if (step := STEP.search(line)) and (elapsed := ELAPSED.search(line)):
-                self._count(int(step[1]), float(elapsed[1]))
-
-    def _count(self, step: int, elapsed: float) -> None:
-        if self._last is not None and elapsed < self._last[1]:
-            self._earlier_s += self._last[1]
-            self._first = None
-        self._first, self._last = self._first or (step, elapsed), (step, elapsed)
-        # Where a process began is not told, so steps are counted from its first line; until it has a second one, those of the
-        # process before tell more.
-        if steps := step - self._first[0]:
-            self._step_s = (elapsed - self._first[1]) / steps
-        elif self._step_s is None and step:
-            self._step_s = elapsed / step
 
 
 class Tail:

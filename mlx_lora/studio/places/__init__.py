@@ -72,11 +72,12 @@ class Studio:
 
 @dataclass(frozen=True)
 class StudioPlace:
-    """A place: its name in addresses, its routes, and the script of its page."""
+    """A place: its name, its routes, and the script of its page with the address that the page loads it from."""
 
     name: str
     routes: Callable[[Studio], list[BaseRoute]]
     script: Path
+    address: str
 
 
 def find_places() -> list[StudioPlace]:
@@ -90,4 +91,6 @@ def find_places() -> list[StudioPlace]:
     if halves := sorted(modules ^ set(scripts)):
         raise RunError(f"places: {', '.join(halves)}: a place requires a .py and a .js file; add the other one")
     found = {name: importlib.import_module(f"{__name__}.{name}") for name in sorted(modules)}
-    return [StudioPlace(name, module.routes, scripts[name]) for name, module in found.items()]
+    return [
+        StudioPlace(name, module.routes, scripts[name], f"/static/places/{name}.js") for name, module in found.items()
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,28 +83,41 @@ def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, An
 
 def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/train/start."""
-    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
-    needed = ("model",) if settings.get("objective") == "distill" else ("model", "data")
-    if missing := [name for name in needed if not settings.get(name)]:
-        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
-    peak = steps = None
-    try:
-        own, reads = own_settings(studio.plans, card, settings, body["settings"])
-        if reads:
-            raise still_read(card)
-        settings = {**own, **settings}
+    settings, peak, steps = settings_with(studio, body, without_data=("distill",)), None, None
+    with contextlib.suppress(InputError):  # the command itself says what is wrong, in its log
+        settings = with_card(studio, body, settings)
         # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
         if plan := studio.plans.known(settings):
             peak, steps = plan["peak_bytes"], plan["steps"]
-    except InputError:
-        pass  # the command itself says what is wrong, in its log
     return {"run": studio.control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
 
 
-def still_read(card: str) -> ApiError:
-    """Return the refusal of a run whose length is not known yet."""
-    words = f"the data is still being read, and the length of a {card} run depends on it; wait for its card"
-    return ApiError(409, words, "data_is_read")
+def settings_with(studio: Studio, body: dict[str, Any], without_data: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a request, checked; the objectives `without_data` need none.
+
+    Raises:
+        ApiError: 400, model or data are missing, or a setting is wrong.
+    """
+    settings = studio.checker.settings(body.get("settings"))
+    needed = ("model",) if settings.get("objective") in without_data else ("model", "data")
+    if missing := [name for name in needed if not settings.get(name)]:
+        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    return settings
+
+
+def with_card(studio: Studio, body: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with those of the request's card.
+
+    Raises:
+        ApiError: 409, the run's length is not known yet.
+        InputError: the settings or the data cannot be used.
+    """
+    card = card_of(body)
+    own, reads = own_settings(studio.plans, card, settings, body["settings"])
+    if reads:
+        words = f"the data is still being read, and the length of a {card} run depends on it; wait for its card"
+        raise ApiError(409, words, "data_is_read")
+    return {**own, **settings}
 
 
 def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -112,16 +126,12 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     Raises:
         ApiError: 409, something else trains.
     """
-    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
-    if missing := [name for name in ("model", "data") if not settings.get(name)]:
-        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    settings = settings_with(studio, body)
     name = safe_name(body.get("name") or "rates", "Name of the run")
-    own, reads = own_settings(studio.plans, card, settings, body["settings"])
-    if reads:
-        raise still_read(card)
+    settings = with_card(studio, body, settings)
     if busy := studio.control.going_on():
         raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
-    settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
+    settings = {key: value for key, value in settings.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
     out = sweep_folder(studio.folders.home / SWEEPS / name, settings)
     words = ["sweep", *train_words(settings, out)[1:-2], "--out", str(out), *(["--resume"] if out.exists() else [])]
     task = studio.tasks.child(SWEEP, f"Learning rates for {out.name}", words, {"name": out.name, "path": str(out)})
@@ -130,20 +140,19 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
 
 def sweep_folder(wanted: Path, settings: dict[str, Any]) -> Path:
     """Return the folder of the sweep with these settings, to go on with it, or one that is not there yet: NAME, NAME-2 ..."""
-    return free_path(wanted, lambda path: _goes_on(path, settings))
-
-
-def _goes_on(folder: Path, settings: dict[str, Any]) -> bool:
-    """Tell whether a folder holds a sweep with these settings and the data as it is now."""
-    try:
-        before, written = SweepState.read(folder).asked["settings"], (folder / SWEEP_FILE).stat().st_mtime
-        changed = any(file.path.stat().st_mtime > written for file in local_files(settings["data"]))
-    except (InputError, OSError, KeyError, TypeError):
-        return False
     asked = finite_values(train_settings(settings).to_flat())
-    return not changed and all(
-        before.get(name, FIELDS[name].default) == value for name, value in asked.items() if name not in SET_BY_SWEEP
-    )
+
+    def goes_on(folder: Path) -> bool:
+        """Tell whether a folder holds a sweep with these settings and the data as it is now."""
+        try:
+            before, written = SweepState.read(folder).asked["settings"], (folder / SWEEP_FILE).stat().st_mtime
+            changed = any(file.path.stat().st_mtime > written for file in local_files(settings["data"]))
+        except (InputError, OSError, KeyError, TypeError):
+            return False
+        compared = {name: value for name, value in asked.items() if name not in SET_BY_SWEEP}
+        return not changed and all(before.get(name, FIELDS[name].default) == one for name, one in compared.items())
+
+    return free_path(wanted, goes_on)
 
 
 def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
