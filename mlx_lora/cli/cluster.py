@@ -58,7 +58,23 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
                 f"--hostfile {hostfile}: `ssh {unreachable[0]} true` asks a question or fails; allow Remote Login there, "
                 f"and copy your key with `ssh-copy-id {unreachable[0]}`"
             )
-        return started_everywhere(hostfile, backend, model, as_json)
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        if (launch := shutil.which("mlx.launch", path=here)) is None:
+            raise InputError("mlx.launch: not found beside this Python; reinstall mlx")
+        words = [
+            launch,
+            "--backend",
+            backend,
+            "--hostfile",
+            hostfile,
+            "--",
+            sys.executable,
+            "-m",
+            "mlx_lora",
+            "cluster",
+        ]
+        words += [*(["--model", model] if model else []), *(["--json"] if as_json else [])]
+        return subprocess.run(words).returncode
     with together(console.describe_error) as ranks:
         machines = ranks.everyone(facts_here(model))
         rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
@@ -67,16 +83,6 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
             show(machines, rates, problems, as_json)
         ranks.meet()
     return 1 if problems else 0
-
-
-def started_everywhere(hostfile: str, backend: str, model: str | None, as_json: bool) -> int:
-    """Start this command on all machines through mlx.launch, and return its exit code."""
-    launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if launch is None:
-        raise InputError("mlx.launch: not found beside this Python; reinstall mlx")
-    words = [launch, "--backend", backend, "--hostfile", hostfile, "--", sys.executable, "-m", "mlx_lora", "cluster"]
-    words += [*(["--model", model] if model else []), *(["--json"] if as_json else [])]
-    return subprocess.run(words).returncode
 
 
 def facts_here(model: str | None) -> dict[str, Any]:

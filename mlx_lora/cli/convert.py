@@ -69,13 +69,28 @@ GENERAL_TEXT = Path(__file__).parents[1] / "data" / "general" / "text.jsonl"
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
     """Convert a model into a folder that mlx-lm and mlx-lora load."""
-    text = _read_text(report)
-    target = _target(flags)
-    dtype = compute_dtype(flags["dtype"])
-    trust = flags["trust_remote_code"]
+    text, target = None, None
+    if report is not None:
+        try:
+            text = report.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--report {report}: cannot be read ({error.strerror}); give a text file") from None
+        except UnicodeDecodeError:
+            raise InputError(f"--report {report}: is not UTF-8; give a text file") from None
+        if not text.strip():
+            raise InputError(f"--report {report}: is empty; give a text file")
+    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
+    if flags["no_quantize"] and given:
+        raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
+    if flags["no_quantize"]:
+        target = "float"
+    elif given:
+        target = choose_quantization(flags["bits"], flags["group_size"], flags["mode"])
+    dtype, trust = compute_dtype(flags["dtype"]), flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
-    if text is not None or flags["calibrate"]:
-        _check_predicts(source, "--report" if text is not None else "--calibrate", trust)
+    measured = "--report" if text is not None else "--calibrate" if flags["calibrate"] else None
+    if measured and source.kind == "folder" and names_encoder(read_config(source.path, trust)):
+        raise InputError(f"{measured}: {source.model_id} is an encoder, which predicts no tokens; leave it out")
     learned = _learned(source, target, flags)
     if learned and text is None:
         text = "\n\n".join(row["text"] for row in map(json.loads, GENERAL_TEXT.read_text("utf-8").splitlines()))
@@ -92,20 +107,14 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
     _print_summary(out, conversion)
     if text is not None:
         plain = learned.quantization if learned else None
-        result["perplexity"] = compare_on_text(source, out, text, trust, plain)
-        _print_perplexity(report or "general texts", result["perplexity"])
+        figures = result["perplexity"] = compare_on_text(source, out, text, trust, plain)
+        rounded = f", {figures['rounded']:.4f} by plain rounding" if "rounded" in figures else ""
+        console.echo(
+            f"  perplexity on {figures['tokens']} tokens of {report or 'general texts'}: {figures['source']:.4f} source in float, "
+            f"{figures['converted']:.4f} converted ({figures['converted'] / figures['source'] - 1:+.2%}){rounded}"
+        )
     if flags["as_json"]:
         console.print_json(result)
-
-
-def _check_predicts(source: ModelSource, flag: str, trust_remote_code: bool) -> None:
-    """Refuse what needs the probabilities of tokens for a model that predicts none.
-
-    Raises:
-        InputError: the model is an encoder.
-    """
-    if source.kind == "folder" and names_encoder(read_config(source.path, trust_remote_code)):
-        raise InputError(f"{flag}: {source.model_id} is an encoder, which predicts no tokens; leave it out")
 
 
 def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learned | None:
@@ -136,29 +145,6 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
     return Learned(quantization, lambda model, config: learn_quantization(model, config, quantization, name, several))
 
 
-def _target(flags: dict[str, Any]) -> Target | None:
-    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
-    if flags["no_quantize"]:
-        if given:
-            raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
-        return "float"
-    return choose_quantization(flags["bits"], flags["group_size"], flags["mode"]) if given else None
-
-
-def _read_text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--report {path}: cannot be read ({error.strerror}); give a text file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--report {path}: is not UTF-8; give a text file") from None
-    if not text.strip():
-        raise InputError(f"--report {path}: is empty; give a text file")
-    return text
-
-
 def _print_summary(out: Path, conversion: Conversion) -> None:
     counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
     size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
@@ -173,12 +159,3 @@ def _print_summary(out: Path, conversion: Conversion) -> None:
     if conversion.skipped:
         shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
         console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
-
-
-def _print_perplexity(report: Path | str, figures: dict[str, Any]) -> None:
-    change = figures["converted"] / figures["source"] - 1
-    rounded = f", {figures['rounded']:.4f} by plain rounding" if "rounded" in figures else ""
-    console.echo(
-        f"  perplexity on {figures['tokens']} tokens of {report}: "
-        f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%}){rounded}"
-    )

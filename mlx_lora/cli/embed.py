@@ -6,7 +6,7 @@ python -m mlx_lora embed questions.jsonl --model DIR --query --out questions.par
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,10 @@ def main(
         raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
     texts = [out.with_suffix(TEXTS)] if out.suffix == ".npy" else []
     file.check([one.path for one in passage_files(data)], texts)
-    if out.suffix == ".parquet":
-        _arrow()
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InputError(
+            "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
+        )
     given = flags.given(options)
     check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
@@ -99,8 +101,13 @@ def main(
     write_vectors(out, vectors, passages)
     columns = list(dict.fromkeys(one.column for one in passages if one.column))
     if as_json:
-        facts = {"texts": len(vectors), "width": vectors.shape[1], "model": base.model_id, "out": str(out)}
-        facts |= {"columns": columns}
+        facts = {
+            "texts": len(vectors),
+            "width": vectors.shape[1],
+            "model": base.model_id,
+            "out": str(out),
+            "columns": columns,
+        }
         console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
     else:
         beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
@@ -116,31 +123,21 @@ def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> No
         vectors: (N, D) float32.
         passages: N texts.
     """
-    with replacing_file(out) as temporary:
+    with replacing_file(out) as temporary, temporary.open("wb") as file:
         if out.suffix == ".npy":
-            with temporary.open("wb") as file:
-                np.save(file, vectors)
+            np.save(file, vectors)
         else:
-            arrow, parquet = _arrow()
-            width = arrow.list_(arrow.float32(), vectors.shape[1])
+            import pyarrow
+            import pyarrow.parquet
+
+            width = pyarrow.list_(pyarrow.float32(), vectors.shape[1])
             table = {
                 "text": [one.text for one in passages],
                 "file": [one.file for one in passages],
-                "embedding": arrow.FixedSizeListArray.from_arrays(vectors.ravel(), type=width),
+                "embedding": pyarrow.FixedSizeListArray.from_arrays(vectors.ravel(), type=width),
             }
-            parquet.write_table(arrow.table(table), temporary)
+            pyarrow.parquet.write_table(pyarrow.table(table), file)
     if out.suffix == ".npy":
-        with replacing_file(out.with_suffix(TEXTS)) as temporary:
-            lines = [json.dumps({"text": one.text, "file": one.file}, ensure_ascii=False) + "\n" for one in passages]
-            temporary.write_text("".join(lines), encoding="utf-8")
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
-        ) from error
-    return pyarrow, pyarrow.parquet
+        with flags.NewFile(out.with_suffix(TEXTS), True).records() as write:
+            for one in passages:
+                write({"text": one.text, "file": one.file})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, ServeSettings
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.files import check_writable, replacing_file
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
@@ -295,6 +298,20 @@ class NewFile:
             if not self.force:
                 raise InputError(f"{what}exists; give another name, or --force to replace it")
         check_writable(self.out.absolute().parent, "--out", needed_bytes=1_000_000)
+
+    @contextmanager
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+        """Yield what writes a record: a row of CSV with these columns, or without them a line of JSON.
+
+        The file appears when it is complete.
+        """
+        with replacing_file(self.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            if columns is None:
+                yield lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            else:
+                table = csv.DictWriter(file, columns, extrasaction="ignore")
+                table.writeheader()
+                yield table.writerow
 
 
 def report_page(report: str | None) -> Path | None:

@@ -1,11 +1,14 @@
 """Show a run's data as it will be trained: encoded once into arrays on disk, from which any page of rows is read fast.
 
 FOLDER/tokens.npy mask.npy offsets.npy     the rows, as `train` would encode them
-       pictures.npy pictures.json          and their pictures (studio/preview_pictures.py)
+       pictures.npy                        the number of each row's pictures
+       pictures.json                       by number their digests; of each picture its file, size and image tokens
+       thumbnails/DIGEST.jpg               of those that a page has shown, or whose bytes are in the data
        examples.npy                        (E, 6) int32: file, line, form, whether cut, the first equal example or -1, split
        meta.json                           names, counts, histogram, refused records, notes
 
-A large data set is encoded in a process of its own, so that the server goes on answering:
+Only pictures that the data's reader has opened are shown, so a path was checked before it is here; a file that has changed since
+is not shown again. A large data set is encoded in a process of its own, so that the server goes on answering:
 
     python -m mlx_lora.studio.previews REQUEST.json FOLDER"""
 
@@ -23,7 +26,7 @@ from datetime import date
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -31,6 +34,7 @@ import numpy as np
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.files import find_sets
+from mlx_lora.data.images import ImageFile
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key
 from mlx_lora.data.notes import data_notes
@@ -47,21 +51,27 @@ from mlx_lora.data.read import (
     repeated_notes,
 )
 from mlx_lora.data.report import DroppedRow, row_pieces
+from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.preview_pictures import NUMBERS, RowPictures, reader_for, write_pictures
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, replace_text, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replace_text, replacing_file, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.image_tokens import ImageReader, ImageTable
 
 SPLITS = ("train", "valid", "test")
 BARS = 40
@@ -72,6 +82,9 @@ META = "meta.json"
 REPORT_EVERY = 500  # records that are parsed
 Report = Callable[[int, int | None], None]
 PROGRESS = "progress.json"
+NUMBERS, FACTS, THUMBNAILS = "pictures.npy", "pictures.json", "thumbnails"
+MOST_OF_ROW = 4  # pictures of a row, or of a text's prompt, that are shown
+MOST_KEPT = 2000  # thumbnails of pictures that are no files; further ones are not shown
 
 
 @dataclass
@@ -226,6 +239,57 @@ def _examples(
     return np.array(examples, np.int32).reshape(-1, 6), named, keys
 
 
+def reader_for(
+    settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ImageReader, str] | None:
+    """Return what reads the pictures of a run's data, and the kind of its records; None if the run has no pictures.
+
+    Args:
+        settings: of the run.
+        folder: of the model, with config.json and its image processor.
+        tokenizer: gets the template that shows pictures.
+
+    Raises:
+        InputError: the model sees no pictures.
+    """
+    if not (settings.objective.images or settings.objective.objective == "vision_sft"):
+        return None
+    from mlx_lora.data.image_tokens import ImageProcessor
+    from mlx_lora.objectives.pictures import WithPictures
+    from mlx_lora.objectives.table import objective_of
+    from mlx_lora.objectives.vision_encoder import put_template
+
+    objective, config = objective_of(settings.objective), read_json(folder / "config.json", "download the model again")
+    if not isinstance(objective, WithPictures):
+        return None
+    processor = ImageProcessor(folder, config, settings.data.max_pixels)
+    put_template(tokenizer, folder, settings.data, processor.family)
+    reader = objective.reader(settings.data, processor, config)
+    return reader.fetching(settings.data.fetch_images), objective.read_as
+
+
+def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: int) -> None:
+    """Write what a preview needs of its rows' pictures.
+
+    Args:
+        folder: of the index.
+        numbers: (R,) int32, of each row in the table.
+        table: of the pictures.
+        token: id of the image token.
+    """
+    np.save(folder / NUMBERS, numbers)
+    pictures = {}
+    (folder / THUMBNAILS).mkdir()
+    for digest, picture in table.pictures.items():
+        is_file = isinstance(picture.source, Path)
+        pictures[digest] = [str(picture.source) if is_file else None, *picture.size, table.shown[digest].tokens]
+        if not is_file and len(pictures) <= MOST_KEPT:
+            (folder / THUMBNAILS / f"{digest}.jpg").write_bytes(thumbnail(picture.pixels()))
+    (folder / FACTS).write_text(
+        json.dumps({"rows": table.rows, "pictures": pictures, "token": token}), encoding="utf-8"
+    )
+
+
 @click.command(cls=console.Command)
 @click.argument("request", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -257,6 +321,35 @@ COUNTED = (
     "speaker", "conversation_gap", "max_seq_length", "mask_prompt", "chat_template", "chat_date", "allow_special_tokens", "pairs", "objective",
     "teacher_prompt", "on_policy", "images", "max_pixels", "fetch_images",
 )  # fmt: skip
+
+
+class RowPictures:
+    """The pictures of an index.
+
+    Attributes:
+        token: id of the image token.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._numbers = folder, np.load(folder / NUMBERS, mmap_mode="r")
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.token, self._rows, self._pictures = facts["token"], facts["rows"], facts["pictures"]
+
+    def of_row(self, number: int) -> list[dict[str, Any]]:
+        """Return the pictures of a row for the page, in order, the first few with their thumbnails."""
+        found = []
+        for place, digest in enumerate(self._rows[int(self._numbers[number])]):
+            file, width, height, tokens = self._pictures[digest]
+            url, kept = None, self._folder / THUMBNAILS / f"{digest}.jpg"
+            with contextlib.suppress(InputError, OSError):  # the picture cannot be shown any more
+                if place < MOST_OF_ROW and file is not None and not kept.is_file():
+                    content = thumbnail(ImageFile(Path(file), digest, (0, 0)).pixels())
+                    with replacing_file(kept) as temporary:
+                        temporary.write_bytes(content)
+                url = jpeg_url(kept.read_bytes()) if place < MOST_OF_ROW else None
+            name = "" if file is None else Path(file).name
+            found.append({"name": name, "width": width, "height": height, "tokens": tokens, "url": url})
+        return found
 
 
 class Index:

@@ -12,8 +12,7 @@ import time
 from studio_client import metric, studio, write_run
 
 from mlx_lora.studio.places.runs import RunNews
-from mlx_lora.studio.run_folders import Started, run_id, samples_of
-from mlx_lora.studio.run_metrics import last_values
+from mlx_lora.studio.run_folders import Started, last_values, run_id, samples_of
 from mlx_lora.trainer.checkpoint import LOCK_FILE
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.utils.hub import SMOLLM2_GGUF

@@ -14,9 +14,8 @@ from studio_client import metric, state_of, studio, write_run
 
 from mlx_lora.reports.run_report import elapsed_s
 from mlx_lora.studio.places.runs import RunNews
-from mlx_lora.studio.run_folders import Started, read_started, run_id
+from mlx_lora.studio.run_folders import MOST_POINTS, Started, Tail, read_columns, read_started, run_id
 from mlx_lora.studio.run_folders import state_of as state_of_folder
-from mlx_lora.studio.run_metrics import MOST_POINTS, Tail, read_columns
 from mlx_lora.trainer.checkpoint import lock_holder, locked
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import start_mark

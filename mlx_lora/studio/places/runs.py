@@ -22,6 +22,9 @@ from mlx_lora.studio.run_folders import (
     FACTS,
     LOG_FILE,
     METRICS,
+    TAIL_BYTES,
+    Tail,
+    parsed,
     plain_line,
     read_started,
     samples_of,
@@ -29,7 +32,6 @@ from mlx_lora.studio.run_folders import (
     words_of_asking,
     words_of_measuring,
 )
-from mlx_lora.studio.run_metrics import TAIL_BYTES, Tail, parsed
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
 from mlx_lora.utils.text import command_line
