@@ -79,10 +79,8 @@ class ModelStores:
         return [{"kind": kind, "path": str(path), "exists": path.is_dir()} for kind, path in listed]
 
     def roots(self) -> tuple[Path, ...]:
-        """Return the folders that a model of a request may lie in, resolved."""
-        stores = (Path(HF_HUB_CACHE), ollama_store(), *lmstudio_stores())
-        # Besides the stores, the folder of the embedded models, which this program itself downloads.
-        return (*self._folders.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
+        """Return the folders that a model of a request may lie in, resolved: the places, and where the embedded models are."""
+        return tuple(Path(path).resolve() for path in (*(one["path"] for one in self.stores()), cache_dir("models")))
 
     def listed(self) -> list[dict[str, Any]]:
         """Return all models, each with what its headers say, which are read once for each version of its files."""

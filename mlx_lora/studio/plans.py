@@ -111,11 +111,12 @@ class Plans:
         return self._planned({name: value for name, value in settings.items() if name != "data"})
 
     def known(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the plan of a run if it was made before; None: it was not, and is not made now."""
-        try:
-            found = self._kept.get(_key(settings))
-        except InputError:
-            return None
+        """Return the plan of a run if it was made before; None: it was not, and is not made now.
+
+        Raises:
+            InputError: the data cannot be used.
+        """
+        found = self._kept.get(_key(settings))
         return found if isinstance(found, dict) else None
 
     def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], BackgroundTask | None]:

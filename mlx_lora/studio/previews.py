@@ -256,7 +256,6 @@ def reader_for(
         return None
     from mlx_lora.data.image_tokens import ImageProcessor
     from mlx_lora.objectives.pictures import WithPictures
-    from mlx_lora.objectives.table import objective_of
     from mlx_lora.objectives.vision_encoder import put_template
 
     objective, config = objective_of(settings.objective), read_json(folder / "config.json", "download the model again")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -286,13 +285,9 @@ class RunListing:
         step, epoch, epochs = last.get("step") or 0, last.get("epoch") or 0, settings.get("epochs")
         # A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point, so rounding
         # may not tell them.
-        if (
-            not steps
-            and isinstance(epochs, int | float)
-            and epoch
-            and (whole := step * epochs / epoch) * 0.00005 / epoch < 0.5
-        ):
-            steps = round(whole)
+        if not steps and epoch and isinstance(epochs, int | float):
+            whole = step * epochs / epoch
+            steps = round(whole) if whole * 0.00005 / epoch < 0.5 else None
         with self._lock:
             clock = self._clocks.setdefault(folder, RunClock(folder / METRICS))
         seconds, step_s = clock.read()
@@ -528,7 +523,7 @@ MOST_POINTS = 2000  # of a curve
 TAIL_BYTES = 64 << 10
 MOST_AT_ONCE = 1 << 20  # bytes of new lines that are read at a time
 NOT_CURVES = ("shapes",)
-STEP, ELAPSED = re.compile(rb'"step":\s*(\d+)'), re.compile(rb'"elapsed_s":\s*([\d.eE+-]+)')
+STEP, ELAPSED = re.compile(r'"step":\s*(\d+)'), re.compile(r'"elapsed_s":\s*([\d.eE+-]+)')
 MARK_BYTES = 200  # of the last line, by which it is seen whether a file was replaced
 
 
@@ -608,15 +603,50 @@ def tail_lines(path: Path, size: int, most: int | None = None, end: int | None =
     return lines[-most:] if most else lines
 
 
+class Tail:
+    """Gives the lines that are added to a file; holds a position, and the bytes before it, by which it sees a new file.
+
+    Attributes:
+        anew: whether the last lines were the first ones of the file, which may have been replaced or cut.
+    """
+
+    def __init__(self, path: Path, from_end: bool = True):
+        """Begin at a file's start, or at its last whole line: one that is being written comes later."""
+        self._path, self._at, self._mark, self.anew = path, 0, b"", True
+        if from_end:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                size = file.seek(0, 2)
+                start = file.seek(max(0, size - TAIL_BYTES))
+                data = file.read(size - start)
+                whole = data.rfind(b"\n") + 1 or len(data)
+                self._at, self._mark = start + whole, data[max(0, whole - MARK_BYTES) : whole]
+
+    def earlier_lines(self, size: int) -> list[str]:
+        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
+        return tail_lines(self._path, size, end=self._at)
+
+    def new_lines(self) -> list[str]:
+        """Return complete lines since the last call, some of them if there are many."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at - len(self._mark))
+                if file.read(len(self._mark)) != self._mark:
+                    self._at, self._mark = file.seek(0), b""
+                self.anew, data = self._at == 0, file.read(MOST_AT_ONCE)
+        except OSError:
+            return []
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) == MOST_AT_ONCE:
+            end = len(data)  # one line longer than that is cut
+        self._at, self._mark = self._at + end, (self._mark + data[:end])[-MARK_BYTES:]
+        return data[:end].decode("utf-8", "replace").splitlines()
+
+
 class RunClock:
     """The time of a run over all its processes; reads each line once."""
 
     def __init__(self, path: Path):
-        self._path, self._lock = path, threading.Lock()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._at, self._end = 0, b""  # what was read, and its last bytes
+        self._tail, self._lock = Tail(path, from_end=False), threading.Lock()
         self._earlier_s = 0.0  # of the processes before the last one
         self._step_s: float | None = None
         # Step and time of the last process's first line, and of its last one.
@@ -625,63 +655,23 @@ class RunClock:
 
     def read(self) -> tuple[float | None, float | None]:
         """Return the seconds of the whole run so far, and those of a step in its last process; None: not known."""
-        with self._lock, contextlib.suppress(OSError), self._path.open("rb") as file:
-            file.seek(max(0, self._at - len(self._end)))
-            if file.read(len(self._end)) != self._end:  # it was cut or replaced
-                self._begin()
-                file.seek(0)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break  # it is being written
-                self._at, self._end = self._at + len(line), line[-MARK_BYTES:]
-                if not (found := STEP.search(line)) or not (elapsed := ELAPSED.search(line)):
-                    continue
-                step, elapsed_s = int(found[1]), float(elapsed[1])
-                if self._last is not None and elapsed_s < self._last[1]:
-                    self._earlier_s += self._last[1]
-                    self._first = None
-                self._first, self._last = self._first or (step, elapsed_s), (step, elapsed_s)
-                # Where a process began is not told, so steps are counted from its first line; until it has a second one, those
-                # of the process before tell more.
-                if steps := step - self._first[0]:
-                    self._step_s = (elapsed_s - self._first[1]) / steps
-                elif self._step_s is None and step:
-                    self._step_s = elapsed_s / step
+        with self._lock:
+            while lines := self._tail.new_lines():
+                if self._tail.anew:
+                    self._earlier_s, self._step_s, self._first, self._last = 0.0, None, None, None
+                for line in lines:
+                    if (step := STEP.search(line)) and (elapsed := ELAPSED.search(line)):
+                        self._count(int(step[1]), float(elapsed[1]))
         return (None if self._last is None else self._earlier_s + self._last[1]), self._step_s
 
-
-class Tail:
-    """Gives the lines that are added to a file; holds a position and nothing else."""
-
-    def __init__(self, path: Path):
-        self._path, self._at, self._inode = path, 0, None
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            start = max(0, stat.st_size - TAIL_BYTES)
-            file.seek(start)
-            whole = file.read(stat.st_size - start).rfind(b"\n") + 1  # a line that is being written comes later
-            self._at, self._inode = start + whole if whole else stat.st_size, stat.st_ino
-
-    def earlier_lines(self, size: int) -> list[str]:
-        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
-        return tail_lines(self._path, size, end=self._at)
-
-    def new_lines(self) -> list[str]:
-        """Return the complete lines since the last call; a file that was replaced or cut is read from its start."""
-        try:
-            stat = self._path.stat()
-            if stat.st_size < self._at or (self._inode is not None and stat.st_ino != self._inode):
-                self._at = 0
-            self._inode = stat.st_ino
-            if stat.st_size == self._at:
-                return []
-            with self._path.open("rb") as file:
-                file.seek(self._at)
-                data = file.read(MOST_AT_ONCE)
-        except OSError:
-            return []
-        end = data.rfind(b"\n") + 1
-        if not end and len(data) == MOST_AT_ONCE:
-            end = len(data)  # one line longer than that is cut
-        self._at += end
-        return data[:end].decode("utf-8", "replace").splitlines()
+    def _count(self, step: int, elapsed: float) -> None:
+        if self._last is not None and elapsed < self._last[1]:
+            self._earlier_s += self._last[1]
+            self._first = None
+        self._first, self._last = self._first or (step, elapsed), (step, elapsed)
+        # Where a process began is not told, so steps are counted from its first line; until it has a second one, those of the
+        # process before tell more.
+        if steps := step - self._first[0]:
+            self._step_s = (elapsed - self._first[1]) / steps
+        elif self._step_s is None and step:
+            self._step_s = elapsed / step

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import is_hub_model, safe_name
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import refused_plan, shown_plan
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import json_route, text_of, whole_number

@@ -16,8 +16,8 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import stamps
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import (
     FACTS,
     LOG_FILE,

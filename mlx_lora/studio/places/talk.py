@@ -38,9 +38,9 @@ from mlx_lora.serving.conversation import chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
+from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
@@ -107,11 +107,10 @@ class Talk:
                 await anyio.to_thread.run_sync(self._prompt, engine, ask, name, limit, limiter=self._one_at_a_time)
                 for ask, name in zip(asks, names, strict=True)
             ]
+            async for piece in _pieces(engine, asks[0], names, prompts):
+                yield piece
         except Exception as error:  # api_error raises what is nobody's input
             yield {"error": str(error if isinstance(error, ApiError) else api_error(error))}
-            return
-        async for piece in _pieces(engine, asks[0], names, prompts):
-            yield piece
 
     def _prompt(
         self, engine: Engine, ask: Ask, adapter: str | None, limit: int
@@ -224,8 +223,6 @@ async def _pieces(
                     "column": column, "done": True, "tokens": made, "tokens_per_s": speed, "first_token_s": first[column],
                     "prompt_tokens": event.usage.prompt, "finish": event.finish,
                 }  # fmt: skip
-    except Exception as error:
-        yield {"error": str(api_error(error))}
     finally:
         for ticket in tickets:
             ticket.cancel()
@@ -265,9 +262,7 @@ def about_model(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> d
 async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
     """POST /api/talk: server-sent events of all columns."""
     body = read_json(await request.body())
-    model = await anyio.to_thread.run_sync(studio.checker.model, body.get("model"))
-    columns = await anyio.to_thread.run_sync(_columns, studio, body.get("columns"))
-    base = await anyio.to_thread.run_sync(_base, studio, model, columns, body)
+    columns, base = await anyio.to_thread.run_sync(_columns, studio, body)
     asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
     own = [column.get("messages") for column in body["columns"]]
     if system := body.get("system"):
@@ -278,12 +273,17 @@ async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
     return events(request, talk.answer(base, columns, asked, own))
 
 
-def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
-    """Return the columns of a request, each a list of adapters with weights.
+def _columns(studio: Studio, body: dict[str, Any]) -> tuple[list[list[tuple[Path, float]]], ModelSettings]:
+    """Return the columns of a request, each a list of adapters with weights, and their base.
+
+    The base has the revision and bits that the request names, else those of the adapters' runs.
 
     Raises:
-        ApiError: they are malformed, or a folder is not one of this studio's.
+        ApiError: they are malformed, or a folder is not one of this studio's, or the adapters were trained on several bases; one
+            is in memory at a time.
+        InputError: there are no such bits.
     """
+    model, given = studio.checker.model(body.get("model")), body.get("columns")
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
         raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
     columns = []
@@ -298,29 +298,17 @@ def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
             raise ApiError(400, message, "invalid_value", "weight")
         folders = [studio.checker.adapter(part.get("path")) for part in parts]
         columns.append(list(dict(zip(folders, map(float, weights), strict=True)).items()))
-    return columns
-
-
-def _base(studio: Studio, model: str, columns: list[list[tuple[Path, float]]], body: dict[str, Any]) -> ModelSettings:
-    """Return the base of a request: with the revision and bits that it names, else with those of its adapters' runs.
-
-    Raises:
-        ApiError: the adapters were trained on several bases; one is in memory at a time.
-        InputError: there are no such bits.
-    """
+    runs = [studio.listing.settings_of(folder, None) for parts in columns for folder, _ in parts]
+    bases = {tuple(run.get(name) for name in OF_BASE) for run in runs if run.get("model") == model}
     if body.keys() & set(OF_BASE):
-        asked: dict[str, Any] = {name: body.get(name) for name in OF_BASE}
-    else:
-        folders = {folder for parts in columns for folder, _ in parts}
-        runs = [studio.listing.settings_of(folder, None) for folder in folders]
-        bases = {tuple(run.get(name) for name in OF_BASE) for run in runs if run.get("model") == model}
-        if len(bases) > 1:
-            raise ApiError(
-                400, "columns: these adapters were trained on several revisions or bits of the model; talk to one after the other",
-                "invalid_value", "columns",
-            )  # fmt: skip
-        asked = dict(zip(OF_BASE, bases.pop(), strict=True)) if bases else {}
-    return train_settings(studio.checker.settings({"model": model, **asked})).model
+        bases = {tuple(body.get(name) for name in OF_BASE)}
+    if len(bases) > 1:
+        raise ApiError(
+            400, "columns: these adapters were trained on several revisions or bits of the model; talk to one after the other",
+            "invalid_value", "columns",
+        )  # fmt: skip
+    of_base = dict(zip(OF_BASE, bases.pop(), strict=True)) if bases else {}
+    return columns, train_settings(studio.checker.settings({"model": model, **of_base})).model
 
 
 def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:

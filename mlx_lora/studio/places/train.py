@@ -18,8 +18,8 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import PAGE_FILE, SET_BY_SWEEP, SWEEP_FILE
 from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import free_path, safe_name
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
 from mlx_lora.studio.run_folders import train_words
 from mlx_lora.studio.tasks import SWEEP
