@@ -45,9 +45,9 @@ WAITING = 4096
 @flags.named_adapters_options(" The first one answers at the start.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @flags.text_options(512, TextSettings)
-def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **options: Any) -> None:
+def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **given: Any) -> None:
     """Chat with --model and its --adapter; type /help in the chat to list the commands."""
-    model = train_settings(flags.given(options)).model
+    model = train_settings(given).model
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
     with begun_engine(model, Limits(max_waiting=WAITING), named, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT

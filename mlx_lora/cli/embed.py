@@ -79,7 +79,7 @@ class FileCommand(flags.ShortCommand):
 @flags.as_one("file", flags.NewFile)
 def main(
     adapter: flags.OneAdapter, data: str, file: flags.NewFile, text_column: str | None, query: bool, how: VectorOptions,
-    as_json: bool, **options: Any,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Write the vectors of texts: a .npy file with the texts in a .jsonl file beside it, or one .parquet file with both."""
     out = file.out
@@ -91,7 +91,6 @@ def main(
         raise InputError(
             "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
         )
-    given = flags.given(options)
     check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column, query)

@@ -121,16 +121,16 @@ class EvaluateCommand(flags.SettingsCommand):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Measure loss and perplexity of base and adapter on --data, or with --forgetting what the adapter made the model forget.
 
     Without --data, the rows that the adapter's run held out are measured.
     """
-    only = {name: options.pop(name) for name in ("against", "general_text", "general_chat")}
-    corpus = options.pop("corpus")
-    given, page = flags.given(options), flags.report_page(report)
-    settings, whole_only = train_settings(given), "--objective embed" if options["objective"] == "embed" else ""
+    only = {name: given.pop(name) for name in ("against", "general_text", "general_chat")}
+    corpus = given.pop("corpus")
+    page = flags.report_page(report)
+    settings, whole_only = train_settings(given), "--objective embed" if given.get("objective") == "embed" else ""
     if forgetting:
         whole_only = "--forgetting"
         if show is not None:
@@ -343,14 +343,14 @@ def print_table(rows: list[dict[str, str]]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tasks_command(
     named: flags.NamedAdapters, tasks: tuple[str, ...], metrics: tuple[str, ...], report: str | None, as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Score --model and each --adapter on --tasks, and on --data by --metric or --judge, and compare them.
 
     Every adapter is compared with the base on the same rows. A difference is called one only if its 95% interval leaves out 0.
     """  # fmt: skip
-    own = {name: options.pop(name) for name in ("judge", "fewshot", "limit", "apply_chat_template", "max_tokens")}
-    batch_tokens = options.pop("batch_tokens")
+    own = {name: given.pop(name) for name in ("judge", "fewshot", "limit", "apply_chat_template", "max_tokens")}
+    batch_tokens = given.pop("batch_tokens")
     split = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
     if split == ["list"]:
         check_tasks(TasksRequest(tasks=split))
@@ -359,7 +359,6 @@ def tasks_command(
         console.print_json({"tasks": known_tasks()}) if as_json else click.echo("\n".join(known_tasks()))
         return 0
     page = flags.report_page(report)
-    given = flags.given(options)
     settings, sources = train_settings(given), adapter_sources(named.adapters, named.blends)
     if settings.data.data:
         if not split and (useless := [flag for name, flag in OF_TASKS_ONLY.items() if own[name]]):

@@ -72,16 +72,16 @@ from mlx_lora.utils.errors import InputError
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
 )
 @click.option("--private", is_flag=True, help="Create that repository as private.")
-def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
+def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
     """Write the adapter on --model in another program's format."""
-    asked = ExportSettings(**{field.name: options.pop(field.name) for field in fields(ExportSettings)})
+    asked = ExportSettings(**{field.name: given.pop(field.name) for field in fields(ExportSettings)})
     asked.check(bool(adapter.adapter_path))
     folder = adapter.folder()
     merged = merged_file(asked) if folder else None
     if data and merged is None:
         raise InputError(f"--data with --to {asked.to}: only a merged model is measured; leave it out")
     look_at_data(data)  # refused before the work if it is not there
-    settings = train_settings(flags.given(options)).model
+    settings = train_settings(given).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(
         settings, read=FORMATS[asked.to].holds_base

@@ -69,13 +69,13 @@ FUSED_BITS = ("5", "6", "8")
 )
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **options: Any) -> None:
+def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **given: Any) -> None:
     """Merge the adapter into --model, and measure how much of what it learned is kept."""
-    folder, force = adapter.folder(), options.pop("force")
+    folder, force = adapter.folder(), given.pop("force")
     if folder is None:
         raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
     dequantize, bits, rows, plain, size = (
-        options.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
+        given.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
     )
     if plain and rows is not None:
         raise InputError("--compensate with --no-compensate: leave out one of them")
@@ -84,7 +84,7 @@ def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, 
     compensate = False if plain else True if rows is not None else None
     budget = Budget.parse(size) if size else None
     asked = FuseSettings(out, dequantize, int(bits or 0) or None, compensate, rows or None, budget, data, force)
-    fused = fuse(train_settings(flags.given(options)).model, folder, asked, adapter.ignore_fingerprint)
+    fused = fuse(train_settings(given).model, folder, asked, adapter.ignore_fingerprint)
     if fused.full:
         console.echo(f"{fused.full} parameters trained in full are in it unchanged, in float")
     summary, gain = fused.summary(), fused.gain

@@ -60,14 +60,13 @@ def main(
     images: tuple[str, ...],
     ignore_chat_template: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
-    system_prompt, tools_file, text = options.pop("system_prompt"), options.pop("tools_file"), read_prompt(prompt)
+    system_prompt, tools_file, text = given.pop("system_prompt"), given.pop("tools_file"), read_prompt(prompt)
     tools, folder = read_tools(tools_file) if tools_file else None, adapter.folder()
     if folder is not None:
         check_writes_text(folder)
-    given = flags.given(options)
     settings = train_settings(given)
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)

@@ -57,16 +57,16 @@ from mlx_lora.utils.errors import InputError
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **options: Any
+    adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:  # fmt: skip
     """Write one adapter that is the weighted sum of several, or an approximation of it, and measure it beside them."""
     names = ("how", "density", "svd_rank", "seed", "majority_sign_method")
-    how = MergeSettings(**{name: options.pop(name) for name in names})
-    force, ignore_fingerprint = options.pop("force"), options.pop("ignore_fingerprint")
+    how = MergeSettings(**{name: given.pop(name) for name in names})
+    force, ignore_fingerprint = given.pop("force"), given.pop("ignore_fingerprint")
     if data and no_evaluate:
         raise InputError("--data with --no-evaluate: nothing is measured; leave out one of them")
     job = MergeJob(check_weights(weights(adapters)), how, check_out(out, force), ignore_fingerprint)
-    base = load_base(train_settings(flags.given(options)).model)
+    base = load_base(train_settings(given).model)
     merged = job.run(base, data, evaluate=not no_evaluate)
     for name, why in (merged.not_measured or {}).items():
         console.echo(f"Not measured on rows of {name}: {why}; name rows with --data FILE")

@@ -51,10 +51,9 @@ from mlx_lora.utils.text import counted
 @flags.as_one("how", MineOptions)
 @flags.as_one("file", flags.NewFile)
 def main(
-    adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **options: Any
+    adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **given: Any
 ) -> None:
     """Write the queries of --data and their documents, each with its negatives and the nearest documents that are not its own."""
-    given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
     read = all_files(settings.data.data) if settings.data.data else []
     file.check(one.path for one in [*read, *(passage_files(corpus) if corpus else [])])

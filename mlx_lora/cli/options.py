@@ -65,6 +65,12 @@ class ShortCommand(console.Command):
         advice = f"write {shlex.join([meant[0], left[0]])}" if meant else f"{self.listing} lists the options"
         raise InputError(f"{left[0]}: found without an option before it; {advice}")
 
+    def invoke(self, ctx: click.Context) -> Any:
+        for param in self.params:
+            if isinstance(param, SettingOption) and ctx.params[param.name] is None:
+                del ctx.params[param.name]  # a settings file, or the default, decides
+        return super().invoke(ctx)
+
 
 class SettingsCommand(ShortCommand, console.LongCommand):
     """A command with all settings of a run."""
@@ -119,6 +125,10 @@ def repeated(args: Sequence[str], names: tuple[str, ...]) -> Iterator[str]:
         else:
             first = False
         yield arg
+
+
+class SettingOption(console.Option):
+    """The option of a setting; a command is called with those that were given."""
 
 
 class NumberOrWord(click.ParamType):
@@ -333,8 +343,8 @@ def report_page(report: str | None) -> Path | None:
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
 
-    Options that the user does not give are left out (see `given`), so that a YAML file can set them. The defaults are
-    only in config/settings.py.
+    A command is called with the options that the user gives, so that a YAML file can set the others. The defaults are only in
+    config/settings.py.
 
     Args:
         sections: keys of SECTIONS or COMMAND_SECTIONS.
@@ -357,7 +367,7 @@ def setting_option(setting: str | dataclasses.Field) -> Callable[[Callable], Cal
     notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
     if f.default is not None:
         notes.append(f"default: {('off', 'on')[f.default] if isinstance(f.default, bool) else f.default}")
-    shown: dict[str, Any] = {"cls": console.Option, "group": row.group, "common": row.common, "default": None}
+    shown: dict[str, Any] = {"cls": SettingOption, "group": row.group, "common": row.common, "default": None}
     shown["help"] = f"{row.help} [{'; '.join(notes)}]" if notes else row.help
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", name, **shown)
@@ -387,8 +397,3 @@ def server_key(command: str, host: str, given: str | None) -> str | None:
             f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
         )
     return key
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given on the command line."""
-    return {name: value for name, value in options.items() if value is not None}

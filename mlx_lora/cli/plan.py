@@ -121,11 +121,11 @@ def whole_gigabytes(text: str) -> int:
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
     config_file: str | None, allow_code: bool, chip: str | None, memory_gb: int | None, all_chips: bool, macs: str | None,
-    as_json: bool, **options: Any,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
-    hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
-    sweep, clients = options.pop("sweep"), options.pop("clients")
+    hostfile, link_gbit = given.pop("hostfile"), given.pop("link_gbit")
+    sweep, clients = given.pop("sweep"), given.pop("clients")
     budget = None if sweep is None else read_budget(sweep)
     several = macs is not None or hostfile is not None
     if budget is not None and (several or all_chips):
@@ -134,7 +134,6 @@ def main(
         )
     if link_gbit is not None and not several:
         raise InputError("--link-gbit: only for --macs or --hostfile; add one of them, or leave it out")
-    given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given, allow_code))
     if clients is not None:
         if config_file or macs or hostfile or all_chips or budget or set(given) - OF_CLIENTS:

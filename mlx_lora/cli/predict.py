@@ -52,10 +52,9 @@ def main(
     out: str | None,
     force: bool,
     batch_tokens: int | None,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
-    given = flags.given(options)
     settings = train_settings({**given, "objective": "classify"})
     if bool(texts) == bool(settings.data.data):
         raise InputError("predict: give --text TEXT, or --data FILE")

@@ -37,13 +37,13 @@ TABLES = (".csv", ".tsv", ".xlsx")
 )
 @click.option("--force", is_flag=True, help="Replace --out.")
 @flags.as_one("file", flags.NewFile)
-def main(file: flags.NewFile, number: int, **options: Any) -> None:
+def main(file: flags.NewFile, number: int, **given: Any) -> None:
     """Write the records of --data, each followed by itself with other wordings of its question.
 
     --model is a model, or the address of a server with OpenAI's protocol, such as LM Studio's or Ollama's. Only training
     rows are read.
     """
-    settings = train_settings(flags.given(options))
+    settings = train_settings(given)
     read = [one for data in find_sets(settings.data.data or "") for one in data.splits.get("train", ())]
     file.check(one.path for one in read)
     table = all(one.path.suffix.lower() in TABLES for one in read)

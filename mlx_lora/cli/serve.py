@@ -42,9 +42,8 @@ NOT_FOR_TRAINING = ("prompt_cache", "request_timeout", "max_waiting")
 @click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "serve")
 @flags.named_adapters_options()
-def main(named: flags.NamedAdapters, **options: Any) -> None:
+def main(named: flags.NamedAdapters, **given: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
-    given = flags.given(options)
     model, settings = serve_settings(given)
     useless = [flag_of(name) for name in given if name in (NOT_FOR_TRAINING if settings.training else FOR_TRAINING)]
     if useless:

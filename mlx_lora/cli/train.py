@@ -54,10 +54,9 @@ def _starting() -> None:
 )  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **options: Any
+    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
-    given = flags.given(options)
     if runs:
         return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run}, allow_code)
     settings = train_settings(given, read_settings(config_file, given, allow_code))

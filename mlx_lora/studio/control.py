@@ -123,12 +123,13 @@ class RunControl:
 
     def going_on(self) -> str | None:
         """Return what trains now, in words: a run, also of a terminal, or a search of the learning rate; None: nothing does."""
-        for run in self._listing.going_on():
-            return f"the run {run['name']}"
-        for task in self._tasks.listed():
-            if task["kind"] == SWEEP and task["state"] == "running":
-                return f"the task “{task['title']}”"
-        return None
+        names = [f"the run {run['name']}" for run in self._listing.going_on()]
+        names += [
+            f"the task “{task['title']}”"
+            for task in self._tasks.listed()
+            if (task["kind"], task["state"]) == (SWEEP, "running")
+        ]
+        return names[0] if names else None
 
     # --- runs
 

@@ -103,13 +103,14 @@ class ModelStores:
 
     def _all(self) -> list[LocalModel]:
         embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
-        found = [LocalModel(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
-        found += hub_models(Path(HF_HUB_CACHE))
-        for folder in self._folders.all_models:
-            found += folder_models(folder)
-        found += ollama_models(ollama_store(), self._folders.models / "ollama")
-        for folder in lmstudio_stores():
-            found += [LocalModel(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
+        studio = [one for folder in lmstudio_stores() for one in folder_models(folder)]
+        found = [
+            *(LocalModel(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()),
+            *hub_models(Path(HF_HUB_CACHE)),
+            *(one for folder in self._folders.all_models for one in folder_models(folder)),
+            *ollama_models(ollama_store(), self._folders.models / "ollama"),
+            *(LocalModel(one.id, one.name, "lmstudio", one.path) for one in studio),
+        ]
         seen: dict[str, LocalModel] = {}
         for one in found[:MOST_MODELS]:
             seen.setdefault(one.id, one)
