@@ -21,7 +21,7 @@ import click
 from huggingface_hub import snapshot_download
 
 from mlx_lora.cli import options as flags
-from mlx_lora.parallel.hosts import LinkRates, hosts_of, probe_link, reachable
+from mlx_lora.parallel.hosts import hosts_of, probe_link, reachable
 from mlx_lora.parallel.launch import find_launch, together
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils import console, device
@@ -79,8 +79,21 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
         machines = ranks.everyone(facts_here(model))
         rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
         problems = problems_of(machines)
-        if ranks.leads:
-            show(machines, rates, problems, as_json)
+        if ranks.leads and as_json:
+            console.print_json({"machines": machines, "link": rates and asdict(rates), "problems": problems})
+        elif ranks.leads:
+            for rank, machine in enumerate(machines):
+                click.echo(
+                    f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])} of memory, a run may "
+                    f"use {gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; "
+                    f"mlx {machine['versions']['mlx']}"
+                )
+            if rates is not None:
+                speed, wait = rates.bytes_per_s * 8 / 1e9, 1e6 * rates.latency_s
+                click.echo(f"Link: {speed:.2f} Gbit/s each way, {wait:.0f} us for a small message")
+            for problem in problems:
+                click.echo(f"FAILED {problem}")
+            click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")
         ranks.meet()
     return 1 if problems else 0
 
@@ -128,22 +141,3 @@ def problems_of(machines: Sequence[dict[str, Any]]) -> list[str]:
         elif machine["model"] != first["model"] and first["model"]:
             problems.append(f"{who}: has other model files than rank 0; copy rank 0's there")
     return problems
-
-
-def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: list[str], as_json: bool) -> None:
-    """Print what was found."""
-    if as_json:
-        console.print_json({"machines": machines, "link": rates and asdict(rates), "problems": problems})
-        return
-    for rank, machine in enumerate(machines):
-        click.echo(
-            f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])} of memory, a run may use "
-            f"{gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; mlx {machine['versions']['mlx']}"
-        )
-    if rates is not None:
-        click.echo(
-            f"Link: {rates.bytes_per_s * 8 / 1e9:.2f} Gbit/s each way, {1e6 * rates.latency_s:.0f} us for a small message"
-        )
-    for problem in problems:
-        click.echo(f"FAILED {problem}")
-    click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")

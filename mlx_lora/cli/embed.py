@@ -17,7 +17,7 @@ from mlx_lora.api.embed import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
-from mlx_lora.data.pairs import Passage, passage_files, read_passages
+from mlx_lora.data.pairs import passage_files, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
 from mlx_lora.utils import console
@@ -97,7 +97,23 @@ def main(
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given, how)
     vectors = embedder([one.text for one in passages], query)
-    write_vectors(out, vectors, passages)
+    with replacing_file(out) as temporary, temporary.open("wb") as opened:
+        if out.suffix == ".npy":
+            np.save(opened, vectors)
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            table = {
+                "text": [one.text for one in passages],
+                "file": [one.file for one in passages],
+                "embedding": pyarrow.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
+            }
+            pyarrow.parquet.write_table(pyarrow.table(table), opened)
+    for beside in texts:
+        with flags.NewFile(beside, True).records() as write:
+            for one in passages:
+                write({"text": one.text, "file": one.file})
     columns = list(dict.fromkeys(one.column for one in passages if one.column))
     if as_json:
         facts = {
@@ -109,34 +125,6 @@ def main(
         }
         console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
     else:
-        beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
+        also = f", and the texts in {texts[0]}" if texts else ""
         of = f"; the column {' and '.join(columns)} was read" if columns else ""
-        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}{of}")
-
-
-def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:
-    """Write vectors with their texts.
-
-    Args:
-        out: .npy or .parquet.
-        vectors: (N, D) float32.
-        passages: N texts.
-    """
-    with replacing_file(out) as temporary, temporary.open("wb") as file:
-        if out.suffix == ".npy":
-            np.save(file, vectors)
-        else:
-            import pyarrow
-            import pyarrow.parquet
-
-            width = pyarrow.list_(pyarrow.float32(), vectors.shape[1])
-            table = {
-                "text": [one.text for one in passages],
-                "file": [one.file for one in passages],
-                "embedding": pyarrow.FixedSizeListArray.from_arrays(vectors.ravel(), type=width),
-            }
-            pyarrow.parquet.write_table(pyarrow.table(table), file)
-    if out.suffix == ".npy":
-        with flags.NewFile(out.with_suffix(TEXTS), True).records() as write:
-            for one in passages:
-                write({"text": one.text, "file": one.file})
+        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{also}{of}")

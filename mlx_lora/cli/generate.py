@@ -6,12 +6,10 @@ python -m mlx_lora generate --model DIR --adapter-path my-adapter --prompt "O Ro
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import click
-from mlx_lm.generate import GenerationResponse
 
 from mlx_lora.api.base import TextSettings, text_pieces
 from mlx_lora.cli import options as flags
@@ -89,33 +87,22 @@ def main(
                 console.echo(strategy.words)
                 strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
             pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy)
-        print_text(base.model_id, pieces, as_json, ranks.leads)
-
-
-def print_text(model_id: str, responses: Iterable[GenerationResponse], as_json: bool, leads: bool) -> None:
-    """Print a text as it is generated, or all of it as one JSON object.
-
-    Args:
-        model_id: the name of the model.
-        responses: at least one.
-        as_json: print the object.
-        leads: whether this process prints; others only take part.
-    """
-    pieces: list[str] = []
-    last: Any = None
-    for last in responses:
-        pieces.append(last.text)
-        if leads and not as_json:
-            click.echo(last.text, nl=False)
-    if leads and as_json:
-        speed = {
-            "tokens": last.generation_tokens,
-            "tokens_per_s": last.generation_tps,
-            "finish_reason": last.finish_reason,
-        }
-        console.print_json({"text": "".join(pieces), **speed, "prompt_tokens": last.prompt_tokens, "model": model_id})
-    elif leads:
-        click.echo()
+        said: list[str] = []
+        last: Any = None
+        for last in pieces:  # all processes take part, and one prints
+            said.append(last.text)
+            if ranks.leads and not as_json:
+                click.echo(last.text, nl=False)
+        if ranks.leads and as_json:
+            speed = {
+                "tokens": last.generation_tokens,
+                "tokens_per_s": last.generation_tps,
+                "finish_reason": last.finish_reason,
+            }
+            facts = {"text": "".join(said), **speed, "prompt_tokens": last.prompt_tokens, "model": base.model_id}
+            console.print_json(facts)
+        elif ranks.leads:
+            click.echo()
 
 
 def read_prompt(prompt: str) -> str:

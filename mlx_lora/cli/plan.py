@@ -12,7 +12,6 @@ python -m mlx_lora plan --model smollm2 --clients 4 --rank 32
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +232,13 @@ def time_words(hours: float) -> str:
     return counted(max(1, round(hours * 3600)), "second")
 
 
-@cache
-def texts() -> jinja2.Environment:
-    """Return the templates of what is printed; they lie beside this file."""
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    found.filters |= {"gb": gigabytes, "counted": counted, "lasting": time_words}
-    found.globals |= {"phase_words": PHASE_WORDS, "part_words": PART_WORDS}
-    return found
+# The templates of what is printed.
+TEXTS = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+TEXTS.filters |= {"gb": gigabytes, "counted": counted, "lasting": time_words}
+TEXTS.globals |= {"phase_words": PHASE_WORDS, "part_words": PART_WORDS}
 
 
 def render(template: str, plan: dict[str, Any], **more: Any) -> str:
@@ -252,4 +248,4 @@ def render(template: str, plan: dict[str, Any], **more: Any) -> str:
         template: its name, without .txt.
         plan, more: what it shows, by name.
     """
-    return texts().get_template(f"{template}.txt").render(**plan, **more).rstrip("\n")
+    return TEXTS.get_template(f"{template}.txt").render(**plan, **more).rstrip("\n")

@@ -48,7 +48,11 @@ def routes(studio: Studio) -> list[BaseRoute]:
 async def upload(studio: Studio, request: Request) -> Response:
     """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
     given = (request.query_params.get("name") or "").replace("\\", "/").rpartition("/")[2]
-    name = upload_name(given)
+    # As it was, but for what is not fit for a name.
+    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
+    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
     length = request.headers.get("content-length", "")
     declared = int(length[:20]) if length.isdecimal() else 0
     if declared > studio.max_upload_bytes:
@@ -121,8 +125,15 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
     sets = body.get("data")
     if not isinstance(sets, list) or not sets or not all(isinstance(one, dict) for one in sets):
         raise ApiError(400, "data: must be a list of {path, weight}; choose a file first", "invalid_value", "data")
+    parts = []  # as --data takes them: PATH=WEIGHT, by comma
+    for one in sets[:100]:
+        path, weight = one.get("path"), one.get("weight", 1)
+        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
+            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
+            raise ApiError(400, message, "invalid_value")
+        parts.append(path if weight == 1 else f"{path}={weight:g}")
     settings = studio.checker.settings(body.get("settings") or {})
-    settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(data_text(sets))}
+    settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(",".join(parts))}
     offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
     limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
     page = previews.page(settings, offset, limit, body.get("filter") or "all")
@@ -135,35 +146,6 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
             columns = list(record.value) if isinstance(record, Record) and isinstance(record.value, dict) else []
     # For the page: how many training rows each set has, and, where none can be read, which columns there are.
     return {**page, "data": settings["data"], "columns": columns, "set_rows": rows}
-
-
-def data_text(sets: list[dict[str, Any]]) -> str:
-    """Return sets as `--data` takes them: PATH=WEIGHT, by comma.
-
-    Raises:
-        ApiError: one is not {path, weight}.
-    """
-    parts = []
-    for one in sets[:100]:
-        path, weight = one.get("path"), one.get("weight", 1)
-        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
-            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
-            raise ApiError(400, message, "invalid_value")
-        parts.append(path if weight == 1 else f"{path}={weight:g}")
-    return ",".join(parts)
-
-
-def upload_name(given: str) -> str:
-    """Return the name of an uploaded file: as it was, but for what is not fit for a name, and of a kind that is read as data.
-
-    Raises:
-        ApiError: 400, it is not.
-    """
-    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
-    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
-    if Path(name).suffix.lower() not in SUFFIXES:
-        raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
-    return name
 
 
 def _place(part: Path, wanted: Path) -> Path:
