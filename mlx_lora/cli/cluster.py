@@ -27,7 +27,7 @@ from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, free_on_disk
-from mlx_lora.utils.text import counted, gigabytes, installed_versions
+from mlx_lora.utils.text import installed_versions
 
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors
 # What must be equal on all machines, in addition to the model's files.
@@ -79,21 +79,9 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
         machines = ranks.everyone(facts_here(model))
         rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
         problems = problems_of(machines)
-        if ranks.leads and as_json:
-            console.print_json({"machines": machines, "link": rates and asdict(rates), "problems": problems})
-        elif ranks.leads:
-            for rank, machine in enumerate(machines):
-                click.echo(
-                    f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])} of memory, a run may "
-                    f"use {gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; "
-                    f"mlx {machine['versions']['mlx']}"
-                )
-            if rates is not None:
-                speed, wait = rates.bytes_per_s * 8 / 1e9, 1e6 * rates.latency_s
-                click.echo(f"Link: {speed:.2f} Gbit/s each way, {wait:.0f} us for a small message")
-            for problem in problems:
-                click.echo(f"FAILED {problem}")
-            click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")
+        facts = {"machines": machines, "link": rates and asdict(rates), "problems": problems}
+        if ranks.leads:
+            console.print_json(facts) if as_json else click.echo(flags.render("cluster", facts))
         ranks.meet()
     return 1 if problems else 0
 

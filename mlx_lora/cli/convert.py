@@ -15,14 +15,14 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli.options import ShortCommand
+from mlx_lora.cli.options import ShortCommand, render
 from mlx_lora.config import settings as config
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
 from mlx_lora.models.config import names_encoder
-from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learned, compare_on_text, convert_model
+from mlx_lora.models.convert import REPORT_TOKENS, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
 from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
 from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
@@ -104,7 +104,7 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         trust_remote_code=trust,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
-    _print_summary(out, conversion)
+    console.echo(render("convert", {"out": out, "made": conversion}))
     if text is not None:
         plain = learned.quantization if learned else None
         figures = result["perplexity"] = compare_on_text(source, out, text, trust, plain)
@@ -143,19 +143,3 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
     rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)
     several = [rows.row(number)[0] for number in range(len(rows))]
     return Learned(quantization, lambda model, config: learn_quantization(model, config, quantization, name, several))
-
-
-def _print_summary(out: Path, conversion: Conversion) -> None:
-    counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
-    size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
-    console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
-    if conversion.rounded:
-        words = f"of {conversion.rounded} carried tensors, scales are rounded to {conversion.dtype}"
-        console.echo(f"  {words}; --dtype float32 keeps the file's values")
-    for kind, errors in conversion.summary()["errors"].items():
-        figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
-        form = f" as {conversion.stored[kind]}" if kind in conversion.stored else ""
-        console.echo(f"  {kind} requantized{form}: {errors['tensors']} tensors, relative error {figures}")
-    if conversion.skipped:
-        shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
-        console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")

@@ -98,7 +98,8 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
         }  # fmt: skip
         console.print_json(facts)
     else:
-        click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
+        facts = {"header": here.header(), "platform": platform.platform(), "versions": versions, "checks": checks}
+        click.echo(flags.render("doctor", facts, table=table_lines(table) if show_kernels else []))
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
@@ -140,20 +141,6 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     if send:
         show_issue(content, asked.folder / RESULT_FILE)
     return 1 if content["summary"]["failed"] else 0
-
-
-def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:
-    """Return the report's lines."""
-    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    lines = [f"{here.header()}; {platform.platform()}", installed, ""]
-    for check in checks:
-        mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
-        lines.append(f"{mark}  {check.name:<12} {check.found}")
-        if check.advice:
-            lines.append(f"{'':<22} -> {check.advice}")
-    bad = sum(check.status == "failed" for check in checks)
-    doubtful = sum(check.status == "warning" for check in checks)
-    return [*lines, "", f"{len(checks)} checks: {bad} failed, {doubtful} with a warning"]
 
 
 def check_versions(versions: dict[str, str | None]) -> list[Check]:

@@ -382,17 +382,5 @@ def tasks_command(
     if page is not None:
         write_task_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")
-    if as_json:
-        console.print_json(facts)
-        return 0
-    for score in found.scores:
-        click.echo(f"{score.task}: {score.metric} of {score.rows} rows{'' if score.better else ', lower is better'}")
-        width = max(map(len, score.scores))
-        for name, one in score.scores.items():
-            error = "" if one.error is None else f" ± {one.error:.4f}"
-            compared = score.compared.get(name)
-            words = f"  {compared.words()}" if compared else ""
-            click.echo(f"  {name.ljust(width)}  {one.value:.4f}{error}{words}")
-    for line in found.notes:
-        click.echo(f"Note: {line}")
+    console.print_json(facts) if as_json else click.echo(flags.render("scores", vars(found)))
     return 0

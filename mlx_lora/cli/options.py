@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import jinja2
 
 from mlx_lora.config.fields import field_type, flag_of, row_of
 from mlx_lora.config.load import instead_of, recipe_names
@@ -23,6 +24,7 @@ from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, 
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.text import counted, gigabytes
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
@@ -76,6 +78,24 @@ class SettingsCommand(ShortCommand, console.LongCommand):
     """A command with all settings of a run."""
 
     listing = "--help-all"
+
+
+# What commands print of what they did, on several lines.
+TEXTS = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+TEXTS.filters |= {"gb": gigabytes, "counted": counted}
+
+
+def render(template: str, values: Mapping[str, Any], **more: Any) -> str:
+    """Return a text for the terminal.
+
+    Args:
+        template: its name, without .txt.
+        values, more: what it shows, by name.
+    """
+    return TEXTS.get_template(f"{template}.txt").render(**values, **more).rstrip("\n")
 
 
 def look_at_flags(command: str, args: Sequence[str]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import jinja2
 
 from mlx_lora.api.plan import choose_machine, plan_run
 from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
@@ -30,7 +29,7 @@ from mlx_lora.planner.speed import find_chip
 from mlx_lora.training_server.plan import MOST_CLIENTS, plan_training_server
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.text import counted, gigabytes
+from mlx_lora.utils.text import counted
 
 GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
 MOST_GB = 4096
@@ -141,7 +140,7 @@ def main(
                 "--revision, --bits, --dtype) apply to a training server, whose clients bring the rest; leave other flags out"
             )
         planned = plan_training_server(settings, clients, choose_machine(settings, chip, memory_gb)[0])
-        text = render("clients", planned, ceiling=MOST_CLIENTS)
+        text = render_plan("clients", planned, ceiling=MOST_CLIENTS)
     elif several:
         if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
             raise InputError(
@@ -153,7 +152,7 @@ def main(
         planned = plan_run(settings, chip, memory_gb, all_chips)
         if budget is not None:
             planned["sweep"] = {"budget": budget, "runs_at_once": planned["runs_at_once"]}
-        text = render("chips" if all_chips else "plan", planned)
+        text = render_plan("chips" if all_chips else "plan", planned)
     console.print_json(planned) if as_json else click.echo(text)
 
 
@@ -172,7 +171,7 @@ def plan_several(
         if not 2 <= int(macs) <= MOST_MACS:
             raise InputError(f"--macs {macs} --all-chips: from 2 to {MOST_MACS} equal Macs can be planned")
         planned = {"macs": equal_macs(settings, int(macs), link)}
-        return planned, render("equal_macs", planned, link=source)
+        return planned, render_plan("equal_macs", planned, link=source)
     if hostfile is None:
         given = parse_macs(macs)
     else:
@@ -183,7 +182,7 @@ def plan_several(
     planned = plan_on_macs(settings, given, link)
     lacking = max(mac["needed_bytes"] - mac["budget_bytes"] for mac in planned["macs"])
     ways = splits_line(planned["splits"])
-    return planned, render("macs", planned, link=source, lacking_bytes=lacking, splits_line=ways)
+    return planned, render_plan("macs", planned, link=source, lacking_bytes=lacking, splits_line=ways)
 
 
 # The plan as text
@@ -232,20 +231,7 @@ def time_words(hours: float) -> str:
     return counted(max(1, round(hours * 3600)), "second")
 
 
-# The templates of what is printed.
-TEXTS = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True,
-)  # fmt: skip
-TEXTS.filters |= {"gb": gigabytes, "counted": counted, "lasting": time_words}
-TEXTS.globals |= {"phase_words": PHASE_WORDS, "part_words": PART_WORDS}
-
-
-def render(template: str, plan: dict[str, Any], **more: Any) -> str:
-    """Return a plan as text for the terminal.
-
-    Args:
-        template: its name, without .txt.
-        plan, more: what it shows, by name.
-    """
-    return TEXTS.get_template(f"{template}.txt").render(**plan, **more).rstrip("\n")
+def render_plan(template: str, plan: dict[str, Any], **more: Any) -> str:
+    """Return a plan as text for the terminal; see `flags.render`."""
+    words = {"part_words": PART_WORDS, "phase_words": PHASE_WORDS, "lasting": time_words}
+    return flags.render(template, plan, **words, **more)

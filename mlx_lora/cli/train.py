@@ -121,9 +121,9 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if dry_run:
         _starting()
         from mlx_lora.api.dry_run import dry_run as dry_plan
-        from mlx_lora.cli.plan import render
+        from mlx_lora.cli.plan import render_plan
 
-        click.echo(render("plan", dry_plan(settings)))
+        click.echo(render_plan("plan", dry_plan(settings)))
         return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
