@@ -277,7 +277,7 @@ def side_by_side(found: Mapping[str, Any]) -> list[str]:
         said = [("question", row["question"], None), ("expected", row["expected"], None), *said]
         for place, (name, text, right) in enumerate(said):
             line = textwrap.shorten(console.printable(text, 10**6), MOST_SHOWN, placeholder=" ...")
-            lines.append(f"{'' if place else f'{number}.':<3}{name:<10}{line}{marks[right]}")
+            lines.append(f"{'   ' if place else f'{number}. '}{name:<10}{line}{marks[right]}")
     return [*lines, *filter(None, [found["right"]]), ""]
 
 
