@@ -154,7 +154,8 @@ def run_until_ended(app: Any, settings: ServeSettings, engine: Any, connections:
     from mlx_lora.serving.guard import ServerLimits, run_app
 
     def ready(server: Any, address: str) -> None:
-        console.echo(f"ready  {address} ({words.replace("{address}", address)}; Ctrl-C stops the server)")
+        use = words.replace("{address}", address)
+        console.echo(f"ready  {address} ({use}; Ctrl-C stops the server)")
         engine.on_failure = lambda: setattr(server, "should_exit", True)
 
     limits = ServerLimits(settings.read_timeout, SHUTDOWN_S, connections)
