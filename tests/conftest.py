@@ -312,3 +312,12 @@ def chats(tmp_path_factory) -> Path:
         row["instruction"] += f" #{n}"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser for the studio's page."""
+    from studio_browser import chromium  # few tests need it
+
+    with chromium() as one:
+        yield one

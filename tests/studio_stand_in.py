@@ -22,8 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mlx_lora.studio.app import page_routes
-from mlx_lora.studio.places import find_places
+from mlx_lora.studio.app import find_places, page_routes
 from mlx_lora.studio.web import SafeHeaders, setting_groups
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&lt;b&gt;'

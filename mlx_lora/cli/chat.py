@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -45,20 +44,26 @@ WAITING = 4096
 @flags.named_adapters_options(" The first one answers at the start.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
 @flags.text_options(512, TextSettings)
-def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **options: Any) -> None:
+def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **given: Any) -> None:
     """Chat with --model and its --adapter; type /help in the chat to list the commands."""
-    model = train_settings(flags.given(options)).model
+    model = train_settings(given).model
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
     with begun_engine(model, Limits(max_waiting=WAITING), named, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
         chat = ChatSession(engine, AnswerSettings(how.max_tokens, context, sampling), system_prompt)
         chat.adapter = next(iter(engine.store.cards), None)
-        check(chat)
-        console.echo("\n".join(lines))
+        if not any(chat.has_template(name) for name in chat.names):
+            raise InputError("--model: has no chat template, and no --adapter has one; use mlx-lora generate")
+        if chat.system and chat.has_template(chat.name):
+            try:
+                chat.check_system()
+            except InputError as error:
+                raise InputError(f"--system-prompt: {error}") from None
+        console.echo("\n".join([*lines, f"{chat.name} answers; /help lists the commands"]))
         talk(ChatLines(chat), chat)
 
 
-@contextlib.contextmanager
+@contextmanager
 def begun_engine(
     model: ModelSettings, limits: Limits, named: flags.NamedAdapters, own: tuple[str, ...] = ()
 ) -> Iterator[tuple[Engine, list[str]]]:
@@ -81,34 +86,31 @@ def begun_engine(
         engine.close()
 
 
-def check(chat: ChatSession) -> None:
-    """Check before the first question that a model can answer, and with the system prompt.
-
-    Raises:
-        InputError: there is no chat template, or it does not accept the system prompt.
-    """
-    if not any(chat.has_template(name) for name in chat.names):
-        raise InputError("--model: has no chat template, and no --adapter has one; use mlx-lora generate")
-    if chat.system and chat.has_template(chat.name):
-        try:
-            chat.check_system()
-        except InputError as error:
-            raise InputError(f"--system-prompt: {error}") from None
-
-
 def talk(lines: ChatLines, chat: ChatSession) -> None:
     """Read lines until Ctrl-D or Ctrl-C at the prompt, or the end of standard input."""
-    read = reader()
-    console.echo(f"{chat.name} answers; /help lists the commands")
+    typed = sys.stdin.isatty()
+    edited = typed and sys.stdout.isatty()  # by input()
+    if edited:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its editing and history
     with contextlib.suppress(EOFError, KeyboardInterrupt), interrupts(lines.interrupt):
-        while lines.take(read(f"{chat.name}> ")):
-            pass
-        return
-    if sys.stdin.isatty():
+        while True:
+            if not edited and typed:
+                click.echo(f"{chat.name}> ", nl=False, err=True)
+            line = (
+                f"{input(f'{chat.name}> ')}\n"
+                if edited
+                else sys.stdin.buffer.readline().decode(errors="surrogateescape")
+            )
+            if not line:
+                break
+            if not lines.take(line.rstrip("\r\n")):
+                return
+    if typed:
         console.echo()  # so that the shell's prompt begins a new line
 
 
-@contextlib.contextmanager
+@contextmanager
 def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
     """Let Ctrl-C call `stop` while it has something to stop; otherwise it raises KeyboardInterrupt."""
 
@@ -125,24 +127,6 @@ def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def reader() -> Callable[[str], str]:
-    """Return a function that reads a line, on a terminal with a prompt and line editing."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() its editing and history
-        return input
-
-    def read(prompt: str) -> str:
-        if sys.stdin.isatty():
-            click.echo(prompt, nl=False, err=True)
-        line = sys.stdin.buffer.readline()
-        if not line:
-            raise EOFError
-        return line.decode(errors="surrogateescape").rstrip("\r\n")
-
-    return read
-
-
 def write(text: str) -> None:
     """Write a piece of an answer to standard output, unchanged in a pipe; all else goes to standard error."""
     click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
@@ -154,34 +138,12 @@ def show_figures(line: str) -> None:
         console.echo(click.style(line, dim=True) if console.wants_color() else line)
 
 
-def complain(line: str) -> None:
-    """Show an error's line."""
-    console.echo(f"Error: {console.printable(line)}")
-
-
 def shown(text: str) -> str:
     """Return a model's text without control characters of terminals."""
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
 
 
 # What a user types
-
-
-@dataclass(frozen=True)
-class SlashCommand:
-    """One command.
-
-    Attributes:
-        usage: how to write it.
-        words: what it does.
-        run: takes the text after its name; returns True to end the chat.
-        wants: whether text after the name is required (True), optional (None) or not allowed (False).
-    """
-
-    usage: str
-    words: str
-    run: Callable[[str], bool | None]
-    wants: bool | None
 
 
 class ChatLines:
@@ -191,29 +153,26 @@ class ChatLines:
         self._chat = conversation
         self._answering = self._stopped = False
         self._answers: list[ChatAnswer] = []
-        self._commands = {
-            "adapter": SlashCommand(
-                "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True
+        # Name -> how to write it, what it does, what runs it, given the text after its name, and whether that text is
+        # required (True), optional (None) or not allowed (False).
+        self._commands: dict[str, tuple[str, str, Callable[[str], None] | None, bool | None]] = {
+            "adapter": (
+                "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True,
             ),
-            "adapters": SlashCommand("/adapters", "lists the base and the adapters", self._list, False),
-            "compare": SlashCommand(
+            "adapters": ("/adapters", "lists the base and the adapters", self._list, False),
+            "compare": (
                 "/compare TEXT",
                 "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
                 "to choose some, write @NAME ... before TEXT",
-                self._compare,
-                True,
+                self._compare, True,
             ),
-            "image": SlashCommand("/image FILE|URL", "shows a picture with the next question", self._image, True),
-            "load": SlashCommand("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
-            "system": SlashCommand(
-                "/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None
-            ),
-            "reset": SlashCommand("/reset", "empties the conversation", self._reset, False),
-            "help": SlashCommand("/help", "shows this list", self._help, False),
-            "quit": SlashCommand(
-                "/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", lambda rest: True, False
-            ),
-        }
+            "image": ("/image FILE|URL", "shows a picture with the next question", self._image, True),
+            "load": ("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
+            "system": ("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
+            "reset": ("/reset", "empties the conversation", self._reset, False),
+            "help": ("/help", "shows this list", self._help, False),
+            "quit": ("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", None, False),
+        }  # fmt: skip
 
     def take(self, line: str) -> bool:
         """Handle a line; return False if it ends the chat.
@@ -223,19 +182,27 @@ class ChatLines:
         """
         try:
             line.encode()
-        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
-            complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
-            return True
-        if not line.strip():
-            return True
-        try:
             if line.startswith("/") and not line.startswith("//"):
-                return not self._command(*line[1:].strip().partition(" ")[::2])
-            self._question(line[1:] if line.startswith("//") else line)
+                name, _, rest = line[1:].strip().partition(" ")
+                if name not in self._commands:
+                    raise InputError(f"/{name}: no such command; /help lists them, and //{name} sends it to the model")
+                usage, _, run, wants = self._commands[name]
+                if wants is not None and wants != bool(rest.strip()):
+                    raise InputError(f"/{name} {rest}".strip() + f": write it as {usage}")
+                if run is None:
+                    return False
+                run(rest.strip())
+            elif line.strip():
+                text = line.removeprefix("/") if line.startswith("//") else line
+                with self._answers_of(text, [self._chat.adapter]) as (answer,):
+                    self._show(answer)
+                    self._chat.keep(text, answer)
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
+            console.echo("Error: the line is not UTF-8; set the terminal, or save the file, as UTF-8")
         except UnknownAdapter as error:
-            complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
+            console.echo(f"Error: adapter {error}: it is no longer loaded; /adapters lists those that are")
         except InputError as error:
-            complain(str(error))
+            console.echo(f"Error: {console.printable(str(error))}")
         return True
 
     def interrupt(self) -> bool:
@@ -246,19 +213,6 @@ class ChatLines:
         for answer in self._answers:
             answer.stop()
         return True
-
-    def _command(self, name: str, rest: str) -> bool | None:
-        command, rest = self._commands.get(name), rest.strip()
-        if command is None:
-            raise InputError(f"/{name}: no such command; /help lists them, and //{name} sends it to the model")
-        if command.wants is not None and command.wants != bool(rest):
-            raise InputError(f"/{name} {rest}".strip() + f": write it as {command.usage}")
-        return command.run(rest)
-
-    def _question(self, text: str) -> None:
-        with self._answers_of(text, [self._chat.adapter]) as (answer,):
-            self._show(answer)
-            self._chat.keep(text, answer)
 
     def _compare(self, rest: str) -> None:
         names = []
@@ -338,6 +292,6 @@ class ChatLines:
         console.echo("the conversation is empty")
 
     def _help(self, rest: str) -> None:
-        width = max(len(command.usage) for command in self._commands.values())
-        for command in self._commands.values():
-            console.echo(f"{command.usage:{width}}  {command.words}")
+        width = max(len(usage) for usage, *_ in self._commands.values())
+        for usage, words, *_ in self._commands.values():
+            console.echo(f"{usage:{width}}  {words}")

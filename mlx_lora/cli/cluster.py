@@ -21,12 +21,12 @@ import click
 from huggingface_hub import snapshot_download
 
 from mlx_lora.cli import options as flags
-from mlx_lora.parallel.hosts import LinkRates, hosts_of, probe_link, reachable
+from mlx_lora.parallel.hosts import hosts_of, probe_link, reachable
 from mlx_lora.parallel.ranks import SeveralRanks, find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, free_on_disk
-from mlx_lora.utils.text import counted, gigabytes, installed_versions
+from mlx_lora.utils.text import installed_versions
 
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors
 # What must be equal on all machines, in addition to the model's files.
@@ -57,25 +57,32 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
                 f"--hostfile {hostfile}: `ssh {unreachable[0]} true` asks a question or fails; allow Remote Login there, "
                 f"and copy your key with `ssh-copy-id {unreachable[0]}`"
             )
-        return started_everywhere(hostfile, backend, model, as_json)
+        here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        if (launch := shutil.which("mlx.launch", path=here)) is None:
+            raise InputError("mlx.launch: not found beside this Python; reinstall mlx")
+        words = [
+            launch,
+            "--backend",
+            backend,
+            "--hostfile",
+            hostfile,
+            "--",
+            sys.executable,
+            "-m",
+            "mlx_lora",
+            "cluster",
+        ]
+        words += [*(["--model", model] if model else []), *(["--json"] if as_json else [])]
+        return subprocess.run(words).returncode
     with together(console.describe_error) as ranks:
         machines = ranks.everyone(facts_here(model))
         rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
         problems = problems_of(machines)
+        facts = {"machines": machines, "link": rates and asdict(rates), "problems": problems}
         if ranks.leads:
-            show(machines, rates, problems, as_json)
+            console.print_json(facts) if as_json else click.echo(flags.render("cluster", facts))
         ranks.meet()
     return 1 if problems else 0
-
-
-def started_everywhere(hostfile: str, backend: str, model: str | None, as_json: bool) -> int:
-    """Start this command on all machines through mlx.launch, and return its exit code."""
-    launch = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if launch is None:
-        raise InputError("mlx.launch: not found beside this Python; reinstall mlx")
-    words = [launch, "--backend", backend, "--hostfile", hostfile, "--", sys.executable, "-m", "mlx_lora", "cluster"]
-    words += [*(["--model", model] if model else []), *(["--json"] if as_json else [])]
-    return subprocess.run(words).returncode
 
 
 def facts_here(model: str | None) -> dict[str, Any]:
@@ -121,22 +128,3 @@ def problems_of(machines: Sequence[dict[str, Any]]) -> list[str]:
         elif machine["model"] != first["model"] and first["model"]:
             problems.append(f"{who}: has other model files than rank 0; copy rank 0's there")
     return problems
-
-
-def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: list[str], as_json: bool) -> None:
-    """Print what was found."""
-    if as_json:
-        console.print_json({"machines": machines, "link": rates and asdict(rates), "problems": problems})
-        return
-    for rank, machine in enumerate(machines):
-        click.echo(
-            f"rank {rank}: {machine['host']}, {machine['device']}, {gigabytes(machine['memory_bytes'])} of memory, a run may use "
-            f"{gigabytes(machine['working_set_bytes'])}; {gigabytes(machine['free_bytes'])} free on disk; mlx {machine['versions']['mlx']}"
-        )
-    if rates is not None:
-        click.echo(
-            f"Link: {rates.bytes_per_s * 8 / 1e9:.2f} Gbit/s each way, {1e6 * rates.latency_s:.0f} us for a small message"
-        )
-    for problem in problems:
-        click.echo(f"FAILED {problem}")
-    click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli.options import ShortCommand
+from mlx_lora.cli.options import ShortCommand, render
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config import settings as config
 from mlx_lora.config.fields import flag_of
@@ -23,7 +23,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
 from mlx_lora.models.config import names_encoder
-from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learned, compare_on_text, convert_model
+from mlx_lora.models.convert import REPORT_TOKENS, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
 from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
 from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
@@ -70,13 +70,28 @@ GENERAL_TEXT = Path(__file__).parents[1] / "data" / "general" / "text.jsonl"
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
     """Convert a model into a folder that mlx-lm and mlx-lora load."""
-    text = _read_text(report)
-    target = _target(flags)
-    dtype = compute_dtype(flags["dtype"])
-    trust = flags["trust_remote_code"]
+    text, target = None, None
+    if report is not None:
+        try:
+            text = report.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--report {report}: cannot be read ({error.strerror}); give a text file") from None
+        except UnicodeDecodeError:
+            raise InputError(f"--report {report}: is not UTF-8; give a text file") from None
+        if not text.strip():
+            raise InputError(f"--report {report}: is empty; give a text file")
+    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
+    if flags["no_quantize"] and given:
+        raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
+    if flags["no_quantize"]:
+        target = "float"
+    elif given:
+        target = choose_quantization(flags["bits"], flags["group_size"], flags["mode"])
+    dtype, trust = compute_dtype(flags["dtype"]), flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
-    if text is not None or flags["calibrate"]:
-        _check_predicts(source, "--report" if text is not None else "--calibrate", trust)
+    measured = "--report" if text is not None else "--calibrate" if flags["calibrate"] else None
+    if measured and source.kind == "folder" and names_encoder(read_config(source.path, trust)):
+        raise InputError(f"{measured}: {source.model_id} is an encoder, which predicts no tokens; leave it out")
     learned = _learned(source, target, flags)
     if learned and text is None:
         text = "\n\n".join(row["text"] for row in map(json.loads, GENERAL_TEXT.read_text("utf-8").splitlines()))
@@ -90,23 +105,17 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         trust_remote_code=trust,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
-    _print_summary(out, conversion)
+    console.echo(render("convert", {"out": out, "made": conversion}))
     if text is not None:
         plain = learned.quantization if learned else None
-        result["perplexity"] = compare_on_text(source, out, text, trust, plain)
-        _print_perplexity(report or "general texts", result["perplexity"])
+        figures = result["perplexity"] = compare_on_text(source, out, text, trust, plain)
+        rounded = f", {figures['rounded']:.4f} by plain rounding" if "rounded" in figures else ""
+        console.echo(
+            f"  perplexity on {figures['tokens']} tokens of {report or 'general texts'}: {figures['source']:.4f} source in float, "
+            f"{figures['converted']:.4f} converted ({figures['converted'] / figures['source'] - 1:+.2%}){rounded}"
+        )
     if flags["as_json"]:
         console.print_json(result)
-
-
-def _check_predicts(source: ModelSource, flag: str, trust_remote_code: bool) -> None:
-    """Refuse what needs the probabilities of tokens for a model that predicts none.
-
-    Raises:
-        InputError: the model is an encoder.
-    """
-    if source.kind == "folder" and names_encoder(read_config(source.path, trust_remote_code)):
-        raise InputError(f"{flag}: {source.model_id} is an encoder, which predicts no tokens; leave it out")
 
 
 def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learned | None:
@@ -135,51 +144,3 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
     rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)
     several = [rows.row(number)[0] for number in range(len(rows))]
     return Learned(quantization, lambda model, config: learn_quantization(model, config, quantization, name, several))
-
-
-def _target(flags: dict[str, Any]) -> Target | None:
-    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
-    if flags["no_quantize"]:
-        if given:
-            raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
-        return "float"
-    return choose_quantization(flags["bits"], flags["group_size"], flags["mode"]) if given else None
-
-
-def _read_text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--report {path}: cannot be read ({error.strerror}); give a text file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--report {path}: is not UTF-8; give a text file") from None
-    if not text.strip():
-        raise InputError(f"--report {path}: is empty; give a text file")
-    return text
-
-
-def _print_summary(out: Path, conversion: Conversion) -> None:
-    counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
-    size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
-    console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
-    if conversion.rounded:
-        words = f"of {conversion.rounded} carried tensors, scales are rounded to {conversion.dtype}"
-        console.echo(f"  {words}; --dtype float32 keeps the file's values")
-    for kind, errors in conversion.summary()["errors"].items():
-        figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
-        form = f" as {conversion.stored[kind]}" if kind in conversion.stored else ""
-        console.echo(f"  {kind} requantized{form}: {errors['tensors']} tensors, relative error {figures}")
-    if conversion.skipped:
-        shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
-        console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
-
-
-def _print_perplexity(report: Path | str, figures: dict[str, Any]) -> None:
-    change = figures["converted"] / figures["source"] - 1
-    rounded = f", {figures['rounded']:.4f} by plain rounding" if "rounded" in figures else ""
-    console.echo(
-        f"  perplexity on {figures['tokens']} tokens of {report}: "
-        f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%}){rounded}"
-    )

@@ -86,13 +86,10 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
         raise InputError(
             f"{' and '.join(given)} without --full: only the full check uses it; add --full, or leave it out"
         )
-    here, versions = device.current_device(), installed_versions()
-    checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
-    rates, speed = check_speed()
     if show_kernels:
         measure_usual()
-    table = known_table()
-    checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
+    here, versions, table, (rates, speed) = device.current_device(), installed_versions(), known_table(), check_speed()
+    checks = short_checks(here, [*speed, check_kernels(table)], hub)
     if as_json:
         facts = {
             "device": here.name, "backend": here.backend, "memory_bytes": here.memory_bytes,
@@ -101,8 +98,21 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
         }  # fmt: skip
         console.print_json(facts)
     else:
-        click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
+        facts = {"header": here.header(), "platform": platform.platform(), "versions": versions, "checks": checks}
+        click.echo(flags.render("doctor", facts, table=table_lines(table) if show_kernels else []))
     return 1 if any(check.status == "failed" for check in checks) else 0
+
+
+def short_checks(here: device.Device, measured: list[Check], hub: bool) -> list[Check]:
+    """Return the checks of a call without `--full`; those of the speed are measured before."""
+    words = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
+    memory, blas = Check("memory", "ok", words), Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
+    if here.working_set_bytes < 4 * GIB:
+        memory = Check("memory", "warning", words, "enough for models up to 1B in 4 bits with --grad-checkpoint block")
+    if here.backend != "cpu":
+        blas = Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
+    found = [*check_versions(installed_versions()), memory, blas, *check_arithmetic(), check_repeats()]
+    return [*found, *measured, check_cache(), *([check_hub()] if hub else [])]
 
 
 def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
@@ -117,10 +127,7 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
         raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
 
     def short(kit: Kit) -> Iterator[CheckFinding]:
-        here = kit.here
-        speed = check_speed()[1]
-        found = [*check_versions(installed_versions()), check_memory(here), check_blas(here), *check_arithmetic()]
-        for one in [*found, check_repeats(), *speed, check_cache(), *([check_hub()] if hub else [])]:
+        for one in short_checks(kit.here, check_speed()[1], hub):
             yield CheckFinding(one.name, one.status, one.found, advice=one.advice)
 
     check_writable(asked.folder, "--out", needed_bytes=10_000_000)
@@ -135,20 +142,6 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     return 1 if content["summary"]["failed"] else 0
 
 
-def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:
-    """Return the report's lines."""
-    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    lines = [f"{here.header()}; {platform.platform()}", installed, ""]
-    for check in checks:
-        mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
-        lines.append(f"{mark}  {check.name:<12} {check.found}")
-        if check.advice:
-            lines.append(f"{'':<22} -> {check.advice}")
-    bad = sum(check.status == "failed" for check in checks)
-    doubtful = sum(check.status == "warning" for check in checks)
-    return [*lines, "", f"{len(checks)} checks: {bad} failed, {doubtful} with a warning"]
-
-
 def check_versions(versions: dict[str, str | None]) -> list[Check]:
     """Check for versions that are known to give wrong results."""
     bad = [
@@ -159,71 +152,42 @@ def check_versions(versions: dict[str, str | None]) -> list[Check]:
     return bad or [Check("versions", "ok", "none is known to give wrong results")]
 
 
-def check_memory(here: device.Device) -> Check:
-    """Return the memory that a run may use."""
-    found = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
-    if here.working_set_bytes < 4 * GIB:
-        advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
-        return Check("memory", "warning", found, advice)
-    return Check("memory", "ok", found)
-
-
-def check_blas(here: device.Device) -> Check:
-    """Check which library computes products on a CPU."""
-    if here.backend != "cpu":
-        return Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
-    return Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
-
-
 def check_arithmetic() -> list[Check]:
     """Run the self-test; each wrong product gets its own line."""
     findings = list(self_test())
+    worst = max(findings, key=lambda one: one.error / one.bound)
+    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.what}, error {worst.error:.1e}"
     bad = [
-        Check(
-            "arithmetic",
-            "failed",
-            f"{one.what}: off by {one.error:.1e} of the largest number, rounding explains {one.bound:.0e}",
-            "do not train here with that dtype or quantization; try another mlx version, and report this to mlx",
-        )
+        f"{one.what}: off by {one.error:.1e} of the largest number, rounding explains {one.bound:.0e}"
         for one in findings
         if not one.good
     ]
-    worst = max(findings, key=lambda one: one.error / one.bound)
-    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.what}, error {worst.error:.1e}"
-    return bad or [Check("arithmetic", "ok", good)]
+    advice = "do not train here with that dtype or quantization; try another mlx version, and report this to mlx"
+    return [Check("arithmetic", "failed", words, advice) for words in bad] or [Check("arithmetic", "ok", good)]
 
 
 def check_repeats() -> Check:
     """Check whether the same step gives the same bits each time."""
-    changing = changing_gradients()
-    if changing:
-        found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
-        return Check(
-            "repeats", "warning", found, "two runs with the same seed will agree up to rounding, not bit for bit"
-        )
-    return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
+    if not (changing := changing_gradients()):
+        return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
+    found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
+    return Check("repeats", "warning", found, "two runs with the same seed will agree up to rounding, not bit for bit")
 
 
 def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
     """Measure products per dtype and memory, and compare the dtype that runs use with the others."""
-    rates = {}
-    for name in ("float32", "bfloat16", "float16"):
-        ceilings = measure_ceilings(name, rounds=3)
-        rates[name] = {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s}
+    measured = {name: measure_ceilings(name, rounds=3) for name in ("float32", "bfloat16", "float16")}
+    rates = {
+        name: {"flops_per_s": one.flops_per_s, "bytes_per_s": one.bytes_per_s} for name, one in measured.items()
+    }  # fmt: skip
     taken = str(device.compute_dtype()).rpartition(".")[2]
-    products = ", ".join(f"{name} {one['flops_per_s'] / 1e9:,.0f}" for name, one in rates.items())
-    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs use {taken}"
-    best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
-    if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
-        return rates, [
-            Check(
-                "speed",
-                "warning",
-                found,
-                f"--dtype {best} multiplies faster here, but changes the memory that a run needs",
-            )
-        ]
-    return rates, [Check("speed", "ok", found)]
+    products = ", ".join(f"{name} {one.flops_per_s / 1e9:,.0f}" for name, one in measured.items())
+    found = f"{products} GFLOP/s in products; memory {measured[taken].bytes_per_s / 1e9:.1f} GB/s; runs use {taken}"
+    best = max(("float32", "bfloat16"), key=lambda name: measured[name].flops_per_s)
+    if measured[best].flops_per_s <= 1.5 * measured[taken].flops_per_s:
+        return rates, [Check("speed", "ok", found)]
+    advice = f"--dtype {best} multiplies faster here, but changes the memory that a run needs"
+    return rates, [Check("speed", "warning", found, advice)]
 
 
 def check_kernels(table: list[dict[str, Any]]) -> Check:
@@ -234,12 +198,10 @@ def check_kernels(table: list[dict[str, Any]]) -> Check:
         )
     counts = Counter((row["kernel"], row["chosen"]) for row in table)
     found = ", ".join(f"{kernel} {name} in {count}" for (kernel, name), count in sorted(counts.items()))
-    wrong = sorted(
-        {f"{row['kernel']} {name}" for row in table for name, one in row["candidates"].items() if not one["correct"]}
-    )
-    if wrong:
-        return Check("kernels", "warning", f"shapes measured: {found}", f"wrong here and not used: {', '.join(wrong)}")
-    return Check("kernels", "ok", f"shapes measured: {found}")
+    tried = [(row["kernel"], name, one["correct"]) for row in table for name, one in row["candidates"].items()]
+    wrong = ", ".join(sorted({f"{kernel} {name}" for kernel, name, correct in tried if not correct}))
+    advice = f"wrong here and not used: {wrong}" if wrong else ""
+    return Check("kernels", "warning" if wrong else "ok", f"shapes measured: {found}", advice)
 
 
 def check_cache() -> Check:
@@ -254,12 +216,8 @@ def check_cache() -> Check:
             "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
         )
     free = shutil.disk_usage(existing).free
-    found = f"{folder}: {free / 1e9:.0f} GB free"
-    return (
-        Check("disk", "ok", found)
-        if free > ROOM_BYTES
-        else Check("disk", "warning", found, "a 7B model takes 20 GB in all")
-    )
+    status, advice = ("ok", "") if free > ROOM_BYTES else ("warning", "a 7B model takes 20 GB in all")
+    return Check("disk", status, f"{folder}: {free / 1e9:.0f} GB free", advice)
 
 
 def check_hub() -> Check:

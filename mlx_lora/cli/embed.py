@@ -6,7 +6,7 @@ python -m mlx_lora embed questions.jsonl --model DIR --query --out questions.par
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mlx_lora.api.embed import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
-from mlx_lora.data.pairs import Passage, passage_files, read_passages
+from mlx_lora.data.pairs import passage_files, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
 from mlx_lora.utils import console
@@ -79,7 +79,7 @@ class FileCommand(flags.ShortCommand):
 @flags.as_one("file", flags.NewFile)
 def main(
     adapter: flags.OneAdapter, data: str, file: flags.NewFile, text_column: str | None, query: bool, how: VectorOptions,
-    as_json: bool, **options: Any,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Write the vectors of texts: a .npy file with the texts in a .jsonl file beside it, or one .parquet file with both."""
     out = file.out
@@ -87,60 +87,44 @@ def main(
         raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
     texts = [out.with_suffix(TEXTS)] if out.suffix == ".npy" else []
     file.check([one.path for one in passage_files(data)], texts)
-    if out.suffix == ".parquet":
-        _arrow()
-    given = flags.given(options)
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InputError(
+            "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
+        )
     check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column, query)
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given, how)
     vectors = embedder([one.text for one in passages], query)
-    write_vectors(out, vectors, passages)
-    columns = list(dict.fromkeys(one.column for one in passages if one.column))
-    if as_json:
-        facts = {"texts": len(vectors), "width": vectors.shape[1], "model": base.model_id, "out": str(out)}
-        facts |= {"columns": columns}
-        console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
-    else:
-        beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
-        of = f"; the column {' and '.join(columns)} was read" if columns else ""
-        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}{of}")
-
-
-def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:
-    """Write vectors with their texts.
-
-    Args:
-        out: .npy or .parquet.
-        vectors: (N, D) float32.
-        passages: N texts.
-    """
-    with replacing_file(out) as temporary:
+    with replacing_file(out) as temporary, temporary.open("wb") as opened:
         if out.suffix == ".npy":
-            with temporary.open("wb") as file:
-                np.save(file, vectors)
+            np.save(opened, vectors)
         else:
-            arrow, parquet = _arrow()
-            width = arrow.list_(arrow.float32(), vectors.shape[1])
+            import pyarrow
+            import pyarrow.parquet
+
             table = {
                 "text": [one.text for one in passages],
                 "file": [one.file for one in passages],
-                "embedding": arrow.FixedSizeListArray.from_arrays(vectors.ravel(), type=width),
+                "embedding": pyarrow.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
             }
-            parquet.write_table(arrow.table(table), temporary)
-    if out.suffix == ".npy":
-        with replacing_file(out.with_suffix(TEXTS)) as temporary:
-            lines = [json.dumps({"text": one.text, "file": one.file}, ensure_ascii=False) + "\n" for one in passages]
-            temporary.write_text("".join(lines), encoding="utf-8")
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
-        ) from error
-    return pyarrow, pyarrow.parquet
+            pyarrow.parquet.write_table(pyarrow.table(table), opened)
+    for beside in texts:
+        with flags.NewFile(beside, True).records() as write:
+            for one in passages:
+                write({"text": one.text, "file": one.file})
+    columns = list(dict.fromkeys(one.column for one in passages if one.column))
+    if as_json:
+        facts = {
+            "texts": len(vectors),
+            "width": vectors.shape[1],
+            "model": base.model_id,
+            "out": str(out),
+            "columns": columns,
+        }
+        console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
+    else:
+        also = f", and the texts in {texts[0]}" if texts else ""
+        of = f"; the column {' and '.join(columns)} was read" if columns else ""
+        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{also}{of}")

@@ -5,6 +5,13 @@ python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data questio
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter                      the rows that the run held out
 python -m mlx_lora evaluate --objective embed --model DIR --adapter-path my-adapter --data pairs.jsonl --corpus notes
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
+
+With --tasks, --metric or --judge it scores a base and adapters on tasks of lm-eval, and on rows of your own:
+
+python -m mlx_lora evaluate --model DIR --tasks arc_easy hellaswag --adapter mine=my-adapter --limit 200
+python -m mlx_lora evaluate --model DIR --tasks my-task.yaml --adapter a=runs/a --adapter b=runs/b --report scores.html
+python -m mlx_lora evaluate --model DIR --data questions.jsonl --metric exact_match rouge_l --adapter mine=my-adapter
+python -m mlx_lora evaluate --model DIR --data questions.jsonl --judge mlx-community/Qwen3-4B-4bit --adapter mine=my-adapter
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,14 +29,16 @@ import click
 
 from mlx_lora.api.embed import measure_embeddings
 from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss
+from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
-from mlx_lora.api.run_data import settings_of_run, with_settings_of_run
+from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
-from mlx_lora.config.settings import SECTIONS, TrainSettings
+from mlx_lora.config.settings import DataSettings, ObjectiveSettings, TrainSettings
 from mlx_lora.data.report import UNITS
+from mlx_lora.evaluation.own_rows import RowsAsked
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
@@ -42,6 +52,8 @@ from mlx_lora.reports.run_report import (
     shown_evaluation,
     write_evaluation_page,
 )
+from mlx_lora.reports.task_page import write_task_page
+from mlx_lora.serving.adapter_store import adapter_sources
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.header import MOST_SHOWN
@@ -52,32 +64,27 @@ from mlx_lora.utils.text import this_command, words_of
 
 STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to quit at once"
 STOPPED = "Interrupted: these figures are of a part of the data"
+STOPPING_TASKS = "Stopping; nothing is measured yet that could be compared. Press Ctrl-C again to quit at once"
+OF_TASKS = ("--tasks", "--metric", "--judge")
+OF_TASKS_ONLY = {"fewshot": "--num-fewshot", "apply_chat_template": "--apply-chat-template"}
+SEVERAL = ("--tasks", "--metric", "--adapter", "--adapter-path")  # take all the values that follow them
 
 
 class EvaluateCommand(flags.SettingsCommand):
-    """The command; with --tasks, --metric or --judge it is that of cli/evaluate_tasks.py, which has options of its own."""
+    """The command; with --tasks, --metric or --judge it is `tasks_command`, which has options of its own."""
 
     def chosen(self, args: Sequence[str]) -> click.Command:
         """Return the command that these arguments are for."""
-        if not any(arg.partition("=")[0] in OF_TASKS for arg in args):
-            return self
-        from mlx_lora.cli.evaluate_tasks import main as scores  # only where it is asked for
-
-        return scores
+        return tasks_command if any(arg.partition("=")[0] in OF_TASKS for arg in args) else self
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         command = self.chosen(args)
-        if command is not self:
-            return command.make_context(info_name, args, parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
+        return (super() if command is self else command).make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
-
-
-OF_TASKS = ("--tasks", "--metric", "--judge")
 
 
 @click.command(cls=EvaluateCommand)
@@ -114,56 +121,51 @@ OF_TASKS = ("--tasks", "--metric", "--judge")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> int:  # fmt: skip
     """Measure loss and perplexity of base and adapter on --data, or with --forgetting what the adapter made the model forget.
 
     Without --data, the rows that the adapter's run held out are measured.
     """
-    only = {name: options.pop(name) for name in ("against", "general_text", "general_chat")}
-    corpus = options.pop("corpus")
-    given, page = flags.given(options), flags.report_page(report)
-    settings = train_settings(given)
+    only = {name: given.pop(name) for name in ("against", "general_text", "general_chat")}
+    corpus = given.pop("corpus")
+    page = flags.report_page(report)
+    settings, whole_only = train_settings(given), "--objective embed" if given.get("objective") == "embed" else ""
     if forgetting:
+        whole_only = "--forgetting"
         if show is not None:
             raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
-        if flag := dividing_flag(settings.loop):
-            raise InputError(f"--forgetting with {flag}: it needs the whole base; leave out one of the two")
         if not adapter.adapter_path:
             raise InputError("--forgetting: no adapter; give --adapter-path")
-        idle = ["--corpus"] if corpus else []
-        idle += [
-            flag_of(name)
-            for name in given
-            if name in {field.name for field in fields(SECTIONS["objective"])}
-            and (name != "objective" or given[name] != "sft")
-        ]
-        if idle:
+        own = {field.name for field in fields(ObjectiveSettings)}
+        idle = [flag_of(name) for name in given if name in own and (name, given[name]) != ("objective", "sft")]
+        if idle := [*(["--corpus"] if corpus else []), *idle]:
             raise InputError(f"{', '.join(idle)} with --forgetting: it measures the loss of texts; leave it out")
-        folders = [adapter.folder(), *(resolve_adapter(flags.adapter_source(one)) for one in only["against"])]
-        general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
-        asked = ForgettingRequest(
-            settings.data,
-            {name: source for name, source in general.items() if source},
-            adapter.ignore_fingerprint,
-            batch_tokens,
-            held_out=not settings.data.data,
-        )
-        return _forgetting(settings, given, [folder for folder in folders if folder], asked, page, as_json)
-    if useless := [flag_of(name) for name, value in only.items() if value]:
+    elif useless := [flag_of(name) for name, value in only.items() if value]:
         raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
-    folder = adapter.folder()
-    if settings.objective.objective == "embed":
-        if page is not None or show or not settings.data.data:
-            raise InputError(
-                "--objective embed: give --data with queries and their documents, and neither --report nor --show"
-            )
-        if flag := dividing_flag(settings.loop):
-            raise InputError(f"--objective embed with {flag}: it needs the whole base; leave out one of the two")
-        return _retrieval(settings, given, adapter, folder, batch_tokens, corpus, as_json)
-    if corpus:
+    elif whole_only and (page is not None or show or not settings.data.data):
+        raise InputError(
+            "--objective embed: give --data with queries and their documents, and neither --report nor --show"
+        )
+    elif corpus and not whole_only:
         raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")
-    if held_out := not settings.data.data:
+    if whole_only and (flag := dividing_flag(settings.loop)):
+        raise InputError(f"{whole_only} with {flag}: it needs the whole base; leave out one of the two")
+    folder, held_out = adapter.folder(), not settings.data.data
+    if forgetting and folder is not None:
+        general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
+        general = {name: source for name, source in general.items() if source}
+        more = [resolve_adapter(flags.adapter_source(one)) for one in only["against"]]
+        settings = settings_of_run(folder, given) if held_out else with_settings_of_run(settings, given, folder)
+        asked = ForgettingRequest(settings.data, general, adapter.ignore_fingerprint, batch_tokens, held_out)
+        return _forgetting(settings, [folder, *(one for one in more if one)], asked, page, as_json)
+    facts = {"adapter_path": adapter.adapter_path, "data": settings.data.data}
+    if whole_only:
+        base = load_base(settings.model)
+        found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, batch_tokens)
+        console.print_json(found | facts) if as_json else print_retrieval(found, folder is not None)
+        return 0
+    if held_out:
         settings = settings_of_run(folder, given)
     check_adapter(settings, folder)
     check_show(settings, show or 0)
@@ -178,32 +180,22 @@ def main(
         asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
         result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
-            facts = {**result, "adapter_path": adapter.adapter_path, "data": settings.data.data}
-            print_loss(settings, facts, as_json)
+            facts = {**result, **facts, "data": settings.data.data}
+            console.print_json(facts) if as_json else print_loss(settings, facts)
             if "loss" in facts:
                 _keep(facts | {"held_out": held_out}, folder, page)
     return 130 if result.get("partial") else 0
 
 
-def _retrieval(
-    settings: TrainSettings, given: dict[str, Any], adapter: flags.OneAdapter, folder: Path | None, batch_tokens: int | None,
-    corpus: str | None, as_json: bool,
-) -> int:  # fmt: skip
-    """Measure and print how well vectors find documents, and return the exit code."""
-    base = load_base(settings.model)
-    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, batch_tokens)
-    if as_json:
-        console.print_json({**found, "adapter_path": adapter.adapter_path, "data": settings.data.data})
-        return 0
+def print_retrieval(found: dict[str, Any], compared: bool) -> None:
+    """Print how well vectors find documents; `compared`: those of an adapter, beside the base's."""
     measured = [name for name, value in found.items() if isinstance(value, float) and not name.startswith("base_")]
-    rows = [{"measure": words_of(name), "adapter" if folder else "model": _figure(found[name], 4)} for name in measured]
-    if folder:
-        rows = [{"measure": row["measure"], "base": _figure(found[f"base_{name}"], 4), "adapter": row["adapter"]}
-                for name, row in zip(measured, rows, strict=True)]  # fmt: skip
-    print_table(rows)
+    shown = {"base": "base_", "adapter": ""} if compared else {"model": ""}
+    print_table(
+        [{"measure": words_of(name)} | {who: _figure(found[of + name], 4) for who, of in shown.items()} for name in measured]
+    )  # fmt: skip
     if "queries" in found:
         click.echo(f"{found['queries']:,} queries in {found['documents']:,} documents")
-    return 0
 
 
 def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:
@@ -226,18 +218,13 @@ def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> Non
 
 
 def _forgetting(
-    settings: TrainSettings, given: dict[str, Any], adapters: list[Path], asked: ForgettingRequest, page: Path | None,
-    as_json: bool,
-) -> int:  # fmt: skip
+    settings: TrainSettings, adapters: list[Path], asked: ForgettingRequest, page: Path | None, as_json: bool
+) -> int:
     """Measure and print what adapters made the model forget, and return the exit code."""
-    if asked.held_out:
-        settings = settings_of_run(adapters[0], given)
-    else:
-        settings = with_settings_of_run(settings, given, adapters[0])
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        found = measure_forgetting(base, adapters, replace(asked, task=settings.data, stopped=stopped))
-        facts = found.to_dict() | {"partial": stopped()}
+        facts = measure_forgetting(base, adapters, replace(asked, stopped=stopped)).to_dict()
+        facts["partial"] = stopped()
     if page is not None and facts["sets"]:
         write_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")
@@ -250,11 +237,8 @@ def _forgetting(
     return 130 if facts["partial"] else 0
 
 
-def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -> None:
+def print_loss(settings: TrainSettings, result: dict[str, Any]) -> None:
     """Print what `measure_loss` found."""
-    if as_json:
-        console.print_json(result)
-        return
     if result.get("partial") and "loss" not in result:
         console.echo("Interrupted before anything was measured")
         return
@@ -287,20 +271,14 @@ def side_by_side(found: Mapping[str, Any]) -> list[str]:
     Args:
         found: as `shown_evaluation` returns it.
     """
-    lines = []
+    lines, marks = list[str](), {None: "", True: "  (right)", False: "  (not right)"}
     for number, row in enumerate(found["rows"], 1):
-        lines.append(f"{number}. {'question':<10}{_line(row['question'])}")
-        lines.append(f"   {'expected':<10}{_line(row['expected'])}")
-        for name, (text, right) in zip(found["models"], row["said"], strict=True):
-            lines.append(
-                f"   {name:<10}{_line(text)}{'' if right is None else '  (right)' if right else '  (not right)'}"
-            )
+        said = [(name, *one) for name, one in zip(found["models"], row["said"], strict=True)]
+        said = [("question", row["question"], None), ("expected", row["expected"], None), *said]
+        for place, (name, text, right) in enumerate(said):
+            line = textwrap.shorten(console.printable(text, 10**6), MOST_SHOWN, placeholder=" ...")
+            lines.append(f"{'   ' if place else f'{number}. '}{name:<10}{line}{marks[right]}")
     return [*lines, *filter(None, [found["right"]]), ""]
-
-
-def _line(text: str) -> str:
-    """Return a text on one line, without control characters, cut to a few lines of a terminal."""
-    return textwrap.shorten(console.printable(text, 10**6), MOST_SHOWN, placeholder=" ...")
 
 
 def _figure(value: float, digits: int) -> str:
@@ -313,3 +291,96 @@ def print_table(rows: list[dict[str, str]]) -> None:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for cells in ({name: name for name in rows[0]}, *rows):
         click.echo("  ".join(cells[name].ljust(width) for name, width in widths.items()).rstrip())
+
+
+# Scores of tasks, and of answers to rows
+
+
+@click.command(cls=flags.SettingsCommand, several=SEVERAL)
+@flags.settings_options("model", "data", leave_out=("valid_fraction", "ask", "rephrase", "rephrase_model"))
+@flags.named_adapters_options(" All are measured in the same batches as the base.")
+@click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAME|FILE.yaml ...",
+    help="lm-eval's tasks by name, or YAML files; `--tasks list` prints all names.",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME ...",
+    help="How answers to --data are scored: exact_match, number_match, json, rouge_l, tool_calls, math-verify, "
+    "regex:PATTERN, json_schema:FILE, or a function as FILE.py:NAME.",
+)
+@click.option(
+    "--judge", default=None, help="Another model, which compares each adapter's answers to --data with the base's."
+)
+@click.option(
+    "--num-fewshot",
+    "--num-shots",
+    "fewshot",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Solved examples before each question of a task [default: as the task says].",
+)
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Rows of each task [default: all].")
+@click.option(
+    "--apply-chat-template", is_flag=True, help="Ask tasks in the form of the chat template, as --data always is."
+)
+@click.option(
+    "-m",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Maximum number of tokens of an answer to --data.",
+)
+@click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+@click.option(
+    "--report", type=str, default=None, help="Write an HTML page with the scores and changed answers to this file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def tasks_command(
+    named: flags.NamedAdapters, tasks: tuple[str, ...], metrics: tuple[str, ...], report: str | None, as_json: bool,
+    **given: Any,
+) -> int:  # fmt: skip
+    """Score --model and each --adapter on --tasks, and on --data by --metric or --judge, and compare them.
+
+    Every adapter is compared with the base on the same rows. A difference is called one only if its 95% interval leaves out 0.
+    """  # fmt: skip
+    own = {name: given.pop(name) for name in ("judge", "fewshot", "limit", "apply_chat_template", "max_tokens")}
+    batch_tokens = given.pop("batch_tokens")
+    split = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
+    if split == ["list"]:
+        check_tasks(TasksRequest(tasks=split))
+        from mlx_lora.evaluation.harness import known_tasks  # lm-eval may not be installed
+
+        console.print_json({"tasks": known_tasks()}) if as_json else click.echo("\n".join(known_tasks()))
+        return 0
+    page = flags.report_page(report)
+    settings, sources = train_settings(given), adapter_sources(named.adapters, named.blends)
+    if settings.data.data:
+        if not split and (useless := [flag for name, flag in OF_TASKS_ONLY.items() if own[name]]):
+            raise InputError(f"{', '.join(useless)}: only with --tasks; leave it out")
+        folders = [source.folder for source in sources.values() if source.folder]
+        settings = with_settings_of_runs(settings, given, folders)
+        rows = RowsAsked(settings.data, own["max_tokens"], own["limit"])
+    else:
+        if useless := [flag_of(name) for name in given if name in {field.name for field in fields(DataSettings)}]:
+            raise InputError(f"{', '.join(useless)}: only with --data, and tasks have their own rows; leave it out")
+        rows = None
+    asked = TasksRequest(
+        split, rows, metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"], sources,
+        named.ignore_fingerprint, batch_tokens,
+    )  # fmt: skip
+    known, begun = check_tasks(asked), time.monotonic()
+    base = load_base(settings.model)
+    with interrupt_flag(STOPPING_TASKS) as stopped:
+        found = measure_tasks(base, replace(asked, stopped=stopped), known)
+    facts = found.to_dict() | {"model": base.model_id, "seconds": round(time.monotonic() - begun, 3)}
+    if page is not None:
+        write_task_page(page, facts, this_command(), device.current_device().header())
+        console.echo(f"page   {page}")
+    console.print_json(facts) if as_json else click.echo(flags.render("scores", vars(found)))
+    return 0

@@ -12,7 +12,6 @@ The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,16 @@ from mlx_lora.utils.errors import InputError
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
 )
 @click.option("--private", is_flag=True, help="Create that repository as private.")
-def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
+def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
     """Write the adapter on --model in another program's format."""
-    asked = ExportSettings(**{field.name: options.pop(field.name) for field in fields(ExportSettings)})
+    asked = ExportSettings(**{field.name: given.pop(field.name) for field in fields(ExportSettings)})
     asked.check(bool(adapter.adapter_path))
     folder = adapter.folder()
-    merged = merged_file(asked) if folder else None
-    if data and merged is None:
+    in_ollama = asked.to == "ollama" and asked.ollama_base is None
+    if data and not (folder and (in_ollama or asked.to in ("gguf", "hf"))):
         raise InputError(f"--data with --to {asked.to}: only a merged model is measured; leave it out")
     look_at_data(data)  # refused before the work if it is not there
-    settings = train_settings(flags.given(options)).model
+    settings = train_settings(given).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(
         settings, read=FORMATS[asked.to].holds_base
@@ -91,23 +90,17 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     kind, rounds = written.gguf_type if FORMATS[asked.to].merged_gguf else "float", written.rounds
     scores, qat = written.scores, written.info is not None and written.info.qat
     del written  # it holds the base
-    if folder is None or merged is None or scores:
+    if folder is None or scores or not (in_ollama or asked.to in ("gguf", "hf")):
         return
     if not data and not rounds:
         kind = "the base's own numbers" if kind == STORED else kind
         console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
         return
-    gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged()))
+    merged = next(asked.out.glob("*.gguf")) if in_ollama else asked.out
+    gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged))
     console.echo(f"{asked.out}: {gain.words()}")
     if gain.kept is not None and gain.kept < FADED:
         ways = ["--gguf-type q8_0 or f16 (larger)"] if FORMATS[asked.to].merged_gguf else []
         ways += [] if qat else ["--to gguf-adapter or peft (the adapter apart from the base)"]
         more = f". To keep more: {', or '.join(ways)}" if ways else ""
         console.echo(f"Warning: that is less than {FADED:.0%}{more}")
-
-
-def merged_file(asked: ExportSettings) -> Callable[[], Path] | None:
-    """Return what finds the file or folder of the merged model; None: this export has none."""
-    if asked.to == "ollama" and asked.ollama_base is None:
-        return lambda: next(asked.out.glob("*.gguf"))
-    return (lambda: asked.out) if asked.to in ("gguf", "hf") else None

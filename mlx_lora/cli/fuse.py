@@ -19,7 +19,6 @@ from mlx_lora.api.fused_gain import FADED, NOT_MEASURED, Gain
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
-from mlx_lora.exporters.fuse import Rounding
 from mlx_lora.exporters.rounding import Budget
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -70,27 +69,27 @@ FUSED_BITS = ("5", "6", "8")
 )
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **options: Any) -> None:
+def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **given: Any) -> None:
     """Merge the adapter into --model, and measure how much of what it learned is kept."""
-    folder, force = adapter.folder(), options.pop("force")
+    folder, force = adapter.folder(), given.pop("force")
     if folder is None:
         raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
     dequantize, bits, rows, plain, size = (
-        options.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
+        given.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
     )
     if plain and rows is not None:
         raise InputError("--compensate with --no-compensate: leave out one of them")
-    for given in (data, rows):
-        if given:
-            find_sets(given)  # refused before the work if it is not there
+    for source in filter(None, (data, rows)):
+        find_sets(source)  # refused before the work if it is not there
     compensate = False if plain else True if rows is not None else None
     budget = Budget.parse(size) if size else None
     asked = FuseSettings(out, dequantize, int(bits or 0) or None, compensate, rows or None, budget, data, force)
-    fused = fuse(train_settings(flags.given(options)).model, folder, asked, adapter.ignore_fingerprint)
+    fused = fuse(train_settings(given).model, folder, asked, adapter.ignore_fingerprint)
     if fused.full:
         console.echo(f"{fused.full} parameters trained in full are in it unchanged, in float")
     summary, gain = fused.summary(), fused.gain
-    console.echo(f"{out}: {words(summary, gain, used_flags(fused.rounding))}")
+    given = {"--compensate": fused.rounding.compensate, "--bits-budget": fused.rounding.budget is not None}
+    console.echo(f"{out}: {words(summary, gain, tuple(flag for flag, is_given in given.items() if is_given))}")
     if as_json:
         measured = gain.facts() if gain else NOT_MEASURED
         console.print_json(
@@ -118,12 +117,6 @@ def words(rounding: dict[str, Any], gain: Gain | None, used: tuple[str, ...] = (
     if bits is None or gain.kept is None or gain.kept >= FADED:
         return line + gain.words()
     return f"{line}{gain.words()}. Warning: that is less than {FADED:.0%}. {ways_out(bits, used)}"
-
-
-def used_flags(rounding: Rounding) -> tuple[str, ...]:
-    """Return the flags that were given to keep more of an adapter."""
-    given = {"--compensate": rounding.compensate, "--bits-budget": rounding.budget is not None}
-    return tuple(flag for flag, is_given in given.items() if is_given)
 
 
 def ways_out(bits: int, used: tuple[str, ...] = ()) -> str:

@@ -6,12 +6,10 @@ python -m mlx_lora generate --model DIR --adapter-path my-adapter --prompt "O Ro
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import click
-from mlx_lm.generate import GenerationResponse
 
 from mlx_lora.api.base import TextSettings, text_pieces
 from mlx_lora.cli import options as flags
@@ -25,16 +23,6 @@ from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the model is asked: --prompt, and what its chat template shows with it."""
-
-    prompt: str
-    system_prompt: str | None
-    tools_file: str | None
-    images: tuple[str, ...]
 
 
 @click.command(cls=flags.ShortCommand)
@@ -63,28 +51,26 @@ class Question:
 @flags.setting_option("shard_base")
 @flags.setting_option("offload_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@flags.as_one("asked", Question)
 def main(
     adapter: flags.OneAdapter,
-    asked: Question,
+    prompt: str,
     how: TextSettings,
+    images: tuple[str, ...],
     ignore_chat_template: bool,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
-    text = read_prompt(asked.prompt)
-    tools = read_tools(asked.tools_file) if asked.tools_file else None
-    folder = adapter.folder()
+    system_prompt, tools_file, text = given.pop("system_prompt"), given.pop("tools_file"), read_prompt(prompt)
+    tools, folder = read_tools(tools_file) if tools_file else None, adapter.folder()
     if folder is not None:
         check_writes_text(folder)
-    given = flags.given(options)
     settings = train_settings(given)
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
-        if asked.images:
+        if images:
             from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
 
             if tools or ignore_chat_template or strategy.divides_base:
@@ -93,46 +79,30 @@ def main(
                     "the chat template to a whole model; leave them out"
                 )
             data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
-            pieces = image_answer_pieces(base, text, asked.images, template, asked.system_prompt, how, data.max_pixels)
-            print_text(base.model_id, pieces, as_json, ranks.leads)
-            return
-        template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-        strategy.divide(base, settings)
-        if strategy.words:
-            console.echo(strategy.words)
-            strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
-        print_text(
-            base.model_id,
-            text_pieces(base, text, template, asked.system_prompt, how, tools, strategy),
-            as_json,
-            ranks.leads,
-        )
-
-
-def print_text(model_id: str, responses: Iterable[GenerationResponse], as_json: bool, leads: bool) -> None:
-    """Print a text as it is generated, or all of it as one JSON object.
-
-    Args:
-        model_id: the name of the model.
-        responses: at least one.
-        as_json: print the object.
-        leads: whether this process prints; others only take part.
-    """
-    pieces: list[str] = []
-    last: Any = None
-    for last in responses:
-        pieces.append(last.text)
-        if leads and not as_json:
-            click.echo(last.text, nl=False)
-    if leads and as_json:
-        speed = {
-            "tokens": last.generation_tokens,
-            "tokens_per_s": last.generation_tps,
-            "finish_reason": last.finish_reason,
-        }
-        console.print_json({"text": "".join(pieces), **speed, "prompt_tokens": last.prompt_tokens, "model": model_id})
-    elif leads:
-        click.echo()
+            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
+        else:
+            template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
+            strategy.divide(base, settings)
+            if strategy.words:
+                console.echo(strategy.words)
+                strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
+            pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy)
+        said: list[str] = []
+        last: Any = None
+        for last in pieces:  # all processes take part, and one prints
+            said.append(last.text)
+            if ranks.leads and not as_json:
+                click.echo(last.text, nl=False)
+        if ranks.leads and as_json:
+            speed = {
+                "tokens": last.generation_tokens,
+                "tokens_per_s": last.generation_tps,
+                "finish_reason": last.finish_reason,
+            }
+            facts = {"text": "".join(said), **speed, "prompt_tokens": last.prompt_tokens, "model": base.model_id}
+            console.print_json(facts)
+        elif ranks.leads:
+            click.echo()
 
 
 def read_prompt(prompt: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mlx_lora.adapters.merge import ALIASES, COMBINATIONS, SIGNS, MergeSettings
-from mlx_lora.api.merge import Merged, MergeJob, check_out, check_weights
+from mlx_lora.api.merge import MergeJob, check_out, check_weights
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.evaluate import print_table
 from mlx_lora.config.load import train_settings
@@ -57,23 +57,30 @@ from mlx_lora.utils.errors import InputError
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **options: Any
+    adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:  # fmt: skip
     """Write one adapter that is the weighted sum of several, or an approximation of it, and measure it beside them."""
     names = ("how", "density", "svd_rank", "seed", "majority_sign_method")
-    how = MergeSettings(**{name: options.pop(name) for name in names})
-    force, ignore_fingerprint = options.pop("force"), options.pop("ignore_fingerprint")
+    how = MergeSettings(**{name: given.pop(name) for name in names})
+    force, ignore_fingerprint = given.pop("force"), given.pop("ignore_fingerprint")
     if data and no_evaluate:
         raise InputError("--data with --no-evaluate: nothing is measured; leave out one of them")
     job = MergeJob(check_weights(weights(adapters)), how, check_out(out, force), ignore_fingerprint)
-    base = load_base(train_settings(flags.given(options)).model)
+    base = load_base(train_settings(given).model)
     merged = job.run(base, data, evaluate=not no_evaluate)
     for name, why in (merged.not_measured or {}).items():
         console.echo(f"Not measured on rows of {name}: {why}; name rows with --data FILE")
     if as_json:
         console.print_json({"out": str(out), "model": base.model_id, **merged.facts()})
-    elif merged.losses:
-        print_table(loss_rows(merged))
+    elif losses := merged.losses:
+        # A row for each model, a column for each set of rows.
+        found = {"base": [one.base for one in losses]}
+        found |= {name: [one.adapters[name] for one in losses] for name in losses[0].adapters}
+        found[f"merged ({merged.settings.name})"] = [one.merged for one in losses]
+        sets = [f"{one.rows} {one.of}" for one in losses]
+        print_table([
+            {"loss of": name, **{of: f"{loss:.3f}" for of, loss in zip(sets, row, strict=True)}} for name, row in found.items()
+        ])  # fmt: skip
 
 
 def weights(adapters: tuple[str, ...]) -> dict[str, float]:
@@ -97,17 +104,3 @@ def weights(adapters: tuple[str, ...]) -> dict[str, float]:
             raise InputError(f"--adapter {adapter}: given twice; give it once, with the sum of the weights")
         found[adapter] = weight
     return found
-
-
-def loss_rows(merged: Merged) -> list[dict[str, str]]:
-    """Return a table: a row for each model, a column for each set of rows."""
-    columns = {f"{one.rows} {one.of}": one for one in merged.losses}
-    models = {
-        "base": [one.base for one in merged.losses],
-        **{name: [one.adapters[name] for one in merged.losses] for name in merged.losses[0].adapters},
-        f"merged ({merged.settings.name})": [one.merged for one in merged.losses],
-    }
-    return [
-        {"loss of": name, **{column: f"{loss:.3f}" for column, loss in zip(columns, losses, strict=True)}}
-        for name, losses in models.items()
-    ]

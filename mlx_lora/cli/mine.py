@@ -5,7 +5,6 @@ python -m mlx_lora mine --model DIR --data pairs.jsonl --corpus notes --count 3 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import counted
 
 
@@ -53,10 +51,9 @@ from mlx_lora.utils.text import counted
 @flags.as_one("how", MineOptions)
 @flags.as_one("file", flags.NewFile)
 def main(
-    adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **options: Any
+    adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **given: Any
 ) -> None:
     """Write the queries of --data and their documents, each with its negatives and the nearest documents that are not its own."""
-    given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
     read = all_files(settings.data.data) if settings.data.data else []
     file.check(one.path for one in [*read, *(passage_files(corpus) if corpus else [])])
@@ -66,11 +63,7 @@ def main(
     if scored:
         raise InputError(f"--data {settings.data.data}: its pairs have scores; give queries and their documents")
     more = [one.text for one in read_passages(corpus)] if corpus else []
-    with replacing_file(file.out) as temporary, temporary.open("w", encoding="utf-8") as lines:
-
-        def write(record: dict[str, Any]) -> None:
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
+    with file.records() as write:
         mined = mine(embedder, rows, more, how, write)
     if as_json:
         facts = {"rows": len(rows.pairs), "with_negatives": mined.with_some, "negatives": mined.found}

@@ -2,41 +2,100 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import jinja2
 
-from mlx_lora.config.fields import SettingRow, field_type, flag_of, row_of
+from mlx_lora.config.fields import field_type, flag_of, row_of
 from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, ServeSettings
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.text import counted, gigabytes
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
-
-
-class SettingsCommand(console.LongCommand):
-    """A command with all settings of a run; its errors answer another trainer's flags with ours."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return _parsed(self, ctx, lambda: super(SettingsCommand, self).parse_args(ctx, args), "--help-all")
+# Where a value belongs that was given without a flag, in this order: those that the command has.
+ALONE = ("--data", "--prompt", "--adapter-path", "--adapter", "--model")
+# For the others, --adapter-path is the folder that they write.
+READS_ADAPTER = ("chat", "embed", "evaluate", "export", "fuse", "generate", "mine", "predict", "serve")
 
 
 class ShortCommand(console.Command):
-    """A command with few options, and the same errors."""
+    """A command with advice on unknown flags, which may be another trainer's, and on values without a flag.
+
+    Args:
+        several: flags that take all the values that follow them: --runs A B is --runs A --runs B.
+    """
+
+    listing = "--help"
+
+    def __init__(self, *args: Any, several: tuple[str, ...] = (), **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._several = several
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return _parsed(self, ctx, lambda: super(ShortCommand, self).parse_args(ctx, args), "--help")
+        flags = [flag for param in self.get_params(ctx) for flag in (*param.opts, *param.secondary_opts)]
+        ctx.allow_extra_args = True  # they are refused here
+        try:
+            left = super().parse_args(ctx, list(repeated(args, self._several)))
+        except click.NoSuchOption as error:
+            spelled = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
+            name = error.option_name.lstrip("-").replace("-", "_")
+            advice = instead_of(name, spelled, spelled.__getitem__, self.listing)
+            raise InputError(f"{error.option_name}: no such option here; {advice}") from None
+        if not left:
+            return left
+        path, meant = Path(left[0]).expanduser(), [flag for flag in ALONE if flag in flags]
+        if (path / "adapter_config.json").is_file():
+            meant.sort(key=lambda flag: not flag.startswith("--adapter"))
+        elif path.suffix.lower() == ".gguf" or (path / "config.json").is_file():
+            meant.sort(key=lambda flag: flag != "--model")
+        advice = f"write {shlex.join([meant[0], left[0]])}" if meant else f"{self.listing} lists the options"
+        raise InputError(f"{left[0]}: found without an option before it; {advice}")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for param in self.params:
+            if isinstance(param, SettingOption) and ctx.params[param.name] is None:
+                del ctx.params[param.name]  # a settings file, or the default, decides
+        return super().invoke(ctx)
+
+
+class SettingsCommand(ShortCommand, console.LongCommand):
+    """A command with all settings of a run."""
+
+    listing = "--help-all"
+
+
+# What commands print of what they did, on several lines.
+TEXTS = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+TEXTS.filters |= {"gb": gigabytes, "counted": counted}
+
+
+def render(template: str, values: Mapping[str, Any], **more: Any) -> str:
+    """Return a text for the terminal.
+
+    Args:
+        template: its name, without .txt.
+        values, more: what it shows, by name.
+    """
+    return TEXTS.get_template(f"{template}.txt").render(**values, **more).rstrip("\n")
 
 
 def look_at_flags(command: str, args: Sequence[str]) -> None:
@@ -60,63 +119,19 @@ def look_at_flags(command: str, args: Sequence[str]) -> None:
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         flag, equals, value = arg.partition("=")
         given.setdefault(flag, value if equals else following)
-    model = given.get("--model", "")
+    model, port = given.get("--model", ""), given.get("--port", str(ServeSettings.port))
     if (
         model and not model.endswith(".json") and command != "cluster"
     ):  # a config.json to plan with; other machines' files
         find_model(model, given.get("--revision"))
     if command != "embed":  # which reads other kinds of files, too
         look_at_data(given.get("--data"))
-    for flag in ("--adapter-path", "--adapter"):
-        source = adapter_source(given.get(flag, "."))
-        if (
-            command in READS_ADAPTER
-            and not HUB_ID.fullmatch(source)
-            and not (path := Path(source).expanduser()).exists()
-        ):
+    for flag in ("--adapter-path", "--adapter") if command in READS_ADAPTER else ():
+        path = Path(source := adapter_source(given.get(flag, "."))).expanduser()
+        if not HUB_ID.fullmatch(source) and not path.exists():
             raise InputError(f"{flag} {source}: {no_adapter_folder(path)}; give the folder that a training run wrote")
-    port = given.get("--port", str(ServeSettings.port))
     if command == "serve" and port.isdecimal() and int(port) < 2**16:
         listen(given.get("--host", ServeSettings.host), int(port))[0].close()
-
-
-# For the others, --adapter-path is the folder that they write.
-READS_ADAPTER = ("chat", "embed", "evaluate", "export", "fuse", "generate", "mine", "predict", "serve")
-# Where a value belongs that was given without a flag, in this order: those that the command has.
-_ALONE = ("--data", "--prompt", "--adapter-path", "--adapter", "--model")
-
-
-def _parsed(command: click.Command, ctx: click.Context, parse: Callable[[], list[str]], listing: str) -> list[str]:
-    """Parse a command line, with advice on unknown flags and on values without a flag.
-
-    Raises:
-        InputError: there is one.
-    """
-    flags = [flag for param in command.get_params(ctx) for flag in (*param.opts, *param.secondary_opts)]
-    ctx.allow_extra_args = True  # they are refused here
-    try:
-        left = parse()
-    except click.NoSuchOption as error:
-        spelled = {flag.lstrip("-").replace("-", "_"): flag for flag in flags}
-        advice = instead_of(error.option_name.lstrip("-").replace("-", "_"), spelled, spelled.__getitem__, listing)
-        raise InputError(f"{error.option_name}: no such option here; {advice}") from None
-    if left:
-        advice = f"{listing} lists the options"
-        if flag := _flag_for(left[0], flags):
-            advice = f"write {shlex.join([flag, left[0]])}"
-        raise InputError(f"{left[0]}: found without an option before it; {advice}")
-    return left
-
-
-def _flag_for(value: str, flags: list[str]) -> str | None:
-    """Return the flag that a value without one was probably meant for; None: the command has none of them."""
-    path = Path(value).expanduser()
-    meant = [flag for flag in _ALONE if flag in flags]
-    if (path / "adapter_config.json").is_file():
-        meant.sort(key=lambda flag: not flag.startswith("--adapter"))
-    elif path.suffix.lower() == ".gguf" or (path / "config.json").is_file():
-        meant.sort(key=lambda flag: flag != "--model")
-    return meant[0] if meant else None
 
 
 def repeated(args: Sequence[str], names: tuple[str, ...]) -> Iterator[str]:
@@ -130,6 +145,10 @@ def repeated(args: Sequence[str], names: tuple[str, ...]) -> Iterator[str]:
         else:
             first = False
         yield arg
+
+
+class SettingOption(console.Option):
+    """The option of a setting; a command is called with those that were given."""
 
 
 class NumberOrWord(click.ParamType):
@@ -168,10 +187,6 @@ class AdapterOption(click.Option):
         "blend them with --blend"
     )
 
-    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        text = super().type_cast_value(ctx, value)
-        return adapter_source(text) if isinstance(text, str) else text
-
 
 def adapter_source(text: str) -> str:
     """Return DIR of NAME=DIR, and any other text as it is."""
@@ -204,15 +219,15 @@ class OneAdapter:
 
 def adapter_options(help: str, required: bool = False) -> Callable[[Callable], Callable]:
     """Add the options of a command that reads one adapter, which the function takes as `adapter`."""
-    options = (
+    return as_one(
+        "adapter", OneAdapter,
         click.option(
             "--adapter-path", "--adapter", "adapter_path", cls=AdapterOption, type=str, default=None, required=required,
-            help=help,
+            help=help, callback=lambda _, __, text: text and adapter_source(text),
         ),
         click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter."),
         _ignore_fingerprint,
     )  # fmt: skip
-    return _together(options, "adapter", OneAdapter)
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,8 @@ class NamedAdapters:
 
 def named_adapters_options(more: str = "") -> Callable[[Callable], Callable]:
     """Add the options of a command that answers with several adapters, which the function takes as `named`."""
-    options = (
+    return as_one(
+        "named", NamedAdapters,
         click.option(
             "--adapter", "--adapter-path", "adapters", multiple=True,
             help=f"Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated.{more}",
@@ -237,7 +253,6 @@ def named_adapters_options(more: str = "") -> Callable[[Callable], Callable]:
         ),
         _ignore_fingerprint,
     )  # fmt: skip
-    return _together(options, "named", NamedAdapters)
 
 
 def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[Callable], Callable]:
@@ -257,27 +272,19 @@ def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[
         ),
         click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling."),
     ]  # fmt: skip
-    if top_k:
-        least = click.IntRange(min=0)
-        help = "Sample from the k most likely tokens; 0: all."
-        options.insert(3, click.option("--top-k", type=least, default=0, help=help, **shown))
-    return _together(options, "how", kind)
+    most_likely = click.option(
+        "--top-k", type=click.IntRange(min=0), default=0, help="Sample from the k most likely tokens; 0: all.", **shown
+    )
+    return as_one("how", kind, *options[:3], *([most_likely] if top_k else []), *options[3:])
 
 
-def _together(options: Sequence[Callable], name: str, kind: type) -> Callable[[Callable], Callable]:
-    """Add options whose values a function takes as one argument; see `as_one`."""
+def as_one(name: str, kind: type, *options: Callable) -> Callable[[Callable], Callable]:
+    """Give a function the values of some options as one argument `name`: a dataclass with fields of the options' names.
 
-    def decorate(function: Callable) -> Callable:
-        call = as_one(name, kind)(function)
-        for option in reversed(options):
-            option(call)
-        return call
-
-    return decorate
-
-
-def as_one(name: str, kind: type) -> Callable[[Callable], Callable]:
-    """Give a function the values of some options as one argument `name`: a dataclass with fields of the options' names."""
+    Args:
+        name, kind: of the argument.
+        options: that are added to the command; others of the fields' names may be there already.
+    """
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -285,6 +292,8 @@ def as_one(name: str, kind: type) -> Callable[[Callable], Callable]:
             values = {field.name: given.pop(field.name) for field in dataclasses.fields(kind) if field.name in given}
             return function(**given, **{name: kind(**values)})
 
+        for option in reversed(options):
+            option(call)
         return call
 
     return decorate
@@ -320,6 +329,20 @@ class NewFile:
                 raise InputError(f"{what}exists; give another name, or --force to replace it")
         check_writable(self.out.absolute().parent, "--out", needed_bytes=1_000_000)
 
+    @contextmanager
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[Callable[[Mapping[str, Any]], Any]]:
+        """Yield what writes a record: a row of CSV with these columns, or without them a line of JSON.
+
+        The file appears when it is complete.
+        """
+        with replacing_file(self.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            if columns is None:
+                yield lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            else:
+                table = csv.DictWriter(file, columns, extrasaction="ignore")
+                table.writeheader()
+                yield table.writerow
+
 
 def report_page(report: str | None) -> Path | None:
     """Return the file of --report, which is replaced if it is there.
@@ -327,11 +350,12 @@ def report_page(report: str | None) -> Path | None:
     Raises:
         InputError: it cannot be one.
     """
-    page = Path(report).expanduser() if report else None
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+    if not report:
+        return None
+    page = Path(report).expanduser()
+    if page.is_dir() or not page.parent.is_dir():
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in scores.html")
-    # Another file may be data: convert's --report is one.
-    if page is not None and page.suffix.lower() not in (".html", ".htm"):
+    if page.suffix.lower() not in (".html", ".htm"):  # another file may be data: convert's --report is one
         raise InputError(f"--report {report}: a page is written there; give a name that ends in .html")
     return page
 
@@ -339,8 +363,8 @@ def report_page(report: str | None) -> Path | None:
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Add one click option per field of the named settings sections.
 
-    Options that the user does not give are left out (see `given`), so that a YAML file can set them. The defaults are
-    only in config/settings.py.
+    A command is called with the options that the user gives, so that a YAML file can set the others. The defaults are only in
+    config/settings.py.
 
     Args:
         sections: keys of SECTIONS or COMMAND_SECTIONS.
@@ -350,43 +374,30 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
     def decorate(function: Callable) -> Callable:
         for section in reversed(sections):
             for f in reversed(dataclasses.fields((SECTIONS | COMMAND_SECTIONS)[section])):
-                function = function if f.name in leave_out else _option(f)(function)
+                function = function if f.name in leave_out else setting_option(f)(function)
         return function
 
     return decorate
 
 
-def setting_option(name: str) -> Callable[[Callable], Callable]:
-    """Add the click option of one setting."""
-    return _option(FIELDS[name])
-
-
-def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
-    row, kind, flag = row_of(f), field_type(f), flag_of(f.name)
-    shown = {
-        "cls": console.Option,
-        "group": row.group,
-        "common": row.common,
-        "default": None,
-        "help": _help(row, f.default),
-    }
+def setting_option(setting: str | dataclasses.Field) -> Callable[[Callable], Callable]:
+    """Add the click option of one setting, given by its name, or as the field of a section."""
+    f = FIELDS[setting] if isinstance(setting, str) else setting
+    row, kind, flag, name = row_of(f), field_type(f), flag_of(f.name), f.name
+    notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
+    if f.default is not None:
+        notes.append(f"default: {('off', 'on')[f.default] if isinstance(f.default, bool) else f.default}")
+    shown: dict[str, Any] = {"cls": SettingOption, "group": row.group, "common": row.common, "default": None}
+    shown["help"] = f"{row.help} [{'; '.join(notes)}]" if notes else row.help
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", f.name, **shown)
+        return click.option(f"{flag}/--no-{flag[2:]}", name, **shown)
     metavar = "NAME" if row.choices else METAVARS[kind]
     if row.word:
         kind, metavar = NumberOrWord(kind, row.word), f"{metavar}|{row.word}"
     if row.alone:
         shown |= {"is_flag": False, "flag_value": row.alone}
         metavar = f"[{metavar}]"
-    spellings = [flag, row.also] if row.also else [flag]
-    return click.option(*spellings, f.name, type=kind, metavar=metavar, **shown)
-
-
-def _help(row: SettingRow, default: Any) -> str:
-    notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
-    if default is not None:
-        notes.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")
-    return f"{row.help} [{'; '.join(notes)}]" if notes else row.help
+    return click.option(flag, *([row.also] if row.also else []), name, type=kind, metavar=metavar, **shown)
 
 
 def server_key(command: str, host: str, given: str | None) -> str | None:
@@ -406,8 +417,3 @@ def server_key(command: str, host: str, given: str | None) -> str | None:
             f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
         )
     return key
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given on the command line."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -6,14 +6,11 @@ python -m mlx_lora predict --model DIR --adapter-path my-mails --data new-mails.
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -27,7 +24,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.scored_texts import ERROR
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import counted
 
 FORMS = (".jsonl", ".csv")
@@ -56,10 +52,9 @@ def main(
     out: str | None,
     force: bool,
     batch_tokens: int | None,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
-    given = flags.given(options)
     settings = train_settings({**given, "objective": "classify"})
     if bool(texts) == bool(settings.data.data):
         raise InputError("predict: give --text TEXT, or --data FILE")
@@ -71,13 +66,15 @@ def main(
         read = [] if texts else all_files(settings.data.data or "")
         flags.NewFile(path, force).check(one.path for one in read)
         if path.suffix.lower() == ".csv":
-            columns = ["text"] if texts else data_columns(settings.data)
+            # A column for the error follows the others, and the probabilities of all labels are left out: JSON has them.
+            names = ["text"] if texts else data_columns(settings.data)
+            kept = [name for name in names if name not in ("probabilities", ERROR)]
+            columns = list(dict.fromkeys([*kept, "predicted", "probability", ERROR]))
     folder: Any = adapter.folder()
     settings = with_settings_of_run(settings, given, folder)
-    examples = []
+    examples, plain = [], replace(settings.data, text_column=None, chat_column=None)
     for text in texts:
-        found = example_of({"text": text}, replace(settings.data, text_column=None, chat_column=None))
-        if isinstance(found, str):
+        if isinstance(found := example_of({"text": text}, plain), str):
             raise InputError(f"--text {text!r}: {found}")
         examples.append(found)
     base = load_base(settings.model)
@@ -87,53 +84,23 @@ def main(
         records = (({"text": text, **one}, ERROR in one) for text, one in zip(texts, answers, strict=True))
     else:
         records = predicted_records(scorer, settings.data)
-    with _writer(path) as file:
-        done, refused = write(records, file, columns)
+    done = refused = 0
+
+    def show(record: Fields) -> None:
+        click.echo(json.dumps(record, ensure_ascii=False))
+
+    with flags.NewFile(path, True).records(columns) if path else nullcontext(show) as write:
+        for record, failed in records:
+            done, refused = done + 1, refused + failed
+            write(record if columns is None else {name: _cell(value) for name, value in record.items()})
     if path is not None:
         console.echo(f"{counted(done, 'text')} in {path}")
     if refused:
         console.echo(f"Note: {counted(refused, 'text')} could not be labeled; the column {ERROR} says why")
 
 
-@contextmanager
-def _writer(path: Path | None) -> Iterator[IO[str]]:
-    """Open the file of --out, which appears when it is complete; None: standard output."""
-    if path is None:
-        yield sys.stdout
-        return
-    with replacing_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        yield file
-
-
-def write(records: Iterable[tuple[Fields, bool]], file: IO[str], columns: Iterable[str] | None) -> tuple[int, int]:
-    """Write records as lines of JSON, or as CSV, and return how many there are, and how many could not be labeled.
-
-    In CSV, a column for the error follows the others, labels of a text are joined with semicolons, and the probabilities of all
-    labels are left out: JSON has them.
-
-    Args:
-        records: each with whether it could not be labeled.
-        file: to write to.
-        columns: of the data, for CSV; None: lines of JSON.
-    """
-    done = refused = 0
-    table: Any = None
-    if columns is not None:
-        names = [name for name in columns if name not in ("probabilities", ERROR)]
-        names += [name for name in ("predicted", "probability") if name not in names]
-        table = csv.DictWriter(file, [*names, ERROR], extrasaction="ignore")
-        table.writeheader()
-    for record, failed in records:
-        done, refused = done + 1, refused + failed
-        if table is None:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        else:
-            table.writerow({name: _cell(value) for name, value in record.items()})
-    return done, refused
-
-
 def _cell(value: Any) -> Any:
-    """Return a value for CSV."""
+    """Return a value for CSV, in which labels of a text are joined with semicolons."""
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         return ";".join(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

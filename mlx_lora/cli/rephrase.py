@@ -6,8 +6,6 @@ python -m mlx_lora rephrase --model http://127.0.0.1:1234/v1 --data faq.csv --ou
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from mlx_lora.data.files import find_sets
 from mlx_lora.data.wordings import read_questions
 from mlx_lora.objectives.rephrase import rephrase
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import command_line
 
 TABLES = (".csv", ".tsv", ".xlsx")
@@ -40,13 +37,13 @@ TABLES = (".csv", ".tsv", ".xlsx")
 )
 @click.option("--force", is_flag=True, help="Replace --out.")
 @flags.as_one("file", flags.NewFile)
-def main(file: flags.NewFile, number: int, **options: Any) -> None:
+def main(file: flags.NewFile, number: int, **given: Any) -> None:
     """Write the records of --data, each followed by itself with other wordings of its question.
 
     --model is a model, or the address of a server with OpenAI's protocol, such as LM Studio's or Ollama's. Only training
     rows are read.
     """
-    settings = train_settings(flags.given(options))
+    settings = train_settings(given)
     read = [one for data in find_sets(settings.data.data or "") for one in data.splits.get("train", ())]
     file.check(one.path for one in read)
     table = all(one.path.suffix.lower() in TABLES for one in read)
@@ -56,13 +53,10 @@ def main(file: flags.NewFile, number: int, **options: Any) -> None:
     asked = [question for question in questions if question.text]
     lines = rephrase(asked, [number] * len(asked), settings, None)
     records = [record for question in questions for record in question.records()]
-    with replacing_file(file.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
-        if table:
-            rows = csv.DictWriter(out, list(dict.fromkeys(name for record in records for name in record)))
-            rows.writeheader()
-            rows.writerows(records)
-        else:
-            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    names = list(dict.fromkeys(name for record in records for name in record)) if table else None
+    with file.records(names) as write:
+        for record in records:
+            write(record)
     click.echo("\n  ".join([f"{len(records):,} rows in {file.out}: {lines[0]}", *lines[1:]]))
     click.echo(
         f"Look at them, change what you do not like, and train: {command_line(['train', '--data', str(file.out)])}"

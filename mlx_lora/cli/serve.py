@@ -42,9 +42,8 @@ NOT_FOR_TRAINING = ("prompt_cache", "request_timeout", "max_waiting")
 @click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "serve")
 @flags.named_adapters_options()
-def main(named: flags.NamedAdapters, **options: Any) -> None:
+def main(named: flags.NamedAdapters, **given: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
-    given = flags.given(options)
     model, settings = serve_settings(given)
     useless = [flag_of(name) for name in given if name in (NOT_FOR_TRAINING if settings.training else FOR_TRAINING)]
     if useless:
@@ -56,22 +55,20 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
     if settings.training:
         serve_training(model, settings, key, named)
         return
-    if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
-        raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
-    if settings.images_from and not Path(settings.images_from).expanduser().is_dir():
-        raise InputError(f"--images-from {settings.images_from}: no such folder; create it, or leave it out")
+    for flag, folder in (("--adapters-from", settings.adapters_from), ("--images-from", settings.images_from)):
+        if folder and not Path(folder).expanduser().is_dir():
+            raise InputError(f"{flag} {folder}: no such folder; create it, or leave it out")
     limits = Limits(
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
         adapter_bytes=parse_size(settings.adapter_memory) if settings.adapter_memory else None,
         prompt_cache_bytes=parse_size(settings.prompt_cache),
     )
-    body_bytes = parse_size(settings.max_body)
     try:
         own, named = adapters_by_use(named)
         with begun_engine(model, limits, named) as (engine, lines):
             console.echo("\n".join(lines))
-            run_server(engine, settings, key, body_bytes, own)
+            run_server(engine, settings, key, own)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
 
@@ -87,31 +84,27 @@ def adapters_by_use(named: flags.NamedAdapters) -> tuple[Folders, flags.NamedAda
     left = []
     for given in named.adapters:
         name, source = named_source("--adapter", given)
-        use = "" if source.folder is None else use_of(source.folder)
-        if source.folder is None or not use:
+        use, folder = None, source.folder
+        if folder is not None and head_of(read_adapter_config(folder), folder) is not None:
+            use = SCORES
+        elif folder is not None and run_of(folder).get("objective") == "embed":
+            use = VECTORS
+        if use is None or folder is None:
             left.append(given)
-            continue
-        if any(name in own for own in found.values()):
+        elif any(name in own for own in found.values()):
             raise InputError(f"--adapter {given}: there are two adapters of this name; give it another")
-        found[use][name] = source.folder
+        else:
+            found[use][name] = folder
     return found, dataclasses.replace(named, adapters=tuple(left))
 
 
-def use_of(folder: Path) -> str:
-    """Return what an adapter gives of texts: scores, or vectors; empty: it generates."""
-    if head_of(read_adapter_config(folder), folder) is not None:
-        return SCORES
-    return VECTORS if run_of(folder).get("objective") == "embed" else ""
-
-
-def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int, own: Folders) -> None:
+def run_server(engine: Engine, settings: ServeSettings, key: str | None, own: Folders) -> None:
     """Listen until interrupted.
 
     Args:
         engine: with the adapters that generate.
         settings: of the server.
         key: for its clients.
-        body_bytes: the largest body of a request.
         own: the adapters that do not generate.
 
     Raises:
@@ -121,7 +114,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.app import Adapters, make_app
     from mlx_lora.serving.conversation import AnswerLimits
-    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
+    from mlx_lora.serving.guard import GuardLimits, is_local
     from mlx_lora.serving.scores import EmbeddingRequests, Scores
 
     scores = Scores(engine, own[SCORES], settings.request_timeout)
@@ -132,25 +125,38 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     images = Path(settings.images_from).expanduser() if settings.images_from else None
     origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
     context = settings.max_context or context_of(engine.base.config) or DEFAULT_CONTEXT
+    adapters = Adapters(engine, base_name(engine.base), folder, settings.allow_hub)
     app = make_app(
         engine,
-        GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
+        GuardLimits(key, is_local(settings.host), origins, parse_size(settings.max_body), settings.read_timeout),
         AnswerLimits(settings.max_tokens, context, settings.request_timeout, images),
         int(time.time()),
-        [
-            *Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
-            *scores.routes(),
-            *vectors.routes(),
-        ],
+        [*adapters.routes(), *scores.routes(), *vectors.routes()],
     )
+    words = "open it in a browser to chat; OpenAI's API is under /v1"
+    run_until_ended(app, settings, engine, settings.max_batch + settings.max_waiting + 64, words)
+
+
+def run_until_ended(app: Any, settings: ServeSettings, engine: Any, connections: int, words: str) -> None:
+    """Listen until interrupted.
+
+    Args:
+        app, settings: of the server.
+        engine: what computes; the server ends if it fails.
+        connections: of all clients, at most.
+        words: what the address, {address}, is for.
+
+    Raises:
+        InputError: the address is not available.
+        RunError: the engine has failed.
+    """
+    from mlx_lora.serving.guard import run_app
 
     def ready(server: Any, address: str) -> None:
-        console.echo(
-            f"ready  {address} (open it in a browser to chat; OpenAI's API is under /v1; Ctrl-C stops the server)"
-        )
+        use = words.replace("{address}", address)
+        console.echo(f"ready  {address} ({use}; Ctrl-C stops the server)")
         engine.on_failure = lambda: setattr(server, "should_exit", True)
 
-    connections = settings.max_batch + settings.max_waiting + 64
     run_app(app, (settings.host, settings.port), ready, settings.read_timeout, SHUTDOWN_S, connections)
     if engine.failure is not None:
         raise RunError(failed_words(engine.failure))
@@ -179,47 +185,26 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
+    from mlx_lora.serving.guard import GuardLimits, is_local
     from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
     from mlx_lora.training_server.worker import Worker, WorkerSettings
 
-    root = Path(settings.checkpoints).expanduser()
     adapter_bytes = parse_size(settings.adapter_memory) if settings.adapter_memory else None
     worker = Worker(
         lambda: load_base(model),
         WorkerSettings(
-            root, settings.model_name, settings.max_batch, settings.max_context, adapter_bytes, settings.join_clients
+            Path(settings.checkpoints).expanduser(), settings.model_name, settings.max_batch, settings.max_context,
+            adapter_bytes, settings.join_clients,
         ),
-    )
+    )  # fmt: skip
     console.echo(f"base   {worker.name}: {worker.base.describe()}")
-    guard = GuardLimits(
-        key,
-        is_local(settings.host),
-        (),
-        parse_size(settings.max_body),
-        settings.read_timeout,
-        FILES,
-        (),
-        "x-api-key",
-        BINARY,
-    )
+    local, body_bytes = is_local(settings.host), parse_size(settings.max_body)
+    guard = GuardLimits(key, local, (), body_bytes, settings.read_timeout, FILES, (), "x-api-key", BINARY)
     limits = SessionLimits(sessions=settings.max_sessions, silence_s=settings.session_timeout)
-
-    def ready(server: Any, address: str) -> None:
-        console.echo(
-            f"ready  {address} (Tinker's clients: base_url={address}, base_model={worker.name}; Ctrl-C stops the server)"
-        )
-        worker.on_failure = lambda: setattr(server, "should_exit", True)
-
-    # A client holds a connection for each answer that it waits for.
-    connections = 128 * settings.max_sessions
+    app = make_app(worker, guard, limits, settings.max_tokens)
+    words = f"Tinker's clients: base_url={{address}}, base_model={worker.name}"
     try:
-        run_app(
-            make_app(worker, guard, limits, settings.max_tokens), (settings.host, settings.port), ready,
-            settings.read_timeout, SHUTDOWN_S, connections,
-        )  # fmt: skip
+        # A client holds a connection for each answer that it waits for.
+        run_until_ended(app, settings, worker, 128 * settings.max_sessions, words)
     finally:
         worker.close()
-    if worker.failure is not None:
-        raise RunError(failed_words(worker.failure))
-    console.echo("ended")

@@ -78,14 +78,20 @@ def main(
     listen(host, port)[0].close()  # a port in use is told before the imports below, which take long
     key = flags.server_key("studio", host, api_key)
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.guard import GuardLimits, is_local
+    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
     from mlx_lora.studio.app import make_studio
     from mlx_lora.studio.folders import Folders
     from mlx_lora.studio.places.data import UPLOAD
     from mlx_lora.studio.places.talk import MOST_TALK_BYTES, TALK
     from mlx_lora.trainer.run_folder import runs_file
 
-    found = {name: folders_of(flag_of(name.removesuffix("s")), paths) for name, paths in more.items()}
+    found: dict[str, tuple[Path, ...]] = {}
+    for option, names in more.items():
+        found[option] = tuple(Path(name).expanduser().resolve() for name in names)
+        for folder, name in zip(found[option], names, strict=True):
+            if not folder.is_dir():
+                flag = flag_of(option.removesuffix("s"))
+                raise InputError(f"{flag} {name}: no such folder; create it, or leave it out")
     if (here := Path("runs").resolve()).is_dir():
         found["runs_folders"] += (here,)
     folders = Folders(Path(home).expanduser().resolve(), **found, known_runs=runs_file())
@@ -102,8 +108,17 @@ def main(
         streamed=(UPLOAD,),
         larger={TALK: MOST_TALK_BYTES},
     )
-    with only_one(folders.home):
-        run_studio(make_studio(folders, guard, parse_size(max_upload)), host, port, browser)
+    with only_one(folders.home), console.log_to(console.drop):
+        app = make_studio(folders, guard, parse_size(max_upload))
+
+        def ready(server: Any, address: str) -> None:
+            console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
+            app.state.ending = lambda: server.should_exit
+            if browser:
+                webbrowser.open(address)
+
+        run_app(app, (host, port), ready, HEAD_TIMEOUT_S, SHUTDOWN_S, 256)
+    console.echo("ended")
 
 
 @contextlib.contextmanager
@@ -123,35 +138,3 @@ def only_one(home: Path) -> Iterator[None]:
                 f"--home {home}: another studio has it open; use that one, or choose another folder"
             ) from None
         yield
-
-
-def folders_of(flag: str, given: tuple[str, ...]) -> tuple[Path, ...]:
-    """Return folders of the command line, resolved.
-
-    Raises:
-        InputError: one does not exist.
-    """
-    found = [Path(name).expanduser().resolve() for name in given]
-    for folder, name in zip(found, given, strict=True):
-        if not folder.is_dir():
-            raise InputError(f"{flag} {name}: no such folder; create it, or leave it out")
-    return tuple(found)
-
-
-def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
-    """Listen until interrupted.
-
-    Raises:
-        InputError: the address is not available.
-    """
-    from mlx_lora.serving.guard import run_app
-
-    def ready(server: Any, address: str) -> None:
-        console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
-        app.state.ending = lambda: server.should_exit
-        if browser:
-            webbrowser.open(address)
-
-    with console.log_to(console.drop):
-        run_app(app, (host, port), ready, HEAD_TIMEOUT_S, SHUTDOWN_S, 256)
-    console.echo("ended")

@@ -44,11 +44,10 @@ from mlx_lora.utils import console
 @click.option("--json", "as_json", is_flag=True, cls=console.Option, group=MODEL, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop", leave_out=SET_BY_SWEEP)
 def main(
-    config_file: str | None, vary: tuple[str, ...], seeds: int, budget: str, out: Path, resume: bool, as_json: bool, **options: Any
+    config_file: str | None, vary: tuple[str, ...], seeds: int, budget: str, out: Path, resume: bool, as_json: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train all combinations of the values for a few steps, the better ones for more, and the best one in full."""
-    force, allow_code = options.pop("force"), options.pop("allow_code")
-    given = flags.given(options)
+    force, allow_code = given.pop("force"), given.pop("allow_code")
     content = {
         name: value for name, value in read_settings(config_file, given, allow_code).items() if name not in SET_BY_SWEEP
     }

@@ -36,14 +36,7 @@ def _starting() -> None:
         console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
-class TrainCommand(flags.SettingsCommand):
-    """The command, whose --runs takes all the files that follow it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(flags.repeated(args, (RUNS,))))
-
-
-@click.command(cls=TrainCommand)
+@click.command(cls=flags.SettingsCommand, several=(RUNS,))
 @flags.config_option
 @click.option(
     RUNS,
@@ -61,10 +54,9 @@ class TrainCommand(flags.SettingsCommand):
 )  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **options: Any
+    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
-    given = flags.given(options)
     if runs:
         return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run}, allow_code)
     settings = train_settings(given, read_settings(config_file, given, allow_code))
@@ -129,9 +121,9 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if dry_run:
         _starting()
         from mlx_lora.api.dry_run import dry_run as dry_plan
-        from mlx_lora.cli.plan import render
+        from mlx_lora.cli.plan import render_plan
 
-        click.echo(render(dry_plan(settings)))
+        click.echo(render_plan("plan", dry_plan(settings)))
         return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)

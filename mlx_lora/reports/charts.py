@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +72,43 @@ def line_chart(
     label = label or _short
     shown = [replace(one, points=_thinned(one.points)) for one in series]
     points = [point for one in shown for point in one.points if math.isfinite(point[1])]
-    opening = f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-    if not points:
-        return f'{opening}<text x="{width / 2}" y="{height / 2}" text-anchor="middle">nothing recorded</text></svg>'
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    x_ticks = ticks(min(xs), max(xs), 6 if width == WIDTH else 12, whole=all(x == int(x) for x in xs))
-    y_ticks = ticks(0 if from_zero else min(ys), max(ys), 5)
-    low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
-    low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    drawn: dict[str, Any] = {"title": title, "width": width, "height": height, "along": along}
+    drawn |= {"left": LEFT, "right": width - RIGHT, "x_marks": [], "y_marks": [], "lines": []}
+    if points:
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        x_ticks = ticks(min(xs), max(xs), 6 if width == WIDTH else 12, whole=all(x == int(x) for x in xs))
+        y_ticks = ticks(0 if from_zero else min(ys), max(ys), 5)
+        low_x, high_x = min(xs), max(max(xs), min(xs) + 1e-9)
+        low_y, high_y = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
 
-    def locate(x: float, y: float) -> tuple[float, float]:
-        across = (x - low_x) / (high_x - low_x) * (width - LEFT - RIGHT)
-        up = (y - low_y) / ((high_y - low_y) or 1) * (height - TOP - BOTTOM)
-        return round(LEFT + across, 1), round(height - BOTTOM - up, 1)
+        def locate(x: float, y: float) -> tuple[float, float]:
+            across = (x - low_x) / (high_x - low_x) * (width - LEFT - RIGHT)
+            up = (y - low_y) / ((high_y - low_y) or 1) * (height - TOP - BOTTOM)
+            return round(LEFT + across, 1), round(height - BOTTOM - up, 1)
 
-    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate, size, label)]
-    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{height - 12}" text-anchor="end">{escape(along)}</text>')
-    for number, one in enumerate(shown):
-        parts += _line(one, number, unit, locate)
-    return "".join([*parts, "</svg>"])
+        marks = [(locate(tick, low_y)[0], label(tick)) for tick in x_ticks]
+        drawn["x_marks"] = [(x, words) for x, words in marks if LEFT + 20 <= x <= width - RIGHT]
+        drawn["y_marks"] = [(locate(low_x, tick)[1], f"{_short(tick)}{unit}") for tick in y_ticks]
+        drawn["lines"] = [_line(one, unit, locate) for one in shown]
+    return _environment(COMMON).get_template("line_chart.svg").render(drawn)
+
+
+def _line(one: Series, unit: str, locate: Callable[[float, float], tuple[float, float]]) -> dict[str, Any]:
+    """Return what is drawn of a series: the corners of each run without a gap, and a dot with its words for each point."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in one.points:
+        if math.isfinite(point[1]):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    finite = [point for run in runs for point in run]
+    drawn = [run for run in runs if len(run) > 1 and (not one.markers or len(finite) > 2)]
+    dotted = finite if len(finite) <= MOST_DOTS and not one.dashed else []
+    return {
+        "dashed": one.dashed, "radius": 5 if one.markers else 3,
+        "runs": [" ".join(f"{x},{y}" for x, y in (locate(*point) for point in run)) for run in drawn],
+        "dots": [(*locate(x, y), f"{one.name}, {number(x)}: {number(y)}{unit}") for x, y in dotted],
+    }  # fmt: skip
 
 
 def ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
@@ -145,63 +162,11 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _grid(
-    x_ticks: list[float],
-    y_ticks: list[float],
-    low_x: float,
-    unit: str,
-    locate: Callable,
-    size: tuple[int, int],
-    label: Callable[[float], str],
-) -> list[str]:
-    width, height = size
-    parts = []
-    for tick in y_ticks:
-        _, y = locate(low_x, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{_short(tick)}{escape(unit)}</text>'
-        )
-    for tick in x_ticks:
-        x, _ = locate(tick, y_ticks[0])
-        if LEFT + 20 <= x <= width - RIGHT:
-            anchor = "end" if x > width - RIGHT - 20 else "middle"
-            parts.append(
-                f'<text class="tick" x="{x}" y="{height - 12}" text-anchor="{anchor}">{escape(label(tick))}</text>'
-            )
-    return parts
-
-
-def _line(one: Series, index: int, unit: str, locate: Callable) -> list[str]:
-    runs: list[list[tuple[float, float]]] = [[]]
-    for point in one.points:
-        if math.isfinite(point[1]):
-            runs[-1].append(point)
-        elif runs[-1]:
-            runs.append([])
-    finite = [point for run in runs for point in run]
-    joined = not one.markers or len(finite) > 2
-    style = f"line s{index}{' dashed' if one.dashed else ''}"
-    parts = []
-    for run in runs:
-        corners = " ".join(f"{x},{y}" for x, y in (locate(*point) for point in run))
-        if len(run) > 1 and joined:
-            parts.append(f'<polyline class="{style}" points="{corners}"/>')
-    if len(finite) <= MOST_DOTS and not one.dashed:
-        for point in finite:
-            x, y = locate(*point)
-            words = f"{one.name}, {number(point[0])}: {number(point[1])}{unit}"
-            parts.append(
-                f'<circle class="dot s{index}" cx="{x}" cy="{y}" r="{5 if one.markers else 3}"><title>{escape(words)}</title></circle>'
-            )
-    return parts
-
-
 # Bar charts
 
 LABELS = 205  # width of the column of names
 LETTER = 12.5  # width of a letter of a value on a page as narrow as a phone
-ROW, BAR, BAR_TOP = 28, 16, 6
+ROW, BAR, BAR_TOP = 28, 16, 6  # as bar_chart.svg has them
 MOST_LETTERS = 18
 WIDE_LETTER = 1.5  # letters of usual width
 ENDING = 6  # letters at the end of a long name that are kept, because the names of a family differ there
@@ -239,32 +204,26 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
         bars: from top to bottom; values must not be negative.
         unit: written after the numbers.
     """
-    height = 2 * BAR_TOP + ROW * max(1, len(bars))
-    opening = f'<svg class="chart bars" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-    if not bars:
-        return f'{opening}<text x="{WIDTH / 2}" y="{height / 2}" text-anchor="middle">nothing measured</text></svg>'
     values = [bar.words or f"{number(float(f'{bar.value:.3g}'))}{unit}" for bar in bars]
-    room = WIDTH - LABELS - 10 - LETTER * max(len(value) for value in values)
-    most = max(max(bar.value, bar.high or 0) for bar in bars) or 1
-    parts = [opening, f'<line class="grid" x1="{LABELS}" x2="{LABELS}" y1="{BAR_TOP}" y2="{height - BAR_TOP}"/>']
+    room = WIDTH - LABELS - 10 - LETTER * max((len(value) for value in values), default=0)
+    most = max((max(bar.value, bar.high or 0) for bar in bars), default=0) or 1
+    rows = []
     for row, (bar, value) in enumerate(zip(bars, values, strict=True)):
-        top = BAR_TOP + ROW * row + (ROW - BAR) / 2
-        length = round(max(1.0, bar.value / most * room), 1)
-        kind = "predicted" if bar.predicted else "measured"
-        words = f"{bar.name}: {number(bar.value)}{unit}, {kind}{f'; {bar.note}' if bar.note else ''}"
-        parts.append(f"<g><title>{escape(words)}</title>")
-        parts.append(f'<text x="{LABELS - 8}" y="{top + BAR - 3}" text-anchor="end">{escape(_cut(bar.name))}</text>')
-        parts.append(
-            f'<rect class="bar s{bar.color} {kind}" x="{LABELS}" y="{top}" width="{length}" height="{BAR}" rx="2"/>'
+        length, kind, spread = (
+            round(max(1.0, bar.value / most * room), 1),
+            "predicted" if bar.predicted else "measured",
+            None,
         )
-        end = length
         if bar.low is not None and bar.high is not None:
-            left, right = (round(LABELS + value / most * room, 1) for value in (bar.low, bar.high))
-            middle = top + BAR / 2
-            parts.append(f'<line class="whisker" x1="{left}" x2="{right}" y1="{middle}" y2="{middle}"/>')
-            end = max(end, right - LABELS)
-        parts.append(f'<text class="value" x="{LABELS + end + 6}" y="{top + BAR - 3}">{escape(value)}</text></g>')
-    return "".join([*parts, "</svg>"])
+            spread = [round(LABELS + value / most * room, 1) for value in (bar.low, bar.high)]
+        rows.append({
+            "name": _cut(bar.name), "top": BAR_TOP + ROW * row + (ROW - BAR) / 2, "length": length, "kind": kind,
+            "color": bar.color, "spread": spread, "end": max(LABELS + length, spread[1] if spread else 0), "value": value,
+            "words": f"{bar.name}: {number(bar.value)}{unit}, {kind}{f'; {bar.note}' if bar.note else ''}",
+        })  # fmt: skip
+    height = 2 * BAR_TOP + ROW * max(1, len(bars))
+    drawn = {"title": title, "width": WIDTH, "height": height, "labels": LABELS, "rows": rows}
+    return _environment(COMMON).get_template("bar_chart.svg").render(drawn)
 
 
 def _cut(name: str) -> str:

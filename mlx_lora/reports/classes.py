@@ -6,13 +6,12 @@ classes.jsonl in a run folder has a line for each validation: `step`, `classes` 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted
 
 CLASSES_FILE = "classes.jsonl"
@@ -20,41 +19,40 @@ MOST_NAMED = 5  # labels in a sentence
 MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
 
 
-def begin_classes(file: Path, resumed_at: int | None) -> None:
-    """Begin the file of a run; of a resumed one keep the lines up to its step."""
-    if not file.exists():
-        return
-    kept = [] if resumed_at is None else [line for line in _lines(file) if line["step"] <= resumed_at]
-    if not kept:
-        file.unlink()
-        return
-    with replacing_file(file) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file such as metrics.jsonl, without an incomplete line after a kill; none without the file."""
+    records = []
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def begin_lines(file: Path, resumed_at: int | None) -> None:
+    """Begin a run's file of lines with steps; of a resumed one keep the lines up to its step."""
+    records = [] if resumed_at is None else [one for one in read_records(file) if type(one.get("step")) is int]
+    file.unlink(missing_ok=True)
+    add_lines(file, [one for one in records if one["step"] <= (resumed_at or 0)])
+
+
+def add_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a run's file of lines."""
+    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
+    if lines:
+        with file.open("a", encoding="utf-8", errors="replace") as out:
+            out.writelines(lines)
 
 
 def add_classes(file: Path, step: int, details: Mapping[str, Any]) -> None:
     """Append what a validation found; nothing if it found no labels."""
-    if "classes" in details:
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": step, **details}) + "\n")
+    add_lines(file, [{"step": step, **details}] if "classes" in details else [])
 
 
 def read_classes(file: Path, step: int | None) -> dict[str, Any] | None:
     """Return what the validation after a step found; None if it is not known."""
-    return next((line for line in reversed(_lines(file)) if line["step"] == step), None)
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of classes.jsonl that are whole."""
-    found = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        try:
-            record = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("classes"), dict):
-            found.append(record)
-    return found
+    of_step = [one for one in read_records(file) if one.get("step") == step and isinstance(one.get("classes"), dict)]
+    return of_step[-1] if of_step else None
 
 
 def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -459,8 +459,12 @@ def verdict(
     context = context or VerdictContext()
     context = replace(context, rounded_from=rounding_begins(records, settings, context.rounded_from))
     validations = [r for r in records if r["val_loss"] is not None]
-    notes = [note for note in (of_equal_rewards(records), _skipped(records)) if note]
-    run = facts_of_run(records, settings, context)
+    skipped, steps = (max((r[name] for r in records), default=0) for name in ("skipped_steps", "step"))
+    were = "update was" if skipped == 1 else "updates were"
+    lost = f"{skipped:,} {were} skipped because loss or gradient was not finite." if skipped else ""
+    notes = [note for note in (of_equal_rewards(records), lost) if note]
+    epochs, timed = max((float(r.get("epoch") or 0) for r in records), default=0.0), steps - context.begins_at
+    run = FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
     begins = _begins(context.begins_at, validations)
     own, new = counts_of(context.answers, context.evaluation)
     if not validations and not (own or new):
@@ -473,7 +477,7 @@ def verdict(
     if kept is None and validations:
         words = f"The adapter is that of step {context.kept_step:,}, for which no validation was recorded"
         return Verdict(words, PLAIN, notes, UNKNOWN)
-    kept_step = kept["step"] if kept else max(r["step"] for r in records)
+    kept_step = kept["step"] if kept else steps
     if 0 < (context.rounded_from or 0) <= kept_step and validations:
         notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")
     if kept and kept is not validations[-1]:
@@ -489,7 +493,11 @@ def verdict(
         (settings.get("objective") == "embed", of_search),
     )
     chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder)
-    evidence = replace(evidence_of(records, kept_step, context), choices=chosen, own=own, new=new)
+    evidence = Evidence(
+        steps, [(r["step"], r["loss"]) for r in records if r["loss"] is not None],
+        [(r["step"], r["val_loss"]) for r in validations], context.rows, kept_step, context.texts, context.held_out_rows,
+        context.near_duplicates, context.rounded_from or 0, chosen, own, new,
+    )  # fmt: skip
     for applies, words_of_objective in of_its_own:
         if applies and kept:
             headline, tone = words_of_objective(validations, kept)
@@ -504,37 +512,6 @@ def verdict(
         figures = f"{_perplexities(found, evidence)}{begins}." if validations else ""
         return Verdict(headline, tone, notes, found.name, mend, command, change, figures, own, new)
     return Verdict(headline_of(found, evidence) + begins, tone, notes, found.name, mend, command, change)
-
-
-def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
-    """Return the evidence that a run's records and texts are.
-
-    Args:
-        records: of metrics.jsonl.
-        kept: the step of the adapter that is in the folder.
-        context: what else is known.
-    """
-    return Evidence(
-        steps=max((r["step"] for r in records), default=0),
-        losses=[(r["step"], r["loss"]) for r in records if r["loss"] is not None],
-        held_out=[(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None],
-        rows=context.rows,
-        kept=kept,
-        texts=context.texts,
-        held_out_rows=context.held_out_rows,
-        near_duplicates=context.near_duplicates,
-        rounded_from=context.rounded_from or 0,
-    )
-
-
-def facts_of_run(
-    records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], context: VerdictContext
-) -> FinishedRun:
-    """Return what the commands that mend a run need."""
-    steps = max((r["step"] for r in records), default=0)
-    epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    timed = steps - context.begins_at
-    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
 
 
 def _perplexities(found: Diagnosis, evidence: Evidence) -> str:
@@ -590,12 +567,3 @@ def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     where = f"at step {found.best_step:,}" if found.best_step else "before training"
     mend, _ = mending(found, run)
     return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
-
-
-def _skipped(records: list[dict[str, Any]]) -> str:
-    count = max((r["skipped_steps"] for r in records), default=0)
-    if not count:
-        return ""
-    return (
-        f"{count:,} {'update was' if count == 1 else 'updates were'} skipped because loss or gradient was not finite."
-    )

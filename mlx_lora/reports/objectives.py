@@ -28,25 +28,37 @@ OF_RANKINGS = ("mrr",)  # what only a reranker reports
 # Headlines
 
 
+def compared(
+    validations: list[dict[str, Any]], kept: dict[str, Any], key: str, form: str, least: float = 0.0, better: int = 1
+) -> tuple[str, str]:
+    """Return the first and the kept value of a metric as text, once if they are written alike, and the tone of their difference.
+
+    Args:
+        validations, kept: of metrics.jsonl.
+        key: of the metric.
+        form: how it is written; with z, a rounded -0 is 0.
+        least: a smaller difference is none.
+        better: 1 if more of it is better, -1 if less.
+    """
+    first, last = (one.get(key) or 0.0 for one in (validations[0], kept))
+    ends, change = dict.fromkeys(format(value, form) for value in (first, last)), better * (last - first)
+    same = len(validations) == 1 or not change or abs(change) < least
+    return " to ".join(ends), PLAIN if same else GOOD if change > 0 else BAD
+
+
 def of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
     """Return headline and tone for preference training, whose loss is no likelihood."""
-    parts = []
-    ranked = [r["accuracy"] for r in validations if r.get("accuracy") is not None]
+    parts, ranked = [], [r for r in validations if r.get("accuracy") is not None]
     if ranked and kept.get("accuracy") is not None:
-        ends = dict.fromkeys(
-            [f"{ranked[0]:.0%}", f"{kept['accuracy']:.0%}"] if len(ranked) > 1 else [f"{ranked[0]:.0%}"]
-        )
-        parts.append(f"held-out accuracy {' to '.join(ends)}")
+        ends, _ = compared(ranked, kept if len(ranked) > 1 else ranked[0], "accuracy", ".0%")
+        parts.append(f"held-out accuracy {ends}")
     # The held-out ratings of KTO may all be good or all be bad: then there is no margin, and the loss stands for it.
     name, key, better = "reward margin", "margin", 1
     if any(one.get("margin") is None for one in (validations[0], kept)):
         name, key, better = "loss", "val_loss", -1
-    first, last = better * validations[0][key], better * kept[key]
-    # Adding 0 makes a zero of a rounded -0.
-    ends = dict.fromkeys(f"{round(better * value, 2) + 0:.2f}" for value in (first, last))
-    parts.append(f"{'' if parts else 'held-out '}{name} {' to '.join(ends)}")
+    ends, tone = compared(validations, kept, key, "z.2f", 0.005, better)
+    parts.append(f"{'' if parts else 'held-out '}{name} {ends}")
     words = ", ".join(parts)
-    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
     return words[0].upper() + words[1:], tone
 
 
@@ -54,52 +66,45 @@ def of_search(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[
     """Return headline and tone for embeddings: how often the first held-out document is the right one, or how scores agree."""
     name = next((name for name in ("accuracy", "spearman") if kept.get(name) is not None), "val_loss")
     names = {"accuracy": "first result right", "spearman": "rank correlation with the scores", "val_loss": "loss"}
-    first, last = validations[0].get(name) or 0.0, kept[name]
-    ends = dict.fromkeys(f"{value:.0%}" if name == "accuracy" else f"{value:.3f}" for value in (first, last))
-    change = (last - first) * (-1 if name == "val_loss" else 1)
-    tone = PLAIN if len(validations) == 1 or abs(change) < 0.005 else GOOD if change > 0 else BAD
-    return f"Held out: {names[name]} {' to '.join(ends)}", tone
+    form, better = ".0%" if name == "accuracy" else ".3f", -1 if name == "val_loss" else 1
+    ends, tone = compared(validations, kept, name, form, 0.005, better)
+    return f"Held out: {names[name]} {ends}", tone
 
 
 def of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
     """Return headline and tone for answers that were sampled and rewarded."""
-    first, last = validations[0]["reward"], kept["reward"]
-    ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
-    return f"Held-out reward {' to '.join(ends)}", tone
+    ends, tone = compared(validations, kept, "reward", "z.3f", 0.0005)
+    return f"Held-out reward {ends}", tone
 
 
 def of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
     """Return headline and tone for a classifier: its accuracy, or for numbers the squared error."""
-    key, words, better = (
-        ("accuracy", "Held-out accuracy", 1) if "accuracy" in kept else ("val_loss", "Held-out squared error", -1)
-    )
-    first, last = validations[0][key], kept[key]
-    ends = dict.fromkeys(f"{value:.0%}" if better > 0 else f"{value:.4g}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or first == last else GOOD if better * last > better * first else BAD
-    f1 = f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
-    words = f"{words} {' to '.join(ends)}{f1}"
+    if "accuracy" in kept:
+        ends, tone = compared(validations, kept, "accuracy", ".0%")
+        words = f"Held-out accuracy {ends}"
+    else:
+        ends, tone = compared(validations, kept, "val_loss", ".4g", better=-1)
+        words = f"Held-out squared error {ends}"
+    words += f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
     if (most := kept.get("majority")) is None:
         return words, tone  # several labels, numbers, or a run of an earlier version
     if most == 1:
         return f"{words}; all held-out texts have the same label, so this shows nothing", PLAIN
-    if last > most:
+    if kept["accuracy"] > most:
         return f"{words}; the most frequent label alone has {most:.0%}", tone
     return f"No better than giving every text the most frequent label, which is right in {most:.0%}: {words}", BAD
 
 
 def of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
     """Return headline and tone for a reranker: its mean reciprocal rank, and that of a random order."""
-    first, last = validations[0]["mrr"], kept["mrr"]
-    ends = dict.fromkeys(f"{value:.3f}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or first == last else GOOD if last > first else BAD
-    words = f"Held-out MRR {' to '.join(ends)}, best document first in {kept['accuracy']:.0%} of the queries"
+    ends, tone = compared(validations, kept, "mrr", ".3f")
+    words = f"Held-out MRR {ends}, best document first in {kept['accuracy']:.0%} of the queries"
     if (chance := kept.get("random_mrr")) is None:
         return words, tone  # a run of an earlier version
     most = chance + CERTAIN * kept["random_mrr_sd"]
     if most >= 1:
         return f"{words}; too few held-out queries to tell this from a random order, which has {chance:.3f}", PLAIN
-    if last > most:
+    if kept["mrr"] > most:
         return f"{words}; a random order has {chance:.3f}", tone
     return (
         f"No better than a random order: {words}, while random orders have {chance:.3f} and often up to {most:.3f}",
@@ -110,8 +115,7 @@ def of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
 def of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
     """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
     first, last = validations[0]["val_loss"], kept["val_loss"]
-    ends = dict.fromkeys(f"{round(value, 4) + 0:.4f}" for value in (first, last))
-    words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
+    words = f"Held-out divergence from the teacher {compared(validations, kept, 'val_loss', 'z.4f')[0]} per token"
     if len(validations) == 1:
         return f"{words}, measured once", PLAIN
     if first <= 0 or abs(last / first - 1) < SAME:

@@ -31,7 +31,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.answers import right_words, shown_rows
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
+from mlx_lora.reports.classes import CLASSES_FILE, add_lines, classes_page, read_classes, read_records
 from mlx_lora.reports.diagnosis import VerdictContext, verdict
 from mlx_lora.reports.kept import measured_adapter
 from mlx_lora.reports.objectives import (
@@ -45,7 +45,7 @@ from mlx_lora.reports.objectives import (
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, read_rows_file
 from mlx_lora.utils.console import finite_values
-from mlx_lora.utils.files import replace_text, replacing_file, sha256_of
+from mlx_lora.utils.files import replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 from mlx_lora.utils.text import counted
 
@@ -155,7 +155,20 @@ class RunReport:
         """Return the page's text, and keep the verdict that is on it."""
         settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
         records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
-        context = self._context(folder, records)
+        evaluation, valid = read_evaluation(folder), self.data.get("splits", {}).get("valid")
+        context = VerdictContext(
+            folder=folder,
+            rows=read_rows_file(folder / ROWS_FILE),
+            texts=[(one.before, one.after) for one in self.samples if one.after is not None],
+            held_out_rows=int(valid["rows"]) if valid else 0,
+            near_duplicates=(self.data.get("near_duplicates") or {}).get("held_out_rows"),
+            answers=self.answers,
+            evaluation=evaluation,
+            seconds=elapsed_s(records),
+            kept_step=self.kept_step,
+            rounded_from=self.rounded_from,
+            begins_at=self.begins_at,
+        )
         found = verdict(records, settings, self.ended, context)
         kept = measured_adapter(records, settings if self.ended else None, self.kept_step, self.rounded_from)
         self.verdict = found.to_dict()
@@ -170,25 +183,9 @@ class RunReport:
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],
-            evaluation=shown_evaluation(context.evaluation) if context.evaluation else None,
+            evaluation=shown_evaluation(evaluation) if evaluation else None,
             classes=classes_page(read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)),
             settings=settings,
-        )
-
-    def _context(self, folder: Path, records: list[dict[str, Any]]) -> VerdictContext:
-        splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
-        return VerdictContext(
-            folder=folder,
-            rows=read_rows_file(folder / ROWS_FILE),
-            texts=[(one.before, one.after) for one in self.samples if one.after is not None],
-            held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
-            near_duplicates=near.get("held_out_rows"),
-            answers=self.answers,
-            evaluation=read_evaluation(folder),
-            seconds=elapsed_s(records),
-            kept_step=self.kept_step,
-            rounded_from=self.rounded_from,
-            begins_at=self.begins_at,
         )
 
 
@@ -218,16 +215,6 @@ def read_report(folder: Path) -> RunReport | None:
     return report
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file such as metrics.jsonl, without an incomplete line after a kill; none without the file."""
-    records = []
-    # Not splitlines(), which also splits at characters that JSON strings may hold.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
 def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Leave out the accuracy before the first step if the model is then its own reference: it would only show rounding."""
     if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
@@ -241,6 +228,9 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     steps = ("steps", f"{max((r['step'] for r in records), default=0):,}")
     if not trained:
         return [steps]
+    held_out = [r for r in records if r["val_loss"] is not None]
+    # Of a run that samples answers the rewards are shown, because a loss there is no measure.
+    name, key, other = ("reward",) * 3 if any("reward" in r for r in records) else ("loss", "loss", "val_loss")
     # The first report includes compilations.
     speed = statistics.median(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
     return [
@@ -248,21 +238,10 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("time", _duration(elapsed_s(records))),
         ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
         ("trained tokens/s, median", number(speed)),
-        *_outcomes(records),
-        ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
-        ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
-    ]
-
-
-def _outcomes(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the losses as (label, value); of a run that samples answers the rewards, because a loss there is no measure."""
-    trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
-    name, key, other = (
-        ("reward", "reward", "reward") if any("reward" in r for r in records) else ("loss", "loss", "val_loss")
-    )
-    return [
         (f"training {name}", _ends(trained, key) or "not measured"),
         (f"held-out {name}", _ends(held_out, other) or "not measured"),
+        ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
+        ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
     ]
 
 
@@ -348,64 +327,9 @@ MOST_PROMPTS, MOST_VALIDATIONS = 3, 10  # on the page
 MOST_CHARACTERS, MOST_OF_TURN = 600, 800  # of an answer, and of a prompt's turn, on the page
 
 
-@dataclass(frozen=True)
-class ShownAnswer:
-    """One row of a prompt's table.
-
-    Attributes:
-        step: of the validation.
-        reward: the sum, as text.
-        own: (name, value as text) of each reward, if there are several.
-        text: of the answer, of bounded length.
-        about: how long the whole answer is.
-    """
-
-    step: str
-    reward: str
-    own: list[tuple[str, str]]
-    text: str
-    about: str
-
-
-@dataclass(frozen=True)
-class ShownPrompt:
-    """A fixed prompt.
-
-    Attributes:
-        turns: (role, content) of each.
-        answers: in the order of the validations.
-        pictures: the digests of those in it.
-    """
-
-    turns: list[tuple[str, str]]
-    answers: list[ShownAnswer]
-    pictures: list[str] = field(default_factory=list)
-
-
-def keep_answers(file: Path, resumed_at: int | None) -> None:
-    """Begin the file of a run.
-
-    Args:
-        file: answers.jsonl.
-        resumed_at: keep the lines up to this step; None: none.
-    """
-    if resumed_at is None:
-        file.unlink(missing_ok=True)
-        return
-    kept = [record for record in read_answers(file) if record["step"] <= resumed_at]
-    if file.exists():
-        with replacing_file(file) as temporary:
-            temporary.write_text("".join(map(_line, kept)), encoding="utf-8", errors="replace")
-
-
 def add_answers(file: Path, step: int, answers: Sequence[Record]) -> None:
     """Append the answers of one validation."""
-    with file.open("a", encoding="utf-8", errors="replace") as out:
-        out.writelines(_line({"step": step, "number": place, **one}) for place, one in enumerate(answers))
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    add_lines(file, ({"step": step, "number": place, **one} for place, one in enumerate(answers)))
 
 
 def read_answers(file: Path) -> list[Record]:
@@ -413,61 +337,48 @@ def read_answers(file: Path) -> list[Record]:
     return [one for one in read_records(file) if type(one.get("step")) is int and {"prompt", "answer"} <= one.keys()]
 
 
-def shown_answers(records: Sequence[Record]) -> list[ShownPrompt]:
-    """Return what the page shows: of each prompt at most ten validations, the first and the last among them."""
+def shown_answers(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return what the page shows: of each prompt at most ten validations, the first and the last among them.
+
+    Returns:
+        Of each prompt `turns`, (role, content) of each; `pictures`, the digests of those in it; and `answers`: `step`, `reward`,
+        `own` (name and value of each reward, if there are several), `text`, and `about`, how long the whole answer is.
+    """
     by_prompt: dict[str, list[Record]] = {}
     for record in records:
         by_prompt.setdefault(json.dumps(_asked(record), default=str), []).append(record)
     # A resumed run whose data differ has other prompts; the last ones are shown.
     latest = sorted(by_prompt.values(), key=lambda one: one[-1]["step"])[-MOST_PROMPTS:]
     latest.sort(key=lambda one: one[-1].get("number", 0))
-    return [
-        ShownPrompt(_turns(*_asked(one[0])), [_shown(record) for record in _thinned(one)], _asked(one[0])[1])
-        for one in latest
-    ]
+    prompts = []
+    for all_of in latest:
+        prompt, pictures = _asked(all_of[0])
+        if pictures and isinstance(prompt, str):
+            prompt = prompt.replace("<image>", "")  # the places of pictures, which are shown beside it
+        turns = []
+        for turn in prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]:
+            content = turn.get("content", "")
+            if isinstance(content, list):
+                content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+            turns.append((str(turn.get("role", "")).capitalize(), _cut(str(content), MOST_OF_TURN)))
+        last, answers = len(all_of) - 1, []
+        for place in range(min(len(all_of), MOST_VALIDATIONS)):
+            record = all_of[place if last < MOST_VALIDATIONS else round(place * last / (MOST_VALIDATIONS - 1))]
+            own = record.get("rewards") or {}
+            answers.append({
+                "step": f"{record['step']:,}", "reward": _value(record.get("reward")),
+                "own": [(name, _value(value)) for name, value in own.items()] if len(own) > 1 else [],
+                "text": _cut(record["answer"].strip(), MOST_CHARACTERS) or "(empty text)",
+                "about": counted(record.get("length", 0), "token") + (", cut off" if record.get("truncated") else ""),
+            })  # fmt: skip
+        prompts.append({"turns": turns, "pictures": pictures, "answers": answers})
+    return prompts
 
 
 def _asked(record: Record) -> tuple[Any, list[str]]:
     """Return what tells prompts apart: their texts, and the pictures in them."""
     pictures = record.get("pictures")
     return record["prompt"], [str(one) for one in pictures] if isinstance(pictures, list) else []
-
-
-def _turns(prompt: Any, pictures: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """Return a prompt, a text or messages, as (role, content), without the places of pictures that are shown beside it."""
-    if pictures and isinstance(prompt, str):
-        prompt = prompt.replace("<image>", "")
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return [
-        (str(turn.get("role", "")).capitalize(), _cut(_written(turn.get("content", "")), MOST_OF_TURN))
-        for turn in turns
-    ]
-
-
-def _written(content: Any) -> str:
-    """Return the content of a turn as text; pictures among its parts are shown beside it."""
-    if not isinstance(content, list):
-        return str(content)
-    return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-
-
-def _thinned(records: list[Record]) -> list[Record]:
-    if len(records) <= MOST_VALIDATIONS:
-        return records
-    places = [round(place * (len(records) - 1) / (MOST_VALIDATIONS - 1)) for place in range(MOST_VALIDATIONS)]
-    return [records[place] for place in places]
-
-
-def _shown(record: Record) -> ShownAnswer:
-    own = record.get("rewards") or {}
-    size = f"{record.get('length', 0):,} {'token' if record.get('length') == 1 else 'tokens'}"
-    return ShownAnswer(
-        f"{record['step']:,}",
-        _value(record.get("reward")),
-        [(name, _value(value)) for name, value in own.items()] if len(own) > 1 else [],
-        _cut(record["answer"].strip(), MOST_CHARACTERS) or "(empty text)",
-        f"{size}, cut off" if record.get("truncated") else size,
-    )
 
 
 def _value(value: float | None) -> str:

@@ -10,14 +10,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Checker, Folders, safe_name
 from mlx_lora.studio.run_folders import (
@@ -81,28 +77,26 @@ class RunControl:
     def _write_queue(self, queue: list[str]) -> None:
         replace_text(self._folders.home / QUEUE_FILE, json.dumps(queue) + "\n")
 
-    def queued(self) -> list[dict[str, Any]]:
+    def queued(self) -> dict[str, Any]:
         """Return the lines of the runs that wait."""
         folders = self._listing.folders()
-        return [self._listing.summary(folders[number], True) for number in self.queue if number in folders]
+        return {"queue": [self._listing.summary(folders[number], True) for number in self.queue if number in folders]}
 
-    def move(self, number: str, to: int) -> None:
-        """Put a waiting run at another place."""
+    def reorder(self, number: str, to: int | None) -> dict[str, Any]:
+        """Put a waiting run at another place, or, with None, take it out: its folder stays, and it can be started later.
+
+        Raises:
+            ApiError: 404, it does not wait.
+        """
         with self._lock:
-            queue = self._without(number)
-            queue.insert(max(0, to), number)
+            queue = self.queue
+            if number not in queue:
+                raise ApiError(404, "this run is not waiting in the queue; reload the list", "not_found")
+            queue.remove(number)
+            if to is not None:
+                queue.insert(to, number)
             self._write_queue(queue)
-
-    def remove(self, number: str) -> None:
-        """Take a run out of the queue; its folder stays, and it can be started later."""
-        with self._lock:
-            self._write_queue(self._without(number))
-
-    def _without(self, number: str) -> list[str]:
-        queue = self.queue
-        if number not in queue:
-            raise ApiError(404, "this run is not waiting in the queue; reload the list", "not_found")
-        return [one for one in queue if one != number]
+        return self.queued()
 
     def _watch(self) -> None:
         while not self._end.wait(POLL_S):
@@ -129,12 +123,13 @@ class RunControl:
 
     def going_on(self) -> str | None:
         """Return what trains now, in words: a run, also of a terminal, or a search of the learning rate; None: nothing does."""
-        for run in self._listing.going_on():
-            return f"the run {run['name']}"
-        for task in self._tasks.listed():
-            if task["kind"] == SWEEP and task["state"] == "running":
-                return f"the task “{task['title']}”"
-        return None
+        names = [f"the run {run['name']}" for run in self._listing.going_on()]
+        names += [
+            f"the task “{task['title']}”"
+            for task in self._tasks.listed()
+            if (task["kind"], task["state"]) == (SWEEP, "running")
+        ]
+        return names[0] if names else None
 
     # --- runs
 
@@ -156,7 +151,7 @@ class RunControl:
         """
         name = safe_name(name, "Name of the run")
         folder = self._folders.runs / name
-        resolved(settings, folder)
+        train_settings({**settings, "adapter_path": str(folder)})
         with self._lock:
             if folder.exists():
                 raise ApiError(
@@ -214,7 +209,7 @@ class RunControl:
         folder = self._listing.folder(number)
         with self._lock:
             if number in self.queue and how == "stop":
-                self.remove(number)
+                self.reorder(number, None)
                 return
             started = read_started(folder)
             process = process_of(folder, started)
@@ -259,14 +254,14 @@ class RunControl:
                 started = Started(folder.name, {}, (folder / SETTINGS).stat().st_mtime)
             self._launch(folder, started, agreed)
 
-    def note(self, number: str, text: Any) -> None:
+    def note(self, number: str, text: Any) -> dict[str, Any]:
         """Keep notes on a run."""
         if not isinstance(text, str) or len(text) > MOST_NOTES:
             raise ApiError(400, f"text: must be text of at most {MOST_NOTES} characters", "invalid_value", "text")
-        path = self._listing.folder(number) / NOTES_FILE
-        replace_text(path, text)
+        replace_text(self._listing.folder(number) / NOTES_FILE, text)
+        return {"saved": True}
 
-    def delete(self, number: str, confirm: Any) -> None:
+    def delete(self, number: str, confirm: Any) -> dict[str, Any]:
         """Remove a run's folder with all that is in it; of a run elsewhere the folder stays, and it leaves the list.
 
         Raises:
@@ -279,7 +274,7 @@ class RunControl:
             if process_of(folder, read_started(folder)) is not None:
                 raise ApiError(409, f"{folder.name}: is still running; stop it first", "running")
             if number in self.queue:
-                self.remove(number)
+                self.reorder(number, None)
             try:
                 if self._listing.elsewhere(folder):  # it may have other things in it, even be a project's folder
                     forget_run(folder, self._folders.known_runs)
@@ -288,17 +283,4 @@ class RunControl:
             except OSError as error:
                 raise ApiError(409, f"{folder.name}: cannot be removed ({error.strerror}); check its permissions",
                     "not_removed") from None  # fmt: skip
-
-
-def resolved(settings: Mapping[str, Any], folder: Path) -> TrainSettings:
-    """Return the settings as the command of `train_words` resolves them.
-
-    Raises:
-        InputError: the command would refuse them.
-    """
-    return train_settings({**settings, "adapter_path": str(folder)})
-
-
-def run_yaml(settings: TrainSettings) -> str:
-    """Return run.yaml as the run will write it, before it chooses what is left to it (a date, shared prompts)."""
-    return yaml.safe_dump({**settings.to_flat(), "resume": None, "force": False}, sort_keys=False, allow_unicode=True)
+        return {"deleted": True}

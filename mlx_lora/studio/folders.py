@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlx_lora.studio.web import OWN
 from mlx_lora.trainer.run_folder import KnownRun, known_runs
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
-from mlx_lora.utils.hub import HUB_ID, SMALL_MODEL, SMOLLM2_GGUF
+from mlx_lora.utils.hub import CONFIG_AND_TOKENIZER, HUB_ID, SMALL_MODEL, SMOLLM2_GGUF
 
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
@@ -38,60 +38,38 @@ PATHS = tuple(
     for name, field in FIELDS.items()
     if field_type(field) is str and not ROWS[name].choices and name not in (*WORDS, *OWN, "model", "data")
 )
+DEPTH = 3  # of folders below one that is searched: PUBLISHER/REPO/file
+# Of a folder: what tells a model's or an adapter's shape, tokenizer and templates.
+TELLING = (*CONFIG_AND_TOKENIZER, "additional_chat_templates/*.jinja")
+Stamps = tuple[tuple[str, int, int], ...]
 
 
-@dataclass(frozen=True)
 class Folders:
     """The folders of one studio, all of them resolved.
 
     Attributes:
-        home: has `data/`, `runs/`, `exports/`, `models/` and the queue.
-        model_folders: also searched for models.
-        data_folders: also searched for data sets.
-        runs_folders: also searched for runs that were started elsewhere.
+        home: has `data/` for uploads, `runs/` that the page starts, `exports/`, `models/` that were converted, `logs/` with the
+            output of tasks, and the queue.
+        all_runs: the folders whose subfolders are runs, the studio's own first.
+        all_data, all_models: the folders that data sets and models may come from, besides the stores of other programs.
         known_runs: the list of runs that `train` keeps; None: it is not read.
     """
 
-    home: Path
-    model_folders: tuple[Path, ...] = ()
-    data_folders: tuple[Path, ...] = ()
-    runs_folders: tuple[Path, ...] = ()
-    known_runs: Path | None = None
-
-    @property
-    def data(self) -> Path:
-        """Where uploads go."""
-        return self.home / "data"
-
-    @property
-    def runs(self) -> Path:
-        """Where runs go that the page starts."""
-        return self.home / "runs"
-
-    @property
-    def exports(self) -> Path:
-        """Where exports go."""
-        return self.home / "exports"
-
-    @property
-    def logs(self) -> Path:
-        """Where the output of tasks goes."""
-        return self.home / "logs"
-
-    @property
-    def models(self) -> Path:
-        """Where converted models go."""
-        return self.home / "models"
+    def __init__(
+        self, home: Path, model_folders: tuple[Path, ...] = (), data_folders: tuple[Path, ...] = (),
+        runs_folders: tuple[Path, ...] = (), known_runs: Path | None = None,
+    ):  # fmt: skip
+        self.home, self.known_runs = home, known_runs
+        own = (home / name for name in ("data", "runs", "exports", "models", "logs"))
+        self.data, self.runs, self.exports, self.models, self.logs = own
+        self.all_runs = tuple(dict.fromkeys((self.runs, *runs_folders)))
+        self.all_data = tuple(dict.fromkeys((self.data, *data_folders)))
+        self.all_models = tuple(dict.fromkeys((self.models, *model_folders)))
 
     def make(self) -> None:
         """Make the folders of the studio's own."""
         for folder in (self.data, self.runs, self.exports, self.models):
             folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def all_runs(self) -> tuple[Path, ...]:
-        """The folders whose subfolders are runs, the studio's own first."""
-        return tuple(dict.fromkeys((self.runs, *self.runs_folders)))
 
     def noted_runs(self) -> dict[Path, KnownRun]:
         """What `train` noted of runs, by folder; each is still there and has a run.yaml."""
@@ -100,16 +78,6 @@ class Folders:
     def runs_elsewhere(self) -> dict[Path, KnownRun]:
         """Those of them whose folders lie in none of the folders of runs."""
         return {folder: one for folder, one in self.noted_runs().items() if folder.parent not in self.all_runs}
-
-    @property
-    def all_data(self) -> tuple[Path, ...]:
-        """The folders that data sets may come from."""
-        return tuple(dict.fromkeys((self.data, *self.data_folders)))
-
-    @property
-    def all_models(self) -> tuple[Path, ...]:
-        """The folders that models may come from, besides the stores of other programs."""
-        return tuple(dict.fromkeys((self.models, *self.model_folders)))
 
 
 def within(path: object, folders: Iterable[Path], field: str, named: Iterable[Path] = ()) -> Path:
@@ -156,18 +124,29 @@ def safe_name(name: object, field: str = "name") -> str:
     return text
 
 
-def numbered_paths(wanted: Path) -> Iterator[Path]:
-    """Yield a path, and then NAME-2, NAME-3 and so on beside it."""
-    yield wanted
-    yield from (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+def walk(root: Path, folder: Path | None = None, left: int = DEPTH) -> Iterator[tuple[Path, set[str], list[Path]]]:
+    """Yield a folder, the names of all that is in it, and its entries but for hidden ones and links out of the root; then what
+    is below. Folders that the caller takes out of the entries are not entered."""
+    folder = folder or root
+    with contextlib.suppress(OSError):
+        found = sorted(folder.iterdir())
+        entries = [one for one in found if not one.name.startswith(".") and one.resolve().is_relative_to(root)]
+        yield folder, {one.name for one in found}, entries
+        for entry in entries if left else ():
+            if entry.is_dir():
+                yield from walk(root, entry, left - 1)
+
+
+def free_path(wanted: Path, fits: Callable[[Path], bool] = lambda path: False) -> Path:
+    """Return the first of NAME, NAME-2, NAME-3 and so on that is not there yet, or fits as it is."""
+    names = itertools.chain([wanted], (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2)))
+    return next(path for path in names if not path.exists() or fits(path))
 
 
 def is_hub_model(value: Any) -> bool:
     """Tell whether a request's model is a hub id, and neither a path nor a flag."""
     found = HUB_ID.fullmatch(value) if isinstance(value, str) else None
-    return (
-        found is not None and all(part[0].isalnum() for part in found["repo"].split("/")) and not Path(value).exists()
-    )
+    return bool(found) and all(part[0].isalnum() for part in found["repo"].split("/")) and not Path(value).exists()
 
 
 def whole_model(model: str, cwd: str = "") -> str:
@@ -247,29 +226,23 @@ class Checker:
                 "invalid_value", "settings",
             )  # fmt: skip
         kept = {name: value for name, value in given.items() if value is not None and value != ""}
-        for name in PATHS:
-            self._check_files(name, str(kept.get(name, "")))
-        _check_revision(str(kept.get("revision", "")), "revision")
-        if "model" in kept:
-            kept["model"] = self.model(kept["model"])
-        if "data" in kept:
-            kept["data"] = self.data(kept["data"])
-        return {name: value for name, value in kept.items() if not _is_default(name, value)}
-
-    def _check_files(self, name: str, value: str) -> None:
-        """Refuse a value that names a file outside the folders of this studio, alone or in a list with commas."""
         folders = (*self._folders.all_data, *self._folders.all_runs, *self._models, self._folders.home)
         elsewhere = self._folders.runs_elsewhere()
-        for file, may_be_gone in _named_in(value):
-            if os.path.exists(file) or (may_be_gone and _is_path(file)):
-                path = within(file, folders, name, elsewhere)
-                for linked in _files_of(path) if name == "eval_tasks" else ():  # its folder is read as data
-                    within(str(linked), folders, name, elsewhere)
-
-
-def files_in(value: str) -> list[str]:
-    """Return the files and folders that are there of those that a setting's value names."""
-    return [file for file, _ in _named_in(value) if os.path.exists(file)]
+        for name in PATHS:
+            for file, may_be_gone in _named_in(str(kept.get(name, ""))):
+                if os.path.exists(file) or (may_be_gone and _is_path(file)):
+                    path = within(file, folders, name, elsewhere)
+                    for linked in _files_of(path) if name == "eval_tasks" else ():  # its folder is read as data
+                        within(str(linked), folders, name, elsewhere)
+        _check_revision(str(kept.get("revision", "")), "revision")
+        kept |= {
+            name: check(kept[name]) for name, check in (("model", self.model), ("data", self.data)) if name in kept
+        }
+        for name, value in list(kept.items()):
+            with contextlib.suppress(ValueError):  # resolving the settings says what is wrong
+                if read_value(FIELDS[name], value) == FIELDS[name].default:
+                    del kept[name]
+        return kept
 
 
 def _named_in(value: str) -> Iterator[tuple[str, bool]]:
@@ -303,8 +276,23 @@ def _files_of(path: Path) -> list[Path]:
         return []
 
 
-def _is_default(name: str, value: Any) -> bool:
-    try:
-        return read_value(FIELDS[name], value) == FIELDS[name].default
-    except ValueError:
-        return False  # resolving the settings says what is wrong
+# Stamps of files, which change when the files do: what the studio keeps of earlier work, it keeps under them
+
+
+def stamps(files: Iterable[Path]) -> Stamps:
+    """Return path, size in bytes, and time of the last change in ns, of those files that are there."""
+    found = ((file, file.stat()) for file in files if file.is_file())
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found)
+
+
+def stamps_at(path: Path) -> Stamps:
+    """Return the stamps of a file, or of a folder's small files; none if there is neither."""
+    return stamps(sorted(file for pattern in TELLING for file in path.glob(pattern)) if path.is_dir() else [path])
+
+
+def stamps_of_settings(settings: Mapping[str, Any]) -> Stamps:
+    """Return the stamps of the files and folders that settings name, but for those of model and data."""
+    named = {
+        file: None for name in PATHS for file, _ in _named_in(str(settings.get(name) or "")) if os.path.exists(file)
+    }
+    return tuple(one for file in named for one in stamps_at(Path(file)))

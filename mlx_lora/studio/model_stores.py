@@ -26,7 +26,7 @@ from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.config import architecture_of
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
-from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.folders import Folders, stamps, walk
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replace_text
@@ -40,7 +40,6 @@ from mlx_lora.utils.hub import (
 )
 from mlx_lora.utils.parsing import parse_json
 
-DEPTH = 3  # of folders below a model folder: PUBLISHER/REPO/file
 MOST_MODELS = 2000
 MOST_SMALL_BYTES = 8 << 20  # a manifest or a config.json
 GGUF_LAYER = "application/vnd.ollama.image.model"
@@ -80,46 +79,42 @@ class ModelStores:
         return [{"kind": kind, "path": str(path), "exists": path.is_dir()} for kind, path in listed]
 
     def roots(self) -> tuple[Path, ...]:
-        """Return the folders that a model of a request may lie in, resolved."""
-        stores = (Path(HF_HUB_CACHE), ollama_store(), *lmstudio_stores())
-        # Besides the stores, the folder of the embedded models, which this program itself downloads.
-        return (*self._folders.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
+        """Return the folders that a model of a request may lie in, resolved: the places, and where the embedded models are."""
+        return tuple(Path(path).resolve() for path in (*(one["path"] for one in self.stores()), cache_dir("models")))
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return all models, each with what is known of it."""
-        known = len(self._facts)
-        models = []
-        for found in self._all():
-            facts = self._facts_of(found)
-            shown = {"id": found.id, "name": found.name, "kind": found.kind, "path": str(found.path)}
-            models.append(shown | facts)
+        """Return all models, each with what its headers say, which are read once for each version of its files."""
+        known, models = len(self._facts), []
+        for one in self._all():
+            try:
+                files = (
+                    [one.path] if one.path.is_file() else [one.path / "config.json", *one.path.glob("*.safetensors")]
+                )
+                key = json.dumps([str(one.path), stamps(sorted(files))])
+                if key not in self._facts:
+                    self._facts[key] = (gguf_facts if one.path.is_file() else folder_facts)(one.path)
+                facts = self._facts[key]
+            except OSError as error:
+                facts = _facts(why=f"cannot be read ({error.strerror or error}); check its permissions")
+            models.append({"id": one.id, "name": one.name, "kind": one.kind, "path": str(one.path), **facts})
         if len(self._facts) != known:
             replace_text(self._facts_file, json.dumps(self._facts))
         return models
 
     def _all(self) -> list[LocalModel]:
         embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
-        found = [LocalModel(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
-        found += hub_models(Path(HF_HUB_CACHE))
-        for folder in self._folders.all_models:
-            found += folder_models(folder)
-        found += ollama_models(ollama_store(), self._folders.models / "ollama")
-        for folder in lmstudio_stores():
-            found += [LocalModel(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
+        studio = [one for folder in lmstudio_stores() for one in folder_models(folder)]
+        found = [
+            *(LocalModel(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()),
+            *hub_models(Path(HF_HUB_CACHE)),
+            *(one for folder in self._folders.all_models for one in folder_models(folder)),
+            *ollama_models(ollama_store(), self._folders.models / "ollama"),
+            *(LocalModel(one.id, one.name, "lmstudio", one.path) for one in studio),
+        ]
         seen: dict[str, LocalModel] = {}
         for one in found[:MOST_MODELS]:
             seen.setdefault(one.id, one)
         return list(seen.values())
-
-    def _facts_of(self, found: LocalModel) -> dict[str, Any]:
-        """Return what a model's headers say, read once for each version of its files."""
-        try:
-            key = _version(found.path)
-            if key not in self._facts:
-                self._facts[key] = (gguf_facts if found.path.is_file() else folder_facts)(found.path)
-            return self._facts[key]
-        except OSError as error:
-            return _untrainable(f"cannot be read ({error.strerror or error}); check its permissions")
 
 
 def hub_models(cache: Path) -> Iterator[LocalModel]:
@@ -170,30 +165,19 @@ def bytes_in_memory(path: Path, bits: int | None = None) -> float:
     return min(stored, numbers * (bits + BITS_OF_SCALES) / 8) if bits and numbers else stored
 
 
-def folder_models(root: Path, depth: int = DEPTH) -> list[LocalModel]:
+def folder_models(root: Path) -> list[LocalModel]:
     """Return the model folders and GGUF files below a folder; links out of it are left out."""
     found: list[LocalModel] = []
-
-    def search(folder: Path, left: int) -> None:
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError:
-            return
-        names = {entry.name for entry in entries}
+    for folder, names, entries in walk(root):
+        if len(found) >= MOST_MODELS:
+            break
         if "config.json" in names and ADAPTER not in names and folder != root:
             found.append(LocalModel(str(folder), str(folder.relative_to(root)), "folder", folder))
-            return
+            entries.clear()
         for entry in entries:
-            if entry.name.startswith(".") or len(found) >= MOST_MODELS:
-                continue
-            if not entry.resolve().is_relative_to(root):
-                continue
             if entry.suffix.lower() == ".gguf" and entry.is_file() and "mmproj" not in entry.name.lower():
                 found.append(LocalModel(str(entry), str(entry.relative_to(root)), "gguf", entry))
-            elif left and entry.is_dir() and entry.name != "ollama":
-                search(entry, left - 1)
-
-    search(root, depth)
+        entries[:] = [entry for entry in entries if entry.name != "ollama"]
     return found
 
 
@@ -236,13 +220,12 @@ def folder_facts(folder: Path) -> dict[str, Any]:
     """Return what a model folder's headers say."""
     config = json_of(folder / "config.json")
     if not isinstance(config, dict):
-        return _untrainable("its config.json is not readable; download it again")
-    files = sorted(folder.glob("*.safetensors"))
+        return _facts(why="its config.json is not readable; download it again")
+    files, numbers, width = sorted(folder.glob("*.safetensors")), 0, 16
     size = sum(file.stat().st_size for file in files)
-    stored = config.get("quantization") or config.get("quantization_config") or {}
+    stored = config.get("quantization") or config.get("quantization_config")
     stored = stored if isinstance(stored, dict) else {}
     bits = stored.get("bits")
-    numbers, width = 0, 16
     try:
         for file in files:
             for name, tensor in read_safetensors_header(file).items():
@@ -256,7 +239,7 @@ def folder_facts(folder: Path) -> dict[str, Any]:
                 else:
                     numbers, width = numbers + count, 32 if tensor["dtype"] == "F32" else width
     except InputError as error:
-        return _untrainable(str(error))
+        return _facts(why=str(error))
     why = "no .safetensors weights in it; use a copy that has them" if not files else _unknown(config)
     return _facts(size, config.get("model_type"), numbers or None, bits or width, why)
 
@@ -270,7 +253,7 @@ def gguf_facts(path: Path) -> dict[str, Any]:
         numbers = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
         bits = round(8 * size / max(1, numbers), 1)
     except InputError as error:
-        return _untrainable(str(error)) | {"bytes": size}
+        return _facts(size, why=str(error))
     try:
         why = _unknown(model_config(file))
     except InputError as error:
@@ -290,22 +273,17 @@ def _unknown(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _facts(size: int, architecture: Any, numbers: int | None, bits: float | None, why: str | None) -> dict[str, Any]:
+def _facts(
+    size: int = 0,
+    architecture: Any = None,
+    numbers: int | None = None,
+    bits: float | None = None,
+    why: str | None = None,
+) -> dict[str, Any]:
     name = str(architecture)[:80] if architecture else None
     return {
         "bytes": size, "architecture": name, "parameters": numbers, "bits": bits, "trainable": why is None, "why_not": why,
     }  # fmt: skip
-
-
-def _untrainable(why: str) -> dict[str, Any]:
-    return _facts(0, None, None, None, why)
-
-
-def _version(path: Path) -> str:
-    """Return a text that changes with a model's files."""
-    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return json.dumps([str(path), stats])
 
 
 def json_of(path: Path) -> Any:

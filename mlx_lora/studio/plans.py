@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,19 @@ from mlx_lora.api.plan import PlanParts, plan_run
 from mlx_lora.config.defaults import DataFacts, learning_rate_for, preset_settings, rows_per_step, with_length
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, TrainSettings
-from mlx_lora.data.files import DataFile, find_sets, is_local, named_sets
+from mlx_lora.data.files import DataFile, DataSet, find_sets, is_local, named_sets
 from mlx_lora.data.records import read_records
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.kernels.table import KernelChoice
-from mlx_lora.models.config import PARTS
+from mlx_lora.models.config import PARTS as INNER_CONFIGS
 from mlx_lora.models.meta import Outline
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.folders import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.versions import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import fields_in, in_page_words
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
@@ -81,7 +80,7 @@ class KeptParts(PlanParts):
         loop = settings.loop
         depends = [settings.model, settings.adapter, settings.objective, settings.optimizer]
         depends += [loop.kernels, loop.seed, loop.offload_base]
-        key = repr([*depends, dtype, kernels, _version(settings.model.model)])
+        key = repr([*depends, dtype, kernels, stamps_at(Path(settings.model.model or "").expanduser())])
         if key not in self._shapes:
             self._shapes[key] = super().shape(settings, dtype, kernels)
         self._shapes.move_to_end(key)
@@ -97,7 +96,6 @@ class Plans:
         self._processes, self._wanted = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
-        self._reading: dict[str, BackgroundTask] = {}
 
     def close(self) -> None:
         """End the processes, whatever they are planning."""
@@ -113,11 +111,12 @@ class Plans:
         return self._planned({name: value for name, value in settings.items() if name != "data"})
 
     def known(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the plan of a run if it was made before; None: it was not, and is not made now."""
-        try:
-            found = self._kept.get(_key(settings))
-        except InputError:
-            return None
+        """Return the plan of a run if it was made before; None: it was not, and is not made now.
+
+        Raises:
+            InputError: the data cannot be used.
+        """
+        found = self._kept.get(_key(settings))
         return found if isinstance(found, dict) else None
 
     def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], BackgroundTask | None]:
@@ -126,23 +125,18 @@ class Plans:
         Raises:
             InputError: the planner refuses the settings or the data.
         """
-        data = settings.get("data")
-        if not data or not all(is_local(name) for name, _ in named_sets(data)):
+        files = local_files(settings.get("data"))
+        if not files:
             return self.of_config(settings), None
         key = _key(settings)
-        if key in self._kept or sum(file.path.stat().st_size for file in local_files(data)) <= AT_ONCE_BYTES:
+        if key in self._kept or sum(file.path.stat().st_size for file in files) <= AT_ONCE_BYTES:
             return self._planned(settings), None
-        with self._lock:
-            if key not in self._reading or self._reading[key].state != "running":
-                self._reading = {other: one for other, one in self._reading.items() if one.state == "running"}
-                self._reading[key] = self._tasks.begin(
-                    "plan", "Reading the data for the plan", lambda _: self._read(settings)
-                )
-            task = self._reading[key]
-        return self.of_config(settings), task
 
-    def _read(self, settings: Mapping[str, Any]) -> None:
-        self._keep(_key(settings), self._made(settings))
+        def read(task: BackgroundTask) -> None:
+            self._keep(key, self._made(settings))
+
+        task = self._tasks.begin("plan", "Reading the data for the plan", read, key=key)
+        return self.of_config(settings), task
 
     def _made(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         processes = self._processes
@@ -202,37 +196,32 @@ def _begin_process(wanted: Connection) -> None:
     threading.Thread(target=end_when_told, daemon=True).start()
 
 
-@lru_cache(maxsize=1)
-def _kept_parts() -> KeptParts:
-    """Return what this process keeps between plans."""
-    return KeptParts()
+PARTS = KeptParts()  # of this process, between plans
 
 
 def _plan(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plan, of the file itself for a model of the hub's cache."""
     model = settings.get("model")
-    readable = train_settings({**settings, **({"model": local_model(model)} if model else {})})
-    return plan_run(readable, parts=_kept_parts())
+    return plan_run(train_settings({**settings, **({"model": local_model(model)} if model else {})}), parts=PARTS)
 
 
 def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of a plan."""
-    predicted = plan["predicted"]
+    predicted, hours = plan["predicted"], plan["predicted"]["hours"]
     line = f"Peak {gigabytes(plan['peak_bytes'])} of {gigabytes(plan['budget_bytes'])}"
     if plan["not_known"]:
         line = f"Memory is not known for this model ({', '.join(plan['not_known'])})"
     elif not plan["fits"]:
         line = f"Does not fit: needs {gigabytes(plan['needed_bytes'])} of {gigabytes(plan['budget_bytes'])}; {plan['advice']}"
     rows = "the data's rows" if plan["data"] else f"full rows of {plan['settings']['max_seq_length']:,} tokens"
-    speed = f"about {predicted['tokens_per_s']:,.0f} tokens/s with {rows}"
-    seconds = None if predicted["hours"] is None else predicted["hours"] * 3600
-    lasting = f", {format_duration(seconds)}" if seconds is not None else ""
+    line += f"; about {predicted['tokens_per_s']:,.0f} tokens/s with {rows}"
+    line += "" if hours is None else f", {format_duration(hours * 3600)}"
     return {
         "fits": plan["fits"], "peak_bytes": plan["peak_bytes"], "needed_bytes": plan["needed_bytes"],
         "limit_bytes": plan["budget_bytes"],
         "parts": [{"name": name, "bytes": size} for name, size in plan["parts"].items()],
-        "tokens_per_s": predicted["tokens_per_s"], "seconds": seconds, "predicted": True,
-        "line": in_page_words(f"{line}; {speed}{lasting} (predicted)."), "problems": [], "said": {},
+        "tokens_per_s": predicted["tokens_per_s"], "seconds": None if hours is None else hours * 3600, "predicted": True,
+        "line": in_page_words(f"{line} (predicted)."), "problems": [], "said": {},
         "chosen": plan["settings"], "model": plan["model"], "data": plan["data"], "steps": plan["steps"],
         "warnings": [in_page_words(warning) for warning in plan["warnings"]],
         "warned": {name: in_page_words(warning) for warning in plan["warnings"] for name in fields_in(warning)[:1]},
@@ -253,29 +242,19 @@ def refused_plan(problem: str) -> dict[str, Any]:
 def _key(settings: Mapping[str, Any]) -> str:
     """Return a text that changes with all that a plan depends on, the versions of files among it."""
     counted = {name: value for name, value in settings.items() if name not in NOT_PLANNED}
-    versions = [stamps_of_settings(settings)]
-    if settings.get("model"):
-        versions.append(stamps_at(Path(settings["model"]).expanduser()))
-    if settings.get("data"):
-        versions.append(stamps(file.path for file in local_files(settings["data"])))
-    return json.dumps([sorted(counted.items()), versions], default=str)
+    model = stamps_at(Path(settings["model"]).expanduser()) if settings.get("model") else None
+    data = stamps(file.path for file in local_files(settings.get("data")))
+    return json.dumps([sorted(counted.items()), stamps_of_settings(settings), model, data], default=str)
 
 
-def _version(path: str | None) -> list[Any]:
-    file = Path(path or "").expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        stat = file.stat()
-    except OSError:
-        return [path]
-    return [str(file), stat.st_size, stat.st_mtime_ns]
-
-
-def local_files(data: str) -> list[DataFile]:
+def local_files(data: str | None) -> list[DataFile]:
     """Return the files that `--data` names; none if a set of it is on the hub."""
-    if not all(is_local(name) for name, _ in named_sets(data)):
-        return []
-    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+    return [file for one in local_sets(data) for files in one.splits.values() for file in files]
+
+
+def local_sets(data: str | None) -> list[DataSet]:
+    """Return the sets that `--data` names; none if one of them is on the hub."""
+    return find_sets(data) if data and all(is_local(name) for name, _ in named_sets(data)) else []
 
 
 def own_settings(
@@ -295,7 +274,9 @@ def own_settings(
     if card == USUAL_CARD:
         return {}, None
     plan, task = plans.of_run(settings)
-    return without(preset_settings(card, facts_of_plan(plan)), given), task
+    data, rows = plan["data"], plan["objective"]["rows_per_example"]
+    facts = DataFacts(data["rows"] // rows, data["tokens"]) if data else None
+    return without(preset_settings(card, facts), given), task
 
 
 def cards_at_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -312,7 +293,13 @@ def cards_at_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict
         rate = asked.optimizer.learning_rate
         if rate in (None, AUTO) and kind is not None:
             rate = learning_rate_for(*kind, asked)
-        epochs, steps = length_by_rule(asked, facts)
+        loop = asked.loop
+        epochs, steps = (loop.epochs, None) if loop.iters is None else (None, loop.iters)
+        if facts is not None and loop.iters is None:
+            rows = loop.batch_size or rows_per_step(facts.examples)
+            tokens = loop.batch_tokens or math.ceil(1.25 * rows * ABOUT_TOKENS)
+            epochs = with_length(asked, tokens, facts).loop.epochs or 1.0
+            steps = max(1, round(epochs * facts.examples / rows / loop.grad_accumulation_steps))
         found[card] = {"learning_rate": rate, "rank": asked.adapter.rank, "epochs": epochs, "steps": steps}
     return found
 
@@ -322,26 +309,6 @@ def without(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     said = {name for name, value in given.items() if value is not None and value != ""}
     said |= {"epochs"} if "iters" in said else set()
     return {name: value for name, value in own.items() if name not in said}
-
-
-def facts_of_plan(plan: Mapping[str, Any]) -> DataFacts | None:
-    """Return the size of the data of a plan; None: it was not read."""
-    if not plan["data"]:
-        return None
-    return DataFacts(plan["data"]["rows"] // plan["objective"]["rows_per_example"], plan["data"]["tokens"])
-
-
-def length_by_rule(asked: TrainSettings, facts: DataFacts | None) -> tuple[float | None, int | None]:
-    """Return about how many epochs and steps a run takes; None: not known."""
-    loop = asked.loop
-    if loop.iters is not None:
-        return None, loop.iters
-    if facts is None:
-        return loop.epochs, None
-    rows = loop.batch_size or rows_per_step(facts.examples)
-    tokens = loop.batch_tokens or math.ceil(1.25 * rows * ABOUT_TOKENS)
-    epochs = with_length(asked, tokens, facts).loop.epochs or 1.0
-    return epochs, max(1, round(epochs * facts.examples / rows / loop.grad_accumulation_steps))
 
 
 def kind_of_model(model: Any) -> tuple[str, int] | None:
@@ -356,21 +323,18 @@ def kind_of_model(model: Any) -> tuple[str, int] | None:
         return None
     if not isinstance(config, dict):
         return None
-    inner = next((config[part] for part in PARTS if isinstance(config.get(part), dict)), config)
+    inner = next((config[part] for part in INNER_CONFIGS if isinstance(config.get(part), dict)), config)
     width = inner.get("hidden_size") or config.get("hidden_size") or 0
     return str(config.get("model_type", "")), width if isinstance(width, int) else 0
 
 
 def count_examples(settings: Mapping[str, Any]) -> int | None:
     """Return how many records small data on this disk has to train on; None: it is elsewhere, large, or not readable."""
-    data = settings.get("data")
+    count = 0.0
     try:
-        if not data or not all(is_local(name) for name, _ in named_sets(data)):
-            return None
-        sets = find_sets(data)
+        sets = local_sets(settings.get("data"))
         if sum(file.path.stat().st_size for one in sets for file in one.splits.get("train", ())) > AT_ONCE_BYTES:
             return None
-        count = 0.0
         for one in sets:
             records = sum(1 for file in one.splits.get("train", ()) for _ in read_records(file.path, file.sheet))
             held_out = 0.0 if "valid" in one.splits else train_settings(dict(settings)).data.valid_fraction

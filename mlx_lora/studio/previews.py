@@ -1,11 +1,14 @@
 """Show a run's data as it will be trained: encoded once into arrays on disk, from which any page of rows is read fast.
 
 FOLDER/tokens.npy mask.npy offsets.npy     the rows, as `train` would encode them
-       pictures.npy pictures.json          and their pictures (studio/preview_pictures.py)
+       pictures.npy                        the number of each row's pictures
+       pictures.json                       by number their digests; of each picture its file, size and image tokens
+       thumbnails/DIGEST.jpg               of those that a page has shown, or whose bytes are in the data
        examples.npy                        (E, 6) int32: file, line, form, whether cut, the first equal example or -1, split
        meta.json                           names, counts, histogram, refused records, notes
 
-A large data set is encoded in a process of its own, so that the server goes on answering:
+Only pictures that the data's reader has opened are shown, so a path was checked before it is here; a file that has changed since
+is not shown again. A large data set is encoded in a process of its own, so that the server goes on answering:
 
     python -m mlx_lora.studio.previews REQUEST.json FOLDER"""
 
@@ -17,20 +20,21 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.examples import BadRow, Record
-from mlx_lora.data.files import DataFile, find_sets
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.images import ImageFile
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key
 from mlx_lora.data.notes import data_notes
@@ -47,21 +51,27 @@ from mlx_lora.data.read import (
     repeated_notes,
 )
 from mlx_lora.data.report import DroppedRow, row_pieces
+from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.preview_pictures import RowPictures, in_runs, reader_for, write_pictures
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.versions import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, replace_text, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replace_text, replacing_file, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.image_tokens import ImageReader, ImageTable
 
 SPLITS = ("train", "valid", "test")
 BARS = 40
@@ -72,6 +82,9 @@ META = "meta.json"
 REPORT_EVERY = 500  # records that are parsed
 Report = Callable[[int, int | None], None]
 PROGRESS = "progress.json"
+NUMBERS, FACTS, THUMBNAILS = "pictures.npy", "pictures.json", "thumbnails"
+MOST_OF_ROW = 4  # pictures of a row, or of a text's prompt, that are shown
+MOST_KEPT = 2000  # thumbnails of pictures that are no files; further ones are not shown
 
 
 @dataclass
@@ -146,27 +159,20 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
         before = {split: len(part.rows.entries) for split, part in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
-                for _ in _read_file(file, settings, records, parts.setdefault(split, IndexedSplit())):
+                part = parts.setdefault(split, IndexedSplit())
+                all_forms = part.rows.formats
+                for record in file_records(file, settings, part.rows):  # one by one, so that each entry's form is known
+                    part.rows.formats = Counter()
+                    parse_rows([record], file.name, settings, records, part.rows)
+                    part.forms += [next(iter(part.rows.formats), "")] * (len(part.rows.entries) - len(part.forms))
+                    all_forms.update(part.rows.formats)
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
+                part.rows.formats = all_forms
         repeated.append(cut_repeated_prompts([(part.rows, before.get(split, 0)) for split, part in parts.items()]))
     check_speaker([part.rows for part in parts.values()], settings)
     return parts, repeated
-
-
-def _read_file(file: DataFile, settings: DataSettings, records: str, part: IndexedSplit) -> Iterator[None]:
-    """Add a file's records one by one, so that each entry's form is known; yield after each."""
-    rows, forms = part.rows, part.forms
-    all_forms = rows.formats
-    for record in file_records(file, settings, rows):
-        rows.formats = Counter()
-        one: list[Record | BadRow] = [record]
-        parse_rows(one, file.name, settings, records, rows)
-        forms += [next(iter(rows.formats), "")] * (len(rows.entries) - len(forms))
-        all_forms.update(rows.formats)
-        yield
-    rows.formats = all_forms
 
 
 def _write(folder: Path, parts: dict[str, IndexedSplit], table: np.ndarray, known: dict[str, Any]) -> None:
@@ -180,6 +186,8 @@ def _write(folder: Path, parts: dict[str, IndexedSplit], table: np.ndarray, know
     np.save(folder / "examples.npy", table)
     refused = [(row, split) for split, part in parts.items() for row in part.rows.dropped]
     group = found[0].group if found else 1
+    width = max(1, -(-(int(sizes.max(initial=0)) + 1) // BARS))  # of a bar of the histogram
+    bars = np.bincount(sizes // width) if len(sizes) else ()
     meta = {
         **known,
         "group": group,
@@ -196,7 +204,7 @@ def _write(folder: Path, parts: dict[str, IndexedSplit], table: np.ndarray, know
             "empty": sum(part.rows.empty for part in parts.values()),
             "longest": int(sizes.max(initial=0)),
         },
-        "histogram": histogram(sizes),
+        "histogram": [{"from": i * width, "to": (i + 1) * width - 1, "count": int(n)} for i, n in enumerate(bars)],
         "refused": [
             {"file": row.file, "line": row.line, "unit": row.unit, "message": row.why[:MOST_WHY], "split": split}
             for row, split in refused[:MOST_REFUSED]
@@ -231,17 +239,54 @@ def _examples(
     return np.array(examples, np.int32).reshape(-1, 6), named, keys
 
 
-def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Return how many rows have lengths in each of some ranges of equal width.
+def reader_for(
+    settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ImageReader, str] | None:
+    """Return what reads the pictures of a run's data, and the kind of its records; None if the run has no pictures.
 
     Args:
-        lengths: (R,) int64, tokens.
+        settings: of the run.
+        folder: of the model, with config.json and its image processor.
+        tokenizer: gets the template that shows pictures.
+
+    Raises:
+        InputError: the model sees no pictures.
     """
-    if not len(lengths):
-        return []
-    width = max(1, -(-(int(lengths.max()) + 1) // BARS))
-    counts = np.bincount(lengths // width)
-    return [{"from": i * width, "to": (i + 1) * width - 1, "count": int(n)} for i, n in enumerate(counts)]
+    if not (settings.objective.images or settings.objective.objective == "vision_sft"):
+        return None
+    from mlx_lora.data.image_tokens import ImageProcessor
+    from mlx_lora.objectives.pictures import WithPictures
+    from mlx_lora.objectives.vision_encoder import put_template
+
+    objective, config = objective_of(settings.objective), read_json(folder / "config.json", "download the model again")
+    if not isinstance(objective, WithPictures):
+        return None
+    processor = ImageProcessor(folder, config, settings.data.max_pixels)
+    put_template(tokenizer, folder, settings.data, processor.family)
+    reader = objective.reader(settings.data, processor, config)
+    return reader.fetching(settings.data.fetch_images), objective.read_as
+
+
+def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: int) -> None:
+    """Write what a preview needs of its rows' pictures.
+
+    Args:
+        folder: of the index.
+        numbers: (R,) int32, of each row in the table.
+        table: of the pictures.
+        token: id of the image token.
+    """
+    np.save(folder / NUMBERS, numbers)
+    pictures = {}
+    (folder / THUMBNAILS).mkdir()
+    for digest, picture in table.pictures.items():
+        is_file = isinstance(picture.source, Path)
+        pictures[digest] = [str(picture.source) if is_file else None, *picture.size, table.shown[digest].tokens]
+        if not is_file and len(pictures) <= MOST_KEPT:
+            (folder / THUMBNAILS / f"{digest}.jpg").write_bytes(thumbnail(picture.pixels()))
+    (folder / FACTS).write_text(
+        json.dumps({"rows": table.rows, "pictures": pictures, "token": token}), encoding="utf-8"
+    )
 
 
 @click.command(cls=console.Command)
@@ -277,34 +322,53 @@ COUNTED = (
 )  # fmt: skip
 
 
+class RowPictures:
+    """The pictures of an index.
+
+    Attributes:
+        token: id of the image token.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._numbers = folder, np.load(folder / NUMBERS, mmap_mode="r")
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        self.token, self._rows, self._pictures = facts["token"], facts["rows"], facts["pictures"]
+
+    def of_row(self, number: int) -> list[dict[str, Any]]:
+        """Return the pictures of a row for the page, in order, the first few with their thumbnails."""
+        found = []
+        for place, digest in enumerate(self._rows[int(self._numbers[number])]):
+            file, width, height, tokens = self._pictures[digest]
+            url, kept = None, self._folder / THUMBNAILS / f"{digest}.jpg"
+            with contextlib.suppress(InputError, OSError):  # the picture cannot be shown any more
+                if place < MOST_OF_ROW and file is not None and not kept.is_file():
+                    content = thumbnail(ImageFile(Path(file), digest, (0, 0)).pixels())
+                    with replacing_file(kept) as temporary:
+                        temporary.write_bytes(content)
+                url = jpeg_url(kept.read_bytes()) if place < MOST_OF_ROW else None
+            name = "" if file is None else Path(file).name
+            found.append({"name": name, "width": width, "height": height, "tokens": tokens, "url": url})
+        return found
+
+
 class Index:
     """One data set's index, mapped into memory."""
 
     def __init__(self, folder: Path):
         self.meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        self.pictures = RowPictures.of(folder)
+        self.pictures = RowPictures(folder) if (folder / NUMBERS).is_file() else None
         self.tokens, self.mask, self.offsets, self.examples = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets", "examples")
         )
-
-    @cached_property
-    def chosen(self) -> dict[str, np.ndarray]:
-        """The numbers of the examples of each filter."""
-        return {
-            "cut": np.flatnonzero(self.examples[:, CUT]),
-            "doubled": np.flatnonzero(self.examples[:, DOUBLED] >= 0),
-        }
+        # The numbers of the examples of a filter.
+        cut, doubled = np.flatnonzero(self.examples[:, CUT]), np.flatnonzero(self.examples[:, DOUBLED] >= 0)
+        self.chosen = {"cut": cut, "doubled": doubled}
 
     def place(self, example: int) -> dict[str, Any]:
         """Return where an example is from."""
         row = self.examples[example]
         file = self.meta["files"][int(row[FILE])]
         return {"file": file["name"], "unit": file["unit"], "line": int(row[LINE]), "split": SPLITS[int(row[SPLIT])]}
-
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a row's tokens and mask."""
-        part = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
-        return np.asarray(self.tokens[part]), np.asarray(self.mask[part])
 
 
 class Previews:
@@ -315,7 +379,6 @@ class Previews:
         self._opened = lru_cache(KEPT_OPEN)(Index)
         self._tokenizer = lru_cache(KEPT_TOKENIZERS)(lambda folder, version: _load_tokenizer(folder))
         self._lock = threading.Lock()  # tokenizers are not thread-safe
-        self._building: dict[str, BackgroundTask] = {}
 
     def page(self, settings: dict[str, Any], offset: int, limit: int, chosen: str) -> dict[str, Any]:
         """Return a page of rows, or the task that encodes the data.
@@ -342,22 +405,15 @@ class Previews:
         folder = cache_dir("previews") / key
         if not (folder / META).is_file():
             if size > AT_ONCE_BYTES:
-                return {"task": self._begin(key, asked, folder).public(), **_nothing()}
+                work = partial(self._build, asked=asked, folder=folder)
+                task = self._tasks.begin("data", "Reading the data", work, "records", key)
+                empty = {"forms": {}, "histogram": [], "rows": [], "problems": [], "notes": []}
+                return {"task": task.public(), "total": None, "counts": None, **empty}
             with self._lock:
                 build_index(asked, folder)
             _evict(folder.parent)
         with self._lock:
             return self._page(self._opened(folder), loaded, offset, limit, chosen)
-
-    def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> BackgroundTask:
-        with self._lock:
-            task = self._building.get(key)
-            if task is None or task.state != "running":
-                self._building = {key: one for key, one in self._building.items() if one.state == "running"}
-                task = self._building[key] = self._tasks.begin(
-                    "data", "Reading the data", lambda task: self._build(task, asked, folder), "records"
-                )
-            return task
 
     def _build(self, task: BackgroundTask, asked: dict[str, Any], folder: Path) -> None:
         """Encode in a child process, and pass on how far it is."""
@@ -416,9 +472,9 @@ def _row(number: int, place: dict[str, Any]) -> dict[str, Any]:
 
 def _encoded_row(index: Index, tokenizer: Any, example: int, part: int) -> dict[str, Any]:
     """Return an example's row, with its text in pieces; a long one is cut for the page."""
-    facts, group = index.examples[example], index.meta["group"]
-    number = example * group + part
-    tokens, mask = index.row(number)
+    facts, number = index.examples[example], example * index.meta["group"] + part
+    row = slice(int(index.offsets[number]), int(index.offsets[number + 1]))
+    tokens, mask = np.asarray(index.tokens[row]), np.asarray(index.mask[row])
     spans, left, more = [], MOST_ROW_CHARS, 0
     for text, trained in _pieces(index, tokens[:MOST_ROW_TOKENS], mask[:MOST_ROW_TOKENS], tokenizer):
         if left > 0:
@@ -438,16 +494,24 @@ def _encoded_row(index: Index, tokenizer: Any, example: int, part: int) -> dict[
 
 
 def _pieces(index: Index, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Return a row as decoded pieces, (text, trained); of image tokens their number."""
+    """Return a row as decoded pieces, (text, trained); of image tokens their number.
+
+    Args:
+        index, tokenizer: of the row.
+        tokens, mask: (T,).
+    """
     if index.pictures is None:
         return row_pieces(tokens, mask, tokenizer)
     pieces: list[tuple[str, bool]] = []
-    for part, trained, shown in in_runs(tokens, mask, index.pictures.token):
-        of_part = [(f"[{counted(shown, 'image token')}]", False)] if shown else row_pieces(part, trained, tokenizer)
-        if pieces and of_part[0][1] == pieces[-1][1]:
-            pieces[-1] = (pieces[-1][0] + of_part[0][0], of_part[0][1])
-            of_part = of_part[1:]
-        pieces += of_part
+    shown = tokens == index.pictures.token
+    edges = [0, *(np.flatnonzero(np.diff(shown)) + 1).tolist(), len(tokens)]
+    for a, b in pairwise(edges):
+        words = f"[{counted(b - a, 'image token')}]"
+        of_part = [(words, False)] if shown[a:b].any() else row_pieces(tokens[a:b], mask[a:b], tokenizer)
+        for text, trained in of_part:
+            if pieces and pieces[-1][1] == trained:
+                text = pieces.pop()[0] + text
+            pieces.append((text, trained))
     return pieces
 
 
@@ -483,10 +547,6 @@ def _key(asked: dict[str, Any], tokenizer: Stamps, today: date | None) -> tuple[
     named = stamps_of_settings(asked)  # a template's, a teacher's prompt
     key = sha256_of(json.dumps([VERSION, sorted(asked.items()), data, named, tokenizer, today], default=str))
     return key[:32], sum(size for _, size, _ in data)
-
-
-def _nothing() -> dict[str, Any]:
-    return {"total": None, "forms": {}, "counts": None, "histogram": [], "rows": [], "problems": [], "notes": []}
 
 
 def _evict(room: Path) -> None:

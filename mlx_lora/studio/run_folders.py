@@ -12,11 +12,12 @@ A folder is read again only if one of its files changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from mlx_lora.api.forgetting import badges
 from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.load import code_of, unknown_code
+from mlx_lora.config.objectives import WITH_SCORES
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.records import SUFFIXES
@@ -40,11 +42,8 @@ from mlx_lora.reports.run_report import (
     shown_evaluation,
 )
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.adapter_uses import uses_of_adapter
-from mlx_lora.studio.folders import Folders, whole_model
+from mlx_lora.studio.folders import Folders, stamps, whole_model
 from mlx_lora.studio.model_stores import files_of_model
-from mlx_lora.studio.preview_pictures import pictures_of_text
-from mlx_lora.studio.run_metrics import RunClock, last_values, read_columns, tail_lines
 from mlx_lora.studio.web import OWN, in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
@@ -62,7 +61,7 @@ COLOR = re.compile(r"\x1b\[[0-9;]*m")
 METRICS, SETTINGS = "metrics.jsonl", "run.yaml"
 WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
 STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
-MOST_TEXT, MOST_SAMPLES = 4000, 60
+MOST_TEXT, MOST_SAMPLES, MOST_PICTURES = 4000, 60, 4
 MOST_RUNS = 5000
 MOST_COMPARED_BYTES = 20 << 20  # of data files that are read to see whether two runs have the same
 OF_BASE = ("revision", "bits")  # settings that make another base of the same model
@@ -156,40 +155,35 @@ def state_of(folder: Path, started: Started | None) -> tuple[str, str | None]:
         return "running", None
     if started is not None and started.pid is None:
         return "waiting", None
-    if _ended(folder, started):
+    begun = started.at if started is not None else None
+    if has_ended(folder) and (begun is None or (folder / FACTS_FILE).stat().st_mtime >= begun):  # in its last start
         return "done", None
-    code, last = (started.code, last_words(folder)) if started else (None, "")
-    if started is not None and started.asked and (code is None or code in (*SIGNALED, 0)):
-        return ("paused" if started.asked == "pause" else "stopped"), None
+    code, asked = (started.code, started.asked) if started else (None, None)
+    last = next((line.strip() for line in reversed(log_lines(folder)) if line.strip()), "") if started else ""
+    if asked and (code is None or code in (*SIGNALED, 0)):
+        return ("paused" if asked == "pause" else "stopped"), None
     if code == 0:
         return "done", None
     if code in SIGNALED or last.startswith("Interrupted after"):
         return "stopped", None
     if (code is not None and code > 0) or last.startswith("Error"):
         return "failed", last.removeprefix("Error: ") or f"it ended with code {code}"
-    if code is not None or (folder / LOCK_FILE).exists() or started is not None:
-        why = "The process ended without a message: it was killed, or the machine ran out of memory or lost power."
-        return "killed", why
-    return "stopped", None
-
-
-def _ended(folder: Path, started: Started | None) -> bool:
-    """Return whether the run took all its steps, in its last start."""
-    if not has_ended(folder):
-        return False
-    return started is None or started.at is None or (folder / FACTS_FILE).stat().st_mtime >= started.at
-
-
-def last_words(folder: Path) -> str:
-    """Return the last line of what a run's command said."""
-    lines = [line for line in log_lines(folder) if line.strip()]
-    return lines[-1].strip() if lines else ""
+    if started is None and not (folder / LOCK_FILE).exists():
+        return "stopped", None
+    return (
+        "killed",
+        "The process ended without a message: it was killed, or the machine ran out of memory or lost power.",
+    )
 
 
 def log_lines(folder: Path) -> list[str]:
     """Return the last lines of what a run's command said, without colors."""
-    lines = tail_lines(folder / LOG_FILE, LOG_BYTES, LOG_LINES)
-    return [COLOR.sub("", line.rpartition("\r")[2])[:2000] for line in lines]
+    return [plain_line(line) for line in tail_lines(folder / LOG_FILE, LOG_BYTES, LOG_LINES)]
+
+
+def plain_line(line: str) -> str:
+    """Return a line of a log as a terminal ends up showing it, without colors, cut for the page."""
+    return COLOR.sub("", line.rpartition("\r")[2])[:2000]
 
 
 class RunListing:
@@ -197,7 +191,7 @@ class RunListing:
 
     def __init__(self, folders: Folders):
         self._folders = folders
-        self._kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._kept: dict[Path, dict[str, Any]] = {}
         self._clocks: dict[Path, RunClock] = {}
         self._noted: tuple[Any, dict[Path, KnownRun]] = (None, {})
         self._lock = threading.Lock()
@@ -234,8 +228,7 @@ class RunListing:
 
     def begun_in(self, folder: Path) -> str | None:
         """Return the folder that the names in a run's settings start from, if `train` noted it."""
-        file = self._folders.known_runs
-        version = stamp(file) if file else None
+        version = stamps([self._folders.known_runs] if self._folders.known_runs else [])
         if version != self._noted[0]:  # the list has up to a thousand runs, and this is asked for each of them
             self._noted = (version, self._folders.noted_runs())
         known = self._noted[1].get(folder)
@@ -270,44 +263,40 @@ class RunListing:
 
     def summary(self, folder: Path, queued: bool = False) -> dict[str, Any]:
         """Return a run's line."""
-        version = [*(stamp(folder / name) for name in WATCHED), self.begun_in(folder)]
+        version = [stamps(folder / name for name in WATCHED), self.begun_in(folder)]
         with self._lock:
             kept = self._kept.get(folder)
-        if kept is not None and kept[0] == version:
-            line, started = kept[1]["line"], kept[1]["started"]
-        else:
+        if kept is None or kept["version"] != version:
             started = read_started(folder)
-            line = self._read(folder, started)
-        ended = kept is not None and kept[0] == version and kept[1]["ended"]
-        state, reason = kept[1]["state"] if kept is not None and ended else state_of(folder, started)
+            kept = {"version": version, "line": self._read(folder, started), "started": started, "ended": None}
+        line, started = kept["line"], kept["started"]
+        # A run that does not go on stays as it is until a file of it changes.
+        state, reason = kept["ended"] or state_of(folder, started)
         with self._lock:
-            # A run that does not go on stays as it is until a file of it changes.
-            self._kept[folder] = (
-                version,
-                {"line": line, "started": started, "state": (state, reason), "ended": state != "running"},
-            )
-        state = "queued" if queued else "stopped" if state == "waiting" else state
+            self._kept[folder] = {**kept, "ended": None if state == "running" else (state, reason)}
         steps = line["steps"] or (_steps_said(folder) if state == "running" else None)
         ending = started.asked if started is not None and state == "running" else None
-        reason = in_page_words(reason) if reason else reason
-        return {**line, "state": state, "reason": reason, "steps": steps, "ending": ending}
+        state = "queued" if queued else "stopped" if state == "waiting" else state
+        return {**line, "state": state, "reason": reason and in_page_words(reason), "steps": steps, "ending": ending}
 
     def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
-        begun = started.created if started else _time(folder / SETTINGS)
+        settings, last, facts = self.settings_of(folder, started), last_values(folder / METRICS), read_facts(folder)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
-        steps = steps or _steps_of_epochs(settings.get("epochs"), last)
-        facts = read_facts(folder)
+        step, epoch, epochs = last.get("step") or 0, last.get("epoch") or 0, settings.get("epochs")
+        # A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point, so rounding
+        # may not tell them.
+        if not steps and epoch and isinstance(epochs, int | float):
+            whole = step * epochs / epoch
+            steps = round(whole) if whole * 0.00005 / epoch < 0.5 else None
         with self._lock:
             clock = self._clocks.setdefault(folder, RunClock(folder / METRICS))
         seconds, step_s = clock.read()
         return {
-            "id": run_id(folder), "name": folder.name, "path": str(folder),
-            "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
-            "val_step": last.get("val_step"),
+            "id": run_id(folder), "name": folder.name, "path": str(folder), "step": step, "steps": steps or None,
+            **{name: last.get(name) for name in ("loss", "val_loss", "val_step", "peak_bytes", "tokens_per_s")},
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
-            "objective": settings.get("objective") or "sft", "started": begun, "seconds": seconds, "step_s": step_s,
-            "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
+            "objective": settings.get("objective") or "sft", "seconds": seconds, "step_s": step_s,
+            "started": started.created if started else _time(folder / SETTINGS),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
             "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
         }  # fmt: skip
@@ -320,24 +309,28 @@ class RunListing:
         """
         folder = self.folder(number)
         line, started, facts = self.summary(folder, queued), read_started(folder), read_facts(folder)
-        checkpoint = next((step for step, _ in numbered(folder / CHECKPOINTS)), None)
+        settings, command = self.settings_of(folder, started), facts.get("command")
+        if started and started.settings:
+            command = command_line(train_words(started.settings, folder))
+        elif not isinstance(command, str) or not command:
+            command = command_line(["train", "--config", str(folder / SETTINGS)])  # repeats a run of a terminal
         adapter = folder if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file() else None
         again = (folder / SETTINGS).is_file() or started is not None
+        verdict: Any = facts.get("verdict") if isinstance(facts.get("verdict"), dict) else {}
+        said = ("headline", "tone", "name", "figures", "mend", "command")
         return {
             **line,
-            "settings": self.settings_of(folder, started),
-            "command": command_line(train_words(started.settings, folder))
-            if started and started.settings
-            else command_of(folder, facts),
+            "settings": settings,
+            "command": command,
             "run_yaml": _text(folder / SETTINGS),
             "metrics": read_columns(folder / METRICS),
             "samples": samples_of(folder, facts, line["step"]),
-            "verdict": verdict_of(facts),
+            "verdict": {name: _cut(verdict.get(name)) for name in said} if verdict.get("headline") else None,
             "log": log_lines(folder),
             "notes": _text(folder / NOTES_FILE),
-            **what_was_forgotten(folder, self.settings_of(folder, started)),
-            **side_by_side(folder, self.settings_of(folder, started), facts.get("data")),
-            "checkpoint": checkpoint,
+            **what_was_forgotten(folder, settings),
+            **side_by_side(folder, settings, facts.get("data")),
+            "checkpoint": next((step for step, _ in numbered(folder / CHECKPOINTS)), None),
             "can_resume": again and line["state"] in RESUMABLE,
             "adapter": str(adapter) if adapter else None,
             "data": facts.get("data"),
@@ -362,33 +355,44 @@ class RunListing:
         return [line for line in self.listed([]) if line["state"] == "running"]
 
     def adapters(self) -> list[dict[str, Any]]:
-        """Return the adapters that finished, stopped or paused runs left, the newest first."""
+        """Return the adapters that finished, stopped or paused runs left, the newest first, and what each can be used for."""
         found = []
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
                 settings = self.settings_of(folder, None)
-                changed = _time(folder / WEIGHTS_FILE) or 0
-                one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
-                one |= {name: settings.get(name) for name in OF_BASE}
                 on_disk = files_of_model(str(settings.get("model") or ""), settings.get("revision"))
+                one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
+                one |= {name: settings.get(name) for name in OF_BASE} | uses_of_adapter(settings)
                 one["file"] = None if on_disk is None else str(on_disk)
-                found.append((changed, one | uses_of_adapter(settings)))
+                found.append((_time(folder / WEIGHTS_FILE) or 0, one))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether an adapter can be talked to beside its base (`talks`), and what it is not exported to, and why (`refused`).
+
+    Args:
+        settings: of the run that trained it.
+    """
+    objective, modules = settings.get("objective", "sft"), settings.get("modules_to_save")
+    whole, scores = settings.get("method") == "full" or settings.get("qat"), objective in WITH_SCORES
+    reasons = (
+        (whole, "This run changed the weights themselves, so there is no adapter apart from them.",
+         ("peft", "hub", "gguf-adapter", "mlx-lm")),
+        (modules, "This adapter has whole modules, which this format cannot hold.", ("gguf-adapter", "mlx-lm")),
+        (scores, "This adapter gives scores and writes no text, which this program cannot read.",
+         ("gguf", "gguf-adapter", "mlx-lm", "ollama")),
+    )  # fmt: skip
+    refused = {program: why for applies, why, programs in reasons if applies for program in programs}
+    return {"talks": not (whole or modules or scores or objective == "embed"), "refused": refused}
 
 
 def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     """Return a run's settings from run.yaml, or, before it is written, those that the page gave."""
-    try:
-        found = parse_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
+    found = None
+    with contextlib.suppress(ValueError):
+        found = parse_yaml(_text(folder / SETTINGS))
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
-
-
-def command_of(folder: Path, facts: dict[str, Any]) -> str:
-    """Return the command that repeats a run of a terminal."""
-    given = facts.get("command")
-    return given if isinstance(given, str) and given else command_line(["train", "--config", str(folder / SETTINGS)])
 
 
 def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str, Any]]:
@@ -396,32 +400,32 @@ def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str,
     found = []
     answers = read_answers(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).exists() else []
     for one in answers[-MOST_SAMPLES:]:
-        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()) | pictures_of_text(one, facts))
-    for sample in facts.get("samples") or [] if not found else []:
-        prompt, specials = sample.get("prompt"), sample.get("specials") or ()
-        expected = sample.get("expected")
-        pictures = pictures_of_text(sample, facts)
-        found.append(_sample(0, prompt, sample.get("before"), specials, expected) | pictures)
-        if sample.get("after") is not None:
-            found.append(_sample(step, prompt, sample["after"], specials, expected) | pictures)
+        found.append(_sample(one.get("step"), one, one.get("answer"), facts))
+    for one in facts.get("samples") or [] if not found else []:
+        found.append(_sample(0, one, one.get("before"), facts))
+        if one.get("after") is not None:
+            found.append(_sample(step, one, one["after"], facts))
     return found
 
 
-def verdict_of(facts: dict[str, Any]) -> dict[str, str] | None:
-    """Return what report.json says became of a run: headline, tone, mend and command; None: nothing yet."""
-    found = facts.get("verdict")
-    if not isinstance(found, dict) or not found.get("headline"):
-        return None
-    return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "figures", "mend", "command")}
-
-
-def _sample(step: int | None, prompt: Any, text: Any, specials: Iterable[str], expected: Any = None) -> dict[str, Any]:
-    turns = spoken_turns(str(prompt or ""), specials)
+def _sample(step: int | None, one: dict[str, Any], text: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    specials, expected = one.get("specials") or (), one.get("expected")
+    turns = spoken_turns(str(one.get("prompt") or ""), specials)
     # Who speaks is told where it is not simply the user's question.
-    told = [content if role in ("", "User") else f"{role}: {content}" for role, content in turns]
+    prompt = "\n\n".join(content if role in ("", "User") else f"{role}: {content}" for role, content in turns)
     said = without_markers(str(text or ""), specials) or "(empty text)"
     more = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
-    return {"step": step, "prompt": _cut("\n\n".join(told)), "text": _cut(said), **more}
+    return {"step": step, "prompt": _cut(prompt), "text": _cut(said), **more, **pictures_of_text(one, facts)}
+
+
+def pictures_of_text(one: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the pictures of a text's prompt as the report keeps them, small JPEGs as data URLs; nothing else is shown."""
+    kept, digests = facts.get("pictures"), one.get("pictures")
+    if not isinstance(kept, dict) or not isinstance(digests, list):
+        return {}
+    urls = [kept[digest] for digest in digests[:MOST_PICTURES] if isinstance(digest, str) and digest in kept]
+    found = [url for url in urls if isinstance(url, str) and url.startswith("data:image/jpeg;base64,")]
+    return {"pictures": found} if found else {}
 
 
 def _steps_said(folder: Path) -> int | None:
@@ -432,27 +436,6 @@ def _steps_said(folder: Path) -> int | None:
     return None
 
 
-def _steps_of_epochs(epochs: Any, last: dict[str, Any]) -> int | None:
-    """Return how many steps a run of so many epochs takes, by its last report; None where rounding does not tell.
-
-    A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point.
-    """
-    step, epoch = last.get("step") or 0, last.get("epoch") or 0
-    if not isinstance(epochs, int | float) or not epoch:
-        return None
-    steps = step * epochs / epoch
-    return round(steps) if steps * 0.00005 / epoch < 0.5 else None
-
-
-def stamp(path: Path) -> tuple[float, int] | None:
-    """Return when a file was changed, in UNIX time, and its size; None: there is none."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime, stat.st_size
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -461,7 +444,7 @@ def _text(path: Path) -> str:
 
 
 def _time(path: Path) -> float | None:
-    return (stamp(path) or (None,))[0]
+    return path.stat().st_mtime if path.exists() else None
 
 
 def _cut(text: Any) -> str:
@@ -480,11 +463,8 @@ def words_of_asking(
 ) -> list[str]:
     """Return the words of the command that puts base and adapter side by side, on `data` or on what the run held out."""
     words = ["evaluate", *model_flags(settings), *(("--data", data) if data else ()), "--adapter-path", str(folder)]
-    return (
-        words
-        if data is None and not has_questions((report or {}).get("splits") or {})
-        else [*words, "--show", str(ASKED)]
-    )
+    asks = data is not None or has_questions((report or {}).get("splits") or {})
+    return [*words, "--show", str(ASKED)] if asks else words
 
 
 def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
@@ -532,3 +512,166 @@ def what_was_forgotten(folder: Path, settings: dict[str, Any]) -> dict[str, Any]
     right = facts["probes"]["right"]
     probes = {"right": right[about["adapter"]], "base_right": right["base"], "of": facts["probes"]["questions"]}
     return {"forgetting": {"sentence": f"It {about['sentence']}.", "rows": rows, "probes": probes}} | measured_by
+
+
+# The numbers of a run as they grow: the curves, the last values, the time, and the lines that are new
+
+# metrics.jsonl has a line for each report and each validation. A resumed run cuts it to the step that it continues from, and
+# appends; each process of a run counts its time from zero.
+
+MOST_POINTS = 2000  # of a curve
+TAIL_BYTES = 64 << 10
+MOST_AT_ONCE = 1 << 20  # bytes of new lines that are read at a time
+NOT_CURVES = ("shapes",)
+STEP, ELAPSED = re.compile(r'"step":\s*(\d+)'), re.compile(r'"elapsed_s":\s*([\d.eE+-]+)')
+MARK_BYTES = 200  # of the last line, by which it is seen whether a file was replaced
+
+
+def read_columns(path: Path, most: int = MOST_POINTS) -> dict[str, list[Any]]:
+    """Return metrics.jsonl by columns of equal length, thinned evenly to `most` rows; validations are kept."""
+    rows: list[dict[str, Any]] = []
+    kept_of, count = 1, 0
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if (record := parsed(line)) is None:
+                continue
+            held_out = record.get("loss") is None
+            if held_out or count % kept_of == 0:
+                rows.append(record)
+            count += not held_out
+            if len(rows) > 2 * most:  # memory stays the same however long the file is
+                rows, kept_of = thinned(rows, most), kept_of * 2
+    rows = thinned(rows, most) if len(rows) > most else rows
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Return at most `most` rows: the validations first, and others at even distances, the first and last among them."""
+
+    def even(places: list[int], most: int) -> list[int]:
+        last = (len(places) - 1) / max(1, most - 1)
+        return places if len(places) <= most else [places[int(i * last)] for i in range(most)]
+
+    held = even([i for i, row in enumerate(rows) if row.get("val_loss") is not None], most // 2)
+    others = even([i for i, row in enumerate(rows) if row.get("val_loss") is None], most - len(held))
+    return [rows[i] for i in sorted({*held, *others})]
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """Return a line's record; None if it is incomplete, or none of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def last_values(path: Path) -> dict[str, Any]:
+    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl.
+
+    The validation before the first step is of the base, and no result of the run: it is left out.
+    """
+    found: dict[str, Any] = {}
+    for line in tail_lines(path, TAIL_BYTES):
+        record = parsed(line)
+        if record is None:
+            continue
+        found["step"] = record["step"]
+        if record.get("val_loss") is not None and record["step"] > 0:
+            found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
+        for name in ("loss", "tokens_per_s", "epoch", "reward", "accuracy"):
+            if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
+                found[name] = record[name]
+        peak = record.get("peak_memory_bytes")
+        found["peak_bytes"] = max(found.get("peak_bytes") or 0, peak if isinstance(peak, int) else 0) or None
+    return found
+
+
+def tail_lines(path: Path, size: int, most: int | None = None, end: int | None = None) -> list[str]:
+    """Return the last whole lines of a text file, from at most `size` bytes before position `end`; none without a file."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, 2) if end is None else end
+            start = max(0, end - size)
+            file.seek(start)
+            text = file.read(end - start).decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = text.splitlines()
+    lines = lines[1:] if start and len(lines) > 1 else lines
+    return lines[-most:] if most else lines
+
+
+class Tail:
+    """Gives the lines that are added to a file; holds a position, and the bytes before it, by which it sees a new file.
+
+    Attributes:
+        anew: whether the last lines were the first ones of the file, which may have been replaced or cut.
+    """
+
+    def __init__(self, path: Path, from_end: bool = True):
+        """Begin at a file's start, or at its last whole line: one that is being written comes later."""
+        self._path, self._at, self._mark, self.anew = path, 0, b"", True
+        if from_end:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                size = file.seek(0, 2)
+                start = file.seek(max(0, size - TAIL_BYTES))
+                data = file.read(size - start)
+                whole = data.rfind(b"\n") + 1 or len(data)
+                self._at, self._mark = start + whole, data[max(0, whole - MARK_BYTES) : whole]
+
+    def earlier_lines(self, size: int) -> list[str]:
+        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
+        return tail_lines(self._path, size, end=self._at)
+
+    def new_lines(self) -> list[str]:
+        """Return complete lines since the last call, some of them if there are many."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._at - len(self._mark))
+                if file.read(len(self._mark)) != self._mark:
+                    self._at, self._mark = file.seek(0), b""
+                self.anew, data = self._at == 0, file.read(MOST_AT_ONCE)
+        except OSError:
+            return []
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) == MOST_AT_ONCE:
+            end = len(data)  # one line longer than that is cut
+        self._at, self._mark = self._at + end, (self._mark + data[:end])[-MARK_BYTES:]
+        return data[:end].decode("utf-8", "replace").splitlines()
+
+
+class RunClock:
+    """The time of a run over all its processes; reads each line once."""
+
+    def __init__(self, path: Path):
+        self._tail, self._lock = Tail(path, from_end=False), threading.Lock()
+        self._earlier_s = 0.0  # of the processes before the last one
+        self._step_s: float | None = None
+        # Step and time of the last process's first line, and of its last one.
+        self._first: tuple[int, float] | None = None
+        self._last: tuple[int, float] | None = None
+
+    def read(self) -> tuple[float | None, float | None]:
+        """Return the seconds of the whole run so far, and those of a step in its last process; None: not known."""
+        with self._lock:
+            while lines := self._tail.new_lines():
+                if self._tail.anew:
+                    self._earlier_s, self._step_s, self._first, self._last = 0.0, None, None, None
+                for line in lines:
+                    if (step := STEP.search(line)) and (elapsed := ELAPSED.search(line)):
+                        self._count(int(step[1]), float(elapsed[1]))
+        return (None if self._last is None else self._earlier_s + self._last[1]), self._step_s
+
+    def _count(self, step: int, elapsed: float) -> None:
+        if self._last is not None and elapsed < self._last[1]:
+            self._earlier_s += self._last[1]
+            self._first = None
+        self._first, self._last = self._first or (step, elapsed), (step, elapsed)
+        # Where a process began is not told, so steps are counted from its first line; until it has a second one, those of the
+        # process before tell more.
+        if steps := step - self._first[0]:
+            self._step_s = (elapsed - self._first[1]) / steps
+        elif self._step_s is None and step:
+            self._step_s = elapsed / step

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.run_folders import tail_lines
 from mlx_lora.studio.web import events, in_page_words, json_route
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import MODULE
@@ -30,7 +31,7 @@ KEPT = 50  # finished tasks that are still listed
 POLL_S = 0.3
 TERMINATE_S = 5.0
 SWEEP = "sweep"  # the kind of a task that trains
-PUBLIC = ("id", "kind", "title", "state", "done", "total", "unit", "seconds_left", "message", "result")
+PUBLIC = ("id", "kind", "title", "state", "done", "total", "unit", "message", "result")
 
 
 class Cancelled(Exception):
@@ -48,6 +49,7 @@ class BackgroundTask:
         done, total, unit: how far it is; None: not known.
         message: the last line about it.
         result: what the work found, for the page.
+        key: what tells this work from other work; see `Tasks.begin`.
         wanted: cleared when it is cancelled.
     """
 
@@ -62,19 +64,16 @@ class BackgroundTask:
     result: Any = None
     started: float = field(default_factory=time.monotonic)
     version: int = 0
+    key: str | None = None
     wanted: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def seconds_left(self) -> float | None:
-        """About how long it still takes, by its speed so far."""
-        spent = time.monotonic() - self.started
-        if self.state != "running" or not self.total or not self.done or spent < 1:
-            return None
-        return spent / self.done * max(0.0, self.total - self.done)
-
     def public(self) -> dict[str, Any]:
-        """Return what the page sees."""
-        return {name: getattr(self, name) for name in PUBLIC} | {"message": in_page_words(self.message)}
+        """Return what the page sees, with about how long it still takes, by its speed so far."""
+        spent, left = time.monotonic() - self.started, None
+        if self.state == "running" and self.total and self.done and spent >= 1:
+            left = spent / self.done * max(0.0, self.total - self.done)
+        shown = {name: getattr(self, name) for name in PUBLIC}
+        return {**shown, "seconds_left": left, "message": in_page_words(self.message)}
 
 
 class Tasks:
@@ -133,16 +132,22 @@ class Tasks:
                 setattr(task, name, value)
             task.version = next(self._versions)
 
-    def begin(self, kind: str, title: str, work: Callable[[BackgroundTask], Any], unit: str = "") -> BackgroundTask:
+    def begin(
+        self, kind: str, title: str, work: Callable[[BackgroundTask], Any], unit: str = "", key: str | None = None
+    ) -> BackgroundTask:
         """Do work in a thread.
 
         Args:
             kind, title, unit: of the task.
             work: takes the task, and returns its result; raises Cancelled when the task is no longer wanted.
+            key: of the work; while a task of the same key runs, it is returned and no other begins.
         """
-        task = BackgroundTask(secrets.token_hex(6), kind, title, unit=unit)
+        task = BackgroundTask(secrets.token_hex(6), kind, title, unit=unit, key=key)
         task.wanted.set()
         with self._lock:
+            same = [one for one in self._tasks.values() if key and one.key == key and one.state == "running"]
+            if same:
+                return same[0]
             finished = [one.id for one in self._tasks.values() if one.state != "running"]
             for number in finished[: max(0, len(finished) - KEPT)]:
                 del self._tasks[number]
@@ -211,37 +216,31 @@ class Tasks:
         child = start_child(words, log, result=output, cwd=cwd)
         while child.poll() is None:
             if not task.wanted.is_set():
-                _end(child)
+                child.send_signal(signal.SIGTERM)
+                try:
+                    child.wait(TERMINATE_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
                 raise Cancelled
             watch(task)
             line = last_line(log)
             if line and line != task.message:
                 self.change(task, message=line)
             time.sleep(POLL_S)
-        if child.returncode:
-            raise RunError(ended_words(child.returncode, last_line(log)))
-        self.change(task, message=last_line(log))
+        line, code = last_line(log), child.returncode
+        if code < 0:
+            raise RunError(f"ended by {signal.Signals(-code).name}; start it again")
+        if code:
+            raise RunError(
+                line.removeprefix("Error: ") or f"ended with code {code}; run the command in a terminal to see why"
+            )
+        self.change(task, message=line)
 
 
-def last_line(log: Path, most: int = 4096) -> str:
+def last_line(log: Path) -> str:
     """Return the last line of a text file that is not empty."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - most))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Ask a child to end, then make it."""
-    child.send_signal(signal.SIGTERM)
-    try:
-        child.wait(TERMINATE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    return next((line.strip() for line in reversed(tail_lines(log, 4096)) if line.strip()), "")
 
 
 def start_child(
@@ -269,10 +268,3 @@ def start_child(
             cwd=cwd if cwd and os.path.isdir(cwd) else None,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-
-
-def ended_words(code: int, line: str) -> str:
-    """Return why a command failed: its own last line, or the signal that ended it."""
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}; start it again"
-    return line.removeprefix("Error: ") or f"ended with code {code}; run the command in a terminal to see why"

@@ -91,16 +91,6 @@ def in_page_words(text: str) -> str:
     return _FLAG.sub(said, text)
 
 
-def help_words(name: str, text: str) -> str:
-    """Return a setting's help without what only a command line has.
-
-    Args:
-        name: of the setting.
-        text: the help of its flag.
-    """
-    return HELP.get(name) or in_page_words(_ONLY_THERE.sub("", text))
-
-
 def fields_in(text: str) -> list[str]:
     """Return the settings whose flags a message names, each once, in its order."""
     names = [found[2].replace("-", "_") for found in _FLAG.finditer(text) if found[2]]
@@ -120,7 +110,7 @@ def setting_groups() -> list[dict[str, Any]]:
         groups.setdefault(row.group, []).append({
             "name": name, "label": label_of(name), "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
             "default": field.default, "choices": choices, "range": bounds, "exclusive": row.more_than is not None,
-            "help": help_words(name, row.help), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
+            "help": HELP.get(name) or in_page_words(_ONLY_THERE.sub("", row.help)), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
             "word": row.word,
         })  # fmt: skip
     return [{"name": name, "settings": settings} for name, settings in groups.items()]

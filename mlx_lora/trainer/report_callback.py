@@ -31,14 +31,13 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.reports.classes import CLASSES_FILE, add_classes, begin_classes
+from mlx_lora.reports.classes import CLASSES_FILE, add_classes, begin_lines
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,
     Sample,
     add_answers,
     first_and_kept,
-    keep_answers,
     read_answers,
 )
 from mlx_lora.rollouts.generator import TokenSteps, held_weights
@@ -100,7 +99,7 @@ def reporting(
         return
     resumed_at = folder.at.taken if run.found else None
     metrics = MetricsFile(folder.path / "metrics.jsonl", resumed_at)
-    begin_classes(folder.path / CLASSES_FILE, resumed_at)
+    begin_lines(folder.path / CLASSES_FILE, resumed_at)
     rows = RowsFile(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
         page.begin_answers(resumed_at)
@@ -226,7 +225,7 @@ class RunPage:
 
     def begin_answers(self, resumed_at: int | None) -> None:
         """Begin answers.jsonl, or keep its lines up to the step that the run goes on from."""
-        keep_answers(self.folder / ANSWERS_FILE, resumed_at)
+        begin_lines(self.folder / ANSWERS_FILE, resumed_at)
 
     def validated(self, step: int) -> None:
         """Answer the fixed prompts, after the validation at a step.

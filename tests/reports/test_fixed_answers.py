@@ -17,6 +17,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.grpo import fixed_prompts
+from mlx_lora.reports.classes import begin_lines
 from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.objectives import rollout_charts
 from mlx_lora.reports.run_report import (
@@ -24,7 +25,6 @@ from mlx_lora.reports.run_report import (
     MOST_VALIDATIONS,
     RunReport,
     add_answers,
-    keep_answers,
     read_answers,
     shown_answers,
     tiles,
@@ -141,29 +141,29 @@ def test_the_page_has_a_bounded_part_of_long_runs_and_texts(tmp_path):
     for step in range(0, 1000, 10):
         add_answers(file, step, [{"prompt": EVIL, "answer": EVIL + "x" * 5000, "length": 1, "truncated": True}])
     (shown,) = shown_answers(read_answers(file))
-    assert len(shown.answers) == MOST_VALIDATIONS
-    assert (shown.answers[0].step, shown.answers[-1].step) == ("0", "990")
-    assert len({one.step for one in shown.answers}) == MOST_VALIDATIONS
-    assert len(shown.answers[0].text) == MOST_CHARACTERS + 4
-    assert (shown.answers[0].reward, shown.answers[0].about) == ("–", "1 token, cut off")
-    keep_answers(file, 20)
+    assert len(shown["answers"]) == MOST_VALIDATIONS
+    assert (shown["answers"][0]["step"], shown["answers"][-1]["step"]) == ("0", "990")
+    assert len({one["step"] for one in shown["answers"]}) == MOST_VALIDATIONS
+    assert len(shown["answers"][0]["text"]) == MOST_CHARACTERS + 4
+    assert (shown["answers"][0]["reward"], shown["answers"][0]["about"]) == ("–", "1 token, cut off")
+    begin_lines(file, 20)
     assert [one["step"] for one in read_answers(file)] == [0, 10, 20]
     with file.open("a") as out:
         out.write('{"step": 30, "prom')  # a kill
     assert [one["step"] for one in read_answers(file)] == [0, 10, 20]
-    keep_answers(file, None)
+    begin_lines(file, None)
     assert read_answers(file) == []
 
 
 def test_other_prompts_after_a_change_of_data_are_the_ones_shown():
     earlier = [answer(0, "x", prompt=name) for name in "pqr"]
     later = [answer(9, "y", prompt=name, number=n) for n, name in enumerate("stu")]
-    assert [one.turns for one in shown_answers(earlier + later)] == [[("User", name)] for name in "stu"]
+    assert [one["turns"] for one in shown_answers(earlier + later)] == [[("User", name)] for name in "stu"]
     chat = [{"role": "system", "content": "s" * 5000}, {"role": "user", "content": "u"}]
     (shown,) = shown_answers([answer(0, "", prompt=chat)])
-    assert [role for role, _ in shown.turns] == ["System", "User"]
-    assert len(shown.turns[0][1]) < 1000
-    assert shown.answers[0].text == "(empty text)"
+    assert [role for role, _ in shown["turns"]] == ["System", "User"]
+    assert len(shown["turns"][0][1]) < 1000
+    assert shown["answers"][0]["text"] == "(empty text)"
 
 
 def record(step: int, trained: bool = True, **more: object) -> dict:

@@ -8,20 +8,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from studio_browser import Watched, chromium, open_studio
+from studio_browser import Watched, open_studio
+from studio_client import furnish, studio
 from studio_stand_in import StandIn
 
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.examples import MissingColumn
 from mlx_lora.data.formats import parse_record
-from mlx_lora.studio.web import in_page_words, label_of
+from mlx_lora.studio.web import fields_in, in_page_words, label_of, setting_groups
 
 PROJECT = {"model": "Qwen/Qwen3-0.6B", "sets": [{"path": "/home/me/tutor.jsonl", "weight": 1}], "settings": {}}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +177,50 @@ def test_the_figures_of_a_card_stay_inside_it(browser, server):
     room = "one => one.closest('.run-card').getBoundingClientRect().right - one.getBoundingClientRect().right"
     assert min(watched.page.locator(".run-card dd").evaluate_all(f"all => all.map({room})")) >= 8
     watched.page.close()
+
+
+# The page's words
+
+
+def test_flags_of_settings_become_fields():
+    said = in_page_words(
+        "--iters and --epochs: both given; keep one; see `mlx-lora train --iters 3` and --no-mask-prompt"
+    )
+    assert said.startswith("“Steps” and “Passes over the data”: both given")
+    assert "`mlx-lora train --iters 3`" in said
+    assert said.endswith(f"“{label_of('mask_prompt')}” off")
+    assert in_page_words("--push-to-hub x--iters") == "--push-to-hub x--iters", "no setting of a run"
+    assert fields_in("--iters and --epochs: both; --iters, --no-such-thing") == ["iters", "epochs"]
+
+
+def test_labels_are_unlike_each_other_and_help_names_no_flag():
+    labels = {name: label_of(name) for name in FIELDS}
+    assert len({label.lower() for label in labels.values()}) == len(labels)
+    rows = [row for group in setting_groups() for row in group["settings"]]
+    flags = {flag_of(name) for name in FIELDS}
+    for row in rows:
+        assert row["label"] == labels[row["name"]]
+        assert not set(re.findall(r"--[a-z-]+", row["help"])) & flags, row["help"]
+        assert "flag" not in row["help"], row["help"]
+
+
+@pytest.fixture(scope="module")
+def client_and_names(tmp_path_factory, tiny_folder, chats):
+    home = tmp_path_factory.mktemp("words") / "home"
+    names = furnish(home, tiny_folder, chats)
+    with studio(home) as client:
+        yield client, names
+
+
+def test_what_is_wrong_names_the_fields_and_stands_at_them(client_and_names):
+    client, (model, data) = client_and_names
+    settings = {"model": model, "data": data, "iters": 3, "epochs": 2}
+    plan = client.post("/api/train/plan", json={"settings": settings}).json()
+    (problem,) = plan["problems"]
+    assert "--" not in problem
+    assert label_of("iters") in problem
+    assert set(plan["said"]) == {"iters", "epochs"}
+    assert "--iters 3" in plan["command"], "the command keeps its flags"
+    refused = client.post("/api/train/start", json={"settings": settings, "name": "x"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == problem

@@ -78,6 +78,7 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
         return child
 
     monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.control.POLL_S", 60)  # the run is not read anew when its process has ended
     with studio(tmp_path / "home", known_runs=file, runs_folders=(project / "runs",)) as client:
         (adapter,) = client.get("/api/adapters").json()["adapters"]
         assert adapter["base"] == adapter["file"] == str(small)
@@ -127,7 +128,7 @@ def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkey
     monkeypatch.setattr(
         "mlx_lora.studio.control.RunControl._launch", lambda self, folder, *_, **__: launched.append(folder.name)
     )
-    monkeypatch.setattr("mlx_lora.studio.control.resolved", lambda *_: None)
+    monkeypatch.setattr("mlx_lora.studio.control.train_settings", lambda *_: None)
     paused = write_run(tmp_path / "home" / "runs" / "paused", ended=False)
     order = {"settings": {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}, "card": "balanced"}
     with studio(tmp_path / "home", known_runs=file) as client:

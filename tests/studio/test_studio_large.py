@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from studio_browser import Watched, chromium, open_studio
+from studio_browser import Watched, open_studio
 from studio_client import write_run
 from studio_real import PATIENCE_MS, asked, studio
 
@@ -17,12 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 
 RECORDS, TOKENS = 25_000, 5_000_000
 FIRST_PAINT_MS, LONGEST_MS, OPENINGS = 1000, 200, 5
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
 
 
 def write_data(path: Path) -> Path:

@@ -11,25 +11,18 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from real_models import smollm2_gguf
-from studio_browser import chromium, open_studio
+from studio_browser import open_studio
 from studio_real import PATIENCE_MS, add_data, asked, choose, run_folder, studio, train
 
 from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
 
 
 def whole_loop(

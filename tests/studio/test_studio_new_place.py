@@ -13,6 +13,7 @@ from studio_browser import chromium, open_studio
 from studio_stand_in import StandIn
 
 from mlx_lora.studio import places
+from mlx_lora.studio.app import find_places
 from mlx_lora.utils.errors import RunError
 
 PYTHON, SCRIPT = (
@@ -69,9 +70,9 @@ def test_the_page_shows_a_new_place_in_its_order(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("missing", ["notes.py", "notes.js"])
 def test_half_a_place_is_refused_by_name(tmp_path, monkeypatch, missing):
-    assert "notes" not in {place.name for place in places.find_places()}
+    assert "notes" not in {place.name for place in find_places()}
     write_place(elsewhere(tmp_path, monkeypatch))
-    assert "notes" in {place.name for place in places.find_places()}
+    assert "notes" in {place.name for place in find_places()}
     (tmp_path / missing).unlink()
     with pytest.raises(RunError, match="notes"):
-        places.find_places()
+        find_places()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from studio_browser import Watched, chromium, open_studio
+from studio_browser import Watched, open_studio
 from studio_stand_in import HOSTILE, StandIn, hour
 
 pytestmark = pytest.mark.slow
@@ -22,12 +22,6 @@ PLACES = {
     "model": "Where the studio looked", "data": "What color is sunlight", "train": "tokens/s", "runs": "tutor-qwen3-0.6b-001",
     "runs/run-001": "What was forgotten", "runs/run-005": "Resume", "runs/compare/run-001,run-002": "Settings that differ", "talk": "Write a message",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

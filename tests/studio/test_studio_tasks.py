@@ -52,7 +52,7 @@ def test_work_is_done_fails_in_one_line_or_is_cancelled(tasks):
     waiting = tasks.begin("data", "c", waits)
     assert tasks.running == 1
     time.sleep(1.2)
-    assert waiting.seconds_left > 0
+    assert waiting.public()["seconds_left"] > 0
     waiting.wanted.clear()
     assert ended(waiting).state == "cancelled"
     assert [task["title"] for task in tasks.listed()] == ["c", "b", "a"]

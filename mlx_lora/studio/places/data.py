@@ -19,8 +19,8 @@ from mlx_lora.data.examples import Record
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
 from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.serving.schema import ApiError, is_number
-from mlx_lora.studio.folders import safe_name
-from mlx_lora.studio.places import Studio
+from mlx_lora.studio.app import Studio
+from mlx_lora.studio.folders import safe_name, walk
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
 from mlx_lora.utils.errors import InputError
@@ -30,7 +30,7 @@ UPLOAD = "/api/data/upload"
 UNFIT = dict.fromkeys(map(ord, ",=#"), "-")  # in a data file's name: --data reads them otherwise
 ALSO_FIT = dict.fromkeys(map(ord, "()[]&'!@~"), "-")  # as in “faq (1).jsonl”; other names have no use for them
 SILENCE_S = 30.0  # between two parts of an upload
-MOST_SETS, DEPTH = 2000, 3
+MOST_SETS = 2000
 MOST_PAGE = 200
 HINT = f"Or a data set of the hub, OWNER/NAME; {TINY_SHAKESPEARE}; or a recipe: {', '.join(recipe_names())}."
 
@@ -48,7 +48,11 @@ def routes(studio: Studio) -> list[BaseRoute]:
 async def upload(studio: Studio, request: Request) -> Response:
     """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
     given = (request.query_params.get("name") or "").replace("\\", "/").rpartition("/")[2]
-    name = upload_name(given)
+    # As it was, but for what is not fit for a name.
+    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
+    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
     length = request.headers.get("content-length", "")
     declared = int(length[:20]) if length.isdecimal() else 0
     if declared > studio.max_upload_bytes:
@@ -58,7 +62,6 @@ async def upload(studio: Studio, request: Request) -> Response:
     part = studio.folders.data / f".{os.urandom(6).hex()}.{name}"
     try:
         await _write(studio, request, part)
-        await anyio.to_thread.run_sync(_look_at, part, name)
         path = await anyio.to_thread.run_sync(_place, part, studio.folders.data / name)
     finally:
         part.unlink(missing_ok=True)
@@ -69,35 +72,19 @@ async def upload(studio: Studio, request: Request) -> Response:
 
 
 async def _write(studio: Studio, request: Request, part: Path) -> None:
-    size, chunks = 0, request.stream().__aiter__()
+    size, chunks = 0, request.stream()
     async with await anyio.open_file(part, "wb") as file:
-        while True:
-            with anyio.move_on_after(SILENCE_S) as timer:
-                try:
-                    chunk = await chunks.__anext__()
-                except StopAsyncIteration:
-                    return
-            if timer.cancelled_caught:
+        while size <= studio.max_upload_bytes:
+            chunk = None
+            with anyio.move_on_after(SILENCE_S):
+                chunk = await anext(chunks, b"")
+            if chunk is None:
                 raise ApiError(408, f"the upload was silent for {SILENCE_S:g} s; send it again", "request_timeout")
+            if not chunk:
+                return
             size += len(chunk)
-            if size > studio.max_upload_bytes:
-                raise _too_large(studio)
             await file.write(chunk)
-
-
-def _look_at(part: Path, name: str) -> None:
-    """Refuse an upload that cannot be data, as far as its beginning shows it.
-
-    Raises:
-        ApiError: 400, it is empty, or not what its name says.
-    """
-    try:
-        check_file(part)
-        rows = next(read_records(part), None) if part.suffix.lower() in (".jsonl", *TABLES) else part.stat().st_size
-    except InputError as error:
-        raise ApiError(400, str(error).replace(str(part), name), "not_data", "name") from None
-    if not rows:
-        raise ApiError(400, f"{name}: has no rows; choose a file with at least one", "not_data", "name")
+    raise _too_large(studio)
 
 
 def _too_large(studio: Studio) -> ApiError:
@@ -112,7 +99,24 @@ def data_sets(studio: Studio) -> list[dict[str, Any]]:
     """Return the data files and folders of the studio's data folders, the newest first."""
     found: list[dict[str, Any]] = []
     for root in studio.folders.all_data:
-        _search(root, root, DEPTH, found)
+        for folder, names, entries in walk(root):
+            if len(found) >= MOST_SETS:
+                break
+            files, inside = (
+                [folder / name for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES],
+                set(entries),
+            )
+            if folder != root and {file.stem for file in files} & {"train", "training"}:
+                sets = {folder: files}
+                entries.clear()
+            else:
+                files = [file for file in files if file in inside and file.is_file()]
+                sets = {file: [file] for file in files if not NOT_DATA.fullmatch(file.name)}
+            for path, parts in sets.items():
+                stats = [file.stat() for file in parts]
+                size, changed = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
+                name = str(path.relative_to(root))
+                found.append({"name": name, "path": str(path), "bytes": size, "changed": changed})
     return sorted(found, key=lambda one: one["changed"], reverse=True)
 
 
@@ -121,8 +125,15 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
     sets = body.get("data")
     if not isinstance(sets, list) or not sets or not all(isinstance(one, dict) for one in sets):
         raise ApiError(400, "data: must be a list of {path, weight}; choose a file first", "invalid_value", "data")
+    parts = []  # as --data takes them: PATH=WEIGHT, by comma
+    for one in sets[:100]:
+        path, weight = one.get("path"), one.get("weight", 1)
+        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
+            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
+            raise ApiError(400, message, "invalid_value")
+        parts.append(path if weight == 1 else f"{path}={weight:g}")
     settings = studio.checker.settings(body.get("settings") or {})
-    settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(data_text(sets))}
+    settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(",".join(parts))}
     offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
     limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
     page = previews.page(settings, offset, limit, body.get("filter") or "all")
@@ -137,37 +148,19 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
     return {**page, "data": settings["data"], "columns": columns, "set_rows": rows}
 
 
-def data_text(sets: list[dict[str, Any]]) -> str:
-    """Return sets as `--data` takes them: PATH=WEIGHT, by comma.
-
-    Raises:
-        ApiError: one is not {path, weight}.
-    """
-    parts = []
-    for one in sets[:100]:
-        path, weight = one.get("path"), one.get("weight", 1)
-        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
-            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
-            raise ApiError(400, message, "invalid_value")
-        parts.append(path if weight == 1 else f"{path}={weight:g}")
-    return ",".join(parts)
-
-
-def upload_name(given: str) -> str:
-    """Return the name of an uploaded file: as it was, but for what is not fit for a name, and of a kind that is read as data.
-
-    Raises:
-        ApiError: 400, it is not.
-    """
-    name = unicodedata.normalize("NFC", given.strip()).translate(UNFIT)
-    safe_name(name[:1] + name[1:].translate(ALSO_FIT), "name")
-    if Path(name).suffix.lower() not in SUFFIXES:
-        raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
-    return name
-
-
 def _place(part: Path, wanted: Path) -> Path:
-    """Give an upload its name, or the next one that is free; a file that is there is never replaced, and the same one stays the only one."""
+    """Give an upload its name, or the next one that is free; a file that is there is never replaced, and the same one stays the only one.
+
+    Raises:
+        ApiError: 400, it cannot be data as far as its beginning shows it: it is empty, or not what its name says.
+    """
+    try:
+        check_file(part)
+        rows = next(read_records(part), None) if part.suffix.lower() in (".jsonl", *TABLES) else part.stat().st_size
+    except InputError as error:
+        raise ApiError(400, str(error).replace(str(part), wanted.name), "not_data", "name") from None
+    if not rows:
+        raise ApiError(400, f"{wanted.name}: has no rows; choose a file with at least one", "not_data", "name")
     for number in range(1, 10_000):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         try:
@@ -177,29 +170,3 @@ def _place(part: Path, wanted: Path) -> Path:
                 continue
         return path
     raise ApiError(409, f"{wanted.name}: too many files of this name; choose another", "name_taken")
-
-
-def _search(root: Path, folder: Path, left: int, found: list[dict[str, Any]]) -> None:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError:
-        return
-    names = {entry.stem for entry in entries if entry.suffix.lower() in SUFFIXES}
-    if folder != root and names & {"train", "training"}:
-        found.append(_set(root, folder, [entry for entry in entries if entry.suffix.lower() in SUFFIXES]))
-        return
-    for entry in entries:
-        if entry.name.startswith(".") or len(found) >= MOST_SETS or not entry.resolve().is_relative_to(root):
-            continue
-        if entry.is_dir() and left:
-            _search(root, entry, left - 1, found)
-        elif entry.suffix.lower() in SUFFIXES and entry.is_file() and not NOT_DATA.fullmatch(entry.name):
-            found.append(_set(root, entry, [entry]))
-
-
-def _set(root: Path, path: Path, files: list[Path]) -> dict[str, Any]:
-    stats = [file.stat() for file in files]
-    return {
-        "name": str(path.relative_to(root)), "path": str(path), "bytes": sum(stat.st_size for stat in stats),
-        "changed": max(stat.st_mtime for stat in stats),
-    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from functools import partial
@@ -16,8 +17,8 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import is_hub_model, safe_name
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import refused_plan, shown_plan
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import json_route, text_of, whole_number
@@ -33,29 +34,22 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of models."""
-    listed = ListedModels(studio)
+    kept: dict[str, Any] = {"at": -KEPT_S}
+
+    def listed() -> list[dict[str, Any]]:
+        """Return the models on this disk, which are searched again after some seconds."""
+        ended = studio.tasks.ended  # a download or a conversion may have brought a model
+        if time.monotonic() - kept["at"] > KEPT_S or ended != kept["ended"]:
+            kept.update(at=time.monotonic(), ended=ended, models=studio.stores.listed())
+        return kept["models"]
+
     return [
-        json_route("/api/models", lambda request, body: {"models": listed.now(), "stores": studio.stores.stores()}),
-        json_route("/api/models/search", lambda request, body: search(request, listed.now())),
+        json_route("/api/models", lambda request, body: {"models": listed(), "stores": studio.stores.stores()}),
+        json_route("/api/models/search", lambda request, body: search(request, listed())),
         json_route("/api/models/plan", partial(plan, studio), "POST"),
         json_route("/api/models/download", partial(download, studio), "POST"),
         json_route("/api/models/convert", partial(convert, studio), "POST"),
     ]
-
-
-class ListedModels:
-    """The models on this disk, which are searched again after some seconds."""
-
-    def __init__(self, studio: Studio):
-        self._studio = studio
-        self._kept: tuple[float, int, list[dict[str, Any]]] = (-KEPT_S, 0, [])
-
-    def now(self) -> list[dict[str, Any]]:
-        """Return them."""
-        ended = self._studio.tasks.ended  # a download or a conversion may have brought a model
-        if time.monotonic() - self._kept[0] > KEPT_S or ended != self._kept[1]:
-            self._kept = (time.monotonic(), ended, self._studio.stores.listed())
-        return self._kept[2]
 
 
 def search(request: Request, listed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,7 +70,8 @@ def search(request: Request, listed: list[dict[str, Any]]) -> dict[str, Any]:
 
 def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/models/plan: from the config alone."""
-    settings = studio.checker.settings({**_object(body.get("settings")), "model": body.get("model")})
+    given = body.get("settings") or {}
+    settings = studio.checker.settings({**given, "model": body.get("model")} if isinstance(given, dict) else given)
     try:
         return shown_plan(studio.plans.of_config(settings))
     except InputError as error:
@@ -93,7 +88,10 @@ def download(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str
     def watch(task: BackgroundTask) -> None:
         if task.total is None and task.message.startswith("Bytes: "):
             studio.tasks.change(task, total=int(task.message.removeprefix("Bytes: ")), unit="bytes")
-        done = _bytes_in(room)
+        done = 0
+        with contextlib.suppress(OSError), os.scandir(room) as entries:  # not begun, or a file was renamed meanwhile
+            for entry in entries:
+                done += entry.stat().st_blocks * 512 if entry.name.endswith(".incomplete") else entry.stat().st_size
         if done != task.done:
             studio.tasks.change(task, done=done)
 
@@ -113,21 +111,3 @@ def convert(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str,
     words = ["convert", "--model", model, "--out", str(out), "--bits", str(bits)]
     task = studio.tasks.child("convert", f"Convert {Path(model).name} to {bits} bits", words, {"model": str(out)})
     return {"task": task.public(), "command": command_line(words)}
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if value is not None and not isinstance(value, dict):
-        raise ApiError(400, "settings: must be an object of setting names and values", "invalid_value", "settings")
-    return value or {}
-
-
-def _bytes_in(folder: Path) -> int:
-    """Return the bytes of a repository's files so far, unfinished ones included."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                total += entry.stat().st_blocks * 512 if entry.name.endswith(".incomplete") else entry.stat().st_size
-    except OSError:
-        pass  # not begun, or a file was renamed meanwhile
-    return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.places import Studio
+from mlx_lora.studio.app import Studio
+from mlx_lora.studio.folders import stamps
 from mlx_lora.studio.run_folders import (
-    COLOR,
     FACTS,
     LOG_FILE,
     METRICS,
+    TAIL_BYTES,
+    Tail,
+    parsed,
+    plain_line,
     read_started,
     samples_of,
-    stamp,
     state_of,
     words_of_asking,
     words_of_measuring,
 )
-from mlx_lora.studio.run_metrics import TAIL_BYTES, Tail, parsed
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
 from mlx_lora.utils.text import command_line
@@ -42,76 +44,46 @@ MOST_LINES = 200  # of a log, in one event
 def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of runs, the queue, and what is measured of a run."""
     listing, control = studio.listing, studio.control
+
+    def of_run(path: str, act: Callable[[str, dict[str, Any]], Any], method: str = "POST") -> Route:
+        """Return a route of /api/runs/ID; what acts without an answer of its own is answered with the run's line."""
+
+        def handle(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+            return act(request.path_params["id"], body) or {"run": line_of(studio, request.path_params["id"])}
+
+        return json_route(f"/api/runs/{{id}}{path}", handle, method)
+
+    def move(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        return control.reorder(text_of(body, "run"), whole_number(body.get("to"), "to", 0, 10**6, 0))
+
     return [
-        json_route("/api/queue", lambda request, body: {"queue": control.queued()}),
-        json_route("/api/queue/move", partial(move, studio), "POST"),
-        json_route("/api/queue/remove", partial(remove, studio), "POST"),
+        json_route("/api/queue", lambda request, body: control.queued()),
+        json_route("/api/queue/move", move, "POST"),
+        json_route("/api/queue/remove", lambda request, body: control.reorder(text_of(body, "run"), None), "POST"),
         json_route("/api/runs", lambda request, body: {"runs": listing.listed(control.queue)}),
-        json_route("/api/runs/{id}", partial(detail, studio)),
-        Route("/api/runs/{id}/events", partial(news_events, studio), methods=["GET"]),
-        json_route("/api/runs/{id}/pause", partial(end, studio, "pause"), "POST"),
-        json_route("/api/runs/{id}/stop", partial(end, studio, "stop"), "POST"),
-        json_route("/api/runs/{id}/resume", partial(resume, studio), "POST"),
-        json_route("/api/runs/{id}/notes", partial(note, studio), "PUT"),
-        json_route("/api/runs/{id}", partial(delete, studio), "DELETE"),
-        json_route("/api/runs/{id}/forgetting", partial(measure, studio), "POST"),
-        json_route("/api/runs/{id}/tick", partial(tick_answer, studio), "POST"),
-        json_route("/api/runs/{id}/evaluation", partial(ask, studio), "POST"),
         json_route("/api/adapters", lambda request, body: {"adapters": listing.adapters()}),
+        Route("/api/runs/{id}/events", partial(news_events, studio), methods=["GET"]),
+        of_run("", lambda number, body: listing.detail(number, number in control.queue), "GET"),
+        of_run("", lambda number, body: control.delete(number, body.get("confirm")), "DELETE"),
+        of_run("/pause", lambda number, body: control.ask_to_end(number, "pause")),
+        of_run("/stop", lambda number, body: control.ask_to_end(number, "stop")),
+        of_run("/resume", lambda number, body: control.resume(number, body.get("agreed"))),
+        of_run("/notes", lambda number, body: control.note(number, body.get("text")), "PUT"),
+        of_run("/forgetting", partial(measure, studio)),
+        of_run("/tick", partial(tick_answer, studio)),
+        of_run("/evaluation", partial(ask, studio)),
     ]
 
 
-def _line(studio: Studio, number: str) -> dict[str, Any]:
-    queued = number in studio.control.queue
-    return {"run": studio.listing.summary(studio.listing.folder(number), queued)}
-
-
-def move(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/queue/move."""
-    studio.control.move(text_of(body, "run"), whole_number(body.get("to"), "to", 0, 10**6, 0))
-    return {"queue": studio.control.queued()}
-
-
-def remove(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/queue/remove."""
-    studio.control.remove(text_of(body, "run"))
-    return {"queue": studio.control.queued()}
-
-
-def detail(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """GET /api/runs/ID."""
-    number = request.path_params["id"]
-    return studio.listing.detail(number, number in studio.control.queue)
-
-
-def end(studio: Studio, how: str, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/runs/ID/pause or stop."""
-    studio.control.ask_to_end(request.path_params["id"], how)
-    return _line(studio, request.path_params["id"])
-
-
-def resume(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/runs/ID/resume."""
-    studio.control.resume(request.path_params["id"], body.get("agreed"))
-    return _line(studio, request.path_params["id"])
-
-
-def note(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """PUT /api/runs/ID/notes."""
-    studio.control.note(request.path_params["id"], body.get("text"))
-    return {"saved": True}
-
-
-def delete(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """DELETE /api/runs/ID."""
-    studio.control.delete(request.path_params["id"], body.get("confirm"))
-    return {"deleted": True}
+def line_of(studio: Studio, number: str) -> dict[str, Any]:
+    """Return the line of a run in the list."""
+    return studio.listing.summary(studio.listing.folder(number), number in studio.control.queue)
 
 
 async def news_events(studio: Studio, request: Request) -> Response:
     """GET /api/runs/ID/events: new metrics, lines of the log, texts and states, as the run's files grow."""
     folder = await anyio.to_thread.run_sync(studio.listing.folder, request.path_params["id"])
-    news = RunNews(folder, lambda: _line(studio, request.path_params["id"])["run"])
+    news = RunNews(folder, lambda: line_of(studio, request.path_params["id"]))
     after = request.query_params.get("after", "")
     earlier = news.since(int(after)) if after.isdecimal() and len(after) < 16 else []
 
@@ -155,43 +127,48 @@ class RunNews:
         Raises:
             ApiError: the run was removed.
         """
-        found: list[dict[str, Any]] = []
-        for text in self._metrics.new_lines():
-            if (record := parsed(text)) is not None:
-                found.append({"type": "metrics", "metrics": record})
-        said = self._log.new_lines()[-MOST_LINES:]
-        if said:
-            found.append({"type": "log", "lines": [COLOR.sub("", one.rpartition("\r")[2])[:2000] for one in said]})
+        records = [record for text in self._metrics.new_lines() if (record := parsed(text)) is not None]
+        found: list[dict[str, Any]] = [{"type": "metrics", "metrics": record} for record in records]
+        if said := self._log.new_lines()[-MOST_LINES:]:
+            found.append({"type": "log", "lines": [plain_line(one) for one in said]})
         started = read_started(self._folder)
         state = (*state_of(self._folder, started), started.asked if started else None)
-        if state != self._state or any(one["type"] == "metrics" for one in found):
+        if state != self._state or records:
             found.append({"type": "state", **self._line()})
-            self._state = state
-        texts = [stamp(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
-        if texts != self._texts:
-            if self._texts is not None:
-                samples = samples_of(self._folder, read_facts(self._folder), self._line()["step"])
-                found.append({"type": "sample", "samples": samples})
-            self._texts = texts
+        texts = [stamps([self._folder / name]) for name in (FACTS_FILE, ANSWERS_FILE)]
+        if texts != self._texts and self._texts is not None:
+            samples = samples_of(self._folder, read_facts(self._folder), self._line()["step"])
+            found.append({"type": "sample", "samples": samples})
+        self._state, self._texts = state, texts
         return found
 
 
-def measure(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+def finished_run(studio: Studio, number: str) -> tuple[dict[str, Any], Path]:
+    """Return a run with its adapter, and its folder.
+
+    Raises:
+        ApiError: 409, the run has no adapter yet, or goes on.
+    """
+    run = studio.listing.detail(number, False)
+    if not run["adapter"] or run["state"] in ("running", "queued"):
+        raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
+    return run, Path(run["path"])
+
+
+def measure(studio: Studio, number: str, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/runs/ID/forgetting measures what its adapter forgot, as a task.
 
     Raises:
-        ApiError: 409, the run has no adapter yet, or goes on, or its adapter does not answer texts.
+        ApiError: 409, as of `finished_run`, or its adapter does not answer texts.
     """
-    run, folder = _finished_run(studio, request)
-    words = words_of_measuring(folder, run["settings"])
+    run, folder = finished_run(studio, number)
+    words, cwd = words_of_measuring(folder, run["settings"]), studio.listing.begun_in(folder)
     if words is None:
         raise ApiError(
             409,
             f"{run['name']}: its rows are not questions and answers, so what it forgot cannot be measured on them",
             "no_answers",
         )
-
-    cwd = studio.listing.begun_in(folder)  # the names in its run.yaml start there
 
     def work(task: BackgroundTask) -> dict[str, str]:
         studio.tasks.run_child(task, words, folder / LOG, output=folder / PART, cwd=cwd)
@@ -202,20 +179,13 @@ def measure(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str,
     return {"task": task.public(), "command": command_line(words)}
 
 
-def _finished_run(studio: Studio, request: Request) -> tuple[dict[str, Any], Path]:
-    run = studio.listing.detail(request.path_params["id"], False)
-    if not run["adapter"] or run["state"] in ("running", "queued"):
-        raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
-    return run, Path(run["path"])
-
-
-def tick_answer(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+def tick_answer(studio: Studio, number: str, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/runs/ID/tick: a person says that an answer is right or wrong, or, with null, takes that back; the report is written anew.
 
     Raises:
         ApiError: 404, there is no such answer; 400, the body says neither; 409, the run goes on.
     """
-    _, folder = _finished_run(studio, request)
+    _, folder = finished_run(studio, number)
     index, right = whole_number(body.get("index", -1), "index", 0, 10**6, 0), body.get("right")
     if not (right is None or isinstance(right, bool)):
         raise ApiError(400, "right: must be true, false or null", "invalid_value", "right")
@@ -223,16 +193,16 @@ def tick_answer(studio: Studio, request: Request, body: dict[str, Any]) -> dict[
         tick(folder, index, right)
     except IndexError:
         raise ApiError(404, f"index: there is no answer {index}; reload the run", "not_found", "index") from None
-    return detail(studio, request, body)
+    return studio.listing.detail(number, number in studio.control.queue)
 
 
-def ask(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+def ask(studio: Studio, number: str, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/runs/ID/evaluation asks base and adapter, as a task, on the data that the request names, or on the rows that the run held out.
 
     Raises:
-        ApiError: 409, the run has no adapter yet, or goes on, or imitates nothing; others: the data cannot be read.
+        ApiError: 409, as of `finished_run`, or the run imitates nothing; others: the data cannot be read.
     """
-    run, folder = _finished_run(studio, request)
+    run, folder = finished_run(studio, number)
     if run["objective"] != "sft":
         raise ApiError(409, f"{run['name']}: its rows have no single right answer; talk to it instead", "no_answers")
     data = None if body.get("data") is None else studio.checker.data(body["data"])

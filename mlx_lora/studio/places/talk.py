@@ -36,9 +36,9 @@ from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, Adapt
 from mlx_lora.serving.conversation import PicturePrompt, PictureReader, chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.schema import ApiError, Ask, api_error, is_number, read_chat, read_json
-from mlx_lora.studio.folders import numbered_paths, safe_name
+from mlx_lora.studio.app import Studio
+from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
-from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
@@ -66,23 +66,19 @@ class Talk:
         self._running, self._limit = running, working_set_bytes
         self._engine: Engine | None = None
         self._base: ModelSettings | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pictures: PictureReader | None = None
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
     def close(self) -> None:
-        """Free the model."""
-        with self._lock:
-            self._free()
-
-    def _free(self) -> None:
         """End the engine, and give its memory back; a module's parts know each other, so they are collected now."""
-        if self._engine is None:
-            return
-        self._engine.close()
-        self._engine = self._base = self._pictures = None
-        gc.collect()
-        mx.clear_cache()
+        with self._lock:
+            if self._engine is None:
+                return
+            self._engine.close()
+            self._engine = self._base = self._pictures = None
+            gc.collect()
+            mx.clear_cache()
 
     async def answer(
         self, base: ModelSettings, columns: list[Any], body: dict[str, Any], own: list[Any]
@@ -109,11 +105,10 @@ class Talk:
                 await anyio.to_thread.run_sync(self._prompt, engine, ask, name, limit, limiter=self._one_at_a_time)
                 for ask, name in zip(asks, names, strict=True)
             ]
+            async for piece in _pieces(engine, asks[0], names, prompts):
+                yield piece
         except Exception as error:  # api_error raises what is nobody's input
             yield {"error": str(error if isinstance(error, ApiError) else api_error(error))}
-            return
-        async for piece in _pieces(engine, asks[0], names, prompts):
-            yield piece
 
     def _prompt(
         self, engine: Engine, ask: Ask, adapter: str | None, limit: int
@@ -124,19 +119,27 @@ class Talk:
             ApiError: the model's context is too short for it, or a picture cannot be used.
             InputError: the template refuses it.
         """
-        if not ask.pictures:
-            return _checked_length(_tokens(engine, ask, adapter), limit), None
-        with self._lock:
-            reader = self._pictures = self._pictures or PictureReader(engine.base)
-        card = engine.store.cards[adapter] if adapter else None
-        prompt = picture_prompt(reader, ask, card and card.chat_template, card.max_pixels if card else None)
-        return _checked_length(prompt.tokens, limit), prompt
+        card, pictures, tokenizer = engine.store.cards[adapter] if adapter else None, None, engine.base.hf_tokenizer
+        template, messages = card and card.chat_template, ask.messages or []
+        if ask.pictures:
+            with self._lock:
+                reader = self._pictures = self._pictures or PictureReader(engine.base)
+            pictures = picture_prompt(reader, ask, template, card.max_pixels if card else None)
+            tokens = pictures.tokens
+        elif template := template or own_template(tokenizer):
+            tokens = chat_tokens(tokenizer, messages, template, engine.vocabulary)
+        else:
+            tokens = tokenizer.encode("\n".join(message["content"] for message in messages))
+        if not tokens or len(tokens) + 1 > limit:
+            raise ApiError(400, f"messages: {len(tokens):,} tokens, and this model takes {limit:,}; begin a new conversation",
+                "context_length_exceeded", "messages")  # fmt: skip
+        return tokens, pictures
 
     def _ready(self, base: ModelSettings) -> Engine:
         """Return the engine of a base; another one is freed first."""
         with self._lock:
             if self._engine is not None and (self._base != base or not self._engine.alive):
-                self._free()
+                self.close()
             if self._engine is None:
                 limits = Limits(max_batch=MOST_COLUMNS * 2, max_waiting=16, adapter_bytes=ADAPTER_BYTES)
                 self._engine = Engine(lambda: load_base(base), limits)
@@ -178,33 +181,6 @@ def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list
     return names
 
 
-def _tokens(engine: Engine, ask: Ask, adapter: str | None) -> list[int]:
-    """Return the conversation's tokens with the column's own template.
-
-    Raises:
-        InputError: the template refuses it.
-    """
-    base = engine.base
-    card = engine.store.cards[adapter] if adapter else None
-    template = (card and card.chat_template) or own_template(base.hf_tokenizer)
-    messages = ask.messages or []
-    if template:
-        return chat_tokens(base.hf_tokenizer, messages, template, engine.vocabulary)
-    return base.hf_tokenizer.encode("\n".join(message["content"] for message in messages))
-
-
-def _checked_length(tokens: list[int], limit: int) -> list[int]:
-    """Return a prompt's tokens.
-
-    Raises:
-        ApiError: the model's context is too short for them.
-    """
-    if not tokens or len(tokens) + 1 > limit:
-        raise ApiError(400, f"messages: {len(tokens):,} tokens, and this model takes {limit:,}; begin a new conversation",
-            "context_length_exceeded", "messages")  # fmt: skip
-    return tokens
-
-
 async def _pieces(
     engine: Engine, ask: Ask, names: list[str | None], prompts: list[tuple[list[int], PicturePrompt | None]]
 ) -> AsyncIterator[dict[str, Any] | None]:
@@ -214,18 +190,15 @@ async def _pieces(
     limit = context_of(engine.base.config) or DEFAULT_CONTEXT
     begun, first = time.perf_counter(), dict[int, float]()
 
-    def emit_of(column: int) -> Callable[[Event], None]:
-        def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the server ends
-                loop.call_soon_threadsafe(events.put_nowait, (column, event))
-
-        return emit
+    def emit(column: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the server ends
+            loop.call_soon_threadsafe(events.put_nowait, (column, event))
 
     try:
         for column, (name, (tokens, pictures)) in enumerate(zip(names, prompts, strict=True)):
             most = min(ask.max_tokens or 512, limit - len(tokens))
             request = Request(tokens, name, most, ask.sampling, ask.stops, pictures=pictures)
-            tickets.append(engine.submit(request, emit_of(column)))
+            tickets.append(engine.submit(request, partial(emit, column)))
         left = len(tickets)
         while left:
             try:
@@ -248,8 +221,6 @@ async def _pieces(
                     "column": column, "done": True, "tokens": made, "tokens_per_s": speed, "first_token_s": first[column],
                     "prompt_tokens": event.usage.prompt, "finish": event.finish,
                 }  # fmt: skip
-    except Exception as error:
-        yield {"error": str(api_error(error))}
     finally:
         for ticket in tickets:
             ticket.canceled.set()
@@ -289,24 +260,28 @@ def about_model(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> d
 async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
     """POST /api/talk: server-sent events of all columns."""
     body = read_json(await request.body())
-    model = await anyio.to_thread.run_sync(studio.checker.model, body.get("model"))
-    columns = await anyio.to_thread.run_sync(_columns, studio, body.get("columns"))
-    base = await anyio.to_thread.run_sync(_base, studio, model, columns, body)
+    columns, base = await anyio.to_thread.run_sync(_columns, studio, body)
     asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
     own = [column.get("messages") for column in body["columns"]]
     if system := body.get("system"):
         first = {"role": "system", "content": system}
-        asked["messages"] = [first, *_list(asked.get("messages"))]
-        own = [messages and [first, *_list(messages)] for messages in own]
+        said = [messages if isinstance(messages, list) else [] for messages in (asked.get("messages"), *own)]
+        asked["messages"] = [first, *said[0]]
+        own = [given and [first, *messages] for given, messages in zip(own, said[1:], strict=True)]
     return events(request, talk.answer(base, columns, asked, own))
 
 
-def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
-    """Return the columns of a request, each a list of adapters with weights.
+def _columns(studio: Studio, body: dict[str, Any]) -> tuple[list[list[tuple[Path, float]]], ModelSettings]:
+    """Return the columns of a request, each a list of adapters with weights, and their base.
+
+    The base has the revision and bits that the request names, else those of the adapters' runs.
 
     Raises:
-        ApiError: they are malformed, or a folder is not one of this studio's.
+        ApiError: they are malformed, or a folder is not one of this studio's, or the adapters were trained on several bases; one
+            is in memory at a time.
+        InputError: there are no such bits.
     """
+    model, given = studio.checker.model(body.get("model")), body.get("columns")
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
         raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
     columns = []
@@ -315,35 +290,27 @@ def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
         if not isinstance(parts, list) or len(parts) > MOST_PARTS or not all(isinstance(p, dict) for p in parts):
             message = f"columns: each must be {{adapters: [{{path, weight}}]}}, {MOST_PARTS} at most"
             raise ApiError(400, message, "invalid_value")
-        found = {studio.checker.adapter(part.get("path")): _weight(part.get("weight", 1.0)) for part in parts}
-        columns.append(list(found.items()))
-    return columns
-
-
-def _base(studio: Studio, model: str, columns: list[list[tuple[Path, float]]], body: dict[str, Any]) -> ModelSettings:
-    """Return the base of a request: with the revision and bits that it names, else with those of its adapters' runs.
-
-    Raises:
-        ApiError: the adapters were trained on several bases; one is in memory at a time.
-        InputError: there are no such bits.
-    """
+        weights = [part.get("weight", 1.0) for part in parts]
+        if not all(is_number(weight, -MOST_WEIGHT, MOST_WEIGHT) for weight in weights):
+            message = f"weight: must be a number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            raise ApiError(400, message, "invalid_value", "weight")
+        folders = [studio.checker.adapter(part.get("path")) for part in parts]
+        columns.append(list(dict(zip(folders, map(float, weights), strict=True)).items()))
+    runs = [studio.listing.settings_of(folder, None) for parts in columns for folder, _ in parts]
+    bases = {tuple(run.get(name) for name in OF_BASE) for run in runs if run.get("model") == model}
     if body.keys() & set(OF_BASE):
-        asked: dict[str, Any] = {name: body.get(name) for name in OF_BASE}
-    else:
-        folders = {folder for parts in columns for folder, _ in parts}
-        runs = [studio.listing.settings_of(folder, None) for folder in folders]
-        bases = {tuple(run.get(name) for name in OF_BASE) for run in runs if run.get("model") == model}
-        if len(bases) > 1:
-            raise ApiError(
-                400, "columns: these adapters were trained on several revisions or bits of the model; talk to one after the other",
-                "invalid_value", "columns",
-            )  # fmt: skip
-        asked = dict(zip(OF_BASE, bases.pop(), strict=True)) if bases else {}
-    return train_settings(studio.checker.settings({"model": model, **asked})).model
+        bases = {tuple(body.get(name) for name in OF_BASE)}
+    if len(bases) > 1:
+        raise ApiError(
+            400, "columns: these adapters were trained on several revisions or bits of the model; talk to one after the other",
+            "invalid_value", "columns",
+        )  # fmt: skip
+    of_base = dict(zip(OF_BASE, bases.pop(), strict=True)) if bases else {}
+    return columns, train_settings(studio.checker.settings({"model": model, **of_base})).model
 
 
 def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/export."""
+    """POST /api/export: a command that exports or fuses, as a task; the last line of `fuse` says how much of the adapter is kept."""
     model, to, name = studio.checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
     adapter = studio.checker.adapter(body["adapter"]) if body.get("adapter") else None
     options = body.get("options") or {}
@@ -352,54 +319,47 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     kind = "peft" if to == HUB else to
     if kind not in (*FORMATS, FUSE):
         raise ApiError(400, f"to: must be one of {', '.join((*FORMATS, FUSE, HUB))}", "invalid_value", "to")
-    repo = options.get("repo") if to == HUB else None
-    if to == HUB and not repo:
+    repo = str(options.get("repo") or "") if to == HUB else None
+    if repo == "":
         raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
     if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
         name += ".gguf"
-    out = studio.folders.exports / name
+    out, force = studio.folders.exports / name, bool(options.get("force"))
     if to == HUB:  # the page names the repository, not the folder
-        out = next(path for path in numbered_paths(out) if not path.exists())
-    force = bool(options.get("force"))
+        out = free_path(out)
     if out.exists() and not force:
         raise ApiError(409, f"out: there is {out.name} already; choose another name", "name_taken", "out")
-    if kind == FUSE:
-        return _fuse(studio, model, adapter, out, force)
-    settings = read_settings_of(adapter, None) if adapter else {}
-    revision = settings.get("revision") if settings.get("model") == model else None
-    bits = settings.get("bits") if settings.get("qat") else None
-    base = model_flags({"model": model, "revision": revision, "bits": bits})
-    words = ["export", *base, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
+    run = read_settings_of(adapter, None) if adapter else {}
+    revision = run.get("revision") if run.get("model") == model else None
+    # A fused model is read back as it was trained; an export says what it rounds to.
+    bits = run.get("bits") if kind == FUSE or run.get("qat") else None
+    words = [FUSE if kind == FUSE else "export", *model_flags({"model": model, "revision": revision, "bits": bits})]
+    words += ["--adapter-path", str(adapter)] if adapter else []
+    words += ["--to", kind] if kind != FUSE else []
     words += ["--out", str(out), *(["--force"] if force else [])]
-    given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
-    for option, value in given.items():
-        words.append(f"{OPTIONS[option]}={value}" if value.startswith("-") else OPTIONS[option])
-        words += [] if value.startswith("-") else [value]
-    if repo:
-        words += [f"--push-to-hub={repo}", *(["--private"] if options.get("private") else [])]
-    asked = {key: given.get(key) for key in OPTIONS}
-    settings = ExportSettings(kind, out, asked["base_id"], asked["gguf_type"], asked["ollama_base"], force,
-        str(repo) if repo else None, bool(options.get("private")) and bool(repo))  # fmt: skip
-    settings.check(adapter is not None)
-    if given.get("ollama_base", "").endswith(".gguf"):
-        studio.checker.model(given["ollama_base"])
-    title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
-    result = {"path": str(out), "to": to, "next": FORMATS[kind].reader.format(out=out)}
+    if kind == FUSE:
+        if adapter is None:
+            raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
+        words += ["--dequantize"] if run.get("objective") in WITH_SCORES else []
+        title, following = f"Fuse {adapter.name}", f"mlx-lora chat --model {out}"
+    else:
+        given = {option: str(options[option]) for option in OPTIONS if options.get(option)}
+        for option, value in given.items():
+            flag = OPTIONS[option]
+            words += [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+        private = bool(options.get("private") and repo)
+        words += [f"--push-to-hub={repo}", *(["--private"] if private else [])] if repo else []
+        ExportSettings(
+            kind, out, given.get("base_id"), given.get("gguf_type"), given.get("ollama_base"), force, repo, private
+        ).check(adapter is not None)
+        if given.get("ollama_base", "").endswith(".gguf"):
+            studio.checker.model(given["ollama_base"])
+        title, following = (
+            f"Export {adapter.name if adapter else Path(model).name} for {to}",
+            FORMATS[kind].reader.format(out=out),
+        )
+    result = {"path": str(out), "to": to, "next": following}
     return {"task": studio.tasks.child("export", title, words, result).public(), "command": command_line(words)}
-
-
-def _fuse(studio: Studio, model: str, adapter: Path | None, out: Path, force: bool) -> dict[str, Any]:
-    """Begin `fuse`, whose last line says how much of the adapter the model keeps."""
-    if adapter is None:
-        raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
-    settings = read_settings_of(adapter, None)
-    scores = settings.get("objective") in WITH_SCORES
-    of_base = {name: settings.get(name) for name in OF_BASE if name == "bits" or settings.get("model") == model}
-    words = ["fuse", *model_flags({"model": model, **of_base}), "--adapter-path", str(adapter)]
-    words += ["--out", str(out), *(["--force"] if force else []), *(["--dequantize"] if scores else [])]
-    result = {"path": str(out), "to": FUSE, "next": f"mlx-lora chat --model {out}"}
-    task = studio.tasks.child("export", f"Fuse {adapter.name}", words, result)
-    return {"task": task.public(), "command": command_line(words)}
 
 
 def needs() -> dict[str, Any]:
@@ -429,15 +389,3 @@ def needs() -> dict[str, Any]:
             "ok": token is not None,
         },
     }  # fmt: skip
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _weight(value: Any) -> float:
-    if not is_number(value, -MOST_WEIGHT, MOST_WEIGHT):
-        raise ApiError(
-            400, f"weight: must be a number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}", "invalid_value", "weight"
-        )
-    return float(value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
@@ -16,10 +18,10 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import PAGE_FILE, SET_BY_SWEEP, SWEEP_FILE
 from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import resolved, run_yaml, train_words
-from mlx_lora.studio.folders import numbered_paths, safe_name
-from mlx_lora.studio.places import Studio
+from mlx_lora.studio.app import Studio
+from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.run_folders import train_words
 from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import SweepState, results_of
@@ -63,15 +65,15 @@ def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, An
     command = command_line(train_words(settings, folder))
     words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": "", "command": command}
     try:
-        resolved(settings, folder)
+        train_settings({**settings, "adapter_path": str(folder)})  # what the command would refuse
         if not settings.get("model"):
             raise InputError("choose a model first")
         words["own"], reads = own_settings(studio.plans, card, settings, body["settings"])
         settings = {**words["own"], **settings}
-        words |= {
-            "command": command_line(train_words(settings, folder)),
-            "run_yaml": run_yaml(resolved(settings, folder)),
-        }
+        words["command"] = command_line(train_words(settings, folder))
+        # As the run will write it, before it chooses what is left to it (a date, shared prompts).
+        written = train_settings({**settings, "adapter_path": str(folder)}).to_flat() | {"resume": None, "force": False}
+        words["run_yaml"] = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
         plan, task = (studio.plans.of_config(settings), reads) if reads else studio.plans.of_run(settings)
     except InputError as error:
         return {**refused_plan(str(error)), **words}
@@ -81,28 +83,41 @@ def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, An
 
 def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/train/start."""
-    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
-    needed = ("model",) if settings.get("objective") == "distill" else ("model", "data")
-    if missing := [name for name in needed if not settings.get(name)]:
-        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
-    peak = steps = None
-    try:
-        own, reads = own_settings(studio.plans, card, settings, body["settings"])
-        if reads:
-            raise still_read(card)
-        settings = {**own, **settings}
+    settings, peak, steps = settings_with(studio, body, without_data=("distill",)), None, None
+    with contextlib.suppress(InputError):  # the command itself says what is wrong, in its log
+        settings = with_card(studio, body, settings)
         # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
         if plan := studio.plans.known(settings):
             peak, steps = plan["peak_bytes"], plan["steps"]
-    except InputError:
-        pass  # the command itself says what is wrong, in its log
     return {"run": studio.control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
 
 
-def still_read(card: str) -> ApiError:
-    """Return the refusal of a run whose length is not known yet."""
-    words = f"the data is still being read, and the length of a {card} run depends on it; wait for its card"
-    return ApiError(409, words, "data_is_read")
+def settings_with(studio: Studio, body: dict[str, Any], without_data: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings of a request, checked; the objectives `without_data` need none.
+
+    Raises:
+        ApiError: 400, model or data are missing, or a setting is wrong.
+    """
+    settings = studio.checker.settings(body.get("settings"))
+    needed = ("model",) if settings.get("objective") in without_data else ("model", "data")
+    if missing := [name for name in needed if not settings.get(name)]:
+        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    return settings
+
+
+def with_card(studio: Studio, body: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with those of the request's card.
+
+    Raises:
+        ApiError: 409, the run's length is not known yet.
+        InputError: the settings or the data cannot be used.
+    """
+    card = card_of(body)
+    own, reads = own_settings(studio.plans, card, settings, body["settings"])
+    if reads:
+        words = f"the data is still being read, and the length of a {card} run depends on it; wait for its card"
+        raise ApiError(409, words, "data_is_read")
+    return {**own, **settings}
 
 
 def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -111,16 +126,12 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     Raises:
         ApiError: 409, something else trains.
     """
-    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
-    if missing := [name for name in ("model", "data") if not settings.get(name)]:
-        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    settings = settings_with(studio, body)
     name = safe_name(body.get("name") or "rates", "Name of the run")
-    own, reads = own_settings(studio.plans, card, settings, body["settings"])
-    if reads:
-        raise still_read(card)
+    settings = with_card(studio, body, settings)
     if busy := studio.control.going_on():
         raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
-    settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
+    settings = {key: value for key, value in settings.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
     out = sweep_folder(studio.folders.home / SWEEPS / name, settings)
     words = ["sweep", *train_words(settings, out)[1:-2], "--out", str(out), *(["--resume"] if out.exists() else [])]
     task = studio.tasks.child(SWEEP, f"Learning rates for {out.name}", words, {"name": out.name, "path": str(out)})
@@ -129,20 +140,19 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
 
 def sweep_folder(wanted: Path, settings: dict[str, Any]) -> Path:
     """Return the folder of the sweep with these settings, to go on with it, or one that is not there yet: NAME, NAME-2 ..."""
-    return next(path for path in numbered_paths(wanted) if not path.exists() or _goes_on(path, settings))
-
-
-def _goes_on(folder: Path, settings: dict[str, Any]) -> bool:
-    """Tell whether a folder holds a sweep with these settings and the data as it is now."""
-    try:
-        before, written = SweepState.read(folder).asked["settings"], (folder / SWEEP_FILE).stat().st_mtime
-        changed = any(file.path.stat().st_mtime > written for file in local_files(settings["data"]))
-    except (InputError, OSError, KeyError, TypeError):
-        return False
     asked = finite_values(train_settings(settings).to_flat())
-    return not changed and all(
-        before.get(name, FIELDS[name].default) == value for name, value in asked.items() if name not in SET_BY_SWEEP
-    )
+
+    def goes_on(folder: Path) -> bool:
+        """Tell whether a folder holds a sweep with these settings and the data as it is now."""
+        try:
+            before, written = SweepState.read(folder).asked["settings"], (folder / SWEEP_FILE).stat().st_mtime
+            changed = any(file.path.stat().st_mtime > written for file in local_files(settings["data"]))
+        except (InputError, OSError, KeyError, TypeError):
+            return False
+        compared = {name: value for name, value in asked.items() if name not in SET_BY_SWEEP}
+        return not changed and all(before.get(name, FIELDS[name].default) == one for name, one in compared.items())
+
+    return free_path(wanted, goes_on)
 
 
 def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
