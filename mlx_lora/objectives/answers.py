@@ -190,8 +190,9 @@ def answer_sums(losses: mx.array, arrays: Arrays) -> AnswerSums:
     logps, tokens = by_answer(-losses * arrays["answers"]), by_answer(arrays["answers"])
     share, divergence = arrays["shares"]
     likelihood = by_answer(losses * arrays["weights"]) * share
-    given = (arrays[name] for name in ("reference", "labels", "real"))
-    return AnswerSums(logps, tokens, likelihood, *given, mx.stop_gradient(divergence))
+    return AnswerSums(
+        logps, tokens, likelihood, arrays["reference"], arrays["labels"], arrays["real"], mx.stop_gradient(divergence)
+    )
 
 
 def _array_sums(model: nn.Module, tokens: TokenLosses, arrays: Arrays) -> AnswerSums:
