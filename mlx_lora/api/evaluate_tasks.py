@@ -26,7 +26,7 @@ from mlx_lora.evaluation.own_rows import (
     question_text,
     score_rows,
 )
-from mlx_lora.evaluation.results import TaskResults, TaskScore
+from mlx_lora.evaluation.paired import TaskResults, TaskScore
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.serving.adapter_store import AdapterSource, check_names, own_name
 from mlx_lora.utils.errors import InputError

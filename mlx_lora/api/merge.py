@@ -22,7 +22,7 @@ from mlx_lora.adapters.targets import targets_of
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.fused_gain import affordable_batches, given_rows, loss_on, rows_of_run
+from mlx_lora.api.fuse import affordable_batches, given_rows, loss_on, rows_of_run
 from mlx_lora.config.fields import flag_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import find_sets

@@ -1,33 +1,26 @@
 """Predict before a download whether a training run fits, with which settings, and how fast it is.
 
 A plan needs the model's config.json, and no weights. If the data and the tokenizer are on this disk, the data is read and
-measured. api/dry_run.py plans as `train` would begin.
+measured: lengths, steps, validations. `dry_run` plans as `train` would begin it, and refuses what `train` would refuse.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.plan_data import (
-    CHARACTERS_PER_TOKEN,
-    DataSize,
-    check_splits,
-    local_data,
-    measure_data,
-    steps_and_validation,
-)
 from mlx_lora.api.train import data_source, plain
 from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.defaults import (
+    DataFacts,
     batch_tokens_for,
     length_problem,
     rate_problem,
@@ -35,12 +28,25 @@ from mlx_lora.config.defaults import (
     with_length,
 )
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
+from mlx_lora.data.load import UNCACHED, DataSplits
+from mlx_lora.gguf.reader import is_gguf
+from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.kernels.table import AUTO, KernelChoice
+from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.folder import stored_tensors
+from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline, outline_for
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.prefix_sharing import joined, layout_problem
 from mlx_lora.objectives.table import check_kind, objective_of
+from mlx_lora.objectives.teacher import check_teacher
+from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.base_reader import read_rate
 from mlx_lora.parallel.offloaded_base import copy_rate
+from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.planner.fit import (
@@ -48,6 +54,8 @@ from mlx_lora.planner.fit import (
     NO_DATA,
     DataLimits,
     Fitted,
+    Prompts,
+    Shapes,
     advice,
     budget_of,
     fit,
@@ -60,10 +68,10 @@ from mlx_lora.planner.fit import (
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import offloaded_bytes, plan_memory
 from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading, hidden_from
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
-    Chip,
     count_step,
     find_chip,
     forward_seconds,
@@ -72,17 +80,27 @@ from mlx_lora.planner.speed import (
     plan_trunk,
     step_seconds,
 )
-from mlx_lora.trainer.fit import quantized_shape
+from mlx_lora.rollouts.make_environment import check_template
+from mlx_lora.trainer.choose_strategy import settled_offload
+from mlx_lora.trainer.fit import (
+    batches_by_tokens,
+    data_facts,
+    prompts_of,
+    quantized_shape,
+    trained_share,
+    training_plan,
+)
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
+from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
+from mlx_lora.trainer.run import check_request, check_test_split, wants_training
+from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
+from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lora.config.settings import TrainSettings
-    from mlx_lora.data.load import DataSplits
-    from mlx_lora.objectives.base import Objective
-    from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.utils.hub import resolve_config, resolve_model
+from mlx_lora.utils.progress import waiting
+from mlx_lora.utils.text import gigabytes
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +109,10 @@ CHOSEN = (
     "learning_rate", "epochs", "iters", "early_stopping_patience", "max_seq_length", "method", "rank", "optimizer", "dtype",
     "batch_size",
 )  # fmt: skip
+CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+COUNTS = ("rows", "longest", "tokens", "supervised_tokens", "measured_tokens")  # of the data, in the plan's JSON
+MOST_AT_ONCE = 256  # runs that a plan counts
 MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 
 
@@ -122,7 +144,7 @@ def plan(
     """
     given = plain(settings)
     if isinstance(model, Base):
-        given |= {name: value for name, value in dataclasses.asdict(model.settings).items() if value is not None}
+        given |= {name: value for name, value in asdict(model.settings).items() if value is not None}
     else:
         given["model"] = os.fspath(model)
     if data is not None:
@@ -219,11 +241,11 @@ def plan_run(
         limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        data = None if size is None else (size, objective)
-        ways = [of_macs(settings, parts, data)]
+        ways = [settings]
         if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
-            ways.append(of_macs(offloaded(settings), parts, data))
-        result["chips"] = _chip_rows(ways, size)
+            ways.append(offloaded(settings))
+        data = None if size is None else (size, objective)
+        result["chips"] = chip_rows([of_macs(way, parts, data, planned) for way in ways])
     return result
 
 
@@ -236,46 +258,26 @@ def _with_data(
     return objective.with_pictures(shape, settings, outline.model)
 
 
-MOST_AT_ONCE = 256  # runs that a plan counts
-
-
-@dataclass(frozen=True)
-class OfMacs:
-    """What the plans of other Macs have in common.
-
-    Attributes:
-        settings: of the run.
-        shape: of the model with its adapter.
-        reading: of the base, if it is read from its files.
-    """
-
-    settings: TrainSettings
-    shape: ModelShape
-    reading: Reading | None
-
-
-def of_macs(settings: TrainSettings, parts: PlanParts, data: tuple[DataSize, Objective] | None) -> OfMacs:
+def of_macs(
+    settings: TrainSettings, parts: PlanParts, data: tuple[DataSize, Objective] | None, here: MachinePlan
+) -> MachinePlan:
     """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
 
     Args:
         settings: of the run.
         parts: makes an outline of its own, since a block's graph is only read when it is asked for.
         data: their size, and the objective that read them; None: they were not read.
+        here: the run on this machine.
     """
     dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
     outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
     reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
     shape = shape if data is None else _with_data(shape, _of_dtype(settings, dtype), *data, outline)
-    return OfMacs(settings, shape, reading)
+    return replace(here, settings=settings, shape=shape, reading=reading)
 
 
-def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, Any]]:
-    """Return a row for every chip and memory size.
-
-    Args:
-        ways: of running it; the first one that fits counts, or none does and the first one is shown.
-        size: of the data.
-    """
+def chip_rows(ways: list[MachinePlan]) -> list[dict[str, Any]]:
+    """Return a row for every chip and memory size: of the first way of running that fits, or if none does, of the first one."""
     number_bytes, rows = 4 if ways[0].settings.model.dtype == "float32" else 2, []
     for chip in CHIPS:
         for gib in chip.memory_gib:
@@ -284,10 +286,9 @@ def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, 
             for way in ways:
                 if not row.get("fits"):
                     here = with_kernels(way.settings, way.shape, machine, KernelChoice(way.settings.loop.kernels))
-                    plan = MachinePlan(way.settings, way.shape, here, ceilings, size, way.reading)
-                    found = plan.chip_row(chip)
+                    found = replace(way, machine=here, ceilings=ceilings).chip_row()
                     row = found if found["fits"] or not row else row
-            rows.append(row)
+            rows.append({"chip": chip.name, **row, "ceilings": chip.status})
     return rows
 
 
@@ -385,17 +386,6 @@ class MachinePlan:
         batches = size.batches(self.fitted.batch_tokens) * objective_of(self.chosen.objective).updates
         return loop.iters * loop.grad_accumulation_steps / max(1, batches)
 
-    def tokens(self, positions: int) -> float | None:
-        """Return about how many tokens the run trains on, if known; without its data, its micro-batches have so many positions."""
-        loop, data = self.chosen.loop, self.chosen.data.data
-        if self.size is not None:
-            return self.size.tokens * self.passes
-        if loop.iters is not None:
-            return float(loop.iters * loop.grad_accumulation_steps * positions)
-        if data is None or not Path(data).is_file():
-            return None
-        return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
-
     def speed(self) -> dict[str, Any]:
         """Predict tokens per second of full rows, and the hours of the run if its length is known."""
         run, size, objective = self.largest_run, self.size, self.settings.objective
@@ -423,8 +413,19 @@ class MachinePlan:
                 moved = offloaded_bytes(shape, run, self.machine)
                 parts["waiting for the disk"] += 2 * moved / reading.bytes_per_s
             seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
-        tokens_per_s = together * run.positions / seconds
-        tokens, reference_s = self.tokens(together * run.rows * run.width), None
+        tokens_per_s, tokens, loop, data = (
+            together * run.positions / seconds,
+            None,
+            self.chosen.loop,
+            self.chosen.data.data,
+        )
+        if size is not None:
+            tokens = size.tokens * self.passes
+        elif loop.iters is not None:
+            tokens = float(loop.iters * loop.grad_accumulation_steps * together * run.positions)
+        elif data is not None and Path(data).is_file():
+            tokens = Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
+        reference_s = None
         if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
             reference_s = teacher_s * size.measured_tokens / run.positions  # measured before the first step
         return {
@@ -507,8 +508,8 @@ class MachinePlan:
                 "teacher": asked.distills is not None,
                 "group_size": objective.answers_per_prompt if objective.samples else None,
             },
-            "data": self.size and self.size.numbers(),
-            "machine": dataclasses.asdict(machine),
+            "data": self.size and {name: getattr(self.size, name) for name in COUNTS},
+            "machine": asdict(machine),
             "model": {
                 "model_type": shape.model_type,
                 "blocks": len(shape.blocks),
@@ -518,20 +519,191 @@ class MachinePlan:
             },
         }
 
-    def chip_row(self, chip: Chip) -> dict[str, Any]:
-        """Return the row of the table of chips."""
+    def chip_row(self) -> dict[str, Any]:
+        """Return what the table of chips has of the plan."""
         memory = self.fitted.memory
-        predicted = self.speed() if memory.fits else None
+        predicted = self.speed() if memory.fits else {}
         return {
-            "chip": chip.name,
             "memory_bytes": self.machine.memory_bytes,
-            "budget_bytes": memory.budget_bytes,
-            "fits": memory.fits,
-            "peak_bytes": memory.peak_bytes,
+            **{name: getattr(memory, name) for name in ("budget_bytes", "fits", "peak_bytes")},
             "batch_tokens": self.fitted.batch_tokens,
             "grad_checkpoint": self.fitted.checkpointing,
             "largest_sequence": largest_sequence(self.settings, self.shape, self.machine, "block"),
-            "tokens_per_s": predicted["tokens_per_s"] if predicted else None,
-            "reading": predicted["reading"] if predicted else None,
-            "ceilings": chip.status,
+            **{name: predicted.get(name) for name in ("tokens_per_s", "reading")},
         }
+
+
+# The data of a plan
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """The facts about the data that a plan needs.
+
+    Attributes:
+        rows: to train on; an example of preference training has two.
+        longest: tokens of the longest row.
+        tokens: of all rows.
+        supervised_tokens: those of them that are trained.
+        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        prompts, shapes: that answers are sampled to, and of the batches, as `fit` takes them.
+        facts: what the defaults follow.
+        trained_share: of the positions of trained rows.
+        batches: tokens of a batch -> how many batches the rows are divided into.
+    """
+
+    rows: int
+    longest: int
+    tokens: int
+    supervised_tokens: int
+    measured_tokens: int
+    prompts: Prompts
+    facts: DataFacts
+    trained_share: float
+    shapes: Shapes | None
+    batches: Callable[[int], int]
+
+
+def measure_data(
+    settings: TrainSettings, splits: DataSplits, outline: Outline, shape: ModelShape
+) -> tuple[TrainSettings, DataSize]:
+    """Return the size of the data in tokens.
+
+    The settings come back with --shared-prefix on where all answers to a prompt would share its row.
+    """
+    objective = objective_of(settings.objective)
+    rows = objective.targets_of(splits.train)
+    settings = objective.settled_by(settings, rows)
+    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
+    if (
+        objective.shares_prompts
+        and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None
+    ):
+        settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
+        rows, parts = joined(rows), [joined(part) for part in parts]
+    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
+    prompts, facts = prompts_of(settings.objective, rows), data_facts(rows, splits.valid)
+    share, planned = trained_share(settings.objective, rows), batches_by_tokens(settings, rows, facts)
+    return settings, DataSize(
+        rows=len(rows), longest=longest, tokens=len(rows.tokens), supervised_tokens=rows.supervised_tokens,
+        measured_tokens=measured, prompts=prompts, facts=facts, trained_share=share,
+        shapes=lambda tokens: planned(tokens)[1], batches=lambda tokens: planned(tokens)[0],
+    )  # fmt: skip
+
+
+def steps_and_validation(
+    settings: TrainSettings, splits: DataSplits, identity: Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any], float]:
+    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
+
+    Args:
+        settings: of the run with nothing open, and with --shared-prefix on where prompts are shared.
+        splits: its data.
+        identity: as for `plan_run`.
+    """
+    objective, loop = objective_of(settings.objective), settings.loop
+    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
+    rows, shared = splits.train, settings.objective.shared_prefix == "on"
+    epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
+    plan = training_plan(loop, joined(rows) if shared else rows, epochs)
+    steps = total_steps(plan, loop, objective.updates)
+    found = choose_held_out(splits.valid, loop, plan, steps, identity, objective.updates)
+    validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
+    return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
+
+
+def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:
+    """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
+
+    Raises:
+        InputError: --data names what is nowhere, or data that `train` would refuse.
+    """
+    if settings.data.data is None:  # with --objective distill, the model writes the prompts when the run begins
+        return None
+    elsewhere = [name for name, _ in named_sets(settings.data.data) if not is_local(name)]
+    for name in elsewhere:
+        if name != TINY_SHAKESPEARE and not is_dataset_id(name):
+            find_splits(name)  # says that there is no such file
+    if elsewhere:
+        return None
+    find_sets(settings.data.data)  # refuses files that cannot be read, without a tokenizer too
+    folder = resolve_config(settings.model.model or "", settings.model.revision)
+    if folder.is_file() and is_gguf(folder):
+        folder = gguf_tokenizer_folder(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return read_splits(settings, folder, outline.config, objective)
+
+
+def read_splits(
+    settings: TrainSettings, folder: Path, config: dict[str, Any], objective: Objective, today: date | None = None
+) -> DataSplits:
+    """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
+    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
+    data, room = readable_data(settings)
+    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
+    if tools := objective.shown_tools(settings.objective, {}):
+        check_template(tokenizer, splits.chat_template, tools)
+    if not room:
+        return splits
+    # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
+    return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
+
+
+def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:
+    """Refuse data that `train` would refuse after reading it.
+
+    Raises:
+        InputError: there are tokens that the model does not have, or --test without a test split.
+    """
+    data, limit = settings.data.data, embedding_rows(outline.model, outline.config)
+    check_test_split(settings, splits)
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_highest(limit, int(rows.tokens.max(initial=0)), f"--data {data}", settings.model.model or "")
+
+
+def dry_run(settings: TrainSettings) -> dict[str, Any]:
+    """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
+
+    The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
+
+    Raises:
+        InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
+    """
+    check_request(settings, ALONE)
+    if not wants_training(settings):
+        raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
+    settings = settled_offload(settings, ALONE)
+    model = settings.model
+    source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
+    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
+    found = find_checkpoint(settings.loop, ALONE)
+
+    def read(outline: Outline, objective: Objective) -> DataSplits | None:
+        if readable_data(settings)[0].data is None:
+            log.info(
+                "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
+            )
+            return None
+        splits = read_splits(settings, folder, outline.config, objective, first_day(settings.loop))
+        log.info(splits.report.render())
+        if settings.objective.teacher:
+            tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
+            check_teacher(settings, tokenizer._tokenizer)
+        if found is not None:
+            # What only a loaded model tells is not compared.
+            rows = objective.targets_of(splits.train)
+            asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
+            known = {name: value for name, value in asked.items() if value is not None}
+            check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})
+        return splits
+
+    with waiting("Planning the run"):
+        result = plan_run(settings, read=read, identity=found and found.identity)
+    if not result["fits"] and not result["not_known"] and settings.loop.memory_check:
+        raise InputError(
+            f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "
+            f"{gigabytes(result['budget_bytes'])}; {result['advice']}, or --no-memory-check to try it anyway"
+        )
+    return result

@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.embed import measure_embeddings
-from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss
+from mlx_lora.api.evaluate import check_evaluation, compares, measure_loss
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run
 from mlx_lora.cli import options as flags
@@ -165,8 +165,7 @@ def main(
         raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")
     if held_out := not settings.data.data:
         settings = settings_of_run(folder, given)
-    check_adapter(settings, folder)
-    check_show(settings, show or 0)
+    check_evaluation(settings, folder, show or 0)
     if page is not None and not compares(settings):
         raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
     if not held_out:
@@ -175,8 +174,10 @@ def main(
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=not dividing_flag(settings.loop))
-        asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
-        result = measure_loss(settings, base, asked, ranks)
+        result = measure_loss(
+            settings, base, folder, ignore_fingerprint=adapter.ignore_fingerprint, batch_tokens=batch_tokens, show=show,
+            held_out=held_out, stopped=stopped, ranks=ranks,
+        )  # fmt: skip
         if ranks.leads:
             facts = {**result, "adapter_path": adapter.adapter_path, "data": settings.data.data}
             print_loss(settings, facts, as_json)
@@ -237,7 +238,7 @@ def _forgetting(
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
         found = measure_forgetting(base, adapters, replace(asked, task=settings.data, stopped=stopped))
-        facts = found.to_dict() | {"partial": stopped()}
+        facts = found | {"partial": stopped()}
     if page is not None and facts["sets"]:
         write_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")

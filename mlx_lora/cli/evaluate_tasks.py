@@ -21,7 +21,7 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.evaluation.own_rows import RowsAsked
-from mlx_lora.evaluation.results import TaskResults
+from mlx_lora.evaluation.paired import TaskResults
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.task_page import write_task_page
 from mlx_lora.serving.adapter_store import adapter_sources

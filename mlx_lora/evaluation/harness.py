@@ -36,7 +36,7 @@ from tqdm import tqdm
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.evaluation.models import LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.evaluation.paired import compare_weighted
-from mlx_lora.evaluation.results import Answered, ModelScore, TaskResults, TaskScore
+from mlx_lora.evaluation.paired import Answered, ModelScore, TaskResults, TaskScore
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.utils.errors import InputError

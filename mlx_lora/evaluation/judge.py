@@ -21,7 +21,7 @@ import jinja2
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.evaluation.models import BASE, Models, Scored
 from mlx_lora.evaluation.paired import FEWEST_ROWS, Comparison, score_interval
-from mlx_lora.evaluation.results import ModelScore, TaskScore
+from mlx_lora.evaluation.paired import ModelScore, TaskScore
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 

@@ -31,7 +31,7 @@ from mlx_lora.utils.text import counted
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.evaluation.models import Models
-    from mlx_lora.evaluation.results import TaskScore
+    from mlx_lora.evaluation.paired import TaskScore
     from mlx_lora.objectives.base import Objective, RunContext
     from mlx_lora.trainer.build import BuiltRun
 
