@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
     from mlx_lora.api.predict import predict, rerank
-    from mlx_lora.api.several import train_several
     from mlx_lora.api.sweep import sweep
-    from mlx_lora.api.train import Run, train
+    from mlx_lora.api.train import Run, train, train_several
     from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
     from mlx_lora.utils.errors import RunError
 
@@ -63,7 +62,7 @@ _HOMES = {
     "rerank": "mlx_lora.api.predict",
     "sweep": "mlx_lora.api.sweep",
     "train": "mlx_lora.api.train",
-    "train_several": "mlx_lora.api.several",
+    "train_several": "mlx_lora.api.train",
 }
 
 

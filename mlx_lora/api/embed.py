@@ -240,7 +240,9 @@ def mine(
 
     Source: sentence-transformers' mine_hard_negatives, with its relative margin (NV-Retriever, arXiv 2407.15831).
     """
-    corpus, had = Corpus.of(rows, more), _negatives_of(rows)
+    corpus, had = Corpus.of(rows, more), {}
+    for pair in rows.pairs:  # the negatives that rows have for each query and document, each once
+        had.setdefault((pair.query, pair.document), {}).update(dict.fromkeys(pair.negatives))
     queries, documents = embedder(corpus.queries, True, "Queries"), embedder(corpus.documents, False, "Documents")
     mined = Mined()
     for first in range(0, len(queries), QUERIES_AT_A_TIME):
@@ -260,11 +262,3 @@ def mine(
                 mined.found += len(found)
                 mined.kept += len(kept)
     return mined
-
-
-def _negatives_of(rows: TextRows) -> dict[tuple[str, str], list[str]]:
-    """Return the negatives that rows have for each query and document, each once."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
-    for pair in rows.pairs:
-        found.setdefault((pair.query, pair.document), {}).update(dict.fromkeys(pair.negatives))
-    return {pair: list(negatives) for pair, negatives in found.items()}

@@ -41,7 +41,7 @@ from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import row_answer
 from mlx_lora.utils.console import perplexity
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
 
@@ -119,11 +119,17 @@ def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: in
         InputError: there is no such adapter, or questions are asked for.
     """
     name = settings.objective.objective
-    if objective_of(settings.objective).scores and not adapter:
-        raise InputError(f"--objective {name} without --adapter-path: no score head; give an adapter trained with it")
-    if show and not compares(settings):
-        what = dividing_flag(settings.loop) or f"--objective {name}"
-        raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
+    what = dividing_flag(settings.loop) or f"--objective {name}"
+    refuse(
+        {
+            f"--objective {name} without --adapter-path: no score head; give an adapter trained with it": (
+                objective_of(settings.objective).scores and not adapter
+            ),
+            f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out": (
+                show and not compares(settings)
+            ),
+        }
+    )
 
 
 def measure_loss(

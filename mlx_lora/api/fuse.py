@@ -161,20 +161,23 @@ def fuse(model: ModelSettings, adapter: Path, asked: FuseSettings, ignore_finger
         return best
     meter = GainMeter(model, adapter, asked.data, ignore_fingerprint)
     written = replace(model, revision=None, bits=None)
-    best = replace(best, gain=meter.compare(load_base(replace(written, model=str(asked.out)))))
+    gain = meter.compare(load_base(replace(written, model=str(asked.out))))
     for number in range(1, len(ways)):
-        if best.gain is not None and best.gain.kept is not None and best.gain.kept >= FADED:
+        if gain.kept is not None and gain.kept >= FADED:
             break
         with TemporaryDirectory(prefix=f".{asked.out.name}.", dir=place_beside(asked.out)) as folder:
             out = Path(folder) / asked.out.name
             other, _ = write(out, number, force=False)
-            other = replace(other, gain=meter.compare(load_base(replace(written, model=str(out)))))
-            if _keeps_more(other.gain, best.gain):
+            found = meter.compare(load_base(replace(written, model=str(out))))
+            closer = found.loss_fused < gain.loss_fused  # by its loss, on texts of its run
+            if gain.kept is None and found.kl is not None and gain.kl is not None:
+                closer = found.kl < gain.kl
+            if closer:
                 with replacing_folder(asked.out) as place:
                     for file in out.iterdir():
                         file.rename(place / file.name)
-                best = other
-    return best
+                best, gain = other, found
+    return replace(best, gain=gain)
 
 
 def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Rounding]:
@@ -209,15 +212,6 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
         return [way]
     grids = [way, replace(way, new_grid=True)]
     return grids[::-1] if way.budget and not way.compensate else grids  # more bits make a new grid's error smaller
-
-
-def _keeps_more(one: Gain | None, other: Gain | None) -> bool:
-    """Tell whether a fused model is closer to the adapted one than another: by its loss, on texts of its run."""
-    if one is None or other is None:
-        return False
-    if other.kept is None and one.kl is not None and other.kl is not None:
-        return one.kl < other.kl
-    return one.loss_fused < other.loss_fused
 
 
 # What was kept

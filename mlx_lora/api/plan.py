@@ -59,6 +59,7 @@ from mlx_lora.planner.fit import (
     advice,
     budget_of,
     fit,
+    hidden_from,
     largest_batch,
     largest_batch_size,
     largest_sequence,
@@ -67,11 +68,13 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import offloaded_bytes, plan_memory
-from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading, hidden_from
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
+    ASSUMED_BYTES_PER_S,
+    ASSUMED_COPIED_PER_S,
     CHIPS,
     Ceilings,
+    Reading,
     count_step,
     find_chip,
     forward_seconds,
@@ -212,7 +215,11 @@ def plan_run(
     if splits is None and 0 < shape.most_tokens < settings.data.max_seq_length:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.most_tokens))
     if splits is not None:
-        check_splits(settings, splits, outline)
+        check_test_split(settings, splits)
+        limit = embedding_rows(outline.model, outline.config)
+        for rows in filter(None, (splits.train, splits.valid, splits.test)):
+            highest = int(rows.tokens.max(initial=0))
+            check_highest(limit, highest, f"--data {settings.data.data}", settings.model.model)
         settings, size = measure_data(settings, splits, outline, shape)
         settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
         # Of other models and towers, the objective that read the data says what its pictures take.
@@ -649,18 +656,6 @@ def read_splits(
         return splits
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
     return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
-
-
-def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) -> None:
-    """Refuse data that `train` would refuse after reading it.
-
-    Raises:
-        InputError: there are tokens that the model does not have, or --test without a test split.
-    """
-    data, limit = settings.data.data, embedding_rows(outline.model, outline.config)
-    check_test_split(settings, splits)
-    for rows in filter(None, (splits.train, splits.valid, splits.test)):
-        check_highest(limit, int(rows.tokens.max(initial=0)), f"--data {data}", settings.model.model or "")
 
 
 def dry_run(settings: TrainSettings) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[tuple[
     Raises:
         InputError: --data is a folder, or cannot be read.
     """
-    for chunk in _chunks(records_of(data)):
+    records = records_of(data)
+    while chunk := list(islice(records, CHUNK)):
         read = [one if isinstance(one, str) else example_of(one, data) for one in chunk]
         places = [number for number, one in enumerate(read) if not isinstance(one, str)]
         answers = dict(zip(places, scorer.predict([one for one in read if not isinstance(one, str)]), strict=True))
@@ -178,15 +180,3 @@ def records_of(data: DataSettings) -> Iterator[Fields | str]:
 def data_columns(data: DataSettings) -> dict[str, None]:
     """Return the names of the columns that the records of --data have, in order; errors as of `predicted_records`."""
     return {str(name): None for record in records_of(data) if isinstance(record, dict) for name in record}
-
-
-def _chunks(records: Iterator[Fields | str]) -> Iterator[list[Fields | str]]:
-    """Yield lists of at most CHUNK records."""
-    chunk: list[Fields | str] = []
-    for record in records:
-        chunk.append(record)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

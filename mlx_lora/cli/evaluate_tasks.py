@@ -20,7 +20,6 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.evaluation.own_rows import RowsAsked
 from mlx_lora.evaluation.paired import TaskResults
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.task_page import write_task_page
@@ -112,14 +111,14 @@ def main(
             raise InputError(f"{', '.join(useless)}: only with --tasks; leave it out")
         folders = [source.folder for source in sources.values() if source.folder]
         settings = with_settings_of_runs(settings, given, folders)
-        rows = RowsAsked(settings.data, own["max_tokens"], own["limit"])
+        rows = settings.data
     else:
         if useless := [flag_of(name) for name in given if name in {field.name for field in fields(DataSettings)}]:
             raise InputError(f"{', '.join(useless)}: only with --data, and tasks have their own rows; leave it out")
         rows = None
     asked = TasksRequest(
-        split, rows, metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"], sources,
-        named.ignore_fingerprint, batch_tokens,
+        split, rows, own["max_tokens"], metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"],
+        sources, named.ignore_fingerprint, batch_tokens,
     )  # fmt: skip
     known = check_tasks(asked)
     begun = time.monotonic()

@@ -25,7 +25,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -83,8 +83,7 @@ class LogLikelihood(NamedTuple):
     greedy: bool
 
 
-@dataclass(frozen=True)
-class TextRequest:
+class TextRequest(NamedTuple):
     """A text that a model is to write.
 
     Attributes:
@@ -100,7 +99,7 @@ class TextRequest:
     tokens: tuple[int, ...]
     max_tokens: int
     stops: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    sampling: Sampling = Sampling(temperature=0)
     special: bool = False
 
 
@@ -274,21 +273,15 @@ class Models:
         self._routing.rows = tuple(self._numbers[row.model] for row in batch)
         caches = shared_caches(self.base.model, inputs, starts)
         positions = mx.array(list(places), mx.uint32)
-        if head is not None:
-            states = head.hidden(inputs, **caches)
-            states = states.reshape(-1, states.shape[-1])[positions]  # (P, D)
-            logits_of: Callable[[mx.array], mx.array] = head.logits
-        else:
-            states = self.base.model(inputs, **caches)
-            states = states.reshape(-1, states.shape[-1])[positions]  # (P, V)
-            logits_of = _as_they_are
+        states = (self.base.model if head is None else head.hidden)(inputs, **caches)
+        states = states.reshape(-1, states.shape[-1])[positions]  # (P, D), or (P, V) without a head
         wanted, tokens = [], []
         for number, row in enumerate(batch):
             for target in row.targets:
                 begin = number * width + target.column
                 wanted += [places[begin + step] for step in range(len(target.tokens))]
                 tokens += target.tokens
-        values, likeliest = _log_probabilities(states, logits_of, wanted, tokens)
+        values, likeliest = _log_probabilities(states, head, wanted, tokens)
         at = 0
         for row in batch:
             for target in row.targets:
@@ -369,7 +362,8 @@ class _Writing:
                     raise KeyboardInterrupt
                 while waiting and self._fits(asked[waiting[0]]):
                     number = waiting.popleft()
-                    self._begin(_Text(number, asked[number], self._stream(asked[number]), []))
+                    stream = TextStream(Continuation(self._tokenizer), asked[number].stops)
+                    self._begin(_Text(number, asked[number], stream, []))
                 self._step(found, done)
                 while done:
                     yield done.popleft()
@@ -381,9 +375,6 @@ class _Writing:
     def _fits(self, prompt: TextRequest) -> bool:
         rows = len(self._batch)
         return not rows or (rows < self._most_rows and self._room + _room(prompt) <= MOST_ROW_TOKENS)
-
-    def _stream(self, prompt: TextRequest) -> TextStream:
-        return TextStream(Continuation(self._tokenizer), prompt.stops)
 
     def _begin(self, text: _Text) -> None:
         """Compute a prompt, and add its row to the batch."""
@@ -435,28 +426,25 @@ def _room(prompt: TextRequest) -> int:
     return len(prompt.tokens) + prompt.max_tokens
 
 
-def _as_they_are(logits: mx.array) -> mx.array:
-    return logits
-
-
 def _log_probabilities(
-    states: mx.array, logits_of: Callable[[mx.array], mx.array], wanted: list[int], tokens: list[int]
+    states: mx.array, head: Head | None, wanted: list[int], tokens: list[int]
 ) -> tuple[list[float], list[bool]]:
     """Return the log-probability of tokens, and whether each is the likeliest.
 
     Args:
         states: (P, D) hidden states, or (P, V) logits.
-        logits_of: turns some of them into logits.
+        head: turns hidden states into logits.
         wanted: (N,) numbers of states.
         tokens: (N,) the token that each of these is asked about.
     """
-    vocabulary = logits_of(states[:1]).shape[-1]
+    vocabulary = (states if head is None else head.logits(states[:1])).shape[-1]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     values, likeliest = [0.0] * len(wanted), [False] * len(wanted)
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     at = 0
     for first in range(0, states.shape[0], rows):
-        logits = logits_of(states[first : first + rows]).astype(mx.float32)
+        logits = states[first : first + rows]
+        logits = (logits if head is None else head.logits(logits)).astype(mx.float32)
         total = log_sum_exp(logits)
         best = mx.argmax(logits, axis=-1)
         end = at

@@ -103,12 +103,12 @@ def compare(
     rows = len(before)
     if aggregate is not None:
         difference, half = aggregate(after) - aggregate(before), math.inf
+
+        def without(kept: Sequence[int]) -> float:
+            return aggregate([after[number] for number in kept]) - aggregate([before[number] for number in kept])
+
         if rows >= FEWEST_ROWS:
-            error = _jackknife_error(
-                lambda kept: aggregate([after[number] for number in kept]) - aggregate([before[number] for number in kept]),
-                rows,
-            )
-            half = student_quantile(min(rows, MOST_GROUPS) - 1) * error
+            half = student_quantile(min(rows, MOST_GROUPS) - 1) * _jackknife_error(without, rows)
         return Comparison(difference, difference - half, difference + half, rows, better, share=False)
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     both = np.concatenate([first, second])
@@ -204,7 +204,6 @@ class ModelScore:
 
     value: float
     error: float | None
-
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_lora.planner.reading import Reading
+from mlx_lora.planner.speed import Reading
 
 READING = Reading(
     (10**8,) * 10, first_trained=4, bytes_per_s=1e9, copied_per_s=1e10, source="assumed", block_planned_s=1e-3
