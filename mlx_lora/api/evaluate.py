@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +101,7 @@ def evaluate(
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_settings_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
-        found = measure_loss(
-            resolved, lent, folder, ignore_fingerprint=ignore_fingerprint, batch_tokens=batch_tokens, show=show
-        )
+        found = measure_loss(resolved, lent, EvaluationRequest(folder, ignore_fingerprint, batch_tokens, show))
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
@@ -132,41 +130,46 @@ def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: in
     )
 
 
-def measure_loss(
-    settings: TrainSettings,
-    base: Base,
-    adapter: Path | None = None,
-    *,
-    ignore_fingerprint: bool = False,
-    batch_tokens: int | None = None,
-    show: int | None = 0,
-    held_out: bool = False,
-    stopped: Callable[[], bool] = never,
-    ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """Return what `evaluate` returns, without adapter_path and data.
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is measured besides data and objective.
 
-    Args:
-        settings: data and objective.
-        base: the model; it gets the adapter.
+    Attributes:
         adapter: folder to put on the model; None: the base alone is measured.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         show: rows of which to ask the questions; None: a few, if the rows have questions.
         held_out: measure the rows that the adapter's run held out, and not --data.
         stopped: asked whether to end with what is measured so far; the result then has `partial`.
+    """
+
+    adapter: Path | None = None
+    ignore_fingerprint: bool = False
+    batch_tokens: int | None = None
+    show: int | None = 0
+    held_out: bool = False
+    stopped: Callable[[], bool] = never
+
+
+def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Return what `evaluate` returns, without adapter_path and data.
+
+    Args:
+        settings: data and objective.
+        base: the model; it gets the adapter.
+        asked: what else is asked.
         ranks: that share the base, if the settings say so.
 
     Raises:
         InputError: adapter or data that cannot be used.
     """
-    objective = objective_of(settings.objective)
+    adapter, ignore_fingerprint, objective = asked.adapter, asked.ignore_fingerprint, objective_of(settings.objective)
     if objective.reference and (flag := dividing_flag(settings.loop)):
         raise InputError(
             f"--objective {settings.objective.objective} with {flag}: the reference is the whole base without the "
             "adapter; leave out one of the two"
         )
-    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=asked.batch_tokens, test_batches=-1))
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
@@ -178,7 +181,7 @@ def measure_loss(
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))
-    if held_out and adapter:
+    if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
         rows, trained = objective.read_set(ctx, data), None
@@ -199,18 +202,18 @@ def measure_loss(
         return {"loss": found.loss, **means, **counts, "model": base.model_id, **objective.details}
 
     near = {"near_training": near_training(adapter, base, rows, trained)} if adapter else {}
-    models, questions = {BASE: base}, questions_of(rows, show)
+    models, questions = {BASE: base}, questions_of(rows, asked.show)
     if adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    losses, whole = measure_rows(models, rows, settings.loop, objective, stopped)
-    examples, answered = ask(models, rows, questions, stopped) if questions and whole else ([], whole)
+    losses, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
+    examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
     measured = losses[BASE].tokens if losses else []
     result: dict[str, Any] = _losses(losses[ADAPTER if adapter else BASE]) if losses else {}
     result |= {"supervised_tokens": int(sum(measured)), "rows": len(measured), "model": base.model_id}
     if adapter and losses:
         result |= {f"base_{name}": value for name, value in _losses(losses[BASE]).items()}
-        choices = choices_of(adapter) if held_out else 1
+        choices = choices_of(adapter) if asked.held_out else 1
         result["change"] = asdict(paired_change(losses[BASE], losses[ADAPTER], choices))
     if examples:
         right = Count.over(examples if adapter else [{"right": one["base_right"]} for one in examples])

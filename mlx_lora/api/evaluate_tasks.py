@@ -189,9 +189,8 @@ def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) ->
                         verdict = judge_pairs(judge, pairs, asked.stopped)
                         found.scores.append(verdict.score(name, shown, adapter))
                         found.notes += verdict.notes(shown, adapter)
-    if found.comparisons >= MANY:
-        by_chance = found.comparisons / 20
-        found.notes.append(
-            f"{found.comparisons} comparisons: without any true difference, about {by_chance:.1g} of them would be called one"
-        )
+    comparisons = sum(len(score.compared) for score in found.scores)
+    if comparisons >= MANY:
+        by_chance = f"about {comparisons / 20:.1g} of them would be called one"
+        found.notes.append(f"{comparisons} comparisons: without any true difference, {by_chance}")
     return found

@@ -33,7 +33,7 @@ from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.objectives.embed import kept_choices
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
@@ -215,22 +215,22 @@ class Source:
         info = load_adapter(base, folder, ignore_fingerprint)
         layers = adapter_layers(base.model)
         remove_adapters(base.model)
-        if info.full:
-            why = (
-                f"trains {len(info.full)} parameters in full ({info.full[0]} ...), and only adapter weights are merged"
-            )
-        elif any(of_tower(path) for path in layers):
-            why = "changes the vision tower, and only language models are merged"
-        elif info.qat:
-            why = FUSED_ONLY
-        elif kinds := {layer.LAYER_TYPE for layer in layers.values() if layer.BESIDE}:
-            why = f"is of the type {', '.join(kinds)}, whose update is not a sum; merge LoRA adapters"
-        elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
-            why = f"adapts {apart[0]} without the head, which is the same matrix here"
-        else:
-            why = None
-        if why is not None:
-            raise InputError(f"--adapter {given}: {why}")
+        beside = {layer.LAYER_TYPE for layer in layers.values() if layer.BESIDE}
+        apart = next((path for path, layer in layers.items() if not layer.adapts_head), None)
+        refuse(
+            {
+                f"--adapter {given}: trains {len(info.full)} parameters in full ({', '.join(info.full[:1])} ...), and only "
+                "adapter weights are merged": info.full,
+                f"--adapter {given}: changes the vision tower, and only language models are merged": any(
+                    map(of_tower, layers)
+                ),
+                f"--adapter {given}: {FUSED_ONLY}": info.qat,
+                f"--adapter {given}: is of the type {', '.join(beside)}, whose update is not a sum; merge LoRA adapters": (
+                    beside
+                ),
+                f"--adapter {given}: adapts {apart} without the head, which is the same matrix here": apart,
+            }
+        )
         parts = {}
         for path, layer in layers.items():
             a, b = layer.plain_factors()

@@ -29,6 +29,7 @@ from mlx_lora.config.defaults import (
 )
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import UNCACHED, DataSplits
 from mlx_lora.gguf.reader import is_gguf
@@ -55,7 +56,6 @@ from mlx_lora.planner.fit import (
     DataLimits,
     Fitted,
     Prompts,
-    Shapes,
     advice,
     budget_of,
     fit,
@@ -114,7 +114,6 @@ CHOSEN = (
 )  # fmt: skip
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-COUNTS = ("rows", "longest", "tokens", "supervised_tokens", "measured_tokens")  # of the data, in the plan's JSON
 MOST_AT_ONCE = 256  # runs that a plan counts
 MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 
@@ -219,9 +218,10 @@ def plan_run(
         limit = embedding_rows(outline.model, outline.config)
         for rows in filter(None, (splits.train, splits.valid, splits.test)):
             highest = int(rows.tokens.max(initial=0))
-            check_highest(limit, highest, f"--data {settings.data.data}", settings.model.model)
+            check_highest(limit, highest, f"--data {settings.data.data}", settings.model.model or "")
         settings, size = measure_data(settings, splits, outline, shape)
-        settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
+        longest = int(size.rows.lengths.max(initial=2))
+        settings = replace(settings, data=replace(settings.data, max_seq_length=longest))
         # Of other models and towers, the objective that read the data says what its pictures take.
         shape = _with_data(shape, _of_dtype(settings, dtype), size, objective, outline)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
@@ -233,8 +233,8 @@ def plan_run(
     result = planned.to_dict()
     result["runs_at_once"] = runs_at_once(shape, settings.optimizer.optimizer, planned.fitted.memory, MOST_AT_ONCE)
     result["steps"], result["validation"] = settings.loop.iters, None
-    if splits is not None:
-        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
+    if size is not None:
+        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, size, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
     may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
@@ -245,7 +245,7 @@ def plan_run(
     if not result["fits"]:
         of_base = replace(settings, model=replace(settings.model, dtype=dtype))
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
-        limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
+        limits = DataLimits(len(size.rows), size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
         ways = [settings]
@@ -257,16 +257,16 @@ def plan_run(
 
 
 def _with_data(
-    shape: ModelShape, settings: TrainSettings, size: DataSize, objective: Objective, outline: Outline
+    shape: ModelShape, settings: TrainSettings, size: PlannedData, objective: Objective, outline: Outline
 ) -> ModelShape:
     """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
     others = objective.other_models_bytes(settings)
-    shape = replace(shape, trained_share=size.trained_share, beside_bytes=others)
+    shape = replace(shape, trained_share=trained_share(settings.objective, size.rows), beside_bytes=others)
     return objective.with_pictures(shape, settings, outline.model)
 
 
 def of_macs(
-    settings: TrainSettings, parts: PlanParts, data: tuple[DataSize, Objective] | None, here: MachinePlan
+    settings: TrainSettings, parts: PlanParts, data: tuple[PlannedData, Objective] | None, here: MachinePlan
 ) -> MachinePlan:
     """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
 
@@ -350,7 +350,7 @@ class MachinePlan:
     shape: ModelShape
     machine: Machine
     ceilings: Ceilings
-    size: DataSize | None
+    size: PlannedData | None
     reading: Reading | None = None
 
     @property
@@ -365,7 +365,9 @@ class MachinePlan:
         if self.reading is not None:
             hidden = hidden_from(self.reading, self.settings, self.shape, self.machine, self.ceilings, self.width)
         tokens = batch_tokens_for(self.settings, size and size.facts, hidden)
-        limits = DataLimits(size.rows, size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+        limits = (
+            DataLimits(len(size.rows), size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+        )
         return fit(self.settings, self.shape, self.machine, self.width, limits)
 
     @cached_property
@@ -376,12 +378,15 @@ class MachinePlan:
     @cached_property
     def largest_run(self) -> RunShape:
         """The run's largest batch, with the data's share of trained positions."""
-        rows, width = largest_batch(self.width, self.settings, self.fitted.batch_tokens, self.size and self.size.rows)
+        rows, width = largest_batch(
+            self.width, self.settings, self.fitted.batch_tokens, self.size and len(self.size.rows)
+        )
         run = run_of(self.settings, rows, width, self.fitted.checkpointing)
         if self.size is None:
             return run
         # A row of n tokens has n - 1 positions.
-        share = self.size.supervised_tokens / max(1, self.size.tokens - self.size.rows)
+        data = self.size.rows
+        share = data.supervised_tokens / max(1, len(data.tokens) - len(data))
         return replace(run, trained_positions=round(share * run.positions))
 
     @property
@@ -390,7 +395,7 @@ class MachinePlan:
         loop, size = self.chosen.loop, self.size
         if loop.iters is None or size is None:
             return loop.epochs or 1.0
-        batches = size.batches(self.fitted.batch_tokens) * objective_of(self.chosen.objective).updates
+        batches = size.batches(self.fitted.batch_tokens)[0] * objective_of(self.chosen.objective).updates
         return loop.iters * loop.grad_accumulation_steps / max(1, batches)
 
     def speed(self) -> dict[str, Any]:
@@ -427,7 +432,7 @@ class MachinePlan:
             self.chosen.data.data,
         )
         if size is not None:
-            tokens = size.tokens * self.passes
+            tokens = len(size.rows.tokens) * self.passes
         elif loop.iters is not None:
             tokens = float(loop.iters * loop.grad_accumulation_steps * together * run.positions)
         elif data is not None and Path(data).is_file():
@@ -465,7 +470,8 @@ class MachinePlan:
         run = self.largest_run
         # The disk of another machine is not known.
         free = free_bytes() if self.machine == this_machine(settings.model.dtype) else 10**15
-        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, size.tokens - size.rows, self.passes, free)
+        positions = len(size.rows.tokens) - len(size.rows)
+        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, positions, self.passes, free)
         problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
         problem = problem or planned.problem(settings.loop.cache_trunk)
         return {
@@ -515,7 +521,14 @@ class MachinePlan:
                 "teacher": asked.distills is not None,
                 "group_size": objective.answers_per_prompt if objective.samples else None,
             },
-            "data": self.size and {name: getattr(self.size, name) for name in COUNTS},
+            "data": self.size
+            and {
+                "rows": len(self.size.rows),
+                "longest": int(self.size.rows.lengths.max(initial=2)),
+                "tokens": len(self.size.rows.tokens),
+                "supervised_tokens": self.size.rows.supervised_tokens,
+                "measured_tokens": self.size.measured_tokens,
+            },
             "machine": asdict(machine),
             "model": {
                 "model_type": shape.model_type,
@@ -544,42 +557,39 @@ class MachinePlan:
 
 
 @dataclass(frozen=True)
-class DataSize:
-    """The facts about the data that a plan needs.
+class PlannedData:
+    """The data that a plan is for.
 
     Attributes:
-        rows: to train on; an example of preference training has two.
-        longest: tokens of the longest row.
-        tokens: of all rows.
-        supervised_tokens: those of them that are trained.
+        rows: to train on, as they are put into batches; an example of preference training has two.
+        valid: held-out rows.
         measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
-        prompts, shapes: that answers are sampled to, and of the batches, as `fit` takes them.
+        prompts: that answers are sampled to, as `fit` takes them.
         facts: what the defaults follow.
-        trained_share: of the positions of trained rows.
-        batches: tokens of a batch -> how many batches the rows are divided into.
+        batches: tokens of a batch -> into how many batches the rows are divided, and their shapes.
     """
 
-    rows: int
-    longest: int
-    tokens: int
-    supervised_tokens: int
+    rows: EncodedSet
+    valid: EncodedSet | None
     measured_tokens: int
     prompts: Prompts
     facts: DataFacts
-    trained_share: float
-    shapes: Shapes | None
-    batches: Callable[[int], int]
+    batches: Callable[[int], tuple[int, list[tuple[int, int, int]]]]
+
+    def shapes(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Return the shapes of batches of so many tokens."""
+        return self.batches(tokens)[1]
 
 
 def measure_data(
     settings: TrainSettings, splits: DataSplits, outline: Outline, shape: ModelShape
-) -> tuple[TrainSettings, DataSize]:
-    """Return the size of the data in tokens.
+) -> tuple[TrainSettings, PlannedData]:
+    """Return the data as the run would have it.
 
     The settings come back with --shared-prefix on where all answers to a prompt would share its row.
     """
     objective = objective_of(settings.objective)
-    rows = objective.targets_of(splits.train)
+    rows, valid = objective.targets_of(splits.train), splits.valid and objective.targets_of(splits.valid)
     settings = objective.settled_by(settings, rows)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     if (
@@ -588,35 +598,27 @@ def measure_data(
     ):
         settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
-    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
-    prompts, facts = prompts_of(settings.objective, rows), data_facts(rows, splits.valid)
-    share, planned = trained_share(settings.objective, rows), batches_by_tokens(settings, rows, facts)
-    return settings, DataSize(
-        rows=len(rows), longest=longest, tokens=len(rows.tokens), supervised_tokens=rows.supervised_tokens,
-        measured_tokens=measured, prompts=prompts, facts=facts, trained_share=share,
-        shapes=lambda tokens: planned(tokens)[1], batches=lambda tokens: planned(tokens)[0],
-    )  # fmt: skip
+    measured, facts = sum(len((part.teacher or part).tokens) for part in parts), data_facts(rows, splits.valid)
+    prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
+    return settings, PlannedData(rows, valid, measured, prompts, facts, batches)
 
 
 def steps_and_validation(
-    settings: TrainSettings, splits: DataSplits, identity: Mapping[str, Any] | None
+    settings: TrainSettings, data: PlannedData, identity: Mapping[str, Any] | None
 ) -> tuple[int, dict[str, Any], float]:
     """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
 
     Args:
-        settings: of the run with nothing open, and with --shared-prefix on where prompts are shared.
-        splits: its data.
+        settings: of the run with nothing open.
+        data: of the run.
         identity: as for `plan_run`.
     """
-    objective, loop = objective_of(settings.objective), settings.loop
-    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
-    rows, shared = splits.train, settings.objective.shared_prefix == "on"
-    epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
-    plan = training_plan(loop, joined(rows) if shared else rows, epochs)
-    steps = total_steps(plan, loop, objective.updates)
-    found = choose_held_out(splits.valid, loop, plan, steps, identity, objective.updates)
-    validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
-    return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
+    loop, updates = settings.loop, objective_of(settings.objective).updates
+    plan = training_plan(loop, data.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
+    steps = total_steps(plan, loop, updates)
+    found = choose_held_out(data.valid, loop, plan, steps, identity, updates)
+    validation = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
+    return steps, validation, len(plan) * updates / loop.grad_accumulation_steps
 
 
 def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:

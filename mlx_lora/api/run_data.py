@@ -27,7 +27,7 @@ from mlx_lora.objectives.synthetic_prompts import written_data
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import with_reference_of_run
 from mlx_lora.trainer.run_folder import WRITTEN
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 
 log = logging.getLogger(__name__)
 
@@ -142,17 +142,19 @@ def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSett
     """
     run = {} if adapter is None else run_of(adapter)
     found = {name: run[name] for name in DATA_FIELDS if run.get(name) is not None}
+    objective = given.get("objective") or found.get("objective", "sft")
+    changed = ", ".join(flag_of(name) for name in given if name in DATA_FIELDS and name != "objective")
     if not found.get("data"):
         raise InputError(
             "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
             "without, and the rows that the run held out are measured"
         )
-    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
-        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
-    if changed := [flag_of(name) for name in given if name in DATA_FIELDS and name != "objective"]:
-        raise InputError(
-            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
-        )
+    refuse(
+        {
+            f"--data is required with --objective {objective}: name the rows to measure": objective != "sft",
+            f"{changed} without --data: held-out rows are read as the run read them; name the data": changed,
+        }
+    )
     return train_settings({**found, **given})
 
 

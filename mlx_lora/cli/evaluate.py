@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.embed import measure_embeddings
-from mlx_lora.api.evaluate import check_evaluation, compares, measure_loss
+from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run
+from mlx_lora.api.texts import measure_embeddings
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
@@ -174,10 +174,8 @@ def main(
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=not dividing_flag(settings.loop))
-        result = measure_loss(
-            settings, base, folder, ignore_fingerprint=adapter.ignore_fingerprint, batch_tokens=batch_tokens, show=show,
-            held_out=held_out, stopped=stopped, ranks=ranks,
-        )  # fmt: skip
+        asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
+        result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
             facts = {**result, "adapter_path": adapter.adapter_path, "data": settings.data.data}
             print_loss(settings, facts, as_json)

@@ -307,12 +307,12 @@ class HarnessModel(TemplateLM):
         template = self._models.templates[self._name]
         if template is None:
             raise InputError(f"--apply-chat-template: {self._name} has no chat template; leave it out")
-        messages, asks = [dict(one) for one in chat_history], {"add_generation_prompt": add_generation_prompt}
+        messages: list[dict[str, Any]] = [dict(one) for one in chat_history]
         try:
-            text = render_chat(self.tokenizer, messages, template, **asks)
+            text = render_chat(self.tokenizer, messages, template, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError:  # as in lm-eval: the template may take no system message
             others = [message for message in messages if message["role"] != "system"]
-            text = render_chat(self.tokenizer, others, template, **asks)
+            text = render_chat(self.tokenizer, others, template, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         begun = chat_history[-1]["content"].strip()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -285,13 +285,6 @@ class Answered:
         """Whether an adapter's value differs from the base's."""
         return any(value != own[BASE] for own in self.values.values() if BASE in own for value in own.values())
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "question": self.question, "expected": self.expected, "answers": self.answers, "values": self.values,
-            "changed": self.changed,
-        }  # fmt: skip
-
 
 @dataclass
 class TaskResults:
@@ -310,12 +303,10 @@ class TaskResults:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; of the rows, those whose value changed come first."""
         examples = {
-            task: [one.to_dict() for one in sorted(rows, key=lambda row: not row.changed)[:MOST_EXAMPLES]]
+            task: [
+                asdict(one) | {"changed": one.changed}
+                for one in sorted(rows, key=lambda row: not row.changed)[:MOST_EXAMPLES]
+            ]
             for task, rows in self.answers.items()
         }
         return {"tasks": [one.to_dict() for one in self.scores], "answers": examples, "notes": self.notes}
-
-    @property
-    def comparisons(self) -> int:
-        """How many comparisons were made."""
-        return sum(one is not None for score in self.scores for one in score.compared.values())

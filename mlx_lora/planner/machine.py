@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -77,9 +78,9 @@ def ceilings_here(
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
     key = f"{device.measured_on()}|{threads} threads|{kind}|{'polynomials' if polynomials else 'functions'}"
     with one_at_a_time(cache_dir("measured") / STORE):  # two that measure at once would slow each other down
-        entry, before = read_store(STORE).get(key), None
+        before = None
         with suppress(TypeError, ValueError, KeyError):  # unknown, or damaged: measure again
-            rates = dict(entry)
+            rates: dict[str, Any] = dict(read_store(STORE)[key])
             at = float(rates.pop("at"))
             before = Ceilings(**rates)
             if 0 <= now() - at < KEPT_S:

@@ -65,14 +65,10 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
-    if settings.data.ask:
-        if objective.name != "sft":
-            raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
-        rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
-        if all(isinstance(one, Text) for one in rows):
-            raise InputError(
-                f"--ask {settings.data.ask}: no question with its answer; give rows of prompt and completion"
-            )
+    if (ask := settings.data.ask) and objective.name != "sft":
+        raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
+    if ask and all(isinstance(one, Text) for one in read_rows(all_files(ask), settings.data, "examples").entries):
+        raise InputError(f"--ask {ask}: no question with its answer; give rows of prompt and completion")
     loop, asked = settings.loop, settings.loop.eval_tasks
     if asked is None:
         return
