@@ -6,7 +6,7 @@
 Both models are in this process, with the same adapter and one row of random tokens, and take steps by turns: medians of
 --rounds. The difference in processor time is fairer if other programs run, but has no waiting in it. Another disk than this
 machine's is a reader that waits after each piece until it has taken as long as that disk.
-What the planner says of the step (planner/reading.py) is computed from the seconds that it and a forward pass take in memory.
+What the planner says of the step (planner/speed.py) is computed from the seconds that it and a forward pass take in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mlx_lora.parallel import offloaded_base as base_reader
 from mlx_lora.parallel.offloaded_base import BaseReader, OffloadedBase, copy_rate
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.planner.reading import Reading
+from mlx_lora.planner.speed import Reading
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer

@@ -16,17 +16,15 @@ from mlx_lora.utils.blas import load_fast_blas, share_cores
 
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
-    from mlx_lora.api.embed import embed
     from mlx_lora.api.errors import InputError
     from mlx_lora.api.evaluate import evaluate
     from mlx_lora.api.evaluate_tasks import evaluate_tasks
     from mlx_lora.api.export import export
     from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
-    from mlx_lora.api.predict import predict, rerank
-    from mlx_lora.api.several import train_several
     from mlx_lora.api.sweep import sweep
-    from mlx_lora.api.train import Run, train
+    from mlx_lora.api.texts import embed, predict, rerank
+    from mlx_lora.api.train import Run, train, train_several
     from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
     from mlx_lora.utils.errors import RunError
 
@@ -51,7 +49,7 @@ _HOMES = {
     "TensorBoard": "mlx_lora.trainer.callbacks",
     "Trackio": "mlx_lora.trainer.callbacks",
     "Wandb": "mlx_lora.trainer.callbacks",
-    "embed": "mlx_lora.api.embed",
+    "embed": "mlx_lora.api.texts",
     "evaluate": "mlx_lora.api.evaluate",
     "evaluate_tasks": "mlx_lora.api.evaluate_tasks",
     "export": "mlx_lora.api.export",
@@ -59,11 +57,11 @@ _HOMES = {
     "load": "mlx_lora.api.base",
     "merge": "mlx_lora.api.merge",
     "plan": "mlx_lora.api.plan",
-    "predict": "mlx_lora.api.predict",
-    "rerank": "mlx_lora.api.predict",
+    "predict": "mlx_lora.api.texts",
+    "rerank": "mlx_lora.api.texts",
     "sweep": "mlx_lora.api.sweep",
     "train": "mlx_lora.api.train",
-    "train_several": "mlx_lora.api.several",
+    "train_several": "mlx_lora.api.train",
 }
 
 

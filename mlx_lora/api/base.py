@@ -29,7 +29,7 @@ from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.rollouts.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter
 
 PathLike = str | os.PathLike[str]
@@ -104,7 +104,15 @@ class Base:
         hold_weights(self.loaded)  # before the copy with an adapter, which shares them
         base, template = self.loaded, None
         if adapter is not None:
-            base, template = self._with_adapter(adapter, ignore_fingerprint)
+            folder = resolve_adapter(os.fspath(adapter), None)
+            check_writes_text(folder)
+            stamps = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+            key = (folder.resolve(), stamps, ignore_fingerprint)
+            if self._adapted is None or self._adapted[0] != key:
+                with self.loaded.lent() as adapted:  # it shares the base's arrays
+                    info = load_adapter(adapted, folder, ignore_fingerprint)
+                self._adapted = (key, adapted, info.chat_template)
+            _, base, template = self._adapted
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
         return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings, tools))
 
@@ -112,18 +120,6 @@ class Base:
         """Free what only serves generating: float copies of quantized weights, and the adapter used last."""
         self._adapted = None
         release_weights(self.loaded.model)
-
-    def _with_adapter(self, adapter: PathLike, ignore_fingerprint: bool) -> tuple[LoadedBase, str | None]:
-        """Return a model with the adapter, which shares this one's arrays, and the adapter's chat template."""
-        folder = resolve_adapter(os.fspath(adapter), None)
-        check_writes_text(folder)
-        stamps = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
-        key = (folder.resolve(), stamps, ignore_fingerprint)
-        if self._adapted is None or self._adapted[0] != key:
-            with self.loaded.lent() as base:
-                template = load_adapter(base, folder, ignore_fingerprint).chat_template
-            self._adapted = (key, base, template)
-        return self._adapted[1:]
 
 
 @speaks_python()
@@ -211,20 +207,31 @@ class TextSettings:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers out of range, all at once."""
-        rules = {
-            f"--max-tokens {self.max_tokens}: must be at least 1": self.max_tokens >= 1,
-            f"--temp {self.temperature}: not a finite number of at least 0; give 0 for greedy, or about 0.7": (
-                math.isfinite(self.temperature) and self.temperature >= 0
-            ),
-            f"--top-p {self.top_p}: must be from 0 to 1": 0 <= self.top_p <= 1,
-            f"--top-k {self.top_k}: must be at least 0": self.top_k >= 0,
-            f"--seed {self.seed}: must be from 0 to 2^63 - 1": self.seed is None or 0 <= self.seed < 2**63,
-        }
         sampling = {"--top-p": 0 < self.top_p < 1, "--top-k": self.top_k > 0}  # a seed is right for a greedy text, too
-        if self.temperature == 0 and (useless := [flag for flag, is_given in sampling.items() if is_given]):
-            rules[f"{', '.join(useless)} with --temp 0: nothing is sampled; add --temp, such as 0.7"] = False
-        if problems := [words for words, kept in rules.items() if not kept]:
-            raise InputError("; ".join(problems))
+        useless = ", ".join(flag for flag, is_given in sampling.items() if is_given)
+        refuse(
+            {
+                f"--max-tokens {self.max_tokens}: must be at least 1": self.max_tokens < 1,
+                f"--temp {self.temperature}: not a finite number of at least 0; give 0 for greedy, or about 0.7": (
+                    not math.isfinite(self.temperature) or self.temperature < 0
+                ),
+                f"--top-p {self.top_p}: must be from 0 to 1": not 0 <= self.top_p <= 1,
+                f"--top-k {self.top_k}: must be at least 0": self.top_k < 0,
+                f"--seed {self.seed}: must be from 0 to 2^63 - 1": not 0 <= (self.seed or 0) < 2**63,
+                f"{useless} with --temp 0: nothing is sampled; add --temp, such as 0.7": self.temperature == 0
+                and useless,
+            }
+        )
+
+    def sampler(self, base: LoadedBase) -> Callable[[mx.array], mx.array]:
+        """Return what draws the tokens of a text, from its seed on."""
+        if self.seed is not None:
+            mx.random.seed(self.seed)
+        # mlx-lm's top_k must be below the vocabulary's size; a larger one means all tokens, which is 0.
+        top_k = self.top_k if self.top_k < len(base.hf_tokenizer) else 0
+        top_p = self.top_p if self.top_p < 1 else 0.0
+        greedy = self.top_p == 0  # the smallest nucleus, as in llama.cpp; mlx-lm's 0 turns it off
+        return make_sampler(temp=0.0 if greedy else self.temperature, top_p=top_p, top_k=top_k)
 
 
 def text_pieces(
@@ -255,14 +262,7 @@ def text_pieces(
         raise InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
-    if settings.seed is not None:
-        mx.random.seed(settings.seed)
-    # mlx-lm's top_k must be below the vocabulary's size; a larger one means all tokens, which is 0.
-    top_k = settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0
-    top_p = settings.top_p if settings.top_p < 1 else 0.0
-    greedy = settings.top_p == 0  # the smallest nucleus, as in llama.cpp; mlx-lm's 0 turns it off
-    sampler = make_sampler(temp=0.0 if greedy else settings.temperature, top_p=top_p, top_k=top_k)
-    responses = generated(base, tokens, settings.max_tokens, sampler, strategy)
+    responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy)
     yield from responses if template else continued(responses, base.tokenizer)
 
 

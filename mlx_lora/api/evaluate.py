@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,8 @@ from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import row_answer
-from mlx_lora.utils import console
 from mlx_lora.utils.console import perplexity
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
 
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
+USUAL = 5  # questions, where nobody says how many
 
 
 @speaks_python(adapter_path="adapter")
@@ -95,10 +95,9 @@ def evaluate(
     resolved = run_settings(
         base.settings, {**settings, "objective": objective, "data": source}, of=("data", "objective")
     )
-    check_adapter(resolved, adapter)
     if batch_tokens is not None and batch_tokens < 2:
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
-    check_show(resolved, show)
+    check_evaluation(resolved, adapter, show)
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_settings_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
@@ -106,15 +105,29 @@ def evaluate(
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
-def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
-    """Refuse to measure scores without the adapter that gives them, before a model is loaded.
+def compares(settings: TrainSettings) -> bool:
+    """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
+    return settings.objective.objective == "sft" and not divides_base(settings.loop)
+
+
+def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: int) -> None:
+    """Refuse, before a model is loaded, scores without the adapter that gives them, and questions where nothing is compared.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such adapter, or questions are asked for.
     """
-    if objective_of(settings.objective).scores and not adapter:
-        name = settings.objective.objective
-        raise InputError(f"--objective {name} without --adapter-path: no score head; give an adapter trained with it")
+    name = settings.objective.objective
+    what = dividing_flag(settings.loop) or f"--objective {name}"
+    refuse(
+        {
+            f"--objective {name} without --adapter-path: no score head; give an adapter trained with it": (
+                objective_of(settings.objective).scores and not adapter
+            ),
+            f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out": (
+                show and not compares(settings)
+            ),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -150,7 +163,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     Raises:
         InputError: adapter or data that cannot be used.
     """
-    objective, adapter = objective_of(settings.objective), asked.adapter
+    adapter, ignore_fingerprint, objective = asked.adapter, asked.ignore_fingerprint, objective_of(settings.objective)
     if objective.reference and (flag := dividing_flag(settings.loop)):
         raise InputError(
             f"--objective {settings.objective.objective} with {flag}: the reference is the whole base without the "
@@ -161,7 +174,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
     strategy = strategy_of(settings, ranks)
-    ctx = RunContext(settings, objective, base, strategy, trains=False, ignore_fingerprint=asked.ignore_fingerprint)
+    ctx = RunContext(settings, objective, base, strategy, trains=False, ignore_fingerprint=ignore_fingerprint)
     check_kind(base.model, base.model_id, objective)
     if objective.reference and settings.adapter.resume_adapter_file:  # the reference is a copy with that adapter
         ctx.untrained = without_adapter(base)
@@ -174,37 +187,42 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         rows, trained = objective.read_set(ctx, data), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
-    if compares(settings):
-        near = {"near_training": near_training(adapter, base, rows, trained)} if adapter else {}
-        return _compared(settings, base, rows, asked) | near
-    rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
+    if not compares(settings):
+        rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
+        if adapter:
+            put_adapter(base, adapter, data, objective, ignore_fingerprint)
+        ctx.settings = strategy.divide(base, settings)
+        if strategy.words:
+            log.info(strategy.words)
+            strategy.check_same(ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
+        found = held_out_loss(ctx, rows)
+        means = found.reports or {"perplexity": perplexity(found.loss)}
+        counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+        counts = {**counted, "rows": rows.examples}
+        return {"loss": found.loss, **means, **counts, "model": base.model_id, **objective.details}
+
+    near = {"near_training": near_training(adapter, base, rows, trained)} if adapter else {}
+    models, questions = {BASE: base}, questions_of(rows, asked.show)
     if adapter:
-        put_adapter(base, adapter, data, objective, asked.ignore_fingerprint)
-    ctx.settings = strategy.divide(base, settings)
-    if strategy.words:
-        log.info(strategy.words)
-        strategy.check_same(ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
-    found = held_out_loss(ctx, rows)
-    means = found.reports or {"perplexity": console.perplexity(found.loss)}
-    counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
-    counts = {**counted, "rows": rows.examples}
-    return {"loss": found.loss, **means, **counts, "model": base.model_id, **objective.details}
+        models = {BASE: without_adapter(base), ADAPTER: base}
+        put_adapter(base, adapter, data, objective, ignore_fingerprint)
+    losses, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
+    examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
+    measured = losses[BASE].tokens if losses else []
+    result: dict[str, Any] = _losses(losses[ADAPTER if adapter else BASE]) if losses else {}
+    result |= {"supervised_tokens": int(sum(measured)), "rows": len(measured), "model": base.model_id}
+    if adapter and losses:
+        result |= {f"base_{name}": value for name, value in _losses(losses[BASE]).items()}
+        choices = choices_of(adapter) if asked.held_out else 1
+        result["change"] = asdict(paired_change(losses[BASE], losses[ADAPTER], choices))
+    if examples:
+        right = Count.over(examples if adapter else [{"right": one["base_right"]} for one in examples])
+        result |= {"right": right and asdict(right), "examples": examples}
+    return {**result, "partial": not (whole and answered), **near}
 
 
-def compares(settings: TrainSettings) -> bool:
-    """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
-    return settings.objective.objective == "sft" and not divides_base(settings.loop)
-
-
-def check_show(settings: TrainSettings, show: int) -> None:
-    """Refuse to ask questions where nothing is compared.
-
-    Raises:
-        InputError: it is asked to.
-    """
-    if show and not compares(settings):
-        what = dividing_flag(settings.loop) or f"--objective {settings.objective.objective}"
-        raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
+def _losses(rows: RowLosses) -> dict[str, float]:
+    return {"loss": rows.loss, "perplexity": perplexity(rows.loss)}
 
 
 def near_training(adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None) -> dict[str, Any] | None:
@@ -237,62 +255,9 @@ def choices_of(adapter: Path) -> int:
     return 1
 
 
-def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: EvaluationRequest) -> dict[str, Any]:
-    """Measure base and adapter on the same rows, and ask both what some rows ask."""
-    models, objective, questions = {BASE: base}, objective_of(settings.objective), questions_of(rows, asked.show)
-    if asked.adapter:
-        models = {BASE: without_adapter(base), ADAPTER: base}
-        put_adapter(base, asked.adapter, settings.data, objective, asked.ignore_fingerprint)
-    found, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
-    examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
-    choices = choices_of(asked.adapter) if asked.held_out and asked.adapter else 1
-    result = Compared(found, whole and answered, examples, choices).to_dict()
-    measured = next(iter(found.values())).tokens if found else []
-    counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
-    losses = {name: result.pop(name) for name in ("loss", "perplexity") if name in result}
-    return {**losses, **counts, "model": base.model_id, **result}
-
-
-# Base and adapter on the same rows
-
-USUAL = 5  # questions, where nobody says how many
-
-
 def without_adapter(base: Base) -> Base:
     """Return the same model for an adapter to be put on, or to stay without one; the arrays are shared."""
     return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The losses of models on the same rows, and their answers to some of them.
-
-    Attributes:
-        rows: model -> its row losses: `base`, and `adapter` if there is one.
-        whole: whether all rows were measured, and all that were asked answered.
-        examples: what was asked; see `ask`.
-        choices: among how many the adapter was chosen by these rows.
-    """
-
-    rows: dict[str, RowLosses]
-    whole: bool
-    examples: list[dict[str, Any]] = field(default_factory=list)
-    choices: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values: those of the model that was asked for by their own names, those of the base with `base_`."""
-        found: dict[str, Any] = {}
-        last = list(self.rows)[-1] if self.rows else None
-        for name, rows in self.rows.items():
-            prefix = "" if name == last else f"{name}_"
-            found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
-        if len(self.rows) == 2:
-            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER], self.choices))
-        if self.examples:
-            alone = [{"right": one["base_right"]} for one in self.examples]
-            right = Count.over(self.examples if ADAPTER in self.rows else alone)
-            found |= {"right": right and asdict(right), "examples": self.examples}
-        return found | {"partial": not self.whole}
 
 
 def measure_rows(
@@ -316,20 +281,20 @@ def measure_rows(
         for name, one in models.items()
     }
     plan = held_out_plan(rows, loop)
-    found: dict[str, list[RowLosses]] = {name: [] for name in models}
+    parts: dict[str, list[RowLosses]] = {name: [] for name in models}
     batches = takewhile(lambda _: not stopped(), plan.batches())
     for batch in tracked(batches, "Measuring", len(plan), "batches"):
         for name, one in models.items():
             measured = mean_loss(one.model, bound[name], [batch]).rows
             if measured is not None:
-                found[name].append(measured)
-    done = sum(len(one.tokens) for one in next(iter(found.values())))
-    joined = {
-        name: RowLosses(*(np.concatenate([getattr(part, of) for part in parts]) for of in ("sums", "tokens")))
-        for name, parts in found.items()
-        if parts
+                parts[name].append(measured)
+    found = {
+        name: RowLosses(*(np.concatenate([getattr(part, of) for part in own]) for of in ("sums", "tokens")))
+        for name, own in parts.items()
+        if own
     }
-    return joined, done == int((rows.supervised_counts > 0).sum())
+    done = max((len(own.tokens) for own in found.values()), default=0)
+    return found, done == int((rows.supervised_counts > 0).sum())
 
 
 def questions_of(rows: EncodedSet, most: int | None) -> list[int]:

@@ -14,30 +14,19 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.run_data import with_settings_of_runs
 from mlx_lora.api.train import data_source, run_settings
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.evaluation.judge import judge_pairs, pairs_of
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
 from mlx_lora.evaluation.metrics import Metric, metric_of
 from mlx_lora.evaluation.models import BASE, Models
-from mlx_lora.evaluation.own_rows import (
-    RowsAnswered,
-    RowsAsked,
-    answer_rows,
-    expected_text,
-    question_text,
-    score_rows,
-)
-from mlx_lora.evaluation.results import TaskResults, TaskScore
+from mlx_lora.evaluation.own_rows import answer_rows, expected_text, question_text, score_rows
+from mlx_lora.evaluation.paired import TaskResults
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.serving.adapter_store import AdapterSource, check_names, own_name
-from mlx_lora.utils.errors import InputError
+from mlx_lora.trainer.ask import never
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter
 
 MANY = 5  # comparisons, from which on some are expected to be called a difference by chance
-
-
-def never() -> bool:
-    """Say that nobody asked to stop."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -46,12 +35,13 @@ class TasksRequest:
 
     Attributes:
         tasks: names of lm-eval's tasks, or YAML files.
-        rows: of a user's file; None: none.
-        metrics: of answers to these rows, by name.
+        data: rows of a user's file; None: none.
+        max_tokens: of an answer to them.
+        metrics: of these answers, by name.
         judge: a model that compares the answers; None: none.
         chat_template: ask tasks in the form of the chat template.
         fewshot: solved examples before each question of a task; None: as the task says.
-        limit: rows of each task; None: all.
+        limit: rows of each task, and of the file; None: all.
         adapters: name -> where it is.
         ignore_fingerprint: use adapters that were trained on another base of the same shape.
         batch_tokens: positions of a batch; None: the default.
@@ -59,7 +49,8 @@ class TasksRequest:
     """
 
     tasks: Sequence[str] = ()
-    rows: RowsAsked | None = None
+    data: DataSettings | None = None
+    max_tokens: int = 256
     metrics: Sequence[str] = ()
     judge: str | None = None
     chat_template: bool = False
@@ -113,18 +104,22 @@ def evaluate_tasks(
         InputError: base, adapter, task, metric or data that cannot be used.
     """
     loaded = as_base(base, "evaluate_tasks")
-    given = [tasks] if isinstance(tasks, str) else list(tasks)
-    rows, sources = None, _sources(adapters)
+    rows, named = None, adapters if isinstance(adapters, Mapping) else {}
+    if not isinstance(adapters, Mapping):
+        folders = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
+        named = {own_name("adapters", os.fspath(one)): one for one in folders}
+    sources = {name: AdapterSource(folder=resolve_adapter(os.fspath(one))) for name, one in named.items()}
     if not isinstance(chat_template, bool):
         raise InputError("chat_template: True or False; rows of your own are asked in the form of each adapter's run")
     if data is not None:
         resolved = run_settings(loaded.settings, {**settings, "data": data_source(data)}, of=("data",))
         folders = [source.folder for source in sources.values() if source.folder]
-        rows = RowsAsked(with_settings_of_runs(resolved, settings, folders).data, max_tokens, limit)
+        rows = with_settings_of_runs(resolved, settings, folders).data
     elif settings:
         raise InputError(f"{', '.join(settings)}: settings of data; give data, or leave them out")
     asked = TasksRequest(
-        given, rows, [metrics] if isinstance(metrics, str) else list(metrics), None if judge is None else os.fspath(judge),
+        [tasks] if isinstance(tasks, str) else list(tasks), rows, max_tokens,
+        [metrics] if isinstance(metrics, str) else list(metrics), None if judge is None else os.fspath(judge),
         chat_template, fewshot, limit, sources, ignore_fingerprint, batch_tokens,
     )  # fmt: skip
     metric_list = check_tasks(asked)
@@ -133,33 +128,26 @@ def evaluate_tasks(
     return found.to_dict() | {"model": loaded.loaded.model_id}
 
 
-def _sources(adapters: PathLike | Sequence[PathLike] | Mapping[str, PathLike]) -> dict[str, AdapterSource]:
-    if isinstance(adapters, str | os.PathLike):
-        adapters = [adapters]
-    named = (
-        adapters if isinstance(adapters, Mapping) else {own_name("adapters", os.fspath(one)): one for one in adapters}
-    )
-    return {name: AdapterSource(folder=resolve_adapter(os.fspath(one))) for name, one in named.items()}
-
-
 def check_tasks(asked: TasksRequest) -> list[Metric]:
     """Refuse what cannot be measured, before a model is loaded, and return the metrics.
 
     Raises:
         InputError: there is nothing to measure, a metric is not known, or a package is missing.
     """
-    if asked.tasks and importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--tasks: needs lm-eval; pip install 'mlx-lora[eval]'")
-    if not asked.tasks and asked.rows is None:
-        raise InputError("--metric: no rows to answer; give --data FILE, or --tasks")
-    if asked.rows is not None and not asked.metrics and asked.judge is None:
-        raise InputError(
-            "--data with --tasks: give --metric exact_match, or another, to say how its answers are scored"
-        )
-    if (asked.metrics or asked.judge) and asked.rows is None:
-        raise InputError("--metric and --judge: score answers to rows of your own; give --data FILE")
-    if asked.judge is not None and not asked.adapters:
-        raise InputError("--judge: compares answers of adapters with those of the base; give --adapter")
+    no_data, scored = asked.data is None, bool(asked.metrics or asked.judge)
+    refuse(
+        {
+            "--tasks: needs lm-eval; pip install 'mlx-lora[eval]'": asked.tasks
+            and importlib.util.find_spec("lm_eval") is None,
+            "--metric and --judge: score answers to rows of your own; give --data FILE": scored and no_data,
+            "--metric: no rows to answer; give --data FILE, or --tasks": not asked.tasks and no_data and not scored,
+            "--data with --tasks: give --metric exact_match, or another, to say how its answers are scored": (
+                not no_data and not scored
+            ),
+            "--judge: compares answers of adapters with those of the base; give --adapter": asked.judge is not None
+            and not asked.adapters,
+        }
+    )
     check_names("--adapter", asked.adapters, (BASE,))
     return [metric_of(name) for name in asked.metrics]
 
@@ -176,43 +164,33 @@ def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) ->
         InputError: adapter, task or data that cannot be used.
         KeyboardInterrupt: it was stopped; nothing is returned.
     """
-    found, answered = TaskResults(), None
+    found = TaskResults()
+    name = Path((asked.data and asked.data.data) or "").name or "rows"
     with Models.opened(base, asked.adapters, asked.ignore_fingerprint, asked.batch_tokens) as models:
         if asked.tasks:
             # Imported here, because lm-eval may not be installed.
-            from mlx_lora.evaluation.harness import TaskOptions, run_tasks
+            from mlx_lora.evaluation.harness import run_tasks
 
-            options = TaskOptions(asked.chat_template, asked.fewshot, asked.limit)
-            found = run_tasks(models, asked.tasks, options, asked.stopped)
-        if asked.rows is not None:
-            name = Path(asked.rows.data.data or "").name or "rows"
-            answered = answer_rows(models, asked.rows, metrics, asked.stopped)
-            own = score_rows(name, answered, metrics)
+            found = run_tasks(models, asked.tasks, asked.chat_template, asked.fewshot, asked.limit, asked.stopped)
+        if asked.data is not None:
+            rows, answers = answer_rows(models, asked.data, metrics, asked.max_tokens, asked.limit, asked.stopped)
+            own = score_rows(name, rows, answers, metrics)
             found.scores += own.scores
             found.answers |= own.answers
             found.notes += own.notes
             if asked.judge is not None:
-                scores, notes = _judged(asked, name, answered)
-                found.scores += scores
-                found.notes += notes
-    if found.comparisons >= MANY:
-        by_chance = found.comparisons / 20
-        found.notes.append(
-            f"{found.comparisons} comparisons: without any true difference, about {by_chance:.1g} of them would be called one"
-        )
+                base, shown = load_base(ModelSettings(model=asked.judge)), Path(asked.judge).name
+                with Models.opened(base, {}, batch_tokens=asked.batch_tokens) as judge:
+                    for adapter in asked.adapters:
+                        pairs = [
+                            AnswerPair(question_text(row), one.text, other.text, expected_text(row))
+                            for row, one, other in zip(rows, answers[BASE], answers[adapter], strict=True)
+                        ]
+                        verdict = judge_pairs(judge, pairs, asked.stopped)
+                        found.scores.append(verdict.score(name, shown, adapter))
+                        found.notes += verdict.notes(shown, adapter)
+    comparisons = sum(len(score.compared) for score in found.scores)
+    if comparisons >= MANY:
+        by_chance = f"about {comparisons / 20:.1g} of them would be called one"
+        found.notes.append(f"{comparisons} comparisons: without any true difference, {by_chance}")
     return found
-
-
-def _judged(asked: TasksRequest, name: str, answered: RowsAnswered) -> tuple[list[TaskScore], list[str]]:
-    """Let the judge compare each adapter's answers with the base's."""
-    base = load_base(ModelSettings(model=asked.judge))
-    questions = [question_text(row) for row in answered.rows]
-    expected = [expected_text(row) for row in answered.rows]
-    texts = {model: [one.text for one in own] for model, own in answered.answers.items()}
-    scores, notes, shown = [], [], Path(asked.judge or "").name
-    with Models.opened(base, {}, batch_tokens=asked.batch_tokens) as judge:
-        for adapter in asked.adapters:
-            verdict = judge_pairs(judge, pairs_of(questions, expected, texts, adapter), asked.stopped)
-            scores.append(verdict.score(name, shown, adapter))
-            notes += verdict.notes(shown, adapter)
-    return scores, notes

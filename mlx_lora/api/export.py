@@ -40,11 +40,21 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import has_tower
 from mlx_lora.objectives.text_vectors import form_of_run
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
 
 log = logging.getLogger(__name__)
+
+# Types of llama.cpp that only its own program writes: K-quants, and those that need an importance matrix.
+ONLY_LLAMA_CPP = re.compile(r"i?q\d_(k|k_\w+|xs|xxs|s|m|nl)|tq\d_0", re.IGNORECASE)
+# Forms that have a place for a changed vision tower.
+WITH_TOWER = ("gguf", "peft", "mlx-vlm")
+# Forms whose readers take the chat template of the base.
+WITHOUT_TEMPLATE = ("mlx-lm", "mlx-vlm", "gguf-adapter")
+FLOATS = ("f32", "f16", "bf16")  # what llama-quantize makes smaller
+FUSE = "fuse it instead (mlx-lora fuse)"
+LMSTUDIO = "~/.lmstudio/models/PUBLISHER/MODEL/"
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,34 @@ class ExportSettings:
         """
         if self.to not in FORMATS:
             raise InputError(f"--to {self.to!r}: not one of {', '.join(FORMATS)}")
-        check_gguf_type(self.gguf_type, self.out)
-        if self.base_id and "peft" not in self.to:
-            raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
-        check_push(self.push_to_hub, self.private)
-        check_gguf(self.to, has_adapter, self.gguf_type, self.ollama_base)
+        merged = FORMATS[self.to].merged_gguf
+        if self.gguf_type is not None and self.gguf_type not in GGUF_TYPES:
+            refused = f"--gguf-type {self.gguf_type}: not one of {', '.join(GGUF_TYPES)}"
+            if not ONLY_LLAMA_CPP.fullmatch(self.gguf_type):
+                raise InputError(refused)
+            kind, written = self.gguf_type.upper(), self.out.with_name(f"{self.out.stem}-f16.gguf")
+            small = self.out.with_name(f"{self.out.stem}-{kind}.gguf")
+            raise InputError(
+                f"{refused}; llama.cpp makes {kind}: export --to gguf --gguf-type f16 --out {written}, then "
+                + shlex.join(["llama-quantize", str(written), str(small), kind])
+            )
+        if self.push_to_hub is not None:
+            check_repo(self.push_to_hub)
+        to = f"--to {self.to}"
+        refuse(
+            {
+                f"--base-id with {to}: only a PEFT adapter names its base; leave it out": self.base_id
+                and "peft" not in self.to,
+                "--private without --push-to-hub: nothing is uploaded; give both, or neither": self.private
+                and self.push_to_hub is None,
+                f"--gguf-type with {to}: only a merged GGUF has one; leave it out": self.gguf_type and not merged,
+                "--ollama-base: needs --to ollama and --adapter-path, and excludes --gguf-type; change those flags": (
+                    self.ollama_base and (self.to != "ollama" or self.gguf_type or not has_adapter)
+                ),
+                f"{to} without --adapter-path: there is nothing to write; give the adapter's folder": not has_adapter
+                and not merged,
+            }
+        )
 
 
 @speaks_python(adapter_path="adapter")
@@ -174,62 +207,12 @@ def write_export(
             f"Note: the adapter was trained with a chat template of its own, and --to {settings.to} has no place for it, so "
             "the base's is used there; fuse, or export a merged model, to keep it"
         )
-    if uses := form.uses(job):
+    if uses := commands(job):
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         for path in form.files(job):
             log.info(f"{repo}: uploaded, {push(path, repo, settings.private)}")
     return job
-
-
-# Forms that have a place for a changed vision tower.
-WITH_TOWER = ("gguf", "peft", "mlx-vlm")
-# Forms whose readers take the chat template of the base.
-WITHOUT_TEMPLATE = ("mlx-lm", "mlx-vlm", "gguf-adapter")
-
-# Checks before the work
-
-# Types of llama.cpp that only its own program writes: K-quants, and those that need an importance matrix.
-ONLY_LLAMA_CPP = re.compile(r"i?q\d_(k|k_\w+|xs|xxs|s|m|nl)|tq\d_0", re.IGNORECASE)
-
-
-def check_gguf_type(gguf_type: str | None, out: Path) -> None:
-    """Refuse a type that we do not write, with what does.
-
-    Raises:
-        InputError: naming our types, and for one of llama.cpp's, the commands that make it.
-    """
-    if gguf_type is None or gguf_type in GGUF_TYPES:
-        return
-    refused = f"--gguf-type {gguf_type}: not one of {', '.join(GGUF_TYPES)}"
-    if not ONLY_LLAMA_CPP.fullmatch(gguf_type):
-        raise InputError(refused)
-    kind = gguf_type.upper()
-    written = out.with_name(f"{out.stem}-f16.gguf")
-    smaller = shlex.join(["llama-quantize", str(written), str(out.with_name(f"{out.stem}-{kind}.gguf")), kind])
-    raise InputError(
-        f"{refused}; llama.cpp makes {kind}: export --to gguf --gguf-type f16 --out {written}, then {smaller}"
-    )
-
-
-def check_gguf(to: str, has_adapter: bool, gguf_type: str | None, ollama_base: str | None) -> None:
-    """Refuse GGUF settings that a format does not have, and a missing adapter if it needs one."""
-    if gguf_type and not FORMATS[to].merged_gguf:
-        raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
-    if ollama_base and (to != "ollama" or gguf_type or not has_adapter):
-        raise InputError(
-            "--ollama-base: needs --to ollama and --adapter-path, and excludes --gguf-type; change those flags"
-        )
-    if not has_adapter and not FORMATS[to].merged_gguf:
-        raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")
-
-
-def check_push(repo: str | None, private: bool) -> None:
-    """Refuse an invalid hub id, and --private without one, before the work."""
-    if repo is not None:
-        check_repo(repo)
-    elif private:
-        raise InputError("--private without --push-to-hub: nothing is uploaded; give both, or neither")
 
 
 def check_new_folder(out: Path, force: bool) -> None:
@@ -319,52 +302,36 @@ def _write_own_template(job: Export) -> None:
     (job.settings.out / TEMPLATE_FILE).write_text(job.info.chat_template, encoding="utf-8")
 
 
-def _write_mlx_lm(job: Export) -> None:
-    """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
-    check_new_folder(job.settings.out, job.settings.force)
-    if job.info.qat:
-        raise InputError(f"--to mlx-lm: the adapter {FUSED_ONLY}")
-    _check_factors(job)
-    save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
-    remove_earlier(job.settings.out, WEIGHTS_FILE)
+def _write_factors(job: Export) -> None:
+    """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors, or for stock mlx-vlm.
 
-
-def _check_factors(job: Export) -> None:
-    """Refuse an adapter that stock mlx-lm and mlx-vlm would not load, or would read as another one."""
-    layers, why = adapter_layers(job.base.model), None
-    if job.info.full and job.info.method != "full":
-        why = f"trains {job.info.full[0]} in full, which they do not load beside adapter weights"
-    elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
-        why = f"adapts {apart[0]} without the head that is tied to it, and they adapt both"
-    elif experts := [path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE]:
-        why = f"has a {layers[experts[0]].LAYER_TYPE} on the experts of {experts[0]}, which they do not have"
-    if why:
-        raise InputError(f"--to {job.settings.to}: the adapter {why}; fuse it instead (mlx-lora fuse)")
-
-
-def _use_mlx_lm(job: Export) -> list[str]:
-    base = job.base.model_id
-    if Path(base).expanduser().is_dir() or ("/" in base and not Path(base).expanduser().exists()):
-        return [f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {job.path} --prompt Hello"]
-    # A GGUF file, or a small model that we get from elsewhere: stock mlx-lm has no such name.
-    folder = shlex.quote(str(job.base.folder))
-    return [f"mlx_lm.generate --model {folder} --adapter-path {job.path} --prompt Hello"]
-
-
-def _write_mlx_vlm(job: Export) -> None:
-    """Write an adapter folder for stock mlx-vlm, of a vision-language model."""
-    check_new_folder(job.settings.out, job.settings.force)
-    kind = str(job.base.config.get("model_type"))
-    if not isinstance(job.base.config.get("vision_config"), dict):
-        raise InputError(f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm")
-    _check_factors(job)
-    write_mlx_vlm(job.settings.out, job.base.model, job.info, kind)
-    remove_earlier(job.settings.out, WEIGHTS_FILE)
-
-
-def _use_mlx_vlm(job: Export) -> list[str]:
-    base = shlex.quote(job.base.model_id)
-    return [f"mlx_vlm.generate --model {base} --adapter-path {job.path} --image FILE --prompt Hello"]
+    Raises:
+        InputError: they would not load it, or would read it as another one.
+    """
+    out, info, to = job.settings.out, job.info, job.settings.to
+    check_new_folder(out, job.settings.force)
+    kind, sees = str(job.base.config.get("model_type")), isinstance(job.base.config.get("vision_config"), dict)
+    layers = adapter_layers(job.base.model)
+    apart = next((path for path, layer in layers.items() if not layer.adapts_head), None)
+    experts = next((path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE), "")
+    beside = f"--to {to}: the adapter"
+    refuse(
+        {
+            f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm" and not sees,
+            f"--to mlx-lm: the adapter {FUSED_ONLY}": to == "mlx-lm" and info.qat,
+            f"{beside} trains {', '.join(info.full[:1])} in full, which they do not load beside adapter weights; {FUSE}": (
+                info.full and info.method != "full"
+            ),
+            f"{beside} adapts {apart} without the head that is tied to it, and they adapt both; {FUSE}": apart,
+            f"{beside} has a {layers[experts].LAYER_TYPE if experts else ''} on the experts of {experts}, which they do not "
+            f"have; {FUSE}": experts,
+        }
+    )
+    if to == "mlx-vlm":
+        write_mlx_vlm(out, job.base.model, info, kind)
+    else:
+        save_adapter(out, job.base.model, info, same_rank=True)
+    remove_earlier(out, WEIGHTS_FILE)
 
 
 def _write_hf(job: Export) -> None:
@@ -380,11 +347,6 @@ def _write_hf(job: Export) -> None:
     write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
     if form:  # instead of the base's, which the run may have changed
         write_form(out, form, job.base.hf_tokenizer)
-
-
-def _use_hf(job: Export) -> list[str]:
-    python = f"AutoModelForCausalLM.from_pretrained({str(job.settings.out)!r})"
-    return [] if job.scores else [f"mlx_lm.generate --model {job.path} --prompt Hello  # or in Python: {python}"]
 
 
 def _write_sentence_transformers(job: Export) -> None:
@@ -425,12 +387,6 @@ def _embedding_form(job: Export) -> EmbeddingForm:
     return form
 
 
-def _use_sentence_transformers(job: Export) -> list[str]:
-    return [
-        f'python -c "from sentence_transformers import SentenceTransformer as S; print(S({str(job.settings.out)!r}))"'
-    ]
-
-
 def _check_gguf_file(out: Path, force: bool) -> None:
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
@@ -442,12 +398,6 @@ def _write_gguf_adapter(job: Export) -> None:
     _check_gguf_file(out, job.settings.force)
     check_writable(out.parent, "--out", needed_bytes=1_000_000)
     write_gguf_adapter(out, job.base.model, job.info.base_model, job.info.full)
-
-
-def _use_gguf_adapter(job: Export) -> list[str]:
-    base = job.base.model_id
-    file = base if base.endswith(".gguf") and Path(base).expanduser().is_file() else "BASE.gguf"
-    return [f"llama-cli -m {shlex.quote(file)} --lora {job.path}"]
 
 
 def _write_gguf(job: Export) -> None:
@@ -495,20 +445,6 @@ def _gguf_files(job: Export) -> list[Path]:
     return [out, tower] if has_tower(job.base.config) and tower.is_file() else [out]
 
 
-def _use_gguf(job: Export) -> list[str]:
-    _, *towers = _gguf_files(job)
-    if towers:
-        tower = towers[0]
-        run = f"llama-mtmd-cli -m {job.path} --mmproj {shlex.quote(str(tower))} --image FILE -p 'What is it?'"
-        lines = [run, f"mkdir -p {LMSTUDIO} && cp {job.path} {shlex.quote(str(tower))} {LMSTUDIO}  # LM Studio"]
-    else:
-        lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
-    if job.gguf_type in FLOATS:
-        small = shlex.quote(str(job.settings.out.with_name(f"{job.settings.out.stem}-Q4_K_M.gguf")))
-        lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
-    return lines
-
-
 def _write_ollama(job: Export) -> None:
     asked = job.settings
     options = {"gguf_type": job.gguf_type, "ollama_base": asked.ollama_base, "force": asked.force}
@@ -520,14 +456,40 @@ def _write_ollama(job: Export) -> None:
         )
 
 
-def _use_ollama(job: Export) -> list[str]:
-    out = job.settings.out
-    name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().stem.lower()).strip("-._") or "my-model"
-    return [f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
-
-
-FLOATS = ("f32", "f16", "bf16")  # what llama-quantize makes smaller
-LMSTUDIO = "~/.lmstudio/models/PUBLISHER/MODEL/"
+def commands(job: Export) -> list[str]:
+    """Return commands that use what was written, one line each, with a comment if it is not a command."""
+    out, base, path = job.settings.out, job.base.model_id, Path(job.base.model_id).expanduser()
+    match job.settings.to:
+        case "mlx-lm":
+            if not (path.is_dir() or ("/" in base and not path.exists())):
+                # A GGUF file, or a small model that we get from elsewhere: stock mlx-lm has no such name.
+                base = str(job.base.folder)
+            return [f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {job.path} --prompt Hello"]
+        case "mlx-vlm":
+            model = f"--model {shlex.quote(base)} --adapter-path {job.path}"
+            return [f"mlx_vlm.generate {model} --image FILE --prompt Hello"]
+        case "hf" if not job.scores:
+            python = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+            return [f"mlx_lm.generate --model {job.path} --prompt Hello  # or in Python: {python}"]
+        case "sentence-transformers" | "sentence-transformers-peft":
+            return [f'python -c "from sentence_transformers import SentenceTransformer as S; print(S({str(out)!r}))"']
+        case "gguf-adapter":
+            file = base if base.endswith(".gguf") and path.is_file() else "BASE.gguf"
+            return [f"llama-cli -m {shlex.quote(file)} --lora {job.path}"]
+        case "gguf":
+            lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
+            if towers := _gguf_files(job)[1:]:
+                tower = shlex.quote(str(towers[0]))
+                run = f"llama-mtmd-cli -m {job.path} --mmproj {tower} --image FILE -p 'What is it?'"
+                lines = [run, f"mkdir -p {LMSTUDIO} && cp {job.path} {tower} {LMSTUDIO}  # LM Studio"]
+            if job.gguf_type in FLOATS:
+                small = shlex.quote(str(out.with_name(f"{out.stem}-Q4_K_M.gguf")))
+                lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
+            return lines
+        case "ollama":
+            name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().stem.lower()).strip("-._") or "my-model"
+            return [f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
+    return []
 
 
 @dataclass(frozen=True)
@@ -537,7 +499,6 @@ class ExportFormat:
     Attributes:
         reader: the program that reads it.
         write: writes it.
-        uses: returns commands that use what was written, one line each, with a comment if it is not a command.
         holds_base: whether it holds weights of the base.
         merged_gguf: whether it needs no adapter, and has a --gguf-type.
         for_scores: whether a reward model has this format.
@@ -547,7 +508,6 @@ class ExportFormat:
 
     reader: str
     write: Callable[[Export], None]
-    uses: Callable[[Export], list[str]] = lambda job: []
     holds_base: bool = True
     merged_gguf: bool = False
     for_scores: bool = False
@@ -560,30 +520,22 @@ FORMATS = {
     "peft-qalora": ExportFormat(
         "PEFT over a GPTQ base (use_qalora)", _write_peft, holds_base=False, card_library="peft"
     ),
-    "mlx-lm": ExportFormat(
-        "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
-    ),
+    "mlx-lm": ExportFormat("stock mlx-lm (--adapter-path)", _write_factors, holds_base=False, card_library="mlx"),
     "mlx-vlm": ExportFormat(
-        "stock mlx-vlm (--adapter-path), for a vision-language model", _write_mlx_vlm, _use_mlx_vlm, holds_base=False
+        "stock mlx-vlm (--adapter-path), for a vision-language model", _write_factors, holds_base=False
     ),
-    "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
-    "sentence-transformers": ExportFormat(
-        "sentence-transformers", _write_sentence_transformers, _use_sentence_transformers
-    ),
+    "hf": ExportFormat("transformers", _write_hf, for_scores=True),
+    "sentence-transformers": ExportFormat("sentence-transformers", _write_sentence_transformers),
     "sentence-transformers-peft": ExportFormat(
         "sentence-transformers with PEFT",
         _write_sentence_transformers_peft,
-        _use_sentence_transformers,
         holds_base=False,
     ),
-    "gguf-adapter": ExportFormat(
-        "llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, _use_gguf_adapter, holds_base=False
-    ),
-    "gguf": ExportFormat("llama.cpp and LM Studio", _write_gguf, _use_gguf, merged_gguf=True, files=_gguf_files),
+    "gguf-adapter": ExportFormat("llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, holds_base=False),
+    "gguf": ExportFormat("llama.cpp and LM Studio", _write_gguf, merged_gguf=True, files=_gguf_files),
     "ollama": ExportFormat(
         "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
         _write_ollama,
-        _use_ollama,
         merged_gguf=True,
     ),
 }

@@ -14,30 +14,24 @@ For each trained token x of the held-out rows, given the tokens before it:
 On the new task, this KL correlates with forgetting across methods (arXiv 2509.04259). LoRA forgets less than full
 fine-tuning, and learns less (arXiv 2405.09673). Errors are standard errors over rows (utils/statistics.py), because the tokens
 of one row are not independent.
-
-Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.api.evaluate import choices_of, near_training, never, without_adapter
+from mlx_lora.api.evaluate import choices_of, near_training, without_adapter
 from mlx_lora.api.run_data import held_out_rows
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.batch import Batch
@@ -45,13 +39,11 @@ from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_tem
 from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.evaluation.token_losses import Readout, token_losses
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
-from mlx_lora.kernels.long_rows import long_row_kernels
-from mlx_lora.losses.cross_entropy import log_sum_exp
-from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.reports.charts import COMMON, Bar, bar_chart, perplexity, render_page
+from mlx_lora.trainer.ask import never
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -63,211 +55,8 @@ log = logging.getLogger(__name__)
 GENERAL = Path(__file__).parents[1] / "data" / "general"
 TASK, TEXT, CHAT = "task", "general text", "general chat"
 PROBE_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class ProbeQuestion:
-    """A question with a known answer, and each model's answer.
-
-    Attributes:
-        question: its text.
-        answers: words, any of which is right.
-        said: model's name -> greedy text, the base first.
-    """
-
-    question: str
-    answers: tuple[str, ...]
-    said: dict[str, str]
-
-    def right(self, name: str) -> bool:
-        """Tell whether a model's text contains an answer as a whole word, in any case."""
-        words = "|".join(re.escape(answer) for answer in self.answers)
-        return re.search(rf"(?<!\w)(?:{words})(?!\w)", self.said[name], re.IGNORECASE) is not None
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """The results of all measurements.
-
-    Attributes:
-        base: its model id.
-        adapters: name -> method and rank as text.
-        sets: set -> adapter -> Drift.
-        sources: set -> its file or id.
-        probes: with all models' answers.
-    """
-
-    base: str
-    adapters: dict[str, str]
-    sets: dict[str, dict[str, Drift]]
-    sources: dict[str, str]
-    probes: list[ProbeQuestion]
-
-    def right(self, name: str) -> int:
-        """Return the number of probes that a model (such as `base`) got right."""
-        return sum(probe.right(name) for probe in self.probes)
-
-    def verdict(self, where: str, name: str) -> str:
-        """Return the verdict on an adapter for a set."""
-        return self.sets[where][name].verdict(learned=where == TASK)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        sets = {
-            where: {
-                "source": self.sources[where],
-                "adapters": {
-                    name: {**dataclasses.asdict(drift), "change": drift.change, "verdict": self.verdict(where, name)}
-                    for name, drift in drifts.items()
-                },
-            }
-            for where, drifts in self.sets.items()
-        }
-        probes = {
-            "questions": len(self.probes),
-            "right": {name: self.right(name) for name in ("base", *self.adapters)},
-            "texts": [
-                {**dataclasses.asdict(probe), "right": {name: probe.right(name) for name in probe.said}}
-                for probe in self.probes
-            ],
-        }
-        return {"model": self.base, "adapters": self.adapters, "sets": sets, "probes": probes}
-
-
-@dataclass(frozen=True)
-class ForgettingRequest:
-    """What is measured.
-
-    Attributes:
-        task: the task's data; its template and lengths are used for the general sets as well.
-        general: set -> file or id, instead of the package's.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
-        held_out: the task is what the first adapter's run held out; `task` then only says how data is read.
-        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
-    """
-
-    task: DataSettings
-    general: Mapping[str, str] = field(default_factory=dict)
-    ignore_fingerprint: bool = False
-    batch_tokens: int | None = None
-    held_out: bool = False
-    stopped: Callable[[], bool] = never
-
-
-def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingRequest) -> Forgetting:
-    """Measure the adapters in some folders against the base, which is unadapted and is not changed.
-
-    Raises:
-        InputError: an adapter does not fit, adapters have different templates, data have no trained token, or no rows were
-            held out.
-    """
-    settings, general, stopped = asked.task, asked.general, asked.stopped
-    models, adapters, template = _put_adapters(base, folders, asked.ignore_fingerprint)
-    if template and not settings.chat_template:
-        base.hf_tokenizer.chat_template = template
-    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
-    own = Readout(base.model, base.config)
-    readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
-    vocabulary = base.model(mx.array([[0]])).shape[-1]
-    sets: dict[str, dict[str, Drift]] = {}
-    for where, source in takewhile(lambda _: not stopped(), sources.items()):
-        if where == TASK and asked.held_out:
-            rows, trained = held_out_rows(folders[0], base.hf_tokenizer)
-        else:
-            chosen, trained = settings if where == TASK else without_names(settings), None
-            rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
-        if where == TASK:
-            near_training(folders[0], base, rows, trained)
-        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
-        plan = BatchPlan(rows, batch_tokens=asked.batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-        log.info(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
-        try:
-            begun = takewhile(lambda _: not stopped(), plan.batches())
-            batches = tracked(begun, f"Measuring {where}", len(plan), "batches")
-            chose = zip(models, folders, strict=True) if where == TASK and asked.held_out else ()
-            choices = {name: choices_of(folder) for name, folder in chose}
-            sets[where] = measure_drifts(own, readouts, batches, vocabulary, choices)
-        except ValueError as error:
-            if stopped():
-                break
-            raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
-    log.info(f"Asking {len(models) + 1} models the probe questions")
-    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), stopped)
-    named = {TASK: f"held-out rows of {settings.data}" if asked.held_out else settings.data, **general}
-    shown = {where: str(named.get(where, "built in")) for where in sources}
-    return Forgetting(base.model_id, adapters, sets, shown, probes)
-
-
-def _put_adapters(
-    base: Base, folders: Sequence[Path], ignore_fingerprint: bool
-) -> tuple[dict[str, Base], dict[str, str], str | None]:
-    """Return name -> adapted model that shares the base's arrays, name -> description, and their common template."""
-    models, words, templates = {}, {}, {}
-    for folder, name in zip(folders, adapter_names(folders), strict=True):
-        adapted = without_adapter(base)
-        check_writes_text(folder)
-        info = load_adapter(adapted, folder, ignore_fingerprint)
-        models[name], templates[name] = adapted, info.chat_template
-        words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
-    if len(set(templates.values())) > 1:
-        raise InputError(
-            f"--against: {', '.join(templates)} were trained with different chat templates; measure them one by one"
-        )
-    return models, words, next(iter(templates.values()))
-
-
-def adapter_names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each: the folder's name, or as much of its path as makes it unique."""
-    parts = [folder.resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        others = [other for other in parts if other is not own]
-        depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
-        names.append("/".join(own[-depth:]))
-    if len(set(names)) < len(names):
-        raise InputError(f"--against {folders[-1]}: given twice; give each adapter once")
-    return names
-
-
-def _chat_template(base: Base, settings: DataSettings) -> str | None:
-    """Return the template for probes, None if the base model has none."""
-    if settings.chat_template:
-        return resolve_template(settings.chat_template, base.hf_tokenizer)[0]
-    return own_template(base.hf_tokenizer)
-
-
-def ask_probes(
-    models: dict[str, Base],
-    template: str | None,
-    stopped: Callable[[], bool] = never,
-) -> list[ProbeQuestion]:
-    """Ask every model every probe question.
-
-    Args:
-        models: name -> model.
-        template: Jinja text for questions; None: the models complete sentences instead.
-        stopped: asked before each question whether to end.
-    """
-    probes = []
-    lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions"):
-        row = json.loads(line)
-        prompt = row["question"] if template else row["completion"]
-        said = {}
-        for name, model in models.items():
-            tokens = encode_prompt(model.hf_tokenizer, prompt, template)
-            said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
-        probes.append(ProbeQuestion(prompt, tuple(row["answers"]), said))
-    return probes
-
-
-# Drift from the base
-
 # The largest rise in loss that counts as no change, and the largest that counts as small: 2% and 10% of perplexity.
 NO_CHANGE, SMALL_CHANGE = 0.02, 0.1
-CHECK_TOKENS = 16
-FEWEST_READ = 64  # positions; of fewer, most of the time on a CPU is spent on making a quantized head dense
 
 
 @dataclass(frozen=True)
@@ -314,134 +103,167 @@ class Drift:
         return "slightly forgotten" if self.change <= SMALL_CHANGE else "forgotten"
 
 
-class Readout:
-    """Reads a model's hidden states at trained positions, and their logits a few at a time."""
+@dataclass(frozen=True)
+class ForgettingRequest:
+    """What is measured.
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]):
-        """Split the model at its head, if that gives the model's own logits.
+    Attributes:
+        task: the task's data; its template and lengths are used for the general sets as well.
+        general: set -> file or id, instead of the package's.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        held_out: the task is what the first adapter's run held out; `task` then only says how data is read.
+        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
+    """
 
-        Args:
-            model: with or without an adapter, in eval mode.
-            config: its config.json.
-        """
-        head = find_head(model, config)
-        self._model = model
-        self._body, self._head = (head.hidden, head) if isinstance(head, Head) else (model, None)
-        if self._head is None:
-            return
-        ids = mx.arange(CHECK_TOKENS)[None]  # (1, T)
-        own = model(ids).astype(mx.float32)
-        cut = self._head.logits(self._body(ids))
-        if not mx.allclose(cut, own, rtol=1e-2, atol=1e-2 * mx.abs(own).max().item()).item():
-            self._body, self._head = model, None
+    task: DataSettings
+    general: Mapping[str, str] = field(default_factory=dict)
+    ignore_fingerprint: bool = False
+    batch_tokens: int | None = None
+    held_out: bool = False
+    stopped: Callable[[], bool] = never
 
-    def head_alone(self) -> Readout:
-        """Return a readout that only has `logits`, so that the model's blocks may be let go."""
-        alone = copy.copy(self)
-        if isinstance(self._head, Head):
-            alone._model = nn.Module()
-            alone._head = dataclasses.replace(self._head, body=nn.Module(), last=None)
-            alone._body = alone._head.hidden
-        return alone
 
-    def states(self, inputs: mx.array, positions: mx.array) -> mx.array:
-        """Return the input of `logits` for (P,) flat positions of the (B, T) inputs: (P, D), or (P, V) if not split."""
-        with long_row_kernels(self._model):
-            out = self._body(inputs)
-        return out.reshape(-1, out.shape[-1])[positions]
+def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingRequest) -> dict[str, Any]:
+    """Measure the adapters in some folders against the base, which is unadapted and is not changed.
 
-    def logits(self, states: mx.array) -> mx.array:
-        """Return (R, V) float32."""
-        return states.astype(mx.float32) if self._head is None else self._head.logits(states)
+    Returns:
+        JSON values: `model`, `adapters` (name -> method and rank), `sets` (set -> its `source`, and by adapter the numbers
+        of a Drift and its `verdict`), `probes` (`questions`, how many each model got `right`, and `texts`).
+
+    Raises:
+        InputError: an adapter does not fit, adapters have different templates, data have no trained token, or no rows were
+            held out.
+    """
+    settings, general, stopped = asked.task, asked.general, asked.stopped
+    models, adapters, templates = {}, {}, set()
+    for folder, name in zip(folders, adapter_names(folders), strict=True):
+        models[name] = without_adapter(base)
+        check_writes_text(folder)
+        info = load_adapter(models[name], folder, asked.ignore_fingerprint)
+        templates.add(info.chat_template)
+        adapters[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
+    if len(templates) > 1:
+        raise InputError(
+            f"--against: {', '.join(models)} were trained with different chat templates; measure them one by one"
+        )
+    if (template := templates.pop()) and not settings.chat_template:
+        base.hf_tokenizer.chat_template = template
+    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
+    readout, readouts = Readout(base), {name: Readout(model) for name, model in models.items()}
+    sets: dict[str, dict[str, Drift]] = {}
+    for where, source in takewhile(lambda _: not stopped(), sources.items()):
+        held_out = where == TASK and asked.held_out
+        if held_out:
+            rows, trained = held_out_rows(folders[0], base.hf_tokenizer)
+        else:
+            chosen, trained = settings if where == TASK else without_names(settings), None
+            rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
+        if where == TASK:
+            near_training(folders[0], base, rows, trained)
+        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
+        plan = BatchPlan(rows, batch_tokens=asked.batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
+        log.info(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
+        begun = takewhile(lambda _: not stopped(), plan.batches())
+        batches = tracked(begun, f"Measuring {where}", len(plan), "batches")
+        choices = {name: choices_of(folder) for name, folder in zip(models, folders, strict=True) if held_out}
+        if drifts := measure_drifts(readout, readouts, batches, choices):
+            sets[where] = drifts
+        elif not stopped():
+            raise InputError(f"--data {source}: no trained token in the set; give rows with something to answer")
+    log.info(f"Asking {len(models) + 1} models the probe questions")
+    template = own_template(base.hf_tokenizer)
+    if settings.chat_template:
+        template = resolve_template(settings.chat_template, base.hf_tokenizer)[0]
+    probes = ask_probes({"base": base, **models}, template, stopped)
+    named = {TASK: f"held-out rows of {settings.data}" if asked.held_out else settings.data, **general}
+    facts: dict[str, Any] = {"model": base.model_id, "adapters": adapters, "sets": {}}
+    for where, drifts in sets.items():
+        measured = {
+            name: {**asdict(drift), "change": drift.change, "verdict": drift.verdict(learned=where == TASK)}
+            for name, drift in drifts.items()
+        }
+        facts["sets"][where] = {"source": str(named.get(where, "built in")), "adapters": measured}
+    right = {name: sum(probe["right"][name] for probe in probes) for name in ("base", *adapters)}
+    return facts | {"probes": {"questions": len(probes), "right": right, "texts": probes}}
+
+
+def adapter_names(folders: Sequence[Path]) -> list[str]:
+    """Return a short name for each: the folder's name, or as much of its path as makes it unique."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other is not own]
+        depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
+        names.append("/".join(own[-depth:]))
+    if len(set(names)) < len(names):
+        raise InputError(f"--against {folders[-1]}: given twice; give each adapter once")
+    return names
+
+
+def ask_probes(
+    models: dict[str, Base], template: str | None, stopped: Callable[[], bool] = never
+) -> list[dict[str, Any]]:
+    """Ask every model every probe question, and return of each `question`, `answers`, and by model what was `said` and `right`.
+
+    Args:
+        models: name -> model.
+        template: Jinja text for questions; None: the models complete sentences instead.
+        stopped: asked before each question whether to end.
+    """
+    probes = []
+    lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions"):
+        row = json.loads(line)
+        prompt = row["question"] if template else row["completion"]
+        said = {}
+        for name, model in models.items():
+            tokens = encode_prompt(model.hf_tokenizer, prompt, template)
+            said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
+        right = {name: has_answer(text, row["answers"]) for name, text in said.items()}
+        probes.append({"question": prompt, "answers": row["answers"], "said": said, "right": right})
+    return probes
+
+
+def has_answer(text: str, answers: Sequence[str]) -> bool:
+    """Tell whether a text contains one of some answers as a whole word, in any case."""
+    words = "|".join(map(re.escape, answers))
+    return re.search(rf"(?<!\w)(?:{words})(?!\w)", text, re.IGNORECASE) is not None
 
 
 def measure_drifts(
-    base: Readout,
-    tuned: Mapping[str, Readout],
-    batches: Iterable[Batch],
-    vocabulary: int,
-    choices: Mapping[str, int] | None = None,
+    base: Readout, tuned: Mapping[str, Readout], batches: Iterable[Batch], choices: Mapping[str, int] | None = None
 ) -> dict[str, Drift]:
-    """Measure the same batches with the base, once, and with every tuned model.
+    """Measure the same batches with the base, once, and with every tuned model; nothing if they have no trained token.
 
     Args:
         base: the model that all are compared with.
         tuned: name -> model, with the same vocabulary.
         batches: held-out rows, each once.
-        vocabulary: V, which decides how many positions are read together.
         choices: name -> among how many the model was chosen by these rows; None: none was.
-
-    Raises:
-        ValueError: there is no trained token.
     """
-    step = read_at_once(vocabulary)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in tuned}
-    rows, row_count = [], 0
+    base_losses, columns, owners, row_count = [np.zeros(0)], [], [], 0
     for batch in batches:
-        trained_at = np.flatnonzero(batch.mask)
-        inputs, targets = mx.array(batch.inputs), mx.array(batch.targets.reshape(-1)[trained_at])
-        positions = mx.array(trained_at)
-        of_base = base.states(inputs, positions)
-        of_tuned = {name: readout.states(inputs, positions) for name, readout in tuned.items()}
-        mx.eval(of_base, of_tuned)
-        for start in range(0, len(trained_at), step):
-            tile = slice(start, start + step)
-            base_logs = log_probabilities(base.logits(of_base[tile]))
-            for name, readout in tuned.items():
-                tuned_logs = log_probabilities(readout.logits(of_tuned[name][tile]))
-                columns[name].append(np.array(_compare(base_logs, tuned_logs, targets[tile])))  # (4, R)
-        rows.append(trained_at // batch.mask.shape[1] + row_count)
+        losses, found = token_losses(base.read(batch), [one.read(batch) for one in tuned.values()])
+        base_losses.append(losses)
+        columns.append(found)
+        owners.append(np.flatnonzero(batch.mask) // batch.mask.shape[1] + row_count)
         row_count += len(batch.mask)
-    if not sum(map(len, rows)):
-        raise ValueError("no trained token in the set")
-    numbers = np.unique(np.concatenate(rows), return_inverse=True)[1]
-    return {
-        name: _drift(np.concatenate(parts, axis=1).astype(np.float64), numbers, (choices or {}).get(name, 1))
-        for name, parts in columns.items()
-    }
-
-
-def _drift(columns: np.ndarray, rows: np.ndarray, choices: int) -> Drift:
-    """Summarize the columns that `_compare` returned.
-
-    Args:
-        columns: (4, tokens).
-        rows: (tokens,) each token's row, from 0.
-        choices: as for `ratio_error`.
-    """
-    base_losses, losses, kls, same = columns
-    counts = np.bincount(rows)
-    change_error, change_reach = ratio_error(np.bincount(rows, losses - base_losses), counts, choices)
-    return Drift(
-        rows=int(rows.max()) + 1,
-        tokens=len(rows),
-        base_loss=float(base_losses.mean()),
-        loss=float(losses.mean()),
-        change_error=change_error,
-        change_reach=change_reach,
-        kl=float(kls.mean()),
-        kl_error=ratio_error(np.bincount(rows, kls), counts)[0],
-        same_top=float(same.mean()),
-    )
-
-
-def read_at_once(vocabulary: int) -> int:
-    """Return how many positions' logits are computed together."""
-    return max(FEWEST_READ, loss_tile_bytes() // (4 * vocabulary))
-
-
-def log_probabilities(logits: mx.array) -> mx.array:
-    """Return the log-probabilities of (R, V) logits."""
-    return logits - log_sum_exp(logits)[:, None]  # (R, V)
-
-
-def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx.array:
-    """Return (4, R) float32: the base's loss, the tuned model's, the KL, and whether the most likely token is the same."""
-    at = targets[:, None]
-    losses = [-mx.take_along_axis(logs, at, axis=-1).squeeze(-1) for logs in (base_logs, tuned_logs)]
-    kl = (mx.exp(base_logs) * (base_logs - tuned_logs)).sum(axis=-1)
-    same = (base_logs.argmax(axis=-1) == tuned_logs.argmax(axis=-1)).astype(mx.float32)
-    return mx.stack([*losses, kl, same])
+    of_base = np.concatenate(base_losses).astype(np.float64)
+    if not len(of_base):
+        return {}
+    rows = np.unique(np.concatenate(owners), return_inverse=True)[1]
+    counts, drifts = np.bincount(rows), {}
+    for name, parts in zip(tuned, zip(*columns, strict=True), strict=True):
+        losses, kls, same = np.concatenate(parts, axis=1).astype(np.float64)
+        changes = np.bincount(rows, losses - of_base)
+        change_error, change_reach = ratio_error(changes, counts, (choices or {}).get(name, 1))
+        drifts[name] = Drift(
+            rows=int(rows.max()) + 1, tokens=len(rows), base_loss=float(of_base.mean()), loss=float(losses.mean()),
+            change_error=change_error, change_reach=change_reach, kl=float(kls.mean()),
+            kl_error=ratio_error(np.bincount(rows, kls), counts)[0], same_top=float(same.mean()),
+        )  # fmt: skip
+    return drifts
 
 
 # The page
@@ -452,29 +274,21 @@ def write_page(path: Path, facts: dict[str, Any], command: str, device: str) -> 
 
     Args:
         path: its file; replaced atomically.
-        facts: Forgetting.to_dict().
+        facts: from `measure_forgetting`.
         command: the command that measured it.
         device: a line about the machine.
     """
     names = list(facts["adapters"])
+    probes = [
+        {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
+        for probe in facts["probes"]["texts"]
+    ]
     page = render_page(
-        COMMON,
-        "forgetting.html",
-        facts=facts,
-        names=names,
-        badges=badges(facts),
-        charts=charts(facts),
-        rows=verdict_rows(facts),
-        small=(NO_CHANGE, SMALL_CHANGE),
-        sources={where: one["source"] for where, one in facts["sets"].items()},
-        probes=[
-            {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
-            for probe in facts["probes"]["texts"]
-        ],
-        command=command,
-        device=device,
-        date=date.today().isoformat(),
-    )
+        COMMON, "forgetting.html", facts=facts, names=names, badges=badges(facts), charts=charts(facts),
+        rows=verdict_rows(facts), small=(NO_CHANGE, SMALL_CHANGE),
+        sources={where: one["source"] for where, one in facts["sets"].items()}, probes=probes, command=command,
+        device=device, date=date.today().isoformat(),
+    )  # fmt: skip
     replace_text(path, page)
 
 
@@ -482,24 +296,23 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
     """Return the table's rows (column -> cell), one per set and adapter, with the probes last.
 
     Args:
-        facts: Forgetting.to_dict().
+        facts: from `measure_forgetting`.
     """
-    rows = []
-    for where, one in facts["sets"].items():
-        for name, drift in one["adapters"].items():
-            rows.append(
-                {
-                    "set": where,
-                    "adapter": name,
-                    "verdict": drift["verdict"],
-                    "tokens": f"{drift['tokens']:,}",
-                    "base perplexity": perplexity(drift["base_loss"]),
-                    "perplexity": perplexity(drift["loss"]),
-                    "change": f"{drift['change']:+.4f}{_error_words(drift['change_error'])}",
-                    "KL": f"{drift['kl']:.4f}{_error_words(drift['kl_error'])}",
-                    "same top token": f"{drift['same_top']:.1%}",
-                }
-            )
+
+    def error(value: float | None) -> str:
+        """Return a standard error as text; nothing for a set of one row, which has none."""
+        return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
+
+    rows = [
+        {
+            "set": where, "adapter": name, "verdict": drift["verdict"], "tokens": f"{drift['tokens']:,}",
+            "base perplexity": perplexity(drift["base_loss"]), "perplexity": perplexity(drift["loss"]),
+            "change": f"{drift['change']:+.4f}{error(drift['change_error'])}",
+            "KL": f"{drift['kl']:.4f}{error(drift['kl_error'])}", "same top token": f"{drift['same_top']:.1%}",
+        }
+        for where, one in facts["sets"].items()
+        for name, drift in one["adapters"].items()
+    ]  # fmt: skip
     right, asked = facts["probes"]["right"], facts["probes"]["questions"]
     for name in facts["adapters"] if rows and asked else ():
         counts = {"base perplexity": f"{right['base']} right", "perplexity": f"{right[name]} right"}
@@ -507,11 +320,6 @@ def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
             {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}
         )
     return rows
-
-
-def _error_words(value: float | None) -> str:
-    """Return a standard error as text; nothing for a set of one row, which has none."""
-    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
 
 
 TONES = {
@@ -524,7 +332,7 @@ def badges(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the page's beginning: for each adapter a sentence, and (set, verdict, tone) of each set.
 
     Args:
-        facts: Forgetting.to_dict().
+        facts: from `measure_forgetting`.
     """
     found = []
     for name in facts["adapters"]:
@@ -562,31 +370,26 @@ def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the page's charts, with a bar for each model: perplexity and KL of each set, and the probes.
 
     Args:
-        facts: Forgetting.to_dict().
+        facts: from `measure_forgetting`.
     """
     names = list(facts["adapters"])
-    drawn = []
-    for where, one in facts["sets"].items():
-        drifts = one["adapters"]
-        base_loss = drifts[names[0]]["base_loss"]
-        bars = [Bar("base", _capped(base_loss), words=perplexity(base_loss), color=2)]
-        for index, name in enumerate(names):
-            loss = drifts[name]["loss"]
-            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=index % 2, note=drifts[name]["verdict"]))
-        drawn.append((f"Perplexity, {where}", bars))
-    for where, one in facts["sets"].items():
+    perplexities, divergences = [], []
+    for where, measured in facts["sets"].items():
+        of_set = measured["adapters"]
+        losses = [("base", of_set[names[0]]["base_loss"], 2, "")]
+        losses += [(name, one["loss"], at % 2, one["verdict"]) for at, (name, one) in enumerate(of_set.items())]
+        bars = [
+            # Finite even for a diverged adapter.
+            Bar(name, math.exp(min(loss, 30.0)), words=perplexity(loss), color=color, note=note)
+            for name, loss, color, note in losses
+        ]
+        perplexities.append((f"Perplexity, {where}", bars))
         bars = []
-        for index, name in enumerate(names):
-            drift = one["adapters"][name]
+        for index, (name, drift) in enumerate(of_set.items()):
             kl, error = max(drift["kl"], 0.0), drift["kl_error"] if math.isfinite(drift["kl_error"]) else 0.0
             bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=index % 2))
-        drawn.append((f"KL from the base, {where}", bars))
+        divergences.append((f"KL from the base, {where}", bars))
     right = facts["probes"]["right"]
     answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
-    drawn.append((f"Right answers to {facts['probes']['questions']} probes", answers))
+    drawn = [*perplexities, *divergences, (f"Right answers to {facts['probes']['questions']} probes", answers)]
     return [{"title": title, "svg": bar_chart(title, bars)} for title, bars in drawn]
-
-
-def _capped(loss: float) -> float:
-    """Return the perplexity as a bar's length, which is finite even for a diverged adapter."""
-    return math.exp(min(loss, 30.0))

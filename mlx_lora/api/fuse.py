@@ -9,28 +9,53 @@ kept a new one (with a budget of bits, in the other order), and the better of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.api.fused_gain import FADED, Gain, GainMeter, calibration_tokens
+from mlx_lora.api.evaluate import without_adapter
+from mlx_lora.api.forgetting import GENERAL
+from mlx_lora.api.run_data import data_of_run, with_settings_of_run
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.evaluation.token_losses import Readout, token_losses
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.fuse import Rounding, Survival, is_rounded, write_fused
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens
 from mlx_lora.exporters.sentence_transformers import write_form
+from mlx_lora.models.convert import convert_model
 from mlx_lora.models.head import SCORE_WEIGHT
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.text_vectors import form_of_run
+from mlx_lora.trainer.adapter import adapter_template
+from mlx_lora.trainer.held_out import held_out_plan
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import place_beside, replacing_folder
+from mlx_lora.utils.hub import resolve_model
+from mlx_lora.utils.progress import tracked
 
 # A larger error of rounding, relative to the update, is not taken for harmless without measuring.
 HARMLESS = 0.05
 FINE_BITS = 8  # from so many bits on, rounding each weight for itself loses little
+ROWS = 32  # measured, at most
+GENERAL_ROWS = 16  # of general texts, where there are no others
+LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance
+BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows take about as long each
+BATCH_TOKENS = 1024
+MOST_DATA_BYTES = 20_000_000  # larger data of a run is only read on request (--data)
+FADED = 0.9  # if less of the gain is kept, the ways out are named
+LEAST_GAIN = 0.02  # nats per token; a share of less is a share of noise
+CALIBRATION_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -130,27 +155,28 @@ def fuse(model: ModelSettings, adapter: Path, asked: FuseSettings, ignore_finger
             write_form(out, form, base.hf_tokenizer)
         return Fused(base.model_id, len(info.full), ways[number], survival), not (scores or form)
 
-    def read(out: Path) -> Base:
-        return load_base(replace(model, model=str(out), revision=None, bits=None))
-
     best, predicts = write(asked.out, 0, force=asked.force)
     if not predicts or not (asked.data or best.summary()["error_mean"] > HARMLESS):
         return best
-    meter = GainMeter.of_adapter(model, adapter, asked.data, ignore_fingerprint)
-    best = replace(best, gain=meter.compare(read(asked.out)))
+    meter = GainMeter(model, adapter, asked.data, ignore_fingerprint)
+    written = replace(model, revision=None, bits=None)
+    gain = meter.compare(load_base(replace(written, model=str(asked.out))))
     for number in range(1, len(ways)):
-        if best.gain is not None and best.gain.kept is not None and best.gain.kept >= FADED:
+        if gain.kept is not None and gain.kept >= FADED:
             break
         with TemporaryDirectory(prefix=f".{asked.out.name}.", dir=place_beside(asked.out)) as folder:
             out = Path(folder) / asked.out.name
             other, _ = write(out, number, force=False)
-            other = replace(other, gain=meter.compare(read(out)))
-            if _keeps_more(other.gain, best.gain):
+            found = meter.compare(load_base(replace(written, model=str(out))))
+            closer = found.loss_fused < gain.loss_fused  # by its loss, on texts of its run
+            if gain.kept is None and found.kl is not None and gain.kl is not None:
+                closer = found.kl < gain.kl
+            if closer:
                 with replacing_folder(asked.out) as place:
                     for file in out.iterdir():
                         file.rename(place / file.name)
-                best = other
-    return best
+                best, gain = other, found
+    return replace(best, gain=gain)
 
 
 def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Rounding]:
@@ -187,10 +213,192 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
     return grids[::-1] if way.budget and not way.compensate else grids  # more bits make a new grid's error smaller
 
 
-def _keeps_more(one: Gain | None, other: Gain | None) -> bool:
-    """Tell whether a fused model is closer to the adapted one than another: by its loss, on texts of its run."""
-    if one is None or other is None:
-        return False
-    if other.kept is None and one.kl is not None and other.kl is not None:
-        return one.kl < other.kl
-    return one.loss_fused < other.loss_fused
+# What was kept
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean losses on the same rows.
+
+    Attributes:
+        loss_base, loss_adapter, loss_fused: in nats per supervised token.
+        rows: how many were measured.
+        of: where they come from, in words.
+        kl: of the fused model from the adapted one, in nats per supervised token; None: the vocabularies differ.
+        general: why they are general texts, which the adapter was not trained for; None: they are not.
+    """
+
+    loss_base: float
+    loss_adapter: float
+    loss_fused: float
+    rows: int
+    of: str
+    kl: float | None = None
+    general: str | None = None
+
+    @property
+    def kept(self) -> float | None:
+        """The share of the adapter's gain that the fused model has; None: the adapter gains nothing on these rows."""
+        gain = self.loss_base - self.loss_adapter
+        return (self.loss_base - self.loss_fused) / gain if gain > LEAST_GAIN and self.general is None else None
+
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers by name, for JSON."""
+        return {**asdict(self), "kept": self.kept}
+
+    def words(self) -> str:
+        """Return the measurement as one sentence."""
+        losses = f"base {self.loss_base:.2f}, with adapter {self.loss_adapter:.2f}, fused {self.loss_fused:.2f}"
+        if self.kl is not None:
+            losses += f"; KL {self.kl:.3f}"
+        if self.general is not None:
+            return (
+                f"on {self.of}, the loss is {losses}; what the fused model keeps of the adapter's gain was not measured, "
+                f"because {self.general}: measure it with --data FILE"
+            )
+        if self.kept is None:
+            return f"the adapter does not lower the loss on {self.of} ({losses}); measure on others with --data FILE"
+        share = "all" if self.kept >= 1 else "nothing" if self.kept <= 0 else f"{self.kept:.0%}"
+        return f"the fused model keeps {share} of the adapter's gain in loss ({losses}; {self.of})"
+
+
+NOT_MEASURED = {
+    **dict.fromkeys(("loss_base", "loss_adapter", "loss_fused", "kept", "kl", "general")), "rows": 0, "of": None,
+}  # fmt: skip
+
+
+class GainMeter:
+    """The losses of a base without and with an adapter, to compare fused models with."""
+
+    def __init__(self, model: ModelSettings, adapter: Path, data: str | None, ignore_fingerprint: bool = False):
+        """Measure the base and the adapter on some rows.
+
+        Args:
+            model: the base.
+            adapter: the adapter's folder.
+            data: as `evaluate --data` takes it; None: what the adapter's run held out, if that is on this disk, and general
+                texts if not.
+            ignore_fingerprint: as for load_adapter.
+
+        Raises:
+            InputError: `data` cannot be used.
+        """
+        base = load_base(model)
+        if template := adapter_template(adapter):
+            base.hf_tokenizer.chat_template = template
+        general = None
+        found = given_rows(data, adapter, base) if data else rows_of_run(adapter, base)
+        if isinstance(found, str):
+            rows = load_eval_set(str(GENERAL / "text.jsonl"), train_settings({}).data, base.hf_tokenizer)
+            chosen = rows.select(spaced_by_length(rows, min(GENERAL_ROWS, rows.examples)))
+            found, general = (chosen, "rows of general texts"), found
+        rows, of = found
+        self._batches, measured = affordable_batches(base, rows)
+        adapted = without_adapter(base)
+        load_adapter(adapted, adapter, ignore_fingerprint)
+        before, after = Readout(base), Readout(adapted)
+        head, self._states, losses, learned = after.head_alone(), [], [], []
+        for batch in tracked(self._batches, "Measuring base and adapter", len(self._batches), "batches"):
+            states = after.read(batch)
+            of_base, (of_adapter,) = token_losses(before.read(batch), [states])
+            losses.append(of_base)
+            learned.append(of_adapter[0])
+            self._states.append(replace(states, readout=head))
+        self._before = Gain(_mean(losses), _mean(learned), math.nan, measured, f"{measured} {of}", None, general)
+
+    def compare(self, fused: Base) -> Gain:
+        """Measure a fused model's loss, and its KL from the adapted one."""
+        readout, columns = Readout(fused), []
+        batches = tracked(self._batches, "Measuring the fused model", len(self._batches), "batches")
+        for states, batch in zip(self._states, batches, strict=True):
+            columns += token_losses(states, [readout.read(batch)])[1]
+        kl = _mean([divergence for _, divergence, _ in columns])
+        # A divergence is never negative, but its rounding may be; there is none where the vocabularies differ.
+        kl = None if math.isnan(kl) else max(0.0, kl)
+        return replace(self._before, loss_fused=_mean([loss for loss, _, _ in columns]), kl=kl)
+
+
+def _mean(parts: list[np.ndarray]) -> float:
+    return float(np.concatenate(parts).mean(dtype=np.float64))
+
+
+def read_back(path: Path) -> Base:
+    """Load a merged model that was written as a folder or a GGUF file, without keeping a converted copy of it."""
+    if path.is_dir():
+        return load_base(ModelSettings(model=str(path)))
+    with TemporaryDirectory() as folder:
+        convert_model(resolve_model(str(path), None), Path(folder) / path.stem, target="carry")
+        return load_base(ModelSettings(model=str(Path(folder) / path.stem)))
+
+
+def loss_on(base: Base, batches: list[Batch], of: str) -> float:
+    """Return the mean loss of supervised tokens.
+
+    Args:
+        base: with or without an adapter.
+        batches: of rows.
+        of: the model in words, for a display of the progress.
+    """
+    readout = Readout(base)
+    tracked_batches = tracked(batches, f"Measuring {of}", len(batches), "batches")
+    return _mean([token_losses(readout.read(batch))[0] for batch in tracked_batches])
+
+
+def affordable_batches(base: Base, rows: EncodedSet, seconds: float = BASE_S) -> tuple[list[Batch], int]:
+    """Return batches of rows that are spaced by length, as many as are measured in this time, and the number of their rows.
+
+    On a slow machine, these are more than that: at least those with the fewest rows.
+    """
+    rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
+    plan = held_out_plan(rows, replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS))
+    batches = list(plan.batches())
+    loss_on(base, batches[:1], "speed")  # compiles
+    start = time.perf_counter()
+    loss_on(base, batches[:1], "speed")
+    count = max(1, int(seconds / (time.perf_counter() - start)))
+    real = np.cumsum([int(batch.real.sum()) for batch in batches])  # rows up to each batch
+    count = min(len(batches), max(count, int(np.searchsorted(real, min(LEAST_ROWS, rows.examples) * rows.group)) + 1))
+    return batches[:count], int(real[count - 1]) // rows.group
+
+
+# Which rows
+
+
+def given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:
+    """Return the rows of --data, read with the columns of the run that trained the adapter, and their source in words."""
+    settings = with_settings_of_run(train_settings({"data": data}), ("data",), adapter)
+    rows = load_eval_set(data, settings.data, base.hf_tokenizer)
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data}")
+    return rows, f"rows of {data}"
+
+
+def rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str] | str:
+    """Return the rows that the adapter's run held out and their source in words, or why there are none."""
+    splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
+    if isinstance(splits, str):
+        return splits
+    held_out = splits.test or splits.valid
+    return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run"
+
+
+def calibration_tokens(base: Base, adapter: Path, data: str | None) -> CalibrationTokens | str:
+    """Return the tokens that a fused model is rounded for, of the rows that the adapter was trained on; or why there are none.
+
+    The package's general texts are not among them: they are kept for measuring.
+
+    Args:
+        base: whose tokenizer has the adapter's chat template.
+        adapter: its folder.
+        data: rows instead of the run's, as `evaluate --data` takes them; None: the run's.
+
+    Raises:
+        InputError: `data` cannot be used.
+    """
+    if data:
+        rows, of = given_rows(data, adapter, base)
+    else:
+        splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
+        if isinstance(splits, str):
+            return splits
+        rows, of = splits.train, "the run's training rows"
+    return CalibrationTokens.from_rows(rows, CALIBRATION_TOKENS, of)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.sample_utils import make_sampler
 
 from mlx_lora.api.base import TextSettings
 from mlx_lora.config.settings import DataSettings
@@ -59,13 +57,7 @@ def image_answer_pieces(
     tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
     check_token_ids(base, max(tokens), "--prompt")
     arrays = vision.arrays(np.array([tokens], np.int32), [digests])
-    if settings.seed is not None:
-        mx.random.seed(settings.seed)
-    sampler = make_sampler(
-        temp=0.0 if settings.top_p == 0 else settings.temperature,
-        top_p=settings.top_p if settings.top_p < 1 else 0.0,
-        top_k=settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0,
-    )
+    sampler = settings.sampler(base)
     hold_weights(base)
     model = ModelWithImages(base.model, vision.spec, arrays, tokens)
     yield from stream_generate(

@@ -22,7 +22,7 @@ from mlx_lora.adapters.targets import targets_of
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.fused_gain import affordable_batches, given_rows, loss_on, rows_of_run
+from mlx_lora.api.fuse import affordable_batches, given_rows, loss_on, rows_of_run
 from mlx_lora.config.fields import flag_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import find_sets
@@ -33,7 +33,7 @@ from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.objectives.embed import kept_choices
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
@@ -144,10 +144,10 @@ def merge(
         InputError: an argument cannot be used, or the adapters cannot be merged in this way.
     """
     settings = MergeSettings(how, density, svd_rank, seed, majority_sign_method)
-    job = MergeJob(check_weights(adapters), settings, check_out(Path(out), force), ignore_fingerprint)
+    weights, folder = check_weights(adapters), check_out(Path(out), force)
     base = as_base(base, "merge")
     with base.loaded.lent() as lent:
-        return job.run(lent, data, evaluate=evaluate)
+        return merge_adapters(lent, weights, settings, folder, ignore_fingerprint, data, evaluate=evaluate)
 
 
 def check_weights(adapters: Mapping[str, Any] | Mapping[PathLike, Any]) -> dict[str, float]:
@@ -215,22 +215,22 @@ class Source:
         info = load_adapter(base, folder, ignore_fingerprint)
         layers = adapter_layers(base.model)
         remove_adapters(base.model)
-        if info.full:
-            why = (
-                f"trains {len(info.full)} parameters in full ({info.full[0]} ...), and only adapter weights are merged"
-            )
-        elif any(of_tower(path) for path in layers):
-            why = "changes the vision tower, and only language models are merged"
-        elif info.qat:
-            why = FUSED_ONLY
-        elif kinds := {layer.LAYER_TYPE for layer in layers.values() if layer.BESIDE}:
-            why = f"is of the type {', '.join(kinds)}, whose update is not a sum; merge LoRA adapters"
-        elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
-            why = f"adapts {apart[0]} without the head, which is the same matrix here"
-        else:
-            why = None
-        if why is not None:
-            raise InputError(f"--adapter {given}: {why}")
+        beside = {layer.LAYER_TYPE for layer in layers.values() if layer.BESIDE}
+        apart = next((path for path, layer in layers.items() if not layer.adapts_head), None)
+        refuse(
+            {
+                f"--adapter {given}: trains {len(info.full)} parameters in full ({', '.join(info.full[:1])} ...), and only "
+                "adapter weights are merged": info.full,
+                f"--adapter {given}: changes the vision tower, and only language models are merged": any(
+                    map(of_tower, layers)
+                ),
+                f"--adapter {given}: {FUSED_ONLY}": info.qat,
+                f"--adapter {given}: is of the type {', '.join(beside)}, whose update is not a sum; merge LoRA adapters": (
+                    beside
+                ),
+                f"--adapter {given}: adapts {apart} without the head, which is the same matrix here": apart,
+            }
+        )
         parts = {}
         for path, layer in layers.items():
             a, b = layer.plain_factors()
@@ -248,93 +248,77 @@ class Source:
         return max(part.rank for part in self.layers.values())
 
 
-@dataclass(frozen=True)
-class MergeJob:
-    """What is merged, and where it goes.
+def merge_adapters(
+    base: Base,
+    weights: Mapping[str, float],
+    settings: MergeSettings,
+    out: Path,
+    ignore_fingerprint: bool = False,
+    data: str | None = None,
+    *,
+    evaluate: bool = True,
+) -> Merged:
+    """Write the merged adapter, and measure it.
 
-    Attributes:
-        weights: by folder or hub id.
-        settings: how.
+    Args:
+        base: without an adapter; it is left so.
+        weights: of the adapters, by folder or hub id.
+        settings: how they are merged.
         out: folder that may be written.
         ignore_fingerprint: as for load_adapter.
+        data: rows to measure on; None: those of the adapters' runs.
+        evaluate: whether anything is measured.
+
+    Raises:
+        InputError: the adapters cannot be merged in this way, or `data` cannot be used.
     """
+    if data:
+        find_sets(data)  # refused before the work if it is not there
+    sources = [Source.read(base, given, weight, ignore_fingerprint) for given, weight in weights.items()]
+    folders = [source.folder.resolve() for source in sources]
+    if twice := [source.given for i, source in enumerate(sources) if folders[i] in folders[:i]]:
+        raise InputError(f"--adapter {twice[0]}: given twice; give it once, with the sum of the weights")
+    if out.resolve() in folders:
+        raise InputError(f"--out {out}: is one of the adapters; give another folder")
+    vectors = _vector_settings(sources)
+    factors = merged_factors(sources, settings)
+    ranks = [part.rank for part in factors.values()]
+    merged = Merged(out, settings, dict(weights), max(ranks), len(ranks))
 
-    weights: dict[str, float]
-    settings: MergeSettings
-    out: Path
-    ignore_fingerprint: bool = False
-
-    def run(self, base: Base, data: str | None = None, *, evaluate: bool = True) -> Merged:
-        """Write the merged adapter, and measure it.
-
-        Args:
-            base: without an adapter; it is left so.
-            data: rows to measure on; None: those of the adapters' runs.
-            evaluate: whether anything is measured.
-
-        Raises:
-            InputError: the adapters cannot be merged in this way, or `data` cannot be used.
-        """
-        if data:
-            find_sets(data)  # refused before the work if it is not there
-        sources = [Source.read(base, given, w, self.ignore_fingerprint) for given, w in self.weights.items()]
-        folders = [source.folder.resolve() for source in sources]
-        if twice := [source.given for i, source in enumerate(sources) if folders[i] in folders[:i]]:
-            raise InputError(f"--adapter {twice[0]}: given twice; give it once, with the sum of the weights")
-        if self.out.resolve() in folders:
-            raise InputError(f"--out {self.out}: is one of the adapters; give another folder")
-        vectors = _vector_settings(sources)
-        factors = merged_factors(sources, self.settings)
-        ranks = [part.rank for part in factors.values()]
-        merged = Merged(self.out, self.settings, self.weights, max(ranks), len(ranks))
-        template = self._write(base, sources, factors, CardFacts(objective=vectors.get("objective", "sft")))
-        remove_earlier(self.out, WEIGHTS_FILE, FACTS_FILE)
-        if vectors:
-            with replacing_file(self.out / RUN_FILE) as temporary:
-                temporary.write_text(yaml.safe_dump(vectors, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        self._keep(merged)
-        log.info(f"{self.out}: {len(sources)} adapters merged into one of rank {merged.rank} ({self.settings.name})")
-        if not evaluate:
-            return merged
-        with _own_template(base):
+    templates, own_template = {source.info.chat_template for source in sources}, base.hf_tokenizer.chat_template
+    template = templates.pop() if len(templates) == 1 else None
+    if templates:
+        log.info("The adapters have different chat templates; the merged one uses the model's own")
+    grouped = settings.name in KEEPS_GROUPS and {source.info.method for source in sources} == {"qa-lora"}
+    first, targets = sources[0].info, targets_of(base.model, factors)
+    info = AdapterInfo(
+        method="qa-lora" if grouped else "lora", rank=merged.rank, alpha=float(merged.rank), scale=1.0, dropout=0.0,
+        num_layers=targets.num_layers, keys=targets.keys, base_model=first.base_model, base_revision=first.base_revision,
+        base_fingerprint=base.fingerprint, chat_template=template,
+    )  # fmt: skip
+    with _adapted(base, factors):
+        save_adapter(out, base.model, info)
+    write_card(out, "mlx", base, info, CardFacts(objective=vectors.get("objective", "sft")))
+    remove_earlier(out, WEIGHTS_FILE, FACTS_FILE)
+    if vectors:
+        with replacing_file(out / RUN_FILE) as temporary:
+            temporary.write_text(yaml.safe_dump(vectors, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    _keep(merged)
+    log.info(f"{out}: {len(sources)} adapters merged into one of rank {merged.rank} ({settings.name})")
+    if evaluate:
+        try:
             losses, missing = _measured(base, sources, factors, template, data)
+        finally:
+            base.hf_tokenizer.chat_template = own_template
         merged = replace(merged, losses=losses, not_measured=missing)
-        self._keep(merged)
-        return merged
+        _keep(merged)
+    return merged
 
-    def _write(
-        self, base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm], facts: CardFacts
-    ) -> str | None:
-        """Write the folder, and return the chat template that the merged adapter has."""
-        first, targets = sources[0].info, targets_of(base.model, factors)
-        templates = {source.info.chat_template for source in sources}
-        template = templates.pop() if len(templates) == 1 else None
-        if templates:
-            log.info("The adapters have different chat templates; the merged one uses the model's own")
-        grouped = self.settings.name in KEEPS_GROUPS and {source.info.method for source in sources} == {"qa-lora"}
-        rank = max(part.rank for part in factors.values())
-        info = AdapterInfo(
-            method="qa-lora" if grouped else "lora",
-            rank=rank,
-            alpha=float(rank),
-            scale=1.0,
-            dropout=0.0,
-            num_layers=targets.num_layers,
-            keys=targets.keys,
-            base_model=first.base_model,
-            base_revision=first.base_revision,
-            base_fingerprint=base.fingerprint,
-            chat_template=template,
-        )
-        with _adapted(base, factors):
-            save_adapter(self.out, base.model, info)
-        write_card(self.out, "mlx", base, info, facts)
-        return template
 
-    def _keep(self, merged: Merged) -> None:
-        """Write how the adapter was merged beside it."""
-        with replacing_file(self.out / FACTS_FILE) as temporary:
-            write_json(temporary, merged.facts())
+def _keep(merged: Merged) -> None:
+    """Write how the adapter was merged beside it."""
+    with replacing_file(merged.adapter / FACTS_FILE) as temporary:
+        write_json(temporary, merged.facts())
 
 
 def _vector_settings(sources: Sequence[Source]) -> dict[str, Any]:
@@ -392,16 +376,6 @@ def _adapted(base: Base, factors: Mapping[str, AdapterTerm]) -> Iterator[None]:
 # Measuring
 
 
-@contextmanager
-def _own_template(base: Base) -> Iterator[None]:
-    """Give the tokenizer its chat template back after the block."""
-    template = base.hf_tokenizer.chat_template
-    try:
-        yield
-    finally:
-        base.hf_tokenizer.chat_template = template
-
-
 def _measured(
     base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm], template: str | None, data: str | None
 ) -> tuple[tuple[SetLosses, ...], dict[str, str]]:
@@ -417,7 +391,9 @@ def _measured(
     Raises:
         InputError: `data` cannot be used.
     """
-    own, names = base.hf_tokenizer.chat_template, _names(sources)
+    own, names = base.hf_tokenizer.chat_template, [source.folder.resolve().name for source in sources]
+    if len(set(names)) < len(names):  # two folders have one name
+        names = [source.given for source in sources]
     sets: dict[str, tuple[EncodedSet, str]] = {}
     missing: dict[str, str] = {}
     if data:
@@ -443,9 +419,3 @@ def _measured(
         with _adapted(base, factors):
             losses.append(SetLosses(of, count, alone, found, loss_on(base, batches, "the merged adapter")))
     return tuple(losses), missing
-
-
-def _names(sources: Sequence[Source]) -> list[str]:
-    """Return a short name for each adapter, or all as given if two folders have one name."""
-    short = [source.folder.resolve().name for source in sources]
-    return short if len(set(short)) == len(short) else [source.given for source in sources]

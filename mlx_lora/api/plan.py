@@ -1,33 +1,27 @@
 """Predict before a download whether a training run fits, with which settings, and how fast it is.
 
 A plan needs the model's config.json, and no weights. If the data and the tokenizer are on this disk, the data is read and
-measured. api/dry_run.py plans as `train` would begin.
+measured: lengths, steps, validations. `dry_run` plans as `train` would begin it, and refuses what `train` would refuse.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.plan_data import (
-    CHARACTERS_PER_TOKEN,
-    DataSize,
-    check_splits,
-    local_data,
-    measure_data,
-    steps_and_validation,
-)
 from mlx_lora.api.train import data_source, plain
+from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.defaults import (
+    DataFacts,
     batch_tokens_for,
     length_problem,
     rate_problem,
@@ -35,11 +29,25 @@ from mlx_lora.config.defaults import (
     with_length,
 )
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
+from mlx_lora.data.load import UNCACHED, DataSplits
+from mlx_lora.gguf.reader import is_gguf
+from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.kernels.table import AUTO, KernelChoice
+from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.folder import stored_tensors
+from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline, outline_for
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.prefix_sharing import joined, layout_problem
 from mlx_lora.objectives.table import check_kind, objective_of
+from mlx_lora.objectives.teacher import check_teacher
+from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.offloaded_base import copy_rate, read_rate
+from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.planner.fit import (
@@ -47,9 +55,11 @@ from mlx_lora.planner.fit import (
     NO_DATA,
     DataLimits,
     Fitted,
+    Prompts,
     advice,
     budget_of,
     fit,
+    hidden_from,
     largest_batch,
     largest_batch_size,
     largest_sequence,
@@ -58,11 +68,13 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import offloaded_bytes, plan_memory
-from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading, hidden_from
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
+    ASSUMED_BYTES_PER_S,
+    ASSUMED_COPIED_PER_S,
     CHIPS,
     Ceilings,
-    Chip,
+    Reading,
     count_step,
     find_chip,
     forward_seconds,
@@ -71,17 +83,27 @@ from mlx_lora.planner.speed import (
     plan_trunk,
     step_seconds,
 )
-from mlx_lora.trainer.fit import quantized_shape
+from mlx_lora.rollouts.make_environment import check_template
+from mlx_lora.trainer.choose_strategy import settled_offload
+from mlx_lora.trainer.fit import (
+    batches_by_tokens,
+    data_facts,
+    prompts_of,
+    quantized_shape,
+    trained_share,
+    training_plan,
+)
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
+from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
+from mlx_lora.trainer.run import check_request, check_test_split, wants_training
+from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
+from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lora.config.settings import TrainSettings
-    from mlx_lora.data.load import DataSplits
-    from mlx_lora.objectives.base import Objective
-    from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.utils.hub import resolve_config, resolve_model
+from mlx_lora.utils.progress import waiting
+from mlx_lora.utils.text import gigabytes
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +112,9 @@ CHOSEN = (
     "learning_rate", "epochs", "iters", "early_stopping_patience", "max_seq_length", "method", "rank", "optimizer", "dtype",
     "batch_size",
 )  # fmt: skip
+CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MOST_AT_ONCE = 256  # runs that a plan counts
 MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 
 
@@ -121,7 +146,7 @@ def plan(
     """
     given = plain(settings)
     if isinstance(model, Base):
-        given |= {name: value for name, value in dataclasses.asdict(model.settings).items() if value is not None}
+        given |= {name: value for name, value in asdict(model.settings).items() if value is not None}
     else:
         given["model"] = os.fspath(model)
     if data is not None:
@@ -189,9 +214,14 @@ def plan_run(
     if splits is None and 0 < shape.most_tokens < settings.data.max_seq_length:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.most_tokens))
     if splits is not None:
-        check_splits(settings, splits, outline)
+        check_test_split(settings, splits)
+        limit = embedding_rows(outline.model, outline.config)
+        for rows in filter(None, (splits.train, splits.valid, splits.test)):
+            highest = int(rows.tokens.max(initial=0))
+            check_highest(limit, highest, f"--data {settings.data.data}", settings.model.model or "")
         settings, size = measure_data(settings, splits, outline, shape)
-        settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
+        longest = int(size.rows.lengths.max(initial=2))
+        settings = replace(settings, data=replace(settings.data, max_seq_length=longest))
         # Of other models and towers, the objective that read the data says what its pictures take.
         shape = _with_data(shape, _of_dtype(settings, dtype), size, objective, outline)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
@@ -203,8 +233,8 @@ def plan_run(
     result = planned.to_dict()
     result["runs_at_once"] = runs_at_once(shape, settings.optimizer.optimizer, planned.fitted.memory, MOST_AT_ONCE)
     result["steps"], result["validation"] = settings.loop.iters, None
-    if splits is not None:
-        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
+    if size is not None:
+        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, size, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
     may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
@@ -215,66 +245,46 @@ def plan_run(
     if not result["fits"]:
         of_base = replace(settings, model=replace(settings.model, dtype=dtype))
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
-        limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
+        limits = DataLimits(len(size.rows), size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        data = None if size is None else (size, objective)
-        ways = [of_macs(settings, parts, data)]
+        ways = [settings]
         if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
-            ways.append(of_macs(offloaded(settings), parts, data))
-        result["chips"] = _chip_rows(ways, size)
+            ways.append(offloaded(settings))
+        data = None if size is None else (size, objective)
+        result["chips"] = chip_rows([of_macs(way, parts, data, planned) for way in ways])
     return result
 
 
 def _with_data(
-    shape: ModelShape, settings: TrainSettings, size: DataSize, objective: Objective, outline: Outline
+    shape: ModelShape, settings: TrainSettings, size: PlannedData, objective: Objective, outline: Outline
 ) -> ModelShape:
     """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
     others = objective.other_models_bytes(settings)
-    shape = replace(shape, trained_share=size.trained_share, beside_bytes=others)
+    shape = replace(shape, trained_share=trained_share(settings.objective, size.rows), beside_bytes=others)
     return objective.with_pictures(shape, settings, outline.model)
 
 
-MOST_AT_ONCE = 256  # runs that a plan counts
-
-
-@dataclass(frozen=True)
-class OfMacs:
-    """What the plans of other Macs have in common.
-
-    Attributes:
-        settings: of the run.
-        shape: of the model with its adapter.
-        reading: of the base, if it is read from its files.
-    """
-
-    settings: TrainSettings
-    shape: ModelShape
-    reading: Reading | None
-
-
-def of_macs(settings: TrainSettings, parts: PlanParts, data: tuple[DataSize, Objective] | None) -> OfMacs:
+def of_macs(
+    settings: TrainSettings, parts: PlanParts, data: tuple[PlannedData, Objective] | None, here: MachinePlan
+) -> MachinePlan:
     """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
 
     Args:
         settings: of the run.
         parts: makes an outline of its own, since a block's graph is only read when it is asked for.
         data: their size, and the objective that read them; None: they were not read.
+        here: the run on this machine.
     """
     dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
     outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
     reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
     shape = shape if data is None else _with_data(shape, _of_dtype(settings, dtype), *data, outline)
-    return OfMacs(settings, shape, reading)
+    return replace(here, settings=settings, shape=shape, reading=reading)
 
 
-def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, Any]]:
-    """Return a row for every chip and memory size.
-
-    Args:
-        ways: of running it; the first one that fits counts, or none does and the first one is shown.
-        size: of the data.
-    """
+def chip_rows(ways: list[MachinePlan]) -> list[dict[str, Any]]:
+    """Return a row for every chip and memory size: of the first way of running that fits, or if none does, of the first one."""
     number_bytes, rows = 4 if ways[0].settings.model.dtype == "float32" else 2, []
     for chip in CHIPS:
         for gib in chip.memory_gib:
@@ -283,10 +293,9 @@ def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, 
             for way in ways:
                 if not row.get("fits"):
                     here = with_kernels(way.settings, way.shape, machine, KernelChoice(way.settings.loop.kernels))
-                    plan = MachinePlan(way.settings, way.shape, here, ceilings, size, way.reading)
-                    found = plan.chip_row(chip)
+                    found = replace(way, machine=here, ceilings=ceilings).chip_row()
                     row = found if found["fits"] or not row else row
-            rows.append(row)
+            rows.append({"chip": chip.name, **row, "ceilings": chip.status})
     return rows
 
 
@@ -341,7 +350,7 @@ class MachinePlan:
     shape: ModelShape
     machine: Machine
     ceilings: Ceilings
-    size: DataSize | None
+    size: PlannedData | None
     reading: Reading | None = None
 
     @property
@@ -356,7 +365,9 @@ class MachinePlan:
         if self.reading is not None:
             hidden = hidden_from(self.reading, self.settings, self.shape, self.machine, self.ceilings, self.width)
         tokens = batch_tokens_for(self.settings, size and size.facts, hidden)
-        limits = DataLimits(size.rows, size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+        limits = (
+            DataLimits(len(size.rows), size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+        )
         return fit(self.settings, self.shape, self.machine, self.width, limits)
 
     @cached_property
@@ -367,12 +378,15 @@ class MachinePlan:
     @cached_property
     def largest_run(self) -> RunShape:
         """The run's largest batch, with the data's share of trained positions."""
-        rows, width = largest_batch(self.width, self.settings, self.fitted.batch_tokens, self.size and self.size.rows)
+        rows, width = largest_batch(
+            self.width, self.settings, self.fitted.batch_tokens, self.size and len(self.size.rows)
+        )
         run = run_of(self.settings, rows, width, self.fitted.checkpointing)
         if self.size is None:
             return run
         # A row of n tokens has n - 1 positions.
-        share = self.size.supervised_tokens / max(1, self.size.tokens - self.size.rows)
+        data = self.size.rows
+        share = data.supervised_tokens / max(1, len(data.tokens) - len(data))
         return replace(run, trained_positions=round(share * run.positions))
 
     @property
@@ -381,19 +395,8 @@ class MachinePlan:
         loop, size = self.chosen.loop, self.size
         if loop.iters is None or size is None:
             return loop.epochs or 1.0
-        batches = size.batches(self.fitted.batch_tokens) * objective_of(self.chosen.objective).updates
+        batches = size.batches(self.fitted.batch_tokens)[0] * objective_of(self.chosen.objective).updates
         return loop.iters * loop.grad_accumulation_steps / max(1, batches)
-
-    def tokens(self, positions: int) -> float | None:
-        """Return about how many tokens the run trains on, if known; without its data, its micro-batches have so many positions."""
-        loop, data = self.chosen.loop, self.chosen.data.data
-        if self.size is not None:
-            return self.size.tokens * self.passes
-        if loop.iters is not None:
-            return float(loop.iters * loop.grad_accumulation_steps * positions)
-        if data is None or not Path(data).is_file():
-            return None
-        return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
 
     def speed(self) -> dict[str, Any]:
         """Predict tokens per second of full rows, and the hours of the run if its length is known."""
@@ -422,8 +425,19 @@ class MachinePlan:
                 moved = offloaded_bytes(shape, run, self.machine)
                 parts["waiting for the disk"] += 2 * moved / reading.bytes_per_s
             seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
-        tokens_per_s = together * run.positions / seconds
-        tokens, reference_s = self.tokens(together * run.rows * run.width), None
+        tokens_per_s, tokens, loop, data = (
+            together * run.positions / seconds,
+            None,
+            self.chosen.loop,
+            self.chosen.data.data,
+        )
+        if size is not None:
+            tokens = len(size.rows.tokens) * self.passes
+        elif loop.iters is not None:
+            tokens = float(loop.iters * loop.grad_accumulation_steps * together * run.positions)
+        elif data is not None and Path(data).is_file():
+            tokens = Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
+        reference_s = None
         if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
             reference_s = teacher_s * size.measured_tokens / run.positions  # measured before the first step
         return {
@@ -456,7 +470,8 @@ class MachinePlan:
         run = self.largest_run
         # The disk of another machine is not known.
         free = free_bytes() if self.machine == this_machine(settings.model.dtype) else 10**15
-        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, size.tokens - size.rows, self.passes, free)
+        positions = len(size.rows.tokens) - len(size.rows)
+        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, positions, self.passes, free)
         problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
         problem = problem or planned.problem(settings.loop.cache_trunk)
         return {
@@ -506,8 +521,15 @@ class MachinePlan:
                 "teacher": asked.distills is not None,
                 "group_size": objective.answers_per_prompt if objective.samples else None,
             },
-            "data": self.size and self.size.numbers(),
-            "machine": dataclasses.asdict(machine),
+            "data": self.size
+            and {
+                "rows": len(self.size.rows),
+                "longest": int(self.size.rows.lengths.max(initial=2)),
+                "tokens": len(self.size.rows.tokens),
+                "supervised_tokens": self.size.rows.supervised_tokens,
+                "measured_tokens": self.size.measured_tokens,
+            },
+            "machine": asdict(machine),
             "model": {
                 "model_type": shape.model_type,
                 "blocks": len(shape.blocks),
@@ -517,20 +539,168 @@ class MachinePlan:
             },
         }
 
-    def chip_row(self, chip: Chip) -> dict[str, Any]:
-        """Return the row of the table of chips."""
+    def chip_row(self) -> dict[str, Any]:
+        """Return what the table of chips has of the plan."""
         memory = self.fitted.memory
-        predicted = self.speed() if memory.fits else None
+        predicted = self.speed() if memory.fits else {}
         return {
-            "chip": chip.name,
             "memory_bytes": self.machine.memory_bytes,
-            "budget_bytes": memory.budget_bytes,
-            "fits": memory.fits,
-            "peak_bytes": memory.peak_bytes,
+            **{name: getattr(memory, name) for name in ("budget_bytes", "fits", "peak_bytes")},
             "batch_tokens": self.fitted.batch_tokens,
             "grad_checkpoint": self.fitted.checkpointing,
             "largest_sequence": largest_sequence(self.settings, self.shape, self.machine, "block"),
-            "tokens_per_s": predicted["tokens_per_s"] if predicted else None,
-            "reading": predicted["reading"] if predicted else None,
-            "ceilings": chip.status,
+            **{name: predicted.get(name) for name in ("tokens_per_s", "reading")},
         }
+
+
+# The data of a plan
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """The data that a plan is for.
+
+    Attributes:
+        rows: to train on, as they are put into batches; an example of preference training has two.
+        valid: held-out rows.
+        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        prompts: that answers are sampled to, as `fit` takes them.
+        facts: what the defaults follow.
+        batches: tokens of a batch -> into how many batches the rows are divided, and their shapes.
+    """
+
+    rows: EncodedSet
+    valid: EncodedSet | None
+    measured_tokens: int
+    prompts: Prompts
+    facts: DataFacts
+    batches: Callable[[int], tuple[int, list[tuple[int, int, int]]]]
+
+    def shapes(self, tokens: int) -> list[tuple[int, int, int]]:
+        """Return the shapes of batches of so many tokens."""
+        return self.batches(tokens)[1]
+
+
+def measure_data(
+    settings: TrainSettings, splits: DataSplits, outline: Outline, shape: ModelShape
+) -> tuple[TrainSettings, PlannedData]:
+    """Return the data as the run would have it.
+
+    The settings come back with --shared-prefix on where all answers to a prompt would share its row.
+    """
+    objective = objective_of(settings.objective)
+    rows, valid = objective.targets_of(splits.train), splits.valid and objective.targets_of(splits.valid)
+    settings = objective.settled_by(settings, rows)
+    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
+    if (
+        objective.shares_prompts
+        and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None
+    ):
+        settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
+        rows, parts = joined(rows), [joined(part) for part in parts]
+    measured, facts = sum(len((part.teacher or part).tokens) for part in parts), data_facts(rows, splits.valid)
+    prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
+    return settings, PlannedData(rows, valid, measured, prompts, facts, batches)
+
+
+def steps_and_validation(
+    settings: TrainSettings, data: PlannedData, identity: Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any], float]:
+    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
+
+    Args:
+        settings: of the run with nothing open.
+        data: of the run.
+        identity: as for `plan_run`.
+    """
+    loop, updates = settings.loop, objective_of(settings.objective).updates
+    plan = training_plan(loop, data.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
+    steps = total_steps(plan, loop, updates)
+    found = choose_held_out(data.valid, loop, plan, steps, identity, updates)
+    validation = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
+    return steps, validation, len(plan) * updates / loop.grad_accumulation_steps
+
+
+def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:
+    """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
+
+    Raises:
+        InputError: --data names what is nowhere, or data that `train` would refuse.
+    """
+    if settings.data.data is None:  # with --objective distill, the model writes the prompts when the run begins
+        return None
+    elsewhere = [name for name, _ in named_sets(settings.data.data) if not is_local(name)]
+    for name in elsewhere:
+        if name != TINY_SHAKESPEARE and not is_dataset_id(name):
+            find_splits(name)  # says that there is no such file
+    if elsewhere:
+        return None
+    find_sets(settings.data.data)  # refuses files that cannot be read, without a tokenizer too
+    folder = resolve_config(settings.model.model or "", settings.model.revision)
+    if folder.is_file() and is_gguf(folder):
+        folder = gguf_tokenizer_folder(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return read_splits(settings, folder, outline.config, objective)
+
+
+def read_splits(
+    settings: TrainSettings, folder: Path, config: dict[str, Any], objective: Objective, today: date | None = None
+) -> DataSplits:
+    """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
+    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
+    data, room = readable_data(settings)
+    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    splits = objective.read_planned(asked, TOKENIZER.of(tokenizer), folder, config, today, records)
+    if tools := objective.shown_tools(settings.objective, {}):
+        check_template(tokenizer, splits.chat_template, tools)
+    if not room:
+        return splits
+    # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
+    return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
+
+
+def dry_run(settings: TrainSettings) -> dict[str, Any]:
+    """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
+
+    The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
+
+    Raises:
+        InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
+    """
+    check_request(settings, ALONE)
+    if not wants_training(settings):
+        raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
+    settings = settled_offload(settings, ALONE)
+    model = settings.model
+    source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
+    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
+    found = find_checkpoint(settings.loop, ALONE)
+
+    def read(outline: Outline, objective: Objective) -> DataSplits | None:
+        if readable_data(settings)[0].data is None:
+            log.info(
+                "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
+            )
+            return None
+        splits = read_splits(settings, folder, outline.config, objective, first_day(settings.loop))
+        log.info(splits.report.render())
+        if settings.objective.teacher:
+            tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
+            check_teacher(settings, TOKENIZER.of(tokenizer))
+        if found is not None:
+            # What only a loaded model tells is not compared.
+            rows = objective.targets_of(splits.train)
+            asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
+            known = {name: value for name, value in asked.items() if value is not None}
+            check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})
+        return splits
+
+    with waiting("Planning the run"):
+        result = plan_run(settings, read=read, identity=found and found.identity)
+    if not result["fits"] and not result["not_known"] and settings.loop.memory_check:
+        raise InputError(
+            f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "
+            f"{gigabytes(result['budget_bytes'])}; {result['advice']}, or --no-memory-check to try it anyway"
+        )
+    return result

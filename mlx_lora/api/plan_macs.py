@@ -5,10 +5,9 @@ The plan is for Macs that share the base; beside it stands what the other ways t
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +20,6 @@ from mlx_lora.planner.fit import largest_batch, run_of
 from mlx_lora.planner.several_macs import (
     Link,
     Mac,
-    MacsPlan,
     Split,
     Units,
     best,
@@ -29,7 +27,6 @@ from mlx_lora.planner.several_macs import (
     memory_shares,
     plan_macs,
     split_by_rows,
-    split_with_shared_base,
 )
 from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
 from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
@@ -104,16 +101,11 @@ class SharedModel:
     shape: ModelShape
     units: Units
 
-    @property
-    def number_bytes(self) -> int:
-        """Of an activation."""
-        return 4 if self.settings.model.dtype == "float32" else 2
-
     def with_batch(self, max_seq_length: int, **size: int) -> SharedModel:
         """Return the same with other batches; `size` is of batch_tokens or batch_size."""
-        data = dataclasses.replace(self.settings.data, max_seq_length=max_seq_length)
-        loop = dataclasses.replace(self.settings.loop, **size)
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, data=data, loop=loop))
+        data = replace(self.settings.data, max_seq_length=max_seq_length)
+        loop = replace(self.settings.loop, **size)
+        return replace(self, settings=replace(self.settings, data=data, loop=loop))
 
 
 @lru_cache(maxsize=8)
@@ -143,7 +135,7 @@ def plan_on_macs(settings: TrainSettings, macs: Sequence[MacSpec], link: Link) -
     model = shared_model(settings)
     planned = planned_on(model, macs, link)
     found = None if planned["fits"] or planned["problem"] else suggested(model, macs, link)
-    return {**planned, "suggested": found and found.words}
+    return {**planned, "suggested": found and found[0]}
 
 
 def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str, Any]]:
@@ -158,10 +150,15 @@ def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str
 
 
 def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[str, Any]:
-    """Return a model's plan on some Macs, as JSON values."""
+    """Return a model's plan on some Macs, as JSON values, with each way to divide the run; one of them is `best`."""
+    settings, units, first_trained = model.settings, model.units, model.shape.first_trained
     chosen, run, shares = _asked(model, macs)
-    found = plan_macs(model.shape, model.units, run, chosen, shares, link)
-    problem = sharing_problem(model.settings)
+    found = plan_macs(model.shape, units, run, chosen, shares, link)
+    # Why the processes of the run cannot share its base, as `train` would say.
+    problem = next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
+    splits = [Split(True, problem=problem) if problem else found, split_by_rows(model.shape, run, chosen, link)]
+    computing_s, fastest = max(found.computing_s), best(splits)
+    step_s = found.sending.step_s(computing_s)
     return {
         "fits": found.fits and not problem,
         "problem": problem or None,
@@ -169,63 +166,83 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
             {
                 "name": mac.machine.name,
                 "share": share,
-                "computing_s": computing_s,
+                "computing_s": own_s,
                 **{name: getattr(memory, name) for name in MEMORY_FACTS},
             }
-            for mac, share, memory, computing_s in zip(chosen, shares, found.memory, found.computing_s, strict=True)
+            for mac, share, memory, own_s in zip(chosen, shares, found.memory, found.computing_s, strict=True)
         ],
-        "shard_base": split_of(model.settings),
-        "rank": model.settings.adapter.rank,
+        "shard_base": split_of(settings),
+        "rank": settings.adapter.rank,
         "batch_tokens": run.positions,
-        "batch_size": model.settings.loop.batch_size,
+        "batch_size": settings.loop.batch_size,
         "max_seq_length": run.width + 1,
         "grad_checkpoint": run.checkpointing,
         "units": {
-            "blocks": len(model.units.blocks),
-            "largest_bytes": max((*model.units.blocks, *model.units.tables)),
-            "bytes": model.units.bytes,
+            "blocks": len(units.blocks),
+            "largest_bytes": max((*units.blocks, *units.tables)),
+            "bytes": units.bytes,
         },
         "sent_bytes_per_step": found.sending.sent_bytes,
         "link_gbit_per_s": link.bytes_per_s * 8 / 1e9,
-        "predicted": _predicted(found, run.positions, model),
-        "least_batch_tokens": least_tokens(model.shape, model.units, run, chosen, shares, link),
-        "splits": predicted_splits(model.settings, model.shape, run, chosen, link, found),
+        "predicted": {
+            "note": "predicted, not measured",
+            "step_s": step_s,
+            "computing_s": computing_s,
+            "link_s": found.sending.link_s,
+            "waiting_s": step_s - computing_s,
+            "gradients_s": found.sending.sum_s,
+            "decides": "link" if found.sending.link_s > computing_s else "chips",
+            "tokens_per_s": run.positions / step_s,
+            "sent_of_base": sum(size for size, _ in units.in_order(first_trained)) / max(1, units.bytes),
+        },
+        "least_batch_tokens": least_tokens(model.shape, units, run, chosen, shares, link),
+        "splits": [
+            {
+                "name": split.words,
+                "fits": not split.problem and split.fits,
+                "tokens_per_s": split.tokens_per_s,
+                "needed_bytes": split.most_needed_bytes,
+                "verdict": split.verdict,
+                "best": split is fastest,
+            }
+            for split in splits
+        ],
         "whole_base_bytes": model.shape.base_bytes,
     }
 
 
 def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], RunShape, list[float]]:
-    """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
-    settings = model.settings
-    chosen = [_mac(mac, model.number_bytes, settings.loop.memory_budget) for mac in macs]
+    """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them.
+
+    A Mac may use what its system allows, and no more than --memory-budget.
+    """
+    settings, asked, chosen = model.settings, split_of(model.settings), []
+    number_bytes = 4 if settings.model.dtype == "float32" else 2
+    for mac in macs:
+        chip = find_chip(mac.chip)
+        machine = chip.machine(mac.memory_gb, number_bytes)
+        usable = mac.working_set_bytes or machine.working_set_bytes
+        if settings.loop.memory_budget is not None:
+            usable = min(usable, int(settings.loop.memory_budget * 1e9))
+        machine = replace(machine, kernels=KernelTerms(), working_set_bytes=usable)
+        chosen.append(Mac(machine, listed_ceilings(chip, number_bytes)))
+    parts = [1.0] * len(chosen) if asked == "even" else shard_parts(asked)
+    if parts is not None and len(parts) != len(chosen):
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(chosen)} Macs; give one for each")
+    shares = [part / sum(parts) for part in parts] if parts else memory_shares([mac.machine for mac in chosen])
     mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
-    return chosen, run_of(settings, max(rows, len(macs)), width, mode), _shares(settings, chosen)
+    return chosen, run_of(settings, max(rows, len(macs)), width, mode), shares
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """Settings with which a run fits.
-
-    Attributes:
-        words: flags, and what to do on the Macs.
-        model: with these settings.
-        macs: with more memory for the GPU, if that is what fits.
-    """
-
-    words: str
-    model: SharedModel
-    macs: Sequence[MacSpec]
-
-
-def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> Suggestion | None:
+def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> tuple[str, SharedModel] | None:
     """Return the settings nearest to the asked ones with which a run fits, None if none of those that are tried does.
 
-    First with the memory that macOS gives the GPU by default, then with all but a few GB.
+    They come as flags, with what to do on the Macs, and as the model with these settings. First with the memory that macOS gives the GPU by default, then with all but a few GB.
     """
     raised = [
-        dataclasses.replace(mac, working_set_bytes=max(mac.memory_gb - FOR_MACOS_GB, 1) * GIB)
+        replace(mac, working_set_bytes=max(mac.memory_gb - FOR_MACOS_GB, 1) * GIB)
         if mac.working_set_bytes is None and mac.memory_gb > 2 * FOR_MACOS_GB
         else mac
         for mac in macs
@@ -242,7 +259,7 @@ def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> Sugges
         for words, other in smaller:
             chosen, run, shares = _asked(other, given)
             if plan_macs(other.shape, other.units, run, chosen, shares, link).fits:
-                return Suggestion(first + words, other, given)
+                return first + words, other
     return None
 
 
@@ -250,16 +267,16 @@ def _smaller_adapters(model: SharedModel) -> Iterator[tuple[str, SharedModel]]:
     """Yield the model with its parts by memory and adapters that take less and less memory, with their flags."""
     settings = model.settings
     split = "" if split_of(settings) == "memory" else "--shard-base memory "
-    by_memory = dataclasses.replace(settings, loop=dataclasses.replace(settings.loop, shard_base="memory"))
-    yield split, dataclasses.replace(model, settings=by_memory)
+    by_memory = replace(settings, loop=replace(settings.loop, shard_base="memory"))
+    yield split, replace(model, settings=by_memory)
     smaller: list[tuple[str, dict[str, Any]]] = [
         (f"--rank {rank} ", {"rank": rank}) for rank in RANKS if rank < settings.adapter.rank
     ]
     if any(layer.experts > 1 and layer.rank for block in model.shape.blocks for layer in block.layers):
         smaller.append((f"--target-modules {ATTENTION} ", {"target_modules": ATTENTION}))
     for words, fields in smaller:
-        adapter = dataclasses.replace(settings.adapter, **fields)
-        yield split + words, shared_model(dataclasses.replace(by_memory, adapter=adapter))
+        adapter = replace(settings.adapter, **fields)
+        yield split + words, shared_model(replace(by_memory, adapter=adapter))
 
 
 def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedModel]]:
@@ -278,84 +295,6 @@ def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedM
 def split_of(settings: TrainSettings) -> str:
     """Return the --shard-base that a plan is for; without one, parts follow each Mac's memory."""
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
-
-
-def sharing_problem(settings: TrainSettings) -> str:
-    """Return why the processes of a run cannot share its base, as `train` would say; empty: they can."""
-    return next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
-
-
-def _mac(given: MacSpec, number_bytes: int, budget_gb: float | None) -> Mac:
-    """Return a Mac, which may use what its system allows, and no more than --memory-budget."""
-    chip = find_chip(given.chip)
-    machine = dataclasses.replace(chip.machine(given.memory_gb, number_bytes), kernels=KernelTerms())
-    if given.working_set_bytes:
-        machine = dataclasses.replace(machine, working_set_bytes=given.working_set_bytes)
-    if budget_gb is not None:
-        machine = dataclasses.replace(machine, working_set_bytes=min(machine.working_set_bytes, int(budget_gb * 1e9)))
-    return Mac(machine, listed_ceilings(chip, number_bytes))
-
-
-def _shares(settings: TrainSettings, macs: list[Mac]) -> list[float]:
-    """Return each Mac's part of the base: those of --shard-base, or in proportion to what each may use."""
-    asked = split_of(settings)
-    parts = shard_parts(asked)
-    if asked == "even":
-        parts = [1.0] * len(macs)
-    if parts is None:
-        return memory_shares([mac.machine for mac in macs])
-    if len(parts) != len(macs):
-        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(macs)} Macs; give one for each")
-    return [part / sum(parts) for part in parts]
-
-
-def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, Any]:
-    computing_s = max(found.computing_s)
-    return {
-        "note": "predicted, not measured",
-        "step_s": found.step_s,
-        "computing_s": computing_s,
-        "link_s": found.sending.link_s,
-        "waiting_s": found.step_s - computing_s,
-        "gradients_s": found.sending.sum_s,
-        "decides": "link" if found.link_decides else "chips",
-        "tokens_per_s": tokens / found.step_s,
-        "sent_of_base": sum(model.units.of_step(model.shape.first_trained)) / max(1, model.units.bytes),
-    }
-
-
-# Other ways to divide the run
-
-
-def predicted_splits(
-    settings: TrainSettings, shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link, shared: MacsPlan
-) -> list[dict[str, Any]]:
-    """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
-
-    Args:
-        settings: of the run.
-        shape: of the whole adapted model.
-        batch: of all Macs.
-        macs, link: what it runs on.
-        shared: the plan with a shared base.
-    """
-    problem = sharing_problem(settings)
-    splits = [
-        Split(True, problem=problem) if problem else split_with_shared_base(shared, batch.positions),
-        split_by_rows(shape, batch, macs, link),
-    ]
-    chosen = best(splits)
-    return [
-        {
-            "name": split.words,
-            "fits": not split.problem and split.fits,
-            "tokens_per_s": split.tokens_per_s,
-            "needed_bytes": split.most_needed_bytes,
-            "verdict": split.verdict,
-            "best": split is chosen,
-        }
-        for split in splits
-    ]
 
 
 def splits_line(splits: Sequence[dict[str, Any]]) -> str:

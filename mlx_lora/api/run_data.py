@@ -27,7 +27,7 @@ from mlx_lora.objectives.synthetic_prompts import written_data
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import with_reference_of_run
 from mlx_lora.trainer.run_folder import WRITTEN
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 
 log = logging.getLogger(__name__)
 
@@ -54,40 +54,40 @@ def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapte
     if adapter is None:
         return settings
     settings = replace(settings, data=with_limits_of_run(settings.data, given, adapter))
-    settings = _with_trained_parts_of_run(settings, given, adapter)
-    settings = _with_columns_of_run(_with_objective_of_run(settings, given, adapter), given, adapter)
+    run, words = run_of(adapter), f"As in the run that trained {adapter}"
+    if run.get("objective") == settings.objective.objective:
+        ours = asdict(settings.data)
+        trained = {
+            name: run[name]
+            for name in TRAINED_PARTS
+            if name not in given and isinstance(run.get(name), bool) and run[name] != ours[name]
+        }
+        settings = _taken(settings, "data", trained, words)
+        names = {*given, *HOW_COMPUTED, *NAMED_BY_USER}  # not those, and no code
+        loss = {
+            name: run[name]
+            for name, value in asdict(settings.objective).items()
+            if name in run and name not in names and run[name] != value
+        }
+        settings = _taken(settings, "objective", loss, words)
+    data = settings.data.data
+    if data and {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
+        firsts = [files[0].path for files in find_sets(data)[0].splits.values()]
+        if isinstance(run.get("speaker"), str) and any(map(chat_kind, firsts)):  # a chat export
+            columns = {name: run[name] for name in CHAT_COLUMNS if name in run}
+        else:
+            columns = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
+        if columns and _has_columns(data, columns):
+            settings = _taken(settings, "data", columns, f"Columns a{words[1:]}")
     return with_reference_of_run(settings, adapter)
 
 
-def _with_trained_parts_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
-    """Return the settings with what decides which tokens of a row the run trained."""
-    run, ours = run_of(adapter), asdict(settings.data)
-    found = {
-        name: run[name]
-        for name in TRAINED_PARTS
-        if name not in given and isinstance(run.get(name), bool) and run[name] != ours[name]
-    }
-    changed = replace(settings, data=replace(settings.data, **found))
-    if not found or run.get("objective") != settings.objective.objective or settings_problems(changed.to_flat()):
-        return settings
-    log.info(f"As in the run that trained {adapter}: {_flags(found)}")
-    return changed
-
-
-def _with_objective_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
-    """Return the settings with what decides the loss of the run, such as its beta, if it had the same objective; no code."""
-    run, ours = run_of(adapter), asdict(settings.objective)
-    if run.get("objective") != ours["objective"]:
-        return settings
-    found = {
-        name: run[name]
-        for name, value in ours.items()
-        if name in run and name not in {*given, *HOW_COMPUTED, *NAMED_BY_USER} and run[name] != value
-    }
-    changed = replace(settings, objective=replace(settings.objective, **found))
+def _taken(settings: TrainSettings, section: str, found: Mapping[str, Any], words: str) -> TrainSettings:
+    """Return the settings with those of a run in one section, and say so; without them where they exclude each other."""
+    changed = replace(settings, **{section: replace(getattr(settings, section), **found)})
     if not found or settings_problems(changed.to_flat()):
         return settings
-    log.info(f"As in the run that trained {adapter}: {_flags(found)}")
+    log.info(f"{words}: {_flags(found)}")
     return changed
 
 
@@ -100,22 +100,6 @@ def _flags(settings: Mapping[str, Any]) -> str:
         else f"{flag_of(name)} {value}"
         for name, value in settings.items()
     )
-
-
-def _with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
-    """Return the settings with the columns and turn names of the run, if the data has the columns and none are given."""
-    if not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
-        return settings
-    run = run_of(adapter)
-    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
-        found = {name: run[name] for name in CHAT_COLUMNS if name in run}
-    else:
-        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
-    changed = replace(settings, data=replace(settings.data, **found))
-    if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
-        return settings
-    log.info(f"Columns as in the run that trained {adapter}: {_flags(found)}")
-    return changed
 
 
 def with_settings_of_runs(settings: TrainSettings, given: Collection[str], adapters: Collection[Path]) -> TrainSettings:
@@ -132,11 +116,6 @@ def with_settings_of_runs(settings: TrainSettings, given: Collection[str], adapt
             "(--prompt-column, --completion-column)"
         )
     return next(iter(found.values()), settings)
-
-
-def _is_chat(data: str) -> bool:
-    """Tell whether the first file is a chat export."""
-    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
 
 
 def _has_columns(data: str, found: dict[str, str]) -> bool:
@@ -163,17 +142,19 @@ def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSett
     """
     run = {} if adapter is None else run_of(adapter)
     found = {name: run[name] for name in DATA_FIELDS if run.get(name) is not None}
+    objective = given.get("objective") or found.get("objective", "sft")
+    changed = ", ".join(flag_of(name) for name in given if name in DATA_FIELDS and name != "objective")
     if not found.get("data"):
         raise InputError(
             "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
             "without, and the rows that the run held out are measured"
         )
-    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
-        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
-    if changed := [flag_of(name) for name in given if name in DATA_FIELDS and name != "objective"]:
-        raise InputError(
-            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
-        )
+    refuse(
+        {
+            f"--data is required with --objective {objective}: name the rows to measure": objective != "sft",
+            f"{changed} without --data: held-out rows are read as the run read them; name the data": changed,
+        }
+    )
     return train_settings({**found, **given})
 
 
@@ -213,21 +194,16 @@ def data_of_run(
             return f"the adapter was trained with --objective {settings.objective.objective}"
         if not all(is_local(name) for name, _ in named_sets(data)):
             return "the data of its run is not on this disk"
-        if _bytes_of(data) > most_bytes:
+        files = [file for one in find_sets(data) for part in one.splits.values() for file in part]
+        if sum(file.path.stat().st_size for file in files) > most_bytes:
             return "the data of its run is large"
         written = settings.data.rephrase and (adapter / WRITTEN).is_dir()
         asked = written_data(settings.data, adapter / WRITTEN) if written else settings.data
         splits = load_data(asked, tokenizer, settings.loop.seed)
     except InputError as error:
         return f"the data of its run cannot be read ({error})"
-    return splits if _as_it_was(adapter, splits) else "the data of its run has changed"
-
-
-def _as_it_was(adapter: Path, splits: DataSplits) -> bool:
-    """Tell whether the training rows have the sizes that the run's report has; without a report nobody knows."""
+    # The training rows have the sizes that the run's report has; without a report nobody knows.
     known = (read_facts(adapter).get("data") or {}).get("splits", {}).get("train")
-    return known is None or known == splits.report.to_dict()["splits"]["train"]
-
-
-def _bytes_of(data: str) -> int:
-    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)
+    if known is None or known == splits.report.to_dict()["splits"]["train"]:
+        return splits
+    return "the data of its run has changed"

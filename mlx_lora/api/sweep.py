@@ -8,16 +8,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.train import Run, data_source, run_settings, shown_figure
+from mlx_lora.api.train import Run, data_source, lent_for_training, run_settings, shown_figure
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.config.sweep import (
@@ -51,7 +48,7 @@ from mlx_lora.trainer.sweep import (
     score_of,
     trials_of,
 )
-from mlx_lora.utils import console, device
+from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
@@ -67,27 +64,6 @@ log = logging.getLogger(__name__)
 AROUND_DEFAULT = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # times the default rate, without --vary
 
 
-@dataclass(frozen=True)
-class SweepSettings:
-    """What a sweep does besides the settings of its runs.
-
-    Attributes:
-        out: the folder that it writes.
-        vary: as `read_vary` takes it; empty: learning rates around the default.
-        seeds: runs of each candidate.
-        budget: runs of work.
-        resume: whether to go on with a sweep that is there.
-        force: whether to replace it.
-    """
-
-    out: Path
-    vary: Sequence[str] | Mapping[str, Any] = ()
-    seeds: int = 1
-    budget: float = BUDGET
-    resume: bool = False
-    force: bool = False
-
-
 class SweepJob:
     """A sweep from its settings to its results.
 
@@ -96,20 +72,37 @@ class SweepJob:
         sweep: its rounds.
     """
 
-    def __init__(self, settings: TrainSettings, asked: SweepSettings):
+    def __init__(
+        self,
+        settings: TrainSettings,
+        out: Path,
+        vary: Sequence[str] | Mapping[str, Any] = (),
+        seeds: int = 1,
+        budget: float = BUDGET,
+        resume: bool = False,
+        force: bool = False,
+    ):
         """Check what is asked, and read what an earlier start has done.
+
+        Args:
+            settings: of the runs.
+            out: the folder that it writes.
+            vary: as `read_vary` takes it; empty: learning rates around the default.
+            seeds: runs of each candidate.
+            budget: runs of work.
+            resume: whether to go on with a sweep that is there.
+            force: whether to replace it.
 
         Raises:
             InputError: it cannot be done.
         """
-        out = Path(asked.out)
-        if not 1 <= asked.seeds <= 100:
-            raise InputError(f"--seeds {asked.seeds}: from 1 to 100 are allowed")
-        budget = read_budget(asked.budget)
+        if not 1 <= seeds <= 100:
+            raise InputError(f"--seeds {seeds}: from 1 to 100 are allowed")
+        budget = read_budget(budget)
         placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
         check_request(replace(settings, loop=placed), ALONE)
         check_validates(settings)
-        vary = read_vary(asked.vary) if asked.vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
+        vary = read_vary(vary) if vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
         found = candidates(vary)
         check_varied(found, settings.to_flat())
         if len(found) < 2:
@@ -117,18 +110,19 @@ class SweepJob:
                 f"--vary {', '.join(vary)}: has one value only, so there is nothing to compare; give several"
             )
         self.settings = replace(settings, loop=replace(placed, force=False))
-        steps = rungs(len(found), asked.seeds, budget)
-        trials = trials_of(self.settings, found, asked.seeds, out / TRIALS)
+        steps = rungs(len(found), seeds, budget)
+        trials = trials_of(self.settings, found, seeds, out / TRIALS)
         check_trials([trial.settings for trial in trials])
-        state = self._state(out, asked, {"vary": vary, "seeds": asked.seeds, "budget": budget}, found)
+        asked = {"vary": vary, "seeds": seeds, "budget": budget}
+        state = self._state(out, asked, found, resume, force)
         check_writable(out, "--out", 1_000_000)
         self.sweep = Sweep(out, state, trials, steps, may_shorten=True)
 
-    def _state(self, out: Path, asked: SweepSettings, facts: dict[str, Any], found: list[Candidate]) -> SweepState:
+    def _state(self, out: Path, asked: dict[str, Any], found: list[Candidate], resume: bool, force: bool) -> SweepState:
         """Return what an earlier start left, or an empty state."""
         flat = {name: value for name, value in self.settings.to_flat().items() if name not in ("resume", "force")}
-        facts = console.finite_values({**facts, "settings": flat})
-        if (out / SWEEP_FILE).exists() and asked.resume:
+        facts = console.finite_values({**asked, "settings": flat})
+        if (out / SWEEP_FILE).exists() and resume:
             state = SweepState.read(out)
             changed = [name for name in ("vary", "seeds", "budget") if state.asked.get(name) != facts[name]]
             before = state.asked.get("settings", {})
@@ -141,13 +135,13 @@ class SweepJob:
                 )
             state.candidates = found  # of --vary; the file may be a stranger's, and a candidate is a run's settings
             return state
-        if (out / SWEEP_FILE).exists() and not asked.force:
+        if (out / SWEEP_FILE).exists() and not force:
             raise InputError(
                 f"--out {out}: already holds a sweep; choose another folder, --resume to continue, or --force to overwrite it"
             )
         # Without sweep.json, they may be anything of the user's.
         there = [f"{name}/" for name in (TRIALS, WINNER) if (out / name).exists()]
-        if there and not asked.force:
+        if there and not force:
             raise InputError(
                 f"--out {out}: has {' and '.join(there)}, which a sweep would replace, and no {SWEEP_FILE} to go on from; choose "
                 "another folder, or --force to delete that"
@@ -175,7 +169,13 @@ class SweepJob:
         sweep, state = self.sweep, self.sweep.state
         if not state.rounds:
             state.write(sweep.folder)  # not before the model is there, so that a wrong name leaves nothing behind
-            log.info(self.plan_words())
+            of = len(sweep.trials) // len(state.candidates)
+            rounds = ", ".join(f"{rung.candidates} to {rung.share:.0%}" for rung in sweep.rungs)
+            seeds = f", {of} seeds each" if of > 1 else ""
+            log.info(
+                f"Sweep: {counted(len(state.candidates), 'candidate')}{seeds}; rounds: {rounds} of a run; then the best one's "
+                "whole run"
+            )
         sweep.choose(base, self._after_round)
         settings = self.winner_settings()
         log.info(f"Best: {words(state.candidates[state.winner or 0])}. Its whole run, alone:")
@@ -199,13 +199,6 @@ class SweepJob:
         begun = (folder / CHECKPOINTS).is_dir()
         own = {"adapter_path": str(folder), "resume": "auto" if begun else None, "force": not begun}
         return train_settings({**with_candidate(self.settings.to_flat(), state.candidates[state.winner]), **own})
-
-    def plan_words(self) -> str:
-        """Return a sentence on what the sweep is going to do."""
-        sweep, seeds = self.sweep, len(self.sweep.trials) // len(self.sweep.state.candidates)
-        rounds = ", ".join(f"{rung.candidates} to {rung.share:.0%}" for rung in sweep.rungs)
-        of = f", {seeds} seeds each" if seeds > 1 else ""
-        return f"Sweep: {counted(len(sweep.state.candidates), 'candidate')}{of}; rounds: {rounds} of a run; then the best one's whole run"
 
     def _after_round(self) -> None:
         """Say what a round has shown, and write the page."""
@@ -312,11 +305,14 @@ def sweep(
     base = as_base(base, "sweep")
     job = SweepJob(
         run_settings(base.settings, {**settings, "data": data_source(data)}),
-        SweepSettings(Path(os.fspath(out)), vary, seeds, budget, resume, force),
+        Path(os.fspath(out)),
+        vary,
+        seeds,
+        budget,
+        resume,
+        force,
     )
-    base.release()
-    mx.reset_peak_memory()
-    with base.loaded.lent() as lent, console.log_to(console.show if progress else None), _compiling():
+    with lent_for_training(base, progress) as lent:
         outcome = job.run(lent)
     if outcome.interrupted:
         raise KeyboardInterrupt
@@ -325,11 +321,3 @@ def sweep(
     return SweepResult(
         folder, job.sweep.state.candidates[compared.winner or 0], run, compared.table(), advice(compared), compared
     )
-
-
-@contextmanager
-def _compiling():
-    try:
-        yield
-    finally:
-        device.compile_for(device.COMPILE_FROM_STEPS)  # short runs turn compiling off

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from html import escape
 from io import BytesIO
@@ -31,6 +32,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, FIELDS, SECTIONS, ModelSettings, TrainSettings
 from mlx_lora.data.files import SPLIT_NAMES
+from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.parallel.ranks import find_launch
 from mlx_lora.reports.run_report import REPORT_FILE, read_records
 from mlx_lora.rollouts.rewards import IN_PYTHON, RewardFunction
@@ -38,10 +40,13 @@ from mlx_lora.trainer.callbacks import Callback
 from mlx_lora.trainer.find_learning_rate import find_learning_rate
 from mlx_lora.trainer.progress import curve_html, display_here
 from mlx_lora.trainer.run import train_run
+from mlx_lora.trainer.several_runs import SeveralRuns, failures
+from mlx_lora.trainer.trainer import Outcome
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import parse_yaml
+from mlx_lora.utils.text import counted
 
 
 @speaks_python()
@@ -108,19 +113,59 @@ def train(
         base.settings,
         {**given, "adapter_path": os.fspath(adapter_path), "data": None if data is None else data_source(data)},
     )
+    with lent_for_training(base, progress) as lent:
+        show = display_here() if progress else None
+        if resolved.optimizer.learning_rate == AUTO:
+            resolved, _ = find_learning_rate(resolved, base=lent)
+        outcome = train_run(resolved, show=show, base=lent, callbacks=callbacks, functions=functions)
+    if outcome.interrupted and not outcome.steps:
+        raise KeyboardInterrupt
+    return Run.of(Path(adapter_path), outcome)
+
+
+@contextmanager
+def lent_for_training(base: Base, progress: bool) -> Iterator[LoadedBase]:
+    """Lend a base to runs, whose lines are shown if `progress` says so."""
     base.release()
     mx.reset_peak_memory()  # an earlier run's peak is not this one's
     try:
         with base.loaded.lent() as lent, console.log_to(console.show if progress else None):
-            show = display_here() if progress else None
-            if resolved.optimizer.learning_rate == AUTO:
-                resolved, _ = find_learning_rate(resolved, base=lent)
-            outcome = train_run(resolved, show=show, base=lent, callbacks=callbacks, functions=functions)
+            yield lent
     finally:
         device.compile_for(device.COMPILE_FROM_STEPS)  # a short run turned compiling off
-    if outcome.interrupted and not outcome.steps:
-        raise KeyboardInterrupt
-    return Run(Path(adapter_path), outcome.steps, outcome.val_loss, outcome.interrupted, outcome.stopped_early)
+
+
+@speaks_python()
+def train_several(base: Base | PathLike, runs: Sequence[Mapping[str, Any]], *, progress: bool = True) -> list[Run]:
+    """Train several adapters on one base at once, each as if alone, and return their results in the same order.
+
+    The base computes once for the rows of all runs, so small batches take less time than one run after another
+    (docs/training.md). The base itself stays as it is.
+
+    Args:
+        base: from `load`, or a model's name.
+        runs: of each run what `train` takes: `data`, an `adapter_path` of its own, and settings by name.
+        progress: show lines of progress, each with the name of its run's folder; False: print nothing.
+
+    Raises:
+        InputError: runs that cannot be trained together, or see `train`.
+        RunError: some runs failed; the results of the others are in their folders.
+    """
+    if len(runs) < 2:
+        raise InputError(f"train_several: found {counted(len(runs), 'run')}; give two or more, or call train for one")
+    base = as_base(base, "train_several")
+    settings = []
+    for number, given in enumerate(runs):
+        missing = [name for name in ("data", "adapter_path") if given.get(name) is None]
+        if missing:
+            raise InputError(f"train_several, run {number}: no {' and no '.join(missing)}; each run needs its own")
+        named = {"data": data_source(given["data"]), "adapter_path": os.fspath(given["adapter_path"])}
+        settings.append(run_settings(base.settings, {**given, **named}))
+    with lent_for_training(base, progress) as lent:
+        members = SeveralRuns.open(settings, base=lent).train()
+    if failed := failures(members):
+        raise failed
+    return [Run.of(Path(member.folder), member.outcome) for member in members if member.outcome is not None]
 
 
 # Results
@@ -166,6 +211,11 @@ class Run:
     val_loss: float | None
     interrupted: bool
     stopped_early: bool
+
+    @classmethod
+    def of(cls, adapter: Path, ended: Outcome) -> Run:
+        """Return the results of a run that ended in this way."""
+        return cls(adapter, ended.steps, ended.val_loss, ended.interrupted, ended.stopped_early)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -324,7 +374,9 @@ def data_source(data: Any) -> str:
             for name, text in texts.items():
                 (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
     os.utime(folder)
-    _evict(folder.parent)
+    kept = [path for path in folder.parent.iterdir() if not path.name.startswith(".")]
+    for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-MOST_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
     return str(folder / "train.jsonl" if list(texts) == ["train"] else folder)
 
 
@@ -345,10 +397,3 @@ def _lines(name: str, records: Any) -> Iterator[str]:
             yield json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise InputError(f"data, {name} record {number}: {error}; keep texts, numbers and lists") from None
-
-
-def _evict(folder: Path) -> None:
-    """Remove the sets of records that were used longest ago."""
-    kept = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
-    for path in kept[:-MOST_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)

@@ -27,18 +27,17 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.embed import measure_embeddings
-from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss
+from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
 from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
+from mlx_lora.api.texts import measure_embeddings
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import DataSettings, ObjectiveSettings, TrainSettings
 from mlx_lora.data.report import UNITS
-from mlx_lora.evaluation.own_rows import RowsAsked
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
@@ -167,8 +166,7 @@ def main(
         return 0
     if held_out:
         settings = settings_of_run(folder, given)
-    check_adapter(settings, folder)
-    check_show(settings, show or 0)
+    check_evaluation(settings, folder, show or 0)
     if page is not None and not compares(settings):
         raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
     if not held_out:
@@ -223,8 +221,7 @@ def _forgetting(
     """Measure and print what adapters made the model forget, and return the exit code."""
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        facts = measure_forgetting(base, adapters, replace(asked, stopped=stopped)).to_dict()
-        facts["partial"] = stopped()
+        facts = measure_forgetting(base, adapters, replace(asked, stopped=stopped)) | {"partial": stopped()}
     if page is not None and facts["sets"]:
         write_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")
@@ -365,14 +362,14 @@ def tasks_command(
             raise InputError(f"{', '.join(useless)}: only with --tasks; leave it out")
         folders = [source.folder for source in sources.values() if source.folder]
         settings = with_settings_of_runs(settings, given, folders)
-        rows = RowsAsked(settings.data, own["max_tokens"], own["limit"])
+        rows = settings.data
     else:
         if useless := [flag_of(name) for name in given if name in {field.name for field in fields(DataSettings)}]:
             raise InputError(f"{', '.join(useless)}: only with --data, and tasks have their own rows; leave it out")
         rows = None
     asked = TasksRequest(
-        split, rows, metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"], sources,
-        named.ignore_fingerprint, batch_tokens,
+        split, rows, own["max_tokens"], metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"],
+        sources, named.ignore_fingerprint, batch_tokens,
     )  # fmt: skip
     known, begun = check_tasks(asked), time.monotonic()
     base = load_base(settings.model)

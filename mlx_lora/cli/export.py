@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.export import FORMATS, ExportSettings, write_export
-from mlx_lora.api.fused_gain import FADED, GainMeter, read_back
+from mlx_lora.api.fuse import FADED, GainMeter, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import look_at_data
@@ -97,7 +97,7 @@ def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
         console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
         return
     merged = next(asked.out.glob("*.gguf")) if in_ollama else asked.out
-    gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged))
+    gain = GainMeter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged))
     console.echo(f"{asked.out}: {gain.words()}")
     if gain.kept is not None and gain.kept < FADED:
         ways = ["--gguf-type q8_0 or f16 (larger)"] if FORMATS[asked.to].merged_gguf else []

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mlx_lora.adapters.merge import ALIASES, COMBINATIONS, SIGNS, MergeSettings
-from mlx_lora.api.merge import MergeJob, check_out, check_weights
+from mlx_lora.api.merge import check_out, check_weights, merge_adapters
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.evaluate import print_table
 from mlx_lora.config.load import train_settings
@@ -65,9 +65,9 @@ def main(
     force, ignore_fingerprint = given.pop("force"), given.pop("ignore_fingerprint")
     if data and no_evaluate:
         raise InputError("--data with --no-evaluate: nothing is measured; leave out one of them")
-    job = MergeJob(check_weights(weights(adapters)), how, check_out(out, force), ignore_fingerprint)
+    of, out = check_weights(weights(adapters)), check_out(out, force)
     base = load_base(train_settings(given).model)
-    merged = job.run(base, data, evaluate=not no_evaluate)
+    merged = merge_adapters(base, of, how, out, ignore_fingerprint, data, evaluate=not no_evaluate)
     for name, why in (merged.not_measured or {}).items():
         console.echo(f"Not measured on rows of {name}: {why}; name rows with --data FILE")
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.embed import MineOptions, mine
+from mlx_lora.api.texts import MineOptions, mine
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import all_files

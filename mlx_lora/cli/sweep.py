@@ -53,12 +53,12 @@ def main(
     }
     settings = train_settings(given, content)
     amount = read_budget(budget)
-    from mlx_lora.api.sweep import SweepJob, SweepSettings  # slow to import, and --help does not need it
+    from mlx_lora.api.sweep import SweepJob  # slow to import, and --help does not need it
     from mlx_lora.reports.sweep_page import advice
     from mlx_lora.trainer.progress import LiveProgress
     from mlx_lora.trainer.sweep import Interrupted
 
-    job = SweepJob(settings, SweepSettings(out, vary, seeds, amount, resume, force))
+    job = SweepJob(settings, out, vary, seeds, amount, resume, force)
     try:
         outcome = job.run(show=LiveProgress if sys.stderr.isatty() else None)
         interrupted = outcome.interrupted

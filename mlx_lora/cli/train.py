@@ -120,7 +120,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
         _starting()
-        from mlx_lora.api.dry_run import dry_run as dry_plan
+        from mlx_lora.api.plan import dry_run as dry_plan
         from mlx_lora.cli.plan import render_plan
 
         click.echo(render_plan("plan", dry_plan(settings)))

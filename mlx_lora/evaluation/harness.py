@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,8 @@ from tqdm import tqdm
 from mlx_lora.compat.foreign import BARS, LOAD_YAML
 from mlx_lora.compat.functions import exchanged
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.evaluation.models import LogLikelihood, Models, Scored, TextRequest
-from mlx_lora.evaluation.paired import compare_weighted
-from mlx_lora.evaluation.results import Answered, ModelScore, TaskResults, TaskScore
+from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
+from mlx_lora.evaluation.paired import Answered, ModelScore, TaskResults, TaskScore, compare_weighted
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.serving.engine import Sampling
 from mlx_lora.utils.errors import InputError
@@ -47,76 +46,74 @@ NEW_TOKENS = 256  # of an answer, where a task does not say, as in lm-eval
 MOST_QUESTION = 2000  # characters of a question that are shown
 SEED, FEWSHOT_SEED = 0, 1234  # lm-eval's own
 NO_FILTER = "none"
+NUMBERS = (bool, int, float, np.number)
 YAML = (".yaml", ".yml")
 NAMES_SHOWN = 8
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """How tasks are run.
-
-    Attributes:
-        chat_template: ask in the form of the chat template.
-        fewshot: solved examples before each question; None: as the task says.
-        limit: rows of each task, from its first on; None: all.
-        system_prompt: system message, with the chat template.
-    """
-
-    chat_template: bool = False
-    fewshot: int | None = None
-    limit: int | None = None
-    system_prompt: str | None = None
-
-
 def run_tasks(
-    models: Models, asked: Sequence[str], options: TaskOptions, stopped: Callable[[], bool] = lambda: False
+    models: Models,
+    asked: Sequence[str],
+    chat_template: bool = False,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> TaskResults:
-    """Return what the models score in tasks.
+    """Return what the models score in tasks: lm-eval's results, with our own standard errors and comparisons.
 
     Args:
         models: a base and adapters.
         asked: names of lm-eval's tasks and groups, or YAML files.
-        options: how.
+        chat_template: ask in the form of the chat template.
+        fewshot: solved examples before each question; None: as the task says.
+        limit: rows of each task, from its first on; None: all.
         stopped: asked before each batch whether to end.
 
     Raises:
         InputError: a task is not known, or its data cannot be loaded.
         KeyboardInterrupt: it was stopped.
     """
+    found, done, random_streams = {}, {}, (random.getstate(), np.random.get_state())
     with _without_bars():
-        loaded = load_tasks(asked, options)
-        found = _evaluated(models, loaded, " ".join(asked), options, stopped)
-    return _measured(loaded, found)
+        loaded = load_tasks(asked, fewshot)
+        for name in models.names:  # one after another, on what was computed for all
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            random.seed(SEED)  # as lm-eval does
+            np.random.seed(FEWSHOT_SEED)
+            try:
+                with _foreign(f"--tasks {' '.join(asked)}"):
+                    found[name] = lm_eval.evaluator.evaluate(
+                        lm=HarnessModel(models, name, done, chat_template, stopped), task_dict=loaded, limit=limit,
+                        bootstrap_iters=0, apply_chat_template=chat_template, fewshot_as_multiturn=chat_template,
+                    )  # fmt: skip
+            finally:
+                random.setstate(random_streams[0])
+                np.random.set_state(random_streams[1])
+    measured, by_task = TaskResults(), {}
+    for name, task in loaded["tasks"].items():
+        rows = {model: _by_row(result["samples"][name]) for model, result in found.items()}
+        for key in (key for key in found[BASE]["results"][name] if "," in key and "_stderr," not in key):
+            metric, _, kind = key.partition(",")
+            values = {model: [row[kind][metric] for row in own.values()] for model, own in rows.items()}
+            aggregate = task.aggregation().get(metric)
+            if aggregate is lm_eval.api.metrics.mean and all(
+                isinstance(one, NUMBERS) for own in values.values() for one in own
+            ):
+                aggregate = None
+            better = task.higher_is_better().get(metric) is not False
+            score = TaskScore.of(name, _label(metric, kind), values, better, aggregate)
+            for model, result in found.items():  # the number is lm-eval's own, to its last digit
+                score.scores[model] = replace(score.scores[model], value=result["results"][name][key])
+            measured.scores.append(score)
+            by_task[name, key] = score
+        measured.answers[name] = _answers(task, rows)
+    measured.scores += _groups(loaded, found, by_task)
+    return measured
 
 
-def _evaluated(
-    models: Models, loaded: dict[str, Any], asked: str, options: TaskOptions, stopped: Callable[[], bool]
-) -> dict[str, Any]:
-    """Let lm-eval evaluate one model after another, on what was computed for all."""
-    done, found = _Done(models, stopped), {}
-    for name in models.names:
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        with _own_seeds(), _foreign(f"--tasks {asked}"):
-            found[name] = lm_eval.evaluator.evaluate(
-                lm=HarnessModel(models, name, done, options.chat_template), task_dict=loaded, limit=options.limit,
-                bootstrap_iters=0, apply_chat_template=options.chat_template,
-                fewshot_as_multiturn=options.chat_template, system_instruction=options.system_prompt,
-            )  # fmt: skip
-    return found
-
-
-@contextmanager
-def _own_seeds() -> Iterator[None]:
-    """Begin the process's random streams as lm-eval does, and leave them as they were."""
-    before = random.getstate(), np.random.get_state()
-    random.seed(SEED)
-    np.random.seed(FEWSHOT_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
+def _label(metric: str, kind: str) -> str:
+    return metric if kind == NO_FILTER else f"{metric} ({kind})"
 
 
 # Which tasks there are
@@ -128,8 +125,8 @@ def known_tasks() -> list[str]:
         return TaskManager().all_tasks
 
 
-def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
-    """Return lm-eval's dictionary of tasks and groups.
+def load_tasks(asked: Sequence[str], fewshot: int | None = None) -> dict[str, Any]:
+    """Return lm-eval's dictionary of tasks and groups; arguments as for `run_tasks`.
 
     Raises:
         InputError: a task is not known, or its data cannot be loaded.
@@ -164,8 +161,8 @@ def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
             if not len(task.eval_docs):
                 raise InputError(f"--tasks {name}: its data has no rows; give a file with rows")
         own = task.get_config("num_fewshot")
-        if own is None or (options.fewshot is not None and own != 0):  # a task may forbid examples by 0
-            task.set_config(key="num_fewshot", value=options.fewshot or 0)
+        if own is None or (fewshot is not None and own != 0):  # a task may forbid examples by 0
+            task.set_config(key="num_fewshot", value=fewshot or 0)
     return loaded
 
 
@@ -240,53 +237,43 @@ def _without_bars() -> Iterator[None]:
 # The model that lm-eval sees
 
 
-class _Done:
-    """What the models were asked so far, and the results."""
-
-    def __init__(self, models: Models, stopped: Callable[[], bool]):
-        self._models, self._stopped = models, stopped
-        self._likelihoods: dict[Scored, LogLikelihood] = {}
-        self._texts: dict[TextRequest, str] = {}
-
-    def log_likelihoods(self, names: Sequence[str], pairs: Sequence[tuple[Any, Any]]) -> list[LogLikelihood]:
-        """Return the log-likelihoods of the first model, and compute those of the others with it."""
-        own = [Scored(names[0], tuple(context), tuple(continuation)) for context, continuation in pairs]
-        if any(one not in self._likelihoods for one in own):
-            new = {one._replace(model=name): None for one in own for name in names}
-            missing = [one for one in new if one not in self._likelihoods]
-            found = self._models.log_likelihoods(missing, self._stopped)
-            self._likelihoods |= dict(zip(missing, found, strict=True))
-        return [self._likelihoods[one] for one in own]
-
-    def texts(self, names: Sequence[str], prompts: Sequence[TextRequest]) -> list[str]:
-        """Return the texts of the first model, and write those of the others with it."""
-        own = [replace(prompt, model=names[0]) for prompt in prompts]
-        if any(one not in self._texts for one in own):
-            new = {replace(one, model=name): None for one in own for name in names}
-            missing = [one for one in new if one not in self._texts]
-            written = self._models.texts(missing, self._stopped)
-            self._texts |= {prompt: one.text for prompt, one in zip(missing, written, strict=True)}
-        return [self._texts[one] for one in own]
-
-
 class HarnessModel(TemplateLM):
     """One of several models, as lm-eval asks it; tokens, limits and defaults are those of its Hugging Face backend."""
 
-    def __init__(self, models: Models, name: str, done: _Done, chat: bool):
+    def __init__(
+        self, models: Models, name: str, done: dict[Any, Any], chat: bool, stopped: Callable[[], bool] = lambda: False
+    ):
         """Take a model.
 
         Args:
             models: all models.
             name: of this one.
-            done: what was computed so far.
+            done: what any of them was asked so far, and the results.
             chat: whether requests have the form of the chat template.
+            stopped: asked before each batch whether to end.
         """
         super().__init__()
         self.tokenizer: Any = models.base.hf_tokenizer
-        self._models, self._done, self._name = models, done, name
-        # What this model is asked, these are asked, too; it comes first.
-        alike = [other for other in models.names if not chat or models.templates[other] == models.templates[name]]
-        self._alike = [name, *(other for other in alike if other != name)]
+        self._models, self._name, self._done, self._stopped = models, name, done, stopped
+        # What this model is asked, these are asked, too.
+        self._alike = [other for other in models.names if not chat or models.templates[other] == models.templates[name]]
+
+    def _results(self, asked: list[Any], compute: Callable[[list[Any], Callable[[], bool]], list[Any]]) -> list[Any]:
+        """Return what this model answers, and compute with it what those that are asked the same answer.
+
+        Args:
+            asked: of this model.
+            compute: returns the results of many models.
+        """
+        if any(one not in self._done for one in asked):
+            all_asked = dict.fromkeys(one._replace(model=name) for one in asked for name in self._alike)
+            missing = [one for one in all_asked if one not in self._done]
+            self._done |= dict(zip(missing, compute(missing, self._stopped), strict=True))
+        return [self._done[one] for one in asked]
+
+    def _likelihoods(self, pairs: Iterable[tuple[Any, Any]]) -> list[LogLikelihood]:
+        asked = [Scored(self._name, tuple(context), tuple(continuation)) for context, continuation in pairs]
+        return self._results(asked, self._models.log_likelihoods)
 
     @property
     def eot_token_id(self) -> int:
@@ -320,18 +307,16 @@ class HarnessModel(TemplateLM):
         template = self._models.templates[self._name]
         if template is None:
             raise InputError(f"--apply-chat-template: {self._name} has no chat template; leave it out")
+        messages: list[dict[str, Any]] = [dict(one) for one in chat_history]
         try:
-            text = self._rendered(chat_history, template, add_generation_prompt)
+            text = render_chat(self.tokenizer, messages, template, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError:  # as in lm-eval: the template may take no system message
-            others = [message for message in chat_history if message["role"] != "system"]
-            text = self._rendered(others, template, add_generation_prompt)
+            others = [message for message in messages if message["role"] != "system"]
+            text = render_chat(self.tokenizer, others, template, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         begun = chat_history[-1]["content"].strip()
         return text[: text.rindex(begun) + len(begun)]
-
-    def _rendered(self, messages: list[dict[str, str]], template: str, asks: bool) -> str:
-        return render_chat(self.tokenizer, [dict(one) for one in messages], template, add_generation_prompt=asks)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return log-likelihood and greediness of each request's continuation."""
@@ -340,7 +325,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        found = self._done.log_likelihoods(self._alike, [(context, rest) for _, context, rest in requests])
+        found = self._likelihoods((context, rest) for _, context, rest in requests)
         return [(one.total, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
@@ -354,7 +339,7 @@ class HarnessModel(TemplateLM):
             own = [lm_eval_utils.make_disjoint_window(window) for window in cut]
             windows += own
             counts.append(len(own))
-        found = iter(self._done.log_likelihoods(self._alike, windows))
+        found = iter(self._likelihoods(windows))
         return [sum(next(found).total for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -378,43 +363,10 @@ class HarnessModel(TemplateLM):
                     how["temperature"], how.get("top_p", 1.0), how.get("top_k", 0) or 0, seed=SEED + seen[key]
                 )
             prompts.append(TextRequest(self._name, tuple(tokens), most, stops, sampling))
-        return self._done.texts(self._alike, prompts)
+        return [one.text for one in self._results(prompts, self._models.texts)]
 
 
 # What lm-eval found
-
-
-def _measured(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> TaskResults:
-    """Return lm-eval's results of all models, with our own standard errors and comparisons."""
-    measured, by_task = TaskResults(), {}
-    for name, task in loaded["tasks"].items():
-        rows = {model: _by_row(result["samples"][name]) for model, result in found.items()}
-        first = next(iter(found.values()))
-        for key in (key for key in first["results"][name] if "," in key and "_stderr," not in key):
-            metric, _, kind = key.partition(",")
-            values = {model: [row[kind][metric] for row in own.values()] for model, own in rows.items()}
-            aggregate = task.aggregation().get(metric)
-            mean = aggregate is lm_eval.api.metrics.mean and all(
-                _is_number(one) for own in values.values() for one in own
-            )
-            score = TaskScore.of(
-                name, metric if kind == NO_FILTER else f"{metric} ({kind})", values,
-                task.higher_is_better().get(metric) is not False, None if mean else aggregate,
-            )  # fmt: skip
-            # The number is lm-eval's own, to its last digit.
-            own = {
-                model: replace(score.scores[model], value=result["results"][name][key])
-                for model, result in found.items()
-            }
-            measured.scores.append(replace(score, scores=own))
-            by_task[name, key] = measured.scores[-1]
-        measured.answers[name] = _answers(task, rows)
-    measured.scores += _groups(loaded, found, by_task)
-    return measured
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, bool | int | float | np.number)
 
 
 def _by_row(samples: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Mapping[str, Any]]]:
@@ -428,33 +380,22 @@ def _by_row(samples: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Mapping
 def _answers(task: Any, rows: Mapping[str, dict[int, dict[str, Mapping[str, Any]]]]) -> list[Answered]:
     """Return what the models answered in a task."""
     found = []
-    for number in next(iter(rows.values())):
+    for number in rows[BASE]:
         samples = {model: next(iter(own[number].values())) for model, own in rows.items()}
         values: dict[str, dict[str, float]] = {}
         for model, own in rows.items():
             for kind, sample in own[number].items():
                 for metric in sample["metrics"]:
-                    if _is_number(sample[metric]):
-                        name = metric if kind == NO_FILTER else f"{metric} ({kind})"
-                        values.setdefault(name, {})[model] = float(sample[metric])
-        first = next(iter(samples.values()))
+                    if isinstance(sample[metric], NUMBERS):
+                        values.setdefault(_label(metric, kind), {})[model] = float(sample[metric])
+        first, target = samples[BASE], samples[BASE]["target"]
+        question, choices = str(first["arguments"][0][0]), first["arguments"]
+        if task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(choices):
+            target = str(choices[target][1]).strip()
+        shown = question if len(question) <= MOST_QUESTION else "… " + question[-MOST_QUESTION:]
         answers = {model: _answer(task, sample) for model, sample in samples.items()}
-        found.append(Answered(_question(first), _expected(task, first), answers, values))
+        found.append(Answered(shown, str(target), answers, values))
     return found
-
-
-def _question(sample: Mapping[str, Any]) -> str:
-    """Return a row's question: what the model was given, or its end."""
-    text = str(sample["arguments"][0][0])
-    return text if len(text) <= MOST_QUESTION else "… " + text[-MOST_QUESTION:]
-
-
-def _expected(task: Any, sample: Mapping[str, Any]) -> str:
-    """Return the right answer as text: of a multiple choice, the choice."""
-    target = sample["target"]
-    if task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int) and 0 <= target < len(sample["arguments"]):
-        return str(sample["arguments"][target][1]).strip()
-    return str(target)
 
 
 def _answer(task: Any, sample: Mapping[str, Any]) -> str:
@@ -474,28 +415,19 @@ def _groups(
     """Return the scores of groups, which lm-eval makes of their tasks' scores."""
     scores = []
     for name, group in loaded.get("groups", {}).items():
+        results = {model: result.get("groups", {}).get(name, {}) for model, result in found.items()}
         for rule in group.aggregate_metric_list or ():
-            for key in (
-                key
-                for key in next(iter(found.values())).get("groups", {}).get(name, {})
-                if key.startswith(f"{rule.metric},")
-            ):
-                parts = [
-                    by_task[one.task_name, key] for one in group.get_all_tasks() if (one.task_name, key) in by_task
-                ]
+            for key in (key for key in results[BASE] if key.startswith(f"{rule.metric},")):
+                tasks = [one.task_name for one in group.get_all_tasks()]
+                parts = [by_task[task, key] for task in tasks if (task, key) in by_task]
                 total = sum(part.rows for part in parts)
                 weights = [part.rows / total if rule.weight_by_size else 1 / len(parts) for part in parts]
-                compared = {
-                    model: compare_weighted(
-                        [(w, one) for w, part in zip(weights, parts, strict=True) if (one := part.compared[model])]
-                    )
-                    for model in parts[0].compared
-                }
-                own = {}
-                for model, result in found.items():
+                score = TaskScore(name, _label(*key.split(",", 1)), parts[0].better, total, {})
+                for model, result in results.items():
                     errors = [w * (part.scores[model].error or 0.0) for w, part in zip(weights, parts, strict=True)]
-                    own[model] = ModelScore(result["groups"][name][key], sum(error**2 for error in errors) ** 0.5)
-                metric, _, kind = key.partition(",")
-                label = metric if kind == NO_FILTER else f"{metric} ({kind})"
-                scores.append(TaskScore(name, label, parts[0].better, total, own, {**compared}))
+                    score.scores[model] = ModelScore(result[key], sum(error**2 for error in errors) ** 0.5)
+                for model in parts[0].compared:
+                    compared = [(w, part.compared[model]) for w, part in zip(weights, parts, strict=True)]
+                    score.compared[model] = compare_weighted([(w, one) for w, one in compared if one])
+                scores.append(score)
     return scores

@@ -13,15 +13,14 @@ Source: Zheng et al., arXiv 2306.05685, section 3.4 (position bias, swapping).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jinja2
 
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.evaluation.models import BASE, Models, Scored
-from mlx_lora.evaluation.paired import FEWEST_ROWS, Comparison, score_interval
-from mlx_lora.evaluation.results import ModelScore, TaskScore
+from mlx_lora.evaluation.paired import FEWEST_ROWS, Comparison, ModelScore, TaskScore, score_interval
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
@@ -98,14 +97,12 @@ class Judged:
         difference = (self.wins - self.losses) / max(1, self.rows)
         few = self.rows < FEWEST_ROWS
         low, high = (-float("inf"), float("inf")) if few else score_interval(self.wins, self.losses, self.rows)
-        rows = max(1, self.rows)
-        scores = {name: _share(count / rows, rows) for name, count in ((BASE, self.losses), (adapter, self.wins))}
+        scores = {}
+        for name, count in ((BASE, self.losses), (adapter, self.wins)):
+            share = count / max(1, self.rows)
+            scores[name] = ModelScore(share, (share * (1 - share) / max(1, self.rows - 1)) ** 0.5)
         compared = {adapter: Comparison(difference, low, high, self.rows)}
         return TaskScore(task, f"judge {judge}", True, self.rows, scores, {**compared})
-
-
-def _share(value: float, rows: int) -> ModelScore:
-    return ModelScore(value, (value * (1 - value) / max(1, rows - 1)) ** 0.5)
 
 
 def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[], bool] = lambda: False) -> Judged:
@@ -120,7 +117,8 @@ def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[]
         InputError: the judge has no chat template.
         KeyboardInterrupt: it was stopped.
     """
-    letters = _letters(judge)
+    # The tokens of the two letters, as an answer begins with them.
+    letters = [judge.base.hf_tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in "AB"]
     verdicts: list[int | None] = [0] * len(pairs)
     asked: list[Scored] = []
     differing, shortened = [], 0
@@ -145,20 +143,6 @@ def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[]
     wins, losses = verdicts.count(1), verdicts.count(-1)
     rows = len(pairs) - verdicts.count(None)
     return Judged(wins, losses, rows, len(differing), agreed, tuple(verdicts), shortened)
-
-
-def pairs_of(
-    questions: Sequence[str], expected: Sequence[str], answers: Mapping[str, Sequence[str]], adapter: str
-) -> list[AnswerPair]:
-    """Return the pairs of the base's and an adapter's answers."""
-    rows = zip(questions, answers[BASE], answers[adapter], expected, strict=True)
-    return [AnswerPair(*row) for row in rows]
-
-
-def _letters(judge: Models) -> list[int]:
-    """Return the tokens of the two letters, as an answer begins with them."""
-    tokens = [judge.base.hf_tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
-    return [own[-1] for own in tokens]
 
 
 def _contexts(judge: Models, pair: AnswerPair) -> tuple[list[tuple[int, ...]], bool]:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
@@ -68,11 +70,6 @@ Values = dict[str, list[float | None]]
 """Name of a metric -> a value for each row, None where a row has nothing to compare with."""
 
 
-def always(row: AskedRow) -> bool:
-    """Say that a row can be scored."""
-    return True
-
-
 @dataclass(frozen=True)
 class Metric:
     """A metric by its name, which may give several numbers.
@@ -85,7 +82,7 @@ class Metric:
 
     name: str
     of: Callable[[Sequence[AskedRow], Sequence[ModelAnswer]], Values]
-    applies: Callable[[AskedRow], bool] = always
+    applies: Callable[[AskedRow], bool] = lambda row: True
 
 
 def expected_of(row: AskedRow) -> Any:
@@ -97,10 +94,6 @@ def _has_answer(row: AskedRow) -> bool:
     return expected_of(row) is not None
 
 
-def _has_calls(row: AskedRow) -> bool:
-    return row.calls is not None or bool(row.tools)
-
-
 def metric_of(name: str) -> Metric:
     """Return the metric of a name.
 
@@ -108,69 +101,65 @@ def metric_of(name: str) -> Metric:
         InputError: there is none, or its file cannot be used.
     """
     if name == TOOLS:
-        return Metric(name, tool_call_values, _has_calls)
-    if name in OWN:
-        function = {"json": _valid_json, "rouge_l": _rouge_l}[name]
-        applies = _has_answer if name == "rouge_l" else always
-        return Metric(name, lambda rows, answers: {name: _each(function, rows, answers)}, applies)
+        return Metric(name, tool_call_values, lambda row: row.calls is not None or bool(row.tools))
+    if name == "json":
+        return Metric(name, lambda rows, answers: {name: [_valid_json(answer.text) for answer in answers]})
+    if name == "rouge_l":
+        return Metric(name, _rouge_values, _has_answer)
     path, colon, called = name.rpartition(":")
     if colon and path.endswith(".py"):
-        return _functional(called, name, from_file("--metric", name, "function"))
+        return Metric(called, partial(_function_values, called, name, from_file("--metric", name, "function")))
     kind = name.partition(":")[0]
     if name in READY or (kind in ("regex", "json_schema") and name != kind):
         try:
             function = ready_reward(name)
         except InputError as error:
             raise InputError(str(error).replace("--reward", "--metric")) from None
-        return replace(_functional(name, name, function), applies=_has_answer if name in READY else always)
+        of = partial(_function_values, name, name, function)
+        return Metric(name, of, _has_answer) if name in READY else Metric(name, of)
     near = closest(name, [*READY, *OWN])
     raise InputError(f"--metric {name}: {f'did you mean {near[0]}?' if near else 'no such metric;'} {GIVE}")
 
 
-def _functional(shown: str, name: str, function: Any) -> Metric:
-    """Return the metric of a function with the signature of a reward."""
+def _function_values(
+    shown: str, name: str, function: Any, rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]
+) -> Values:
+    """Return the values of a function with the signature of a reward.
 
-    def values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
-        names = dict.fromkeys(key for row in rows for key in row.columns)
-        columns = {key: [row.columns.get(key) for row in rows] for key in names}
-        for key in ("prompt", "completion", "prompts", "completions", "completion_ids"):
-            columns.pop(key, None)
-        completions = [
-            [answer.said.message] if row.chat else answer.text for row, answer in zip(rows, answers, strict=True)
-        ]
-        arguments = {
-            **columns, "prompts": [row.prompt for row in rows], "completions": completions,
-            "completion_ids": [list(answer.tokens) for answer in answers],
-        }  # fmt: skip
-        try:
-            found = call_reward(function, arguments, TrainerState())
-        except InputError:
-            raise
-        except FAILURES as error:  # a user's code may raise anything
-            if name in PLAIN:  # of ours, which says what its rows lack
-                raise InputError(f"--metric {name}: {one_line(error).partition(': ')[2]}") from error
-            raise RunError(f"--metric {name} failed ({one_line(error)}); correct it") from error
-        if len(found) != len(rows):
-            raise RunError(f"--metric {name} gave {len(found)} values for {len(rows)} answers; correct it")
-        for value in found:
-            if problem := problem_of(value):
-                raise RunError(f"--metric {name} gave {problem} for an answer; correct it")
-        return {shown: [None if value is None else float(value) for value in found]}
-
-    return Metric(shown, values)
-
-
-def _each(
-    function: Callable[[str, str | None], float | None], rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]
-) -> list[float | None]:
-    expected = [expected_of(row) for row in rows]
-    return [
-        function(answer.text, None if right is None else str(right))
-        for answer, right in zip(answers, expected, strict=True)
+    Args:
+        shown: name of the metric.
+        name: as it was asked for.
+        function: to call.
+        rows, answers: to take it of.
+    """
+    names = dict.fromkeys(key for row in rows for key in row.columns)
+    columns = {key: [row.columns.get(key) for row in rows] for key in names}
+    for key in ("prompt", "completion", "prompts", "completions", "completion_ids"):
+        columns.pop(key, None)
+    completions = [
+        [answer.said.message] if row.chat else answer.text for row, answer in zip(rows, answers, strict=True)
     ]
+    arguments = {
+        **columns, "prompts": [row.prompt for row in rows], "completions": completions,
+        "completion_ids": [list(answer.tokens) for answer in answers],
+    }  # fmt: skip
+    try:
+        found = call_reward(function, arguments, TrainerState())
+    except InputError:
+        raise
+    except FAILURES as error:  # a user's code may raise anything
+        if name in PLAIN:  # of ours, which says what its rows lack
+            raise InputError(f"--metric {name}: {one_line(error).partition(': ')[2]}") from error
+        raise RunError(f"--metric {name} failed ({one_line(error)}); correct it") from error
+    if len(found) != len(rows):
+        raise RunError(f"--metric {name} gave {len(found)} values for {len(rows)} answers; correct it")
+    for value in found:
+        if problem := problem_of(value):
+            raise RunError(f"--metric {name} gave {problem} for an answer; correct it")
+    return {shown: [None if value is None else float(value) for value in found]}
 
 
-def _valid_json(text: str, expected: str | None) -> float:
+def _valid_json(text: str) -> float:
     try:
         json.loads(text)
     except ValueError:
@@ -178,8 +167,10 @@ def _valid_json(text: str, expected: str | None) -> float:
     return 1.0
 
 
-def _rouge_l(text: str, expected: str | None) -> float | None:
-    return None if expected is None else rouge_l(expected, text)
+def _rouge_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
+    expected = [expected_of(row) for row in rows]
+    pairs = zip(expected, answers, strict=True)
+    return {"rouge_l": [None if right is None else rouge_l(str(right), answer.text) for right, answer in pairs]}
 
 
 def rouge_l(expected: str, said: str) -> float:
@@ -217,7 +208,9 @@ def tool_call_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -
     for row, answer in zip(rows, answers, strict=True):
         made = [(str(call["name"]), call["arguments"]) for call in answer.said.calls]
         schemas = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in row.tools}
-        fits = None if not made or not schemas else float(all(_fits(schemas.get(name), own) for name, own in made))
+        fits = None
+        if made and schemas:
+            fits = float(all(name in schemas and _fits(schemas[name], own) for name, own in made))
         found["tool_schema"].append(fits)
         if row.calls is None:
             for name in (TOOLS, "tool_names", "tool_arguments"):
@@ -240,10 +233,8 @@ def _call(call: Mapping[str, Any]) -> tuple[str, Any]:
     function = call.get("function", call)
     given = function.get("arguments", {})
     if isinstance(given, str):
-        try:
+        with suppress(ValueError):
             given = json.loads(given)
-        except ValueError:
-            return str(function["name"]), given
     return str(function["name"]), given
 
 
@@ -265,19 +256,19 @@ def _strict(value: Any) -> Any:
     return [_strict(one) for one in value] if isinstance(value, list) else value
 
 
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
+# Of a value's type: what a schema calls it.
+TYPES = {
+    "str": ("string",), "int": ("integer", "number"), "float": ("number",), "boolean": ("boolean",), "list": ("array",),
+    "dict": ("object",),
 }  # fmt: skip
 
 
-def _fits(schema: Mapping[str, Any] | None, given: Any) -> bool:
+def _fits(tool: Mapping[str, Any], given: Any) -> bool:
     """Return whether arguments fit a tool's schema: known names, required ones there, types, and listed values.
 
     These are what the schemas of tools say; jsonschema, which knows all of JSON Schema, need not be installed.
     """
-    if schema is None:
-        return False
-    parameters = schema.get("parameters") or {"type": "object", "properties": {}}
+    parameters = tool.get("parameters") or {"type": "object", "properties": {}}
     return isinstance(given, dict) and _allowed(parameters, given)
 
 
@@ -288,7 +279,9 @@ def _allowed(schema: Mapping[str, Any], value: Any) -> bool:
         return False
     if value is None:
         return not kinds or "null" in kinds or bool(schema.get("nullable"))
-    if kinds and not any(_is(value, kind) for kind in kinds):
+    known = TYPES.get("boolean" if isinstance(value, bool) else type(value).__name__, ())
+    whole = ("integer",) if isinstance(value, float) and value.is_integer() else ()
+    if kinds and not {*known, *whole} & set(kinds):
         return False
     if isinstance(value, dict) and "properties" in schema:
         known = schema["properties"]
@@ -299,11 +292,3 @@ def _allowed(schema: Mapping[str, Any], value: Any) -> bool:
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         return all(_allowed(schema["items"], one) for one in value)
     return True
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()
-    if isinstance(value, bool):
-        return kind == "boolean"
-    return kind in TYPES and isinstance(value, TYPES[kind])

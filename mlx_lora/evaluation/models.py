@@ -25,7 +25,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -42,7 +42,7 @@ from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, Routing,
 from mlx_lora.serving.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure
-from mlx_lora.utils.progress import tracked
+from mlx_lora.utils.progress import long_task, tracked
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,7 @@ class LogLikelihood(NamedTuple):
     greedy: bool
 
 
-@dataclass(frozen=True)
-class TextRequest:
+class TextRequest(NamedTuple):
     """A text that a model is to write.
 
     Attributes:
@@ -98,7 +97,7 @@ class TextRequest:
     tokens: tuple[int, ...]
     max_tokens: int
     stops: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0))
+    sampling: Sampling = Sampling(temperature=0)
     special: bool = False
 
 
@@ -272,21 +271,15 @@ class Models:
         self._routing.rows = tuple(self._numbers[row.model] for row in batch)
         caches = shared_caches(self.base.model, arrays)
         positions = mx.array(list(places), mx.uint32)
-        if head is not None:
-            states = head.hidden(inputs, **caches)
-            states = states.reshape(-1, states.shape[-1])[positions]  # (P, D)
-            logits_of: Callable[[mx.array], mx.array] = head.logits
-        else:
-            states = self.base.model(inputs, **caches)
-            states = states.reshape(-1, states.shape[-1])[positions]  # (P, V)
-            logits_of = _as_they_are
+        states = (self.base.model if head is None else head.hidden)(inputs, **caches)
+        states = states.reshape(-1, states.shape[-1])[positions]  # (P, D), or (P, V) without a head
         wanted, tokens = [], []
         for number, row in enumerate(batch):
             for target in row.targets:
                 begin = number * width + target.column
                 wanted += [places[begin + step] for step in range(len(target.tokens))]
                 tokens += target.tokens
-        values, likeliest = _log_probabilities(states, logits_of, wanted, tokens)
+        values, likeliest = _log_probabilities(states, head, wanted, tokens)
         at = 0
         for row in batch:
             for target in row.targets:
@@ -339,84 +332,55 @@ class Models:
         if not asked:
             return []
         check_rows(self.base.model, self.base.model_id, "choose tasks of log-likelihoods")
-        return _Writing(self, self._steps, self._routing, self._numbers).texts(asked, stopped)
-
-
-class _Writing:
-    """Texts that are written in one running batch."""
-
-    def __init__(self, models: Models, steps: TokenSteps, routing: Routing, numbers: Mapping[str, int | None]):
-        self._steps, self._routing, self._numbers = steps, routing, numbers
-        self._tokenizer, self._hf = models.base.tokenizer, models.base.hf_tokenizer
-        self._ends = frozenset(models.base.tokenizer.eos_token_ids)
-        self._vocabulary = models.base.token_rows or len(models.base.hf_tokenizer)
-        self._batch, self._known = RunningBatch(steps, routing), PromptCache(PROMPT_CACHE_BYTES)
-        self._room = 0
-        routing.rows = ()  # the model may be tried now, with rows of its own
-        self._most_rows = 1 if one_row_because(steps) else MOST_ROWS
-
-    def texts(self, asked: Sequence[TextRequest], stopped: Callable[[], bool]) -> list[Written]:
-        """Write all texts, the longest prompts first, and return them in the order of `asked`."""
-        found = [Written("", ())] * len(asked)
-        order = sorted(range(len(asked)), key=lambda number: (-len(asked[number].tokens), asked[number].tokens))
-        waiting, done = deque(order), deque[int]()
-
-        def finished() -> Iterator[int]:
-            while waiting or len(self._batch) or done:
+        batch, known = RunningBatch(self._steps, self._routing), PromptCache(PROMPT_CACHE_BYTES)
+        self._routing.rows = ()  # the model may be tried now, with rows of its own
+        most_rows = 1 if one_row_because(self._steps) else MOST_ROWS
+        found, ends = [Written("", ())] * len(asked), frozenset(self.base.tokenizer.eos_token_ids)
+        # The longest prompts first.
+        waiting = deque(sorted(range(len(asked)), key=lambda at: (-len(asked[at].tokens), asked[at].tokens)))
+        with long_task("Writing", len(asked), "texts") as task:
+            while waiting or len(batch):
                 if stopped():
                     raise KeyboardInterrupt
-                while waiting and self._fits(asked[waiting[0]]):
-                    number = waiting.popleft()
-                    self._begin(_Text(number, asked[number], self._stream(asked[number]), []))
-                self._step(found, done)
-                while done:
-                    yield done.popleft()
-
-        for _ in tracked(finished(), "Writing", len(asked), "texts"):
-            pass
+                while waiting:
+                    prompt = asked[waiting[0]]
+                    room = _room(prompt) + sum(_room(row.owner.prompt) for row in batch.rows)
+                    if len(batch) and (len(batch) >= most_rows or room > MOST_ROW_TOKENS):
+                        break
+                    stream = TextStream(Continuation(self.base.tokenizer), prompt.stops)
+                    self._join(batch, known, _Text(waiting.popleft(), prompt, stream, []))
+                leaving = []
+                for row, token, _ in batch.step():
+                    text: _Text = row.owner
+                    ended = token in ends
+                    if not ended:
+                        text.tokens.append(token)
+                        ended = text.stream.add(token).stopped or len(text.tokens) == text.prompt.max_tokens
+                    if ended:
+                        leaving.append(row)
+                if leaving:
+                    batch.leave(leaving)
+                for row in leaving:
+                    text = row.owner
+                    plain = not text.prompt.special
+                    said = str(self.base.hf_tokenizer.decode(text.tokens, skip_special_tokens=plain))
+                    for stop in text.prompt.stops:
+                        said = said.split(stop)[0]
+                    found[text.number] = Written(said, tuple(text.tokens))
+                    task.advance()
         return found
 
-    def _fits(self, prompt: TextRequest) -> bool:
-        rows = len(self._batch)
-        return not rows or (rows < self._most_rows and self._room + _room(prompt) <= MOST_ROW_TOKENS)
-
-    def _stream(self, prompt: TextRequest) -> TextStream:
-        return TextStream(Continuation(self._tokenizer), prompt.stops)
-
-    def _begin(self, text: _Text) -> None:
+    def _join(self, batch: RunningBatch, known: PromptCache, text: _Text) -> None:
         """Compute a prompt, and add its row to the batch."""
-        number = self._numbers[text.prompt.model]
-        tokens = list(text.prompt.tokens)
-        caches, cached = self._known.find(number, tokens)
-        row = BatchRow(text, number, Sampler(text.prompt.sampling, self._vocabulary), tokens[:cached])
+        number, tokens = self._numbers[text.prompt.model], list(text.prompt.tokens)
+        caches, cached = known.find(number, tokens)
+        vocabulary = self.base.token_rows or len(self.base.hf_tokenizer)
+        row = BatchRow(text, number, Sampler(text.prompt.sampling, vocabulary), tokens[:cached])
         prefill = Prefill(self._steps, self._routing, row, tokens[cached:], caches)
         while not prefill.done:
             prefill.advance(PREFILL_TOKENS)
-        self._batch.join(prefill)
-        self._known.keep(number, row.tokens, prefill.caches)
-        self._room += _room(text.prompt)
-
-    def _step(self, found: list[Written], done: deque[int]) -> None:
-        """Compute a token of each row, and take out those that have ended."""
-        leaving = []
-        for row, token, _ in self._batch.step():
-            text: _Text = row.owner
-            if token in self._ends:
-                leaving.append(row)
-                continue
-            text.tokens.append(token)
-            if text.stream.add(token).stopped or len(text.tokens) == text.prompt.max_tokens:
-                leaving.append(row)
-        if leaving:
-            self._batch.leave(leaving)
-        for row in leaving:
-            text = row.owner
-            said = str(self._hf.decode(text.tokens, skip_special_tokens=not text.prompt.special))
-            for stop in text.prompt.stops:
-                said = said.split(stop)[0]
-            found[text.number] = Written(said, tuple(text.tokens))
-            done.append(text.number)
-            self._room -= _room(text.prompt)
+        batch.join(prefill)
+        known.keep(number, row.tokens, prefill.caches)
 
 
 @dataclass(eq=False)
@@ -433,28 +397,25 @@ def _room(prompt: TextRequest) -> int:
     return len(prompt.tokens) + prompt.max_tokens
 
 
-def _as_they_are(logits: mx.array) -> mx.array:
-    return logits
-
-
 def _log_probabilities(
-    states: mx.array, logits_of: Callable[[mx.array], mx.array], wanted: list[int], tokens: list[int]
+    states: mx.array, head: Head | None, wanted: list[int], tokens: list[int]
 ) -> tuple[list[float], list[bool]]:
     """Return the log-probability of tokens, and whether each is the likeliest.
 
     Args:
         states: (P, D) hidden states, or (P, V) logits.
-        logits_of: turns some of them into logits.
+        head: turns hidden states into logits.
         wanted: (N,) numbers of states.
         tokens: (N,) the token that each of these is asked about.
     """
-    vocabulary = logits_of(states[:1]).shape[-1]
+    vocabulary = (states if head is None else head.logits(states[:1])).shape[-1]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     values, likeliest = [0.0] * len(wanted), [False] * len(wanted)
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     at = 0
     for first in range(0, states.shape[0], rows):
-        logits = logits_of(states[first : first + rows]).astype(mx.float32)
+        logits = states[first : first + rows]
+        logits = (logits if head is None else head.logits(logits)).astype(mx.float32)
         total = log_sum_exp(logits)
         best = mx.argmax(logits, axis=-1)
         end = at

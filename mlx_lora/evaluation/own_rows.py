@@ -7,19 +7,17 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.tool_turns import ToolTurns
 from mlx_lora.evaluation.metrics import TOOLS, AskedRow, Metric, ModelAnswer
 from mlx_lora.evaluation.models import Models, TextRequest, Written
-from mlx_lora.evaluation.results import Answered, TaskResults, TaskScore
+from mlx_lora.evaluation.paired import Answered, TaskResults, TaskScore
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.rollouts.tools import CallReader, Said
 from mlx_lora.utils.errors import InputError
@@ -27,119 +25,104 @@ from mlx_lora.utils.errors import InputError
 MOST_SHOWN = 2000  # characters of a question
 
 
-@dataclass(frozen=True)
-class RowsAsked:
-    """Rows and how they are asked.
-
-    Attributes:
-        data: file, and how it is read.
-        max_tokens: of an answer.
-        limit: rows, from the first on; None: all.
-    """
-
-    data: DataSettings
-    max_tokens: int = 256
-    limit: int | None = None
-
-
-@dataclass(frozen=True)
-class RowsAnswered:
-    """Rows, and each model's answers to them."""
-
-    rows: list[AskedRow]
-    answers: dict[str, list[ModelAnswer]]
-
-
 def answer_rows(
-    models: Models, asked: RowsAsked, metrics: Sequence[Metric], stopped: Callable[[], bool] = lambda: False
-) -> RowsAnswered:
-    """Let all models answer all rows.
+    models: Models,
+    data: DataSettings,
+    metrics: Sequence[Metric],
+    max_tokens: int = 256,
+    limit: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[list[AskedRow], dict[str, list[ModelAnswer]]]:
+    """Let all models answer all rows, and return the rows, and each model's answers to them.
 
     Args:
         models: a base and adapters.
-        asked: the rows.
+        data: file, and how it is read.
         metrics: that will be taken; those of tools need a chat template that shows tools.
+        max_tokens: of an answer.
+        limit: rows, from the first on; None: all.
         stopped: asked before each step whether to end.
 
     Raises:
         InputError: the data cannot be read, has no prompts, or has nothing that a metric compares with.
         KeyboardInterrupt: it was stopped.
     """
-    base, readers, prompts = models.base, {}, []
-    sets: dict[str | None, EncodedSet] = {}
-    given = asked.data.chat_template
-    wants_tools = any(metric.name == TOOLS for metric in metrics)
+    base, sets, readers, prompts = models.base, {}, {}, []
+    tokenizer, own = base.hf_tokenizer, base.hf_tokenizer.chat_template
     for name in models.names:
-        template = None if given else models.templates[name]
+        template = None if data.chat_template else models.templates[name]
         if template not in sets:
-            sets[template] = _rows(base, asked, template)
-        tokens = [sets[template].row(number)[0].tolist() for number in range(len(sets[template]))]
-        prompts += [TextRequest(name, tuple(own), asked.max_tokens, special=True) for own in tokens]
-        used = _template_text(base, asked.data, template)
-        readers[name] = None if used is None or not wants_tools else (used, _reader(base, used))
+            tokenizer.chat_template = own if template is None else template
+            try:
+                rows = load_eval_set(data.data or "", data, tokenizer, "prompts")
+            finally:
+                tokenizer.chat_template = own
+            check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+            sets[template] = rows.select(range(min(rows.examples, limit))) if limit else rows
+        asked = [tuple(sets[template].row(number)[0].tolist()) for number in range(len(sets[template]))]
+        prompts += [TextRequest(name, tokens, max_tokens, special=True) for tokens in asked]
+        used = template if template is not None else data.chat_template or own_template(tokenizer)
+        readers[name] = None
+        if used is not None and any(metric.name == TOOLS for metric in metrics):
+            turns = ToolTurns(tokenizer, used, frozenset(base.tokenizer.eos_token_ids))
+            try:
+                readers[name] = CallReader.of(turns)
+            except InputError as error:  # the template shows no tools, or its form is not known
+                raise InputError(f"--metric {TOOLS}: {error}") from None
     counts = {len(rows) for rows in sets.values()}
     if len(counts) > 1:
         raise InputError(
-            f"--data {asked.data.data}: {' and '.join(map(str, sorted(counts)))} rows fit --max-seq-length by the models' "
+            f"--data {data.data}: {' and '.join(map(str, sorted(counts)))} rows fit --max-seq-length by the models' "
             "chat templates; raise it, or give one with --chat-template"
         )
-    facts = next(iter(sets.values())).facts or []
-    rows = [_asked_row(fact) for fact in facts]
+    rows = []
+    for fact in next(iter(sets.values())).facts or []:
+        example, calls, tools = fact["example"], None, ()
+        if isinstance(example, Conversation):
+            tools, last = tuple(example.tools or ()), example.messages[-1]
+            calls = last.get("tool_calls", []) if tools or "tool_calls" in last else None
+        rows.append(AskedRow(fact["prompt"], fact["chat"], fact["columns"], calls, tools))
     for metric in metrics:
         if not any(map(metric.applies, rows)):
             raise InputError(
                 f"--metric {metric.name}: no row has what it compares with; docs/is-my-model-better.md says what it needs"
             )
-    written = models.texts(prompts, stopped)
-    answers = {
-        name: [
-            _answer(base, readers[name], row, one)
-            for row, one in zip(rows, written[at * len(rows) : (at + 1) * len(rows)], strict=True)
-        ]
-        for at, name in enumerate(models.names)
-    }
-    return RowsAnswered(rows, answers)
+    written = iter(models.texts(prompts, stopped))
+    return rows, {name: [_answer(base, readers[name], row, next(written)) for row in rows] for name in models.names}
 
 
-def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> TaskResults:
+def score_rows(
+    name: str, rows: Sequence[AskedRow], answers: Mapping[str, list[ModelAnswer]], metrics: Sequence[Metric]
+) -> TaskResults:
     """Return the scores of answers.
 
     Args:
         name: of the rows.
-        found: rows and answers.
+        rows, answers: from `answer_rows`.
         metrics: to take.
 
     Raises:
         RunError: a user's function failed.
     """
     measured = TaskResults()
-    shown: list[dict[str, dict[str, float]]] = [{} for _ in found.rows]
+    shown: list[dict[str, dict[str, float]]] = [{} for _ in rows]
     for metric in metrics:
-        taken = {model: metric.of(found.rows, answers) for model, answers in found.answers.items()}
-        first = next(iter(taken.values()))
-        for part in first:
+        taken = {model: metric.of(rows, own) for model, own in answers.items()}
+        for part in next(iter(taken.values())):
             values = {model: own[part] for model, own in taken.items()}
-            given = {
-                model: {at: float(one) for at, one in enumerate(own) if one is not None}
-                for model, own in values.items()
-            }
-            known = [row for row in range(len(found.rows)) if all(row in own for own in given.values())]
+            known = [at for at in range(len(rows)) if all(own[at] is not None for own in values.values())]
             if not known:
                 measured.notes.append(f"{part}: no row can be compared")
                 continue
-            of_known = {model: [own[row] for row in known] for model, own in given.items()}
+            of_known = {model: [float(own[at] or 0) for at in known] for model, own in values.items()}
             measured.scores.append(TaskScore.of(name, part, of_known))
-            if len(known) < len(found.rows):
-                measured.notes.append(
-                    f"{part}: of {len(known)} of {len(found.rows)} rows; the others cannot be compared"
-                )
-            for row in known:
-                shown[row][part] = {model: own[row] for model, own in given.items()}
+            if len(known) < len(rows):
+                measured.notes.append(f"{part}: of {len(known)} of {len(rows)} rows; the others cannot be compared")
+            for place, at in enumerate(known):
+                shown[at][part] = {model: own[place] for model, own in of_known.items()}
     measured.answers[name] = [
-        Answered(
-            question_text(row), expected_text(row), {m: own[at].text for m, own in found.answers.items()}, shown[at]
-        )
-        for at, row in enumerate(found.rows)
+        Answered(question_text(row), expected_text(row), {m: own[at].text for m, own in answers.items()}, shown[at])
+        for at, row in enumerate(rows)
     ]
     return measured
 
@@ -161,51 +144,10 @@ def expected_text(row: AskedRow) -> str:
     return "\n".join(filter(None, ["" if answer is None else str(answer), *calls]))
 
 
-def _rows(base: Base, asked: RowsAsked, template: str | None) -> EncodedSet:
-    """Return the prompts of the data, rendered with a template; None: as the settings say."""
-    tokenizer, before = base.hf_tokenizer, base.hf_tokenizer.chat_template
-    if template is not None:
-        tokenizer.chat_template = template
-    try:
-        rows = load_eval_set(asked.data.data or "", asked.data, tokenizer, "prompts")
-    finally:
-        tokenizer.chat_template = before
-    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {asked.data.data}")
-    return rows.select(range(min(rows.examples, asked.limit))) if asked.limit else rows
-
-
-def _template_text(base: Base, data: DataSettings, template: str | None) -> str | None:
-    return template if template is not None else data.chat_template or own_template(base.hf_tokenizer)
-
-
-def _reader(base: Base, template: str) -> CallReader:
-    """Return what reads calls in the form of a template.
-
-    Raises:
-        InputError: the template shows no tools, or its form is not known.
-    """
-    turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
-    try:
-        return CallReader.of(turns)
-    except InputError as error:
-        raise InputError(f"--metric {TOOLS}: {error}") from None
-
-
-def _asked_row(fact: dict[str, Any]) -> AskedRow:
-    example = fact["example"]
-    calls, tools = None, ()
-    if isinstance(example, Conversation):
-        tools = tuple(example.tools or ())
-        last = example.messages[-1]
-        calls = last.get("tool_calls", []) if tools or "tool_calls" in last else None
-    return AskedRow(fact["prompt"], fact["chat"], fact["columns"], calls, tools)
-
-
-def _answer(base: Base, reader: tuple[str, CallReader] | None, row: AskedRow, written: Written) -> ModelAnswer:
+def _answer(base: Base, reader: CallReader | None, row: AskedRow, written: Written) -> ModelAnswer:
     text = str(base.hf_tokenizer.decode(list(written.tokens), skip_special_tokens=True)).strip()
     if reader is None:
         return ModelAnswer(text, written.tokens, Said(text))
-    own = replace(reader[1], turns=replace(reader[1].turns, tools=row.tools))
-    said = own(written.tokens)
+    said = replace(reader, turns=replace(reader.turns, tools=row.tools))(written.tokens)
     calls = [f"→ {call['name']} {call['arguments']}" for call in said.calls]
     return ModelAnswer("\n".join(filter(None, [said.content, *calls])), written.tokens, said)

@@ -16,13 +16,14 @@ Source: Tango, Statistics in Medicine 17 (1998), 891; Fagerland, Lydersen, Laake
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from mlx_lora.evaluation.models import BASE
 from mlx_lora.utils.statistics import CONFIDENCE, ratio_error, student_quantile
 
 Aggregate = Callable[[Sequence[Any]], float]
@@ -30,6 +31,7 @@ Aggregate = Callable[[Sequence[Any]], float]
 FEWEST_ROWS = 5  # an interval of fewer rows says nothing
 MOST_GROUPS = 100  # of rows that the jackknife leaves out one after another
 HALVINGS = 60
+MOST_EXAMPLES = 200  # rows of a task that are kept for the page and --json
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,14 @@ def compare(
         raise ValueError(f"{len(before)} and {len(after)} rows")
     rows = len(before)
     if aggregate is not None:
-        difference = aggregate(after) - aggregate(before)
-        low, high = _jackknifed(before, after, aggregate, difference)
-        return Comparison(difference, low, high, rows, better, share=False)
+        difference, half = aggregate(after) - aggregate(before), math.inf
+
+        def without(kept: Sequence[int]) -> float:
+            return aggregate([after[number] for number in kept]) - aggregate([before[number] for number in kept])
+
+        if rows >= FEWEST_ROWS:
+            half = student_quantile(min(rows, MOST_GROUPS) - 1) * _jackknife_error(without, rows)
+        return Comparison(difference, difference - half, difference + half, rows, better, share=False)
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     both = np.concatenate([first, second])
     share = bool(((both >= 0) & (both <= 1)).all())
@@ -174,20 +181,6 @@ def standard_error(values: Sequence[Any], aggregate: Aggregate | None = None) ->
     return _jackknife_error(lambda kept: aggregate([values[number] for number in kept]), len(values))
 
 
-def _jackknifed(
-    before: Sequence[Any], after: Sequence[Any], aggregate: Aggregate, difference: float
-) -> tuple[float, float]:
-    rows = len(before)
-    if rows < FEWEST_ROWS:
-        return -math.inf, math.inf
-
-    def without(kept: Sequence[int]) -> float:
-        return aggregate([after[number] for number in kept]) - aggregate([before[number] for number in kept])
-
-    half = student_quantile(min(rows, MOST_GROUPS) - 1) * _jackknife_error(without, rows)
-    return difference - half, difference + half
-
-
 def _jackknife_error(of: Callable[[Sequence[int]], float], rows: int) -> float:
     """Return the standard error of a number of rows, from the numbers that leave out one group each."""
     count = min(rows, MOST_GROUPS)
@@ -200,3 +193,120 @@ def _digits(low: float, high: float) -> int:
     """Return after how many digits a number is cut whose interval is so wide."""
     width = high - low
     return 2 if width <= 0 or width >= 1 else min(6, 2 + math.ceil(-math.log10(width)))
+
+
+# What a measurement found: scores by task and model, comparisons with the base, and what the models answered
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """A model's score, and its standard error; None where it has none."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One metric of one task.
+
+    Attributes:
+        task: its name.
+        metric: its name, with the filter of lm-eval where it is not `none`.
+        better: whether higher is better.
+        rows: that every model answered.
+        scores: by model.
+        compared: with the base, by adapter; None for what cannot be compared.
+    """
+
+    task: str
+    metric: str
+    better: bool
+    rows: int
+    scores: dict[str, ModelScore]
+    compared: dict[str, Comparison | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        metric: str,
+        values: Mapping[str, Sequence[Any]],
+        better: bool = True,
+        aggregate: Aggregate | None = None,
+    ) -> TaskScore:
+        """Return the scores of values.
+
+        Args:
+            task, metric: names.
+            values: model -> a value for each row, in one order for all models.
+            better: whether higher is better.
+            aggregate: makes the score of all values; None: their mean.
+        """
+        scores, compared = {}, {}
+        for name, own in values.items():
+            value = aggregate(own) if aggregate else float(sum(map(float, own)) / max(1, len(own)))
+            scores[name] = ModelScore(value, standard_error(own, aggregate))
+            if name != BASE and BASE in values:
+                compared[name] = compare(values[BASE], own, better, aggregate)
+        return cls(task, metric, better, len(next(iter(values.values()))), scores, compared)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        compared = {name: one.to_dict() if one else None for name, one in self.compared.items()}
+        models = {
+            name: {"score": one.value if math.isfinite(one.value) else None, "standard_error": one.error}
+            for name, one in self.scores.items()
+        }
+        return {
+            "task": self.task, "metric": self.metric, "higher_is_better": self.better, "rows": self.rows,
+            "models": models, "compared": compared,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row of a task, what each model answered, and the value of each metric.
+
+    Attributes:
+        question: or its end, if it is long.
+        expected: the right answer, as text.
+        answers: model -> its answer.
+        values: metric -> model -> its value, of metrics with one number for each row.
+    """
+
+    question: str
+    expected: str
+    answers: dict[str, str]
+    values: dict[str, dict[str, float]]
+
+    @property
+    def changed(self) -> bool:
+        """Whether an adapter's value differs from the base's."""
+        return any(value != own[BASE] for own in self.values.values() if BASE in own for value in own.values())
+
+
+@dataclass
+class TaskResults:
+    """All that was found.
+
+    Attributes:
+        scores: of all tasks and metrics.
+        answers: task -> its rows.
+        notes: lines about what was left out, or cannot be trusted.
+    """
+
+    scores: list[TaskScore] = field(default_factory=list)
+    answers: dict[str, list[Answered]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; of the rows, those whose value changed come first."""
+        examples = {
+            task: [
+                asdict(one) | {"changed": one.changed}
+                for one in sorted(rows, key=lambda row: not row.changed)[:MOST_EXAMPLES]
+            ]
+            for task, rows in self.answers.items()
+        }
+        return {"tasks": [one.to_dict() for one in self.scores], "answers": examples, "notes": self.notes}

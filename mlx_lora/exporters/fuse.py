@@ -7,7 +7,7 @@ for each layer the actual change R is compared with the update D:
     projection = <R, D> / <D, D>   1 if R has the whole update in it, 0 if nothing; blind to what else is in R
     error = |R - D| / |D|          all that was added or lost
 
-Neither is what the adapter's effect lost: that takes data (api/fused_gain.py).
+Neither is what the adapter's effect lost: that takes data (api/fuse.py).
 
 The folder has the dtypes of the base's files, because a run's compute dtype depends only on the machine. Before it is
 put under its final name it is read back as mlx-lm will read it.

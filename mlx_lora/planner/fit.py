@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
-from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
-from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
+from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, held_bytes, most_that_fit, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
+from mlx_lora.planner.speed import Ceilings, Reading, forward_seconds, step_seconds
 from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.text import gigabytes
 
@@ -92,7 +93,12 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
 
     With --batch-parts, this is the largest part of the batch; the rows of an example stay together in one part.
     """
-    loop, together = settings.loop, settings.objective.trained_rows_per_example
+    loop, objective = settings.loop, settings.objective
+    together, rollout = objective.trained_rows_per_example, None
+    if objective.samples:  # to a batch whose rows have room for the answers
+        prompt = max(1, width - answer_room(objective))
+        answers = objective.answers_per_prompt, prompt, objective.max_new_tokens, objective.has_episodes
+        rollout = Rollout(rows // together, *answers)
     return RunShape(
         rows=-(-rows // (together * loop.batch_parts)) * together,
         width=width,
@@ -101,26 +107,12 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         optimizer=settings.optimizer.optimizer,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
-        teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
-        rollout=_rollout_of(settings.objective, rows // together, width),
+        teacher_top_k=objective.teacher_top_k if objective.objective == "distill" else None,
+        rollout=rollout,
         steps=loop.iters,
         offloads_activations=loop.offload_activations,
-        measures=settings.objective.objective in ("dpo", "kto") or loop.val_batches != 0,
+        measures=objective.objective in ("dpo", "kto") or loop.val_batches != 0,
     )
-
-
-def _rollout_of(objective: ObjectiveSettings, prompts: int, width: int) -> Rollout | None:
-    """Return the answers that are sampled for a batch whose rows have room for them; None if the data have them.
-
-    Args:
-        objective: of the run.
-        prompts: of the batch.
-        width: positions of its longest row.
-    """
-    if not objective.samples:
-        return None
-    prompt = max(1, width - answer_room(objective))
-    return Rollout(prompts, objective.answers_per_prompt, prompt, objective.max_new_tokens, objective.has_episodes)
 
 
 def largest_rollout(settings: TrainSettings, batch_tokens: int, prompts: Prompts) -> Rollout | None:
@@ -308,10 +300,7 @@ def advice(
         found = model()
         if found is None:
             continue
-        if settings.objective.samples:
-            flags = _nearest_sampling(settings, found, machine, width, data)
-        else:
-            flags = _nearest(settings, found, machine, width, data)
+        flags = _nearest(settings, found, machine, width, data)
         if flags is not None:
             return " ".join(["try", *words, *flags])
     smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
@@ -322,42 +311,64 @@ def _nearest(
     settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
 ) -> list[str] | None:
     """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
-    data = DataLimits(data.most_rows)
+    limits = DataLimits(data.most_rows, data.prompts if settings.objective.samples else ())
+    for eased, columns in _easier(settings, shape, machine, width, limits):
+        found = fit(eased, shape, machine, columns, limits)
+        if not found.memory.fits:
+            continue
+        flags = []
+        if settings.loop.grad_checkpoint not in ("auto", found.checkpointing):
+            flags.append(f"--grad-checkpoint {found.checkpointing}")
+        if settings.loop.batch_size != eased.loop.batch_size:
+            flags.append(f"--batch-size {eased.loop.batch_size}")
+        if settings.loop.batch_tokens != eased.loop.batch_tokens:
+            flags.append(f"--batch-tokens {found.batch_tokens}")
+        if columns < width and not settings.objective.samples:
+            flags.append(f"--max-seq-length {columns + 1}")
+        for name in ("max_new_tokens", "group_size"):
+            now = getattr(eased.objective, name)
+            if now != getattr(settings.objective, name):
+                flags.append(f"--{name.replace('_', '-')} {now}")
+        return flags
+    return None
+
+
+def _easier(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
+) -> Iterator[tuple[TrainSettings, int]]:
+    """Yield settings that take less and less memory, each with the positions of the longest row.
+
+    First more checkpointing and smaller batches, of examples where these are counted, and then the same with shorter rows. A run
+    that samples answers has fewer prompts in a batch, then shorter answers, then fewer.
+    """
+    loop = settings.loop
+    auto = replace(loop, grad_checkpoint="auto")
+
+    def of_examples(count: int) -> TrainSettings:
+        return replace(settings, loop=replace(auto, batch_size=count))
+
+    def fits(columns: int, examples: int) -> bool:
+        return fit(of_examples(examples), shape, machine, columns, data).memory.fits
+
+    if settings.objective.samples:
+        prompt = max(1, width - answer_room(settings.objective))
+        for objective in _fewer_answers(settings.objective):
+            for batch_size in dict.fromkeys((loop.batch_size, 1)):
+                eased = replace(settings, objective=objective, loop=replace(auto, batch_size=batch_size))
+                yield eased, prompt + answer_room(objective)
+        return
     widths = [width]
     while widths[-1] > SMALLEST_BATCH:
         widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
     for columns in widths:
-        fitted = lambda loop, columns=columns: fit(replace(settings, loop=loop), shape, machine, columns, data)  # noqa: E731
-        for loop in _easier(settings.loop, columns, fitted):
-            found = fitted(loop)
-            if found.memory.fits:
-                return _flags(settings.loop, loop, found, columns if columns < width else None)
-    return None
-
-
-def _nearest_sampling(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
-) -> list[str] | None:
-    """Return the same for a run that samples answers: fewer prompts in a batch, then shorter answers, then fewer."""
-    prompt, loop = max(1, width - answer_room(settings.objective)), settings.loop
-    data = DataLimits(data.most_rows, data.prompts)
-    one = [replace(loop, grad_checkpoint="auto")]
-    if loop.batch_size != 1:
-        one.append(replace(loop, grad_checkpoint="auto", batch_size=1))
-    for objective in _fewer_answers(settings.objective):
-        for eased_loop in one:
-            eased = replace(settings, objective=objective, loop=eased_loop)
-            found = fit(eased, shape, machine, prompt + answer_room(objective), data)
-            if not found.memory.fits:
-                continue
-            flags = _flags(loop, replace(eased_loop, batch_size=loop.batch_size), found, None)
-            changed = [("--batch-size", loop.batch_size, eased_loop.batch_size)]
-            changed += [
-                (f"--{name.replace('_', '-')}", getattr(settings.objective, name), getattr(objective, name))
-                for name in ("max_new_tokens", "group_size")
-            ]
-            return flags + [f"{flag} {now}" for flag, before, now in changed if before != now]
-    return None
+        yield replace(settings, loop=auto), columns
+        if loop.batch_size is not None:  # which --batch-tokens does not change
+            most = largest_that_fits(partial(fits, columns), loop.batch_size - 1, step=1)
+            yield of_examples(max(1, most)), columns
+        else:
+            yield replace(settings, loop=replace(auto, batch_tokens=None)), columns
+            smallest = max(2, min(columns, SMALLEST_BATCH))
+            yield replace(settings, loop=replace(loop, grad_checkpoint="block", batch_tokens=smallest)), columns
 
 
 def _fewer_answers(objective: ObjectiveSettings) -> Iterator[ObjectiveSettings]:
@@ -372,31 +383,6 @@ def _fewer_answers(objective: ObjectiveSettings) -> Iterator[ObjectiveSettings]:
         group //= 2
 
 
-def _easier(loop: LoopSettings, width: int, fitted: Callable[[LoopSettings], Fitted]) -> Iterator[LoopSettings]:
-    """Yield settings with more and more checkpointing and smaller batches: of examples where these are counted."""
-    auto = replace(loop, grad_checkpoint="auto")
-    yield auto
-    if loop.batch_size is not None:  # which --batch-tokens does not change
-        fits = lambda examples: fitted(replace(auto, batch_size=examples)).memory.fits  # noqa: E731
-        yield replace(auto, batch_size=max(1, largest_that_fits(fits, loop.batch_size - 1, step=1)))
-        return
-    yield replace(auto, batch_tokens=None)
-    yield replace(loop, grad_checkpoint="block", batch_tokens=max(2, min(width, SMALLEST_BATCH)))
-
-
-def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int | None) -> list[str]:
-    flags = []
-    if before.grad_checkpoint not in ("auto", found.checkpointing):
-        flags.append(f"--grad-checkpoint {found.checkpointing}")
-    if before.batch_size != after.batch_size:
-        flags.append(f"--batch-size {after.batch_size}")
-    if before.batch_tokens != after.batch_tokens:
-        flags.append(f"--batch-tokens {found.batch_tokens}")
-    if width is not None:
-        flags.append(f"--max-seq-length {width + 1}")
-    return flags
-
-
 def runs_at_once(shape: ModelShape, optimizer: str, memory: MemoryPlan, most: int) -> int:
     """Return how many runs with one run's settings fit in memory together.
 
@@ -407,3 +393,21 @@ def runs_at_once(shape: ModelShape, optimizer: str, memory: MemoryPlan, most: in
     held = held_bytes(shape, optimizer)
     step = max(0, memory.peak_bytes - shape.base_bytes - held)
     return most_that_fit(shape.base_bytes, [held] * most, [step] * most, memory.budget_bytes - memory.cache_bytes)
+
+
+def hidden_from(
+    reading: Reading, settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, width: int
+) -> int:
+    """Return from how many positions a micro-batch of a run never waits for the disk.
+
+    Args:
+        reading: of the base.
+        settings: of the run.
+        shape: of the adapted model.
+        machine, ceilings: what it runs on.
+        width: positions of the longest row.
+    """
+    rows, width = largest_batch(width, settings, DEFAULT_BATCH_TOKENS)
+    run = run_of(settings, rows, width, "block")
+    step_s, _ = step_seconds(shape, run, machine, ceilings)
+    return reading.hidden_from(run.positions, forward_seconds(shape, run, machine, ceilings), step_s)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import mlx.core as mx
@@ -77,29 +78,19 @@ def ceilings_here(
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "all")
     key = f"{device.measured_on()}|{threads} threads|{kind}|{'polynomials' if polynomials else 'functions'}"
     with one_at_a_time(cache_dir("measured") / STORE):  # two that measure at once would slow each other down
-        at, before = _kept(key)
-        if before is not None and 0 <= now() - at < KEPT_S:
-            return before
+        before = None
+        with suppress(TypeError, ValueError, KeyError):  # unknown, or damaged: measure again
+            rates: dict[str, Any] = dict(read_store(STORE)[key])
+            at = float(rates.pop("at"))
+            before = Ceilings(**rates)
+            if 0 <= now() - at < KEPT_S:
+                return before
         found = (measure or measure_ceilings)(dtype, polynomials=polynomials)
         if before is not None:
-            best = {name: max(value, _rates(before)[name]) for name, value in _rates(found).items()}
-            found = Ceilings(**best, launch_s=found.launch_s, source=found.source)
+            names = ("flops_per_s", "bytes_per_s", "exponentials_per_s")
+            found = replace(found, **{name: max(getattr(one, name) for one in (before, found)) for name in names})
         write_store(STORE, {**read_store(STORE), key: {"at": now(), **asdict(found)}})
         return found
-
-
-def _rates(ceilings: Ceilings) -> dict[str, float]:
-    return {name: value for name, value in asdict(ceilings).items() if name.endswith("_per_s")}
-
-
-def _kept(key: str) -> tuple[float, Ceilings | None]:
-    """Return when the rates of a key were measured, and the rates; None: there are none that can be read."""
-    entry: Any = read_store(STORE).get(key)
-    try:
-        rates = dict(entry)
-        return float(rates.pop("at")), Ceilings(**rates)
-    except (TypeError, ValueError, KeyError):  # unknown, or damaged: measure again
-        return 0.0, None
 
 
 def measure_ceilings(

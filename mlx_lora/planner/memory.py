@@ -41,15 +41,13 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
 from mlx_lora.planner.shapes import (
     Block,
     BlockMemory,
-    Layer,
     LayerCache,
     Machine,
     ModelShape,
     Rollout,
     RunShape,
+    TowerBytes,
     in_steps,
-    pictures_kept,
-    tower_phase,
 )
 
 ROLLOUT = "rollout"  # the phase in which answers are sampled
@@ -199,9 +197,15 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         held["teacher"] = shape.teacher.base_bytes
     kept = _kept_by_blocks(shape, run, machine)
     activations = {"activations": _together(kept, run), "gradients": masters * run.accumulates}
-    of_pictures, of_tower = pictures_kept(shape.tower, run, machine), tower_phase(shape, run, machine)
+    tower, pictures = shape.tower, TowerBytes(0, 0)
+    if tower is not None:
+        pictures = tower.memory.at(-(-run.rows // tower.rows_each), machine.backend != "cpu")
+    of_pictures = {"pictures": int(pictures.kept)} if int(pictures.kept) else {}
     activations |= of_pictures
-    activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
+    if run.teacher_top_k is not None:  # log-probabilities, with 16 bits on disk, and int32 ids
+        most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
+        records = run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
+        activations["records"] = records
     ahead = _backward_window(shape, run, machine)
     one_block = int(max((kept_by(block, run, machine) for block in shape.blocks), default=0))
     check, check_gradients, logits = _check_parts(shape, machine)
@@ -220,27 +224,26 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
     }
     if run.measures:
         phases["measure"] = {**held, "logits": _loss_window(shape, run, machine, gradient=False)}
-    phases |= {name: {**held, **of_pictures, **parts} for name, parts in of_tower.items()}
+    if tower is not None and pictures.window:
+        # A trained tower is differentiated after the language model, when the blocks' gradients are there; what it keeps is in
+        # memory all that time. A frozen one sees one picture at a time, before the batch, and keeps nothing.
+        name, parts = "pictures", {"work ahead": int(pictures.window)}
+        if tower.trained:
+            # Its own gradients are part of the window, unless those of earlier micro-batches are there.
+            others = shape.trained - (0 if run.accumulates else tower.trained)
+            name, parts = "tower", {"gradients": SINGLE * others, **parts}
+        phases[name] = {**held, **of_pictures, **parts}
     if shape.teacher is not None:
+        # It is asked one block at a time, for chunks of logits.
         beside = held if shape.teacher_stays else {"base": shape.base_bytes}
-        phases["teacher"] = {**beside, **_teacher_parts(shape.teacher, run, machine)}
+        asked = RunShape(1, max(DEFAULT_BATCH_TOKENS, run.positions))
+        block = max((kept_by(block, asked, machine) for block in shape.teacher.blocks), default=0)
+        logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * shape.teacher.vocabulary))
+        parts = {"teacher": shape.teacher.base_bytes, "block": int(block), "logits": logits}
+        phases["teacher"] = {**beside, **parts}
     if run.rollout is not None:
         phases[ROLLOUT] = held | rollout_parts(shape, run.rollout, machine)
     return phases
-
-
-def _teacher_parts(teacher: ModelShape, run: RunShape, machine: Machine) -> dict[str, int]:
-    """Return what a teacher holds while it is asked: its weights, one block at a time, and chunks of logits."""
-    asked = RunShape(1, max(DEFAULT_BATCH_TOKENS, run.positions))
-    block = max((kept_by(block, asked, machine) for block in teacher.blocks), default=0)
-    logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * teacher.vocabulary))
-    return {"teacher": teacher.base_bytes, "block": int(block), "logits": logits}
-
-
-def _record_bytes(shape: ModelShape, run: RunShape) -> int:
-    """Return the bytes of what a batch brings of its teacher: log-probabilities, with 16 bits on disk, and int32 ids."""
-    most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
-    return run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
 
 
 # Blocks
@@ -287,7 +290,11 @@ def block_numbers(block: Block, run: RunShape, machine: Machine) -> float:
     it is only added to the residual stream; attention's output twice, in its own order and in the next layer's; a gated
     activation's exponential; the inputs of further norms.
     """
-    kept = 2.0 * _width(block)
+    width = _width(block)
+    # Arrays that a gated activation keeps beside its two inputs and its product.
+    gate_arrays = GATE_ARRAYS if block.gated == "other" else machine.kernels.gate_arrays
+    gate_arrays = float(machine.keeps_exponentials) if gate_arrays is None else gate_arrays
+    kept = 2.0 * width
     for parent in dict.fromkeys(layer.parent for layer in block.layers):
         layers = [layer for layer in block.layers if layer.parent == parent]
         first = [layer for layer in layers if not layer.is_end]
@@ -297,28 +304,17 @@ def block_numbers(block: Block, run: RunShape, machine: Machine) -> float:
         # Experts' outputs are multiplied by weights, which have a gradient, and then reordered.
         kept += sum(2 * layer.outputs * layer.active for layer in layers if layer.is_end and layer.active > 1)
         if len(first) > 1 and "attn" not in parent and "attention" not in parent:
-            kept += first[0].outputs * first[0].active * _activation_arrays(block, machine)
+            kept += first[0].outputs * first[0].active * gate_arrays
         # Some adapters also keep the output that they scale, and dropout keeps its result for each input.
         kept += sum(layer.active * (layer.rank + layer.outputs * layer.keeps_product) for layer in layers)
         kept += DROPPED_ARRAYS * sum(layer.active * layer.inputs for layer in layers if layer.rank and run.dropout)
     kept += block.heads * block.head_width
-    return kept + _norm_numbers(block)
-
-
-def _activation_arrays(block: Block, machine: Machine) -> float:
-    """Return the number of arrays that a gated activation keeps beside its two inputs and its product."""
-    if block.gated == "other":
-        return GATE_ARRAYS
-    chosen = machine.kernels.gate_arrays
-    return float(machine.keeps_exponentials) if chosen is None else chosen
-
-
-def _norm_numbers(block: Block) -> float:
-    """Return the numbers per position that norms keep, beyond the two at the start of the branches."""
-    width = _width(block)
+    # What norms keep, beyond the two at the start of the branches.
     further = max(0, sum(norm == width for norm in block.norms) - 2) * width
     heads = any(norm == block.head_width != width for norm in block.norms)
-    return NORM_ARRAYS * further + HEAD_NORM_ARRAYS * heads * (block.heads + block.key_heads) * block.head_width
+    return kept + (
+        NORM_ARRAYS * further + HEAD_NORM_ARRAYS * heads * (block.heads + block.key_heads) * block.head_width
+    )
 
 
 def _width(block: Block) -> int:
@@ -406,23 +402,15 @@ def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) 
         return _at_trained(block, run, getattr(memory.at(*case), name), at_one)
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
-    scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size
-    packed = sum(layer.numbers for layer in block.layers if layer.packed and _dense_path(layer, machine))
-    return max(layers + packed * size, scores)
-
-
-def _scores_ahead(run: RunShape, machine: Machine) -> float:
-    """Return the scores per key that attention's backward pass allocates at a time."""
     own = machine.kernels.scores(run.width)
-    if own is None:
-        return ATTENTION_AHEAD * min(TILE_QUERIES, run.width)
-    kept, ahead = own
-    return (ahead if run.checkpointing == "none" else kept + ahead) * run.width
-
-
-def _dense_path(layer: Layer, machine: Machine) -> bool:
-    """Return whether a quantized layer's product is computed with floats; for experts, only if all together are small."""
-    return layer.experts == 1 or layer.numbers * machine.number_bytes <= machine.dense_experts_bytes
+    ahead = ATTENTION_AHEAD * min(TILE_QUERIES, run.width)  # scores per key
+    if own is not None:
+        ahead = (own[1] if run.checkpointing == "none" else own[0] + own[1]) * run.width
+    scores = ahead * run.rows * block.heads * run.width * size
+    # A quantized layer's product is computed with floats; for experts, only if all together are small.
+    dense = [layer.numbers for layer in block.layers if layer.packed and (
+        layer.experts == 1 or layer.numbers * size <= machine.dense_experts_bytes)]  # fmt: skip
+    return max(layers + sum(dense) * size, scores)
 
 
 # Loss, check and loading
@@ -558,7 +546,9 @@ def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict
     of_prompts = rollout.prompts * _cache_bytes(shape.caches, in_steps(rollout.prompt_tokens - 1))
     whole = rows * _cache_bytes(shape.caches, rollout.cached_tokens)
     first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
-    logits = int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine)
+    logits = int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE)
+    if shape.head_packed and machine.backend == "cpu" and rows >= DENSE_ROWS:  # a GPU multiplies by the packed head
+        logits += shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
     grown = int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches))))
     later = {"keys and values": whole, "copies of them": grown, "logits": logits}
     moments = [first, later]
@@ -578,13 +568,6 @@ def _cache_bytes(caches: Iterable[LayerCache], tokens: int) -> int:
     )
 
 
-def _dense_head(shape: ModelShape, rows: int, machine: Machine) -> int:
-    """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
-    if not shape.head_packed or machine.backend != "cpu" or rows < DENSE_ROWS:
-        return 0
-    return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
-
-
 def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine) -> int:
     """Return the bytes of a forward pass over a prompt, or its first part, of which one block is in memory at a time."""
     tokens, size = min(PREFILL_TOKENS, rollout.prompt_tokens), machine.number_bytes
@@ -595,3 +578,80 @@ def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine)
         scores = PREFILL_SCORES * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
         most = max(most, max(layers + packed * machine.dense_copies, scores))
     return int(most * size)
+
+
+# Several adapters that are trained at a time on one base, which is there once.
+#
+# Runs in one pass (`train --runs`) hold the base, and each its masters, optimizer and frozen factors. During a step there are
+# also the activations of all rows that are computed together, which are as many as fit. So the least that several runs need is
+# the state of all and the largest step of one.
+#
+# Clients of a server (`serve --training`) hold masters, Adam's moments, and, from a client's first forward_backward to its
+# optim_step, a gradient that waits. Requests are computed one at a time, so the activations are those of one micro-batch whatever
+# the number of clients. Answers are sampled between requests, from copies of the factors.
+
+# Arrays like a model's masters that a step of Adam makes before it can let go of the old ones: the scaled gradient, new masters and
+# moments, and what is computed ahead of them. Fitted on a CPU.
+STEP_COPIES = 6.0
+
+
+def held_bytes(shape: ModelShape, optimizer: str) -> int:
+    """Return what a run holds between its steps beside the base: masters, the optimizer's moments and frozen factors."""
+    masters = SINGLE * shape.trained
+    return masters * (1 + OPTIMIZERS[optimizer].state_copies) + shape.frozen_adapter_bytes
+
+
+def activation_bytes(memory: MemoryPlan) -> int:
+    """Return what grows with the rows of a step: the most of what any phase has beside base, adapter and optimizer."""
+    fixed = sum(memory.parts.get(name, 0) for name in ("base", "adapter", "optimizer", "gradients"))
+    return max(0, memory.peak_bytes - fixed)
+
+
+def most_that_fit(base_bytes: int, held: Sequence[int], steps: Sequence[int], budget_bytes: int) -> int:
+    """Return how many of some runs fit in memory together, taken in their order.
+
+    Args:
+        base_bytes: of the base.
+        held: what each holds between its steps.
+        steps: what the step of each needs in addition, computed by itself.
+        budget_bytes: what all may use.
+    """
+    total = base_bytes
+    for count, (own, step) in enumerate(zip(held, steps, strict=True)):
+        total += own
+        if total + max(steps[: count + 1], default=step) > budget_bytes:
+            return count
+    return len(held)
+
+
+def plan_clients(
+    shape: ModelShape, clients: int, run: RunShape, rollout: Rollout, sets: int, machine: Machine, budget_bytes: int
+) -> MemoryPlan:
+    """Return the memory plan of a training server.
+
+    Args:
+        shape: the model with one client's adapter.
+        clients: models that are trained at a time, each of that shape.
+        run: the largest micro-batch of a request.
+        rollout: the answers that are sampled at a time.
+        sets: of weights that the server keeps in memory to sample from, at most.
+        machine: that it runs on.
+        budget_bytes: what it may use.
+    """
+    masters = SINGLE * shape.trained
+    saved = min(clients, sets) * shape.trained * machine.number_bytes
+    others = {
+        "other clients": (clients - 1) * 3 * masters,
+        "gradients that wait": (clients - 1) * masters,
+        "weights to sample from": saved,
+    }
+    # A server compiles no step. The sum of a request's gradients is there from its second micro-batch on.
+    phases = phase_parts(shape, replace(run, steps=0, optimizer="adamw", accumulates=True), machine)
+    phases = {name: parts if name == "load" else parts | others for name, parts in phases.items()}
+    phases["update"]["new state"] = int(STEP_COPIES * masters)
+    held = {"base": shape.base_bytes, "adapter": masters, "optimizer": 2 * masters, "gradients": masters}
+    sampled = rollout_parts(shape, rollout, machine)
+    # While rows join the batch, all their keys and values are copied, and the weights in use are in the layers as well.
+    sampled["copies of them"] = sampled["keys and values"]
+    phases[ROLLOUT] = held | others | {"weights to sample from": 2 * saved} | sampled
+    return largest_phase(phases, machine, min(budget_bytes, machine.working_set_bytes), shape.not_known)

@@ -82,10 +82,6 @@ class Units:
             *((size, 2) for size in reversed(self.blocks[first_trained:])),
         ]
 
-    def of_step(self, first_trained: int) -> list[int]:
-        """Return the bytes of each message of a micro-batch."""
-        return [size for size, _ in self.in_order(first_trained)]
-
 
 def sent_of_unit(size: int, shares: Sequence[float]) -> float:
     """Return the bytes that each Mac sends until all have a unit.
@@ -134,12 +130,14 @@ class Sending:
         units: seconds and weight (bytes times products) of each message of the base, in order.
         sum_s: of adding up the gradients.
         sent_bytes: that each Mac sends.
-        beside: whether messages go out while units are computed; see `sends_beside`.
+        beside: whether messages go out while units are computed. On a CPU they did not: a step was as long as computing and
+            sending in turn (docs/distributed.md, mlx 0.32.4), because the threads of mlx's ring keep all cores busy while they
+            send. A GPU leaves those cores free, which nobody has measured.
     """
 
-    units: tuple[tuple[float, int], ...]
-    sum_s: float
-    sent_bytes: int
+    units: tuple[tuple[float, int], ...] = ()
+    sum_s: float = 0.0
+    sent_bytes: int = 0
     beside: bool = True
 
     @property
@@ -167,18 +165,6 @@ class Sending:
         return computed + self.sum_s
 
 
-def sends_beside(backend: str) -> bool:
-    """Return whether messages go out while units are computed.
-
-    On a CPU they did not: a step was as long as computing and sending in turn (docs/distributed.md, mlx 0.32.4). The
-    threads of mlx's ring keep all cores busy while they send. A GPU leaves those cores free, which nobody has measured.
-
-    Args:
-        backend: `cpu`, `metal` or `cuda`.
-    """
-    return backend != "cpu"
-
-
 def sending(
     units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link, beside: bool = True
 ) -> Sending:
@@ -202,7 +188,7 @@ def sending(
     )
 
 
-# A base that several Macs share
+# Ways to divide a run
 
 
 @dataclass(frozen=True)
@@ -219,55 +205,99 @@ class Mac:
 
 
 @dataclass(frozen=True)
-class MacsPlan:
-    """A run on several Macs.
+class Split:
+    """One way to divide a run among Macs, and what is predicted of it.
 
     Attributes:
-        shares: each Mac's part of every unit, from 0 to 1.
+        shared: whether the base is in parts.
+        tokens: of a batch of all Macs.
         memory: each Mac's plan.
         computing_s: each Mac's seconds of a step, predicted.
         sending: what goes over the link in a step.
+        problem: why it cannot be used; empty if it can.
     """
 
-    shares: tuple[float, ...]
-    memory: tuple[MemoryPlan, ...]
-    computing_s: tuple[float, ...]
-    sending: Sending
+    shared: bool = False
+    tokens: int = 0
+    memory: tuple[MemoryPlan, ...] = ()
+    computing_s: tuple[float, ...] = (0.0,)
+    sending: Sending = Sending()
+    problem: str = ""
 
     @property
     def fits(self) -> bool:
-        """Whether each Mac's part fits."""
+        """Whether it fits each Mac."""
         return all(plan.fits for plan in self.memory)
 
     @property
-    def step_s(self) -> float:
-        """The seconds of a step."""
-        return self.sending.step_s(max(self.computing_s))
+    def tokens_per_s(self) -> float:
+        """Of all Macs together."""
+        computing_s = max(self.computing_s)
+        waiting_s = self.sending.step_s(computing_s) - computing_s if self.shared else self.sending.sum_s
+        return self.tokens / (computing_s + waiting_s) if self.tokens else 0.0
 
     @property
-    def link_decides(self) -> bool:
-        """Whether sending takes longer than computing."""
-        return self.sending.link_s > max(self.computing_s)
+    def most_needed_bytes(self) -> int:
+        """By the Mac that needs most."""
+        return max((plan.needed_bytes for plan in self.memory), default=0)
+
+    @property
+    def words(self) -> str:
+        """Its name for messages."""
+        return f"data with {'a shared' if self.shared else 'a whole'} base"
+
+    @property
+    def verdict(self) -> str:
+        """Its speed, or why it cannot be used."""
+        if self.problem:
+            return f"not possible ({self.problem})"
+        if not self.fits:
+            least = min(plan.budget_bytes for plan in self.memory)
+            return f"does not fit (needs {gigabytes(self.most_needed_bytes)} of {gigabytes(least)})"
+        return f"{self.tokens_per_s:,.0f} tokens/s"
+
+
+def best(splits: Sequence[Split]) -> Split:
+    """Return the fastest split that fits; if none does, the one that needs least."""
+    possible = [split for split in splits if not split.problem]
+    fitting = [split for split in possible if split.fits]
+    if fitting:
+        return max(fitting, key=lambda split: split.tokens_per_s)
+    return min(possible, key=lambda split: split.most_needed_bytes)
+
+
+def split_by_rows(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
+    """Return what is predicted of rows that are dealt, with the whole base on each Mac.
+
+    Args:
+        shape: of the whole model.
+        batch: of all Macs.
+        macs, link: what it runs on.
+    """
+    own = replace(batch, rows=-(-batch.rows // len(macs)))
+    memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
+    sent = Sending(sum_s=link.sum_s(SINGLE * shape.trained, len(macs)))
+    return Split(False, batch.positions, memory, _computing(shape, own, macs), sent)
 
 
 def plan_macs(
     shape: ModelShape, units: Units, run: RunShape, macs: Sequence[Mac], shares: Sequence[float], link: Link
-) -> MacsPlan:
-    """Return the plan of a run.
+) -> Split:
+    """Return what is predicted of rows that are dealt, with a part of the base on each Mac.
 
     Args:
         shape: the whole model with its adapter.
         units: of it.
         run: the largest batch of all Macs together; its rows are dealt evenly.
         macs, link: what it runs on.
-        shares: each Mac's part of the base, which add up to 1.
+        shares: each Mac's part of every unit of the base, which add up to 1.
     """
     own = _own_part(run, len(macs))
-    memory = [
+    memory = tuple(
         plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
-    ]
+    )
     sent = _sent_in_step(shape, units, macs, shares, link)
-    return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
+    return Split(True, run.positions, memory, _computing(shape, own, macs), sent)
 
 
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
@@ -298,14 +328,14 @@ def _own_part(run: RunShape, count: int) -> RunShape:
     return replace(run, rows=-(-run.rows // count), trained_positions=slots)
 
 
-def _computing(shape: ModelShape, own: RunShape, macs: Sequence[Mac]) -> list[float]:
+def _computing(shape: ModelShape, own: RunShape, macs: Sequence[Mac]) -> tuple[float, ...]:
     """Return each Mac's seconds of computing its own part of a step."""
-    return [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
+    return tuple(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
 
 
 def _sent_in_step(shape: ModelShape, units: Units, macs: Sequence[Mac], shares: Sequence[float], link: Link) -> Sending:
     """Return what these Macs send in a step."""
-    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    beside = all(mac.machine.backend != "cpu" for mac in macs)
     return sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
 
 
@@ -335,97 +365,3 @@ def least_tokens(
         middle = (low + high) // 2
         low, high = (low, middle) if hidden(middle) else (middle, high)
     return high * width
-
-
-# Ways to divide a run
-
-
-@dataclass(frozen=True)
-class Split:
-    """One way to divide a run, and what is predicted of it.
-
-    Attributes:
-        shared: whether the base is in parts.
-        tokens: of a batch of all ranks.
-        memory: each rank's plan.
-        computing_s: of a step, of the slowest rank.
-        waiting_s: in which nothing is computed, for the link.
-        problem: why it cannot be used; empty if it can.
-    """
-
-    shared: bool = False
-    tokens: int = 0
-    memory: tuple[MemoryPlan, ...] = ()
-    computing_s: float = 0.0
-    waiting_s: float = 0.0
-    problem: str = ""
-
-    @property
-    def step_s(self) -> float:
-        """The seconds of a step."""
-        return self.computing_s + self.waiting_s
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Of all ranks together."""
-        return self.tokens / self.step_s if self.step_s else 0.0
-
-    @property
-    def fits(self) -> bool:
-        """Whether it fits each rank."""
-        return all(plan.fits for plan in self.memory)
-
-    @property
-    def most_needed_bytes(self) -> int:
-        """By the rank that needs most."""
-        return max((plan.needed_bytes for plan in self.memory), default=0)
-
-    @property
-    def words(self) -> str:
-        """Its name for messages."""
-        return f"data with {'a shared' if self.shared else 'a whole'} base"
-
-    @property
-    def verdict(self) -> str:
-        """Its speed, or why it cannot be used."""
-        if self.problem:
-            return f"not possible ({self.problem})"
-        if not self.fits:
-            least = min(plan.budget_bytes for plan in self.memory)
-            return f"does not fit (needs {gigabytes(self.most_needed_bytes)} of {gigabytes(least)})"
-        return f"{self.tokens_per_s:,.0f} tokens/s"
-
-
-def best(splits: Sequence[Split]) -> Split:
-    """Return the fastest split that fits; if none does, the one that needs least."""
-    possible = [split for split in splits if not split.problem]
-    fitting = [split for split in possible if split.fits]
-    if fitting:
-        return max(fitting, key=lambda split: split.tokens_per_s)
-    return min(possible, key=lambda split: split.most_needed_bytes)
-
-
-def split_by_rows(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
-    """Return what is predicted of rows that are dealt, with the whole base on each rank.
-
-    Args:
-        shape: of the whole model.
-        batch: of all ranks.
-        macs, link: what it runs on.
-    """
-    own = replace(batch, rows=-(-batch.rows // len(macs)))
-    memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
-    computing = max(_computing(shape, own, macs))
-    waiting = link.sum_s(SINGLE * shape.trained, len(macs))
-    return Split(tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
-
-
-def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
-    """Return what is predicted of rows that are dealt, with a part of the base on each rank.
-
-    Args:
-        plan: of such a run.
-        tokens: of a batch of all ranks.
-    """
-    computing = max(plan.computing_s)
-    return Split(True, tokens, plan.memory, computing, plan.step_s - computing)

@@ -8,7 +8,7 @@ Shapes: T positions of a batch (rows x width), P trained positions, D model widt
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,20 @@ class NotKnown(Exception):
 
 
 @dataclass(frozen=True)
-class BlockBytes:
+class Numbers:
+    """Numbers that are added and multiplied field by field; the base of others."""
+
+    def plus(self, other: Self) -> Self:
+        """Return the sum."""
+        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def times(self, factor: float) -> Self:
+        """Return this with each field multiplied by `factor`."""
+        return type(self)(*(factor * a for a in astuple(self)))
+
+
+@dataclass(frozen=True)
+class BlockBytes(Numbers):
     """The bytes that one block takes for one batch.
 
     Attributes:
@@ -91,14 +104,6 @@ class BlockBytes:
     ends: float
     nodes: float = 0
     early: float = 0
-
-    def plus(self, other: BlockBytes) -> BlockBytes:
-        """Return the sum, field by field."""
-        return BlockBytes(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def times(self, factor: float) -> BlockBytes:
-        """Return this with each field multiplied by `factor`."""
-        return BlockBytes(*(factor * a for a in astuple(self)))
 
     def minus(self, other: BlockBytes) -> BlockBytes:
         """Return the difference, field by field, at least zero."""
@@ -430,36 +435,3 @@ class RunShape:
     def slots(self) -> int:
         """The number of slots for trained targets, P."""
         return self.positions if self.trained_positions is None else min(self.trained_positions, self.positions)
-
-
-# What a vision tower holds, and when. A trained one sees the pictures of a batch before the language model reads them, and is
-# differentiated after it: what it keeps is in memory all that time. A frozen one sees one picture at a time, before the batch, and
-# keeps nothing.
-
-
-def pictures_kept(tower: TowerShape | None, run: RunShape, machine: Machine) -> dict[str, int]:
-    """Return the bytes that a trained tower keeps of a batch's pictures, by the name of the part; nothing if it is frozen."""
-    kept = int(_bytes_of(tower, run, machine).kept)
-    return {"pictures": kept} if kept else {}
-
-
-def tower_phase(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, dict[str, int]]:
-    """Return the phase in which the tower decides, and its parts beside what is held and what `pictures_kept` says.
-
-    Its backward pass is `tower`, which begins when the blocks' gradients are there; the forward pass of a frozen one is `pictures`.
-    """
-    found = _bytes_of(shape.tower, run, machine)
-    if shape.tower is None or not found.window:
-        return {}
-    ahead = {"work ahead": int(found.window)}
-    if not shape.tower.trained:
-        return {"pictures": ahead}
-    # Its own gradients are part of the window, unless those of earlier micro-batches are there.
-    others = shape.trained - (0 if run.accumulates else shape.tower.trained)
-    return {"tower": {"gradients": 4 * others, **ahead}}  # in float32
-
-
-def _bytes_of(tower: TowerShape | None, run: RunShape, machine: Machine) -> TowerBytes:
-    if tower is None:
-        return TowerBytes(0, 0)
-    return tower.memory.at(-(-run.rows // tower.rows_each), machine.backend != "cpu")

@@ -20,12 +20,13 @@ M5 at 122 of 153 GB/s, press.
 from __future__ import annotations
 
 import difflib
-from dataclasses import astuple, dataclass, replace
-from math import isfinite
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, isfinite
 
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities, tile_queries
-from mlx_lora.planner.shapes import Block, Machine, ModelShape, RunShape
+from mlx_lora.planner.shapes import Block, Machine, ModelShape, Numbers, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
 
@@ -163,7 +164,7 @@ def listed_ceilings(chip: Chip, number_bytes: int = 2) -> Ceilings:
 
 
 @dataclass(frozen=True)
-class Count:
+class Count(Numbers):
     """The work of one part of a step.
 
     Attributes:
@@ -173,14 +174,6 @@ class Count:
     flops: float = 0.0
     moved_bytes: float = 0.0
     exponentials: float = 0.0
-
-    def plus(self, other: Count) -> Count:
-        """Return the sum, field by field."""
-        return Count(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def times(self, factor: float) -> Count:
-        """Return this with each field multiplied by `factor`."""
-        return Count(*(factor * a for a in astuple(self)))
 
     def seconds(self, ceilings: Ceilings) -> float:
         """Return how long it takes."""
@@ -243,7 +236,8 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
         attention += 2 * block.head_width * scores * (2 + trained * (4 + (not kept)))
         scores_exp += scores * (1 + trained * (not kept))
         scores_bytes += scores * size * (8 + 12 * trained)
-        gate, passes = _gate_width(block), 6 + 9 * trained + 6 * again
+        gate = max((layer.inputs * layer.active for layer in block.layers if layer.is_end), default=0)  # F
+        passes = 6 + 9 * trained + 6 * again
         gate_exp += gate * tokens * (1 + again)
         moved += passes * (gate + 4 * (block.layers[0].inputs if block.layers else 0) + block.heads * block.head_width)
     logits = run.slots * shape.vocabulary
@@ -288,11 +282,6 @@ def _scores(block: Block, run: RunShape) -> float:
         keys = block.window + tile_queries(block.window)  # of a tile; those of the first window have half on average
         return run.rows * block.heads * keys * (run.width - block.window / 2)
     return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
-
-
-def _gate_width(block: Block) -> int:
-    """Return F: the width of the activation between up and down, of all active experts."""
-    return max((layer.inputs * layer.active for layer in block.layers if layer.is_end), default=0)
 
 
 # The frozen blocks' output on disk
@@ -400,3 +389,92 @@ def plan_trunk(
     epoch_s, above_s = (share * step_seconds(one, run, machine, ceilings)[0] for one in (shape, above))
     moved_s = size / DISK_BYTES_PER_S
     return TrunkPlan(blocks, len(shape.blocks), size, free_bytes, epochs, epoch_s, above_s + moved_s, moved_s)
+
+
+# A base that is read from its files (--offload-base).
+#
+#     plan    the host plans a block in Python, and waits for it: no operation of the next block is planned meanwhile
+#     wait    a block is read while the block before it is planned and computed, so a pass waits only for what reading takes longer
+#     copy    what was read is copied into the device's arrays, while nothing is computed or read
+#
+# The blocks are read in the forward pass and, where something is trained, in the backward pass. The last block stays between
+# the two passes, and the first one between two batches.
+
+# Of a Mac's SSD, reading large blocks; not measured. Published figures are from 1.5 (M2 with 256 GB) to 7 GB/s.
+ASSUMED_BYTES_PER_S = 3e9
+# Of a Mac's memory, copied by one thread; not measured.
+ASSUMED_COPIED_PER_S = 20e9
+# The Python of a block in one pass: measured on a 2-core x86 processor (docs/measurements.md), assumed for any other.
+BLOCK_PLANNED_S = 6e-3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The reading of one micro-batch.
+
+    Attributes:
+        blocks: bytes of each; a mixture's with all of its experts, which are read in whole.
+        first_trained: the first block that has a backward pass.
+        bytes_per_s: of the disk.
+        copied_per_s: bytes per second, from the buffer that is read into to arrays.
+        source: of these two: `measured here` or `assumed`.
+        block_planned_s: seconds of Python for a block in one pass.
+        head: bytes of the head, which is read between the two passes, a slice at a time.
+    """
+
+    blocks: Sequence[int]
+    first_trained: int
+    bytes_per_s: float
+    copied_per_s: float
+    source: str
+    block_planned_s: float = BLOCK_PLANNED_S
+    head: int = 0
+
+    @property
+    def forward_bytes(self) -> int:
+        """Read in the forward pass, with the head."""
+        return sum(self.blocks[1:]) + self.head
+
+    @property
+    def backward_bytes(self) -> int:
+        """Read in the backward pass."""
+        return sum(self.blocks[self.first_trained : -1])
+
+    @property
+    def copying_s(self) -> float:
+        """Seconds of a micro-batch in which weights are copied."""
+        return (self.forward_bytes + self.backward_bytes) / self.copied_per_s
+
+    @property
+    def planning_s(self) -> float:
+        """Seconds of a micro-batch in which blocks are planned."""
+        return sum(self._planning())
+
+    def waiting_s(self, forward_s: float, step_s: float) -> float:
+        """Return the seconds of a micro-batch in which only the disk works.
+
+        Args:
+            forward_s, step_s: of computing the forward pass alone, and everything.
+        """
+        return sum(
+            max(0.0, reading_s - planning_s - computing_s)
+            for reading_s, planning_s, computing_s in self._passes(forward_s, step_s)
+        )
+
+    def hidden_from(self, positions: int, forward_s: float, step_s: float) -> int:
+        """Return from how many positions a micro-batch never waits, if computing grows with them; arguments as above."""
+        longest = max(
+            (reading_s - planning_s) / computing_s
+            for reading_s, planning_s, computing_s in self._passes(forward_s, step_s)
+            if computing_s > 0
+        )
+        return max(1, ceil(positions * longest))
+
+    def _planning(self) -> tuple[float, float]:
+        blocks = len(self.blocks)
+        return blocks * self.block_planned_s, (blocks - self.first_trained) * self.block_planned_s
+
+    def _passes(self, forward_s: float, step_s: float) -> list[tuple[float, float, float]]:
+        """Return the seconds of reading, planning and computing of both passes."""
+        read = self.forward_bytes / self.bytes_per_s, self.backward_bytes / self.bytes_per_s
+        return list(zip(read, self._planning(), (forward_s, step_s - forward_s), strict=True))

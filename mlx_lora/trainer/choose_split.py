@@ -21,16 +21,7 @@ from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import budget_of, fit, largest_batch, run_of
 from mlx_lora.planner.machine import measure_ceilings, this_machine
-from mlx_lora.planner.several_macs import (
-    Link,
-    Mac,
-    Split,
-    best,
-    memory_shares,
-    plan_macs,
-    split_by_rows,
-    split_with_shared_base,
-)
+from mlx_lora.planner.several_macs import Link, Mac, Split, best, memory_shares, plan_macs, split_by_rows
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.model_shape import outlined_shape
@@ -90,8 +81,7 @@ def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Sp
     if problems:
         return [by_rows, Split(True, problem=problems[0])]
     batch, shares = _batch(settings, count), memory_shares([mac.machine for mac in macs])
-    plan = plan_macs(whole, units_of(outline.model), batch, macs, shares, link)
-    return [by_rows, split_with_shared_base(plan, batch.positions)]
+    return [by_rows, plan_macs(whole, units_of(outline.model), batch, macs, shares, link)]
 
 
 def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> RunShape:

@@ -60,41 +60,44 @@ def mean_loss(
     model.eval()
     try:
         with bound.loss.measuring(model):
-            return _mean_loss(model, bound, batches, strategy)
+            if bound.whole_set:
+                loss, count, means = bound.whole_set(model, bound.arrays_of, batches, strategy)
+                return Measured(loss, count, bound.finish(means) if count else {})
+            sums, rows = mx.zeros((2 + len(bound.reports),)), []
+            tokens = bound.loss.measure_tokens or bound.loss.tokens
+            for part in (part for batch in batches for part in bound.prepare([batch], SINGLE_DEVICE)):
+                arrays = bound.arrays_of(part)
+                if bound.reports:
+                    loss, count, reports = bound.loss.measure(model, arrays)
+                    sums = sums + mx.stack([loss, count, *(reports[name] for name in bound.reports)])
+                    mx.eval(sums)
+                else:
+                    losses = tokens(model, arrays)  # (P,)
+                    sums = sums + mx.stack([losses.sum(), arrays["weights"].sum()])
+                    mx.eval(sums, losses)
+                    rows.append(of_batch(part, np.array(losses)))
+            # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see
+            # `SeveralRanks.sum`.
+            total, count, *reported = strategy.ranks.sum(sums).tolist()
     finally:
         model.train(training)
-
-
-def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch], strategy: Strategy) -> Measured:
-    if bound.whole_set:
-        loss, count, means = bound.whole_set(model, bound.arrays_of, batches, strategy)
-        return Measured(loss, count, bound.finish(means) if count else {})
-    sums, rows = mx.zeros((2 + len(bound.reports),)), []
-    tokens = bound.loss.measure_tokens or bound.loss.tokens
-    for batch in batches:
-        for part in bound.prepare([batch], SINGLE_DEVICE):
-            arrays = bound.arrays_of(part)
-            if bound.reports:
-                loss, count, reports = bound.loss.measure(model, arrays)
-                sums = sums + mx.stack([loss, count, *(reports[name] for name in bound.reports)])
-                mx.eval(sums)
-            else:
-                losses = tokens(model, arrays)  # (P,)
-                sums = sums + mx.stack([losses.sum(), arrays["weights"].sum()])
-                mx.eval(sums, losses)
-                rows.append(of_batch(part, np.array(losses)))
-    # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
-    total, count, *reported = strategy.ranks.sum(sums).tolist()
     if not count:
         return Measured(math.nan, 0)
-    means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
-    return Measured(total / count, int(count), bound.finish(means), None if bound.reports else of_ranks(rows, strategy))
+    if bound.reports:
+        means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
+        return Measured(total / count, int(count), bound.finish(means))
+    if strategy.ranks.size > 1:  # those of all ranks, in the order in which one process has them
+        own = [[column.tolist() for column in part] for part in rows]
+        told = [part for of_rank in strategy.ranks.everyone(own) for part in of_rank]
+        rows = [(np.array(a, np.int64), np.array(b, np.float64), np.array(c, np.int64)) for a, b, c in told]
+    numbers, losses, counts = (np.concatenate(column) for column in zip(*rows, strict=True))
+    order = np.argsort(numbers, kind="stable")
+    return Measured(total / count, int(count), bound.finish({}), RowLosses(losses[order], counts[order]))
 
 
 # Losses of single rows
 
 ROWS_FILE = "held_out_rows.jsonl"
-RowsOfBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # numbers, sums and tokens
 SOUND_ROWS = 20  # from so many on, words have the interval, and a run is judged by it
 FEWEST_ROWS = 3  # fewer give no interval that is worth a word
 
@@ -116,36 +119,8 @@ class RowLosses:
         """The mean per token."""
         return float(self.sums.sum() / self.tokens.sum())
 
-    @classmethod
-    def gathered(cls, parts: Iterable[RowsOfBatch]) -> RowLosses | None:
-        """Put the rows of several batches into the order of their numbers; None: there are none.
 
-        Args:
-            parts: numbers, sums and tokens, as `of_batch` returns them.
-        """
-        parts = list(parts)
-        if not parts:
-            return None
-        numbers, sums, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.argsort(numbers, kind="stable")
-        return cls(sums[order], tokens[order]) if len(numbers) else None
-
-
-def of_ranks(parts: list[RowsOfBatch], strategy: Strategy) -> RowLosses | None:
-    """Return the losses of all ranks' rows, in the order in which one process has them.
-
-    Args:
-        parts: this rank's, as `of_batch` returns them.
-        strategy: how the ranks divide the batches; all of them must call this, and have just waited for each other.
-    """
-    if strategy.ranks.size > 1:
-        own = [[column.tolist() for column in part] for part in parts]
-        told = [part for of_rank in strategy.ranks.everyone(own) for part in of_rank]
-        parts = [(np.array(a, np.int64), np.array(b, np.float64), np.array(c, np.int64)) for a, b, c in told]
-    return RowLosses.gathered(parts)
-
-
-def of_batch(batch: Batch, losses: np.ndarray) -> RowsOfBatch:
+def of_batch(batch: Batch, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the numbers, summed losses and trained tokens of a batch's rows; rows without a trained token are left out.
 
     Args:

@@ -73,13 +73,13 @@ def choose_held_out(
     """
     kept = None if identity is None else identity[VALIDATED]
     if rows is None or not rows.examples:
-        return HeldOut(val_batches=loop.val_batches, identity=_identity(identity, 0))
+        return HeldOut(val_batches=loop.val_batches, identity={VALIDATED: kept or 0})
     every: Any = loop.steps_per_eval  # chosen by now (config/defaults.py)
     times, whole = validations(steps, every), held_out_plan(rows, loop)
     passes = steps * loop.grad_accumulation_steps / max(1, len(plan) * updates)
     trained_tokens = passes * int(positions_by_example(plan.rows).sum())
     count, why = _affordable(rows, whole, trained_tokens * SHARE * PASSES_PER_STEP / times)
-    identity_now = _identity(identity, count)
+    identity_now = {VALIDATED: count if identity is None else kept}
     batches = loop.val_batches
     if batches == 0:
         return HeldOut(val_batches=0, identity=identity_now)
@@ -94,7 +94,7 @@ def choose_held_out(
     unit = "row" if rows.group == 1 else "example"
     words = (
         f"Validation: {len(numbers):,} of {counted(rows.examples, f'held-out {unit}')} ({tokens:,} tokens), "
-        f"{_often(times)}: {why}"
+        f"{'before the first step and after the last' if times == 2 else f'{times:,} times'}: {why}"
     )
     return HeldOut(whole, batches, len(numbers), tokens, times, words, identity_now)
 
@@ -127,15 +127,6 @@ def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int,
     if costs[spaced_by_length(rows, count)].sum() > budget:
         return count, f"the fewest possible, though they take more than {SHARE_WORDS} of this short run's work{more}"
     return count, f"{SHARE_WORDS} of the run's work{more}"
-
-
-def _identity(before: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
-    """Return what the run's checkpoints keep: what they kept before, or the number that was chosen now."""
-    return {VALIDATED: count if before is None else before[VALIDATED]}
-
-
-def _often(times: int) -> str:
-    return "before the first step and after the last" if times == 2 else f"{times:,} times"
 
 
 def held_out_loss(ctx: RunContext, rows: EncodedSet) -> Measured:

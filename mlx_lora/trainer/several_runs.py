@@ -38,7 +38,7 @@ from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.fit import SMALLEST_BATCH, fit
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
+from mlx_lora.planner.memory import held_bytes, most_that_fit
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes, with_kernels
 from mlx_lora.trainer.run import check_request, open_run, wants_training

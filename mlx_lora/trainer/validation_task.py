@@ -25,13 +25,13 @@ from mlx_lora.data.read import read_rows
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.trainer.state import LOSS, TASK
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.evaluation.models import Models
-    from mlx_lora.evaluation.results import TaskScore
+    from mlx_lora.evaluation.paired import TaskScore
     from mlx_lora.objectives.base import Objective, RunContext
     from mlx_lora.trainer.build import BuiltRun
 
@@ -65,34 +65,31 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
-    if settings.data.ask:
-        if objective.name != "sft":
-            raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
-        rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
-        if all(isinstance(one, Text) for one in rows):
-            raise InputError(
-                f"--ask {settings.data.ask}: no question with its answer; give rows of prompt and completion"
-            )
+    if (ask := settings.data.ask) and objective.name != "sft":
+        raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
+    if ask and all(isinstance(one, Text) for one in read_rows(all_files(ask), settings.data, "examples").entries):
+        raise InputError(f"--ask {ask}: no question with its answer; give rows of prompt and completion")
     loop, asked = settings.loop, settings.loop.eval_tasks
     if asked is None:
         return
-    if not objective.writes:
-        name = settings.objective.objective
-        raise InputError(f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out")
-    if flag := dividing_flag(loop):
-        raise InputError(f"--eval-tasks {asked} with {flag}: it needs the whole base; leave out one of the two")
-    path = Path(asked).expanduser()
-    if path.suffix and not path.exists():
-        raise InputError(f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task")
+    path, name, flag = Path(asked).expanduser(), settings.objective.objective, dividing_flag(loop)
+    refuse(
+        {
+            f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out": not objective.writes,
+            f"--eval-tasks {asked} with {flag}: it needs the whole base; leave out one of the two": flag,
+            f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task": path.suffix
+            and not path.exists(),
+            f"--eval-chat-template: the rows of {asked} always have the form of a chat; leave it out": has_rows(asked)
+            and loop.eval_chat_template,
+            f"--eval-tasks {asked}: a task needs lm-eval; pip install 'mlx-lora[eval]'": not has_rows(asked)
+            and importlib.util.find_spec("lm_eval") is None,
+        }
+    )
     if has_rows(asked):
-        if loop.eval_chat_template:
-            raise InputError(f"--eval-chat-template: the rows of {asked} always have the form of a chat; leave it out")
         from mlx_lora.evaluation.metrics import metric_of  # only where it is asked for
 
         with _in_words_of_a_run():
             metric_of(loop.eval_metric or USUAL_METRIC)
-    elif importlib.util.find_spec("lm_eval") is None:
-        raise InputError(f"--eval-tasks {asked}: a task needs lm-eval; pip install 'mlx-lora[eval]'")
 
 
 def scorer_of(run: BuiltRun) -> Scorer:
@@ -104,13 +101,15 @@ def scorer_of(run: BuiltRun) -> Scorer:
     asked = run.ctx.settings.loop.eval_tasks
     if asked is None:
         return lambda stopped: {}
-    if run.validation is None:
-        raise InputError(
+    refuse(
+        {
             f"--eval-tasks {asked}: it is scored at validations, and there are no held-out rows; give a validation file, or "
-            "leave --valid-fraction at its default"
-        )
-    if run.ctx.strategy.divides_base:
-        raise InputError(f"--eval-tasks {asked}: this run divides its base, and the task needs all of it; leave it out")
+            "leave --valid-fraction at its default": run.validation is None,
+            f"--eval-tasks {asked}: this run divides its base, and the task needs all of it; leave it out": (
+                run.ctx.strategy.divides_base
+            ),
+        }
+    )
     loop = run.ctx.settings.loop
     metric = loop.eval_metric or (USUAL_METRIC if has_rows(asked) else "its own metric")
     log.info(f"Task: {asked}, {metric} of at most {counted(loop.eval_rows, 'row')}, at each validation")
@@ -140,23 +139,18 @@ class ValidationTask:
             InputError: the task or its rows cannot be used.
             RunError: a metric of the user failed.
         """
-        ranks = self.ctx.strategy.ranks
-        if ranks.size == 1:
-            return self._scored(stopped)
-        # The first rank has the whole model; the others wait for it.
-        return self.ctx.strategy.everyone(self._scored(stopped) if ranks.leads else {})[0]
-
-    def _scored(self, stopped: Callable[[], bool]) -> dict[str, float]:
-        model = self.ctx.base.model
-        training = model.training
-        model.eval()
-        try:
-            with _in_words_of_a_run():
-                return {TASK: self._score(stopped)}
-        except KeyboardInterrupt:
-            return {}
-        finally:
-            model.train(training)
+        strategy, model, found = self.ctx.strategy, self.ctx.base.model, {}
+        if strategy.ranks.leads:  # it has the whole model, and the others wait for it
+            training = model.training
+            model.eval()
+            try:
+                with _in_words_of_a_run():
+                    found = {TASK: self._score(stopped)}
+            except KeyboardInterrupt:
+                pass
+            finally:
+                model.train(training)
+        return found if strategy.ranks.size == 1 else strategy.everyone(found)[0]
 
     def _score(self, stopped: Callable[[], bool]) -> float:
         # Imported here, because a run without a task needs none of it, and lm-eval may not be installed.
@@ -167,17 +161,17 @@ class ValidationTask:
             self._models = Models(self.ctx.base, {}, False, DEFAULT_BATCH_TOKENS)
         if has_rows(self.asked):
             from mlx_lora.evaluation.metrics import metric_of
-            from mlx_lora.evaluation.own_rows import RowsAsked, answer_rows, score_rows
+            from mlx_lora.evaluation.own_rows import answer_rows, score_rows
 
             metrics = [metric_of(loop.eval_metric or USUAL_METRIC)]
             data = replace(self.ctx.settings.data, data=self.asked)
-            rows = RowsAsked(data, loop.eval_max_tokens, loop.eval_rows)
-            found = score_rows(TASK, answer_rows(self._models, rows, metrics, stopped), metrics).scores
+            answered = answer_rows(self._models, data, metrics, loop.eval_max_tokens, loop.eval_rows, stopped)
+            found = score_rows(TASK, *answered, metrics).scores
             return found[0].scores[BASE].value if found else math.nan
-        from mlx_lora.evaluation.harness import TaskOptions, run_tasks
+        from mlx_lora.evaluation.harness import run_tasks
 
-        options = TaskOptions(loop.eval_chat_template, limit=loop.eval_rows)
-        found = run_tasks(self._models, [self.asked], options, stopped).scores
+        template, limit = loop.eval_chat_template, loop.eval_rows
+        found = run_tasks(self._models, [self.asked], template, limit=limit, stopped=stopped).scores
         return chosen_score(found, loop.eval_metric, self.asked).scores[BASE].value
 
 

@@ -7,6 +7,7 @@ RuntimeError (mlx#3523). The texts after the colon are macOS's own, as in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.utils.supervise import OUT_OF_MEMORY, OUT_OF_TIME
@@ -18,6 +19,16 @@ class InputError(Exception):
     The message says what was asked, what was found and what to do, in that order. If several things are wrong, they are
     collected and raised once.
     """
+
+
+def refuse(problems: Mapping[str, object]) -> None:
+    """Raise one InputError with all the messages whose values are true.
+
+    Raises:
+        InputError: there are some.
+    """
+    if found := [message for message, holds in problems.items() if holds]:
+        raise InputError("; ".join(found))
 
 
 class DoesNotFitError(InputError):

@@ -18,7 +18,7 @@ from mlx_lora.adapters.initialize import path_key
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.merge import COMBINATIONS, AdapterTerm, MergeSettings, add_up, low_rank, merge_layer, prune
 from mlx_lora.adapters.qa_lora import group_update
-from mlx_lora.api.merge import MergeJob
+from mlx_lora.api.merge import merge_adapters
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
@@ -102,7 +102,7 @@ def merged_here(judge: Judge, out: Path, weights, settings: MergeSettings) -> di
     """The update of our merged folder by layer, (in, out), as it is loaded again."""
     base = load_base(ModelSettings(model=str(judge.base)))
     given = {str(folder): weight for folder, weight in zip(judge.folders, weights, strict=True)}
-    MergeJob(given, settings, out).run(base, evaluate=False)
+    merge_adapters(base, given, settings, out, evaluate=False)
     load_adapter(base, out)
     return {path: np.array(layer.delta()).T for path, layer in adapter_layers(base.model).items()}
 
@@ -216,7 +216,7 @@ def test_a_merged_adapter_goes_to_peft(how, judged_base, tmp_path):
         str(make_adapter(judged_base, tmp_path / "b", rank=5, seed=2, num_layers=1, strength=0.2)): 0.5,
     }
     base = load_base(ModelSettings(model=str(judged_base)))
-    MergeJob(given, MergeSettings(how), tmp_path / "m").run(base, evaluate=False)
+    merge_adapters(base, given, MergeSettings(how), tmp_path / "m", evaluate=False)
     mlx_lora.export(judged_base, tmp_path / "m", to="peft", out=tmp_path / "p")
     load_adapter(base, tmp_path / "m")
     ours, alone = np.array(base.model(TOKENS)), torch_base(judged_base)
@@ -322,7 +322,7 @@ def test_a_merged_qa_lora_still_fuses_exactly(how, kept, tmp_path):
     folder = write_folder(tmp_path / "base", quantized(tiny_model()), config)
     given = {str(make_adapter(folder, tmp_path / str(seed), seed=seed, form="qa-lora")): 0.6 for seed in (1, 2)}
     base = load_base(ModelSettings(model=str(folder)))
-    MergeJob(given, MergeSettings(how), tmp_path / "m").run(base, evaluate=False)
+    merge_adapters(base, given, MergeSettings(how), tmp_path / "m", evaluate=False)
     info = load_adapter(base, tmp_path / "m")
     assert (info.method == "qa-lora") is kept
     updates = [group_update(layer) for layer in adapter_layers(base.model).values()]

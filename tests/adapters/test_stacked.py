@@ -14,7 +14,7 @@ from mlx_lora.adapters.lora import DoRALinear, LoRALinear
 from mlx_lora.adapters.qa_lora import QALoRALinear
 from mlx_lora.adapters.stacked import RowRouting, Share, StackedLinear, parts_of
 from mlx_lora.data.batch import Batch
-from mlx_lora.planner.several_adapters import most_that_fit
+from mlx_lora.planner.memory import most_that_fit
 from mlx_lora.trainer.stacked_step import SAVED_POSITIONS, RunBatch, grouped, joint_arrays
 
 IN, OUT = 64, 48

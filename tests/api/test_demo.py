@@ -21,7 +21,7 @@ from rich.console import Console
 from run_cli import one_line, run
 
 from mlx_lora.api import demo as verse_demo
-from mlx_lora.api.demo import QUESTIONS, STAGES, Answers, Demo, DemoScreen, called_as, get_model, newest_report
+from mlx_lora.api.demo import QUESTIONS, Answers, Demo, DemoScreen, called_as, get_model
 from mlx_lora.config.load import RECIPES
 from mlx_lora.trainer.callbacks import Callback
 from mlx_lora.trainer.guards import WORDS as INTERRUPTED
@@ -99,7 +99,9 @@ def test_an_interrupted_demo_continues_exactly_where_it_was(tiny_folder, tmp_pat
                 pressed.append(True)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(verse_demo, "train_run", lambda *a, **k: train_run(*a, **k, callbacks=[Press()]))
+    monkeypatch.setattr(
+        verse_demo, "train_run", lambda settings, callbacks: train_run(settings, callbacks=[*callbacks, Press()])
+    )
     out = tmp_path / "cut"
     ended = run(*words, out)
     taken = int(re.search(r"Interrupted after (\d) steps, which are saved. To continue: ", ended.err)[1])
@@ -119,7 +121,7 @@ def test_a_demo_that_saved_nothing_starts_again(tmp_path):
     assert demo.steps_taken() == 0
     assert verse_demo.interrupted_words(demo, 0).endswith(f"demo --out '{tmp_path}/a b' --model model --iters 7")
     assert "before anything was saved" in verse_demo.interrupted_words(demo, 0)
-    assert Demo(verse_demo.OUT).command() == "demo"
+    assert verse_demo.interrupted_words(Demo(verse_demo.OUT), 0).endswith(" demo")
     (demo.run_folder / "checkpoints" / "step-000003").mkdir(parents=True)
     assert (demo.steps_taken(), dataclasses.replace(demo, force=True).steps_taken()) == (3, 0)
     (demo.run_folder / "report.json").write_text('{"ended": true}')
@@ -128,12 +130,12 @@ def test_a_demo_that_saved_nothing_starts_again(tmp_path):
 
 def test_an_interruption_is_told_below_the_table_and_not_written_into_it(tmp_path, capfd):
     screen, log, _ = made_screen()
-    with screen.stages(STAGES, tmp_path), interrupt_flag() as asked:
+    with screen.stages(tmp_path), interrupt_flag() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         while not asked():
             time.sleep(0.01)
         console = Console(file=io.StringIO(), width=100)
-        console.print(screen._table())
+        console.print(screen.table())
         # A line as wide as the terminal would be broken by the ^C that the terminal adds to it.
         assert max(map(len, shown(console).splitlines())) < 100
     assert capfd.readouterr().err == ""
@@ -179,43 +181,37 @@ def test_a_terminal_gets_one_table_that_is_kept_up_to_date(tmp_path):
 
     def table() -> list[str]:
         console = Console(file=io.StringIO(), width=100)  # to the screen's own, another thread writes meanwhile
-        console.print(screen._table())
+        console.print(screen.table())
         return [line.strip() for line in shown(console).splitlines()]
 
-    metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 9, "loss": 9.0, "elapsed_s": 9.0}\n')  # an earlier run's
-    os.utime(metrics, (time.time() - 60,) * 2)
-    with screen.stages(STAGES, tmp_path):
-        with screen.stage(0) as done:
+    with screen.stages(tmp_path):
+        with screen.stage() as done:
             screen.doing("getting it")
             assert "getting it" in table()[0]
             done("a model")
-        with screen.stage(2) as done:
-            screen.training(tmp_path, 40)
-            assert "step" not in table()[2]
-            metrics.write_text('{"step": 10, "loss": 3.456, "elapsed_s": 20.0}\n{"step": 11, "loss": 3.')
-            os.utime(metrics, (time.time() + 1,) * 2)
+        with screen.stage() as done:
+            screen.follow(40).on_report({"step": 10, "loss": 3.456, "elapsed_s": 20.0})
             first, second, third, fourth = table()
             done("40 steps")
-        assert "━" not in table()[2]
+        assert "━" not in table()[1]
     assert first.startswith("✓")
     assert "a model" in first
-    assert second.startswith("·")
-    assert "about 25s" in second
-    assert "━" * 12 + "  step 10 of 40, loss 3.46 " in third
-    assert third.endswith(" 1m00s left")
+    assert "━" * 12 + "  step 10 of 40, loss 3.46 " in second
+    assert second.endswith(" 1m00s left")
+    assert third.startswith("·")
+    assert "about 1m25s" in third
     assert fourth.startswith("·")
     screen, _, _ = made_screen()
-    with pytest.raises(RuntimeError), screen.stages(STAGES, tmp_path), screen.stage(1):
+    with pytest.raises(RuntimeError), screen.stages(tmp_path), screen.stage():
         raise RuntimeError
-    assert table()[1].startswith("×")
+    assert table()[0].startswith("×")
 
 
 def test_answers_are_side_by_side_where_there_is_room():
     before, after = Answers(4.0, 16, ("First,\n\n\x1b[31mred", "b", "")), Answers(3.0, 16, ("O rose!", "d.", "x"))
     for width, terminal, beside in ((100, True, True), (60, True, False), (100, False, False)):
         screen, _, out = made_screen(width, terminal)
-        screen.result(QUESTIONS, before, after)
+        screen.result(before, after)
         text = shown(out)
         assert any("First," in line and "O rose!" in line for line in text.splitlines()) == beside
         assert ("before: First," in text) != beside
@@ -225,14 +221,14 @@ def test_answers_are_side_by_side_where_there_is_room():
         assert "d. ..." not in text
         assert "b ..." in text
     screen, _, out = made_screen(terminal=False)
-    screen.result(QUESTIONS, after, before)
+    screen.result(after, before)
     assert "33% higher" in shown(out)
 
 
 def test_commands_to_copy_are_never_broken(tmp_path):
     screen, _, out = made_screen(60)
     model = "a-folder-with-a-long-name/" * 4
-    screen.next_steps(model, "bard=runs/bard", tmp_path / "report.html")
+    screen.next_steps(model, Path("runs/bard"))
     assert f"{called_as()} chat --model {model} --adapter bard=runs/bard" in shown(out)
 
 
@@ -256,12 +252,3 @@ def test_the_program_is_named_as_the_user_can_call_it(tmp_path, monkeypatch):
     assert called_as() == "python -m mlx_lora"  # uv run
     monkeypatch.setattr(sys, "prefix", "/cache/uv/archive-v0/abc")
     assert called_as() == "uvx mlx-lora"
-
-
-def test_the_newest_report_is_a_whole_one_with_a_loss(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert newest_report(path) is None
-    path.write_text('{"step": 0, "loss": null, "val_loss": 4.0}\n')
-    assert newest_report(path) is None
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 1, "loss": null}\n{"step": 2, "lo')
-    assert newest_report(path) == {"step": 1, "loss": 3.0}

@@ -17,9 +17,10 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
-from mlx_lora.api.forgetting import GENERAL, TONES, Drift, ProbeQuestion, Readout, adapter_names, badges, measure_drifts
+from mlx_lora.api.forgetting import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
+from mlx_lora.evaluation.token_losses import Readout
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 
@@ -50,8 +51,8 @@ def some_batches(vocabulary: int) -> list[Batch]:
 
 def drift_of(base, tuned, batches) -> Drift:
     """Measure a tuned model beside the base itself, which must not disturb it and must not have moved."""
-    readouts = {name: Readout(one.model, one.config) for name, one in (("base", base), ("tuned", tuned))}
-    found = measure_drifts(readouts["base"], readouts, batches, TINY["vocab_size"])
+    readouts = {name: Readout(one) for name, one in (("base", base), ("tuned", tuned))}
+    found = measure_drifts(readouts["base"], readouts, batches)
     assert (found["base"].change, found["base"].same_top) == (0.0, 1.0)
     assert found["base"].kl == 0.0
     return found["tuned"]
@@ -116,9 +117,8 @@ def adapted(tmp_path_factory):
 )
 def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
-    monkeypatch.setattr(
-        "mlx_lora.api.forgetting.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
-    )  # several tiles a batch
+    tile_bytes = 4 * TINY["vocab_size"] * 7  # several tiles a batch
+    monkeypatch.setattr("mlx_lora.evaluation.token_losses.loss_tile_bytes", lambda: tile_bytes)
     batches = some_batches(TINY["vocab_size"])
     found = drift_of(base, tuned, batches)
     wanted = expected(base.model, tuned.model, batches)
@@ -179,18 +179,15 @@ def test_the_built_in_sets_are_whole():
     probes = [json.loads(line) for line in (GENERAL / "probes.jsonl").read_text().splitlines()]
     assert len(probes) >= 20
     for row in probes:
-        unanswered = ProbeQuestion(
-            row["question"], tuple(row["answers"]), {"x": row["question"] + " " + row["completion"]}
-        )
-        assert not unanswered.right("x"), row
-        assert ProbeQuestion("", tuple(row["answers"]), {"x": f"It is {row['answers'][0].upper()}."}).right("x")
+        assert not has_answer(row["question"] + " " + row["completion"], row["answers"]), row
+        assert has_answer(f"It is {row['answers'][0].upper()}.", row["answers"])
     for name, least in (("text", 30), ("chat", 40)):
         assert len((GENERAL / f"{name}.jsonl").read_text().splitlines()) >= least
 
 
 def test_probes_want_whole_words():
-    probe = ProbeQuestion("How many?", ("nine",), {"a": "Nine.", "b": "feminine", "c": "It is nineteen", "d": "(nine)"})
-    assert [probe.right(name) for name in "abcd"] == [True, False, False, True]
+    texts = ("Nine.", "feminine", "It is nineteen", "(nine)")
+    assert [has_answer(text, ["nine"]) for text in texts] == [True, False, False, True]
 
 
 def test_adapters_are_told_apart_by_as_little_as_it_takes(tmp_path):

@@ -66,7 +66,7 @@ def adapters(folder, tmp_path_factory):
 def measured(folder, tasks, adapters=None, **options):
     sources = {name: AdapterSource(folder=path) for name, path in (adapters or {}).items()}
     with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
-        return harness.run_tasks(models, [str(path) for path in tasks], harness.TaskOptions(**options))
+        return harness.run_tasks(models, [str(path) for path in tasks], **options)
 
 
 def scores_of(found):
@@ -104,14 +104,13 @@ def test_each_template_is_asked_in_its_own_form(folder, tasks, tmp_path):
     other = make_adapter(folder, tmp_path / "other", rank=4, seed=5, chat_template=template)
     sources = {"other": AdapterSource(folder=other)}
     with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
-        done = harness._Done(models, lambda: False)
-        own, base = (harness.HarnessModel(models, name, done, True) for name in ("other", BASE))
+        own, base = (harness.HarnessModel(models, name, {}, True) for name in ("other", BASE))
         history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
         assert own.apply_chat_template(history[:1]) == "[user] Hi\n[assistant] "
         assert own.apply_chat_template(history, add_generation_prompt=False) == "[user] Hi\n[assistant] Ho"
         assert base.apply_chat_template(history[:1]) != own.apply_chat_template(history[:1])
         assert own._alike == ["other"]
-        assert harness.HarnessModel(models, "other", done, False)._alike == ["other", BASE]
+        assert harness.HarnessModel(models, "other", {}, False)._alike == [BASE, "other"]
 
 
 def test_a_group_has_the_score_of_its_tasks(folder, tasks, adapters):
@@ -182,13 +181,12 @@ def test_numbers_are_those_of_lm_evals_own_backend(folder, tasks, chat):
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(1)
-    options = harness.TaskOptions(chat_template=chat)
     found = {}
     with Models.opened(load_base(ModelSettings(model=str(folder), dtype="float32")), {}) as models:
-        ours = harness.HarnessModel(models, BASE, harness._Done(models, lambda: False), chat)
+        ours = harness.HarnessModel(models, BASE, {}, chat)
         theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
         for name, model in (("ours", ours), ("theirs", theirs)):
-            loaded = harness.load_tasks([str(path) for path in tasks.values()], options)
+            loaded = harness.load_tasks([str(path) for path in tasks.values()])
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=harness.FEWSHOT_SEED)
             found[name] = lm_eval.evaluator.evaluate(

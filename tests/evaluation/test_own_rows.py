@@ -11,7 +11,7 @@ from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.evaluation.metrics import metric_of
 from mlx_lora.evaluation.models import BASE, Written
-from mlx_lora.evaluation.own_rows import RowsAsked, answer_rows, score_rows
+from mlx_lora.evaluation.own_rows import answer_rows, score_rows
 from mlx_lora.utils.errors import InputError
 
 SCHEMA = {
@@ -54,10 +54,10 @@ class StandIn:
         return found
 
 
-def asked(tmp_path, rows, **more) -> RowsAsked:
+def asked(tmp_path, rows) -> DataSettings:
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    return RowsAsked(DataSettings(data=str(file), **more), max_tokens=7)
+    return DataSettings(data=str(file))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,10 +67,10 @@ def test_calls_are_read_in_the_form_of_the_template(family, tmp_path):
     models = StandIn(tokenizer, ends, {BASE: answer_text(family, "Hi."), "mine": calls})
     metrics = [metric_of("tool_calls")]
     given = asked(tmp_path, [{**row, "tools": [SCHEMA]} for row in ROWS])
-    found = answer_rows(models, given, metrics)
+    rows, answers = answer_rows(models, given, metrics, 7)
     assert [one.max_tokens for one in models.prompts] == [7] * 4
-    assert [row.calls and row.calls[0]["function"] for row in found.rows] == [CALL["function"], []]
-    measured = score_rows("rows", found, metrics)
+    assert [row.calls and row.calls[0]["function"] for row in rows] == [CALL["function"], []]
+    measured = score_rows("rows", rows, answers, metrics)
     scores = {one.metric: {name: score.value for name, score in one.scores.items()} for one in measured.scores}
     assert scores["tool_calls"] == {BASE: 0.5, "mine": 0.5}
     assert scores["tool_arguments"] == {BASE: 0, "mine": 1}
@@ -99,7 +99,7 @@ def test_models_with_other_templates_are_asked_in_their_own(tmp_path):
     assert texts[1] == "[Hello]"
     assert texts[0] != texts[1]
     assert tokenizer.chat_template == before
-    [score] = score_rows("rows", found, [metric_of("exact_match")]).scores
+    [score] = score_rows("rows", *found, [metric_of("exact_match")]).scores
     assert {name: one.value for name, one in score.scores.items()} == {BASE: 1, "mine": 0}
 
 
@@ -107,5 +107,5 @@ def test_a_limit_takes_the_first_rows(tmp_path):
     tokenizer, ends = family_tokenizer("qwen3_thinking")
     given = asked(tmp_path, [{"prompt": f"{n}", "completion": f"{n}"} for n in range(5)])
     models = StandIn(tokenizer, ends, {BASE: "1"})
-    found = answer_rows(models, RowsAsked(given.data, 3, limit=2), [])
-    assert [row.columns["answer"] for row in found.rows] == ["0", "1"]
+    rows, _ = answer_rows(models, given, [], 3, limit=2)
+    assert [row.columns["answer"] for row in rows] == ["0", "1"]

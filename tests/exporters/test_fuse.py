@@ -16,8 +16,7 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import one_line, run
 
-from mlx_lora.api.fuse import Fused, FuseSettings, ways_to_round
-from mlx_lora.api.fused_gain import Gain, GainMeter
+from mlx_lora.api.fuse import Fused, FuseSettings, Gain, GainMeter, ways_to_round
 from mlx_lora.cli.fuse import words
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -30,7 +29,7 @@ from mlx_lora.utils.errors import InputError
 def _short_general_text(monkeypatch, tmp_path):
     """Without data of its run, an adapter is measured on general texts: here, on a short one."""
     (tmp_path / "text.jsonl").write_text('{"text": "The Danube is the second-longest river in Europe."}\n')
-    monkeypatch.setattr("mlx_lora.api.fused_gain.GENERAL", tmp_path)
+    monkeypatch.setattr("mlx_lora.api.fuse.GENERAL", tmp_path)
 
 
 def fuse(model, folder, *extra):
@@ -70,7 +69,7 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
 def test_the_grid_that_keeps_more_is_taken(strength, tiny_4bit_folder, tmp_path):
     make_adapter(tiny_4bit_folder, tmp_path / "a", strength=strength)
     model, kl = ModelSettings(model=str(tiny_4bit_folder)), {}
-    meter = GainMeter.of_adapter(model, tmp_path / "a", None)
+    meter = GainMeter(model, tmp_path / "a", None)
     for new_grid in (False, True):
         base = load_base(model)
         info = load_adapter(base, tmp_path / "a")

@@ -18,7 +18,7 @@ import mlx_lora.api.fuse
 from mlx_lora.adapters.base import exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.lora import LoRALinear
-from mlx_lora.api.fused_gain import calibration_tokens
+from mlx_lora.api.fuse import calibration_tokens
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, load_adapter
 from mlx_lora.exporters.fuse import fuse_adapter

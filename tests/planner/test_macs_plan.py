@@ -23,7 +23,6 @@ from mlx_lora.planner.several_macs import (
     rank_part,
     sending,
     split_by_rows,
-    split_with_shared_base,
 )
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
@@ -68,7 +67,7 @@ def test_a_whole_base_is_best_where_it_fits():
     batch = RunShape(2, 512, checkpointing="block")
     for gb, shared_is_best in ((64, False), (16, True)):
         macs, link = [mac("M4", gb)] * 2, Link(5e9)
-        shared = split_with_shared_base(plan_macs(shape, units, batch, macs, [0.5, 0.5], link), batch.positions)
+        shared = plan_macs(shape, units, batch, macs, [0.5, 0.5], link)
         whole = split_by_rows(shape, batch, macs, link)
         assert best([whole, shared]).shared == shared_is_best
         assert ("does not fit (needs " in whole.verdict) == shared_is_best
@@ -93,7 +92,8 @@ def test_a_larger_batch_hides_the_link():
     small, large = (
         plan_macs(shape, units, RunShape(tokens // 128, 128), macs, shares, link) for tokens in (least // 2, least)
     )
-    assert (small.link_decides, large.link_decides) == (True, False)
+    assert small.sending.link_s > max(small.computing_s)
+    assert large.sending.link_s <= max(large.computing_s)
     assert least_tokens(shape, units, RunShape(2, 128), macs, shares, Link(1e3)) is None
 
 
@@ -153,13 +153,13 @@ def test_flags_that_fit_are_suggested(tiny_folder):
     tight = [replace(mac, working_set_bytes=int(0.7 * needed)) for mac in roomy]
     found = suggested(asked, tight, Link(5e9))
     assert found is not None
-    assert "--batch-tokens" in found.words
-    assert planned_on(found.model, tight, Link(5e9))["fits"]
+    assert "--batch-tokens" in found[0]
+    assert planned_on(found[1], tight, Link(5e9))["fits"]
     of_examples = shared_model(train_settings({"model": str(tiny_folder), "rank": 16, "batch_size": 64}))
     found = suggested(of_examples, tight, Link(5e9))
     assert found is not None
-    assert "--batch-size 2" in found.words
-    assert planned_on(found.model, tight, Link(5e9))["fits"]
+    assert "--batch-size 2" in found[0]
+    assert planned_on(found[1], tight, Link(5e9))["fits"]
     hopeless = [replace(mac, working_set_bytes=1 << 20) for mac in roomy]
     assert suggested(asked, hopeless, Link(5e9)) is None
 

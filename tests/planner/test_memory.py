@@ -1,9 +1,12 @@
-"""The planner's arithmetic: parts sum up, more work takes no less, and every Mac of the table has a sane answer."""
+"""The planner's arithmetic: parts sum up, more work takes no less, every Mac of the table has a sane answer, and what is advised fits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -15,13 +18,16 @@ from mlx_lora.adapters.inject import adapt_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.models.meta import model_shape
-from mlx_lora.planner.fit import DataLimits, fit, run_of
+from mlx_lora.models.meta import model_shape, outline_for
+from mlx_lora.parallel.strategy import Strategy
+from mlx_lora.planner.fit import DataLimits, advice, fit, run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
+    Reading,
     count_step,
     find_chip,
     known_chip,
@@ -29,8 +35,9 @@ from mlx_lora.planner.speed import (
     step_seconds,
     working_set,
 )
-from mlx_lora.trainer.fit import batch_shapes, training_plan
-from mlx_lora.trainer.model_shape import with_block_memory
+from mlx_lora.trainer.fit import batch_shapes, fit_settings, training_plan
+from mlx_lora.trainer.model_shape import outlined_shape, with_block_memory
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
 
@@ -366,3 +373,92 @@ def test_a_quantized_head_that_is_adapted_counts_as_quantized(bits):
     assert shape.head_packed == (bits is not None)
     logits = [plan_memory(replace(shape, head_packed=packed), RUN, CPU).phases["loss"] for packed in (False, True)]
     assert logits[1] > logits[0]
+
+
+# What a run chooses by its memory
+
+
+class BesideAnother(Strategy):
+    """A rank beside one that has chosen `other` tokens."""
+
+    def __init__(self, other: int):
+        super().__init__()
+        self.other = other
+
+    def everyone(self, measured: Any) -> list[Any]:
+        return [measured, self.other]
+
+
+def test_the_rank_with_the_least_memory_decides_an_open_batch(tiny_folder: Path):
+    rows = EncodedSet.from_rows([(np.ones(40, np.int32), np.arange(40) > 0)] * 64)
+    splits: Any = SimpleNamespace(train=rows, valid=None, chat_day=None)
+    chosen: Any = SimpleNamespace(terms=KernelTerms())
+
+    def batch_tokens(strategy: Strategy, **flags: object) -> int | None:
+        settings = train_settings({"model": str(tiny_folder), **flags})
+        shape = outlined_shape(outline_for(settings.model, device.compute_dtype()), settings)
+        return fit_settings(settings, shape, splits, chosen, strategy)[0].loop.batch_tokens
+
+    alone = batch_tokens(Strategy())
+    assert alone is not None
+    assert alone > 100
+    assert batch_tokens(BesideAnother(100)) == 100
+    assert batch_tokens(BesideAnother(2 * alone)) == alone
+    assert batch_tokens(BesideAnother(100), batch_tokens=200) == 200
+
+
+def test_the_advice_for_a_batch_of_examples_is_fewer_of_them(tiny_folder: Path):
+    settings = train_settings({"model": str(tiny_folder), "batch_size": 32})
+    shape, machine = outlined_shape(outline_for(settings.model, device.compute_dtype()), settings), this_machine("auto")
+
+    def fits(examples: int, budget: int) -> bool:
+        few = replace(settings, loop=replace(settings.loop, batch_size=examples))
+        return fit(few, shape, replace(machine, working_set_bytes=budget), 200).memory.fits
+
+    def advised(budget: int) -> str:
+        return advice(settings, shape, replace(machine, working_set_bytes=budget), 200)
+
+    least = next(budget for budget in range(10**6, 10**8, 10**5) if fits(1, budget))
+    enough = next(budget for budget in range(least, 10**8, 10**5) if fits(5, budget))
+    most = max(examples for examples in range(1, 32) if fits(examples, enough))
+    assert advised(enough) == f"try --batch-size {most}"
+    shorter = advised(least - 10**5)
+    assert "--max-seq-length" in shorter
+    assert "--batch-tokens" not in shorter
+
+
+# A base that is read from its files
+
+READING = Reading(
+    (10**8,) * 10, first_trained=4, bytes_per_s=1e9, copied_per_s=1e10, source="assumed", block_planned_s=1e-3
+)
+FORWARD_S, STEP_S = 0.2, 0.5
+
+
+def test_what_is_read():
+    assert READING.forward_bytes == 9 * 10**8  # the first is kept from the batch before
+    assert READING.backward_bytes == 5 * 10**8  # the last, from the forward pass
+
+
+@pytest.mark.parametrize("bytes_per_s", [0.5e9, 1e9, 3e9])
+def test_from_as_many_tokens_as_it_names_nothing_waits(bytes_per_s):
+    reading = replace(READING, bytes_per_s=bytes_per_s)
+    tokens = reading.hidden_from(100, FORWARD_S, STEP_S)
+    assert reading.waiting_s(FORWARD_S * tokens / 100, STEP_S * tokens / 100) == pytest.approx(0)
+    assert reading.waiting_s(FORWARD_S * (tokens - 2) / 100, STEP_S * (tokens - 2) / 100) > 0
+
+
+def test_a_pass_waits_for_what_reading_takes_longer():
+    assert READING.waiting_s(FORWARD_S, STEP_S) == pytest.approx((0.9 - 0.01 - 0.2) + (0.5 - 0.006 - 0.3))
+    assert READING.waiting_s(10.0, 20.0) == 0
+
+
+def test_what_is_read_is_copied_and_each_block_of_a_pass_is_planned():
+    assert READING.copying_s == pytest.approx(1.4e9 / 1e10)
+    assert READING.planning_s == pytest.approx((10 + 6) * 1e-3)
+
+
+def test_planning_alone_may_hide_the_disk():
+    slow = replace(READING, block_planned_s=1.0)
+    assert slow.hidden_from(100, FORWARD_S, STEP_S) == 1
+    assert slow.waiting_s(0.0, 0.0) == 0

@@ -17,7 +17,7 @@ from hub_stand_in import hub_server, run_with_hub
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 from real_models import smollm2_gguf
-from run_cli import run
+from run_cli import one_line, run
 from tiers import by_default
 from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
@@ -361,24 +361,15 @@ def test_the_fastest_that_fits_is_chosen(big):
     ],
 )
 def test_bad_flags_are_one_line(flags, words, tiny_folder):
-    ran = run("plan", "--model", tiny_folder, *flags)
-    assert ran.code == 2
-    assert words in ran.err
-    assert ran.err.startswith("Error: ")
-    assert len(ran.lines) == 1
+    one_line(run("plan", "--model", tiny_folder, *flags), words)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "llama"}'])
 def test_a_config_that_is_none_is_one_line(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
-    ran = run("plan", "--model", path)
-    assert ran.code == 2
-    assert len(ran.lines) == 1
-
-
-def test_no_model_is_one_line():
-    assert run("plan").code == 2
+    one_line(run("plan", "--model", path))
+    one_line(run("plan"), "--model")
 
 
 def test_hours_follow_iters_and_a_data_file(tiny_folder, chats):
@@ -581,3 +572,43 @@ def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_p
     )  # fmt: skip
     assert ran.code == 0, ran.err
     assert set(found) == {256}
+
+
+# How long a run takes: the same by --epochs and by --iters, and by the batches that the data really has
+
+BATCH = ("--batch-size", 4, "--valid-fraction", 0, "--max-seq-length", 512)
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory) -> Path:
+    """Forty short rows and a long one."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"Say {n}.", "output": "abc" * (400 if n == 7 else 2)} for n in range(41)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("more", [(), ("--grad-accumulation-steps", 2), ("--num-layers", 1)])
+def test_epochs_and_as_many_iters_have_the_same_plan(tiny_folder, unlike, more):
+    by_epochs = planned("--model", tiny_folder, "--data", unlike, *BATCH, "--epochs", 6, *more)
+    by_iters = planned("--model", tiny_folder, "--data", unlike, *BATCH, "--iters", by_epochs["steps"], *more)
+    assert by_iters["predicted"]["hours"] == pytest.approx(by_epochs["predicted"]["hours"], rel=0.05)
+    assert (by_iters["trunk"] is None) == (more != ("--num-layers", 1))
+    if by_iters["trunk"]:
+        assert by_iters["trunk"]["kept"] == by_epochs["trunk"]["kept"]
+        assert by_iters["trunk"]["saved_s"] == pytest.approx(by_epochs["trunk"]["saved_s"], rel=0.05)
+    twice = planned("--model", tiny_folder, "--data", unlike, *BATCH, "--iters", 2 * by_epochs["steps"], *more)[
+        "predicted"
+    ]["hours"]
+    assert twice > 1.5 * by_iters["predicted"]["hours"]
+    # Not as long as if each batch had the longest row.
+    full = by_epochs["steps"] * by_epochs["predicted"]["step_s"] / 3600
+    assert by_iters["predicted"]["hours"] < 0.7 * full
+
+
+def test_the_flag_that_decides_the_batch_is_named(tiny_folder, unlike):
+    said = run("plan", "--model", tiny_folder, "--data", unlike, *BATCH, "--iters", 4).out
+    assert "--batch-size 4 (" in said
+    assert "--batch-tokens" not in next(line for line in said.splitlines() if line.startswith("Chosen"))
+    said = run("plan", "--model", tiny_folder, "--data", unlike, "--batch-tokens", 64, "--iters", 4).out
+    assert "--batch-tokens 64 (" in said

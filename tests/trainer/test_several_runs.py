@@ -19,7 +19,7 @@ from conftest import quantized, tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import by_default, named
 
-from mlx_lora.api.several import train_several
+from mlx_lora.api.train import train_several
 from mlx_lora.config.load import train_settings
 from mlx_lora.trainer import several_runs, stacked_step
 from mlx_lora.trainer.run import train_run

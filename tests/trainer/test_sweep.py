@@ -23,7 +23,7 @@ from run_cli import one_line, run
 from tiers import by_default
 
 import mlx_lora
-from mlx_lora.api.sweep import SweepJob, SweepSettings
+from mlx_lora.api.sweep import SweepJob
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.trainer import sweep as sweeping
@@ -55,7 +55,7 @@ def settings_of(model: Path, data: Path, **changes: Any) -> TrainSettings:
 
 
 def job_of(settings: TrainSettings, out: Path, *vary: str, **asked: Any) -> SweepJob:
-    return SweepJob(settings, SweepSettings(out, vary or (RATES,), **asked))
+    return SweepJob(settings, out, vary or (RATES,), **asked)
 
 
 def factors(folder: Path) -> np.ndarray:
@@ -310,9 +310,7 @@ def test_a_trial_whose_held_out_loss_is_not_finite_is_the_last(tiny_folder, data
 )
 def test_what_cannot_be_compared_is_refused(tiny_folder, data, tmp_path, changes, asked, said):
     with pytest.raises(InputError, match=said) as refused:
-        SweepJob(
-            settings_of(tiny_folder, data, **changes), SweepSettings(tmp_path / "out", **{"vary": (RATES,), **asked})
-        ).run()
+        SweepJob(settings_of(tiny_folder, data, **changes), tmp_path / "out", **{"vary": (RATES,), **asked}).run()
     assert "\n" not in str(refused.value)
 
 

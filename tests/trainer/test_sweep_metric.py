@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.api.sweep import SweepJob, SweepSettings
+from mlx_lora.api.sweep import SweepJob
 from mlx_lora.config.load import train_settings
 from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
 from mlx_lora.trainer.find_learning_rate import _reason, rounds_for
@@ -137,7 +137,7 @@ def test_betas_are_compared_by_accuracy_from_beginning_to_end(tiny_folder, tmp_p
         "model": str(tiny_folder), "data": str(data), "objective": "dpo", "metric_for_best_model": "accuracy", "iters": 10,
         "batch_size": 4, "rank": 4, "valid_fraction": 0.2, "sample_tokens": 0, "kernels": "ours",
     })  # fmt: skip
-    job = SweepJob(settings, SweepSettings(tmp_path / "out", ("beta=0.1,0.5",), budget=2.0))
+    job = SweepJob(settings, tmp_path / "out", ("beta=0.1,0.5",), budget=2.0)
     job.run()
     found = job.sweep.compared()
     assert 0 <= (found.val_score or 0) <= 1

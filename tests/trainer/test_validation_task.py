@@ -104,7 +104,7 @@ def test_a_task_of_lm_eval(tiny_folder, chats, tmp_path):
 
 
 def test_the_score_of_a_task_that_is_compared():
-    from mlx_lora.evaluation.results import TaskScore
+    from mlx_lora.evaluation.paired import TaskScore
 
     found = [TaskScore("one", "acc", True, 3, {}), TaskScore("two", "word_perplexity", False, 3, {}),
              TaskScore("two", "exact_match (strict)", True, 3, {})]  # fmt: skip
