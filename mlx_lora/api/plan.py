@@ -26,7 +26,6 @@ from mlx_lora.api.plan_data import (
     steps_and_validation,
 )
 from mlx_lora.api.train import data_source, plain
-from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.defaults import (
     batch_tokens_for,
     length_problem,
@@ -35,6 +34,7 @@ from mlx_lora.config.defaults import (
     with_length,
 )
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import problems_with
 from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
@@ -208,7 +208,9 @@ def plan_run(
         result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
-    may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
+    may_read = (
+        asked.loop.offload_base == AUTO and not all_chips and not problems_with(asked.to_flat(), "offload_base", "on")
+    )
     if not result["fits"] and may_read:
         from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
         if from_disk["fits"]:
@@ -221,7 +223,7 @@ def plan_run(
     if all_chips:
         data = None if size is None else (size, objective)
         ways = [of_macs(settings, parts, data)]
-        if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
+        if asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on"):
             ways.append(of_macs(offloaded(settings), parts, data))
         result["chips"] = _chip_rows(ways, size)
     return result

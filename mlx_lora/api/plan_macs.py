@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_lora.config.checks import shard_parts, sharing_problems
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.rules import problems_with
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings, shard_parts
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
@@ -282,7 +282,7 @@ def split_of(settings: TrainSettings) -> str:
 
 def sharing_problem(settings: TrainSettings) -> str:
     """Return why the processes of a run cannot share its base, as `train` would say; empty: they can."""
-    return next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
+    return next(iter(problems_with(settings.to_flat(), "shard_base", split_of(settings))), "")
 
 
 def _mac(given: MacSpec, number_bytes: int, budget_gb: float | None) -> Mac:

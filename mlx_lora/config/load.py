@@ -22,9 +22,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.rules import settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError

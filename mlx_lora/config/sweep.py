@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.fields import field_type, flag_of, read_value
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.rules import idle_notes
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, counted

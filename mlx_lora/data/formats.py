@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lora.config.checks import COLUMNS, turn_names
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.settings import DataSettings
+from mlx_lora.config.settings import COLUMNS, DataSettings, turn_names
 from mlx_lora.data.examples import (
     Completion,
     Conversation,

@@ -132,8 +132,6 @@ class WithPictures(Objective):
             raise InputError(
                 f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base and --offload-base"
             )
-        if ctx.settings.loop.cache_trunk == "on":
-            raise InputError(f"--cache-trunk on with {self.asked}: the tower's output is kept instead; leave it out")
         trains_prompt = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: self.likelihood == "rows"}
         if ImageInputSpec.of(ctx.base.config).prompt and any(trains_prompt.values()):
             raise InputError(

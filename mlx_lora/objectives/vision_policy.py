@@ -34,9 +34,6 @@ class VisionPolicy(WithPictures, Policy):
     read_as: ClassVar[str] = PICTURE_PROMPTS
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        if settings.has_episodes:
-            flag = "--environment" if settings.environment else "--tools"
-            raise InputError(f"{flag} with --images: an answer about pictures is one turn; give --reward instead")
         super().check(settings, functions)
         if folders := reward_folders(settings):
             raise InputError(

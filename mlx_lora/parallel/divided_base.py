@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.config.checks import shard_parts
+from mlx_lora.config.settings import shard_parts
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import (
     await_messages,

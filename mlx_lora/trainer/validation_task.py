@@ -23,7 +23,6 @@ from mlx_lora.data.examples import Text
 from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.trainer.state import LOSS, TASK
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
@@ -66,8 +65,6 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
     if settings.data.ask:
-        if objective.name != "sft":
-            raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
         rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
         if all(isinstance(one, Text) for one in rows):
             raise InputError(
@@ -79,8 +76,6 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
     if not objective.writes:
         name = settings.objective.objective
         raise InputError(f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out")
-    if flag := dividing_flag(loop):
-        raise InputError(f"--eval-tasks {asked} with {flag}: it needs the whole base; leave out one of the two")
     path = Path(asked).expanduser()
     if path.suffix and not path.exists():
         raise InputError(f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task")

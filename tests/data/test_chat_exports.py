@@ -9,8 +9,8 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
 from mlx_lora.api.run_data import with_settings_of_run
-from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import settings_problems
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides
 from mlx_lora.data.chat_exports import chat_kind, read_chats

@@ -17,7 +17,7 @@ from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 from tiers import by_default
 
-from mlx_lora.objectives.table import OWN_OPTIONS
+from mlx_lora.config.rules import OWNERS
 from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--learning-rate", "1e-2", "--rank", 4, "--batch-tokens", 384, "--kernels", "ours", "--sample-tokens", 0,
@@ -254,7 +254,7 @@ CHANGES = {
 
 
 def test_every_option_is_tried():
-    own = {name for name, owners in OWN_OPTIONS.items() if owners == ("distill",)}
+    own = {name for name, owners in OWNERS.items() if owners == ("distill",)}
     # own_prompts: test_persona.py
     assert own - {"teacher", "teacher_prompt", "on_policy", "own_prompts"} == set(CHANGES)
 

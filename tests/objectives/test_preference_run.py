@@ -18,8 +18,10 @@ from tiers import by_default
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
+from mlx_lora.config.rules import OWNERS
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.initial_adapter import start_folder
-from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.state import Position
@@ -119,9 +121,9 @@ CHANGES = {
 
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
-    assert names == set(OWN_OPTIONS)
+    assert names == OWNERS.keys() - {f.name for f in fields(DataSettings)}
     # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
-    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(OTHERS)}
+    elsewhere = {name for name in names if set(OWNERS[name]) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
         "images",
         "reference_adapter",
