@@ -14,7 +14,7 @@ from mlx_lora.config.defaults import (
 )
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
-from mlx_lora.data.load import UNCACHED, DataSplits
+from mlx_lora.data.load import DataSplits
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.load import check_highest, embedding_rows
@@ -158,7 +158,7 @@ def read_splits(
     """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     data, room = readable_data(settings)
-    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    records, asked = "prompts" if room else objective.records, replace(settings, data=data)
     splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
     if tools := objective.shown_tools(settings.objective, {}):
         check_template(tokenizer, splits.chat_template, tools)

@@ -128,7 +128,7 @@ OF_EMBED = ("data", "prompt_column", "completion_column", "max_seq_length", "val
 OF_TASKS = ("eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template")
 NO_VALIDATION, IN_MEMORY = "no validation takes place", "sampling needs the whole base in one process"
 BY_KEYS, ONLY_ANSWERS = "the format of these records is recognized by its keys", "only answers are trained"
-NOT_IMITATED = {"objective": other_than(*IMITATION)}
+NOT_IMITATED: dict[str, Any] = {"objective": other_than(*IMITATION)}
 
 RULES: tuple[Rule, ...] = (
     # Data

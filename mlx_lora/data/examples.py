@@ -148,6 +148,14 @@ class Text:
 Example = Conversation | Completion | Text
 
 
+def as_conversation(example: Conversation | Completion) -> Conversation:
+    """Return an example as turns."""
+    if isinstance(example, Conversation):
+        return example
+    asked, answer = {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
+    return Conversation([asked, answer])
+
+
 class OwnEntry(ABC):
     """A record that is read and encoded by a class of its own, beside the formats of imitation: a row of `OWN_ENTRIES`.
 
@@ -161,11 +169,6 @@ class OwnEntry(ABC):
     @abstractmethod
     def shown(self) -> Example:
         """The example by which records are compared, and which is shown."""
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What rewards see of the record by name; empty where there are none."""
-        return {}
 
     @classmethod
     @abstractmethod

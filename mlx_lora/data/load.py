@@ -48,8 +48,6 @@ from mlx_lora.data.notes import (
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
     OWN_ENTRIES,
-    PICTURES,
-    WITHOUT_PICTURES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -82,9 +80,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
-UNCACHED = "prompts"  # what rewards see of these records is not stored
-# Records whose columns or pictures are needed in addition to their tokens.
-NOT_KEPT = (UNCACHED, PICTURES, *WITHOUT_PICTURES, *OWN_ENTRIES)
+NOT_KEPT = ("prompts", *OWN_ENTRIES)  # records whose columns are needed in addition to their tokens
 
 
 @dataclass(frozen=True)
@@ -182,13 +178,14 @@ def load_data(
     kind = f"{records} splits{seen.key}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        if records not in NOT_KEPT and (entry := read_entry(folder)):
+        kept = records not in NOT_KEPT and seen.pictures is None
+        if kept and (entry := read_entry(folder)):
             rows, details = entry
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
             splits = _make_splits(sets, settings, tokenizer, seed, day, records, seen.fetching(settings.fetch_images))
-            if records not in NOT_KEPT:
+            if kept:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
                 _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
@@ -243,7 +240,7 @@ def _make_splits(
     records: str,
     seen: Seen,
 ) -> DataSplits:
-    parts, train_parts, repeated = read_sets(sets, settings, records)
+    parts, train_parts, repeated = read_sets(sets, settings, records, seen.pictures is not None)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, seen) for name, rows in parts.items()}
     _check(settings, parts, encoded)
@@ -261,7 +258,6 @@ def _make_splits(
     own = _valid_sources(sets, train_parts, held)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
-    kind = WITHOUT_PICTURES.get(records, records)
     pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
     report = DataReport(
         data=shown_data(settings.data or ""),
@@ -287,8 +283,8 @@ def _make_splits(
             *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
         example=pieces[0],
-        rejected=[piece for piece in pieces[1] if piece[1]] if kind == "pairs" else [],
-        records=kind,
+        rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
+        records=records,
         sets=mixed.sets if _are_mixed(sets) else [],
         near_duplicates=near,
     )
@@ -327,13 +323,14 @@ def load_eval_set(
     chosen = {name: files[name]}
     kind = f"{records} evaluation{seen.key}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
-    cached = records not in NOT_KEPT
+    cached = records not in NOT_KEPT and seen.pictures is None
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             log.info(line)
         return entry[0][name]
     settings = replace(settings, data=data)
-    parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    chosen_files = [file for one in sets for file in one.splits[name]]
+    parts = {EVALUATION: read_rows(chosen_files, settings, records, pictures=seen.pictures is not None)}
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     share_columns(parts.values())

@@ -47,13 +47,13 @@ class Part:
 
 
 def read_sets(
-    sets: Sequence[DataSet], settings: DataSettings, records: str
+    sets: Sequence[DataSet], settings: DataSettings, records: str, pictures: bool = False
 ) -> tuple[dict[str, SplitRows], list[Part], list[Repeated]]:
     """Read all files of some sets.
 
     Args:
         sets: Each with training files.
-        settings, records: As in `read_rows`.
+        settings, records, pictures: As in `read_rows`.
 
     Returns:
         `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; each set's part of `train`; and
@@ -68,7 +68,7 @@ def read_sets(
         for split in ("train", "valid", "test"):
             if split in one.splits:
                 begin = len(rows[split].entries) if split in rows else 0
-                rows[split] = read_rows(one.splits[split], settings, records, rows.get(split))
+                rows[split] = read_rows(one.splits[split], settings, records, rows.get(split), pictures)
                 own.append((rows[split], begin))
         repeated.append(cut_repeated_prompts(own))
         train = rows["train"]

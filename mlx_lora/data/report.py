@@ -22,7 +22,7 @@ MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
 UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "labeled": "texts",
-         "candidates": "query lists", "pictures": "rows"}  # fmt: skip
+         "candidates": "query lists"}  # fmt: skip
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.chat_template import controls_of, prefix_tokens
+from mlx_lora.data.chat_template import chat_tokens, controls_of, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, tokenizable
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, as_conversation, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.utils.errors import InputError
@@ -205,10 +205,28 @@ class Encoder:
         return isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
 
     def _as_chat(self, example: Example) -> Example:
-        if isinstance(example, Completion) and not self.plain:
-            turns = [("user", example.prompt), ("assistant", example.completion)]
-            return Conversation([{"role": role, "content": content} for role, content in turns])
-        return example
+        return as_conversation(example) if isinstance(example, Completion) and not self.plain else example
+
+    def prompt_tokens(self, example: Conversation | Completion) -> list[int]:
+        """Return the tokens up to where an example's answer begins.
+
+        Raises:
+            FormatError: it is too long for the tokenizer.
+            InputError: it has turns, and there is no chat template.
+            jinja2.TemplateError, TypeError, ValueError: the template refuses it.
+        """
+        if isinstance(example, Completion) and self.plain:
+            return self.tokenizer.encode(tokenizable(example.prompt))
+        if self.template is None:
+            raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
+        chat = as_conversation(example)
+        turns = chat.messages[:-1]
+        tokenizable("".join(turn["content"] for turn in turns))
+        return chat_tokens(self.tokenizer, turns, self.template, chat.tools, self.day, self.allow_special_tokens)
+
+    def picture_number(self, example: Example) -> int | None:
+        """Return the number of a prompt's pictures in the run's table; None: pictures are not read."""
+        return None
 
     def _render(self, example: Example) -> Rendering:
         if isinstance(example, Text):

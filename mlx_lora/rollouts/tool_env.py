@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.load import prompt_encoder
-from mlx_lora.data.prompts import prompt_tokens, with_observation
+from mlx_lora.data.prompts import with_observation
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.tool_turns import ToolTurns, call_id
@@ -164,7 +164,7 @@ class ToolEnv:
             instance = self.pool[number] if self.toolbox.environment is not None else None
             self.talks.append(EpisodeTurns(self.toolbox.of(instance), random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
         return [
-            prompt if not text else prompt_tokens(self.encoder, with_observation(fact["example"], text))
+            prompt if not text else self.encoder.prompt_tokens(with_observation(fact["example"], text))
             for prompt, fact, text in zip(prompts, facts, observations, strict=True)
         ]
 

@@ -33,7 +33,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.load import prompt_encoder
-from mlx_lora.data.prompts import observation_tokens, prompt_tokens
+from mlx_lora.data.prompts import observation_tokens
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.tool_turns import ToolTurns, call_id
@@ -370,7 +370,7 @@ class VerifiersEnv:
         """
         stand_in = {"role": "assistant", "content": STAND_IN}
         try:
-            return prompt_tokens(self.encoder, Conversation([*question.messages, stand_in], question.tools or None))
+            return self.encoder.prompt_tokens(Conversation([*question.messages, stand_in], question.tools or None))
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RunError(
                 f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another with "

@@ -18,8 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.image_prompts import encode_messages
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, family_of
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
 from mlx_lora.data.images import MARK
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base

@@ -36,10 +36,8 @@ MOST_OF_ROW = 4  # pictures of a row, or of a text's prompt, that are shown
 MOST_KEPT = 2000  # thumbnails of pictures that are no files; further ones are not shown
 
 
-def reader_for(
-    settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ImageReader, str] | None:
-    """Return what reads the pictures of a run's data, and the kind of its records; None if the run has no pictures.
+def reader_for(settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
+    """Return what reads the pictures of a run's data; None if the run has none.
 
     Args:
         settings: of the run.
@@ -62,7 +60,7 @@ def reader_for(
     processor = ImageProcessor(folder, config, settings.data.max_pixels)
     put_template(tokenizer, folder, settings.data, processor.family)
     reader = objective.reader(settings.data, processor, config)
-    return reader.fetching(settings.data.fetch_images), objective.read_as
+    return reader.fetching(settings.data.fetch_images)
 
 
 def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: int) -> None:

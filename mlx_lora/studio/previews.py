@@ -97,13 +97,12 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
     tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
     seen = reader_for(settings, Path(asked["tokenizer"]), tokenizer)
-    records = objective_of(settings.objective).records if seen is None else seen[1]
-    parts, repeated = _read(settings.data, records, report)
+    parts, repeated = _read(settings.data, objective_of(settings.objective).records, seen is not None, report)
     joined = SplitRows()
     for one in parts.values():
         joined.entries += one.rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
-    encoder = encoder if seen is None else seen[0].encoder(encoder)
+    encoder = encoder if seen is None else seen.encoder(encoder)
     total, before = len(joined.entries), 0
     teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     for one in parts.values():
@@ -129,7 +128,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
         if seen is not None:
             numbers = [part.encoded.rows.pictures for part in parts.values() if len(part.encoded.rows)]
             found = np.concatenate([np.zeros(0, np.int32), *(one for one in numbers if one is not None)])
-            write_pictures(temporary, found, seen[0].table, seen[0].token)
+            write_pictures(temporary, found, seen.table, seen.token)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -138,7 +137,9 @@ def _load_tokenizer(folder: Path) -> Any:
     )._tokenizer
 
 
-def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, IndexedSplit], list[Repeated]]:
+def _read(
+    settings: DataSettings, records: str, pictures: bool, report: Report
+) -> tuple[dict[str, IndexedSplit], list[Repeated]]:
     """Return the rows of each split, and each set's rows whose answers repeat their prompt."""
     parts: dict[str, IndexedSplit] = {}
     repeated, parsed = [], 0
@@ -146,7 +147,7 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
         before = {split: len(part.rows.entries) for split, part in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
-                for _ in _read_file(file, settings, records, parts.setdefault(split, IndexedSplit())):
+                for _ in _read_file(file, settings, records, pictures, parts.setdefault(split, IndexedSplit())):
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
@@ -155,14 +156,16 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
     return parts, repeated
 
 
-def _read_file(file: DataFile, settings: DataSettings, records: str, part: IndexedSplit) -> Iterator[None]:
+def _read_file(
+    file: DataFile, settings: DataSettings, records: str, pictures: bool, part: IndexedSplit
+) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
     rows, forms = part.rows, part.forms
     all_forms = rows.formats
     for record in file_records(file, settings, rows):
         rows.formats = Counter()
         one: list[Record | BadRow] = [record]
-        parse_rows(one, file.name, settings, records, rows)
+        parse_rows(one, file.name, settings, records, rows, pictures)
         forms += [next(iter(rows.formats), "")] * (len(rows.entries) - len(forms))
         all_forms.update(rows.formats)
         yield

@@ -223,10 +223,7 @@ def bad_cases(teacher: Path, prompt: Path, folder: Path) -> dict[str, tuple[tupl
         "another tokenizer": (("--teacher", other), "'<think>'"),
         "no such teacher": (("--teacher", folder / "none"), "none"),
         "no such prompt": (("--teacher-prompt", folder / "none.txt"), "cannot be read"),
-        "beta without jsd": (("--teacher", teacher, "--jsd-beta", 0.3), "only that uses it"),
         "a text": (("--teacher-prompt", prompt, "--data", text), "a text without turns"),
-        "prompts trained": (("--teacher-prompt", prompt, "--no-mask-prompt"), "only answers can be compared"),
-        "another objective": (("--objective", "sft", "--teacher", teacher), "--teacher with --objective sft"),
     }
 
 

@@ -236,14 +236,6 @@ def test_a_broken_teacher_ends_the_run(flags, tiny_folder, data, tmp_path):
     assert "Traceback" not in ran.err
 
 
-@pytest.mark.parametrize("flags", [("--group-size", 2), ("--mask-truncated",), ("--divergence", "sampled_kl")])
-def test_options_of_sampling_are_refused_where_nothing_is_sampled(flags, tiny_folder, teacher, data, tmp_path):
-    asked = ("train", "--model", tiny_folder, "--data", data / "prompts", "--adapter-path", tmp_path / "a")
-    one_line(run(*asked, "--objective", "distill", "--teacher", teacher, *flags), "--on-policy")
-    refused = run(*asked, "--on-policy")
-    one_line(refused, "--on-policy with --objective sft")
-
-
 # By name: the run to compare with, and what is added to it.
 CHANGES = {
     "group_size": ((), ("--group-size", 3)),

@@ -252,7 +252,7 @@ def test_every_option_changes_the_run_and_is_refused_elsewhere(name, tiny_folder
         "train", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "b", *more
     )
     assert refused.code == 2
-    assert f"{more[0]} with --objective sft: only" in refused.err
+    assert more[0] in refused.err
 
 
 @pytest.mark.slow

