@@ -7,8 +7,10 @@ and the rules of resumed and distributed runs follow from the rows, so a new set
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
@@ -17,7 +19,11 @@ from mlx_lora.config.objectives import PAIRS as PAIRED
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
 
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
+# A file in data/forms/ is a form of records.
+FORMATS = (
+    "auto",
+    *sorted(one.name for one in pkgutil.iter_modules([str(Path(__file__).parents[1] / "data" / "forms")])),
+)
 PAIRS = ("best", "all")
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
 TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")

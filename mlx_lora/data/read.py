@@ -31,7 +31,6 @@ from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
-    Completion,
     EmptyPart,
     EmptyRecord,
     Example,
@@ -42,7 +41,7 @@ from mlx_lora.data.examples import (
 )
 from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
-from mlx_lora.data.preferences import Answer, Pair, Rated, columns_not_read, parse_pairs, parse_rated
+from mlx_lora.data.preferences import Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
 from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
@@ -136,7 +135,7 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
     dropped |= dict.fromkeys(equal, "the answers are equal after the cut at --max-seq-length")
     margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
     grouped = EncodedSet.from_rows(rows).grouped(2, margins)
-    return _numbered(encoded, _with_pictures_of(encoded.rows, numbers, grouped), source, dropped, 2)
+    return _numbered(encoded, grouped, numbers, source, dropped, 2)
 
 
 def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
@@ -159,15 +158,7 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
         joined.append((together, trained))
     labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
     grouped = EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1)
-    grouped = _with_pictures_of(encoded.rows, np.repeat(np.array(numbers, np.int64), 2), grouped)
-    return _numbered(encoded, grouped, source, dict(encoded.dropped), 1)
-
-
-def _with_pictures_of(encoded: EncodedSet, numbers: Sequence[int] | np.ndarray, rows: EncodedSet) -> EncodedSet:
-    """Return rows that show the pictures of encoded rows with these numbers."""
-    if encoded.pictures is None:
-        return rows
-    return replace(rows, pictures=encoded.pictures[np.asarray(numbers, np.int64)])
+    return _numbered(encoded, grouped, np.repeat(numbers, 2), source, encoded.dropped, 1)
 
 
 def _next_others(prompts: Sequence[Hashable]) -> list[int]:
@@ -182,8 +173,26 @@ def _next_others(prompts: Sequence[Hashable]) -> list[int]:
     return found
 
 
-def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
-    """Return the result with numbers of entries instead of answers, `size` answers per entry."""
+def _numbered(
+    encoded: Encoded,
+    rows: EncodedSet,
+    shown: Sequence[int] | np.ndarray,
+    source: list[int],
+    dropped: dict[int, str],
+    size: int,
+) -> Encoded:
+    """Return the result with numbers of entries instead of answers.
+
+    Args:
+        encoded: of the answers.
+        rows: of the entries.
+        shown: which encoded rows have the pictures of these rows.
+        source: the entry of each example.
+        dropped: entry -> why it gave no row.
+        size: answers of an entry.
+    """
+    if encoded.rows.pictures is not None:
+        rows = replace(rows, pictures=encoded.rows.pictures[np.asarray(shown, np.int64)])
     return replace(
         encoded,
         rows=rows,
@@ -406,10 +415,15 @@ def cut_repeated_prompts(parts: Sequence[tuple[SplitRows, int]]) -> Repeated:
     cut = bool(places) and len(places) >= NEARLY_ALL * len(told)
     if cut:
         for rows, first in parts:
-            rows.entries[first:] = [
-                _cut(entry) if isinstance(entry, Pair | Rated) and entry.repeats else entry
-                for entry in rows.entries[first:]
-            ]
+            for number, entry in enumerate(rows.entries[first:], first):
+                if isinstance(entry, Pair | Rated) and entry.repeats:
+                    names = ("chosen", "rejected") if isinstance(entry, Pair) else ("answer",)
+                    answers: dict[str, Any] = {name: getattr(entry, name) for name in names}
+                    without = {
+                        name: replace(one, completion=one.completion.removeprefix(one.prompt))
+                        for name, one in answers.items()
+                    }
+                    rows.entries[number] = replace(entry, **without)
     return Repeated(places, len(told), cut)
 
 
@@ -429,15 +443,3 @@ def repeated_notes(sets: Sequence[Repeated]) -> list[str]:
             listed = where(places[:MAX_LISTED], len(places))
             notes.append(f"{found}, too few for a set of full texts; these answers are trained whole: {listed}")
     return notes
-
-
-def _cut(entry: Pair | Rated) -> Pair | Rated:
-    if isinstance(entry, Pair):
-        return replace(entry, chosen=_without_prompt(entry.chosen), rejected=_without_prompt(entry.rejected))
-    return replace(entry, answer=_without_prompt(entry.answer))
-
-
-def _without_prompt(answer: Answer) -> Answer:
-    if isinstance(answer, Completion):
-        return replace(answer, completion=answer.completion.removeprefix(answer.prompt))
-    return answer

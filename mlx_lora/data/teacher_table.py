@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import weakref
 import zlib
 from collections.abc import Collection
@@ -36,6 +37,7 @@ from mlx_lora.utils.errors import RunError
 
 VALUES_FILE, MARKS_FILE = "values.bin", "marks.bin"
 MOST_KEPT_BYTES = 4 * 10**9  # of all folders together, once no run uses them, as for encoded data
+STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
 PRESENT = 1 << 32
 
 
@@ -102,8 +104,10 @@ def used_bytes(folder: Path) -> int:
     return sum(512 * file.stat().st_blocks for file in folder.iterdir()) if folder.is_dir() else 0
 
 
-def evict(room: Path, most_bytes: int = MOST_KEPT_BYTES, spared: Collection[Path] = ()) -> None:
-    """Remove the folders that were used longest ago, until the others take at most `most_bytes`.
+def evict(
+    room: Path, most_bytes: int = MOST_KEPT_BYTES, spared: Collection[Path] = (), most: int | None = None
+) -> None:
+    """Remove the folders that were used longest ago, until the others are few and small enough.
 
     A run that still uses one keeps its open files; only a later run has to compute the rows again.
 
@@ -111,14 +115,18 @@ def evict(room: Path, most_bytes: int = MOST_KEPT_BYTES, spared: Collection[Path
         room: has one folder for each key.
         most_bytes: of all folders that are not spared.
         spared: folders that stay.
+        most: folders, spared ones included; None: any number.
     """
-    if not room.is_dir():
-        return
-    kept_bytes = 0
-    folders = [folder for folder in room.iterdir() if folder not in spared]
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        kept_bytes += used_bytes(folder)
-        if kept_bytes > most_bytes:
+    found = room.iterdir() if room.is_dir() else ()
+    folders = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    kept, kept_bytes = len(spared), 0
+    for folder in (one for one in folders if one not in spared):
+        if folder.name.startswith("."):
+            if time.time() - folder.stat().st_mtime > STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+            continue
+        kept, kept_bytes = kept + 1, kept_bytes + used_bytes(folder)
+        if kept_bytes > most_bytes or (most is not None and kept > most):
             shutil.rmtree(folder, ignore_errors=True)
 
 
