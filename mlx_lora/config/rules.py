@@ -356,7 +356,9 @@ def idle_notes(settings: Mapping[str, Any], names: Collection[str]) -> list[str]
         held = any(holds(settings, name, wanted) for name, wanted in rule.when.items())
         for name in rule.names if held != rule.needed else ():
             if name in names and settings[name] != 0:
-                others = " or ".join(spelled(other, settings[other]) for other in rule.when)
+                others = " or ".join(
+                    spelled(other, wanted if rule.needed else settings[other]) for other, wanted in rule.when.items()
+                )
                 notes.append(
                     f"{spelled(name, settings[name])} has no effect {'without' if rule.needed else 'with'} {others}"
                 )

@@ -61,7 +61,8 @@ class BadRow:
 def as_record(number: int, value: Any, unit: str = "line") -> Record | BadRow:
     """Return a value as a record, or as a bad row if it is no object."""
     if not isinstance(value, dict):
-        return BadRow(number, f"a JSON {_json_type(value)}, not an object", unit)
+        names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+        return BadRow(number, f"a JSON {names.get(type(value), 'null')}, not an object", unit)
     return Record(number, value, unit)
 
 
@@ -72,11 +73,6 @@ def checked(number: int, value: Any, text: str, unit: str) -> Record | BadRow:
     except ValueError as error:
         return BadRow(number, f"not usable JSON: {error}", unit)
     return as_record(number, value, unit)
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
 
 
 # Examples

@@ -15,6 +15,7 @@ A family is one row of FAMILIES and a function like those above it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -571,7 +572,8 @@ def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = Fa
     Raises:
         FormatError: the text has another number of pictures.
     """
-    places = [at for at in _found_at(row.text, place) if not any(a <= at < b for a, b in row.ordinary)]
+    found = [one.start() for one in re.finditer(re.escape(place), row.text)]
+    places = [at for at in found if not any(a <= at < b for a, b in row.ordinary)]
     if len(places) > len(shown) or (len(places) < len(shown) and not divided):
         raise FormatError(f"the chat template shows {len(places)} of its {len(shown)} pictures")
     text, end, moves = "", 0, []
@@ -582,19 +584,9 @@ def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = Fa
     text += row.text[end:]
 
     def moved(spans: list[Span]) -> list[Span]:
-        return [(_moved(start, moves), _moved(stop, moves)) for start, stop in spans]
+        return [(after(start), after(stop)) for start, stop in spans]
+
+    def after(position: int) -> int:  # where a character is after the texts before it have become longer
+        return position + sum(length for at, length in moves if at < position)
 
     return replace(row, text=text, spans=moved(row.spans), ordinary=moved(row.ordinary))
-
-
-def _found_at(text: str, part: str) -> list[int]:
-    found, at = [], text.find(part)
-    while at >= 0:
-        found.append(at)
-        at = text.find(part, at + len(part))
-    return found
-
-
-def _moved(position: int, moves: Sequence[tuple[int, int]]) -> int:
-    """Return where a character is after the texts at `moves` have become longer."""
-    return position + sum(length for at, length in moves if at < position)

@@ -231,7 +231,8 @@ def with_marks(
     Raises:
         FormatError: its pictures have no place.
     """
-    column = next((name for name in COLUMNS if _are_pictures(record.get(name))), None)
+    listed = [name for name in COLUMNS if isinstance(record.get(name), str | bytes | list | dict) and record[name]]
+    column = listed[0] if listed else None
     waiting = [_source(value) for value in _listed(record[column])] if column else []
     rest = {key: value for key, value in record.items() if key != column}
     turned = [name for name in turns if isinstance(rest.get(name), list)]
@@ -328,11 +329,6 @@ def _first(record: Fields, turns: Sequence[str], settings: DataSettings, marks: 
                     parts = [{"type": "text", "text": marks}, *turn[key]]
                     return {**record, name: [*value[:number], {**turn, key: parts}, *value[number + 1 :]]}
     raise FormatError("pictures, and no question that they could be in")
-
-
-def _are_pictures(value: Any) -> bool:
-    """Tell whether a column has pictures."""
-    return bool(value) and isinstance(value, (str, bytes, list, dict))
 
 
 def _listed(value: Any) -> list[Any]:

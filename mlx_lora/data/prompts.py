@@ -130,7 +130,15 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
             seen[number] = seen_by_teacher(examples[number], prompt, encoder)
         except FormatError as error:
             dropped[number] = str(error)
-    theirs = teacher_encoder(encoder).encode(list(seen.values()))
+    unlimited = Encoder(
+        encoder.tokenizer,
+        encoder.template,
+        max_seq_length=NO_LIMIT,
+        plain_completions=encoder.plain,
+        day=encoder.day,
+        allow_special_tokens=encoder.allow_special_tokens,
+    )
+    theirs = unlimited.encode(list(seen.values()))
     numbers = list(seen)
     dropped |= {numbers[i]: f"with --teacher-prompt: {why}" for i, why in theirs.dropped.items()}
     candidates: dict[int, list[int]] = {}
@@ -149,18 +157,6 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
         del dropped[number]
     rows = replace(EncodedSet.from_rows(own), teacher=EncodedSet.from_rows(other))
     return replace(encoded, rows=rows, source=np.array(source, np.int64), dropped=dict(sorted(dropped.items())))
-
-
-def teacher_encoder(encoder: Encoder) -> Encoder:
-    """Return the encoder of the teacher's rows: the student's, without a limit on their length."""
-    return Encoder(
-        encoder.tokenizer,
-        encoder.template,
-        max_seq_length=NO_LIMIT,
-        plain_completions=encoder.plain,
-        day=encoder.day,
-        allow_special_tokens=encoder.allow_special_tokens,
-    )
 
 
 def prompt_notes(encoder: Encoder, prompt: str | None) -> list[str]:

@@ -13,10 +13,10 @@ from datetime import date
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.chat_template import chat_tokens, controls_of, prefix_tokens
+from mlx_lora.data.chat_template import chat_tokens, controls_of, plain_backend, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, as_conversation, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
@@ -93,7 +93,7 @@ class Encoder:
         self._mask_prompt = mask_prompt
         self.plain = plain_completions
         self._eos: Any = tokenizer.eos_token_id
-        self._backend = _offset_tokenizer(tokenizer)
+        self._backend = plain_backend(tokenizer)
 
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order.
@@ -300,15 +300,3 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
     if stop < len(encoding.ids) and (held_by := encoding.token_to_chars(stop)) and held_by[0] < end:
         stop += 1  # this token straddles the span's end
     return first, stop
-
-
-def _offset_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with exact offsets.
-
-    The post-processor is removed: GPT-2's trims white space from offsets, so that "\\n" would have no position.
-    """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
