@@ -188,11 +188,8 @@ def order_of(error: float, loss: float, found: Sequence[Candidate]) -> tuple[flo
 
 def words(candidate: Candidate) -> str:
     """Return a candidate's settings as flags."""
-    return " ".join(f"{flag_of(name)} {_shown(value)}" for name, value in candidate.items())
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in candidate.items()}
+    return " ".join(f"{flag_of(name)} {text}" for name, text in texts.items())
 
 
 # How far each round goes
