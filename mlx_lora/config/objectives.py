@@ -23,6 +23,7 @@ PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples a
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
 EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
 POOLINGS = ("mean", "last", "cls")
+TASK_SETS = "reasoning-gym:"  # before the name of a set of tasks of that package, in --data
 VERIFIERS = "verifiers:"  # before the name of an environment of that package, in --environment and --data
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import RECIPES, recipe_names
-from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.objectives import TASK_SETS, VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
-from mlx_lora.data.task_sets import is_task_set, task_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
@@ -112,7 +111,7 @@ def look_at_data(data: str | None) -> None:
         InputError: a set is not there, is of an unknown kind or damaged, or has no record.
     """
     for name, _ in named_sets(data) if data else ():
-        made = name == TINY_SHAKESPEARE or is_task_set(name) or name.startswith(VERIFIERS) or is_dataset_id(name)
+        made = name == TINY_SHAKESPEARE or name.startswith((TASK_SETS, VERIFIERS)) or is_dataset_id(name)
         if made and not is_local(name):
             continue
         files = find_sets(name)[0].splits.get("train", ())
@@ -220,7 +219,9 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (tiny_shakespeare(),)}
     if data in recipe_names():
         return _folder_splits(RECIPES / data)
-    if is_task_set(data):
+    if data.startswith(TASK_SETS):
+        from mlx_lora.data.task_sets import task_file  # few runs need it
+
         return {"train": (task_file(data),)}
     if data.startswith(VERIFIERS):
         from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it

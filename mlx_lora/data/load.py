@@ -65,10 +65,9 @@ from mlx_lora.data.report import (
     example_pieces,
     reasons,
 )
-from mlx_lora.data.teacher_table import evict
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_folder, sha256_of, shown_data
+from mlx_lora.utils.files import cache_dir, evict, one_at_a_time, replacing_folder, sha256_of, shown_data
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, package_version
 

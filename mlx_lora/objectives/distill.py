@@ -26,7 +26,7 @@ import numpy as np
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
+from mlx_lora.data.teacher_table import RowStore, TableFormat, TeacherTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.divergence import (
     FORWARD_KL,
@@ -43,7 +43,7 @@ from mlx_lora.objectives.teacher import TEACHER, facts_of, open_teacher, teacher
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, gigabytes
 
