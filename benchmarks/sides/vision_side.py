@@ -100,7 +100,6 @@ def masks(job: dict[str, Any]) -> dict[str, Any]:
     from mlx_lora.config.settings import DataSettings
     from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
     from mlx_lora.data.load import Seen, load_eval_set
-    from mlx_lora.data.read import PICTURES
 
     model, processor = load(job["model"])
     records = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
@@ -118,7 +117,7 @@ def masks(job: dict[str, Any]) -> dict[str, Any]:
         config["image_token_id"],
     )
     tokenizer = getattr(processor, "tokenizer", processor)
-    rows = load_eval_set(job["data"], DataSettings(), tokenizer, PICTURES, Seen(pictures=reader))
+    rows = load_eval_set(job["data"], DataSettings(), tokenizer, seen=Seen(pictures=reader))
     assert len(rows) == len(records)
     found = []
     for number, record in enumerate(records):

@@ -50,8 +50,11 @@ def python_words(message: str, names: dict[str, str]) -> str:
         off = flag.startswith("no_") and flag[3:] in FIELDS
         name = names.get(flag, flag[3:] if off else flag)
         field = FIELDS.get(flag)
-        # `--rank 0: must be` and `use --method lora`, but not `give --adapter-path and`
-        if value and (found["end"] or (field is not None and value in (row_of(field).choices or ()))):
+        # `--rank 0: must be`, `--iters 1 with` and `use --method lora`, but not `give --adapter-path and`
+        is_value = field is not None and (
+            value in (row_of(field).choices or ()) or value.replace(".", "", 1).isdecimal()
+        )
+        if value and (found["end"] or is_value):
             text = value if value[0] in "'\"" or field is None or field_type(field) is not str else f'"{value}"'
             return f"{name}={text}{found['end']}"
         if off or (field is not None and field_type(field) is bool):

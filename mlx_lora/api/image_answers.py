@@ -11,8 +11,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lora.api.base import TextSettings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.downloads import is_on_web
-from mlx_lora.data.image_prompts import encode_question
-from mlx_lora.data.image_tokens import ImageReader, ImageTable
+from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.vision import open_tower

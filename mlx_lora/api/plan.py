@@ -19,7 +19,6 @@ from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import data_source, plain
 from mlx_lora.compat.foreign import TOKENIZER
-from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.defaults import (
     DataFacts,
     batch_tokens_for,
@@ -29,10 +28,11 @@ from mlx_lora.config.defaults import (
     with_length,
 )
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
-from mlx_lora.data.load import UNCACHED, DataSplits
+from mlx_lora.data.load import DataSplits
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.kernels.table import AUTO, KernelChoice
@@ -237,7 +237,9 @@ def plan_run(
         result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, size, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
-    may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
+    may_read = (
+        asked.loop.offload_base == AUTO and not all_chips and not problems_with(asked.to_flat(), "offload_base", "on")
+    )
     if not result["fits"] and may_read:
         from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
         if from_disk["fits"]:
@@ -249,7 +251,7 @@ def plan_run(
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
         ways = [settings]
-        if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
+        if asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on"):
             ways.append(offloaded(settings))
         data = None if size is None else (size, objective)
         result["chips"] = chip_rows([of_macs(way, parts, data, planned) for way in ways])
@@ -650,7 +652,7 @@ def read_splits(
     """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     data, room = readable_data(settings)
-    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    records, asked = "prompts" if room else objective.records, replace(settings, data=data)
     splits = objective.read_planned(asked, TOKENIZER.of(tokenizer), folder, config, today, records)
     if tools := objective.shown_tools(settings.objective, {}):
         check_template(tokenizer, splits.chat_template, tools)

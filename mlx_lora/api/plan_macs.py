@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from mlx_lora.config.checks import shard_parts, sharing_problems
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.rules import problems_with
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings, shard_parts
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
@@ -155,7 +155,7 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     chosen, run, shares = _asked(model, macs)
     found = plan_macs(model.shape, units, run, chosen, shares, link)
     # Why the processes of the run cannot share its base, as `train` would say.
-    problem = next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
+    problem = next(iter(problems_with(settings.to_flat(), "shard_base", split_of(settings))), "")
     splits = [Split(True, problem=problem) if problem else found, split_by_rows(model.shape, run, chosen, link)]
     computing_s, fastest = max(found.computing_s), best(splits)
     step_s = found.sending.step_s(computing_s)

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.config.checks import COLUMNS, settings_problems
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import FIELDS, DataSettings, TrainSettings
+from mlx_lora.config.rules import settings_problems
+from mlx_lora.config.settings import COLUMNS, FIELDS, DataSettings, TrainSettings
 from mlx_lora.data.chat_exports import chat_kind
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Record

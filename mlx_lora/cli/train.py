@@ -18,8 +18,8 @@ from typing import Any
 import click
 
 from mlx_lora.cli import options as flags
-from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.rules import idle_notes
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
 from mlx_lora.parallel.ranks import find_launch, together
 from mlx_lora.utils import console, device

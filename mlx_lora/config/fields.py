@@ -23,6 +23,7 @@ class SettingRow:
         may_change: whether a resumed run may have another value than before.
         per_machine: whether the ranks of a distributed run may have different values.
         method: the only --method that has this setting; None: all have it.
+        only: the objectives that have this setting; empty: all have it.
         alone: the value of a flag without a value, and of `true` in a settings file.
         also: mlx-lm's spelling of the flag, which the command line takes too.
         word: a word that is allowed instead of a number.
@@ -39,6 +40,7 @@ class SettingRow:
     may_change: bool = False
     per_machine: bool = False
     method: str | None = None
+    only: tuple[str, ...] = ()
     alone: str | None = None
     also: str | None = None
     word: str | None = None

@@ -22,9 +22,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.rules import settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -184,7 +184,12 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
     values = _read(values, FIELDS, problems)
     if not values.get("data") and (values.get("environment") or "").startswith(VERIFIERS):
         values["data"] = values["environment"]  # such an environment has tasks of its own
-    values |= {name: value for name, value in _table_settings(values).items() if name == "data" or name not in values}
+    path = Path(values.get("data") or "").expanduser()
+    if values.get("data") and any((one / "dataset_info.json").is_file() for one in (path, path.parent)):
+        from mlx_lora.config.migrate.llama_factory import settings_of_table  # few runs need it
+
+        table = settings_of_table(values["data"])
+        values |= {name: value for name, value in table.items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
@@ -194,16 +199,6 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
     if problems:
         raise InputError("; ".join(problems))
     return settings
-
-
-def _table_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that LLaMA-Factory's dataset_info.json has for --data, if the folder that it names has one."""
-    path = Path(values.get("data") or "").expanduser()
-    if not any((folder / "dataset_info.json").is_file() for folder in (path, path.parent)):
-        return {}
-    from mlx_lora.config.migrate.llama_factory import settings_of_table  # few runs need it
-
-    return settings_of_table(values["data"]) if values.get("data") else {}
 
 
 def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettings]:
@@ -252,7 +247,12 @@ def read_settings(path: str | None, flags: Mapping[str, Any], allow_code: bool =
         if allow_code:
             raise InputError("--allow-code: only for the file of --config or --runs; leave it out")
         return {}
-    content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
+    is_recipe = names_recipe(path)
+    content = read_yaml(str(recipe_file(path)) if is_recipe else path)
+    if (
+        is_recipe
+    ):  # which names its files as a checkout sees them (`recipes/bard`), so that it can be given as a file as well
+        content |= {name: str(RECIPES.parent / content[name]) for name in FILES if name in content}
     from mlx_lora.config.migrate import migrate  # only files need it
 
     content = migrate(content, flags, path)
@@ -373,11 +373,3 @@ def recipe_file(name: str) -> Path:
         advice = f"did you mean {close[0]}? There are {listed}" if close else f"the recipes are {listed}"
         raise InputError(f"--config {name}: no such file, and no recipe of that name; {advice}")
     return RECIPES / f"{name}.yaml"
-
-
-def with_recipe_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings with the paths of its files from anywhere.
-
-    The recipes name them as a checkout sees them (`recipes/bard`), so that they can be given as files as well.
-    """
-    return settings | {name: str(RECIPES.parent / settings[name]) for name in FILES if name in settings}

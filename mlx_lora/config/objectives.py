@@ -8,8 +8,7 @@ from mlx_lora.config.fields import setting
 
 OBJECTIVE = "Objective"  # heading of the help
 SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run, and rewarded
-# Settings of sampling, and those of them that are used for a teacher's answers too.
-OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
+# Settings of sampling that are used for a teacher's answers too.
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 LABELED = ("classify",)  # objectives whose records are texts with labels
 RANKED = ("rerank",)  # objectives whose records are queries with documents
@@ -24,6 +23,7 @@ PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples a
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
 EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
 POOLINGS = ("mean", "last", "cls")
+TASK_SETS = "reasoning-gym:"  # before the name of a set of tasks of that package, in --data
 VERIFIERS = "verifiers:"  # before the name of an environment of that package, in --environment and --data
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
@@ -52,119 +52,125 @@ class ObjectiveSettings:
         "vision_sft: imitate answers about pictures.",
         OBJECTIVE, common=True)
     images: bool = setting(False, "Prompts may have pictures (dpo, orpo, simpo, cpo, kto, grpo, rloo); --model is a "
-        "vision-language model.", OBJECTIVE)
+        "vision-language model.", OBJECTIVE, only=WITH_IMAGES)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
         "such as sigmoid,sft, which also imitates the chosen answers. "
-        "kto: kto or apo_zero_unpaired.", OBJECTIVE)
+        "kto: kto or apo_zero_unpaired.", OBJECTIVE, only=("dpo", "kto"))
     loss_weights: str | None = setting(None,
-        "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE)
+        "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE, only=("dpo",))
     beta: float = setting(0.1,
         "How strongly the model is kept close to the reference; for orpo, the weight of the loss on pairs.",
-        OBJECTIVE, more_than=0, at_most=1000)
+        OBJECTIVE, more_than=0, at_most=1000, only=("dpo", "orpo", "simpo", "cpo", "kto"))
     label_smoothing: float = setting(0.0, "Share of pairs that are assumed to have swapped labels (exo_pair, robust, "
-        "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
+        "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49, only=("dpo", "simpo", "cpo"))
     discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
-        OBJECTIVE, more_than=0, at_most=1000)
+        OBJECTIVE, more_than=0, at_most=1000, only=("dpo",))
     simpo_gamma: float = setting(0.5, "simpo: margin by which the chosen answer should win.",
-        OBJECTIVE, at_least=0, at_most=1000)
+        OBJECTIVE, at_least=0, at_most=1000, only=("simpo",))
     cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
-        OBJECTIVE, at_least=0, at_most=1000)
-    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
-    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
+        OBJECTIVE, at_least=0, at_most=1000, only=("cpo",))
+    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
+    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
     shared_prefix: str = setting("auto", "Compute a prompt once for all its answers (a pair's, or the sampled ones): "
-        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
+        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True,
+        only=(*PAIRS, *SAMPLING))
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
-        OBJECTIVE, at_least=0, at_most=1000)
+        OBJECTIVE, at_least=0, at_most=1000, only=("reward",))
     reference_adapter: str | None = setting(None,
         "Adapter folder whose model is the reference (default: the model at the start of the run).",
-        OBJECTIVE, may_change=True, per_machine=True)
+        OBJECTIVE, may_change=True, per_machine=True, only=("dpo", "kto"))
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
         "exact_match, number_match, math-verify, reasoning-gym, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
-        "commas and added.", OBJECTIVE, runs=r"\.py:")
+        "commas and added.", OBJECTIVE, runs=r"\.py:", only=SAMPLING)
     environment: str | None = setting(None, "grpo, rloo: a class as FILE.py:CLASS, whose reset begins an episode of several "
         "turns. Its step answers the model and rewards it, instead of --reward; without step, its public methods are tools, "
         "as in TRL's environment_factory. verifiers:NAME, or verifiers:FILE.toml: an environment of that package, which brings its "
-        "own tasks, tools, and rewards.", OBJECTIVE, runs=rf"\.py:|{VERIFIERS}")
+        "own tasks, tools, and rewards.", OBJECTIVE, runs=rf"\.py:|{VERIFIERS}", only=SAMPLING)
     tools: str | None = setting(None, "grpo, rloo: functions that the model may call, as FILE.py or FILE.py:NAME,NAME; --reward "
-        "rewards the whole episode.", OBJECTIVE, runs=r"\.py")
+        "rewards the whole episode.", OBJECTIVE, runs=r"\.py", only=SAMPLING)
     max_turns: int = setting(10, "With --environment or --tools: maximum number of the model's answers in an episode; "
-        "--max-new-tokens limits all of them together.", OBJECTIVE, at_least=1, at_most=10**6)
+        "--max-new-tokens limits all of them together.", OBJECTIVE, at_least=1, at_most=10**6, only=SAMPLING)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
-        OBJECTIVE)
+        OBJECTIVE, only=SAMPLING)
     reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
-        OBJECTIVE, choices=("stop", "skip"), may_change=True)
+        OBJECTIVE, choices=("stop", "skip"), may_change=True, only=SAMPLING)
     reward_timeout: float = setting(60.0, "Seconds that a reward function may take for the answers of a batch.",
-        OBJECTIVE, more_than=0, at_most=86400, may_change=True)
+        OBJECTIVE, more_than=0, at_most=86400, may_change=True, only=SAMPLING)
     group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
-        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
+        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024, only=(*SAMPLING, "distill"))
     max_new_tokens: int = setting(256, "grpo, rloo, distill: maximum number of tokens of a sampled answer.",
-        OBJECTIVE, at_least=1, at_most=10**6)
-    temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
+        OBJECTIVE, at_least=1, at_most=10**6, only=(*SAMPLING, "distill"))
+    temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100,
+        only=(*SAMPLING, "distill"))
     top_p: float = setting(1.0, "grpo, rloo, distill: sample from the most likely tokens whose probabilities add up to this.",
-        OBJECTIVE, more_than=0, at_most=1)
+        OBJECTIVE, more_than=0, at_most=1, only=(*SAMPLING, "distill"))
     min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the most likely token.",
-        OBJECTIVE, at_least=0, at_most=1)
+        OBJECTIVE, at_least=0, at_most=1, only=(*SAMPLING, "distill"))
     grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
-        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
+        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"), only=("grpo",))
     epsilon: float = setting(0.2, "grpo, rloo: clip the ratio of the new probability to the old this far below 1.",
-        OBJECTIVE, more_than=0, at_most=1)
+        OBJECTIVE, more_than=0, at_most=1, only=SAMPLING)
     epsilon_high: float | None = setting(None, "grpo, rloo: clip the ratio this far above 1 (default: as --epsilon).",
-        OBJECTIVE, more_than=0, at_most=1000)
+        OBJECTIVE, more_than=0, at_most=1000, only=SAMPLING)
     kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
-        OBJECTIVE, at_least=0, at_most=1000)
+        OBJECTIVE, at_least=0, at_most=1000, only=SAMPLING)
     scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
-        "prompt's group, of the whole step's batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
+        "prompt's group, of the whole step's batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"),
+        only=("grpo",))
     mask_truncated: bool = setting(False, "grpo, rloo, --on-policy: do not train answers that were cut at --max-new-tokens.",
-        OBJECTIVE)
+        OBJECTIVE, only=(*SAMPLING, "distill"))
     updates_per_rollout: int = setting(1, "grpo, rloo, --on-policy: how often each sampled answer is trained on.",
-        OBJECTIVE, at_least=1, at_most=1000)
+        OBJECTIVE, at_least=1, at_most=1000, only=(*SAMPLING, "distill"))
     teacher: str | None = setting(None,
         "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
-        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
+        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True, only=("distill",))
     teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
-        "every chat.", OBJECTIVE, may_change=True, per_machine=True)
+        "every chat.", OBJECTIVE, may_change=True, per_machine=True, only=("distill",))
     own_prompts: int | None = setting(None, "distill without --data: prompts that the model writes itself, and the teacher "
-        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6)
+        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6, only=("distill",))
     teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
-        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
+        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6, only=("distill",))
     divergence: str | None = setting(None, "distill: the divergence to minimize. forward_kl: KL(teacher, student), reverse_kl: "
         "KL(student, teacher), jsd: between the two, as in TRL's GKD; sampled_kl: with --on-policy, reverse_kl from the "
-        "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES)
+        "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES,
+        only=("distill",))
     jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",
-        OBJECTIVE, at_least=0, at_most=1)
+        OBJECTIVE, at_least=0, at_most=1, only=("distill",))
     distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
-        OBJECTIVE, more_than=0, at_most=100)
+        OBJECTIVE, more_than=0, at_most=100, only=("distill",))
     problem_type: str = setting("auto", "classify: whether a text has one label, several, or a number, by transformers' names; auto: "
-        "lists are several labels, and numbers that are not all whole are numbers.", OBJECTIVE, choices=PROBLEMS)
+        "lists are several labels, and numbers that are not all whole are numbers.", OBJECTIVE, choices=PROBLEMS, only=LABELED)
     labels: str | None = setting(None, "classify: the labels in the order of the head's outputs, separated by commas (default: "
-        "those of the training data, sorted).", OBJECTIVE)
+        "those of the training data, sorted).", OBJECTIVE, only=LABELED)
     class_weights: str | None = setting(None, "classify: weights of labels in the loss, such as spam=2,ham=1, or balanced, which "
-        "gives rare labels as much weight as common ones (default 1 each).", OBJECTIVE)
+        "gives rare labels as much weight as common ones (default 1 each).", OBJECTIVE, only=LABELED)
     rerank_loss: str = setting("pairwise", "rerank: what is compared with the grades of documents. pairwise: each pair of a better and a "
         "worse one (RankNet); listwise: the scores of all documents of a query (ListNet); binary: each document by itself.",
-        OBJECTIVE, choices=("pairwise", "listwise", "binary"))
+        OBJECTIVE, choices=("pairwise", "listwise", "binary"), only=RANKED)
     candidates: int = setting(8, "rerank: maximum number of documents of a query; those with the best grades are used.", OBJECTIVE, at_least=2,
-        at_most=1000)
+        at_most=1000, only=RANKED)
     on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
-        "trained; the teacher stays in memory.", OBJECTIVE)
+        "trained; the teacher stays in memory.", OBJECTIVE, only=("distill",))
 
     embed_loss: str | None = setting(None, "embed: the loss. infonce: a query's own document against all others of a step; triplet: "
         "against its own negatives; cosent, cosine: pairs with a score (default: infonce, or cosent for scores).",
-        OBJECTIVE, choices=EMBED_LOSSES)
-    embed_temp: float = setting(0.05, "embed: divide cosines by this (infonce, cosent).", OBJECTIVE, more_than=0, at_most=100)
+        OBJECTIVE, choices=EMBED_LOSSES, only=("embed",))
+    embed_temp: float = setting(0.05, "embed: divide cosines by this (infonce, cosent).", OBJECTIVE, more_than=0, at_most=100,
+        only=("embed",))
     triplet_margin: float = setting(0.5, "embed: cosine distance by which a negative should be farther away than the document (triplet).",
-        OBJECTIVE, more_than=0, at_most=2)
+        OBJECTIVE, more_than=0, at_most=2, only=("embed",))
     negatives: int | None = setting(None, "embed: maximum number of negatives of an example (default: all).",
-        OBJECTIVE, at_least=0, at_most=1000)
+        OBJECTIVE, at_least=0, at_most=1000, only=("embed",))
     matryoshka_dims: str | None = setting(None, "embed: train vectors whose first numbers also work alone, for these counts, such as 384,128,64.",
-        OBJECTIVE)
+        OBJECTIVE, only=("embed",))
     pooling: str | None = setting(None, "embed: what becomes a text's vector: the mean of its tokens' states, or that of the last or the "
-        "first token (default: as the model's own files say, else last; mean for an encoder).", OBJECTIVE, choices=POOLINGS)
+        "first token (default: as the model's own files say, else last; mean for an encoder).", OBJECTIVE, choices=POOLINGS,
+        only=("embed",))
     query_prompt: str | None = setting(None, "embed: text before each query, such as 'query: ' (default: as the model's own files say, "
-        "else none).", OBJECTIVE)
-    document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE)
+        "else none).", OBJECTIVE, only=("embed",))
+    document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE, only=("embed",))
 
     @property
     def rows_per_example(self) -> int:

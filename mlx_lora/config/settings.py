@@ -7,17 +7,26 @@ and the rules of resumed and distributed runs follow from the rows, so a new set
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
-from mlx_lora.config.objectives import VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import LABELED, VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import PAIRS as PAIRED
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
 
-FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
+# A file in data/forms/ is a form of records.
+FORMATS = (
+    "auto",
+    *sorted(one.name for one in pkgutil.iter_modules([str(Path(__file__).parents[1] / "data" / "forms")])),
+)
 PAIRS = ("best", "all")
+COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
+TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
 BIASES = ("none", "lora_only", "all")
@@ -72,7 +81,7 @@ class DataSettings:
         MODEL, common=True, may_change=True, per_machine=True, runs=VERIFIERS)
     ask: str | None = setting(None,
         "Your own test questions with their answers, in any form that --data takes; the run ends with how many it answers right. "
-        "They are never trained.", MODEL, may_change=True, per_machine=True, runs=VERIFIERS)
+        "They are never trained.", MODEL, may_change=True, per_machine=True, runs=VERIFIERS, only=("sft",))
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
         "Column of the prompt; several columns, separated by commas, are joined with line breaks (default: the usual names).", MODEL)
@@ -80,7 +89,7 @@ class DataSettings:
     system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
     text_column: str | None = setting(None, "Column that holds a text; sft trains every token of it.", MODEL)
-    label_column: str | None = setting(None, "classify: column that holds the label (default: label or labels).", MODEL)
+    label_column: str | None = setting(None, "classify: column that holds the label (default: label or labels).", MODEL, only=LABELED)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
     speaker: str | None = setting(None,
@@ -107,12 +116,12 @@ class DataSettings:
         "With pictures: download those that rows name by a web address, once, into the cache (default: leave such rows out).",
         MODEL, may_change=True)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
-        MODEL, choices=PAIRS)
+        MODEL, choices=PAIRS, only=PAIRED)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
         MODEL, at_least=0, at_most=0.9)
     rephrase: int | None = setting(None,
         "sft: let a model write this many other wordings of each question, and train them with the same answer; up to 20 more are "
-        "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100)
+        "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100, only=("sft",))
     rephrase_model: str | None = setting(None,
         "With --rephrase: the model that writes the wordings, given as for --model, or the address of a server with OpenAI's "
         "protocol, such as http://127.0.0.1:1234/v1 of LM Studio (default: the base).", MODEL, may_change=True, per_machine=True)
@@ -413,6 +422,31 @@ def decided_by(flags: Iterable[str]) -> set[str]:
 
 
 # Values with a form of their own
+
+
+def turn_names(text: str | None) -> dict[str, dict[str, str]]:
+    """Read `role=speaker,user=customer` as the fields {speaker: role} and the roles {customer: user}.
+
+    Raises:
+        ValueError: a part is not written like this; the message has it.
+    """
+    found: dict[str, dict[str, str]] = {"fields": {}, "roles": {}}
+    for part in (text or "").split(","):
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        kind = "fields" if ours in TURN_FIELDS else "roles" if ours in TURN_ROLES else None
+        if part.strip() and (kind is None or not theirs):
+            raise ValueError(repr(part.strip()))
+        if kind:
+            found[kind][theirs] = ours
+    return found
+
+
+def shard_parts(text: str) -> list[float] | None:
+    """Return the parts by rank that --shard-base names, such as 3:1; None for other texts."""
+    parts = text.split(":")
+    if len(parts) < 2 or not all(part.isdecimal() and 1 <= int(part) <= 10**6 for part in parts):
+        return None
+    return [float(part) for part in parts]
 
 
 def checkpoint_every(mode: str) -> int | None:

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.fields import field_type, flag_of, read_value
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.rules import idle_notes
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, counted
@@ -188,11 +188,8 @@ def order_of(error: float, loss: float, found: Sequence[Candidate]) -> tuple[flo
 
 def words(candidate: Candidate) -> str:
     """Return a candidate's settings as flags."""
-    return " ".join(f"{flag_of(name)} {_shown(value)}" for name, value in candidate.items())
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in candidate.items()}
+    return " ".join(f"{flag_of(name)} {text}" for name, text in texts.items())
 
 
 # How far each round goes

@@ -100,7 +100,12 @@ class AssistantTurns:
                 span = self._standing(number, None)
             elif (span := self._in(self._text, turn)) is None:
                 if self._moves_text or any(map(has_thinking, self._messages[: number + 1])):
-                    self._put_apart(turn, apart)
+                    # A row of its own, or the row of a later turn that shows it as at inference.
+                    places = ((spans, found) for later, spans in apart if (found := self._in(later.prompt, turn)))
+                    if place := next(places, None):
+                        place[0].append(place[1])
+                    else:
+                        apart.append((turn, [(len(turn.prompt), len(turn.prompt) + len(turn.written))]))
                     continue
                 span = self._shared(turn) or self._standing(number, turn)
             if span is None or span[0] >= span[1]:
@@ -116,14 +121,6 @@ class AssistantTurns:
     def _trained(self) -> list[int]:
         messages = enumerate(self._messages)
         return [i for i, message in messages if message["role"] == "assistant" and message.get("weight") != 0]
-
-    def _put_apart(self, turn: Turn, apart: list[tuple[Turn, list[Span]]]) -> None:
-        """Give a turn a row of its own, or add its span to the row of a later turn that shows it as at inference."""
-        for later, spans in apart:
-            if span := self._in(later.prompt, turn):
-                spans.append(span)
-                return
-        apart.append((turn, [(len(turn.prompt), len(turn.prompt) + len(turn.written))]))
 
     def _in(self, text: str, turn: Turn) -> Span | None:
         """Return the span of the turn in a rendering that shows it as at inference; None if it does not.
@@ -168,11 +165,15 @@ class AssistantTurns:
             return turn
         if "tool_calls" in message:
             self.unshown.add(BESIDE_A_CALL)
-        elif not has_thinking(message):
+            return turn
+        if not has_thinking(message):
             raise FormatError(f"the chat template does not show the text of message {number + 1}")
-        elif _removed_thinking(message["content"], turn.written):
-            return self._with_thinking(turn, asked)
-        return turn
+        content = message["content"]  # with thoughts, of which the turn may not have the last words
+        thoughts = [
+            content.rpartition(end)[0].rpartition(_opening(end))[2].strip() for end in THINKING if end in content
+        ]
+        removed = any(thought and thought[-64:] not in turn.written for thought in thoughts)
+        return self._with_thinking(turn, asked) if removed else turn
 
     def _with_thinking(self, turn: Turn, asked: str) -> Turn:
         """Return a turn with the thinking in its content, which the template removes (DeepSeek-R1's distilled models).
@@ -310,8 +311,7 @@ class AssistantTurns:
                 return None
             if variant.count(self._mark) != 1:
                 raise FormatError(f"the chat template repeats message {number + 1}")
-            start = common_prefix(text, variant)
-            end = len(text) - min(common_prefix(text[::-1], variant[::-1]), len(text) - start)
+            start, end = difference(text, variant)
             if by_name:
                 end = self._specials.next_in(text, end)
             prompts = text.count(self._prompt, start, end) if self._prompt else 0
@@ -351,7 +351,7 @@ class AssistantTurns:
             if other == number or not content or not (text[start : region[0]] + text[region[1] : end]).strip():
                 continue
             try:
-                first, last = self._difference(text, _with(messages, other, {**message, "content": self._mark}))
+                first, last = difference(text, self._render(_with(messages, other, {**message, "content": self._mark})))
             except FormatError:  # the template refuses a changed message: search for its text instead
                 first = text.find(content, start, end)
                 last = text.rfind(content, start, end) + len(content)
@@ -361,24 +361,12 @@ class AssistantTurns:
             end = region[1] if last > region[1] and first < end else end
         return start, end
 
-    def _difference(self, text: str, messages: list[Message]) -> Span:
-        """Return the span of a text that differs in a rendering of other messages."""
-        variant = self._render(messages)
-        start = common_prefix(text, variant)
-        return start, len(text) - min(common_prefix(text[::-1], variant[::-1]), len(text) - start)
-
 
 def has_thinking(message: Message) -> bool:
     """Return whether an assistant's turn has thinking, in a field or in its content."""
     if message["role"] != "assistant":
         return False
     return "reasoning_content" in message or any(end in message["content"] for end in THINKING)
-
-
-def _removed_thinking(content: str, written: str) -> bool:
-    """Tell whether a text lacks the thinking that a content has, up to its last words."""
-    thoughts = [content.rpartition(end)[0].rpartition(_opening(end))[2].strip() for end in THINKING if end in content]
-    return any(thought and thought[-64:] not in written for thought in thoughts)
 
 
 def _opening(end: str) -> str:
@@ -396,6 +384,12 @@ def common_prefix(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def difference(text: str, variant: str) -> Span:
+    """Return the span of a text that differs in another one."""
+    start = common_prefix(text, variant)
+    return start, len(text) - min(common_prefix(text[::-1], variant[::-1]), len(text) - start)
 
 
 def _with(messages: list[Message], number: int, message: Message) -> list[Message]:

@@ -124,22 +124,24 @@ class Batch:
             real_tokens: the number to count for it.
             group: rows per example of the new batch, all of them trained; None: as in this one.
         """
-
-        def of(array: np.ndarray) -> np.ndarray:
-            taken = array[rows]
-            taken[rows == EMPTY] = EMPTY if array is self.numbers else 0
-            return taken
-
-        names = ("labels", "reference", "numbers", "answers", "starts", "pictures")
-        more = {name: getattr(self, name) for name in names}
-        parts: dict[str, Any] = {name: of(array) for name, array in more.items() if array is not None}
+        names = ("labels", "reference", "answers", "starts", "pictures")
+        parts: dict[str, Any] = {name: taken(getattr(self, name), rows) for name in names}
         if self.sampled is not None:
-            parts["sampled"] = {name: of(array) for name, array in self.sampled.items()}
+            parts["sampled"] = {name: taken(array, rows) for name, array in self.sampled.items()}
         return Batch.of(
-            of(self.inputs), of(self.targets), of(self.mask), real_tokens, slots,
+            taken(self.inputs, rows), taken(self.targets, rows), taken(self.mask, rows), real_tokens, slots,
             group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows,
-            table=self.table, **parts,
+            table=self.table, numbers=taken(self.numbers, rows, EMPTY), **parts,
         )  # fmt: skip
+
+
+def taken(array: Any, rows: np.ndarray, empty: int = 0) -> Any:
+    """Return some rows of an array, None of None; EMPTY gives a row of `empty`."""
+    if array is None:
+        return None
+    found = array[rows]
+    found[rows == EMPTY] = empty
+    return found
 
 
 def rows_of(numbers: np.ndarray, group: int) -> np.ndarray:
@@ -175,14 +177,7 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
             answers[i, :n] = rows.answers[rows.offsets[number] + 1 : rows.offsets[number + 1]]
         real_tokens += n
 
-    def of_rows(values: np.ndarray | None) -> np.ndarray | None:
-        if values is None:
-            return None
-        found = values[numbers]
-        found[numbers == EMPTY] = 0
-        return found
-
-    more = {name: of_rows(getattr(rows, name)) for name in ("labels", "reference", "starts", "pictures")}
+    more = {name: taken(getattr(rows, name), numbers) for name in ("labels", "reference", "starts", "pictures")}
     return Batch.of(
         inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers,
         trained_rows=rows.trained_rows, table=rows.table, **more,

@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -135,9 +136,11 @@ def _add_telegram(chat: ExportedChat, message: dict[str, Any], number: int) -> N
     elif not text:
         chat.left_out[MEDIA] += 1
     else:
-        speaker = message.get("from")
+        speaker, when = message.get("from"), None
         name = plain(speaker) if isinstance(speaker, str) else ""
-        chat.messages.append(ChatMessage(number, name or NOBODY, text, _telegram_moment(message.get("date"))))
+        with suppress(TypeError, ValueError):
+            when = datetime.fromisoformat(message.get("date", "")).replace(tzinfo=None)
+        chat.messages.append(ChatMessage(number, name or NOBODY, text, when))
 
 
 def _telegram_text(text: Any) -> str:
@@ -148,13 +151,6 @@ def _telegram_text(text: Any) -> str:
     return "".join(
         part if isinstance(part, str) else str(part.get("text", "")) if isinstance(part, dict) else "" for part in parts
     )
-
-
-def _telegram_moment(date: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(date).replace(tzinfo=None)
-    except (TypeError, ValueError):
-        return None
 
 
 # iMessage

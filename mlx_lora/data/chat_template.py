@@ -97,7 +97,8 @@ class Controls:
 
     def found(self, messages: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         """Return the control tokens that messages have in their content, sorted."""
-        return tuple(sorted({text for leaf in _leaves(_given(messages)) for text in self._any.findall(leaf)}))
+        given = [value for one in messages for key, value in one.items() if key not in ("role", "type")]
+        return tuple(sorted({text for leaf in _leaves(given) for text in self._any.findall(leaf)}))
 
     def hide(self, messages: list[dict[str, Any]]) -> Hidden:
         """Return messages with stand-ins for control tokens; the same messages if they have none."""
@@ -140,6 +141,14 @@ class Controls:
             origin += [number] * len(new)
         return found, np.array(origin, np.int64)
 
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            raise FormatError("control tokens in a message require a fast tokenizer (a tokenizer.json)")
+        backend = plain_backend(self._tokenizer)
+        backend.encode_special_tokens = True
+        return backend
+
     def _ordinary(self, text: str) -> list[int]:
         """Return the tokens of a control token's characters as ordinary text."""
         led = self._plain.encode(LEAD + text, add_special_tokens=False)
@@ -149,27 +158,23 @@ class Controls:
             return ids
         return self._ordinary(text[:1]) + self._ordinary(text[1:])  # the vocabulary has the text as an ordinary piece
 
-    @cached_property
-    def _plain(self) -> Tokenizer:
-        tokenizer = self._tokenizer
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise FormatError("control tokens in a message require a fast tokenizer (a tokenizer.json)")
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.post_processor = None
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of a tokenizer's core that neither adds, cuts nor pads, with exact offsets.
+
+    The post-processor is removed: GPT-2's trims white space from offsets, so that "\\n" would have no position.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 @lru_cache(maxsize=4)
 def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
     """Return the control tokens of a tokenizer; kept, because some have thousands."""
     return Controls(tokenizer)
-
-
-def _given(messages: Sequence[dict[str, Any]]) -> list[Any]:
-    return [value for message in messages for key, value in message.items() if key not in ("role", "type")]
 
 
 def _leaves(value: Any) -> list[str]:
@@ -509,7 +514,9 @@ def spoken_turns(text: str, specials: Iterable[str] = ()) -> list[tuple[str, str
     role, dropping, fresh = "", False, True
     for number, part in enumerate(parts):
         if number % 2:
-            own = _role_in(part)
+            # The role that a marker names by itself.
+            heading = HEADINGS[part[4:-1]] if part.startswith("### ") else OWN_ROLE.get(part)
+            own = heading or ROLES.get(part.strip("<>|｜").lower(), "")
             if own:
                 role, fresh = own, True
             elif BETWEEN_TURNS.search(part):
@@ -534,10 +541,3 @@ def spoken_turns(text: str, specials: Iterable[str] = ()) -> list[tuple[str, str
 def without_markers(text: str, specials: Iterable[str] = ()) -> str:
     """Return a model's answer without special tokens."""
     return "\n".join(content for _, content in spoken_turns(text, specials))
-
-
-def _role_in(marker: str) -> str:
-    """Return the role that a marker names by itself, an empty string if it names none."""
-    if marker.startswith("### "):
-        return HEADINGS[marker[4:-1]]
-    return OWN_ROLE.get(marker) or ROLES.get(marker.strip("<>|｜").lower(), "")

@@ -61,7 +61,8 @@ class BadRow:
 def as_record(number: int, value: Any, unit: str = "line") -> Record | BadRow:
     """Return a value as a record, or as a bad row if it is no object."""
     if not isinstance(value, dict):
-        return BadRow(number, f"a JSON {_json_type(value)}, not an object", unit)
+        names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+        return BadRow(number, f"a JSON {names.get(type(value), 'null')}, not an object", unit)
     return Record(number, value, unit)
 
 
@@ -72,11 +73,6 @@ def checked(number: int, value: Any, text: str, unit: str) -> Record | BadRow:
     except ValueError as error:
         return BadRow(number, f"not usable JSON: {error}", unit)
     return as_record(number, value, unit)
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
 
 
 # Examples
@@ -148,6 +144,14 @@ class Text:
 Example = Conversation | Completion | Text
 
 
+def as_conversation(example: Conversation | Completion) -> Conversation:
+    """Return an example as turns."""
+    if isinstance(example, Conversation):
+        return example
+    asked, answer = {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
+    return Conversation([asked, answer])
+
+
 class OwnEntry(ABC):
     """A record that is read and encoded by a class of its own, beside the formats of imitation: a row of `OWN_ENTRIES`.
 
@@ -161,11 +165,6 @@ class OwnEntry(ABC):
     @abstractmethod
     def shown(self) -> Example:
         """The example by which records are compared, and which is shown."""
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What rewards see of the record by name; empty where there are none."""
-        return {}
 
     @classmethod
     @abstractmethod

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import RECIPES, recipe_names
-from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.objectives import TASK_SETS, VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
-from mlx_lora.data.task_sets import is_task_set, task_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
@@ -112,7 +111,7 @@ def look_at_data(data: str | None) -> None:
         InputError: a set is not there, is of an unknown kind or damaged, or has no record.
     """
     for name, _ in named_sets(data) if data else ():
-        made = name == TINY_SHAKESPEARE or is_task_set(name) or name.startswith(VERIFIERS) or is_dataset_id(name)
+        made = name == TINY_SHAKESPEARE or name.startswith((TASK_SETS, VERIFIERS)) or is_dataset_id(name)
         if made and not is_local(name):
             continue
         files = find_sets(name)[0].splits.get("train", ())
@@ -220,7 +219,9 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (tiny_shakespeare(),)}
     if data in recipe_names():
         return _folder_splits(RECIPES / data)
-    if is_task_set(data):
+    if data.startswith(TASK_SETS):
+        from mlx_lora.data.task_sets import task_file  # few runs need it
+
         return {"train": (task_file(data),)}
     if data.startswith(VERIFIERS):
         from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it
@@ -231,7 +232,13 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
         dataset, _, revision = data.partition("@")
         return _folder_splits(download_dataset_files(dataset, revision or None))
-    raise InputError(_not_found(data, path))
+    near = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, [TINY_SHAKESPEARE])
+    hint = f"similar names: {', '.join(close)}" if close else f"no similar name in {path.parent.resolve()}"
+    raise InputError(
+        f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "
+        f"give a {' '.join(SUFFIXES)} file, a folder with train.jsonl, a dataset id or tiny-shakespeare"
+    )
 
 
 def is_dataset_id(data: str) -> bool:
@@ -246,13 +253,14 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
         splits = _named_splits(subfolder)
         if splits:
             return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
+    texts = tuple(one for one in _visible(folder) if one.suffix.lower() in DOCUMENTS and not _describes(one))
     if documents:
-        return {"train": _documents(folder)}
+        return {"train": texts}
     files = [file for file in _data_files(folder) if not _describes(file)]
     if len(files) == 1:
         return {"train": (files[0],)}
     if files and all(file.suffix.lower() in DOCUMENTS for file in files):  # with other data in a subfolder
-        return {"train": _documents(folder)}
+        return {"train": texts}
     found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
@@ -265,12 +273,13 @@ def _are_notes(folder: Path) -> bool:
     files = [file for file in _visible(folder) if file.suffix.lower() in SUFFIXES and not _describes(file)]
     if len(files) < 2 or any(file.suffix.lower() not in DOCUMENTS for file in files):
         return False
-    names = {name for file in files for name in (_split_of(file), *file.relative_to(folder).parts[:-1])}
+    names = {name for file in files for name in (_stem(file), *file.relative_to(folder).parts[:-1])}
     splits = {SPLIT_NAMES[name] for name in names & SPLIT_NAMES.keys()}
     return "train" not in names and not ("train" in splits and len(splits) > 1)
 
 
-def _split_of(file: Path) -> str:
+def _stem(file: Path) -> str:
+    """Return the name that tells a file's split, without the number of its part."""
     match = SHARD.fullmatch(file.stem)
     return match["split"] if match else ""
 
@@ -284,7 +293,7 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split: those with its name in `folder`, and all in subfolders with its name."""
     candidates: dict[str, list[Path]] = {}
     for file in _data_files(folder):
-        if split := SPLIT_NAMES.get(_split_of(file)):
+        if split := SPLIT_NAMES.get(_stem(file)):
             candidates.setdefault(split, []).append(file)
     for name, split in SPLIT_NAMES.items():
         candidates.setdefault(split, []).extend(_data_files(folder / name))
@@ -306,26 +315,10 @@ def _data_files(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() not in MARKDOWN]
 
 
-def _documents(folder: Path) -> tuple[Path, ...]:
-    """Return the texts in a folder and its subfolders, without hidden ones."""
-    return tuple(p for p in _visible(folder) if p.suffix.lower() in DOCUMENTS and not _describes(p))
-
-
 def _visible(folder: Path) -> list[Path]:
     """Return the files in a folder and its subfolders, without hidden ones, ordered by name."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-
-
-def _not_found(data: str, path: Path) -> str:
-    parent = path.parent
-    near = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, ["tiny-shakespeare"])
-    hint = f"similar names: {', '.join(close)}" if close else f"no similar name in {parent.resolve()}"
-    return (
-        f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "
-        f"give a {' '.join(SUFFIXES)} file, a folder with train.jsonl, a dataset id or tiny-shakespeare"
-    )
 
 
 # Tools

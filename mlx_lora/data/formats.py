@@ -10,31 +10,26 @@ which keys were found and what was expected; the caller adds the line number.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lora.config.checks import COLUMNS, turn_names
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.settings import DataSettings
+from mlx_lora.config.settings import COLUMNS, DataSettings, turn_names
 from mlx_lora.data.examples import (
-    Completion,
-    Conversation,
-    EmptyPart,
     EmptyRecord,
     Example,
     Fields,
     FormatError,
     Message,
     MissingColumn,
-    Text,
     as_list,
     as_string,
-    conversation,
     keys_of,
     parsed,
     tools_of,
 )
+from mlx_lora.data.forms import forms
 from mlx_lora.utils.text import closest, did_you_mean
 
 # A prompt has one of QUESTIONS, or what GIVEN names, or both; an answer has exactly one of ANSWERS.
@@ -55,14 +50,6 @@ ANSWER_LISTS, RATING_COLUMNS = ("completions", "answers"), ("label", "kto_tag")
 _COMPARED = tuple(name for pair in PREFERENCE_PAIRS for name in pair)
 _BESIDE = (*SYSTEM, "history", "tools", "functions", "chat_template_kwargs", "margin")
 _WHOLE = ("messages", "conversations", "conversation", "text")
-# Format -> the columns that it reads.
-_READ = {
-    "messages": {"messages", *SYSTEM, "tools", "functions"},
-    "sharegpt": {"conversations", "conversation", *SYSTEM, "tools", "functions"},
-    "alpaca": {"instruction", "input", "output", *SYSTEM, "history"},
-    "completions": {"prompt", "completion", *SYSTEM, "history", "tools", "functions"},
-    "text": {"text"},
-}
 KEPT = frozenset((*_BESIDE, *RATING_COLUMNS, *ANSWER_LISTS, *_COMPARED))
 
 
@@ -116,7 +103,13 @@ class NamedColumns:
             found["system"] = _text(record[self.system], self.system)
             used = [self.system, *used]
         kept = {key: value for key, value in record.items() if key in KEPT and key not in used}
-        return " + ".join(used), {**kept, **_of_one_kind(found, records)}
+        if records == "examples" and "system" in found and "completion" in found:  # as a form that has a system prompt
+            system, prompt, completion = found["system"], found["prompt"], found["completion"]
+            if isinstance(prompt, str) and isinstance(completion, str):
+                found = {"system": system, "instruction": prompt, "output": completion}
+            else:
+                found = {"prompt": [{"role": "system", "content": system}, *prompt], "completion": completion}
+        return " + ".join(used), {**kept, **found}
 
     def _parts(self, record: Fields, records: str) -> tuple[Fields, list[str]]:
         """Return prompt and completion, or the chat, or the text, and the columns that they were in."""
@@ -185,16 +178,6 @@ class NamedColumns:
         return turns
 
 
-def _of_one_kind(found: Fields, records: str) -> Fields:
-    """Return prompt, completion and system as a record that our formats read with the system prompt."""
-    if records != "examples" or "system" not in found or "completion" not in found:
-        return found
-    system, prompt, completion = found["system"], found["prompt"], found["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return {"system": system, "instruction": prompt, "output": completion}
-    return {"prompt": [{"role": "system", "content": system}, *prompt], "completion": completion}
-
-
 def without_names(settings: DataSettings) -> DataSettings:
     """Return the settings for other data than that whose format, columns and turns they name."""
     return replace(settings, data_format="auto", turn_names=None, speaker=None, **dict.fromkeys(COLUMNS))
@@ -245,6 +228,15 @@ def question_and_answer(record: Fields) -> tuple[str, Fields] | None:
     return " + ".join([*system, *asked, *answers]), found
 
 
+def has_question_and_answer(record: Fields) -> bool:
+    """Tell whether a record has one question and one answer with content under the usual names."""
+    asked, answers = usual_question(record), usual_answers(record, [])
+    if len(answers) != 1 or not any(_plain(name) in QUESTIONS for name in asked):
+        return False
+    cells = [record[name] for name in (*asked, *answers)]
+    return all(isinstance(cell, str) for cell in cells) and bool(cells[-1].strip()) and any(map(str.strip, cells[:-1]))
+
+
 def joined_parts(record: Fields, names: list[str]) -> str:
     """Return the texts of some columns, each that is not empty on lines of its own."""
     texts = [_text(record[name], name) for name in names]
@@ -275,7 +267,7 @@ def ignored_columns(record: Fields, kind: str) -> list[str]:
         record: As in the file.
         kind: The format, or the names of the columns, that it was read by.
     """
-    read = _READ.get(kind) or {*map(_plain, kind.split(" + ")), *SYSTEM, "history"}
+    read = forms()[kind].columns if kind in forms() else {*map(_plain, kind.split(" + ")), *SYSTEM, "history"}
     return [
         key
         for key, value in record.items()
@@ -346,13 +338,6 @@ SHAREGPT_ROLES = {
 }
 # What a row may have that rates an answer.
 ANSWERED = ({"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"}, {"conversation"})
-EXPECTED = {
-    "alpaca": "instruction, output (and optionally input, system, history)",
-    "sharegpt": "conversations: [{from, value}, ...] (and optionally system, tools)",
-    "messages": "messages: [{role, content}, ...] (and optionally tools)",
-    "completions": "prompt, completion",
-    "text": "text",
-}
 
 
 def parse_record(record: Fields, data_format: str = "auto") -> tuple[str, Example]:
@@ -360,7 +345,7 @@ def parse_record(record: Fields, data_format: str = "auto") -> tuple[str, Exampl
 
     Args:
         record: As read from the file; a value of None counts as absent.
-        data_format: `alpaca`, `sharegpt`, `messages`, `completions`, `text`, or `auto` to choose by the keys.
+        data_format: one of `forms()`, or `auto` to choose by the keys.
 
     Returns:
         The format's name, or the names of its columns if they are not those of a format, and the example.
@@ -370,35 +355,10 @@ def parse_record(record: Fields, data_format: str = "auto") -> tuple[str, Exampl
     """
     record = {key: value for key, value in record.items() if value is not None}
     if data_format != "auto":
-        return data_format, PARSERS[data_format](record)
+        return data_format, forms()[data_format].parse(record)
     _refuse_preference(record)
-    name = _format_of(record)
-    if name is None:
-        return _by_usual_names(record)
-    return name, PARSERS[name](record)
-
-
-def _format_of(record: Fields) -> str | None:
-    """Return the name of the format whose keys the record has, None if it has those of none."""
-    if "messages" in record:
-        return "messages"
-    if "conversations" in record or "conversation" in record:
-        return "sharegpt"
-    if "prompt" in record and "completion" in record:
-        return "completions"
-    if "instruction" in record and "output" in record:
-        return "alpaca"
-    # Last: Alpaca's own set, and many others, repeat each row as one text.
-    return "text" if "text" in record and not _asks_and_answers(record) else None
-
-
-def _asks_and_answers(record: Fields) -> bool:
-    """Tell whether a record has one question and one answer with content under the usual names."""
-    asked, answers = usual_question(record), usual_answers(record, [])
-    if len(answers) != 1 or not any(_plain(name) in QUESTIONS for name in asked):
-        return False
-    cells = [record[name] for name in (*asked, *answers)]
-    return all(isinstance(cell, str) for cell in cells) and bool(cells[-1].strip()) and any(map(str.strip, cells[:-1]))
+    name = next((name for name, form in forms().items() if form.fits(record)), None)
+    return _by_usual_names(record) if name is None else (name, forms()[name].parse(record))
 
 
 def _by_usual_names(record: Fields) -> tuple[str, Example]:
@@ -412,28 +372,24 @@ def _by_usual_names(record: Fields) -> tuple[str, Example]:
     for name in ANSWER_LISTS:
         if isinstance(plain.get(name), list) and all(isinstance(answer, dict) for answer in plain[name]):
             raise FormatError(f"a row with several answers ({name}); train with --objective dpo, orpo, simpo or cpo")
-    if name := _format_of(plain):
-        return name, PARSERS[name](plain)
+    if name := next((name for name, form in forms().items() if form.fits(plain)), None):
+        return name, forms()[name].parse(plain)
     found = question_and_answer(record)
     if found is None:
+        names = [shlex.quote(str(name)) for name, value in record.items() if isinstance(value, str)]
+        both = len(names) == len(record) == 2  # of two columns of text, the first is the question's
+        flags = [f"--{kind}-column" for kind in ("prompt", "completion")]
+        first, second = map(" ".join, zip(flags, names, strict=True)) if both else flags
         raise MissingColumn(
-            f"found {columns_of(record)}; name yours: {_column_flags(record)}, or --chat-column, or --text-column, or rename "
-            "them to prompt and completion"
+            f"found {columns_of(record)}; name yours: {first} {second if both else f'and {second}'}, or --chat-column, or "
+            "--text-column, or rename them to prompt and completion"
         )
     columns, example = found
     for pair in PREFERENCE_PAIRS:
         if name := next((name for name in pair if name in plain), None):
             raise FormatError(f"a preference row ({name}); train with --objective dpo, or remove that column")
     _refuse_preference({**plain, "prompt": "", "completion": ""})
-    return columns, _alpaca(example)
-
-
-def _column_flags(record: Fields) -> str:
-    """Return the flags that name the columns of question and answer; of two text columns, the first is the question's."""
-    names = [shlex.quote(str(name)) for name, value in record.items() if isinstance(value, str)]
-    if len(names) == len(record) == 2:
-        return f"--prompt-column {names[0]} --completion-column {names[1]}"
-    return "--prompt-column and --completion-column"
+    return columns, forms()["alpaca"].parse(example)
 
 
 def _refuse_preference(record: Fields) -> None:
@@ -445,32 +401,12 @@ def _refuse_preference(record: Fields) -> None:
                 f"{pair[0]} answers as prompt and completion"
             )
     for name in RATING_COLUMNS:
-        if _is_rating(record.get(name)) and any(record.keys() >= keys for keys in ANSWERED):
+        rating = str(record.get(name)).strip().lower()  # a bool, 0 or 1, or its text in a CSV file
+        if rating in ("true", "false", "0", "1") and any(record.keys() >= keys for keys in ANSWERED):
             raise FormatError(
                 f"a row with a rated answer ({name}: {record[name]}); train with --objective kto, or keep the rows with "
                 f"good answers and remove {name}"
             )
-
-
-def _is_rating(value: object) -> bool:
-    """Tell whether a value means good or bad: a bool, 0 or 1, or its text in a CSV file."""
-    return str(value).strip().lower() in ("true", "false", "0", "1")
-
-
-def _alpaca(record: Fields) -> Conversation:
-    instruction, output = (
-        _need_string(record, "instruction", "alpaca"),
-        _need_string(record, "output", "alpaca"),
-    )
-    given = as_string(record.get("input", ""), "input")
-    if not output.strip():
-        raise EmptyPart("empty output")
-    if not instruction.strip() and not given.strip():
-        raise EmptyPart("empty instruction")
-    messages = opening(record)
-    question = "\n".join(part for part in (instruction, given) if part.strip())
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-    return Conversation(messages)
 
 
 def opening(record: Fields) -> list[Message]:
@@ -506,19 +442,6 @@ def system_text(record: Fields) -> str:
     return next((text for name in SYSTEM if (text := as_string(record.get(name) or "", name)).strip()), "")
 
 
-def _sharegpt(record: Fields) -> Conversation:
-    key = "conversations" if "conversations" in record else "conversation"
-    turns = as_list(_need(record, key, "sharegpt"), key)
-    if not (turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns)):
-        turns = sharegpt_messages(turns)  # else OpenAI's turns under this key
-    return _chat(turns, record)
-
-
-def _chat(turns: Any, record: Fields) -> Conversation:
-    """Return turns with the tools that their record has, and its system text if they have none."""
-    return conversation(turns, record.get("tools"), system_text(record), record.get("functions"))
-
-
 def sharegpt_messages(turns: Any) -> list[Message]:
     """Return ShareGPT's turns, {from, value}, as messages.
 
@@ -539,57 +462,3 @@ def sharegpt_messages(turns: Any) -> list[Message]:
             message |= {"content": "", "tool_calls": turn["value"]}
         messages.append(message)
     return messages
-
-
-def _messages(record: Fields) -> Conversation:
-    turns, system = (
-        _need(record, "messages", "messages"),
-        system_text({k: record[k] for k in SYSTEM if fits(k, record.get(k))}),
-    )
-    return conversation(turns, record.get("tools"), system, record.get("functions"))
-
-
-def _completions(record: Fields) -> Conversation | Completion:
-    record = fitting(record)
-    prompt, completion = _need(record, "prompt", "completions"), _need(record, "completion", "completions")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            raise EmptyPart("empty completion")
-        if not (opening(record) or record.get("tools") or record.get("functions")):
-            return Completion(prompt, completion)
-        prompt, completion = _spoken("user", prompt), _spoken("assistant", completion)  # only a chat can have these
-    if isinstance(prompt, list) and isinstance(completion, list):
-        # TRL's conversational format: only the completion is trained, whatever roles the prompt has.
-        context = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in opened(record, prompt)]
-        return _chat(context + completion, record)
-    raise FormatError("prompt and completion must both be strings, or both lists of messages")
-
-
-def _spoken(role: str, text: str) -> list[Message]:
-    return [{"role": role, "content": text}]
-
-
-def _plain_text(record: Fields) -> Text:
-    text = _need_string(record, "text", "text")
-    if not text.strip():
-        raise EmptyPart("empty text")
-    return Text(text)
-
-
-PARSERS: dict[str, Callable[[Fields], Example]] = {
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "messages": _messages,
-    "completions": _completions,
-    "text": _plain_text,
-}
-
-
-def _need(record: Fields, key: str, name: str) -> object:
-    if key not in record:
-        raise MissingColumn(f"found {keys_of(record)}; the {name} format requires {EXPECTED[name]}")
-    return record[key]
-
-
-def _need_string(record: Fields, key: str, name: str) -> str:
-    return as_string(_need(record, key, name), key)

@@ -15,6 +15,7 @@ A family is one row of FAMILIES and a function like those above it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -24,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
+from mlx_lora.data.chat_template import controls_of, tokens_of_rendered
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
-from mlx_lora.data.examples import Example, FormatError, Message
-from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Message, as_conversation
+from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles, mark, parts_of
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -394,22 +396,39 @@ class ImageRenderer(Renderer):
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         return super()._text([self._in_parts(message) for message in messages], tools, prompt)
 
-    def text_of(self, messages: list[Message]) -> str:
-        """Return messages as text, up to where the model's answer begins."""
-        return self._text(messages, None, prompt=True)
+    def prompt_tokens(
+        self,
+        reader: ImageReader,
+        messages: list[Message],
+        sources: Mapping[str, str | bytes],
+        allow_special_tokens: bool = False,
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Return the tokens of a conversation up to where the model answers, and the digests of its pictures.
+
+        Args:
+            reader: of the model; its folders have the pictures.
+            messages: pictures are marks in their content.
+            sources: what the marks stand for.
+            allow_special_tokens: a message that spells a control token brings that token in.
+
+        Raises:
+            FormatError: a picture cannot be used.
+        """
+        digests = reader.open_all([name for one in messages for name in MARK.findall(one["content"])], sources)
+        hidden = controls_of(self._tokenizer).hide([] if allow_special_tokens else messages)
+        text = self._text(hidden.messages if hidden.names else messages, None, prompt=True)
+        rendered, ordinary = hidden.shown(text)
+        shown = [reader.table.shown[digest].text for digest in digests]
+        row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
+        return list(tokens_of_rendered(self._tokenizer, row.text, row.ordinary)), tuple(digests)
 
     def _in_parts(self, message: Message) -> Message:
         """Return a message whose content is a list of parts, if it has pictures or the template needs that."""
         content = message.get("content")
         if not isinstance(content, str) or not (self._always_parts or MARK.search(content)):
             return message
-        parts: list[dict[str, str]] = []
-        for number, piece in enumerate(MARK.split(content)):
-            if number % 2:
-                parts.append({"type": "image"})
-            elif piece:
-                parts.append({"type": "text", "text": piece})
-        return {**message, "content": parts or [{"type": "text", "text": ""}]}
+        parts = parts_of(content)
+        return {**message, "content": [{"type": "text", "text": parts}] if isinstance(parts, str) else parts}
 
     def _unshown(self, text: str, messages: list[Message]) -> frozenset[str]:
         pieces = [{**m, "content": piece} for m in messages for piece in MARK.split(m["content"])[::2]]
@@ -458,6 +477,25 @@ class ImageRowEncoder(Encoder):
         result = replace(EncodedSet.from_rows(rows), pictures=np.array(pictures, np.int32))
         return replace(encoded, rows=result, source=source, dropped=dict(sorted(dropped.items())))
 
+    def prompt_tokens(self, example: Conversation | Completion) -> list[int]:
+        """Return the tokens up to where an answer begins; a picture that cannot be used is a FormatError."""
+        if not isinstance(self.renderer, ImageRenderer):
+            raise InputError(
+                "prompts with pictures require a chat template, and the model has none; give --chat-template"
+            )
+        chat = as_conversation(example)
+        if chat.tools:
+            raise FormatError("a prompt with tools; with --images, prompts have none")
+        sources = chat.sources if isinstance(chat, ImageConversation) else {}
+        tokens, self._of[id(example)] = self.renderer.prompt_tokens(
+            self.reader, chat.messages[:-1], sources, self.allow_special_tokens
+        )
+        return tokens
+
+    def picture_number(self, example: Example) -> int:
+        """Return the number of a prompt's pictures in the table, after its tokens were asked for."""
+        return self.reader.table.number_of(self._of[id(example)])
+
     def _pictures_in(self, example: Example, tokens: int) -> tuple[str, ...] | None:
         """Return the pictures of a row with so many image tokens; None if it ends inside one."""
         digests = self._of.get(id(example), ())
@@ -479,6 +517,49 @@ class ImageRowEncoder(Encoder):
         )
 
 
+def encode_question(
+    reader: ImageReader,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    text: str,
+    pictures: Sequence[str],
+    system_prompt: str | None = None,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the tokens of a question about pictures, up to where its answer begins, and the pictures' digests.
+
+    Args:
+        reader: of the model; its folders have the pictures.
+        tokenizer: of the model.
+        template: Jinja text.
+        text: the question; the pictures come first.
+        pictures: their files.
+        system_prompt: a system message before it.
+
+    Raises:
+        InputError: a picture cannot be used, or the template shows none or refuses the question.
+    """
+    sources: dict[str, str | bytes] = {}
+    marks = "".join(mark(picture, sources) for picture in pictures)
+    messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": marks + text})
+    try:
+        return encode_messages(reader, tokenizer, template, messages, sources)
+    except FormatError as error:
+        raise InputError(f"--image: {error}") from error
+
+
+def encode_messages(
+    reader: ImageReader,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[Message],
+    sources: Mapping[str, str | bytes],
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return what `ImageRenderer.prompt_tokens` does, with this template; arguments and errors as there and above."""
+    renderer = ImageRenderer(tokenizer, template, reader.processor.family.place)
+    return renderer.prompt_tokens(reader, messages, sources)
+
+
 def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = False) -> Rendered:
     """Return a text with the tokens of its pictures in their places.
 
@@ -491,7 +572,8 @@ def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = Fa
     Raises:
         FormatError: the text has another number of pictures.
     """
-    places = [at for at in _found_at(row.text, place) if not any(a <= at < b for a, b in row.ordinary)]
+    found = [one.start() for one in re.finditer(re.escape(place), row.text)]
+    places = [at for at in found if not any(a <= at < b for a, b in row.ordinary)]
     if len(places) > len(shown) or (len(places) < len(shown) and not divided):
         raise FormatError(f"the chat template shows {len(places)} of its {len(shown)} pictures")
     text, end, moves = "", 0, []
@@ -502,19 +584,9 @@ def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = Fa
     text += row.text[end:]
 
     def moved(spans: list[Span]) -> list[Span]:
-        return [(_moved(start, moves), _moved(stop, moves)) for start, stop in spans]
+        return [(after(start), after(stop)) for start, stop in spans]
+
+    def after(position: int) -> int:  # where a character is after the texts before it have become longer
+        return position + sum(length for at, length in moves if at < position)
 
     return replace(row, text=text, spans=moved(row.spans), ordinary=moved(row.ordinary))
-
-
-def _found_at(text: str, part: str) -> list[int]:
-    found, at = [], text.find(part)
-    while at >= 0:
-        found.append(at)
-        at = text.find(part, at + len(part))
-    return found
-
-
-def _moved(position: int, moves: Sequence[tuple[int, int]]) -> int:
-    """Return where a character is after the texts at `moves` have become longer."""
-    return position + sum(length for at, length in moves if at < position)

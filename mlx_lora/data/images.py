@@ -5,6 +5,8 @@
     {"conversations": [{"from": "human", "value": "<image>What is this?"}, ...], "image": "a.png"}       ShareGPT, LLaVA
     {"prompt": "What is this?", "completion": "A cat", "images": [{"bytes": ...}]}                         the hub's parquet
     {"file_name": "a.png", "text": "a cat on a mat"}                                                       captions in a table
+    {"images": ["a.png"], "prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}               preferences
+    {"images": ["a.png"], "chosen": [whole dialogue], "rejected": [whole dialogue]}                        TRL's
 
 A picture is a file below the data's folder, a data URL, the bytes of a file, or with --fetch-images a web address
 (data/downloads.py). Where a record's text has no place for its
@@ -28,14 +30,24 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
-from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Text
-from mlx_lora.data.formats import NamedColumns, parse_record
+from mlx_lora.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Fields,
+    FormatError,
+    Message,
+    Text,
+    as_conversation,
+)
+from mlx_lora.data.preferences import OUR_NAMES, Pair, Rated
+from mlx_lora.data.prompts import Prompt, prompt_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 
@@ -48,6 +60,7 @@ BEGIN, END = "\U000fff00", "\U000fff01"
 MARK = re.compile(f"{BEGIN}([0-9a-f]{{16}}){END}")
 # Where a question is, if a record has no turns; the first of these that it has.
 QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+SIDES = ("chosen", "rejected")
 CAPTIONS = ("text", "caption", "completion", "response", "output", "answer")
 TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
 ANSWERING = ("assistant", "gpt", "model", "bot")
@@ -76,28 +89,132 @@ class ImageConversation(Conversation):
         return [digest for message in self.messages for digest in MARK.findall(message["content"])]
 
 
-def parse_with_images(record: Fields, settings: DataSettings, named: NamedColumns) -> tuple[str, Example]:
-    """Return a record as an example, with its format; without pictures, it is one of text.
+def marked(record: Fields, records: str, settings: DataSettings, sources: dict[str, str | bytes]) -> Fields:
+    """Return a record with marks for its pictures; of two answers that are whole dialogues, each has its own.
+
+    Args:
+        record: as read from the file.
+        records: the kind of records, as in data/read.py.
+        settings: name the column of questions.
+        sources: gets what the marks stand for.
 
     Raises:
-        FormatError: it cannot be used, or its pictures have no place.
+        FormatError: its pictures have no place.
     """
     record = {key: value for key, value in record.items() if value is not None}
-    sources: dict[str, str | bytes] = {}
-    marked = with_marks(record, settings, sources)
-    columns, value = named.renamed(marked, "examples")
-    found, example = parse_record(value, settings.data_format)
-    kind = columns or found
+    if records == "examples":
+        return with_marks(record, settings, sources)
+    compared = records != "prompts"
+    if compared:
+        record = {OUR_NAMES.get(key, key): value for key, value in record.items()}
+    given = record.get("input")
+    if compared and isinstance(given, dict):  # OpenAI's
+        tools = {"tools": given["tools"]} if given.get("tools") else {}
+        record = {key: value for key, value in record.items() if key != "input"} | tools
+        record["messages"] = given.get("messages")
+    asking = {*TURNS, *QUESTIONS, "input", (settings.prompt_column or "").split(",")[0].strip()}
+    if isinstance(record.get("completion"), str):
+        asking.discard("completion")  # an answer has no places
+    asked = {name: value for name, value in record.items() if name in asking}
+    pictures = {name: record[name] for name in COLUMNS if name in record}
+    kept = {name: value for name, value in record.items() if name not in pictures}
+    whole = {name: record[name] for name in SIDES if compared and _is_dialogue(record.get(name))}
+    if len(whole) < len(SIDES):
+        if compared and pictures and not asked:  # the answers are captions
+            asked = {"prompt": [{"role": "user", "content": ""}]}
+        others = {name: value for name, value in kept.items() if name not in asked}
+        return others | with_marks(asked | pictures, settings, sources)
+    for name, value in {**asked, **whole}.items():
+        if isinstance(value, list):
+            try:
+                kept |= with_marks({**pictures, name: value}, settings, sources, (name,))
+            except FormatError as error:
+                raise FormatError(f"{name}: {error}") from error
+        elif isinstance(value, str):
+            kept[name] = value.replace(PLACE, "")  # a question of the dialogues, which have its pictures
+    return kept
+
+
+def _is_dialogue(turns: Any) -> bool:
+    """Tell whether these are turns that begin with a question, and no answer alone."""
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    return bool(first) and str(first.get("role", first.get("from"))).lower() not in ANSWERING
+
+
+@dataclass(frozen=True)
+class ImagePrompt(Prompt):
+    """A prompt with or without pictures; `fact` is what rewards see, without marks: a picture is a part, or `<image>`."""
+
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    def fact(self, example: Conversation | Completion) -> dict[str, Any]:
+        return self.seen
+
+
+def illustrated(entry: Any, record: Fields, sources: Mapping[str, str | bytes]) -> Any:
+    """Return an entry of a marked record with pictures; one of text stays as it is where there are none.
+
+    Args:
+        entry: of the marked record.
+        record: as read from the file.
+        sources: what the marks stand for.
+
+    Raises:
+        FormatError: an answer has a picture, or two answers are about others.
+    """
+    if isinstance(entry, Prompt):
+        answer = {"answer": entry.columns["answer"]} if "answer" in entry.columns else {}
+        columns, shown = {**record, **answer}, replace(entry, example=_without_marks(entry.example))
+        asked = _with_parts(entry.example) if entry.chat else prompt_of(shown)
+        seen = {"prompt": asked, "chat": entry.chat, "columns": columns, "example": shown.example}
+        return ImagePrompt(_with_sources(entry.example, sources), columns, entry.chat, entry.answered, seen)
     if not sources:
-        return kind, example
+        return entry
+    if isinstance(entry, Rated):
+        return replace(entry, answer=_with_sources(entry.answer, sources))
+    if not isinstance(entry, Pair):
+        return _with_sources(entry, sources)
+    chosen, rejected = (_with_sources(answer, sources) for answer in (entry.chosen, entry.rejected))
+    if chosen.marks != rejected.marks:
+        counts = [len(one.marks) for one in (chosen, rejected)]
+        others = f"{counts[0]} pictures and rejected {counts[1]}"
+        found = others if counts[0] != counts[1] else "other pictures than rejected"
+        raise FormatError(f"chosen has {found}; both must answer the same prompt")
+    return replace(entry, chosen=chosen, rejected=rejected, repeats=None)
+
+
+def _with_sources(example: Example, sources: Mapping[str, str | bytes]) -> ImageConversation:
+    """Return an example as a conversation with pictures."""
     if isinstance(example, Text):
         raise FormatError("a picture beside plain text; give a question and an answer, or a caption as its only text")
-    if isinstance(example, Completion):
-        turns = [("user", example.prompt), ("assistant", example.completion)]
-        example = Conversation([{"role": role, "content": content} for role, content in turns])
-    if any(MARK.search(message["content"]) for message in example.messages if message["role"] == "assistant"):
+    chat = as_conversation(example)
+    if any(MARK.search(str(turn.get("content"))) for turn in chat.messages if turn["role"] == "assistant"):
         raise FormatError("a picture in an answer; vision-language models cannot write pictures")
-    return kind, ImageConversation(example.messages, example.tools, example.reasoning_field, example.unread, sources)
+    return ImageConversation(chat.messages, chat.tools, chat.reasoning_field, chat.unread, sources)
+
+
+def _without_marks(example: Conversation | Completion) -> Conversation | Completion:
+    """Return an example with `<image>` in place of marks."""
+    if isinstance(example, Completion):
+        return replace(example, prompt=MARK.sub(PLACE, example.prompt))
+    return replace(example, messages=[{**one, "content": MARK.sub(PLACE, one["content"])} for one in example.messages])
+
+
+def _with_parts(example: Conversation | Completion) -> list[Message]:
+    """Return a prompt as messages; one with pictures has a list of parts as its content."""
+    turns = as_conversation(example).messages[:-1]
+    return [{"role": turn["role"], "content": parts_of(turn["content"])} for turn in turns]
+
+
+def parts_of(content: str) -> str | list[dict[str, str]]:
+    """Return a message's content as a list of parts if it has marks of pictures, or else as it is."""
+    pieces = MARK.split(content)
+    if len(pieces) == 1:
+        return content
+    parts = [
+        {"type": "image"} if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)
+    ]
+    return [part for part in parts if part.get("text", True)]
 
 
 def with_marks(
@@ -114,7 +231,8 @@ def with_marks(
     Raises:
         FormatError: its pictures have no place.
     """
-    column = next((name for name in COLUMNS if _are_pictures(record.get(name))), None)
+    listed = [name for name in COLUMNS if isinstance(record.get(name), str | bytes | list | dict) and record[name]]
+    column = listed[0] if listed else None
     waiting = [_source(value) for value in _listed(record[column])] if column else []
     rest = {key: value for key, value in record.items() if key != column}
     turned = [name for name in turns if isinstance(rest.get(name), list)]
@@ -211,11 +329,6 @@ def _first(record: Fields, turns: Sequence[str], settings: DataSettings, marks: 
                     parts = [{"type": "text", "text": marks}, *turn[key]]
                     return {**record, name: [*value[:number], {**turn, key: parts}, *value[number + 1 :]]}
     raise FormatError("pictures, and no question that they could be in")
-
-
-def _are_pictures(value: Any) -> bool:
-    """Tell whether a column has pictures."""
-    return bool(value) and isinstance(value, (str, bytes, list, dict))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -136,21 +136,16 @@ def _example(record: Fields, plain: Fields, settings: DataSettings) -> Text | Co
     if chat is not None and (turns := {**plain, **record}.get(chat)) is not None:
         if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
             turns = sharegpt_messages(turns)
-        return _chat(turns, record.get("tools"))
+        answered = not isinstance(turns, list) or any(
+            isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
+        )
+        found = conversation(turns if answered else [*turns, ANSWER], record.get("tools"), None)
+        tokenizable("".join(turn["content"] for turn in found.messages))
+        return found if answered else replace(found, messages=found.messages[:-1])
     names = next((names for names in TEXTS if all(name in plain for name in names)), None)
     if names is None:
         raise MissingColumn(f"found {columns_of(record)}; name the text's with --text-column")
     return _text([plain[name] for name in names], names)
-
-
-def _chat(turns: Any, tools: Any) -> Conversation:
-    """Return a chat, which may have no answer yet."""
-    answered = not isinstance(turns, list) or any(
-        isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
-    )
-    chat = conversation(turns if answered else [*turns, ANSWER], tools, None)
-    tokenizable("".join(turn["content"] for turn in chat.messages))
-    return chat if answered else replace(chat, messages=chat.messages[:-1])
 
 
 def _text(values: Sequence[Any], names: Sequence[str]) -> Text:

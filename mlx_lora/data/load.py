@@ -16,8 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +33,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.duplicates import find_repeats, repeat_notes
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.files import DataSet, find_sets
-from mlx_lora.data.mix import Part, content_key, joined_sets, mix, read_sets
+from mlx_lora.data.mix import content_key, joined_sets, mix, read_sets
 from mlx_lora.data.notes import (
     ToolsNotShown,
     called_functions,
@@ -48,8 +46,6 @@ from mlx_lora.data.notes import (
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
     OWN_ENTRIES,
-    PICTURES,
-    WITHOUT_PICTURES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -65,14 +61,13 @@ from mlx_lora.data.report import (
     DroppedRow,
     Location,
     NearDuplicates,
-    SetReport,
     SplitReport,
     example_pieces,
     reasons,
 )
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_folder, sha256_of, shown_data
+from mlx_lora.utils.files import cache_dir, evict, one_at_a_time, replacing_folder, sha256_of, shown_data
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, package_version
 
@@ -82,9 +77,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
-UNCACHED = "prompts"  # what rewards see of these records is not stored
-# Records whose columns or pictures are needed in addition to their tokens.
-NOT_KEPT = (UNCACHED, PICTURES, *WITHOUT_PICTURES, *OWN_ENTRIES)
+NOT_KEPT = ("prompts", *OWN_ENTRIES)  # records whose columns are needed in addition to their tokens
 
 
 @dataclass(frozen=True)
@@ -182,13 +175,14 @@ def load_data(
     kind = f"{records} splits{seen.key}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        if records not in NOT_KEPT and (entry := read_entry(folder)):
+        kept = records not in NOT_KEPT and seen.pictures is None
+        if kept and (entry := read_entry(folder)):
             rows, details = entry
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
             splits = _make_splits(sets, settings, tokenizer, seed, day, records, seen.fetching(settings.fetch_images))
-            if records not in NOT_KEPT:
+            if kept:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
                 _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
@@ -243,25 +237,30 @@ def _make_splits(
     records: str,
     seen: Seen,
 ) -> DataSplits:
-    parts, train_parts, repeated = read_sets(sets, settings, records)
+    parts, train_parts, repeated = read_sets(sets, settings, records, seen.pictures is not None)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {name: _encode(rows, encoder, seen) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
-    keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
+    keys = {
+        name: [content_key(*answers_of(parts[name].entries[i])) for i in dict.fromkeys(part.source.tolist())]
+        for name, part in encoded.items()
+    }
     truncated = [location for rows in parts.values() for location in rows.truncated]
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
     repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
     mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
-    _check_sets(mixed.sets)
+    for one in mixed.sets if len(sets) > 1 else ():
+        if not one.rows:
+            raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
     # Wordings that are held out are meant to be near the trained ones.
     near = NearDuplicates() if settings.rephrase else repeats.across(mixed.held_records)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
-    own = _valid_sources(sets, train_parts, held)
+    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, sets, strict=True))
+    own = ["file"] * any("valid" in one.splits for one in sets) + ["held out"] * bool(held or cut)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
-    kind = WITHOUT_PICTURES.get(records, records)
     pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
     report = DataReport(
         data=shown_data(settings.data or ""),
@@ -287,8 +286,8 @@ def _make_splits(
             *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
         example=pieces[0],
-        rejected=[piece for piece in pieces[1] if piece[1]] if kind == "pairs" else [],
-        records=kind,
+        rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
+        records=records,
         sets=mixed.sets if _are_mixed(sets) else [],
         near_duplicates=near,
     )
@@ -327,21 +326,22 @@ def load_eval_set(
     chosen = {name: files[name]}
     kind = f"{records} evaluation{seen.key}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
-    cached = records not in NOT_KEPT
+    cached = records not in NOT_KEPT and seen.pictures is None
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             log.info(line)
         return entry[0][name]
     settings = replace(settings, data=data)
-    parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    chosen_files = [file for one in sets for file in one.splits[name]]
+    parts = {EVALUATION: read_rows(chosen_files, settings, records, pictures=seen.pictures is not None)}
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     share_columns(parts.values())
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, seen.fetching(settings.fetch_images))}
     _check(settings, parts, encoded)
-    notes = [f"Note: {note}" for note in repeated_notes([repeated])]
-    notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
+    found = [*repeated_notes([repeated]), *evaluation_notes(parts[EVALUATION], encoded[EVALUATION])]
+    notes = [f"Note: {note}" for note in found]
     for line in notes:
         log.info(line)
     if cached:
@@ -393,18 +393,6 @@ def _encode(rows: SplitRows, encoder: Encoder, seen: Seen) -> Encoded:
     return encoded
 
 
-def _valid_sources(sets: Sequence[DataSet], parts: Sequence[Part], held: EncodedSet | None) -> list[str]:
-    """Return in words where the validation rows are from."""
-    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(parts, sets, strict=True))
-    from_file = any("valid" in one.splits for one in sets)
-    return ["file"] * from_file + ["held out"] * bool(held or cut)
-
-
-def _keys(rows: SplitRows, encoded: Encoded, key_of: Callable[..., str]) -> list[str]:
-    """Return a key of each record that gave rows, in order."""
-    return [key_of(*answers_of(rows.entries[number])) for number in dict.fromkeys(encoded.source.tolist())]
-
-
 def _doubled(rows: SplitRows, encoded: Encoded, keys: list[str]) -> list[Location]:
     """Return the locations of duplicate rows; `keys` are those of the examples that gave rows."""
     seen: set[str] = set()
@@ -414,13 +402,6 @@ def _doubled(rows: SplitRows, encoded: Encoded, keys: list[str]) -> list[Locatio
             found.append(rows.locations[number])
         seen.add(key)
     return found
-
-
-def _check_sets(reports: Sequence[SetReport]) -> None:
-    """Raise if one of several sets has nothing to train on."""
-    for one in reports:
-        if not one.rows and len(reports) > 1:
-            raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
 
 
 def _check(settings: DataSettings, parts: dict[str, SplitRows], encoded: dict[str, Encoded]) -> None:
@@ -457,7 +438,6 @@ def _check(settings: DataSettings, parts: dict[str, SplitRows], encoded: dict[st
 
 MAX_ENTRIES = 20
 MAX_BYTES = 4 * 10**9
-STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
 ARRAYS = {"tokens": np.int32, "mask": np.bool_, "offsets": np.int64, "labels": np.float32}  # labels may be absent
 ENTRY_FILE = "entry.json"
 TEACHER = ".teacher"  # after the name of a set: its rows as a teacher sees them
@@ -483,11 +463,13 @@ def entry_folder(
         day: The day that the chat template shows; None if it shows none.
         mixed: What else decides which rows of which files there are, and how often.
     """
+    named = Path(settings.chat_template).expanduser() if settings.chat_template else None
+    template = named if named and named.is_file() else None  # a built-in one is a part of the code
     parts = {
         "kind": kind,
         "files": {name: [(path.name, sha256_of(path)) for path in paths] for name, paths in files.items()},
         "settings": {**asdict(settings), "data": None, "ask": None, "chat_date": day and day.isoformat()},
-        "template": _template_hash(settings.chat_template),
+        "template": template and sha256_of(template),
         "tokenizer": _tokenizer_hash(tokenizer),
         "seed": seed,
         "mixed": mixed,
@@ -541,7 +523,7 @@ def write_entry(folder: Path, sets: dict[str, EncodedSet], details: dict[str, An
             "details": details,
         }
         (temporary / ENTRY_FILE).write_text(json.dumps(entry), encoding="utf-8")
-    _evict(folder.parent)
+    evict(folder.parent, MAX_BYTES, [folder], MAX_ENTRIES)
 
 
 def _read_set(folder: Path, name: str, group: int, trained_rows: int | None) -> EncodedSet:
@@ -557,29 +539,6 @@ def _read_set(folder: Path, name: str, group: int, trained_rows: int | None) -> 
     return EncodedSet(**parts, group=group, trained_rows=trained_rows)
 
 
-def _evict(folder: Path) -> None:
-    """Remove what a killed process left, and, beyond the limits, the entries that were used longest ago."""
-    now = time.time()
-    entries = []
-    for path in folder.iterdir():
-        modified = path.stat().st_mtime
-        if not path.name.startswith("."):
-            entries.append((modified, path))
-        elif now - modified > STALE_S:
-            shutil.rmtree(path, ignore_errors=True)
-    kept_bytes = 0
-    for number, (_, path) in enumerate(sorted(entries, reverse=True)):
-        kept_bytes += sum(file.stat().st_size for file in path.iterdir())
-        if number and (number >= MAX_ENTRIES or kept_bytes > MAX_BYTES):  # the newest entry always stays
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _template_hash(name_or_file: str | None) -> str | None:
-    """Return a hash of the template file; None for a built-in template, which is part of the code."""
-    path = Path(name_or_file).expanduser() if name_or_file else None
-    return sha256_of(path) if path and path.is_file() else None
-
-
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything in a tokenizer that ids, masks and rendered chats depend on."""
     fast = isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -592,7 +551,7 @@ def _code_hash() -> str:
     """Return a hash of the code that reads and encodes data: if it changes, old arrays must not be used."""
     digest = hashlib.sha256()
     folder = resources.files("mlx_lora.data")
-    for part, suffix in ((folder, ".py"), (folder / "templates", ".jinja")):
+    for part, suffix in ((folder, ".py"), (folder / "forms", ".py"), (folder / "templates", ".jinja")):
         for file in part.iterdir():
             if file.name.endswith(suffix):
                 digest.update(file.name.encode() + file.read_bytes())

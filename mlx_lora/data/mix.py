@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, Text
+from mlx_lora.data.examples import Completion, Conversation, Example, Text, as_conversation
 from mlx_lora.data.files import DataSet
 from mlx_lora.data.read import Repeated, SplitRows, check_speaker, cut_repeated_prompts, read_rows, share_columns
 from mlx_lora.data.report import SetReport
@@ -47,13 +47,13 @@ class Part:
 
 
 def read_sets(
-    sets: Sequence[DataSet], settings: DataSettings, records: str
+    sets: Sequence[DataSet], settings: DataSettings, records: str, pictures: bool = False
 ) -> tuple[dict[str, SplitRows], list[Part], list[Repeated]]:
     """Read all files of some sets.
 
     Args:
         sets: Each with training files.
-        settings, records: As in `read_rows`.
+        settings, records, pictures: As in `read_rows`.
 
     Returns:
         `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; each set's part of `train`; and
@@ -68,30 +68,21 @@ def read_sets(
         for split in ("train", "valid", "test"):
             if split in one.splits:
                 begin = len(rows[split].entries) if split in rows else 0
-                rows[split] = read_rows(one.splits[split], settings, records, rows.get(split))
+                rows[split] = read_rows(one.splits[split], settings, records, rows.get(split), pictures)
                 own.append((rows[split], begin))
         repeated.append(cut_repeated_prompts(own))
         train = rows["train"]
-        held_out = "valid" not in one.splits
-        if held_out and (last := _cut_single_text(train, first, settings.valid_fraction)):
+        held_out, own_rows = "valid" not in one.splits, train.entries[first:]
+        single = own_rows[0] if held_out and len(own_rows) == 1 else None
+        if isinstance(single, Text) and (halves := cut_text(single, settings.valid_fraction)):
             held_out, valid = False, rows.setdefault("valid", SplitRows())
-            valid.entries.append(last)
+            train.entries[first] = halves[0]
+            valid.entries.append(halves[1])
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
     check_speaker(rows.values(), settings)
     share_columns(rows.values())
     return rows, parts, repeated
-
-
-def _cut_single_text(train: SplitRows, first: int, fraction: float) -> Text | None:
-    """Cut a set in two if its records, those from `first` on, are one long text; return the part to validate on."""
-    if len(train.entries) != first + 1 or not isinstance(entry := train.entries[first], Text):
-        return None
-    halves = cut_text(entry, fraction)
-    if halves is None:
-        return None
-    train.entries[first] = halves[0]
-    return halves[1]
 
 
 @dataclass(frozen=True)
@@ -160,14 +151,12 @@ def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedS
     if first is None or second is None:
         return second if first is None else first
     rows = EncodedSet.from_rows([one.row(i) for one in (first, second) for i in range(len(one))])
-    labels = None
-    if first.labels is not None and second.labels is not None:
-        labels = np.concatenate([first.labels, second.labels])
+    labels, pictures = (
+        None if one is None or other is None else np.concatenate([one, other])
+        for one, other in ((first.labels, second.labels), (first.pictures, second.pictures))
+    )
     facts = None if first.facts is None or second.facts is None else [*first.facts, *second.facts]
     seen = None if first.teacher is None or second.teacher is None else joined_sets(first.teacher, second.teacher)
-    pictures = None
-    if first.pictures is not None and second.pictures is not None:
-        pictures = np.concatenate([first.pictures, second.pictures])
     grouped = rows.grouped(first.group, labels, first.trained_rows).with_facts(facts)
     return replace(grouped, teacher=seen, pictures=pictures)
 
@@ -283,15 +272,13 @@ def prompt_key(example: Example) -> str:
 
     An example without a prompt, such as plain text, has its content's hash, so that only its duplicates share it.
     """
-    prompt: list = []
+    turns: list = []
     if isinstance(example, Completion) and example.prompt.strip():
-        prompt = [{"role": "user", "content": example.prompt}]  # how a template shows it
+        turns = as_conversation(example).messages[:1]  # how a template shows it
     elif isinstance(example, Conversation):
-        trained = (
-            i for i, turn in enumerate(example.messages) if turn["role"] == "assistant" and turn.get("weight", 1)
-        )
-        context = example.messages[: next(trained, 0)]
-        prompt = [{key: value for key, value in turn.items() if key != "weight"} for turn in context]
+        marked = [turn["role"] == "assistant" and turn.get("weight", 1) for turn in example.messages]
+        turns = example.messages[: next((i for i, trained in enumerate(marked) if trained), 0)]
+    prompt = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
     return sha256_of(json.dumps(["prompt", prompt], sort_keys=True)) if prompt else content_key(example)
 
 

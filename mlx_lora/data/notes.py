@@ -22,7 +22,7 @@ from mlx_lora.data.examples import Completion, Conversation, Example, Text
 from mlx_lora.data.files import TINY_SHAKESPEARE
 from mlx_lora.data.mix import Mixed
 from mlx_lora.data.preferences import Rated
-from mlx_lora.data.read import Entry, SplitRows, answers_of
+from mlx_lora.data.read import SplitRows, answers_of
 from mlx_lora.data.render import ADVICE
 from mlx_lora.data.report import MAX_LISTED, Location, reasons, where
 from mlx_lora.data.tokenize import Encoded, Encoder
@@ -155,11 +155,11 @@ def _left_out(parts: dict[str, SplitRows]) -> list[str]:
 
 def evaluation_notes(rows: SplitRows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
-    notes = [f"Note: {chat.words}" for chat in rows.chats]
+    notes = [chat.words for chat in rows.chats]
     if rows.dropped:
-        notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
+        notes.append(f"{counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
     if encoded.truncated:
-        notes.append(f"Note: {counted(len(encoded.truncated), 'row')} cut at --max-seq-length")
+        notes.append(f"{counted(len(encoded.truncated), 'row')} cut at --max-seq-length")
     return notes
 
 
@@ -175,44 +175,21 @@ def split_notes(mixed: Mixed, train: SplitRows, valid: EncodedSet | None, fracti
         valid: All rows to validate on.
         fraction: The share to hold out that was asked for.
     """
-    held, divided = mixed.held.examples if mixed.held else 0, [train.locations[number] for number in mixed.divided]
-    notes = held_out_notes(mixed.train.examples, held, valid.examples if valid else 0, fraction)
-    return notes + shared_prompt_notes(divided)
-
-
-def held_out_notes(train: int, held: int, valid: int, fraction: float) -> list[str]:
-    """Return a note if the rule that holds rows out has another result than the share that was asked for.
-
-    Args:
-        train, held: Examples to train on, and held out of them.
-        valid: Examples to validate on, those of a validation file included.
-        fraction: The share to hold out that was asked for.
-    """
-    if not fraction or (valid and not held):
-        return []
-    if not valid:
-        return ["no row is held out, because that requires two different rows; this run has no held-out loss"]
-    if held <= 2 * fraction * (train + held):
-        return []
-    is_held = "rows is" if held == 1 else "rows are"
-    return [
-        f"{held:,} of {train + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
-        "with its duplicates and those of its prompt; --valid-fraction 0 trains on all rows"
-    ]
-
-
-def shared_prompt_notes(divided: list[Location]) -> list[str]:
-    """Return a note if rows of one prompt are on both sides of the split, because most rows share it.
-
-    Args:
-        divided: Where the rows are from.
-    """
-    if not divided:
-        return []
-    return [
-        f"{len(divided):,} rows share their prompt with so many others that they are held out one by one, not by prompt "
-        f"({where(divided[:MAX_LISTED], len(divided))}); the held-out loss is of known prompts with new answers"
-    ]
+    rows, held, notes = mixed.train.examples, mixed.held.examples if mixed.held else 0, []
+    if fraction and not valid:
+        notes.append("no row is held out, because that requires two different rows; this run has no held-out loss")
+    elif held and held > 2 * fraction * (rows + held):
+        is_held = "rows is" if held == 1 else "rows are"
+        notes.append(
+            f"{held:,} of {rows + held:,} {is_held} held out to measure the loss, the least that is possible: one row "
+            "with its duplicates and those of its prompt; --valid-fraction 0 trains on all rows"
+        )
+    if divided := [train.locations[number] for number in mixed.divided]:
+        notes.append(
+            f"{len(divided):,} rows share their prompt with so many others that they are held out one by one, not by prompt "
+            f"({where(divided[:MAX_LISTED], len(divided))}); the held-out loss is of known prompts with new answers"
+        )
+    return notes
 
 
 # What the data teaches
@@ -229,7 +206,9 @@ def teaching_notes(parts: dict[str, SplitRows], settings: DataSettings, encoder:
     notes = []
     names_text = settings.data_format == "text" or settings.text_column or TINY_SHAKESPEARE in (settings.data or "")
     tokenizer: Any = encoder.tokenizer
-    if tokenizer.chat_template and not names_text and is_plain_text(parts["train"]):
+    texts = [entry.text for entry in parts["train"].entries if isinstance(entry, Text)]
+    plain = len(texts) == len(parts["train"].entries) and not any(map(RENDERED.search, texts[:LOOKED_AT]))
+    if tokenizer.chat_template and not names_text and texts and plain:
         notes.append(
             "plain text teaches the model style and words, but not to answer questions about it; for answers, write rows of a "
             'prompt and a completion, or give a chat export with --speaker NAME (docs/data.md, "Text or answers")'
@@ -241,12 +220,6 @@ def teaching_notes(parts: dict[str, SplitRows], settings: DataSettings, encoder:
                 f"{OUR_TEMPLATE} trains them"
             )
     return notes
-
-
-def is_plain_text(rows: SplitRows) -> bool:
-    """Tell whether all records are plain texts, and none has turns in it."""
-    texts = [entry.text for entry in rows.entries if isinstance(entry, Text)]
-    return bool(texts) and len(texts) == len(rows.entries) and not any(map(RENDERED.search, texts[:LOOKED_AT]))
 
 
 def refused_tools(rows: SplitRows) -> int:
@@ -287,9 +260,10 @@ def placeholder_notes(parts: dict[str, SplitRows]) -> list[str]:
     locations: dict[Location, None] = {}
     for rows in parts.values():
         for entry, location in zip(rows.entries, rows.locations, strict=True):
-            for text in placeholders(entry):
-                found[text] = None
-                locations[location] = None
+            for text, is_prose in (one for answer in answers_of(entry) for one in _texts_of(answer)):
+                for placeholder in _found(text, is_prose):
+                    found[placeholder] = None
+                    locations[location] = None
     if not locations:
         return []
     named = ", ".join(list(found)[:MAX_NAMED])
@@ -298,18 +272,8 @@ def placeholder_notes(parts: dict[str, SplitRows]) -> list[str]:
     return [f"{counted(len(locations), 'row')} {have} such as {named}: {first}; fill them in, or remove the rows"]
 
 
-def placeholders(entry: Entry) -> list[str]:
-    """Return the placeholders in the texts of an entry."""
-    return [match for text, is_prose in _texts(entry) for match in _found(text, is_prose)]
-
-
-def _texts(entry: Entry) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of an entry, each with whether people talk in it."""
-    for answer in answers_of(entry):
-        yield from _texts_of(answer)
-
-
 def _texts_of(example: Example) -> Iterator[tuple[str, bool]]:
+    """Yield the texts of an example, each with whether people talk in it."""
     if isinstance(example, Conversation):
         for message in example.messages:
             if message["role"] != "tool":

@@ -19,14 +19,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
@@ -67,14 +66,6 @@ NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
 ABSENT = -1.0  # as in losses/contrastive.py
-READ = (
-    "data",
-    "prompt_column",
-    "completion_column",
-    "max_seq_length",
-    "valid_fraction",
-    "strict",
-)  # the settings that count here
 EXPECTED = "a query (anchor, query, question, sentence1) and its document (positive, pos, answer, sentence2)"
 SHOWN_CHARS = 90
 
@@ -312,9 +303,8 @@ def read_eval_pairs(settings: DataSettings, form: TextForm) -> tuple[TextRows, b
 def _are_scored(settings: DataSettings, *parts: TextRows) -> bool:
     kinds = {pair.score is not None for rows in parts for pair in rows.pairs}
     if len(kinds) > 1:
-        raise InputError(
-            f"--data {shown_data(settings.data or '')}: some rows have a score and others none; use one kind"
-        )
+        shown = shown_data(settings.data or "")
+        raise InputError(f"--data {shown}: some rows have a score and others none; use one kind")
     return kinds == {True}
 
 
@@ -323,10 +313,6 @@ def _read(settings: DataSettings, form: TextForm, needs_train: bool = True) -> d
     shown = shown_data(settings.data or "")
     if settings.data is None:
         raise InputError("no data given; name a file, a folder or a hub dataset with --data")
-    usual = DataSettings()
-    for name in (one.name for one in fields(DataSettings)):
-        if name not in READ and getattr(settings, name) != getattr(usual, name):
-            raise InputError(f"{flag_of(name)} with --objective embed: texts are read as they are; leave it out")
     parts: dict[str, TextRows] = {}
     for one in find_sets(settings.data):
         if one.weight != 1:
@@ -382,17 +368,19 @@ def _report(
     kinds = Counter("scored pairs" if p.score is not None else "with negatives" if p.negatives else "pairs"
                     for rows in several for p in rows.pairs)  # fmt: skip
     copies = Counter((pair.query, pair.document) for pair in parts["train"].pairs)
-    words = [
-        f"query {_shown(form.query_prompt + first.query)}",
-        f"document {_shown(form.document_prompt + first.document)}",
-    ]
-    words += [f"negative {_shown(first.negatives[0])}"] if first.negatives else []
+    shown = {"query": form.query_prompt + first.query, "document": form.document_prompt + first.document}
+    shown |= {"negative": first.negatives[0]} if first.negatives else {}
+    words = [f'{what} "{cut(" ".join(text.split()), SHOWN_CHARS)}"' for what, text in shown.items()]
     words += [f"score {first.score:g}"] if first.score is not None else []
+    splits = {}
+    for name, rows in sets.items():  # without absent rows, and without what marks a row's end
+        there = np.ones(len(rows), bool) if rows.labels is None else rows.labels != ABSENT
+        splits[name] = replace(SplitReport.of(rows), tokens=int((rows.lengths[there] - 1).sum()))
     return TextReport(
         data=shown_data(settings.data or ""),
         rows_read=sum(rows.rows_read for rows in several),
         formats=dict(kinds),
-        splits={name: replace(SplitReport.of(rows), tokens=_tokens(rows)) for name, rows in sets.items()},
+        splits=splits,
         valid_source="none" if "valid" not in parts else "held out" if held_out else "file",
         template="none (plain text)",
         max_seq_length=form.max_length,
@@ -405,16 +393,6 @@ def _report(
         notes=[f"first example: {'; '.join(words)}"],
         records="pairs",
     )
-
-
-def _tokens(rows: EncodedSet) -> int:
-    """Return the tokens of a set without its absent rows and without what marks a row's end."""
-    there = np.ones(len(rows), bool) if rows.labels is None else rows.labels != ABSENT
-    return int((rows.lengths[there] - 1).sum())
-
-
-def _shown(text: str) -> str:
-    return f'"{cut(" ".join(text.split()), SHOWN_CHARS)}"'
 
 
 # Texts alone

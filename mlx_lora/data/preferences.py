@@ -100,8 +100,9 @@ def parse_pairs(record: Fields, all_pairs: bool = False) -> list[Pair]:
     """
     record = _known(record)
     missing = [name for name in ("chosen", "rejected") if name not in record]
-    if missing and (name := _answer_list(record)):
-        pairs = _scored(record, name, all_pairs)
+    several = [name for name in ANSWER_LISTS if isinstance(record.get(name), list)]
+    if missing and several:
+        pairs = _scored(record, several[0], all_pairs)
     elif missing:
         needs = f"found {keys_of(record)}; a preference pair needs {' and '.join(missing)}"
         if any(name in record for name in LABELS):
@@ -111,7 +112,10 @@ def parse_pairs(record: Fields, all_pairs: bool = False) -> list[Pair]:
             + ("for plain chats, train with --objective sft" if missing[1:] else "add it, or remove the row")
         )
     else:
-        pairs = [_pair(record, record["chosen"], record["rejected"], _margin(record))]
+        margin = number_of(record.get("margin", 0.0))
+        if margin is None:
+            raise FormatError(f"margin is {record['margin']!r}; it must be a number")
+        pairs = [_pair(record, record["chosen"], record["rejected"], margin)]
     for pair in pairs:
         _check(pair)
     return pairs
@@ -126,12 +130,10 @@ def parse_rated(record: Fields) -> list[Rated]:
     record = _known(record)
     name = next((name for name in LABELS if name in record), None)
     if name is None:
-        if {"chosen", "rejected"} <= record.keys() or _answer_list(record):
+        several = any(isinstance(record.get(name), list) for name in ANSWER_LISTS)
+        if several or {"chosen", "rejected"} <= record.keys():
             pairs = parse_pairs(record)
-            answers = [
-                (answer, good, p.repeats) for p in pairs for answer, good in ((p.chosen, True), (p.rejected, False))
-            ]
-            return [Rated(*answer) for answer in answers]
+            return [Rated(one, one is p.chosen, p.repeats) for p in pairs for one in (p.chosen, p.rejected)]
         raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
     text = str(record[name]).strip().lower()
     if text not in (*YES, *NO):
@@ -139,7 +141,11 @@ def parse_rated(record: Fields) -> list[Rated]:
     example = _answered({key: value for key, value in record.items() if key not in LABELS})
     if not isinstance(example, Conversation | Completion):
         raise MissingColumn(f"found {keys_of(record)}; a rated answer needs {LABEL_EXPECTED}")
-    return [Rated(_last_answer_only(example), text in YES)]
+    if isinstance(example, Conversation):  # the label is for the last answer, and earlier ones are context
+        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        turns = [turn if i == last else {**turn, "weight": 0} for i, turn in enumerate(example.messages)]
+        example = replace(example, messages=turns)
+    return [Rated(example, text in YES)]
 
 
 OUR_NAMES = {
@@ -190,11 +196,6 @@ def _known(record: Fields) -> Fields:
     return record
 
 
-def _answer_list(record: Fields) -> str | None:
-    """Return the column that holds several answers, each an object; None if the record has none."""
-    return next((name for name in ANSWER_LISTS if isinstance(record.get(name), list)), None)
-
-
 def _answered(record: Fields) -> Any:
     """Return the example that a rated record holds, without its label."""
     answer = record.get("completion")
@@ -215,7 +216,13 @@ def _pair(record: Fields, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
         return _text_pair(record, chosen, rejected, margin)
     answers = [_answer_messages(chosen, "chosen"), _answer_messages(rejected, "rejected")]
     if any(answer and answer[0].get("role") != "assistant" for answer in answers):  # dialogues from their beginning
-        shared = _shared_turns(*answers)  # the prompt
+        # The prompt: the turns with which both begin, up to the last one that is not an answer.
+        count = next(
+            (i for i, turns in enumerate(zip(*answers, strict=False)) if turns[0] != turns[1]), min(map(len, answers))
+        )
+        while count and answers[0][count - 1].get("role") == "assistant":
+            count -= 1
+        shared = answers[0][:count]
         _check_prompt(record, context or [], answers)
         answers = [answer[len(shared) :] for answer in answers]
         first = shared and shared[0].get("role") not in ("system", "developer")
@@ -251,9 +258,14 @@ def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pai
         repeats = all(begins) and goes_on if prompt.strip() else None
         return Pair(Completion(prompt, chosen), Completion(prompt, rejected), margin, repeats)
     shared = chosen[: common_prefix(chosen, rejected)]
+
+    def may_ask(value: Any) -> bool:  # turns, or a text of several words that the answers do not share
+        is_text = isinstance(value, str) and len(value.split()) > 2
+        return isinstance(value, list) or (is_text and value.strip() not in shared)
+
     if SPEAKER in shared:
         shared = shared[: shared.rindex(SPEAKER) + len(SPEAKER)]
-    elif others := [name for name in columns_not_read(record, None) if _may_ask(record[name], shared)]:
+    elif others := [name for name in columns_not_read(record, None) if may_ask(record[name])]:
         raise MissingColumn(
             f"found {columns_of(record)}; none of them is known as the prompt; name it with --prompt-column, or remove "
             f"{', '.join(others[:3])} if chosen and rejected begin with it"
@@ -265,13 +277,6 @@ def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pai
             "chosen and rejected begin differently, and there is no prompt; both must answer the same prompt"
         )
     return Pair(Completion(shared, chosen[len(shared) :]), Completion(shared, rejected[len(shared) :]), margin)
-
-
-def _may_ask(value: Any, shared: str) -> bool:
-    """Tell whether a column that is not read may be the prompt: turns, or a text of several words that the answers do not share."""
-    return isinstance(value, list) or (
-        isinstance(value, str) and len(value.split()) > 2 and value.strip() not in shared
-    )
 
 
 def _context(record: Fields, *answers: Any) -> list[Message] | None:
@@ -326,16 +331,6 @@ def _answer_messages(answer: Any, name: str) -> list[Message]:
     return _turns(turns)
 
 
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Message]:
-    """Return the turns with which both dialogues begin, up to the last one that is not an answer."""
-    count = 0
-    while count < min(len(chosen), len(rejected)) and chosen[count] == rejected[count]:
-        count += 1
-    while count and chosen[count - 1].get("role") == "assistant":
-        count -= 1
-    return chosen[:count]
-
-
 def _conversation(context: list[Message], answer: list[Message], record: Fields) -> Conversation:
     """Return a conversation in which only the answer is trained, with the tools of its record."""
     if not answer:
@@ -343,15 +338,6 @@ def _conversation(context: list[Message], answer: list[Message], record: Fields)
     before = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in context]
     found = conversation(before + answer, _tools(record), None, record.get("functions"))
     return replace(found, unread=found.unread | {"chat_template_kwargs"} & record.keys())
-
-
-def _last_answer_only(example: Answer) -> Answer:
-    """Return a rated example with its earlier answers as context, because the label is for the last one."""
-    if isinstance(example, Completion):
-        return example
-    last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-    messages = [message if i == last else {**message, "weight": 0} for i, message in enumerate(example.messages)]
-    return Conversation(messages, example.tools, example.reasoning_field, example.unread)
 
 
 def _scored(record: Fields, name: str, all_pairs: bool) -> list[Pair]:
@@ -375,14 +361,6 @@ def _scored(record: Fields, name: str, all_pairs: bool) -> list[Pair]:
     if not found:
         raise EmptyRecord("no two different answers with different scores")
     return [_pair(record, good[1], bad[1], good[0] - bad[0]) for good, bad in found]
-
-
-def _margin(record: Fields) -> float:
-    given = record.get("margin", 0.0)
-    value = number_of(given)
-    if value is None:
-        raise FormatError(f"margin is {given!r}; it must be a number")
-    return value
 
 
 def _tools(record: Fields) -> Any:

@@ -12,7 +12,7 @@ row where they are not is left out, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mlx_lora.data.chat_template import chat_tokens, controls_of, tokens_after_turn
+from mlx_lora.data.chat_template import controls_of, tokens_after_turn
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     Completion,
@@ -30,8 +30,8 @@ from mlx_lora.data.examples import (
     FormatError,
     Message,
     Text,
+    as_conversation,
     keys_of,
-    tokenizable,
 )
 from mlx_lora.data.formats import GIVEN, QUESTIONS, fitting, opened, opening, parse_record, usual_names
 from mlx_lora.data.tokenize import Encoded, Encoder
@@ -84,8 +84,7 @@ def seen_by_teacher(example: Example, prompt: str, encoder: Encoder) -> Conversa
     if isinstance(example, Completion):
         if encoder.plain:
             return Completion(prompt + BETWEEN + example.prompt, example.completion)
-        turns = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
-        example = Conversation(turns)
+        example = as_conversation(example)
     shown = encoder.renderer is None or encoder.renderer.shows_system
     return replace(example, messages=with_prompt(example.messages, prompt, shown))
 
@@ -131,7 +130,15 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
             seen[number] = seen_by_teacher(examples[number], prompt, encoder)
         except FormatError as error:
             dropped[number] = str(error)
-    theirs = teacher_encoder(encoder).encode(list(seen.values()))
+    unlimited = Encoder(
+        encoder.tokenizer,
+        encoder.template,
+        max_seq_length=NO_LIMIT,
+        plain_completions=encoder.plain,
+        day=encoder.day,
+        allow_special_tokens=encoder.allow_special_tokens,
+    )
+    theirs = unlimited.encode(list(seen.values()))
     numbers = list(seen)
     dropped |= {numbers[i]: f"with --teacher-prompt: {why}" for i, why in theirs.dropped.items()}
     candidates: dict[int, list[int]] = {}
@@ -150,18 +157,6 @@ def with_teacher_rows(encoded: Encoded, examples: Sequence[Example], prompt: str
         del dropped[number]
     rows = replace(EncodedSet.from_rows(own), teacher=EncodedSet.from_rows(other))
     return replace(encoded, rows=rows, source=np.array(source, np.int64), dropped=dict(sorted(dropped.items())))
-
-
-def teacher_encoder(encoder: Encoder) -> Encoder:
-    """Return the encoder of the teacher's rows: the student's, without a limit on their length."""
-    return Encoder(
-        encoder.tokenizer,
-        encoder.template,
-        max_seq_length=NO_LIMIT,
-        plain_completions=encoder.plain,
-        day=encoder.day,
-        allow_special_tokens=encoder.allow_special_tokens,
-    )
 
 
 def prompt_notes(encoder: Encoder, prompt: str | None) -> list[str]:
@@ -236,6 +231,10 @@ class Prompt:
     chat: bool
     answered: bool = False
 
+    def fact(self, example: Conversation | Completion) -> dict[str, Any]:
+        """Return what rewards see of the prompt, which was encoded as this example."""
+        return {"prompt": prompt_of(self), "chat": self.chat, "columns": self.columns, "example": example}
+
 
 def parse_prompt(record: Fields) -> Prompt:
     """Read one record as a prompt.
@@ -245,13 +244,15 @@ def parse_prompt(record: Fields) -> Prompt:
     """
     columns = dict(record)
     record = {key: value for key, value in record.items() if value is not None}
-    plain, chat = usual_names(record), _has_turns(record)
+    plain = usual_names(record)
+    chat = any(isinstance(record.get(name), list) for name in ("prompt", "messages", "conversations"))
     answered = _as_example(record)
     example = answered or _as_example(_with_stand_in(plain))
     if example is None:
         raise FormatError(f"found {keys_of(record)}; a prompt needs {PROMPT_EXPECTED}")
     if answered is not None and columns.get("answer") is None:
-        columns["answer"] = _answer_of(answered)
+        is_text = isinstance(answered, Completion)
+        columns["answer"] = answered.completion if is_text else str(answered.messages[-1]["content"])
     return Prompt(example, columns, chat, answered is not None)
 
 
@@ -261,7 +262,7 @@ def with_answer(prompt: Prompt, text: str | None) -> Fields:
     if isinstance(example, Completion):
         return {"prompt": example.prompt, "completion": example.completion if text is None else text}
     answer = example.messages[-1] if text is None else {"role": "assistant", "content": text}
-    record: Fields = {"messages": [*_before_answer(example), answer]}
+    record: Fields = {"messages": [*example.messages[:-1], answer]}
     return record | ({"tools": example.tools} if example.tools else {})
 
 
@@ -269,7 +270,7 @@ def prompt_of(prompt: Prompt) -> str | list[Message]:
     """Return the prompt as rewards see it: messages, or a text."""
     if isinstance(prompt.example, Completion):
         return prompt.example.prompt
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in _before_answer(prompt.example)]
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt.example.messages[:-1]]
     return turns if prompt.chat else str(turns[-1]["content"])
 
 
@@ -277,14 +278,14 @@ def example_with_answer(example: Conversation | Completion, text: str) -> Conver
     """Return a prompt's example with this answer instead of its own."""
     if isinstance(example, Completion):
         return replace(example, completion=text)
-    return replace(example, messages=[*_before_answer(example), {"role": "assistant", "content": text}])
+    return replace(example, messages=[*example.messages[:-1], {"role": "assistant", "content": text}])
 
 
 def with_observation(example: Conversation | Completion, text: str) -> Conversation | Completion:
     """Return a prompt's example with a text after its last message before the answer."""
     if isinstance(example, Completion):
         return replace(example, prompt=example.prompt + text)
-    *turns, last = _before_answer(example)
+    *turns, last = example.messages[:-1]
     return replace(example, messages=[*turns, {**last, "content": last["content"] + text}, example.messages[-1]])
 
 
@@ -320,13 +321,7 @@ def observation_tokens(encoder: Encoder, example: Conversation | Completion, tex
 
 def with_tools(example: Conversation | Completion, tools: Sequence[dict[str, Any]]) -> Conversation:
     """Return a prompt as a conversation that shows these tools, in place of the record's own."""
-    if isinstance(example, Completion):
-        asked, answer = (
-            {"role": "user", "content": example.prompt},
-            {"role": "assistant", "content": example.completion},
-        )
-        return Conversation([asked, answer], list(tools))
-    return replace(example, tools=list(tools))
+    return replace(as_conversation(example), tools=list(tools))
 
 
 def encode_prompts(
@@ -334,6 +329,7 @@ def encode_prompts(
     prompts: Sequence[Prompt],
     teacher_prompt: str | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
+    on_rows: Callable[[int], None] = lambda done: None,
 ) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
@@ -344,6 +340,7 @@ def encode_prompts(
         prompts: what to encode.
         teacher_prompt: each prompt is also encoded as a teacher sees it, with this text before it.
         tools: schemas that each prompt shows, in place of its record's own.
+        on_rows: called with the number of prompts done.
 
     Raises:
         InputError: there are tools, and no chat template.
@@ -352,15 +349,15 @@ def encode_prompts(
         raise InputError(
             "--tools or --environment: the model has no chat template, so it cannot be shown tools; give --chat-template chatml"
         )
-    rows, source, dropped, facts, seen = [], [], {}, [], []
+    rows, source, dropped, facts, seen, pictures = [], [], {}, [], [], []
     controls: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         example = with_tools(prompt.example, tools) if tools else prompt.example
         try:
-            tokens = prompt_tokens(encoder, example)
+            tokens = encoder.prompt_tokens(example)
             theirs = tokens
             if teacher_prompt is not None:
-                theirs = prompt_tokens(encoder, seen_by_teacher(example, teacher_prompt, encoder))
+                theirs = encoder.prompt_tokens(seen_by_teacher(example, teacher_prompt, encoder))
         except FormatError as error:
             dropped[number] = str(error)
             continue
@@ -370,44 +367,21 @@ def encode_prompts(
         if len(tokens) >= encoder.max_tokens:
             dropped[number] = f"the prompt has {len(tokens)} tokens, and --max-seq-length is {encoder.max_tokens}"
             continue
-        for name in _controls(encoder, example):
-            controls.setdefault(name, []).append(number)
-        rows.append(_untrained(tokens))
-        seen.append(_untrained(theirs))
+        if not (isinstance(example, Completion) and encoder.plain):
+            for name in controls_of(encoder.tokenizer).found(as_conversation(example).messages[:-1]):
+                controls.setdefault(name, []).append(number)
+        rows.append((np.array(tokens, np.int32), np.zeros(len(tokens), bool)))
+        seen.append((np.array(theirs, np.int32), np.zeros(len(theirs), bool)))
         source.append(number)
-        facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": example})
+        fact, shown = prompt.fact(example), encoder.picture_number(example)
+        facts.append(fact if shown is None else {**fact, "pictures": shown})
+        pictures += [] if shown is None else [shown]
+        on_rows(number + 1)
     teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
     encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
+    if pictures:
+        encoded = replace(encoded, pictures=np.array(pictures, np.int32))
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [], controls)
-
-
-def _untrained(tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(tokens, np.int32), np.zeros(len(tokens), bool)
-
-
-def _controls(encoder: Encoder, example: Conversation | Completion) -> tuple[str, ...]:
-    """Return the control tokens that the turns of a rendered prompt have as content."""
-    if isinstance(example, Completion):
-        turns = [] if encoder.plain else [{"role": "user", "content": example.prompt}]
-    else:
-        turns = _before_answer(example)
-    return controls_of(encoder.tokenizer).found(turns)
-
-
-def prompt_tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:
-    """Return the tokens up to where the answer begins."""
-    tokenizer: Any = encoder.tokenizer
-    if isinstance(example, Completion):
-        if encoder.plain:
-            return tokenizer.encode(tokenizable(example.prompt))
-        example = Conversation(
-            [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": STAND_IN}]
-        )
-    if encoder.template is None:
-        raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
-    turns = _before_answer(example)
-    tokenizable("".join(turn["content"] for turn in turns))
-    return chat_tokens(tokenizer, turns, encoder.template, example.tools, encoder.day, encoder.allow_special_tokens)
 
 
 def _as_example(record: Fields) -> Conversation | Completion | None:
@@ -439,18 +413,3 @@ def _with_stand_in(record: Fields) -> Fields:
         return {"prompt": record[asked], "completion": STAND_IN}
     question = "\n".join(part for part in (record[asked], *given) if part.strip())
     return {"messages": [*opening(record), {"role": "user", "content": question}, stand_in], **tools}
-
-
-def _has_turns(record: Fields) -> bool:
-    return any(isinstance(record.get(name), list) for name in ("prompt", "messages", "conversations"))
-
-
-def _before_answer(example: Conversation) -> list[Message]:
-    """Return the turns before the last answer, which the model is to give."""
-    return example.messages[:-1]
-
-
-def _answer_of(example: Conversation | Completion) -> str:
-    if isinstance(example, Completion):
-        return example.completion
-    return str(example.messages[-1]["content"])

@@ -31,11 +31,9 @@ from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
-    Completion,
     EmptyPart,
     EmptyRecord,
     Example,
-    Fields,
     FormatError,
     MissingColumn,
     OwnEntry,
@@ -43,7 +41,7 @@ from mlx_lora.data.examples import (
 )
 from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
-from mlx_lora.data.preferences import Answer, Pair, Rated, columns_not_read, parse_pairs, parse_rated
+from mlx_lora.data.preferences import Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
 from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
@@ -52,22 +50,12 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
-# Kinds of records that may have pictures: examples, and others -> what these are without pictures.
-PICTURES, PICTURE_PAIRS, PICTURE_RATED, PICTURE_PROMPTS = (
-    "pictures",
-    "picture pairs",
-    "picture rated",
-    "picture prompts",
-)
-WITHOUT_PICTURES = {PICTURE_PAIRS: "pairs", PICTURE_RATED: "rated", PICTURE_PROMPTS: "prompts"}
-
 Entry = Example | Pair | Rated | Prompt | OwnEntry
 """The content of one record in canonical form."""
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
 OWN_ENTRIES = {
     "labeled": ("labeled", "Labeled"),
     "candidates": ("candidates", "Candidates"),
-    PICTURE_PROMPTS: ("image_prompts", "ImagePrompt"),
 }
 
 
@@ -109,7 +97,7 @@ def encode_entries(
     """
     prompts = [entry for entry in entries if isinstance(entry, Prompt)]
     if prompts:
-        return encode_prompts(encoder, prompts, teacher_prompt, tools)
+        return encode_prompts(encoder, prompts, teacher_prompt, tools, on_rows)
     if entries and isinstance(entries[0], OwnEntry):
         return type(entries[0]).encode(encoder, entries, on_rows)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
@@ -147,7 +135,7 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
     dropped |= dict.fromkeys(equal, "the answers are equal after the cut at --max-seq-length")
     margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
     grouped = EncodedSet.from_rows(rows).grouped(2, margins)
-    return _numbered(encoded, _with_pictures_of(encoded.rows, numbers, grouped), source, dropped, 2)
+    return _numbered(encoded, grouped, numbers, source, dropped, 2)
 
 
 def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
@@ -170,15 +158,7 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
         joined.append((together, trained))
     labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
     grouped = EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1)
-    grouped = _with_pictures_of(encoded.rows, np.repeat(np.array(numbers, np.int64), 2), grouped)
-    return _numbered(encoded, grouped, source, dict(encoded.dropped), 1)
-
-
-def _with_pictures_of(encoded: EncodedSet, numbers: Sequence[int] | np.ndarray, rows: EncodedSet) -> EncodedSet:
-    """Return rows that show the pictures of encoded rows with these numbers."""
-    if encoded.pictures is None:
-        return rows
-    return replace(rows, pictures=encoded.pictures[np.asarray(numbers, np.int64)])
+    return _numbered(encoded, grouped, np.repeat(numbers, 2), source, encoded.dropped, 1)
 
 
 def _next_others(prompts: Sequence[Hashable]) -> list[int]:
@@ -193,8 +173,26 @@ def _next_others(prompts: Sequence[Hashable]) -> list[int]:
     return found
 
 
-def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
-    """Return the result with numbers of entries instead of answers, `size` answers per entry."""
+def _numbered(
+    encoded: Encoded,
+    rows: EncodedSet,
+    shown: Sequence[int] | np.ndarray,
+    source: list[int],
+    dropped: dict[int, str],
+    size: int,
+) -> Encoded:
+    """Return the result with numbers of entries instead of answers.
+
+    Args:
+        encoded: of the answers.
+        rows: of the entries.
+        shown: which encoded rows have the pictures of these rows.
+        source: the entry of each example.
+        dropped: entry -> why it gave no row.
+        size: answers of an entry.
+    """
+    if encoded.rows.pictures is not None:
+        rows = replace(rows, pictures=encoded.rows.pictures[np.asarray(shown, np.int64)])
     return replace(
         encoded,
         rows=rows,
@@ -252,19 +250,24 @@ class SplitRows:
 
 
 def read_rows(
-    files: Sequence[DataFile], settings: DataSettings, records: str, rows: SplitRows | None = None
+    files: Sequence[DataFile],
+    settings: DataSettings,
+    records: str,
+    rows: SplitRows | None = None,
+    pictures: bool = False,
 ) -> SplitRows:
     """Read all records of some files.
 
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated`, `prompts`, or a kind with pictures, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
         rows: To add to, and to return; None: new ones.
+        pictures: Whether records may have pictures.
     """
     rows = SplitRows() if rows is None else rows
     for file in files:
-        parse_rows(file_records(file, settings, rows), file.name, settings, records, rows)
+        parse_rows(file_records(file, settings, rows), file.name, settings, records, rows, pictures)
     return rows
 
 
@@ -273,7 +276,7 @@ def share_columns(parts: Iterable[SplitRows]) -> None:
 
     TRL does so, too: its data sets have each column in every row.
     """
-    columns = [entry.columns for rows in parts for entry in rows.entries if isinstance(entry, Prompt | OwnEntry)]
+    columns = [entry.columns for rows in parts for entry in rows.entries if isinstance(entry, Prompt)]
     names = dict.fromkeys(name for own in columns for name in own)
     for own in columns:
         own |= {name: None for name in names if name not in own}
@@ -297,7 +300,12 @@ def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Ite
 
 
 def parse_rows(
-    source: Iterable[Record | BadRow], name: str, settings: DataSettings, records: str, rows: SplitRows
+    source: Iterable[Record | BadRow],
+    name: str,
+    settings: DataSettings,
+    records: str,
+    rows: SplitRows,
+    pictures: bool = False,
 ) -> None:
     """Add records to `rows` in canonical form, and those that cannot be used with the reason.
 
@@ -305,8 +313,9 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated`, `prompts`, or a kind with pictures, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
         rows: To add to.
+        pictures: Whether records may have pictures.
     """
     named = NamedColumns.of(settings)
     for record in source:
@@ -315,54 +324,52 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
-            if records in (PICTURES, PICTURE_PAIRS, PICTURE_RATED):
-                rows.add(name, record, *_with_pictures(record.value, settings, named, records))
-                continue
-            # Entries of a class of their own name their columns themselves.
-            columns, value = (None, record.value) if records in OWN_ENTRIES else named.renamed(record.value, records)
-            if records == "examples":
-                found, example = parse_record(value, settings.data_format)
-                kind, entries = columns or found, [example]
-                kind = record.form or kind
-            elif records == "pairs":
-                kind, entries = records, parse_pairs(value, settings.pairs == "all")
-            elif records == "rated":
-                kind, entries = records, parse_rated(value)
-            elif records in OWN_ENTRIES:
-                own = own_entry(records)
-                value = without_empty_cells(value, name, own.optional) if own.optional else value
-                kind, entries = records, [own.parse(value, settings)]
-            else:
-                kind, entries = records, [parse_prompt(value)]
+            kind, entries, unread = parse_record_of(record, name, settings, named, records, pictures)
         except FormatError as error:
             # A message about the format would name our columns instead of the file's.
             cells = empty_cells(record.value, settings) if isinstance(error, MissingColumn | EmptyPart) else []
-            if cells:
+            if cells and not pictures:
                 error = EmptyRecord(are_empty(cells))
             rows.unread += 1
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))
             continue
-        if records == "examples" and not record.form:
-            rows.ignored.update(ignored_columns(record.value, kind))
-        elif records in ("pairs", "rated"):
-            rows.ignored.update(columns_not_read(record.value, columns))
+        rows.ignored.update(unread)
         rows.add(name, record, kind, entries)
 
 
-def _with_pictures(
-    record: Fields, settings: DataSettings, named: NamedColumns, records: str
-) -> tuple[str, Sequence[Entry]]:
-    """Return the format and the entries of a record that may have pictures; a run without pictures imports none of it."""
-    if records == PICTURES:
-        from mlx_lora.data.images import parse_with_images
+def parse_record_of(
+    record: Record, name: str, settings: DataSettings, named: NamedColumns, records: str, pictures: bool = False
+) -> tuple[str, Sequence[Entry], list[str]]:
+    """Return a record's format, its entries, and the columns that were not read; arguments as for `parse_rows`.
 
-        kind, example = parse_with_images(record, settings, named)
-        return kind, [example]
-    from mlx_lora.data.image_pairs import parse_preferences
+    Raises:
+        FormatError: it cannot be used.
+    """
+    value = record.value
+    if records in OWN_ENTRIES:  # which name their columns themselves
+        own = own_entry(records)
+        value = without_empty_cells(value, name, own.optional) if own.optional else value
+        return records, [own.parse(value, settings)], []
+    sources: dict[str, str | bytes] = {}
+    if pictures:
+        from mlx_lora.data.images import illustrated, marked  # a run without pictures imports none of it
 
-    kind = WITHOUT_PICTURES[records]
-    return kind, parse_preferences(record, settings, named, kind)
+        value = marked(value, records, settings, sources)
+    columns, value = named.renamed(value, records)
+    kind, unread = records, []
+    if records == "examples":
+        found, example = parse_record(value, settings.data_format)
+        kind, entries = record.form or columns or found, [example]
+        unread = [] if record.form or pictures else ignored_columns(record.value, kind)
+    elif records == "prompts":
+        entries = [parse_prompt(value)]
+    else:
+        entries = parse_pairs(value, settings.pairs == "all") if records == "pairs" else parse_rated(value)
+        unread = [] if pictures else columns_not_read(record.value, columns)
+    if pictures:
+        entries = [illustrated(entry, record.value, sources) for entry in entries]
+    return kind, entries, unread
 
 
 def check_speaker(parts: Iterable[SplitRows], settings: DataSettings) -> None:
@@ -408,10 +415,15 @@ def cut_repeated_prompts(parts: Sequence[tuple[SplitRows, int]]) -> Repeated:
     cut = bool(places) and len(places) >= NEARLY_ALL * len(told)
     if cut:
         for rows, first in parts:
-            rows.entries[first:] = [
-                _cut(entry) if isinstance(entry, Pair | Rated) and entry.repeats else entry
-                for entry in rows.entries[first:]
-            ]
+            for number, entry in enumerate(rows.entries[first:], first):
+                if isinstance(entry, Pair | Rated) and entry.repeats:
+                    names = ("chosen", "rejected") if isinstance(entry, Pair) else ("answer",)
+                    answers: dict[str, Any] = {name: getattr(entry, name) for name in names}
+                    without = {
+                        name: replace(one, completion=one.completion.removeprefix(one.prompt))
+                        for name, one in answers.items()
+                    }
+                    rows.entries[number] = replace(entry, **without)
     return Repeated(places, len(told), cut)
 
 
@@ -431,15 +443,3 @@ def repeated_notes(sets: Sequence[Repeated]) -> list[str]:
             listed = where(places[:MAX_LISTED], len(places))
             notes.append(f"{found}, too few for a set of full texts; these answers are trained whole: {listed}")
     return notes
-
-
-def _cut(entry: Pair | Rated) -> Pair | Rated:
-    if isinstance(entry, Pair):
-        return replace(entry, chosen=_without_prompt(entry.chosen), rejected=_without_prompt(entry.rejected))
-    return replace(entry, answer=_without_prompt(entry.answer))
-
-
-def _without_prompt(answer: Answer) -> Answer:
-    if isinstance(answer, Completion):
-        return replace(answer, completion=answer.completion.removeprefix(answer.prompt))
-    return answer

@@ -23,7 +23,7 @@ from decimal import Decimal
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 from xml.etree.ElementTree import ParseError
 
 from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Fields, Record, as_record, checked
@@ -140,7 +140,10 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
         raise InputError(f"{path} requires openpyxl, which is not installed; pip install 'mlx-lora[xlsx]'") from error
     broken = (InvalidFileException, zipfile.BadZipFile, ParseError, KeyError, ValueError, TypeError, OSError, EOFError)
     try:
-        _check_unpacked(path)
+        with zipfile.ZipFile(path) as parts:
+            unpacked = sum(part.file_size for part in parts.infolist())
+        if unpacked > LEAST_UNPACKED_BYTES + path.stat().st_size * MOST_UNPACKED:
+            raise InputError(f"{path} {TOO_MUCH}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it does not keep when it writes; nothing is written
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
@@ -200,14 +203,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)  # a date and a time as in 2026-11-26 09:30:00
-
-
-def _check_unpacked(path: Path) -> None:
-    """Refuse a file whose parts would unpack to far more than its size."""
-    with zipfile.ZipFile(path) as parts:
-        unpacked = sum(part.file_size for part in parts.infolist())
-    if unpacked > LEAST_UNPACKED_BYTES + path.stat().st_size * MOST_UNPACKED:
-        raise InputError(f"{path} {TOO_MUCH}")
 
 
 def read_parquet(path: Path) -> Iterator[Record | BadRow]:
@@ -418,19 +413,14 @@ def _jsonl(path: Path) -> Iterator[Record | BadRow]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                _skip_line(file, line)
+                while line and not line.endswith(b"\n"):  # hold only one piece of it at a time
+                    line = file.readline(1 << 20)
                 yield BadRow(number, f"line longer than {MAX_LINE_BYTES // 2**20} MiB")
                 continue
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield _parse_line(number, line)
-
-
-def _skip_line(file: BinaryIO, part: bytes) -> None:
-    """Skip to the end of a line that begins with `part`, and hold only one piece of it at a time."""
-    while part and not part.endswith(b"\n"):
-        part = file.readline(1 << 20)
 
 
 def _parse_line(number: int, line: bytes) -> Record | BadRow:

@@ -268,33 +268,28 @@ class Renderer:
             return False
         return "qzx" in at_inference and "qzx" not in later[: later.find("wvw")]
 
+    def _shows(self, messages: list[Message]) -> bool:
+        """Return whether the template takes messages, and shows their `qzx`."""
+        try:
+            return "qzx" in self._text(messages, None)
+        except FormatError:
+            return False
+
     @cached_property
     def _has_calls(self) -> bool:
         """Whether the template shows tool calls in any of CALL_FORMATS."""
         call = {"role": "assistant", "content": "", "tool_calls": [A_CALL]}
-        for convert in CALL_FORMATS:
-            try:
-                if "qzx" in self._text(convert([*PROBE, call]), None):
-                    return True
-            except FormatError:
-                continue
-        return False
+        return any(self._shows(convert([*PROBE, call])) for convert in CALL_FORMATS)
 
     @cached_property
     def _knows_developer(self) -> bool:
         """Whether the template shows a developer message; if not, it is rendered as a system message."""
-        try:
-            return "qzx" in self._text([{"role": "developer", "content": "qzx"}, *PROBE], None)
-        except FormatError:
-            return False
+        return self._shows([{"role": "developer", "content": "qzx"}, *PROBE])
 
     @cached_property
     def shows_system(self) -> bool:
         """Whether the template shows a system message."""
-        try:
-            return "qzx" in self._text([{"role": "system", "content": "qzx"}, *PROBE], None)
-        except FormatError:
-            return False
+        return self._shows([{"role": "system", "content": "qzx"}, *PROBE])
 
     def _fast_spans(self, text: str, messages: list[Message], tools: list[dict] | None) -> list[Span] | None:
         """Return each assistant turn's span, or None if the fast path does not apply."""
@@ -362,10 +357,6 @@ def _holds(text: str, content: str) -> bool:
     return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
-def _as_it_is(messages: list[Message]) -> list[Message]:
-    return messages
-
-
 def _with_text_arguments(messages: list[Message]) -> list[Message]:
     """Return messages with arguments as JSON text, which some templates require (DeepSeek's); most take an object."""
 
@@ -383,10 +374,9 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
     waiting: list[dict] = []
     for number, message in enumerate(messages):
         if "tool_calls" in message:
-            calls = [
-                {**call, "id": _short_id(call.get("id") or f"{number} {position}")}
-                for position, call in enumerate(message["tool_calls"])
-            ]
+            ids = [call.get("id") or f"{number} {position}" for position, call in enumerate(message["tool_calls"])]
+            ids = [one if re.fullmatch(r"[a-zA-Z0-9]{9}", one) else sha256_of(one)[:9] for one in ids]
+            calls = [{**call, "id": own} for call, own in zip(message["tool_calls"], ids, strict=True)]
             waiting = [{**call, "short": new["id"]} for call, new in zip(message["tool_calls"], calls, strict=True)]
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool" and (call := call_of(message, waiting)):
@@ -396,13 +386,9 @@ def _with_short_ids(messages: list[Message]) -> list[Message]:
     return found
 
 
-def _short_id(known: str) -> str:
-    return known if re.fullmatch(r"[a-zA-Z0-9]{9}", known) else sha256_of(known)[:9]
-
-
 # The formats of calls that templates accept, the usual one first.
 CALL_FORMATS: tuple[Callable[[list[Message]], list[Message]], ...] = (
-    _as_it_is,
+    list,
     _with_text_arguments,
     _with_short_ids,
     lambda messages: _with_text_arguments(_with_short_ids(messages)),

@@ -22,7 +22,7 @@ MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
 UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "labeled": "texts",
-         "candidates": "query lists", "pictures": "rows"}  # fmt: skip
+         "candidates": "query lists"}  # fmt: skip
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -67,11 +67,6 @@ class SplitReport:
         lengths = rows.lengths[rows.trained_numbers]
         marks = np.percentile(lengths if len(rows) else np.zeros(1, np.int64), [0, 50, 95, 100], method="nearest")
         return cls(rows.examples, int(lengths.sum()), rows.supervised_tokens, *map(int, marks))
-
-    @property
-    def supervised_share(self) -> float:
-        """The number of trained targets per token."""
-        return self.supervised_tokens / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -173,8 +168,10 @@ class DataReport:
             "example": [(text, trained) for text, trained in values["example"]],
             "rejected": [(text, trained) for text, trained in values["rejected"]],
             "sets": [SetReport(**one) for one in values["sets"]],
-            "near_duplicates": _near_duplicates(values.get("near_duplicates", {})),
         }
+        near = values.get("near_duplicates", {})
+        places = [tuple(Location(*one) for one in pair) for pair in near.get("examples", [])]
+        made["near_duplicates"] = NearDuplicates(**{**near, "examples": places})
         return cls(**{**values, **made})
 
     def render(self, color: bool = False) -> str:
@@ -187,9 +184,12 @@ class DataReport:
         lines = [
             _line("data", self.data),
             _line("rows read", f"{self.rows_read:,} ({formats or 'none usable'})"),
-            *(_line("set", self._set_words(one)) for one in self.sets),
-            _line("template", self.template),
         ]
+        for one in self.sets:
+            times = "" if one.weight == 1 else f" x {one.weight:g} = {one.rows_per_epoch:,} per epoch"
+            found = f"{one.rows_read:,} read, {one.rows:,} {UNITS[self.records]} to train on"
+            lines.append(_line("set", f"{one.name}: {found}{times}"))
+        lines.append(_line("template", self.template))
         lines += [self._split_line(name) for name in ("train", "valid", "test")]
         train = self.splits["train"]
         lines.append(
@@ -201,8 +201,11 @@ class DataReport:
         )
         counts = f"truncated {self.truncated:,}, duplicate {self.duplicates:,}, empty {self.empty:,}"
         lines.append(_line("rows", f"{counts}, dropped {self.dropped:,}"))
-        lines += _where("truncated", self.truncated_rows, self.truncated)
-        lines += _where("duplicate, trained as often as it occurs", self.duplicate_rows, self.duplicates)
+        for what, places, count in (
+            ("truncated", self.truncated_rows, self.truncated),
+            ("duplicate, trained as often as it occurs", self.duplicate_rows, self.duplicates),
+        ):
+            lines += [f"  {what}: {where(places, count)}"] if places else []
         lines += [cut(f"  {row.location}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
@@ -212,20 +215,13 @@ class DataReport:
         lines += [_line("note", note) for note in self.notes]
         if self.example:
             mark = "in green" if color else "between ⟦ and ⟧"
-            what = (
-                "one pair, the chosen answer first, both answers"
-                if self.rejected
-                else "one training row, the trained text"
-            )
+            pair = "one pair, the chosen answer first, both answers"
+            what = pair if self.rejected else "one training row, the trained text"
             what, mark = ("one text,", "as it is") if self.records in ("labeled", "candidates") else (what, mark)
             lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)
             lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
         return "\n".join(lines)
-
-    def _set_words(self, one: SetReport) -> str:
-        times = "" if one.weight == 1 else f" x {one.weight:g} = {one.rows_per_epoch:,} per epoch"
-        return f"{one.name}: {one.rows_read:,} read, {one.rows:,} {UNITS[self.records]} to train on{times}"
 
     def _split_line(self, name: str) -> str:
         split = self.splits.get(name)
@@ -233,16 +229,10 @@ class DataReport:
             return _line(name, "none")
         said = self.valid_source.replace("held out", "held out (not trained on, to measure)")
         source = f", {said}" if name == "valid" else ""
-        trained = f", {split.supervised_tokens:,} trained ({100 * split.supervised_share:.0f}%)"
-        trained = (
-            "" if self.records in ("labeled", "candidates") else trained
-        )  # which trains a score of each text, and no token
+        share = split.supervised_tokens / max(1, split.tokens)
+        scored = self.records in ("labeled", "candidates")  # which train a score of each text, and no token
+        trained = "" if scored else f", {split.supervised_tokens:,} trained ({100 * share:.0f}%)"
         return _line(name, f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens{trained}{source}")
-
-
-def _near_duplicates(values: dict[str, Any]) -> NearDuplicates:
-    examples = [(Location(*held_out), Location(*trained)) for held_out, trained in values.get("examples", [])]
-    return NearDuplicates(**{**values, "examples": examples})
 
 
 def example_pieces(
@@ -260,15 +250,14 @@ def example_pieces(
     """
     first = np.argsort(rows.lengths[: 25 * rows.group : rows.group], kind="stable") * rows.group
     if showing:
-        trained = {number: str(tokenizer.decode(_trained(*rows.row(number)))) for number in first.tolist()}
+        trained = {
+            number: str(tokenizer.decode(rows.row(number)[0][rows.row(number)[1]].tolist()))
+            for number in first.tolist()
+        }
         calling = [number for number, text in trained.items() if any(name in text for name in showing)]
         first = np.array(calling or first)
     number = int(first[len(first) // 2])
     return [row_pieces(*rows.row(row), tokenizer) for row in range(number, number + rows.group)]
-
-
-def _trained(tokens: np.ndarray, mask: np.ndarray) -> list[int]:
-    return tokens[mask].tolist()
 
 
 def row_pieces(tokens: np.ndarray, mask: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -305,11 +294,6 @@ def cut(text: str, limit: int) -> str:
         return text
     end = text.rfind(" ", limit // 2, limit - 1)
     return f"{text[: end if end > 0 else limit - 2]} …"
-
-
-def _where(what: str, locations: list[Location], count: int) -> list[str]:
-    """Return a line with the locations of truncated or duplicate rows; nothing if there are none."""
-    return [f"  {what}: {where(locations, count)}"] if locations else []
 
 
 def where(locations: list[Location], count: int) -> str:

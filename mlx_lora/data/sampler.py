@@ -59,10 +59,6 @@ class ShapePrice:
     epochs: float = 1.0
     max_shapes: int = 48
 
-    def cost_s(self, positions: np.ndarray | float, shapes: np.ndarray | int) -> np.ndarray | float:
-        """Return the seconds that `positions` per epoch, in this many shapes, cost over the run."""
-        return positions / self.tokens_per_s * self.epochs + shapes * self.retrace_s
-
 
 def rows_per_batch(width: int, batch_tokens: int, batch_size: int | None) -> int:
     """Return how many rows of `width` one batch has: `batch_size`, or what the token budget allows, but at least 1."""
@@ -91,7 +87,9 @@ def choose_widths(
     shapes = min(price.max_shapes, len(np.unique(sample)) + 1)  # one more for the rows that are left over
     positions, step_to = _fewest_positions(sample, batch_tokens, batch_size, shapes)
     scale = len(ordered) / len(sample)
-    k = int(np.argmin(price.cost_s(positions[0] * scale, np.arange(shapes + 1))))
+    # Seconds that the positions of an epoch cost over the run in so many shapes.
+    cost_s = positions[0] * scale / price.tokens_per_s * price.epochs + np.arange(shapes + 1) * price.retrace_s
+    k = int(np.argmin(cost_s))
     widths = []
     row = 0
     while row < len(sample):
@@ -274,17 +272,13 @@ class BatchPlan:
         return min(slots, count * self.rows.group * width), deals[middle]
 
     def _epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
-        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
-            self._epoch_cache = (epoch, self._make_epoch(epoch))
-        return self._epoch_cache[1]
-
-    def _make_epoch(self, epoch: int) -> list[tuple[WidthClass, np.ndarray]]:
         """Return the class and the row numbers of each batch of one epoch, shuffled."""
-        random = np.random.default_rng([self.seed, epoch])
-        batches = [
-            (part, numbers) for part in self.classes for numbers in random.permutation(self._deal_again(part, random))
-        ]
-        return [batches[i] for i in random.permutation(len(self))]
+        if self._epoch_cache is None or self._epoch_cache[0] != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            dealt = ((part, random.permutation(self._deal_again(part, random))) for part in self.classes)
+            batches = [(part, numbers) for part, rows in dealt for numbers in rows]
+            self._epoch_cache = (epoch, [batches[i] for i in random.permutation(len(self))])
+        return self._epoch_cache[1]
 
     def _deal_again(self, part: WidthClass, random: np.random.Generator) -> np.ndarray:
         """Return a new distribution of a class's rows whose targets fit into P, or the known one if none is found."""

@@ -223,7 +223,11 @@ class _Worker:
             began, pipe = time.monotonic(), select.poll()
             pipe.register(process.stdout, select.POLLIN)
             while not pipe.poll(1000 * LOOK_S):
-                if time.monotonic() - began > PATIENCE_S or _takes_too_much(process.pid):
+                size = ["ps", "-o", "rss=", "-p", str(process.pid)]  # where the system does not see to that itself
+                found = (
+                    "" if LIMITS_MEMORY else subprocess.run(size, capture_output=True, text=True, check=False).stdout
+                )
+                if time.monotonic() - began > PATIENCE_S or int(found or 0) << 10 > RENDER_BYTES:
                     raise TooMuch
             line = process.stdout.readline()
         except BaseException:
@@ -239,14 +243,6 @@ class _Worker:
         with process:  # closes the pipes, and waits
             process.kill()
         return process.returncode
-
-
-def _takes_too_much(process: int) -> bool:
-    """Return whether a process has too much memory, where the system does not see to that itself."""
-    if LIMITS_MEMORY:
-        return False
-    asked = subprocess.run(["ps", "-o", "rss=", "-p", str(process)], capture_output=True, text=True, check=False)
-    return int(asked.stdout or 0) << 10 > RENDER_BYTES
 
 
 def _error(kind: str, message: str, line: int | None) -> Exception:

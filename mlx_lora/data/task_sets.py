@@ -19,11 +19,6 @@ GYM = "reasoning-gym"
 TASKS, SEED = 1000, 0  # of a set, unless its name has another number
 
 
-def is_task_set(data: str) -> bool:
-    """Return whether a name of --data is one of a set of tasks."""
-    return data.startswith(f"{GYM}:")
-
-
 def gym(asked: str) -> Any:
     """Return the package.
 

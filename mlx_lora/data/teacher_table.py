@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import weakref
 import zlib
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +33,6 @@ import numpy as np
 from mlx_lora.utils.errors import RunError
 
 VALUES_FILE, MARKS_FILE = "values.bin", "marks.bin"
-MOST_KEPT_BYTES = 4 * 10**9  # of all folders together, once no run uses them, as for encoded data
 PRESENT = 1 << 32
 
 
@@ -95,31 +92,6 @@ class RowStore:
         self._marks[row] = PRESENT | zlib.crc32(content)
         os.pwrite(self._files[1], self._marks[row].tobytes(), 8 * row)
         self._checked[row] = True
-
-
-def used_bytes(folder: Path) -> int:
-    """Return the bytes that a folder's files take on disk, without holes; 0 if it does not exist."""
-    return sum(512 * file.stat().st_blocks for file in folder.iterdir()) if folder.is_dir() else 0
-
-
-def evict(room: Path, most_bytes: int = MOST_KEPT_BYTES, spared: Collection[Path] = ()) -> None:
-    """Remove the folders that were used longest ago, until the others take at most `most_bytes`.
-
-    A run that still uses one keeps its open files; only a later run has to compute the rows again.
-
-    Args:
-        room: has one folder for each key.
-        most_bytes: of all folders that are not spared.
-        spared: folders that stay.
-    """
-    if not room.is_dir():
-        return
-    kept_bytes = 0
-    folders = [folder for folder in room.iterdir() if folder not in spared]
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        kept_bytes += used_bytes(folder)
-        if kept_bytes > most_bytes:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 # Rows on disk

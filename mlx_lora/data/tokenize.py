@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.chat_template import controls_of, prefix_tokens
+from mlx_lora.data.chat_template import chat_tokens, controls_of, plain_backend, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, tokenizable
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, as_conversation, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.utils.errors import InputError
@@ -44,32 +44,11 @@ class Encoded:
 
     rows: EncodedSet
     source: np.ndarray
-    dropped: dict[int, str]
-    truncated: list[int]
-    unshown: dict[str, list[int]]
-    divided: list[int]
-    controls: dict[str, list[int]] = field(default_factory=dict)
-
-
-@dataclass
-class _Found:
-    """The rows that were encoded so far, the example of each, and what happened to the examples."""
-
-    rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
-    truncated: set[int] = field(default_factory=set)
+    truncated: list[int] = field(default_factory=list)
     unshown: dict[str, list[int]] = field(default_factory=dict)
     divided: list[int] = field(default_factory=list)
     controls: dict[str, list[int]] = field(default_factory=dict)
-
-    def result(self) -> Encoded:
-        """Return the result; an example only counts as dropped if none of its rows is left."""
-        for number in set(self.source) & self.dropped.keys():
-            del self.dropped[number]
-        rows, source = EncodedSet.from_rows(self.rows), np.array(self.source, np.int64)
-        dropped, truncated = dict(sorted(self.dropped.items())), sorted(self.truncated)
-        return Encoded(rows, source, dropped, truncated, self.unshown, self.divided, self.controls)
 
 
 class Encoder:
@@ -114,7 +93,7 @@ class Encoder:
         self._mask_prompt = mask_prompt
         self.plain = plain_completions
         self._eos: Any = tokenizer.eos_token_id
-        self._backend = _offset_tokenizer(tokenizer)
+        self._backend = plain_backend(tokenizer)
 
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order.
@@ -126,7 +105,9 @@ class Encoder:
         Returns:
             Every row has at least one trained target; examples without any are in `dropped`.
         """
-        found = _Found()
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        source: list[int] = []
+        found = Encoded(EncodedSet.from_rows(rows), np.array(source, np.int64))
         # The tokenizer uses all cores without Python's lock, so the next batch can be rendered at the same time.
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
@@ -136,21 +117,28 @@ class Encoder:
                 texts = [text.text for _, text in rendered]
                 ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
                 if waiting:
-                    self._add_rows(examples, *waiting, found)
+                    self._add_rows(examples, *waiting, found, rows, source)
                     on_rows(start)
                 waiting, start = (rendered, ahead), stop
             if waiting:
-                self._add_rows(examples, *waiting, found)
-        return found.result()
+                self._add_rows(examples, *waiting, found, rows, source)
+        # An example only counts as dropped if none of its rows is left.
+        dropped = {number: found.dropped[number] for number in sorted(found.dropped.keys() - set(source))}
+        truncated = sorted(set(found.truncated))
+        encoded = EncodedSet.from_rows(rows)
+        return replace(found, rows=encoded, source=np.array(source, np.int64), dropped=dropped, truncated=truncated)
 
     def _render_batch(
-        self, examples: Sequence[Example], start: int, found: _Found
+        self, examples: Sequence[Example], start: int, found: Encoded
     ) -> tuple[int, list[tuple[int, Rendered]]]:
         """Return where a batch ends, and (number, text) of its examples; those that cannot be rendered are dropped."""
         rendered, chats, written = [], [], 0
         for number in range(start, min(start + BATCH_ROWS, len(examples))):
             if number >= start + len(chats):
-                chats += [self._as_chat(example) for example in examples[number : number + AHEAD_ROWS]]
+                ahead = examples[number : number + AHEAD_ROWS]
+                chats += [
+                    as_conversation(one) if isinstance(one, Completion) and not self.plain else one for one in ahead
+                ]
                 if self.renderer is not None:
                     self.renderer.render_ahead([one for one in chats[number - start :] if type(one) is Conversation])
             try:
@@ -177,38 +165,53 @@ class Encoder:
         examples: Sequence[Example],
         rendered: list[tuple[int, Rendered]],
         encodings: Future[list[Encoding]],
-        found: _Found,
+        found: Encoded,
+        rows: list[tuple[np.ndarray, np.ndarray]],
+        source: list[int],
     ) -> None:
-        """Turn one batch's encodings into rows of `found`."""
+        """Turn one batch's encodings into rows, and note in `found` what was left out."""
         with tokenizer_panics("the data"):
             found_encodings = encodings.result()
         for (number, text), encoding in zip(rendered, found_encodings, strict=True):
             example = examples[number]
-            tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
+            plain = isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
+            tokens, mask = self._row(text, encoding, plain)
             if isinstance(example, Text):
                 pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
             else:
                 pieces = [(tokens[: self.max_tokens].copy(), mask[: self.max_tokens].copy())]  # without the rest
                 if len(tokens) > self.max_tokens:
-                    found.truncated.add(number)
+                    found.truncated.append(number)
             pieces = [piece for piece in pieces if piece[1].any()]
             if not pieces:
                 found.dropped[number] = f"no trained token among the first {self.max_tokens} (--max-seq-length)"
-            found.rows += pieces
-            found.source += [number] * len(pieces)
+            rows += pieces
+            source += [number] * len(pieces)
 
     def shows_tools(self, conversation: Conversation) -> bool:
         """Return whether the template shows the conversation's tools to the model."""
         return self.renderer is not None and self.renderer.shows_tools(conversation)
 
-    def _is_plain(self, example: Example) -> bool:
-        return isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
+    def prompt_tokens(self, example: Conversation | Completion) -> list[int]:
+        """Return the tokens up to where an example's answer begins.
 
-    def _as_chat(self, example: Example) -> Example:
-        if isinstance(example, Completion) and not self.plain:
-            turns = [("user", example.prompt), ("assistant", example.completion)]
-            return Conversation([{"role": role, "content": content} for role, content in turns])
-        return example
+        Raises:
+            FormatError: it is too long for the tokenizer.
+            InputError: it has turns, and there is no chat template.
+            jinja2.TemplateError, TypeError, ValueError: the template refuses it.
+        """
+        if isinstance(example, Completion) and self.plain:
+            return self.tokenizer.encode(tokenizable(example.prompt))
+        if self.template is None:
+            raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
+        chat = as_conversation(example)
+        turns = chat.messages[:-1]
+        tokenizable("".join(turn["content"] for turn in turns))
+        return chat_tokens(self.tokenizer, turns, self.template, chat.tools, self.day, self.allow_special_tokens)
+
+    def picture_number(self, example: Example) -> int | None:
+        """Return the number of a prompt's pictures in the run's table; None: pictures are not read."""
+        return None
 
     def _render(self, example: Example) -> Rendering:
         if isinstance(example, Text):
@@ -297,15 +300,3 @@ def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> t
     if stop < len(encoding.ids) and (held_by := encoding.token_to_chars(stop)) and held_by[0] < end:
         stop += 1  # this token straddles the span's end
     return first, stop
-
-
-def _offset_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with exact offsets.
-
-    The post-processor is removed: GPT-2's trims white space from offsets, so that "\\n" would have no position.
-    """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend

@@ -250,7 +250,13 @@ def verifiers_file(data: str) -> Path:
     asked = f"--data {data}"
     name, _ = named(data)
     tasks = tasks_of(data)
-    _check_rewards(tasks, asked)
+    first = {reward.__name__ for reward in tasks[0].hooks("reward")}  # the run's rewards
+    for kind, task in {type(task): task for task in reversed(tasks)}.items():  # the first task of each class
+        if other := sorted({reward.__name__ for reward in task.hooks("reward")} - first):
+            raise InputError(
+                f"{asked}: task {task.data.idx} ({kind.__name__}) has the reward {', '.join(other)}, which its first task "
+                f"({type(tasks[0]).__name__}) has not; give all its tasks the same rewards"
+            )
     harness = _harness(name, asked)
     lines = [json.dumps(record_of(task, harness, asked), ensure_ascii=False) for task in tasks]
     text = "\n".join(lines) + "\n"
@@ -261,17 +267,6 @@ def verifiers_file(data: str) -> Path:
             with replacing_file(file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return file
-
-
-def _check_rewards(tasks: Sequence[Any], asked: str) -> None:
-    """Refuse tasks of a class with other rewards than those of the first task, which are the run's."""
-    first = {reward.__name__ for reward in tasks[0].hooks("reward")}
-    for kind, task in {type(task): task for task in reversed(tasks)}.items():  # the first task of each class
-        if other := sorted({reward.__name__ for reward in task.hooks("reward")} - first):
-            raise InputError(
-                f"{asked}: task {task.data.idx} ({kind.__name__}) has the reward {', '.join(other)}, which its first task "
-                f"({type(tasks[0]).__name__}) has not; give all its tasks the same rewards"
-            )
 
 
 def _harness(name: str, asked: str) -> Any:

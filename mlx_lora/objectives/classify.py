@@ -266,8 +266,6 @@ def classify(settings: ObjectiveSettings) -> Classify:
     labels = tuple(label.strip() for label in (settings.labels or "").split(",") if label.strip())
     if settings.labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
         raise InputError(f"--labels {settings.labels!r}: give at least two labels, each once, separated by commas")
-    if settings.problem_type == NUMBER and (settings.labels or settings.class_weights):
-        raise InputError(f"--labels, --class-weights with --problem-type {NUMBER}: numbers have none; leave them out")
     given_weights(settings.class_weights)
     reports = () if settings.problem_type == NUMBER else (ACCURACY,)
     return Classify(

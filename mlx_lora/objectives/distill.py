@@ -23,15 +23,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.config.objectives import OF_SAMPLING, OF_WRITING, ObjectiveSettings
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
+from mlx_lora.data.teacher_table import RowStore, TableFormat, TeacherTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.divergence import (
     FORWARD_KL,
     REVERSE_KL,
-    SAMPLED_KL,
     DivergenceOptions,
     distill_arrays,
     distill_loss,
@@ -44,7 +43,7 @@ from mlx_lora.objectives.teacher import TEACHER, facts_of, open_teacher, teacher
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, gigabytes
 
@@ -69,7 +68,6 @@ def distill(settings: ObjectiveSettings) -> Objective:
     words += f" {settings.jsd_beta:g}" if name == "jsd" else ""
     words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""
     if not settings.on_policy:
-        _refuse_sampling(settings)
         return Distillation("distill", description=words, distills=options, reports=REPORTS)
     from mlx_lora.objectives.on_policy import on_policy  # sampling is only imported where it is asked for
 
@@ -92,15 +90,6 @@ class Distillation(WithTeacher):
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
         return BoundObjective(loss, distill_arrays, reports=self.reports, finish=self.finish)
-
-
-def _refuse_sampling(settings: ObjectiveSettings) -> None:
-    """Refuse options of sampling for a run that samples nothing."""
-    if settings.divergence == SAMPLED_KL:
-        raise InputError(f"--divergence {SAMPLED_KL}: it needs sampled answers; add --on-policy, or give reverse_kl")
-    for name in [one for one in OF_SAMPLING if one not in OF_WRITING]:  # a teacher may write answers
-        if getattr(settings, name) != getattr(ObjectiveSettings, name):
-            raise InputError(f"--{name.replace('_', '-')} without --on-policy: nothing is sampled; leave it out")
 
 
 # Before the run

@@ -267,13 +267,6 @@ class Embed(Objective):
     batch: LoopSettings | None = None  # with the size of batches, once the data is read
 
     def open(self, ctx: RunContext) -> None:
-        if ctx.settings.adapter.dropout:
-            raise InputError(
-                f"--dropout {ctx.settings.adapter.dropout:g} with --objective embed: a step computes each vector twice, and "
-                "dropout would make them differ; leave it out"
-            )
-        if ctx.settings.loop.cache_trunk == "on":
-            raise InputError("--cache-trunk on with --objective embed: a row holds several texts; leave it out")
         kept = vectors_of_start(ctx.settings) if ctx.trains else {}
         self.asked = with_choices(replace(ctx.settings.objective, **kept), ModelFiles.of(ctx.base))
         if words := ", ".join(f"{name.replace('_', ' ')} {text!r}" for name, text in kept.items()):
@@ -395,15 +388,6 @@ def embed(settings: ObjectiveSettings) -> Embed:
     scored = settings.embed_loss in SCORED
     loss = settings.embed_loss or INFONCE
     options = ContrastiveOptions(loss, settings.embed_temp, settings.triplet_margin, _dims(settings.matryoshka_dims))
-    usual = ObjectiveSettings()
-    if loss == TRIPLET and settings.embed_temp != usual.embed_temp:
-        raise InputError("--embed-temp with --embed-loss triplet: it has no temperature; leave it out")
-    if loss != TRIPLET and settings.triplet_margin != usual.triplet_margin:
-        raise InputError(f"--triplet-margin with --embed-loss {loss}: only triplet has a margin; leave it out")
-    if scored and settings.negatives:
-        raise InputError(
-            f"--negatives {settings.negatives} with --embed-loss {loss}: a score is for two texts; leave it out"
-        )
     words = "embed: vectors of texts"
     return Embed("embed", "pairs", words, reports=() if scored else (ACCURACY,), asked=settings, options=options)
 

@@ -51,7 +51,6 @@ from mlx_lora.rollouts.rewards import (
 )
 from mlx_lora.rollouts.rollout import Rollouts, fixed_prompts, greedy_answers
 from mlx_lora.rollouts.tools import failures_of_calls
-from mlx_lora.utils.errors import InputError
 
 POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
 
@@ -129,10 +128,6 @@ def all_reports(rewards: Sequence[str]) -> tuple[str, ...]:
 
 def policy(settings: ObjectiveSettings) -> Policy:
     name = settings.objective
-    if settings.group_size == 1:
-        raise InputError(
-            f"--group-size 1 with --objective {name}: it compares the answers to a prompt; give at least 2"
-        )
     loss = name if name == "rloo" else settings.grpo_loss
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.

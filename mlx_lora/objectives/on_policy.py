@@ -48,7 +48,7 @@ from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.generator import SamplingForm
 from mlx_lora.rollouts.make_environment import environment_of
 from mlx_lora.rollouts.rollout import Rollouts, of_own_rows
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import gigabytes
 
 REPORTS = ("kl", "length", "truncated", "answers")
@@ -64,8 +64,6 @@ def on_policy(settings: ObjectiveSettings, options: DivergenceOptions, words: st
         options: how student and teacher are compared.
         words: on that, for the run header.
     """
-    if options.divergence == SAMPLED_KL:
-        _refuse_beside_sampled_kl(settings)
     group = settings.answers_per_prompt
     words += f", {group} sampled answer{'s' * (group > 1)} to each prompt"
     return OnPolicyDistillation(
@@ -126,16 +124,6 @@ def _per_answer(means: dict[str, float]) -> dict[str, float]:
         "kl": means["kl"],
         **{name: means[name] / answers if answers else math.nan for name in ("length", "truncated")},
     }
-
-
-def _refuse_beside_sampled_kl(settings: ObjectiveSettings) -> None:
-    """Refuse options that change what is sampled or compared: the estimate holds for the student's own probabilities."""
-    for name in ("temp", "top_p", "min_p", "distill_temp", "teacher_top_k"):
-        if getattr(settings, name) != getattr(ObjectiveSettings, name):
-            raise InputError(
-                f"--{name.replace('_', '-')} with --divergence {SAMPLED_KL}: it compares the probabilities of tokens sampled "
-                "as the student itself would; leave it out, or give reverse_kl"
-            )
 
 
 # The teacher's scores

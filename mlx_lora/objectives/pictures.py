@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
-from mlx_lora.data.read import PICTURES
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
 from mlx_lora.models.vision import (
     VisionTower,
@@ -69,8 +68,6 @@ if TYPE_CHECKING:
 class WithPictures(Objective):
     """Reads rows with pictures, and computes another objective's loss of them."""
 
-    read_as: ClassVar[str] = PICTURES  # the kind of records in data/read.py
-
     def __post_init__(self) -> None:
         self.table = ImageTable.empty()
         self._eyes: VisionEncoder | None = None
@@ -96,7 +93,7 @@ class WithPictures(Objective):
     @property
     def asked(self) -> str:
         """How users ask for this objective."""
-        return f"--objective {self.name}" + ("" if self.read_as == PICTURES else " with --images")
+        return f"--objective {self.name}" + ("" if self.name == "vision_sft" else " with --images")
 
     @property
     def shares_prompts(self) -> bool:
@@ -132,8 +129,6 @@ class WithPictures(Objective):
             raise InputError(
                 f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base and --offload-base"
             )
-        if ctx.settings.loop.cache_trunk == "on":
-            raise InputError(f"--cache-trunk on with {self.asked}: the tower's output is kept instead; leave it out")
         trains_prompt = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: self.likelihood == "rows"}
         if ImageInputSpec.of(ctx.base.config).prompt and any(trains_prompt.values()):
             raise InputError(
@@ -211,7 +206,7 @@ class WithPictures(Objective):
         """Read rows that may have pictures; see `Objective.read_data`."""
         reader, tokenizer = self.reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
         put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
-        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, Seen(pictures=reader))
+        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.records, Seen(pictures=reader))
         ctx.record.identity["pictures"] = self.vision.identity()
         ctx.record.lines.append(self.vision.words())
         return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
@@ -220,7 +215,7 @@ class WithPictures(Objective):
         """Read one set to measure; see `Objective.read_set`."""
         reader = self.reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, Seen(pictures=reader))
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, Seen(pictures=reader))
 
     def read_planned(
         self,
@@ -235,7 +230,7 @@ class WithPictures(Objective):
         data = settings.data
         reader = self.reader(data, ImageProcessor(folder, config, data.max_pixels), config)
         put_template(tokenizer, folder, data, reader.processor.family)
-        return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, Seen(pictures=reader))
+        return load_data(data, tokenizer, settings.loop.seed, today, self.records, Seen(pictures=reader))
 
     def reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
         """Return what turns the pictures below the data's folders into tokens.

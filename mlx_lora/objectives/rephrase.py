@@ -31,7 +31,7 @@ from mlx_lora.data.downloads import download, is_on_web
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Message, Record
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
-from mlx_lora.data.prompts import STAND_IN, prompt_tokens
+from mlx_lora.data.prompts import STAND_IN
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.records import read_records
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
@@ -253,7 +253,7 @@ def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writ
         if not tokenizer.chat_template:  # a model that continues texts
             examples = [Completion("\n".join(turn["content"] for turn in chat[:-1]) + "\n", STAND_IN) for chat in chats]
         encoder = prompt_encoder(SplitRows(entries=[*examples]), DataSettings(), tokenizer, None)
-        prompts = [prompt_tokens(encoder, example) for example in examples]
+        prompts = [encoder.prompt_tokens(example) for example in examples]
         texts, ends = [""] * len(chats), frozenset(writer.tokenizer.eos_token_ids)
 
         def take(batch: list[int], found: list[list[int]]) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from mlx_lora.data.read import PICTURE_PROMPTS
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.grpo import Policy, policy
@@ -31,12 +30,7 @@ if TYPE_CHECKING:
 class VisionPolicy(WithPictures, Policy):
     """An objective whose sampled answers to prompts with pictures are rewarded."""
 
-    read_as: ClassVar[str] = PICTURE_PROMPTS
-
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        if settings.has_episodes:
-            flag = "--environment" if settings.environment else "--tools"
-            raise InputError(f"{flag} with --images: an answer about pictures is one turn; give --reward instead")
         super().check(settings, functions)
         if folders := reward_folders(settings):
             raise InputError(

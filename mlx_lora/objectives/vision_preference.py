@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
-from mlx_lora.data.read import PICTURE_PAIRS, PICTURE_RATED
 from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives import preference
 from mlx_lora.objectives.answers import BatchSums
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class VisionPreference(WithPictures, Preference):
     """An objective of pairs whose prompts may have pictures."""
-
-    read_as: ClassVar[str] = PICTURE_PAIRS
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         own = self.vision.tower
@@ -57,14 +54,7 @@ class VisionPreference(WithPictures, Preference):
         return [self.vision.identity(), tower_key(self.vision.tower, self.vision.processor)]
 
 
-class VisionRated(VisionPreference):
-    """An objective of rated answers to prompts that may have pictures."""
-
-    read_as: ClassVar[str] = PICTURE_RATED
-
-
 def vision_preference(settings: ObjectiveSettings) -> Preference:
     """Return a preference objective with --images; its options are those without."""
     plain = getattr(preference, settings.objective)(settings)
-    kind = VisionRated if plain.records == "rated" else VisionPreference
-    return kind(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})
+    return VisionPreference(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})

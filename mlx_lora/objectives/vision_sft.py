@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_lora.data.read import PICTURES
 from mlx_lora.objectives.base import Objective
 from mlx_lora.objectives.pictures import WithPictures
 
@@ -20,4 +19,4 @@ class VisionSFT(WithPictures, Objective):
 
 def vision_sft(settings: ObjectiveSettings) -> Objective:
     """Return the objective of --objective vision_sft, which has no options of its own."""
-    return VisionSFT("vision_sft", PICTURES, "imitation, with pictures")
+    return VisionSFT("vision_sft", "examples", "imitation, with pictures")

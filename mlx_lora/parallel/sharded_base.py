@@ -53,7 +53,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat.instances import mix_in
-from mlx_lora.config.checks import shard_parts
+from mlx_lora.config.settings import shard_parts
 from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.ranks import SeveralRanks

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, held_bytes, most_that_fit, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
@@ -278,7 +278,7 @@ def check_fits(
         return  # memory that is not known is watched during the run (trainer/guards.py)
     limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
     moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
-    reads = settings.loop.offload_base != "on" and not offload_problems(settings.to_flat())
+    reads = settings.loop.offload_base != "on" and not problems_with(settings.to_flat(), "offload_base", "on")
     disk = ", or --offload-base to read the base from the disk" if reads else ""
     raise DoesNotFitError(
         f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "

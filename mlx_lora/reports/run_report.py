@@ -24,11 +24,11 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.config.rules import OWNERS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
-from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.answers import right_words, shown_rows
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.classes import CLASSES_FILE, add_lines, classes_page, read_classes, read_records
@@ -217,7 +217,7 @@ def read_report(folder: Path) -> RunReport | None:
 
 def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Leave out the accuracy before the first step if the model is then its own reference: it would only show rounding."""
-    if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
+    if settings.get("reference_adapter") or settings.get("objective") not in OWNERS["reference_adapter"]:
         return records
     return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]
 

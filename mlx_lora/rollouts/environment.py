@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import prompt_encoder
-from mlx_lora.data.prompts import example_with_answer, observation_tokens, prompt_tokens, with_observation
+from mlx_lora.data.prompts import example_with_answer, observation_tokens, with_observation
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.rewards import (
@@ -406,7 +406,7 @@ class MultiTurnEnv(VectorEnv):
             texts = [one[1] for one in begun[place * group : (place + 1) * group] if one is not None]
             first = same_beginnings(texts, max(1, len(texts)), f"--environment {self.rewards[0].name}")
             for text in filter(None, first):  # none, or one
-                prompt = prompt_tokens(self.encoder, with_observation(fact["example"], text))
+                prompt = self.encoder.prompt_tokens(with_observation(fact["example"], text))
             found.append(prompt)
         return found
 

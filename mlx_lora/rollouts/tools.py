@@ -55,7 +55,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.examples import Conversation, Message
-from mlx_lora.data.prompts import prompt_tokens, with_observation
+from mlx_lora.data.prompts import with_observation
 from mlx_lora.data.tool_turns import PROBE, PROBE_SCHEMA, ToolTurns, call_id
 from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
 from mlx_lora.rollouts.rewards import (
@@ -612,7 +612,7 @@ class ToolEnv(VectorEnv):
                 own |= {name: getattr(self.pool[number], name) for name in tool_methods(box.environment)}
             self.talks.append(EpisodeTurns(own, own_random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
         return [
-            prompt if not text else prompt_tokens(self.encoder, with_observation(fact["example"], text))
+            prompt if not text else self.encoder.prompt_tokens(with_observation(fact["example"], text))
             for prompt, fact, text in zip(prompts, facts, observations, strict=True)
         ]
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.examples import Conversation, Message
-from mlx_lora.data.prompts import observation_tokens, prompt_tokens
+from mlx_lora.data.prompts import observation_tokens
 from mlx_lora.data.tool_turns import ToolTurns, call_id
 from mlx_lora.data.verifiers_tasks import STAND_IN, make_environment, named, one_line, package, tasks_of
 from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
@@ -234,7 +234,7 @@ class VerifiersEnv(VectorEnv):
             if questions:
                 said = [*questions[0].messages, {"role": "assistant", "content": STAND_IN}]
                 try:
-                    tokens = prompt_tokens(self.encoder, Conversation(said, questions[0].tools or None))
+                    tokens = self.encoder.prompt_tokens(Conversation(said, questions[0].tools or None))
                 except (jinja2.TemplateError, TypeError, ValueError) as error:
                     raise RunError(
                         f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another "

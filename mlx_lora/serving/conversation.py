@@ -30,8 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.data.chat_template import encode_chat, own_template, template_shows
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.image_prompts import encode_messages
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, family_of
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
 from mlx_lora.data.images import MARK, mark
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base

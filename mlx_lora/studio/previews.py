@@ -110,13 +110,12 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
     tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
     seen = reader_for(settings, Path(asked["tokenizer"]), tokenizer)
-    records = objective_of(settings.objective).records if seen is None else seen[1]
-    parts, repeated = _read(settings.data, records, report)
+    parts, repeated = _read(settings.data, objective_of(settings.objective).records, seen is not None, report)
     joined = SplitRows()
     for one in parts.values():
         joined.entries += one.rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
-    encoder = encoder if seen is None else seen[0].encoder(encoder)
+    encoder = encoder if seen is None else seen.encoder(encoder)
     total, before = len(joined.entries), 0
     teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     for one in parts.values():
@@ -142,7 +141,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
         if seen is not None:
             numbers = [part.encoded.rows.pictures for part in parts.values() if len(part.encoded.rows)]
             found = np.concatenate([np.zeros(0, np.int32), *(one for one in numbers if one is not None)])
-            write_pictures(temporary, found, seen[0].table, seen[0].token)
+            write_pictures(temporary, found, seen.table, seen.token)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -151,7 +150,9 @@ def _load_tokenizer(folder: Path) -> Any:
     )._tokenizer
 
 
-def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, IndexedSplit], list[Repeated]]:
+def _read(
+    settings: DataSettings, records: str, pictures: bool, report: Report
+) -> tuple[dict[str, IndexedSplit], list[Repeated]]:
     """Return the rows of each split, and each set's rows whose answers repeat their prompt."""
     parts: dict[str, IndexedSplit] = {}
     repeated, parsed = [], 0
@@ -163,7 +164,7 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
                 all_forms = part.rows.formats
                 for record in file_records(file, settings, part.rows):  # one by one, so that each entry's form is known
                     part.rows.formats = Counter()
-                    parse_rows([record], file.name, settings, records, part.rows)
+                    parse_rows([record], file.name, settings, records, part.rows, pictures)
                     part.forms += [next(iter(part.rows.formats), "")] * (len(part.rows.entries) - len(part.forms))
                     all_forms.update(part.rows.formats)
                     parsed += 1
@@ -239,10 +240,8 @@ def _examples(
     return np.array(examples, np.int32).reshape(-1, 6), named, keys
 
 
-def reader_for(
-    settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> tuple[ImageReader, str] | None:
-    """Return what reads the pictures of a run's data, and the kind of its records; None if the run has no pictures.
+def reader_for(settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
+    """Return what reads the pictures of a run's data; None if the run has none.
 
     Args:
         settings: of the run.
@@ -264,7 +263,7 @@ def reader_for(
     processor = ImageProcessor(folder, config, settings.data.max_pixels)
     put_template(tokenizer, folder, settings.data, processor.family)
     reader = objective.reader(settings.data, processor, config)
-    return reader.fetching(settings.data.fetch_images), objective.read_as
+    return reader.fetching(settings.data.fetch_images)
 
 
 def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: int) -> None:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.settings import FIELDS, ROWS
-from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
 from mlx_lora.serving.schema import ApiError, is_number, read_json
 from mlx_lora.utils.console import finite_values, printable
@@ -110,7 +110,7 @@ def setting_groups() -> list[dict[str, Any]]:
         groups.setdefault(row.group, []).append({
             "name": name, "label": label_of(name), "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
             "default": field.default, "choices": choices, "range": bounds, "exclusive": row.more_than is not None,
-            "help": HELP.get(name) or in_page_words(_ONLY_THERE.sub("", row.help)), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
+            "help": HELP.get(name) or in_page_words(_ONLY_THERE.sub("", row.help)), "common": row.common, "method": row.method, "objectives": row.only or None,
             "word": row.word,
         })  # fmt: skip
     return [{"name": name, "settings": settings} for name, settings in groups.items()]

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 
-from mlx_lora.config.checks import sharing_problems
+from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.hosts import probe_link
@@ -77,7 +77,7 @@ def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Sp
     outline = outline_for(settings.model, device.compute_dtype(settings.model.dtype))
     whole = outlined_shape(outline, settings)
     by_rows = split_by_rows(whole, _batch(settings, count, (whole, smallest)), macs, link)
-    problems = sharing_problems({**settings.to_flat(), "shard_base": "memory"})
+    problems = problems_with(settings.to_flat(), "shard_base", "memory")
     if problems:
         return [by_rows, Split(True, problem=problems[0])]
     batch, shares = _batch(settings, count), memory_shares([mac.machine for mac in macs])

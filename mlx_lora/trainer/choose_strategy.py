@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_lora.config.checks import offload_problems
+from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DATA, TrainSettings
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, divides_base, offloaded
@@ -106,7 +106,8 @@ def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
 
 def may_read_base(settings: TrainSettings, ranks: Ranks) -> bool:
     """Return whether it is open whether the base is read from files, and a run can."""
-    return settings.loop.offload_base == AUTO and ranks.size == 1 and not offload_problems(settings.to_flat())
+    may = settings.loop.offload_base == AUTO and ranks.size == 1
+    return may and not problems_with(settings.to_flat(), "offload_base", "on")
 
 
 def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

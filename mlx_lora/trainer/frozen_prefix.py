@@ -37,7 +37,7 @@ from mlx_lora.compat.foreign import KEPT_SHARE
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, evict, used_bytes
+from mlx_lora.data.teacher_table import RowStore
 from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
 from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
@@ -51,7 +51,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes
 from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:

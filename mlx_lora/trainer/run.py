@@ -195,10 +195,6 @@ def check_request(
         raise InputError(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
         )
-    if not trains and loop.shard_base != "off":
-        raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
-    if not trains and loop.parallel != "data":
-        raise InputError(f"--parallel {loop.parallel} with --test alone: only training shares a base; leave it out")
     if not trains or not ranks.leads:
         return
     folder = Path(loop.adapter_path)

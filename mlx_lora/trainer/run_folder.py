@@ -27,9 +27,9 @@ import mlx.core as mx
 import yaml
 
 from mlx_lora.adapters.qat import is_rounded
-from mlx_lora.config.checks import is_day
 from mlx_lora.config.load import code_of, keep_allowed
 from mlx_lora.config.presets import START_ANEW
+from mlx_lora.config.rules import is_day
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.config.sweep import TRIALS
 from mlx_lora.exporters.adapter_config import head_of, own_entries

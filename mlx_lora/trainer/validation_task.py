@@ -9,7 +9,6 @@ chosen by the memory that is free, so a resumed run could get other answers.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from mlx_lora.data.examples import Text
 from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.trainer.state import LOSS, TASK
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.text import counted
@@ -65,18 +63,19 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
-    if (ask := settings.data.ask) and objective.name != "sft":
-        raise InputError(f"--ask with --objective {objective.name}: only sft is asked questions; leave it out")
-    if ask and all(isinstance(one, Text) for one in read_rows(all_files(ask), settings.data, "examples").entries):
-        raise InputError(f"--ask {ask}: no question with its answer; give rows of prompt and completion")
+    if settings.data.ask:
+        rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
+        if all(isinstance(one, Text) for one in rows):
+            raise InputError(
+                f"--ask {settings.data.ask}: no question with its answer; give rows of prompt and completion"
+            )
     loop, asked = settings.loop, settings.loop.eval_tasks
     if asked is None:
         return
-    path, name, flag = Path(asked).expanduser(), settings.objective.objective, dividing_flag(loop)
+    path, name = Path(asked).expanduser(), settings.objective.objective
     refuse(
         {
             f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out": not objective.writes,
-            f"--eval-tasks {asked} with {flag}: it needs the whole base; leave out one of the two": flag,
             f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task": path.suffix
             and not path.exists(),
             f"--eval-chat-template: the rows of {asked} always have the form of a chat; leave it out": has_rows(asked)

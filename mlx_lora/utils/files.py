@@ -6,7 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +36,42 @@ def cache_dir(kind: str) -> Path:
 
 
 # The cache
+
+MOST_KEPT_BYTES = 4 * 10**9  # of all folders of a kind together, once no run uses them
+STALE_S = 24 * 3600.0  # a temporary folder this old belongs to a process that was killed
+
+
+def used_bytes(folder: Path) -> int:
+    """Return the bytes that a folder's files take on disk, without holes; 0 if it does not exist."""
+    return sum(512 * file.stat().st_blocks for file in folder.iterdir()) if folder.is_dir() else 0
+
+
+def evict(
+    room: Path, most_bytes: int = MOST_KEPT_BYTES, spared: Collection[Path] = (), most: int | None = None
+) -> None:
+    """Remove the folders that were used longest ago, until the others are few and small enough.
+
+    A run that still uses one keeps its open files; only a later run has to compute the rows again.
+
+    Args:
+        room: has one folder for each key.
+        most_bytes: of all folders that are not spared.
+        spared: folders that stay.
+        most: folders, spared ones included; None: any number.
+    """
+    found = room.iterdir() if room.is_dir() else ()
+    folders = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    kept, kept_bytes = len(spared), 0
+    for folder in (one for one in folders if one not in spared):
+        if folder.name.startswith("."):
+            if time.time() - folder.stat().st_mtime > STALE_S:
+                shutil.rmtree(folder, ignore_errors=True)
+            continue
+        kept, kept_bytes = kept + 1, kept_bytes + used_bytes(folder)
+        if kept_bytes > most_bytes or (most is not None and kept > most):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error."""

@@ -170,7 +170,7 @@ def test_bad_data_are_named(base, data, words):
         ({"method": "qlora"}, 'use method="lora", and load the model with bits=4'),
         ({"dtype": "float32"}, "dtype: belongs to the model; give it to mlx_lora.load"),
         ({"test": True}, "test: not available in Python; call mlx_lora.evaluate"),
-        ({"iters": 1, "epochs": 1}, "iters and epochs: both given"),
+        ({"iters": 1, "epochs": 1}, "iters=1 with epochs=1"),
         ({"objective": "dpo", "mask_prompt": False}, 'mask_prompt=False with objective="dpo"'),
         ({"resume": "auto"}, "without adapter_path"),
         ({"report_to": "nothing"}, 'report_to="nothing": only tensorboard, trackio, wandb, swanlab'),

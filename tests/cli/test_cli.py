@@ -41,7 +41,7 @@ def test_iters_and_epochs_are_one_setting_with_two_names(resolve):
     assert (settings.loop.iters, settings.loop.epochs) == (5, None)
     settings = resolve({"epochs": 3.0}, "iters: 5\n")
     assert (settings.loop.iters, settings.loop.epochs) == (None, 3.0)
-    with pytest.raises(InputError, match="both given"):
+    with pytest.raises(InputError, match="--iters 5 with --epochs 3"):
         resolve({}, "iters: 5\nepochs: 3\n")
 
 

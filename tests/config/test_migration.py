@@ -15,7 +15,7 @@ from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
 from mlx_lora.config.migrate.common import UNCUT
 from mlx_lora.objectives.preference import SMOOTHED
-from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, objective_of
+from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
@@ -406,8 +406,7 @@ def test_no_dialect_takes_our_own_run_yaml_or_anothers_file(folder):
 
 def test_tables_name_settings_that_exist():
     tables = [name for dialect in DIALECTS for name in (*dialect.names.values(), *dialect.defaults)]
-    tables += [name for options in objective_keys.OPTIONS.values() for name in options]
-    assert len(tables) > 80
+    assert len(tables) > 40
     assert not set(tables) - KNOWN
     assert {"lora_alpha"} - KNOWN  # another trainer's name is none of ours
 
@@ -673,14 +672,7 @@ def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):
     ]
 
 
-# Options that no other trainer's file has.
-NOT_IN_FILES = {"images", "shared_prefix", "reward_errors", "reward_timeout", "environment", "tools", "max_turns"}
-
-
-def test_a_file_sets_just_the_options_that_its_objective_has():
-    for objective in OBJECTIVES.keys() & objective_keys.OPTIONS.keys():
-        owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
-        assert set(objective_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
+def test_the_losses_with_label_smoothing_are_those_of_the_objective():
     assert objective_keys.SMOOTHED == SMOOTHED
 
 

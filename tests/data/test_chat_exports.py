@@ -9,7 +9,6 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
 from mlx_lora.api.run_data import with_settings_of_run
-from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides
@@ -313,18 +312,6 @@ def test_a_speaker_without_a_chat_is_refused(tmp_path):
     chats, report = conversations(f"{rows},{write(tmp_path, GERMAN)}", speaker="Marta")
     assert len(chats) == 3
     assert report.formats["completions"] == 2
-
-
-def test_settings_that_would_be_ignored_are_refused():
-    for given, flag in (
-        ({"conversation_gap": 3.0}, "--conversation-gap"),
-        ({"speaker": "A", "data_format": "text"}, "--speaker"),
-    ):
-        with pytest.raises(InputError, match=flag):
-            train_settings({"model": "m", "data": "d", **given})
-    assert not settings_problems(
-        train_settings({"model": "m", "data": "d", "speaker": "A", "conversation_gap": 3}).to_flat()
-    )
 
 
 def test_the_studios_preview_shows_a_chat(tmp_path, tiny_folder):

@@ -328,11 +328,6 @@ def test_named_columns_of_preferences():
     named = NamedColumns.of(DataSettings(prompt_column="frage", completion_column="antwort"))
     (rated,) = parse_rated(named.renamed({"frage": "q", "antwort": "a", "label": False}, "rated")[1])
     assert (rated.answer.completion, rated.good) == ("a", False)
-    for objective, flag in (("dpo", "completion_column"), ("kto", "text_column")):
-        with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} with --objective {objective}"):
-            train_settings({"objective": objective, flag: "x"})
-    with pytest.raises(InputError, match="with --data-format alpaca: the columns already determine"):
-        train_settings({"data_format": "alpaca", "prompt_column": "x"})
     with pytest.raises(InputError, match="--turn-names 'sender=x': write role or content"):
         train_settings({"turn_names": "sender=x"})
 

@@ -49,7 +49,7 @@ def test_counts(tmp_path):
     assert train.rows == 4
     assert train.max_length == 150
     assert train.min_length <= train.median_length <= train.p95_length <= train.max_length
-    assert 0 < train.supervised_share < 1
+    assert 0 < train.supervised_tokens < train.tokens
     text = found.render()
     assert "6 (2 alpaca, 1 completions, 1 messages)" in text
     assert "truncated 1, duplicate 1, empty 1, dropped 2" in text

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from picture_server import picture_server, png
 from PIL import Image
-from run_cli import one_line, run
+from run_cli import run
 from tiny_vision import write_model_here
 from vision_rows import picture
 
@@ -341,7 +341,3 @@ def test_a_run_fetches_pictures_only_with_the_flag(web, server, model, tmp_path)
     )
     assert measured.code == 0, measured.err
     assert "0.png" not in server.asked
-    one_line(
-        run("train", "--model", model, "--data", data, "--adapter-path", tmp_path / "sft", "--fetch-images"),
-        "--objective sft",
-    )

@@ -17,7 +17,6 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
 from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.pairs import parse_texts
-from mlx_lora.data.prompts import prompt_tokens
 from mlx_lora.data.tokenize import Encoder, windows
 from mlx_lora.utils.errors import InputError
 
@@ -59,7 +58,7 @@ def test_a_text_too_long_for_the_tokenizer_is_refused_in_every_form(monkeypatch)
         lambda: parse_labeled({"text": long, "label": 1}, DataSettings()),
         lambda: parse_labeled({"messages": chat_of, "label": 1}, DataSettings()),
         lambda: parse_candidates({"query": "a", "documents": ["b", long], "labels": [1, 0]}),
-        lambda: prompt_tokens(encoder(byte_tokenizer(), "chatml"), Completion(long, "")),
+        lambda: encoder(byte_tokenizer(), "chatml").prompt_tokens(Completion(long, "")),
     ):
         with pytest.raises(FormatError, match="characters, the most is 20"):
             parse()

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.examples import FormatError
+from mlx_lora.data.examples import Example, FormatError, Record
 from mlx_lora.data.formats import NamedColumns
-from mlx_lora.data.images import MARK, ImageConversation, ImageFiles, parse_with_images
+from mlx_lora.data.images import MARK, ImageConversation, ImageFiles
+from mlx_lora.data.read import parse_record_of
 from mlx_lora.data.records import read_records
 from mlx_lora.utils.errors import InputError
 
@@ -34,9 +35,14 @@ def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def parsed(record: dict, **settings) -> ImageConversation:
-    asked = DataSettings(**settings)
-    _, example = parse_with_images(record, asked, NamedColumns.of(asked))
+    example = read(record, **settings)
     assert isinstance(example, ImageConversation)
+    return example
+
+
+def read(record: dict, **settings) -> Example:
+    asked = DataSettings(**settings)
+    (example,) = parse_record_of(Record(1, record), "x", asked, NamedColumns.of(asked), "examples", True)[1]
     return example
 
 
@@ -113,9 +119,7 @@ def test_a_record_whose_pictures_have_no_place_is_refused(name):
 
 
 def test_a_record_without_pictures_is_text():
-    asked = DataSettings()
-    _, example = parse_with_images({"prompt": "<image>", "completion": "b"}, asked, NamedColumns.of(asked))
-    assert not isinstance(example, ImageConversation)
+    assert not isinstance(read({"prompt": "<image>", "completion": "b"}), ImageConversation)
 
 
 # Pictures

@@ -17,7 +17,7 @@ from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 from tiers import by_default
 
-from mlx_lora.objectives.table import OWN_OPTIONS
+from mlx_lora.config.rules import OWNERS
 from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--learning-rate", "1e-2", "--rank", 4, "--batch-tokens", 384, "--kernels", "ours", "--sample-tokens", 0,
@@ -223,10 +223,7 @@ def bad_cases(teacher: Path, prompt: Path, folder: Path) -> dict[str, tuple[tupl
         "another tokenizer": (("--teacher", other), "'<think>'"),
         "no such teacher": (("--teacher", folder / "none"), "none"),
         "no such prompt": (("--teacher-prompt", folder / "none.txt"), "cannot be read"),
-        "beta without jsd": (("--teacher", teacher, "--jsd-beta", 0.3), "only that uses it"),
         "a text": (("--teacher-prompt", prompt, "--data", text), "a text without turns"),
-        "prompts trained": (("--teacher-prompt", prompt, "--no-mask-prompt"), "only answers can be compared"),
-        "another objective": (("--objective", "sft", "--teacher", teacher), "--teacher with --objective sft"),
     }
 
 
@@ -254,7 +251,7 @@ CHANGES = {
 
 
 def test_every_option_is_tried():
-    own = {name for name, owners in OWN_OPTIONS.items() if owners == ("distill",)}
+    own = {name for name, owners in OWNERS.items() if owners == ("distill",)}
     # own_prompts: test_persona.py
     assert own - {"teacher", "teacher_prompt", "on_policy", "own_prompts"} == set(CHANGES)
 

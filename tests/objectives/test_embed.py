@@ -461,7 +461,3 @@ def test_bad_input_is_one_line(tiny_folder, data, tmp_path):
     assert "some rows have a score" in refused([*two, *scored])
     assert "64 numbers" in refused(two, "--matryoshka-dims", "128,64")
     assert "whole numbers" in refused(two, "--matryoshka-dims", "big")
-    assert "dropout" in refused(two, "--dropout", 0.1)
-    assert "texts are read as they are" in refused(two, "--chat-template", "chatml")
-    one_line(run("train", *common, "--data", data, "--triplet-margin", 0.2), "only triplet has a margin")
-    one_line(run("train", *common, "--data", data, "--beta", 0.2), "--beta with --objective embed")

@@ -18,8 +18,10 @@ from tiers import by_default
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
+from mlx_lora.config.rules import OWNERS
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import start_folder
-from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.state import Position
@@ -119,9 +121,9 @@ CHANGES = {
 
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
-    assert names == set(OWN_OPTIONS)
+    assert names == OWNERS.keys() - {f.name for f in fields(DataSettings)}
     # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
-    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(OTHERS)}
+    elsewhere = {name for name in names if set(OWNERS[name]) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
         "images",
         "reference_adapter",
@@ -138,7 +140,7 @@ def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folde
     assert [line["loss"] for line in changed] != plain(objective, *more)
     refused = run("train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", *flag)
     assert refused.code == 2
-    assert f"{flag[0]} with --objective sft: only" in refused.err
+    assert flag[0] in refused.err
 
 
 @pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
@@ -485,11 +487,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
         (("--objective", "orpo", "--beta", -0.5), "--beta -0.5: must be more than 0"),
         (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
-        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto"),
-        (("--pairs", "all"), "--pairs all with --objective sft"),
         (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
-        (("--objective", "dpo", "--data-format", "alpaca"), "--data-format alpaca with --objective dpo"),
-        (("--objective", "kto", "--no-mask-prompt"), "--no-mask-prompt with --objective kto"),
         (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
         (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
         (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),

@@ -143,7 +143,6 @@ def test_what_a_reward_model_cannot_be_is_one_line(untied, data, trained, imitat
     common = ("--model", untied, "--data", data, "--objective", "reward")
     one_line(run("evaluate", *common, "--adapter-path", imitated), "has no score head")
     more = ("--adapter-path", tmp_path / "b", *QUICK)
-    one_line(run("train", *common, *more, "--beta", 0.5), "--beta with --objective reward: only dpo")
     ran = run("train", *common, *more, "--target-modules", "q_proj,lm_head")
     assert (ran.code, "hidden states of this model cannot be read" in ran.lines[-1]) == (2, True)
     with pytest.raises(InputError, match="no such class"):

@@ -24,7 +24,6 @@ from vision_judge import judge_processor
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import Seen, load_eval_set
-from mlx_lora.data.read import PICTURES
 from mlx_lora.models.image_inputs import positions_of
 
 pytestmark = pytest.mark.parity
@@ -140,7 +139,7 @@ def test_rows_are_those_of_transformers(family, tmp_path):
     table = ImageTable.empty()
     reader = ImageReader(ImageProcessor(tmp_path / "model", config), [tmp_path], table, image)
     settings = DataSettings(max_seq_length=100_000)
-    rows = load_eval_set(str(file), settings, tokenizer, PICTURES, Seen(pictures=reader))
+    rows = load_eval_set(str(file), settings, tokenizer, seen=Seen(pictures=reader))
     assert len(rows) == len(chats)
     positions = reference_positions(config) if family == "qwen2_5_vl" else None
     for number, messages in enumerate(chats):

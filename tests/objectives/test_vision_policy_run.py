@@ -17,8 +17,9 @@ from vision_rows import preference, read_rows, write_pairs
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.data.examples import FormatError
-from mlx_lora.data.image_prompts import ImagePrompt
+from mlx_lora.data.examples import FormatError, Record
+from mlx_lora.data.formats import NamedColumns
+from mlx_lora.data.read import parse_record_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
@@ -179,6 +180,12 @@ def test_an_image_token_that_the_model_writes_is_text(model, tmp_path):
 SEEN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
 
 
+def prompt_of(record: dict):
+    settings = DataSettings()
+    (found,) = parse_record_of(Record(1, record), "x", settings, NamedColumns.of(settings), "prompts", True)[1]
+    return found
+
+
 @pytest.mark.parametrize(
     ("record", "asked"),
     [
@@ -190,13 +197,14 @@ SEEN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 
     ],
 )
 def test_rewards_see_the_row_as_it_is(record, asked):
-    found = ImagePrompt.parse({**record, "level": 3, "none": None}, DataSettings())
-    assert found.fact["prompt"] == asked
-    assert found.fact["columns"]["level"] == 3
-    assert found.fact["columns"]["answer"] == "A cat"
-    assert {name: found.fact["columns"][name] for name in record} == record
+    found = prompt_of({**record, "level": 3, "none": None})
+    fact = found.fact(found.example)
+    assert fact["prompt"] == asked
+    assert fact["columns"]["level"] == 3
+    assert fact["columns"]["answer"] == "A cat"
+    assert {name: fact["columns"][name] for name in record} == record
     assert len(found.example.marks) == ("images" in record or "image" in record)
-    assert "\U000fff00" not in str(found.fact)
+    assert "\U000fff00" not in str(fact)
 
 
 def test_what_is_no_prompt_about_pictures():
@@ -205,7 +213,7 @@ def test_what_is_no_prompt_about_pictures():
         ({"images": ["a.png", "b.png"], "prompt": [SEEN]}, "2 pictures"),
     ):
         with pytest.raises(FormatError, match=words):
-            ImagePrompt.parse(record, DataSettings())
+            prompt_of(record)
 
 
 # What is refused

@@ -15,10 +15,10 @@ from tiny_vision import write_model_here
 from vision_rows import PAIRS, picture, preference, read_rows, write_pairs
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.examples import FormatError
+from mlx_lora.data.examples import FormatError, Record
 from mlx_lora.data.formats import NamedColumns
-from mlx_lora.data.image_pairs import parse_preferences
 from mlx_lora.data.images import MARK
+from mlx_lora.data.read import parse_record_of
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.objectives.answers import row_log_probabilities
 
@@ -195,7 +195,7 @@ FORMS = {
 
 def parsed(record: dict, kind: str = "pairs") -> list:
     settings = DataSettings()
-    return list(parse_preferences(record, settings, NamedColumns.of(settings), kind))
+    return list(parse_record_of(Record(1, record), "x", settings, NamedColumns.of(settings), kind, True)[1])
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -211,7 +211,7 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
     assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=by_dtype(1e-4, 5e-3))
 
 
-def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, colors, tmp_path):
+def test_training_the_tower_is_planned(model, colors, tmp_path):
     def planned(*more: object) -> int:
         ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "vision_sft", "--batch-size", 4, "--json", *more)  # fmt: skip
         assert ran.code == 0, ran.err
@@ -219,19 +219,6 @@ def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, col
 
     sizes = [planned(), planned("--train-connector"), planned("--train-connector", "--train-vision", "lora")]
     assert sizes == sorted(set(sizes))
-    sft = (
-        "train",
-        "--model",
-        model,
-        "--data",
-        colors / "train.jsonl",
-        "--adapter-path",
-        tmp_path / "out",
-        "--iters",
-        1,
-    )
-    one_line(run(*sft, "--train-vision", "full"), "--objective sft")
-    one_line(run(*sft, "--objective", "vision_sft", "--train-vision", "lora", "--method", "full"), "give full")
 
 
 def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeypatch):

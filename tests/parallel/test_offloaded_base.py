@@ -371,20 +371,6 @@ def test_rows_that_do_not_fit_beside_the_base_are_trained_with_a_base_that_is_re
     assert (refused.code, "--memory-budget" in refused.lines[-1]) == (2, True)
 
 
-@pytest.mark.parametrize(("extra", "word"), [
-    (("--method", "full"), "--method full"),
-    (("--shard-base",), "--shard-base"),
-    (("--qat",), "--qat"),
-    (("--objective", "dpo", "--reference-adapter", "a"), "--reference-adapter"),
-    (("--grad-checkpoint", "none"), "--grad-checkpoint none"),
-])  # fmt: skip
-def test_what_cannot_be_is_one_line(extra, word, tiny_4bit_folder, chats, tmp_path):
-    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base", *extra))
-    assert ran.code == 2
-    assert word in ran.lines[-1]
-    assert "--offload-base" in ran.lines[-1]
-
-
 def test_a_file_that_is_gone_is_named(tmp_path):
     folder = write_folder(tmp_path / "base", tiny_model())
     base = load_base(train_settings({"model": str(folder)}).model, read=False)

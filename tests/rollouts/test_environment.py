@@ -334,7 +334,7 @@ def test_every_batch_has_the_columns_of_all_rows(tmp_path, pictures):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "valid.jsonl").write_text('{"prompt": "other"}\n')
     asked = replace(SETTINGS.data, data=str(tmp_path))
-    parts, _, _ = read_sets(find_sets(str(tmp_path)), asked, "picture prompts" if pictures else "prompts")
+    parts, _, _ = read_sets(find_sets(str(tmp_path)), asked, "prompts", pictures)
     found = [entry.columns for split in ("train", "valid") for entry in parts[split].entries]
     assert [sorted(columns) for columns in found] == [["answer", "hint", "prompt", "tip"]] * 7
     assert [columns["hint"] for columns in found] == [None, None, "h", None, None, None, None]

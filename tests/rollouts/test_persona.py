@@ -292,8 +292,6 @@ def test_a_model_that_cannot_write_prompts_is_told_in_one_line(tiny_folder, aske
 
 
 BAD = {
-    "own prompts and data": (("--own-prompts", 8), "--own-prompts with --data"),
-    "own prompts of another objective": (("--objective", "sft", "--own-prompts", 8), "only distill"),
     "a weight": (("--data", "{asked}/prompts=2"), "a weight of prompts that the teacher answers"),
     "answers are not sampled": (
         ("--data", "{chats}", "--max-new-tokens", 9),

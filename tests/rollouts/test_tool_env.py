@@ -15,7 +15,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.examples import Completion
-from mlx_lora.data.prompts import encode_prompts, parse_prompt, prompt_tokens
+from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, rewards_itself, toolbox_of
@@ -417,7 +417,7 @@ def test_prompts_show_the_tools(file):
     encoder = Encoder(env.tokenizer, env.tokenizer.chat_template, max_seq_length=10**4)
     plain = encode_prompts(encoder, [parse_prompt({"prompt": "What?"})], tools=env.toolbox.schemas)
     assert plain.rows.row(0)[0].tolist() == tokens  # a text is the user's turn
-    bare = prompt_tokens(encoder, Completion("What?", "."))
+    bare = encoder.prompt_tokens(Completion("What?", "."))
     assert "look_up" not in env.tokenizer.decode(bare)
     without = Encoder(env.tokenizer, None, max_seq_length=10**4, plain_completions=True)
     with pytest.raises(InputError, match="no chat template"):

@@ -127,4 +127,4 @@ def test_a_template_that_shows_no_tools_is_one_line(shelf, tmp_path):
         "--tools",
         "t.py",
     )
-    one_line(ran, "--tools with --objective sft")
+    one_line(ran, "--tools")

@@ -359,21 +359,6 @@ def test_a_score_that_is_no_number_is_never_the_best():
     assert (at.best_score, at.worse) == (0.9, 1)
 
 
-UNUSABLE = {
-    "--keep-best with --save-every 0": ("--keep-best", "--save-every", 0, "--steps-per-eval", 3),
-    "--keep-best with --val-batches 0": ("--keep-best", "--val-batches", 0),
-    "--early-stopping-patience with --steps-per-eval 0": ("--early-stopping-patience", 2),
-    "--early-stopping-threshold without": ("--early-stopping-threshold", 0.1),
-    "--metric-for-best-model with --val-batches 0": ("--metric-for-best-model", "accuracy", "--val-batches", 0),
-}
-
-
-@pytest.mark.parametrize("words", UNUSABLE)
-def test_options_that_would_do_nothing_are_refused(words, tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *UNUSABLE[words]))
-    assert (ran.code, words in ran.err) == (2, True)
-
-
 # Memory
 
 

@@ -24,7 +24,7 @@ from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data import teacher_table as row_store
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import VALUES_FILE, RowStore, evict, used_bytes
+from mlx_lora.data.teacher_table import VALUES_FILE, RowStore
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
@@ -40,7 +40,7 @@ from mlx_lora.trainer.frozen_prefix import StoredOutput, TrunkAsked, TrunkRows, 
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.files import cache_dir, evict, used_bytes
 
 # Full attention, sliding windows, experts, and recurrent blocks beside attention.
 KEPT = ("llama", "gemma3_text", "qwen3_moe", "gpt_oss", "qwen3_next", "falcon_h1")

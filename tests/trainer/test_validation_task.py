@@ -126,11 +126,7 @@ def test_a_run_without_held_out_rows_says_so_before_its_first_step(asked, tiny_f
         (("--eval-tasks", "none.jsonl"), "there is no such file"),
         (("--eval-tasks", "{rows}", "--eval-metric", "exactmatch"), "--eval-metric exactmatch: did you mean exact_match"),
         (("--eval-tasks", "{rows}", "--eval-chat-template"), "--eval-chat-template"),
-        (("--eval-tasks", "{rows}", "--val-batches", 0), "--eval-tasks with --val-batches 0"),
         (("--eval-tasks", "{rows}", "--objective", "embed"), "writes no text"),
-        (("--eval-tasks", "{rows}", "--offload-base", "on"), "needs the whole base"),
-        (("--metric-for-best-model", "task"), "without --eval-tasks"),
-        (("--eval-rows", 3), "--eval-rows without --eval-tasks"),
         (("--metric-for-best-model", "macro_f1"), "only classify report"),
     ],
 )  # fmt: skip

@@ -224,22 +224,27 @@ def read_columns(dataset: Sheet) -> None:
 
 def read_format(sheet: Sheet, kind: Any, key: str) -> None:
     """Set the record format; alpaca rows keep the alpaca prompt, which Axolotl uses for every model."""
-    word = re.split("[:.]", kind)[0] if isinstance(kind, str) else None
     if kind is None:
         return
     if isinstance(kind, dict):
         read_own_type(sheet, sheet.within(filled(kind), key), key)
-    elif not objective_keys.trains_on_chats(sheet):
-        read_record_type(sheet, word, kind, key)
-    elif word not in FORMATS:
+        return
+    word, chats = re.split("[:.]", str(kind))[0], objective_keys.trains_on_chats(sheet)
+    if word not in (FORMATS if chats else RECORD_TYPES):
         sheet.left_out.append(key)
         sheet.note(f"{key}: has no counterpart here; the format is detected from the records' keys")
-    else:
+        return
+    if chats:
         sheet.found["data_format"] = FORMATS[word]
-        if kind == "alpaca":
-            put_template(sheet, "alpaca", f"{key} alpaca")
-        elif word in ("alpaca", "alpaca_chat", "sharegpt"):
-            sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
+        template, own = "alpaca" if kind == "alpaca" else None, word in ("alpaca", "alpaca_chat", "sharegpt")
+    else:  # the records' keys tell the rest
+        template, own = RECORD_TYPES[word], word in ("llama3", "zephyr")
+    if template:  # whatever the file's own key says
+        sheet.found["chat_template"] = template
+        sheet.take("chat_template")
+        sheet.note(f"{key} {kind}: rows get the {template} prompt, as in Axolotl; --chat-template sets another")
+    elif own:
+        sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
 
 
 def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
@@ -260,24 +265,6 @@ def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
         if kind.rest:
             sheet.note(f"{key}: columns are found by their names, and --chat-template gives the text around them")
     kind.leave_rest()
-
-
-def read_record_type(sheet: Sheet, word: str | None, kind: Any, key: str) -> None:
-    """Set the template that a type of preference records means; the records' keys tell the rest."""
-    if word not in RECORD_TYPES:
-        sheet.left_out.append(key)
-        sheet.note(f"{key}: has no counterpart here; the type is detected from the records' keys")
-    elif template := RECORD_TYPES[word]:
-        put_template(sheet, template, f"{key} {kind}")
-    elif word in ("llama3", "zephyr"):
-        sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
-
-
-def put_template(sheet: Sheet, template: str, kind: str) -> None:
-    """Set the chat template that a type of records means, whatever the file's own key says."""
-    sheet.found["chat_template"] = template
-    sheet.take("chat_template")
-    sheet.note(f"{kind}: rows get the {template} prompt, as in Axolotl; --chat-template sets another")
 
 
 def read_template(sheet: Sheet) -> None:

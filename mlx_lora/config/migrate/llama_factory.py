@@ -129,24 +129,19 @@ def read_method(sheet: Sheet) -> None:
         "full": None if kind == "lora" else "finetuning_type",
     }
     common.choose_method(sheet, on, ratio)
-    if kind == "freeze":
-        read_freeze(sheet)
+    if kind == "freeze":  # which trains some last blocks in full
+        blocks = sheet.number("freeze_trainable_layers")
+        blocks = 2 if blocks is None else blocks
+        if blocks < 1:
+            raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
+        sheet.found["num_layers"] = blocks
+        common.read_targets(sheet, "freeze_trainable_modules", "all")
     bits = sheet.take("quantization_bit")
     if bits:
         common.put_bits(sheet, "quantization_bit", bits)
     if sheet.switch("use_muon"):
         sheet.found["optimizer"] = "muon"
     common.read_layers(sheet, NAMES)
-
-
-def read_freeze(sheet: Sheet) -> None:
-    """Set the number of last blocks that freeze-tuning trains in full."""
-    blocks = sheet.number("freeze_trainable_layers")
-    blocks = 2 if blocks is None else blocks
-    if blocks < 1:
-        raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
-    sheet.found["num_layers"] = blocks
-    common.read_targets(sheet, "freeze_trainable_modules", "all")
 
 
 def read_data(sheet: Sheet) -> None:
@@ -221,7 +216,11 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     if columns := _to_read(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns"):
         put_columns(sheet, columns, pairs)
     if tags := _to_read(sheet, entry.get("tags"), TAGS, f"{TABLE} {name}.tags"):
-        put_tags(sheet, tags)
+        fields = {tag.removesuffix("_tag"): tags.take(tag) for tag in ("role_tag", "content_tag") if tag in tags.rest}
+        roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
+        common.put_turn_names(sheet, fields, roles, f"{TABLE} {name}.tags")
+        tags.drop(TAGS)
+        tags.leave_rest()
     return str(folder / source) if source and entry.get("file_name") else source
 
 
@@ -258,15 +257,6 @@ def put_columns(sheet: Sheet, columns: Sheet, pairs: bool) -> None:
     found.pop("data_format", None)  # the columns tell it
     columns.drop(COLUMNS)
     columns.leave_rest()
-
-
-def put_tags(sheet: Sheet, tags: Sheet) -> None:
-    """Set the names of a turn's fields and roles."""
-    fields = {tag.removesuffix("_tag"): tags.take(tag) for tag in ("role_tag", "content_tag") if tag in tags.rest}
-    roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
-    common.put_turn_names(sheet, fields, roles, tags.prefix.removesuffix("."))
-    tags.drop(TAGS)
-    tags.leave_rest()
 
 
 def settings_of_table(data: str) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def recognizes(content: Mapping[str, Any]) -> bool:
     """Return whether a file has keys that only mlx-lm reads."""
     own = any(isinstance(content.get(key), dict) for key in MAPPINGS)
     own = own or (bool(content.get("fine_tune_type")) and "method" not in content)
-    return (own or any(content.get(key) for key in ("hf_dataset", *FEATURES))) and not recognizes_lora(content)
+    return (own or any(content.get(key) for key in ("hf_dataset", *FEATURES))) and not any(
+        key in content for key in OF_MLX_LM_LORA
+    )
 
 
 def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
@@ -203,16 +205,18 @@ NUMBERS = {
 GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": "grpo"}
 
 
-def recognizes_lora(content: Mapping[str, Any]) -> bool:
-    """Return whether a file has a key that only mlx-lm-lora has."""
-    return any(key in content for key in OF_MLX_LM_LORA)
-
-
 def read_mode(sheet: Sheet) -> None:
     """Set the objective and its options; refuse modes and losses that we do not have."""
     for theirs, name in RENAMED.items():
         if theirs in sheet.rest:
             sheet.rest[name] = sheet.take(theirs)
+    for key, bits in BITS.items():
+        if sheet.switch(key):
+            common.put_bits(sheet, key, bits)
+    if sheet.rest.get("wandb"):
+        sheet.found |= {"report_to": "wandb", "project_name": sheet.take("wandb")}
+    if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
+        sheet.leave("epochs")
     mode = str(sheet.take("train_mode") or "sft").replace("-", "_")
     if mode not in MODES:
         known = ", ".join(name for name in MODES if name != "normal")
@@ -258,22 +262,11 @@ def read_sampling(sheet: Sheet) -> None:
     objective_keys.keep_cycles(sheet)
 
 
-def read_rest(sheet: Sheet) -> None:
-    """Set the remaining keys that have another name in mlx-lm-lora."""
-    for key, bits in BITS.items():
-        if sheet.switch(key):
-            common.put_bits(sheet, key, bits)
-    if sheet.rest.get("wandb"):
-        sheet.found |= {"report_to": "wandb", "project_name": sheet.take("wandb")}
-    if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
-        sheet.leave("epochs")
-
-
 MLX_LM_LORA = Dialect(
     name="mlx-lm-lora",
-    recognizes=recognizes_lora,
+    recognizes=lambda content: any(key in content for key in OF_MLX_LM_LORA),
     rules=(
-        *(read_mode, read_rest, partial(read_shape, default_scale=10.0), read_schedule),
+        *(read_mode, partial(read_shape, default_scale=10.0), read_schedule),
         *(read_optimizer, read_data, read_counts, read_ours),
     ),
     names={"fine_tune_type": "method"},

@@ -11,23 +11,8 @@ from typing import Any
 
 from mlx_lora.config.migrate.common import UNCUT, Names, Sheet, read_batch
 from mlx_lora.config.objectives import IMITATION, SAMPLING
+from mlx_lora.config.rules import OWNERS
 
-OF_SAMPLING = (
-    *("reward", "reward_weights", "group_size", "max_new_tokens", "temp", "top_p", "min_p", "epsilon", "epsilon_high"),
-    *("kl_beta", "mask_truncated", "updates_per_rollout"),
-)
-# The options of each objective; other options in a file are left out.
-OPTIONS = {
-    "sft": (),
-    "dpo": ("loss_type", "loss_weights", "beta", "label_smoothing", "discopop_tau", "reference_adapter"),
-    "orpo": ("beta",),
-    "simpo": ("beta", "label_smoothing", "simpo_gamma"),
-    "cpo": ("beta", "label_smoothing", "cpo_alpha"),
-    "kto": ("loss_type", "beta", "desirable_weight", "undesirable_weight", "reference_adapter"),
-    "reward": ("center_rewards",),
-    "grpo": (*OF_SAMPLING, "grpo_loss", "scale_rewards"),
-    "rloo": OF_SAMPLING,
-}
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LIKELIHOOD = (
     "rpo_alpha",
@@ -57,7 +42,7 @@ def read_prompts_trained(sheet: Sheet, key: str) -> None:
 def put_objective(sheet: Sheet, objective: str, options: Mapping[str, str]) -> None:
     """Set the objective and those of the options, key -> ours, that belong to it; the others are reported as left out."""
     sheet.found["objective"] = objective
-    own = {theirs: name for theirs, name in options.items() if name in OPTIONS[objective]}
+    own = {theirs: name for theirs, name in options.items() if objective in OWNERS[name]}
     for theirs, name in own.items():
         sheet.copy({theirs: name}, Sheet.take if name in LISTS else Sheet.number)
     found, losses = sheet.found, sheet.found.get("loss_type", "sigmoid")
@@ -81,7 +66,7 @@ def read_reference(sheet: Sheet, model: str, reference: str) -> None:
     asked = sheet.take(reference)
     if asked is None or asked == sheet.rest.get(model):
         return
-    if "reference_adapter" in OPTIONS[sheet.found["objective"]]:
+    if sheet.found["objective"] in OWNERS["reference_adapter"]:
         raise sheet.refusal(
             f"{reference} {asked}: the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
         )

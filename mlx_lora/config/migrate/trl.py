@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lora.config.migrate import common, objective_keys
 from mlx_lora.config.migrate.common import SHARED, UNCUT, Dialect, Names, Sheet
-from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.config.objectives import PAIRS, SAMPLING
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
 NAMES = Names(
@@ -36,6 +36,7 @@ OWN_KEYS = {
         *("use_weighting", "sync_ref_model", "loss_type", "label_smoothing", "max_prompt_length", "beta"),
     ),
 }
+COMMANDS = ("sft", *PAIRS, "kto", *SAMPLING, "distill")  # objectives
 CHAT_LOSSES = ("nll", "chunked_nll", "dft")  # of `trl sft`
 # Options of preference training, most of which have TRL's names here.
 PREFERENCES = {name: name for name in (
@@ -81,7 +82,7 @@ def read_kind(sheet: Sheet) -> None:
 
 def _objective(sheet: Sheet) -> str:
     """Return the objective, by the flag, or by the keys that only one has."""
-    if sheet.objective in (*objective_keys.OPTIONS, "distill"):
+    if sheet.objective in COMMANDS:
         return sheet.objective
     losses = sheet.rest.get("loss_type")
     for objective, keys in OWN_KEYS.items() if losses not in CHAT_LOSSES else ():
