@@ -9,6 +9,7 @@ chosen by the memory that is free, so a resumed run could get other answers.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import pytest
 from architectures.build import tiny_architecture
 from conftest import TINY, quantized, tiny_model
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lora.rollouts.decode import TokenSteps
+from mlx_lora.rollouts.generator import TokenSteps
 from tiny_steps import batch, factors
 
 from mlx_lora.adapters.inject import inject
