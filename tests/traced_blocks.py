@@ -18,6 +18,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_lora.compat.functions import TAKERS
 from mlx_lora.kernels.attention import Windows
 from mlx_lora.trainer import model_shape
 from mlx_lora.utils import device
@@ -69,9 +70,11 @@ def key_of(
     try:
         modules = tuple((path, _of_module(module)) for path, module in block.named_modules())
         chosen = choose if choose is model_shape.assumed else (type(choose).__name__, _of(vars(choose)))
-        machine = (device.on_gpu(), device.keep_exponentials(), device.compiles_kernels(), mx.dequantize, mx.fast.rope)
+        machine = (device.on_gpu(), device.keep_exponentials(), device.compiles_kernels())
+        inside = {id(module) for module in block.modules()}
+        taken = frozenset((*place[:2], len(place)) for place in TAKERS.get() if len(place) == 2 or place[2] in inside)
         seen = tuple(windows.of(leaf) for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array))
-        key = (modules, chosen, lag, seen, _of(args), _of(kwargs), machine)
+        key = (modules, chosen, lag, seen, _of(args), _of(kwargs), machine, taken)
         hash(key)
     except (_NotPlain, TypeError):
         return None

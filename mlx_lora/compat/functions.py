@@ -23,7 +23,7 @@ from typing import Any
 
 Place = tuple[Any, str]
 """(module or class, the name of its function)."""
-_TAKERS: ContextVar[Mapping[tuple[Any, ...], Callable[..., Any]]] = ContextVar(
+TAKERS: ContextVar[Mapping[tuple[Any, ...], Callable[..., Any]]] = ContextVar(
     "what takes calls", default=MappingProxyType({})
 )
 _INSTALLING = threading.Lock()
@@ -41,11 +41,11 @@ def exchanged(functions: Mapping[Place, Callable[..., Any]]) -> Iterator[None]:
     """Let other functions take the calls of these places inside the block, in this thread."""
     for place in functions:
         _dispatch(*place)
-    token = _TAKERS.set({**_TAKERS.get(), **functions})
+    token = TAKERS.set({**TAKERS.get(), **functions})
     try:
         yield
     finally:
-        _TAKERS.reset(token)
+        TAKERS.reset(token)
 
 
 @contextmanager
@@ -59,14 +59,14 @@ def answering(
         name: of the method that is taken.
         below: a class of the modules: the mixins in front of it are still called first; None: nothing is.
     """
-    takers = {**_TAKERS.get()}
+    takers = {**TAKERS.get()}
     for module, call in calls:
         owner = next(kind for kind in (below or type(module)).__mro__ if name in vars(kind))
         _dispatch(owner, name)
         key = owner, name, id(module)
         takers[key] = partial(call, takers.get(key) or partial(original(owner, name), module))
     with exchanged({}):
-        _TAKERS.set(takers)
+        TAKERS.set(takers)
         yield
 
 
@@ -85,7 +85,7 @@ def _dispatch(owner: Any, name: str) -> None:
 
         @wraps(own, updated=())
         def dispatcher(*args: Any, **kwargs: Any) -> Any:
-            takers = _TAKERS.get()
+            takers = TAKERS.get()
             if taker := takers.get((owner, name)):
                 return taker(*args, **kwargs)
             if args and (taker := takers.get((owner, name, id(args[0])))):

@@ -35,6 +35,7 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, SWITCH, base_dims
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qat import FakeQuantized
 from mlx_lora.adapters.targets import block_paths
+from mlx_lora.compat.functions import original
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import traced_calls
@@ -365,8 +366,8 @@ def _head_width(config: Mapping[str, Any], heads: int) -> int:
 
 def _has_lean_activation(block: nn.Module) -> bool:
     """Return whether the block's modules use the gated activation that training replaces (kernels/table.py)."""
-    homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
-    return any(home.get("swiglu") is activations.swiglu for home in homes)
+    homes, own = {sys.modules[type(module).__module__] for module in block.modules()}, original(activations, "swiglu")
+    return any(original(home, "swiglu") is own for home in homes)
 
 
 # What layers keep of a row

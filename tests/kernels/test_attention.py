@@ -17,6 +17,7 @@ from mlx_lora.kernels.attention import Tiles, tiled_attention
 from mlx_lora.kernels.table import choose_model_kernels, training_kernels
 from mlx_lora.losses.check import check_kernels
 from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.meta import model_shape
 
 T, S, WIDTH = 37, 37, 16
 SHAPES = {"grouped": (2, 6, 2), "one key head": (1, 4, 1), "every head its own": (3, 2, 2)}  # B, H, N
@@ -196,3 +197,10 @@ def test_float_masks_and_caches_keep_mlx_lms_attention():
     expected = mx.grad(lambda m: base.scaled_dot_product_attention(q, q, q, None, 1.0, m).square().sum())(mask)
     assert close(grad, expected, 1e-6)
     assert mx.abs(expected).max().item() > 1e-3
+
+
+def test_a_plan_knows_the_activation_of_a_model_whose_kernels_were_exchanged():
+    model = adapted()
+    with training_kernels(model):
+        model(mx.arange(20)[None])
+    assert {block.gated for block in model_shape(model, TINY).blocks} == {"silu"}
