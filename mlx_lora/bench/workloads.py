@@ -283,8 +283,8 @@ def digest_of(definition: dict[str, Any]) -> str:
     return sha256_of(json.dumps(content, sort_keys=True))[:12]
 
 
-SHORT = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
-LONG = {"batch_tokens": 8192, "epochs": 2}
+SHORT: dict[str, Any] = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
+LONG: dict[str, Any] = {"batch_tokens": 8192, "epochs": 2}
 WORKLOADS = (
     Workload("embedded", SMOLLM2.name, "chat", False, **SHORT),
     Workload("embedded", SMOLLM2.name, "chat", True, **SHORT),
