@@ -212,7 +212,8 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     same = again == whole and before != whole
     words = "the same bytes"
     if not same:
-        one, other = (dict(mx.load(str(root / name / WEIGHTS))) for name in ("whole", "stopped"))  # pyright: ignore[reportArgumentType,reportCallIssue]
+        stored: list[Any] = [mx.load(str(root / name / WEIGHTS)) for name in ("whole", "stopped")]
+        one, other = stored
         changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
         words = f"{len(changed)} of {len(one)} arrays differ from the run that never stopped"
     words = f"stopped after step {STOPPED} of {STEPS}: {words}"

@@ -172,8 +172,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         near = similar_paths(folder, lambda p: (p / CONFIG_FILE).is_file())
-        advice = f"did you mean {near[0]}?" if near else "give the folder that a training run wrote"
-        raise InputError(f"--adapter-path {folder}: no such folder; {advice}")
+        if near:
+            raise InputError(f"--adapter-path {folder}: no such folder; did you mean {near[0]}?")
+        raise InputError(f"--adapter-path {folder}: no such folder; give the folder that a training run wrote")
     if not path.is_file():
         raise InputError(f"{path}: cannot be read (no such file); give the folder that a training run wrote")
     config = read_json(path, "restore it from a checkpoint")

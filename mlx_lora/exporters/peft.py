@@ -768,7 +768,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += _shape_problems(found, paths, modules, header, group)
     problems += [] if problems else rank_problems(config, found, header)
     _refuse(folder, problems)
-    stored = mx.load(str(file))
+    stored: Any = mx.load(str(file))
     _refuse(folder, _copy_problems(copies, stored, modules, tied) + head_problems(full, stored, modules, tied))
     factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
@@ -837,7 +837,7 @@ def write_peft(
             raise InputError(
                 f"--to peft-qalora: {other[0]} is not a QA-LoRA over a linear layer; train with --method qa-lora, or use --to peft"
             )
-        sizes = {layer.base.group_size for layer in layers.values()}
+        sizes: set[Any] = {layer.base.group_size for layer in layers.values()}
         if len(sizes) > 1:
             raise InputError(
                 f"--to peft-qalora: the base has groups of {', '.join(map(str, sorted(sizes)))}, and PEFT has one size for "

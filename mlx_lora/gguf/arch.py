@@ -70,7 +70,6 @@ from mlx_lora.gguf.mapping import (
 )
 from mlx_lora.gguf.reader import GGUFFile
 from mlx_lora.models.folder import FUSED_KEY
-from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.utils.errors import InputError, Problems, first_of
 
 Config = dict[str, Any]
@@ -1077,20 +1076,3 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
             f"--to gguf: {'; '.join(problems)}: llama.cpp's {architecture} does not support this; use --to peft or hf"
         )
     return shared | own, tensors
-
-
-def picture_settings(config: Config, architecture: str) -> Config:
-    """Return the settings of a language model's file by which llama.cpp puts pictures into it.
-
-    Args:
-        config: config.json of the whole model.
-        architecture: llama.cpp's name for the language model.
-
-    Returns:
-        {key without the architecture's prefix: value}; nothing for models without pictures, or that need none.
-    """
-    if architecture not in ("qwen2vl", "qwen3vl"):
-        return {}
-    spec = ImageInputSpec.of(config)
-    sections = {"rope.dimension_sections": [*(spec.sections or ()), 0]}  # time, row, column, and one that nobody uses
-    return sections | ({"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {})

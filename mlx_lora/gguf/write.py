@@ -36,11 +36,12 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, picture_settings, text_model
+from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.tokenizer import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
+from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.models.tower_files import of_tower
@@ -187,6 +188,23 @@ def write_gguf_model(
             writer.add_string(FUSED_KEY, mark)
         write_tensors(writer, planned, extra)
     return file.stat().st_size
+
+
+def picture_settings(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Return the settings of a language model's file by which llama.cpp puts pictures into it.
+
+    Args:
+        config: config.json of the whole model.
+        architecture: llama.cpp's name for the language model.
+
+    Returns:
+        {key without the architecture's prefix: value}; nothing for models without pictures, or that need none.
+    """
+    if architecture not in ("qwen2vl", "qwen3vl"):
+        return {}
+    spec = ImageInputSpec.of(config)
+    sections = {"rope.dimension_sections": [*(spec.sections or ()), 0]}  # time, row, column, and one that nobody uses
+    return sections | ({"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {})
 
 
 def write_tensors(
