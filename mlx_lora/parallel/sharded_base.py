@@ -56,7 +56,7 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.checks import shard_parts
 from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
-from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.planner.fit import budget_of
 from mlx_lora.planner.machine import this_machine
@@ -619,14 +619,7 @@ class ShardedBase(DataParallel):
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
         ranks = self._several
-        asked = settings.loop.shard_base
-        if asked == "memory":
-            parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
-        else:
-            parts = shard_parts(asked) or [1.0] * ranks.size
-        if len(parts) != ranks.size:
-            raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
-        shares = [part / sum(parts) for part in parts]
+        shares = shares_of(settings, ranks)
         alive = units_of(base.model).largest
         units = share_base(base.model, ranks, shares, base.stored)
         device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
@@ -661,3 +654,19 @@ class ShardedBase(DataParallel):
 
     def await_messages(self, model: nn.Module) -> None:
         mx.eval(model.layers[0]._held.unit.messages.sent)
+
+
+def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
+    """Return each rank's share of the base, which add up to 1.
+
+    Raises:
+        InputError: as many parts were given as there are not processes.
+    """
+    asked = settings.loop.shard_base
+    if asked == "memory":
+        parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
+    else:
+        parts = shard_parts(asked) or [1.0] * ranks.size
+    if len(parts) != ranks.size:
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
+    return [part / sum(parts) for part in parts]
