@@ -1,7 +1,7 @@
 """The processes of a run as one of them uses them: its rank, and the collectives of mx.distributed.
 
 mlx moves the data: ring over TCP, JACCL over Thunderbolt, MPI or NCCL. Every rank calls the same collectives in the same
-order; parallel/ranks.py finds the ranks, and ends all of them if one fails or dies.
+order; `together` finds the ranks, and ends all of them if one fails or dies.
 
 Without a launcher a run has `OneRank`, which needs no collectives.
 

@@ -1,4 +1,4 @@
-"""The messages in which ranks share a frozen base, and the part of its weights that each keeps (parallel/sharded_base.py).
+"""The messages in which ranks share a frozen base, and the part of its weights that each keeps.
 
 A unit (a block, a slice of a table) is one message, or two where ranks keep unequal parts. Each waits for the one before, so
 that all ranks send them in the same order.
@@ -16,7 +16,7 @@ one message, which holds its arrays as bytes, packed weights as they are. Messag
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
 computes.
 
-Every rank must call the model equally often; `ShardedBase` (parallel/sharded_base.py) sees to that. Other uses of a shared
+Every rank must call the model equally often; `ShardedBase` sees to that. Other uses of a shared
 base have helpers here: one text for all ranks, and the weights of one block.
 
 The embedding and the head are shared, too. A table of a small model is as large as many of its blocks. So it is cut along
@@ -603,7 +603,7 @@ class SharedWhole(nn.Module):
 
 
 class ShardedBase(DataParallel):
-    """Each rank computes some rows, and keeps a part of every block's weights; see parallel/sharded_base.py.
+    """Each rank computes some rows, and keeps a part of every block's weights.
 
     Attributes:
         share: of this rank in the base, from 0 to 1; 1 until the base is divided.
