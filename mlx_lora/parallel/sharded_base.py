@@ -430,36 +430,26 @@ def share_modules(
         mix_in(SharedBlock, block)
         units.append(block._held.unit)
     paths = {id(module): path for path, module in model.named_modules()}
-    for table in tables:
-        units += _share_table(table, paths[id(table)], store, most, stored, mixin_of)
+    for module in tables:
+        table: Any = module
+        if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
+            table._held = held(table, store.table_unit)
+            mix_in(SharedWhole, table)
+            units.append(table._held.unit)
+            continue
+        arrays, path = frozen_arrays(table), paths[id(table)]
+        instead = stand_ins(arrays)
+        mx.eval([array for _, array in instead])
+        slices = [
+            Sharded(store.rows_unit(path, arrays, rows, stored), tree_unflatten(instead), rows)
+            for rows in slices_of(table, most)
+        ]
+        table.update(tree_unflatten(instead))
+        table._slices = Slices(tuple(slices))
+        own = [one.unit for one in slices]
+        mix_in(mixin_of(table, own), table)
+        units += own
     mx.eval(model.parameters())
-    return units
-
-
-def _share_table(
-    table: Any,
-    path: str,
-    store: Store,
-    most_bytes: int,
-    stored: Mapping[str, StoredTensor],
-    mixin_of: Callable[[nn.Module, Sequence[Any]], type[SharedTable]],
-) -> list[Any]:
-    """Let a module outside of the blocks have its weights from a store; arguments as in `share_modules`."""
-    if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
-        table._held = held(table, store.table_unit)
-        mix_in(SharedWhole, table)
-        return [table._held.unit]
-    arrays = frozen_arrays(table)
-    instead = stand_ins(arrays)
-    mx.eval([array for _, array in instead])
-    slices = [
-        Sharded(store.rows_unit(path, arrays, rows, stored), tree_unflatten(instead), rows)
-        for rows in slices_of(table, most_bytes)
-    ]
-    table.update(tree_unflatten(instead))
-    table._slices = Slices(tuple(slices))
-    units = [one.unit for one in slices]
-    mix_in(mixin_of(table, units), table)
     return units
 
 

@@ -111,17 +111,7 @@ def gathered(own: Sequence[Played], dealt: Sequence[list[list[int]]], group: int
         group: G.
         ranks: all ranks of the run.
     """
-    every = ranks.everyone(
-        [
-            [
-                one.prompts,
-                [[e.tokens, e.observed, e.truncated, e.counts] for e in one.episodes],
-                one.rewards.tolist(),
-                one.notes,
-            ]
-            for one in own
-        ]
-    )
+    every = ranks.everyone([[one.prompts, one.written, one.rewards.tolist(), one.notes] for one in own])
     whole = []
     for number, prompts_of in enumerate(dealt):
         prompts = sum(map(len, prompts_of))
