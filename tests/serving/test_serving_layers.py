@@ -258,4 +258,7 @@ def test_a_token_is_spelled_with_its_own_bytes():
 def test_the_likeliest_of_tokens_with_one_text_is_kept():
     report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
     assert ChatReply("m")._logprobs([report])["content"][0]["bytes"] == [0xC3]
-    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [[0xC3], [0xA9]]
+    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [
+        [0xC3],
+        [0xA9],
+    ]
