@@ -25,7 +25,7 @@ from training_examples import loaded
 
 from mlx_lora.serving.guard import GuardLimits, listen, timed_protocol
 from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
-from mlx_lora.training_server.examples import Example
+from mlx_lora.training_server.models import Example
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 
 KEY = "tml-correct-horse"

@@ -10,8 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.training_server.examples import Example, ModelLimits
-from mlx_lora.training_server.models import LoraShape, TrainedModel
+from mlx_lora.training_server.models import Example, LoraShape, ModelLimits, TrainedModel
 
 LIMITS = ModelLimits(288, 512)
 LENGTHS = (5, 9, 7)

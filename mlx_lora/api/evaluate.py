@@ -31,7 +31,7 @@ from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.strategy import divides_base, dividing_flag
+from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.answers import Count
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
@@ -107,7 +107,7 @@ def evaluate(
 
 def compares(settings: TrainSettings) -> bool:
     """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
-    return settings.objective.objective == "sft" and not divides_base(settings.loop)
+    return settings.objective.objective == "sft" and not dividing_flag(settings.loop)
 
 
 def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: int) -> None:

@@ -186,21 +186,6 @@ class Walk:
         return made
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Let blocks be computed and noted inside this context."""
-        self.seeds = [_seed_of_state()]
-        with self.set_to(Mode.FORWARD):
-            yield
-
-    @contextmanager
-    def between(self) -> Iterator[None]:
-        """Let blocks return what they returned in the forward pass inside this context, as if it were made again."""
-        self.given, self.repeated = [], 0
-        mx.random.seed(self.seeds[0])
-        with self.set_to(Mode.BETWEEN):
-            yield
-
-    @contextmanager
     def set_to(self, mode: Mode) -> Iterator[None]:
         """Let blocks do something else inside this context."""
         before, self.mode = self.mode, mode
@@ -289,7 +274,8 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
     def function(*args: Any) -> tuple[Any, dict]:
         walk.end()
         try:
-            with walk.forward():
+            walk.seeds = [_seed_of_state()]
+            with walk.set_to(Mode.FORWARD):  # blocks are computed and noted
                 loss(*args)  # of which only the blocks are computed, and what is computed at once
             paths = {id(module): path for path, module in model.named_modules()}
             own = {paths[id(call.segment.module)]: call.segment for call in walk.calls}
@@ -379,7 +365,10 @@ class _Between:
             call.outputs = [next(rest) for _ in outputs]
         self._model.update(tree_unflatten(list(zip(self._names, rest, strict=True))))
         try:
-            with self._walk.between():
+            # As if the forward pass were made again: blocks return what they returned in it.
+            self._walk.given, self._walk.repeated = [], 0
+            mx.random.seed(self._walk.seeds[0])
+            with self._walk.set_to(Mode.BETWEEN):
                 return self._loss()
         finally:
             self._model.update(tree_unflatten(list(zip(self._names, self._outer, strict=True))))

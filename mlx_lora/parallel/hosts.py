@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,13 +96,11 @@ def ask(host: str, file: Path) -> HostMac:
         InputError: it cannot be reached, or is no Mac.
     """
     words = ["sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize"]
-    try:
+    with suppress(OSError, ValueError, subprocess.TimeoutExpired):
         ran = subprocess.run([*_ssh_words(host), *words], capture_output=True, text=True, timeout=2 * SSH_S)
         chip, memory = ran.stdout.split("\n")[:2] if ran.returncode == 0 else ("", "")
         if memory.isdecimal():
             return HostMac(chip.strip(), round(int(memory) / GIB))
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        pass
     raise InputError(
         f"--hostfile {file}: {host} cannot be asked for its chip and memory (`ssh {host} sysctl -n machdep.cpu.brand_string`); "
         "make sure that it is a Mac and that ssh asks no question, or name chips and memory with --macs"

@@ -18,13 +18,13 @@ result for the further plans of a step (`Walk.outside`, parallel/block_walk.py).
 Train a base that is larger than memory: each block's frozen weights are read from the model's files just before their use.
 
     read       a block's arrays, as the files have them, in the forward pass and again in the backward pass, while the block
-               before is computed (parallel/offloaded_base.py)
+               before is computed
     compute    forward, or in the backward pass again and then backward: the block is checkpointed
     drop       the weights are freed when the block is computed
 
 The host walks the blocks (parallel/block_walk.py): it waits for each one to be computed before it plans the next one, so that
 two blocks are in memory, whatever the device plans ahead. Nothing is written: the safetensors files of the base are the store. Embedding and head stay in
-the files, too (parallel/offloaded_base.py). Arrays that mlx-lm changes while it loads them stay in memory.
+the files, too. Arrays that mlx-lm changes while it loads them stay in memory.
 
 Source: FlexGen, arXiv 2303.06865, and ZeRO-Infinity, arXiv 2104.07857, without what training a base takes.
 """

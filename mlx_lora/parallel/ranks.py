@@ -1,7 +1,7 @@
 """The processes of a run as one of them uses them: its rank, and the collectives of mx.distributed.
 
 mlx moves the data: ring over TCP, JACCL over Thunderbolt, MPI or NCCL. Every rank calls the same collectives in the same
-order; parallel/ranks.py finds the ranks, and ends all of them if one fails or dies.
+order; `together` finds the ranks, and ends all of them if one fails or dies.
 
 Without a launcher a run has `OneRank`, which needs no collectives.
 
@@ -91,12 +91,8 @@ class SeveralRanks:
         """
         self._group = group
         self.rank, self.size = group.rank(), group.size()
+        self.leads = self.rank == 0  # the one that prints and writes
         self._messages = messages
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is rank 0, the one that prints and writes."""
-        return self.rank == 0
 
     def sum(self, array: mx.array) -> mx.array:
         """Return the sum of all ranks' arrays; with mlx's ring, every rank gets the same bits.
@@ -225,11 +221,8 @@ class PeerConnection:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; a broken link is noticed when it is read."""
-        try:
-            with self._sending:
-                self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass
+        with contextlib.suppress(OSError), self._sending:
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
         """Return the messages that have arrived, or None if the other end has closed the connection."""

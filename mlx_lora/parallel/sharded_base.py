@@ -1,4 +1,4 @@
-"""The messages in which ranks share a frozen base, and the part of its weights that each keeps (parallel/sharded_base.py).
+"""The messages in which ranks share a frozen base, and the part of its weights that each keeps.
 
 A unit (a block, a slice of a table) is one message, or two where ranks keep unequal parts. Each waits for the one before, so
 that all ranks send them in the same order.
@@ -16,7 +16,7 @@ one message, which holds its arrays as bytes, packed weights as they are. Messag
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
 computes.
 
-Every rank must call the model equally often; `ShardedBase` (parallel/sharded_base.py) sees to that. Other uses of a shared
+Every rank must call the model equally often; `ShardedBase` sees to that. Other uses of a shared
 base have helpers here: one text for all ranks, and the weights of one block.
 
 The embedding and the head are shared, too. A table of a small model is as large as many of its blocks. So it is cut along
@@ -56,7 +56,7 @@ from mlx_lora.compat.instances import mix_in
 from mlx_lora.config.settings import shard_parts
 from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
-from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.planner.fit import budget_of
 from mlx_lora.planner.machine import this_machine
@@ -430,36 +430,26 @@ def share_modules(
         mix_in(SharedBlock, block)
         units.append(block._held.unit)
     paths = {id(module): path for path, module in model.named_modules()}
-    for table in tables:
-        units += _share_table(table, paths[id(table)], store, most, stored, mixin_of)
+    for module in tables:
+        table: Any = module
+        if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
+            table._held = held(table, store.table_unit)
+            mix_in(SharedWhole, table)
+            units.append(table._held.unit)
+            continue
+        arrays, path = frozen_arrays(table), paths[id(table)]
+        instead = stand_ins(arrays)
+        mx.eval([array for _, array in instead])
+        slices = [
+            Sharded(store.rows_unit(path, arrays, rows, stored), tree_unflatten(instead), rows)
+            for rows in slices_of(table, most)
+        ]
+        table.update(tree_unflatten(instead))
+        table._slices = Slices(tuple(slices))
+        own = [one.unit for one in slices]
+        mix_in(mixin_of(table, own), table)
+        units += own
     mx.eval(model.parameters())
-    return units
-
-
-def _share_table(
-    table: Any,
-    path: str,
-    store: Store,
-    most_bytes: int,
-    stored: Mapping[str, StoredTensor],
-    mixin_of: Callable[[nn.Module, Sequence[Any]], type[SharedTable]],
-) -> list[Any]:
-    """Let a module outside of the blocks have its weights from a store; arguments as in `share_modules`."""
-    if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
-        table._held = held(table, store.table_unit)
-        mix_in(SharedWhole, table)
-        return [table._held.unit]
-    arrays = frozen_arrays(table)
-    instead = stand_ins(arrays)
-    mx.eval([array for _, array in instead])
-    slices = [
-        Sharded(store.rows_unit(path, arrays, rows, stored), tree_unflatten(instead), rows)
-        for rows in slices_of(table, most_bytes)
-    ]
-    table.update(tree_unflatten(instead))
-    table._slices = Slices(tuple(slices))
-    units = [one.unit for one in slices]
-    mix_in(mixin_of(table, units), table)
     return units
 
 
@@ -603,7 +593,7 @@ class SharedWhole(nn.Module):
 
 
 class ShardedBase(DataParallel):
-    """Each rank computes some rows, and keeps a part of every block's weights; see parallel/sharded_base.py.
+    """Each rank computes some rows, and keeps a part of every block's weights.
 
     Attributes:
         share: of this rank in the base, from 0 to 1; 1 until the base is divided.
@@ -619,14 +609,7 @@ class ShardedBase(DataParallel):
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
         ranks = self._several
-        asked = settings.loop.shard_base
-        if asked == "memory":
-            parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
-        else:
-            parts = shard_parts(asked) or [1.0] * ranks.size
-        if len(parts) != ranks.size:
-            raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
-        shares = [part / sum(parts) for part in parts]
+        shares = shares_of(settings, ranks)
         alive = units_of(base.model).largest
         units = share_base(base.model, ranks, shares, base.stored)
         device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
@@ -661,3 +644,19 @@ class ShardedBase(DataParallel):
 
     def await_messages(self, model: nn.Module) -> None:
         mx.eval(model.layers[0]._held.unit.messages.sent)
+
+
+def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
+    """Return each rank's share of the base, which add up to 1.
+
+    Raises:
+        InputError: as many parts were given as there are not processes.
+    """
+    asked = settings.loop.shard_base
+    if asked == "memory":
+        parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
+    else:
+        parts = shard_parts(asked) or [1.0] * ranks.size
+    if len(parts) != ranks.size:
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
+    return [part / sum(parts) for part in parts]

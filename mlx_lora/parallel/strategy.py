@@ -344,11 +344,6 @@ def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
 # What the settings ask for
 
 
-def divides_base(loop: LoopSettings) -> bool:
-    """Return whether the settings leave only a part of the base in a process."""
-    return bool(dividing_flag(loop))
-
-
 def dividing_flag(loop: LoopSettings) -> str:
     """Return the flag that leaves only a part of the base in a process; empty: none does."""
     asked = {

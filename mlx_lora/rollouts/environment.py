@@ -229,6 +229,11 @@ class Played:
     rewards: np.ndarray
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def written(self) -> list[list[Any]]:
+        """The episodes as JSON values, each with the arguments of `Episode` but the last."""
+        return [[one.tokens, one.observed, one.truncated, one.counts] for one in self.episodes]
+
 
 Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]
 """(turn, numbers of episodes, tokens before each completion, the most tokens of each) -> completions. At turn 0 it gets all

@@ -669,7 +669,9 @@ def _try_rows(model: nn.Module) -> str:
         for number, length in enumerate(TRIED_LENGTHS, 1)
     ]
     try:
-        rows = [_begun(model, prompt) for prompt in prompts]
+        rows = [make_prompt_cache(model) for _ in prompts]
+        for prompt, caches in zip(prompts, rows, strict=True):  # which then hold it without its last token
+            model(mx.array([prompt[:-1]]), cache=caches)
         last = [prompt[-1] for prompt in prompts]
         alone = mx.concatenate(
             [_distributions(model, [token], [copy.deepcopy(row)]) for token, row in zip(last, rows, strict=True)]
@@ -689,13 +691,6 @@ def _try_rows(model: nn.Module) -> str:
     worst = 0.5 * mx.abs(together - alone).sum(axis=-1).max().item()
     narrow = any(array.dtype in (mx.float16, mx.bfloat16) for _, array in tree_flatten(model.parameters()))
     return "" if worst <= (ROUNDING_16 if narrow else ROUNDING) else "rows of unlike length change each other"
-
-
-def _begun(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
-    """Return caches that hold a prompt without its last token."""
-    caches = make_prompt_cache(model)
-    model(mx.array([prompt[:-1]]), cache=caches)
-    return caches
 
 
 def _distributions(model: nn.Module, last: Sequence[int], rows: Rows) -> mx.array:

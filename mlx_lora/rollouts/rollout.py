@@ -12,7 +12,7 @@ Or, in place of rewards, with what a teacher says about the answers (objectives/
 
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
 before the run. At the beginning of a step (`steps` of objectives/sampled.py) the model as it is then answers the prompts of
-the step's batches, of which several ranks divide the prompts (rollouts/rollout.py); the answers are put into the rows, and
+the step's batches, of which several ranks divide the prompts; the answers are put into the rows, and
 their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a resumed run
 samples the same answers. With several updates per rollout, a run is only saved and ended between rollouts.
 
@@ -111,17 +111,7 @@ def gathered(own: Sequence[Played], dealt: Sequence[list[list[int]]], group: int
         group: G.
         ranks: all ranks of the run.
     """
-    every = ranks.everyone(
-        [
-            [
-                one.prompts,
-                [[e.tokens, e.observed, e.truncated, e.counts] for e in one.episodes],
-                one.rewards.tolist(),
-                one.notes,
-            ]
-            for one in own
-        ]
-    )
+    every = ranks.everyone([[one.prompts, one.written, one.rewards.tolist(), one.notes] for one in own])
     whole = []
     for number, prompts_of in enumerate(dealt):
         prompts = sum(map(len, prompts_of))

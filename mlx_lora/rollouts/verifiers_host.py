@@ -454,7 +454,10 @@ class Host:
             found = await self.environment.run_episode(task, ModelContext(MODEL, ENDPOINT), on_trace=begun)
             errors = [*found.errors, *(error for trace in found.traces for error in trace.errors)]
             if not found.ok:
-                problem = _in_words(errors[0]) if errors else "it failed"
+                words = f"{errors[0].type}: {errors[0].message}" if errors else "it failed"
+                # Of a program's own report, its end says what happened.
+                first, *more = [line for line in words.splitlines() if line.strip()]
+                problem = f"{first} {more[-1].strip()}" if more else first
             cut_short = found.is_timeout or any(trace.is_timeout for trace in found.traces)
         except asyncio.CancelledError:
             problem = "it was ended"
@@ -468,12 +471,6 @@ class Host:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSING_S)
-
-
-def _in_words(error: Any) -> str:
-    """Return an error that the package has recorded in a line; of a program's own report, its end says what happened."""
-    first, *more = [line for line in f"{error.type}: {error.message}".splitlines() if line.strip()]
-    return f"{first} {more[-1].strip()}" if more else first
 
 
 def _close(loop: asyncio.AbstractEventLoop, closing: asyncio.Event, thread: threading.Thread) -> None:

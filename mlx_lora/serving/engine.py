@@ -649,18 +649,16 @@ class ModelThread:
         raise NotImplementedError
 
     def _prepare(self, base: Base) -> None:
-        raise NotImplementedError
+        """Make what serves the base."""
 
     def _take(self, message: Any) -> None:
-        raise NotImplementedError
+        """Take a message from the inbox."""
 
     def _work(self) -> None:
         """Do a part of what waits."""
-        raise NotImplementedError
 
     def _give_up(self) -> None:
         """Tell all who wait that nothing comes any more."""
-        raise NotImplementedError
 
 
 class Engine(ModelThread):

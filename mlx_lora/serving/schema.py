@@ -147,11 +147,16 @@ def read_chat(body: dict[str, Any]) -> Ask:
     choice = body.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise _bad("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    tools = _typed(body, "tools", list, []) if choice != "none" else []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
     pictures: dict[str, str | bytes] = {}
     return Ask(
         messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
         pictures=pictures,
-        tools=None if choice == "none" else _tools(body),
+        tools=tools or None,
         prompt=None,
         **_common(body, most, (top or 0) if wanted else None),
     )
@@ -215,15 +220,6 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
                 "unsupported_parameter",
                 name,
             )
-
-
-def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = _typed(body, "tools", list, None) or None
-    for tool in tools or []:
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
-    return tools
 
 
 def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict[str, Any]:

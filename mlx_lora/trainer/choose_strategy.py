@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DATA, TrainSettings
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
-from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, divides_base, offloaded
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, dividing_flag, offloaded
 from mlx_lora.trainer.fit import check_base_fits
 from mlx_lora.utils.errors import InputError
 
@@ -63,7 +63,7 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
         return OffloadedBase(
             loop.seed, activations=Path(settings.loop.adapter_path) if loop.offload_activations else None
         )
-    if not divides_base(loop):
+    if not dividing_flag(loop):
         return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
     if not isinstance(ranks, SeveralRanks):
         raise InputError(

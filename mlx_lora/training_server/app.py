@@ -145,11 +145,6 @@ class SamplerRecord:
     path: str | None = None
     inflight_of: ModelRecord | None = None
 
-    @property
-    def current(self) -> str | None:
-        """The name of the weights that a request uses now."""
-        return self.inflight_of.inflight if self.inflight_of is not None else self.weights
-
 
 @dataclass(eq=False)
 class Session:
@@ -1034,7 +1029,9 @@ class TrainingRoutes:
             loop.call_soon_threadsafe(self._registry.answer, pending, found)
 
         try:
-            ask = protocol.read_ask(asked, sampler.current, self._worker.limits, self._most_tokens, self._ends)
+            model = sampler.inflight_of  # whose weights of now are meant
+            weights = sampler.weights if model is None else model.inflight
+            ask = protocol.read_ask(asked, weights, self._worker.limits, self._most_tokens, self._ends)
             pending.ticket = self._worker.sample(ask, done)
         except (InputError, Stopped) as error:
             self._registry.answer(pending, error)

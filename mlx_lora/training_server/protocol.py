@@ -21,8 +21,7 @@ from tinker import types
 from mlx_lora.compat.foreign import MESSAGES
 from mlx_lora.serving.engine import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
-from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
-from mlx_lora.training_server.models import LoraShape, TokenRequest
+from mlx_lora.training_server.models import MOST_COLUMNS, Example, LoraShape, ModelLimits, TokenRequest, check_tokens
 from mlx_lora.training_server.worker import SampleTicket, SamplingJob
 from mlx_lora.utils.errors import InputError
 
@@ -72,7 +71,26 @@ class TrainRequest:
         Raises:
             InputError: one of them is malformed, or has images.
         """
-        return [_example(datum, f"data[{number}]") for number, datum in enumerate(self.data)]
+        found = []
+        for number, datum in enumerate(self.data):
+            what, parts = f"data[{number}]", [np.zeros(0, np.int32)]
+            for chunk in datum.model_input:
+                kind = chunk.WhichOneof("chunk")
+                if kind != "encoded_text":
+                    raise InputError(f"{what}.model_input: has a {kind}; this server takes text alone")
+                parts.append(_numbers(chunk.encoded_text.tokens, np.int32, what))
+            tokens = np.concatenate(parts)
+            given = {
+                name: _tensor(tensor, f"{what}.{name[:40]}", len(tokens))
+                for name, tensor in datum.loss_fn_inputs.items()
+            }
+            targets = given.pop("target_tokens", None)
+            if targets is None:
+                raise InputError(f"{what}: target_tokens are missing in loss_fn_inputs")
+            if targets.dtype != np.int64:
+                raise InputError(f"{what}.target_tokens: are {targets.dtype}; give int64")
+            found.append(Example(tokens, targets, {name: value.astype(np.float32) for name, value in given.items()}))
+        return found
 
 
 def read_train_request(body: bytes) -> TrainRequest:
@@ -100,22 +118,6 @@ def read_train_request(body: bytes) -> TrainRequest:
         not message.forward_only,
         message.data,
     )
-
-
-def _example(datum: Any, what: str) -> Example:
-    parts = []
-    for chunk in datum.model_input:
-        if chunk.WhichOneof("chunk") != "encoded_text":
-            raise InputError(f"{what}.model_input: has a {chunk.WhichOneof('chunk')}; this server takes text alone")
-        parts.append(_numbers(chunk.encoded_text.tokens, np.int32, what))
-    tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-    given = {name: _tensor(tensor, f"{what}.{name[:40]}", len(tokens)) for name, tensor in datum.loss_fn_inputs.items()}
-    targets = given.pop("target_tokens", None)
-    if targets is None:
-        raise InputError(f"{what}: target_tokens are missing in loss_fn_inputs")
-    if targets.dtype != np.int64:
-        raise InputError(f"{what}.target_tokens: are {targets.dtype}; give int64")
-    return Example(tokens, targets, {name: value.astype(np.float32) for name, value in given.items()})
 
 
 def _numbers(raw: bytes, kind: Any, what: str) -> np.ndarray:

@@ -81,8 +81,7 @@ from mlx_lora.serving.engine import (
 )
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
-from mlx_lora.training_server.examples import MicroBatch, ModelLimits
-from mlx_lora.training_server.models import POSITIONS, LoraShape, TokenRequest, TrainedModel
+from mlx_lora.training_server.models import POSITIONS, LoraShape, MicroBatch, ModelLimits, TokenRequest, TrainedModel
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
 # Tokens of a prompt that are computed at once; with their log-probabilities, all logits of so many are in memory.

@@ -12,7 +12,6 @@ import pytest
 from architectures.build import tiny_architecture
 from conftest import TINY, quantized, tiny_model
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lora.rollouts.generator import TokenSteps
 from tiny_steps import batch, factors
 
 from mlx_lora.adapters.inject import inject
@@ -23,6 +22,7 @@ from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.load import embedding_rows
+from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
