@@ -23,7 +23,7 @@ from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.speed import find_chip, listed_ceilings, step_seconds
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
 
 PUBLISHED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 FIGURES = PUBLISHED["figures"]

@@ -36,8 +36,7 @@ import numpy as np
 from _harness import environment, options, record, say, table
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import ModelSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
@@ -48,7 +47,7 @@ from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

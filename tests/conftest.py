@@ -34,7 +34,8 @@ from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.planner import machine
-from mlx_lora.trainer import model_shape, report_callback
+from mlx_lora.trainer import callbacks as report_callback
+from mlx_lora.trainer import fit as model_shape
 from mlx_lora.trainer.run_folder import runs_file
 from mlx_lora.utils import console
 
@@ -173,7 +174,7 @@ def _own_cache(tmp_path_factory):
         patch.setattr("mlx_lora.trainer.ask.MOST_OWN", 4)
         patch.setattr("mlx_lora.trainer.ask.MOST_NEW", 2)
         # One text before and after each run instead of three, and a few words of it unless a test says how many.
-        patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
+        patch.setattr("mlx_lora.trainer.callbacks.TEXTS", 1)
         patch.setattr(report_callback, "greedy_text", _short_text)
         yield
 

@@ -18,15 +18,14 @@ from byte_tokenizer import byte_tokenizer
 from gguf_judge import N_PRINTABLE
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
 from mlx_lora.data.image_tokens import ImageReader, ImageTable
 from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.vision import open_tower
-from mlx_lora.objectives.tower_training import tower_targets
+from mlx_lora.objectives.pictures import tower_targets
 from mlx_lora.objectives.vision_encoder import VisionEncoder
 
 # llama.cpp looks for the token of two line ends, which SmolVLM's tokenizer has.

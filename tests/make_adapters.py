@@ -6,8 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
 from mlx_lora.exporters.peft import write_peft

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.models.encoder import Model, ModelArgs
-from mlx_lora.models.encoder_head import STORED_NAMES, Pooler
+from mlx_lora.models.head import STORED_NAMES, Pooler
 
 WIDTH = 32
 SIZES = {

@@ -10,15 +10,14 @@ import numpy as np
 from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import build_optimizer
 from mlx_lora.trainer.step import Step
 
 CHECKPOINT_MODES = ["selective", "block", "2"]

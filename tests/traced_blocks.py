@@ -1,6 +1,6 @@
 """What a block keeps for its backward pass, remembered for as long as the test process lives.
 
-Nearly every run of a tiny model traces the same few blocks (`mlx_lora/trainer/model_shape.py`), which is a third of the run's
+Nearly every run of a tiny model traces the same few blocks (`mlx_lora/trainer/fit.py`), which is a third of the run's
 time. A trace is remembered by all that it depends on. What is not plain data is traced anew, and so is a block with dropout: its
 trace draws random numbers, and later ones depend on how many were drawn.
 """
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.compat.functions import TAKERS
 from mlx_lora.kernels.attention import Windows
-from mlx_lora.trainer import model_shape
+from mlx_lora.trainer import fit as model_shape
 from mlx_lora.utils import device
 
 TRACE = model_shape._read_block

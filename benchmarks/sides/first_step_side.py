@@ -44,7 +44,7 @@ PHASES = {
     "mlx_lora.objectives.base": {"load_data": "read and tokenize the data"},
     "mlx_lora.losses.fused": {"loss_figures": "measure losses"},
     "mlx_lora.kernels.table": {"measured_now": "measure kernels"},
-    "mlx_lora.trainer.report_callback": {"RunPage._write_first_texts": "texts before training"},
+    "mlx_lora.trainer.callbacks": {"RunPage._write_first_texts": "texts before training"},
     "mlx_lora.trainer.trainer": {"mean_loss": "validation before training"},
     "mlx_lora.trainer.step": {"Step.__call__": "the first step"},
 }  # fmt: skip

@@ -25,8 +25,7 @@ from mlx.utils import tree_flatten
 from on_mlx import gemm_gflops
 from shared import read_job, write_result
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.load import RECIPES
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.chat_template import resolve_template

@@ -50,7 +50,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
 def see_anew() -> None:
     """Let the tower see each picture whenever it is asked for, instead of keeping what it saw."""
-    from mlx_lora.objectives.image_features import ImageFeatureCache
+    from mlx_lora.objectives.vision_encoder import ImageFeatureCache
 
     def of(self: ImageFeatureCache, digest: str) -> Any:
         pixels = self.processor.pixels(self.table.pictures[digest].pixels())

@@ -40,7 +40,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapters.base import Factors
-from mlx_lora.adapters.initialize import path_key, principal_factors
+from mlx_lora.adapters.inject import path_key, principal_factors
 from mlx_lora.utils.errors import InputError
 
 SIGNS = ("total", "frequency")

@@ -36,10 +36,9 @@ from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.reports.run_report import REPORT_FILE, has_ended
 from mlx_lora.trainer.adapter import put_adapter
-from mlx_lora.trainer.callbacks import Callback, Facts
+from mlx_lora.trainer.callbacks import Callback, Facts, greedy_text
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.utils import console, device

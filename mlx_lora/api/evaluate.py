@@ -24,7 +24,7 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.run_data import data_of_run, held_out_rows, with_settings_of_run
 from mlx_lora.api.train import data_source, run_settings
-from mlx_lora.data.duplicates import seen_rows
+from mlx_lora.data.notes import seen_rows
 from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
@@ -32,14 +32,14 @@ from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import dividing_flag
-from mlx_lora.reports.answers import Count
+from mlx_lora.reports.diagnosis import Count
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
 from mlx_lora.trainer.ask import ADAPTER, BASE, ask, never
+from mlx_lora.trainer.callbacks import row_answer
 from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
-from mlx_lora.trainer.report_callback import row_answer
 from mlx_lora.utils.console import perplexity
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter

@@ -39,7 +39,7 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import has_tower
-from mlx_lora.objectives.text_vectors import form_of_run
+from mlx_lora.objectives.embed import form_of_run
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter

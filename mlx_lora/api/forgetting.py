@@ -44,7 +44,7 @@ from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.reports.charts import COMMON, Bar, bar_chart, perplexity, render_page
 from mlx_lora.trainer.ask import never
-from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.progress import tracked

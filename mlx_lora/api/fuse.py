@@ -36,7 +36,7 @@ from mlx_lora.exporters.sentence_transformers import write_form
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.text_vectors import form_of_run
+from mlx_lora.objectives.embed import form_of_run
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.held_out import held_out_plan
 from mlx_lora.utils.errors import InputError

@@ -15,10 +15,9 @@ import mlx.core as mx
 import yaml
 
 from mlx_lora.adapters.base import SWITCH
-from mlx_lora.adapters.inject import adapt_layers, adapter_layers, remove_adapters
+from mlx_lora.adapters.inject import adapt_layers, adapter_layers, remove_adapters, targets_of
 from mlx_lora.adapters.merge import AdapterTerm, MergeSettings, merge_layer
 from mlx_lora.adapters.qat import FUSED_ONLY
-from mlx_lora.adapters.targets import targets_of
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
@@ -31,7 +30,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo, load_ad
 from mlx_lora.exporters.card import CardFacts, write_card
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
-from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.side_files import of_tower
 from mlx_lora.objectives.embed import kept_choices
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable, replacing_file

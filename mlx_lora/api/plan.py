@@ -44,8 +44,7 @@ from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.base import Objective
 from mlx_lora.objectives.prefix_sharing import joined, layout_problem
 from mlx_lora.objectives.table import check_kind, objective_of
-from mlx_lora.objectives.teacher import check_teacher
-from mlx_lora.objectives.teacher_answers import readable_data
+from mlx_lora.objectives.teacher import check_teacher, readable_data
 from mlx_lora.parallel.offloaded_base import copy_rate, read_rate
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.sharded_base import units_of
@@ -88,14 +87,15 @@ from mlx_lora.trainer.choose_strategy import settled_offload
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
+    outlined_shape,
     prompts_of,
     quantized_shape,
     trained_share,
     training_plan,
+    with_kernels,
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
 from mlx_lora.trainer.held_out import choose_held_out
-from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
 from mlx_lora.trainer.run import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.trainer.trainer import total_steps

@@ -30,7 +30,7 @@ from mlx_lora.planner.several_macs import (
 )
 from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
 from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB

@@ -28,8 +28,8 @@ from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.losses.contrastive import retrieval, spearman
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.embed import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.objectives.scored_texts import ERROR, TextScorer, in_order
-from mlx_lora.objectives.text_vectors import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 

@@ -35,7 +35,7 @@ from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import CHIPS, Ceilings, count_step, known_chip, listed_ceilings, step_seconds
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import SMOLLM2_GGUF

@@ -25,7 +25,7 @@ from mlx_lora.gguf.weights import Target
 from mlx_lora.models.config import names_encoder
 from mlx_lora.models.convert import REPORT_TOKENS, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
-from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
+from mlx_lora.models.gptq import QUANTIZERS, check_quantizer, learn_quantization
 from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import console

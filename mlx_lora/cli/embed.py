@@ -19,7 +19,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.pairs import passage_files, read_passages
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
+from mlx_lora.objectives.embed import VectorOptions, open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file

@@ -42,7 +42,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
-from mlx_lora.reports.classes import class_rows, confusion_rows
+from mlx_lora.reports.diagnosis import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
     keep_evaluation,
@@ -51,7 +51,7 @@ from mlx_lora.reports.run_report import (
     shown_evaluation,
     write_evaluation_page,
 )
-from mlx_lora.reports.task_page import write_task_page
+from mlx_lora.reports.sweep_page import write_task_page
 from mlx_lora.serving.adapter_store import adapter_sources
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag

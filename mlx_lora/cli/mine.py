@@ -16,7 +16,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import all_files
 from mlx_lora.data.pairs import passage_files, read_eval_pairs, read_passages
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.text_vectors import open_embedder
+from mlx_lora.objectives.embed import open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted

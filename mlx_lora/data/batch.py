@@ -42,7 +42,7 @@ class Batch:
         starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
-        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/answers.py).
+        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/preference.py).
         sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (rollouts/rollout.py); None: others.
         table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
         pictures: (B,) int32, as in `EncodedSet`; None: there are none.

@@ -30,7 +30,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import resolve_template, shows_date
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.duplicates import find_repeats, repeat_notes
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.files import DataSet, find_sets
 from mlx_lora.data.mix import content_key, joined_sets, mix, read_sets
@@ -39,7 +38,9 @@ from mlx_lora.data.notes import (
     called_functions,
     data_notes,
     evaluation_notes,
+    find_repeats,
     refused_tools,
+    repeat_notes,
     split_notes,
     teaching_notes,
 )

@@ -89,7 +89,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Rows that repeat, or nearly repeat, each other (data/duplicates.py).
+    """Rows that repeat, or nearly repeat, each other (data/notes.py).
 
     Attributes:
         held_out_rows: How many rows of the validation set nearly or exactly repeat a training row.

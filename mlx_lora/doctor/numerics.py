@@ -29,8 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import adapter_class, select_targets
+from mlx_lora.adapters.inject import adapter_class, adapter_parameters, inject, select_targets
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.data.batch import Batch
 from mlx_lora.doctor.check import (

@@ -43,9 +43,15 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
-from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
+from mlx_lora.adapters.inject import (
+    LAYER_TYPES,
+    adapt_layers,
+    adapter_layers,
+    adapter_parameters,
+    select_targets,
+    train_in_full,
+)
 from mlx_lora.adapters.qat import RIGHT_FUSED, begin_qat, rounded_to
-from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.config.objectives import POOLINGS
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.exporters.adapter_config import (
@@ -59,11 +65,10 @@ from mlx_lora.exporters.adapter_config import (
     template_beside,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PREFIX, TOWERS, PeftAdapter, is_peft, read_peft
-from mlx_lora.models.encoder_head import LAST_OF_HEAD, check_whole_head
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark, write_json
-from mlx_lora.models.head import SCORE, SCORE_WEIGHT, put_head
+from mlx_lora.models.head import LAST_OF_HEAD, SCORE, SCORE_WEIGHT, check_whole_head, put_head
 from mlx_lora.models.load import Base
-from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.side_files import of_tower
 from mlx_lora.models.vision import open_tower
 from mlx_lora.utils.errors import InputError, Problems, first_of
 from mlx_lora.utils.files import replacing_file

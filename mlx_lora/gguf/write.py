@@ -44,7 +44,7 @@ from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, Quantization
-from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.side_files import of_tower
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked

@@ -4,7 +4,7 @@ mlx-lm's architectures share one attention function, one gated activation and on
 which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
 how to classify a call by its shapes and how to try out a class. Calls from the modules of this model's classes are taken while
 the step is traced, in the thread that traces it (compat/functions.py), so generation does not change, nor any other thread, and
-of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
+of measuring a loss only long rows do (kernels/table.py). A call's shapes decide which function takes it.
 
 Candidates are chosen by measuring once per (device, mlx version, dtype, shape class):
 
@@ -598,3 +598,31 @@ def figures_key(name: str, shape: ShapeClass, dtype: mx.Dtype) -> str:
     """Return the cache key of a class's figures."""
     of = ",".join(map(str, shape))
     return f"{device.measured_on()}|{str(dtype).rpartition('.')[2]}|{name}|{of}"
+
+
+# Compute the attention of long rows in tiles where a loss is measured without its gradient.
+#
+# mlx's attention keeps the scores of all queries and keys wherever it has no fused kernel: always on a CPU, and on a GPU for
+# some widths of heads. A validation would then take more memory than the step, whose attention is tiled: 9 heads of 16,384 positions have
+# 9.7 GB of scores. Shorter rows keep mlx's attention, which is as fast, so their losses keep their bits.
+
+
+@contextmanager
+def long_row_kernels(model: nn.Module) -> Iterator[None]:
+    """Let a model compute attention to `LONG_ROW` keys and more in tiles inside the block, unless mlx has a fused kernel for it.
+
+    Args:
+        model: any mlx-lm model; layers that do not use the shared function keep their own.
+    """
+    windows = Windows()
+    rows = [row for row in kernel_rows(attend, windows) if row.name == "attention"]
+    with exchanged(KernelBinding(model, rows, _by_length, windows).functions):
+        yield
+
+
+def _by_length(kernel: Kernel, shape: ShapeClass) -> str:
+    """Return the candidate for a shape class of attention."""
+    keys, _, _, width, value_width, mask, _ = shape
+    # A fused kernel computes what a window hides, too, and reads a mask of all queries and keys.
+    fused = mask != "window" and device.fuses_attention(width, value_width)
+    return MLX if keys < LONG_ROW or fused else kernel.assumed

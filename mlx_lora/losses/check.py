@@ -5,7 +5,7 @@ have kernels without a gradient. What fails or disagrees here is switched off, o
 header reports; a model for which nothing works is refused before the run begins.
 
 Loss and kernels are compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
-alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step_variant.py.
+alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step.py.
 
 Checks that passed on this machine are remembered, so that a model's second run does not compute them again. A check is named
 by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's architecture; the
@@ -35,9 +35,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import Dropout
-from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, choose_model_kernels, has_recurrence, training_kernels
+from mlx_lora.kernels.table import (
+    AUTO,
+    OURS,
+    KernelChoice,
+    choose_model_kernels,
+    has_recurrence,
+    long_row_kernels,
+    training_kernels,
+)
 from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
 from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short

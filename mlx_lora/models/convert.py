@@ -71,7 +71,7 @@ class Learned:
 
     Attributes:
         quantization: what each layer is quantized to.
-        quantize: (float model, config) -> quantized model (models/learned_quantization.py).
+        quantize: (float model, config) -> quantized model (models/gptq.py).
     """
 
     quantization: Quantization

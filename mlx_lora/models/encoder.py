@@ -71,7 +71,7 @@ class ModelArgs(BaseModelArgs):
     global_rope_theta: float = 160000.0
     local_rope_theta: float | None = 10000.0
     rope_parameters: dict[str, Any] | None = None
-    # Of a score head (models/encoder_head.py)
+    # Of a score head (models/head.py)
     initializer_range: float = 0.02
     classifier_pooling: str = "cls"
     classifier_bias: bool = False
@@ -324,7 +324,7 @@ class Model(nn.Module):
 
     Attributes:
         stored_head: the checkpoint's tensors that a score head may begin with, by transformers' names without the body's
-            (models/encoder_head.py); they are no parameters.
+            (models/head.py); they are no parameters.
     """
 
     def __init__(self, args: ModelArgs):

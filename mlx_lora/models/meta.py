@@ -32,9 +32,8 @@ from mlx_lm.models import activations
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, SWITCH, base_dims
-from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.inject import adapter_layers, block_paths
 from mlx_lora.adapters.qat import FakeQuantized
-from mlx_lora.adapters.targets import block_paths
 from mlx_lora.compat.functions import original
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
@@ -44,7 +43,7 @@ from mlx_lora.models.encoder import Model as Encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
-from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.side_files import of_tower
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config

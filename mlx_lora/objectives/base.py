@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.picture_texts import PromptPictures
+    from mlx_lora.objectives.vision_encoder import PromptPictures
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import ModelShape
-    from mlx_lora.trainer.state import StepsDone
+    from mlx_lora.trainer.guards import StepsDone
 
 
 @dataclass(frozen=True)

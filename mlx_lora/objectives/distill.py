@@ -39,8 +39,7 @@ from mlx_lora.losses.divergence import (
 )
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.teacher import TEACHER, facts_of, open_teacher, teacher_key, teacher_name
-from mlx_lora.objectives.teacher_answers import WithTeacher
+from mlx_lora.objectives.teacher import TEACHER, WithTeacher, facts_of, open_teacher, teacher_key, teacher_name
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes

@@ -40,10 +40,9 @@ from mlx_lora.losses.divergence import (
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import check_token_ids
 from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.grpo import SampledObjective
 from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
-from mlx_lora.objectives.sampled import SampledObjective
-from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, teacher_key, teacher_name
-from mlx_lora.objectives.teacher_answers import WithTeacher
+from mlx_lora.objectives.teacher import TEACHER, Teacher, WithTeacher, as_seen, facts_of, teacher_key, teacher_name
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.generator import SamplingForm
 from mlx_lora.rollouts.make_environment import environment_of

@@ -1,7 +1,7 @@
 """What objectives with pictures have in common: the tower, rows with pictures, and a loss that reads them.
 
 A row's tokens include those of its pictures (data/image_tokens.py). What the language model reads at these tokens comes from the
-frozen tower (models/vision.py), once for each picture (objectives/image_features.py):
+frozen tower (models/vision.py), once for each picture (objectives/vision_encoder.py):
 
     batch -> rows' pictures -> embeddings (F, D), places (B, T), and what the family needs besides -> loss
 
@@ -9,9 +9,9 @@ Inside `with_images` (models/image_inputs.py) the model reads embeddings in plac
 objective's own: its loss, kernels, checkpointing and adapters. So the class here is a mix-in, which stands before the class of
 an objective for text:
 
-    VisionSFT         imitation                                  objectives/vision_sft.py
-    VisionPreference  dpo, orpo, simpo, cpo, kto                 objectives/vision_preference.py
-    VisionPolicy      grpo, rloo                                 objectives/vision_policy.py
+    VisionSFT         imitation                                  objectives/pictures.py
+    VisionPreference  dpo, orpo, simpo, cpo, kto                 objectives/pictures.py
+    VisionPolicy      grpo, rloo                                 objectives/pictures.py
 
 With --train-connector or --train-vision, tower and connector are parts of the model, a batch has pixels in place of
 embeddings, and the tower is asked inside the loss, once for each picture and step, so that gradients reach it. Nothing is
@@ -22,46 +22,345 @@ Shapes: B rows, T columns, F embeddings of a batch's pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora.adapters.base import LINEAR
+from mlx_lora.adapters.inject import has_weights
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.models.graph import (
+    AHEAD,
+    as_evaluated,
+    as_on_gpu,
+    count_memory,
+    forward_peak,
+    gradient_graph,
+    uncollected,
+)
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
+from mlx_lora.models.side_files import of_connector, of_tower
 from mlx_lora.models.vision import (
     VisionTower,
+    arrays_of,
     attach_tower,
     attached_tower,
+    build_tower,
     compute_dtype,
     image_token,
     load_tower,
     open_tower,
+    without_language_model,
 )
-from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.image_features import most_kept_bytes
-from mlx_lora.objectives.picture_texts import PromptPictures
-from mlx_lora.objectives.tower_memory import with_tower
-from mlx_lora.objectives.tower_training import frozen_tower_bytes, outlined_tower, tower_targets, trains_tower
-from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
+from mlx_lora.objectives import preference
+from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
+from mlx_lora.objectives.grpo import Policy, policy
+from mlx_lora.objectives.preference import BatchSums, Preference
+from mlx_lora.objectives.vision_encoder import PromptPictures, VisionEncoder, most_kept_bytes, put_template, tower_key
+from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
+from mlx_lora.rollouts.rewards import reward_folders
+from mlx_lora.rollouts.rollout import PictureRollouts
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_config
+from mlx_lora.utils.parsing import read_json
 
 if TYPE_CHECKING:
     from datetime import date
 
     from transformers import PreTrainedTokenizerBase
 
+    from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.losses.cross_entropy import Arrays, Loss
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.losses.cross_entropy import Arrays, Loss, TokenLosses
+    from mlx_lora.rollouts.generator import SamplingForm
+    from mlx_lora.rollouts.rollout import Rollouts
+
+
+# Read from a tower's graph what the pictures of a batch take in memory; nothing is computed.
+#
+# A trained tower keeps arrays of each picture from its forward to its backward pass, attention's scores of all pairs of patches
+# among them, so that large pictures take more than their share. Its graph is listed as a block's is (trainer/fit.py),
+# for one picture as large as the largest of the data, and for one of half the area: bytes per token are interpolated between
+# the two sizes, which is exact for what grows with the tokens or with their square. A frozen tower keeps nothing, and its forward
+# pass is counted.
+#
+# MLX computes the pictures of a batch side by side, so what it allocates meanwhile grows with them: it is also read for two and
+# for four pictures. That counts where the connector alone is trained, and the tower before it keeps nothing.
+#
+# Neither is compiled, since mlx-vlm's towers read sizes of pictures while they run, so no operations are joined.
+
+# Towers that compute each window of a picture apart have graphs that grow with the picture. Beyond this many tokens, a smaller
+# one is read, and continued.
+MOST_TRACED_TOKENS = 256
+SEVERAL = 4  # pictures that are read together; of more, each is counted as what the last ones add
+MOST_NODES = 6000  # of one picture's graph, beyond which two of them are read together
+SHRINKINGS = 8  # tries to get there; some image processors make all pictures equally large
+
+Size = tuple[int, int]
+
+
+def with_tower(
+    shape: ModelShape, tower: VisionTower, processor: ImageProcessor, table: ImageTable, rows_each: int
+) -> ModelShape:
+    """Return a run's shape with the memory that its tower takes for the pictures of its data.
+
+    Args:
+        shape: of the language model, with what is trained of the tower.
+        tower: loaded or outlined; its parameters that are not frozen are trained.
+        processor, table: of the pictures.
+        rows_each: see `TowerShape`.
+    """
+    if not table.shown:
+        return shape
+    traced = TracedTower(tower, processor, table)
+    try:
+        traced.at(1, device.on_gpu())
+    except NotKnown as error:
+        return replace(shape, not_known=(*shape.not_known, str(error)))
+    return replace(shape, tower=TowerShape(traced, traced.trained_numbers, rows_each))
+
+
+@dataclass
+class TracedTower:
+    """The memory of a tower for the pictures of any batch of some data.
+
+    Attributes:
+        tower, processor, table: as for `with_tower`.
+    """
+
+    tower: VisionTower
+    processor: ImageProcessor
+    table: ImageTable
+    _known: dict[tuple[Size, int, bool], TowerBytes] = field(default_factory=dict)
+    _answers: dict[tuple[int, bool], TowerBytes] = field(default_factory=dict)
+    _nodes: int = 0  # of one picture's graph, as far as it was read
+
+    @cached_property
+    def trained_numbers(self) -> int:
+        """How many numbers of tower and connector are trained."""
+        arrays = dict(tree_flatten(self.tower.model.trainable_parameters()))
+        return sum(array.size for array in arrays.values())
+
+    def at(self, rows: int, on_gpu: bool) -> TowerBytes:
+        """Return the bytes for a batch of the rows whose pictures take the most.
+
+        Args:
+            rows: with different pictures.
+            on_gpu: whether it is computed on a GPU.
+
+        Raises:
+            NotKnown: the tower's graph cannot be read.
+        """
+        case = (rows, on_gpu)
+        if case not in self._answers:
+            self._answers[case] = self._of_rows(rows, on_gpu)
+        return self._answers[case]
+
+    def _of_rows(self, rows: int, on_gpu: bool) -> TowerBytes:
+        most = max(self._tokens(size) for size in self._sizes)
+        if not self.trained_numbers:
+            return TowerBytes(0, self._of_tokens(most, on_gpu).window)
+        each = {tokens: self._of_tokens(tokens, on_gpu).kept for tokens in {self._tokens(one) for one in self._sizes}}
+        pictures = {digest: each[shown.tokens] for digest, shown in self.table.shown.items()}
+        whole = sorted((sum(pictures[digest] for digest in row) for row in self.table.rows), reverse=True)
+        count = sum(sorted(map(len, self.table.rows), reverse=True)[:rows])
+        return TowerBytes(sum(whole[:rows]), self._of_tokens(most, on_gpu).window * self._side_by_side(count, on_gpu))
+
+    def _side_by_side(self, count: int, on_gpu: bool) -> float:
+        """Return what so many pictures allocate while they are computed, as a multiple of what one allocates."""
+        size, most = self._traced[0], SEVERAL
+        one = self._read(size, 1, on_gpu).window
+        if count <= 1 or not one:
+            return 1.0
+        if self._nodes > MOST_NODES:
+            most = 2
+        few, more = max(1, most // 2), min(count, most)
+        found = self._read(size, more, on_gpu).window
+        if count > most:
+            found += (count - most) * max(0.0, found - self._read(size, few, on_gpu).window) / (most - few)
+        return max(1.0, found / one)
+
+    @cached_property
+    def _sizes(self) -> set[Size]:
+        return {picture.size for picture in self.table.pictures.values()}
+
+    @cached_property
+    def _traced(self) -> tuple[Size, Size]:
+        """The sizes of pictures whose graphs are read: the largest of the data, or a smaller one, and half of it."""
+        size = max(self._sizes, key=self._tokens)
+        for _ in range(SHRINKINGS):
+            if self._tokens(size) <= MOST_TRACED_TOKENS:
+                break
+            size = _of_area(size, 0.5)
+        return size, _of_area(size, 0.5)
+
+    def _tokens(self, size: Size) -> int:
+        return self.processor.shown(size).tokens
+
+    def _of_tokens(self, tokens: int, on_gpu: bool) -> TowerBytes:
+        """Return the bytes of one picture of so many tokens."""
+        large, small = (self._read(size, 1, on_gpu) for size in self._traced)
+        high, low = (self._tokens(size) for size in self._traced)
+        if high == low:
+            return TowerBytes(large.kept * tokens / high, large.window * tokens / high)
+        share = (tokens - low) / (high - low)
+
+        def between(at_low: float, at_high: float) -> float:
+            rise = at_high / high - at_low / low  # of the bytes per token; a fall does not go on beyond
+            return (at_high / high + (share - 1) * (max(0.0, rise) if share > 1 else rise)) * tokens
+
+        window = between(small.window, large.window)
+        # Which moment of a pass decides changes with the size. In large pictures it is one with attention's scores.
+        window = max(window, large.window * (tokens / high) ** 2) if share > 1 else window
+        return TowerBytes(between(small.kept, large.kept), window)
+
+    def _read(self, size: Size, count: int, on_gpu: bool) -> TowerBytes:
+        case = (size, count, on_gpu)
+        if case not in self._known:
+            try:
+                with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
+                    self._known[case] = self._listed(size, count)
+            except FOREIGN_ERRORS as error:
+                raise NotKnown(f"the vision tower: {short(error, 100)}") from error
+        return self._known[case]
+
+    def _listed(self, size: Size, count: int) -> TowerBytes:
+        """List the graph of the tower for some pictures of one size, and count its memory."""
+        from PIL import Image
+
+        model, tokens = self.tower.model, self._tokens(size)
+        pixels = {name: mx.array(value) for name, value in self.processor.pixels(Image.new("RGB", size)).items()}
+        pixels_bytes = count * sum(array.nbytes for array in pixels.values())
+        own = dict(tree_flatten(model.parameters()))
+        trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        frozen = [name for name in own if name not in set(trained)]
+
+        def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+            given = zip(trained + frozen, (varied if trained else []) + fixed, strict=True)
+            model.update(tree_unflatten(list(given)))
+            seen = [self.tower(pixels, tokens) for _ in range(count)]
+            found = [array for one in seen for array in (one.embeddings, one.deep) if array is not None]
+            return found if trained else [array + varied[0] for array in found]
+
+        was_training = model.training
+        model.train(bool(trained))
+        try:
+            with left_unchanged(model), uncollected():
+                # Of a frozen one, only the forward pass counts, and a number beside it is all that has a gradient.
+                varied = [own[name] for name in trained] or [mx.zeros(1)]
+                graph = gradient_graph(function, varied, [own[name] for name in frozen])
+                if not trained:
+                    return TowerBytes(0, forward_peak(graph, AHEAD, fuses=False) + pixels_bytes)
+                found = count_memory(as_evaluated(graph), AHEAD, fuses=False)
+                self._nodes = max(self._nodes, len(graph.nodes) // count)
+        finally:
+            model.train(was_training)
+        # If the connector alone is trained, the forward pass of the tower before it may take more than the gradient.
+        window = max(found.window_bytes, found.forward_bytes - found.kept_bytes)
+        return TowerBytes(found.kept_bytes + pixels_bytes, window)
+
+
+def _of_area(size: Size, share: float) -> Size:
+    """Return the size of a picture with a share of another's area."""
+    return max(1, round(size[0] * share**0.5)), max(1, round(size[1] * share**0.5))
+
+
+# What is trained of a vision tower and its connector, and the tower of a model that is only planned
+
+# Arrays of Gemma 4's tower that nobody trains: bounds of its clipped layers, and what standardizes its output.
+BUFFERS = frozenset({"input_min", "input_max", "output_min", "output_max", "std_bias", "std_scale"})
+
+
+def trains_tower(adapter: AdapterSettings) -> bool:
+    """Return whether tower or connector are trained."""
+    return bool(adapter.train_connector or adapter.train_vision)
+
+
+def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the layers of tower and connector that get factors, and the modules that are trained in full.
+
+    Args:
+        tower: mlx-vlm's model.
+        adapter: says which.
+
+    Raises:
+        InputError: a part has no such layer.
+    """
+    found: dict[str, list[str]] = {"lora": [], "full": []}
+    parts = {name: module for name, module in tower.named_modules() if of_tower(name)}
+    for flag, way, is_connector in (
+        ("--train-connector", adapter.train_connector, True),
+        ("--train-vision", adapter.train_vision, False),
+    ):
+        if way is None:
+            continue
+        fits = _is_trainable if way == "full" else _is_linear
+        names = [name for name, module in parts.items() if of_connector(name) == is_connector and fits(module)]
+        if not names:
+            raise InputError(f"{flag} {way}: this model has no linear layer there; give {flag} full")
+        found[way] += names
+    return tuple(found["lora"]), tuple(found["full"])
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return has_weights(module) and BUFFERS.isdisjoint(module)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LINEAR)
+
+
+def outlined_tower(settings: TrainSettings) -> VisionTower | None:
+    """Return the tower of a model by its config alone, without weights; None if it cannot be made: loading reports why.
+
+    Args:
+        settings: of the run.
+    """
+    try:
+        file = resolve_config(settings.model.model or "", settings.model.revision) / "config.json"
+        config = read_json(file, "download the model again")
+        dtype = device.compute_dtype(settings.model.dtype)
+        return without_language_model(build_tower(config), config, image_token(config), dtype)
+    except (InputError, *FOREIGN_ERRORS):
+        return None
+
+
+def frozen_tower_bytes(tower: VisionTower, deep: int, table: ImageTable, most_bytes: int) -> int:
+    """Return the bytes of a tower that is not trained, and of what it saw, as far as they stay in memory.
+
+    Args:
+        tower: loaded or outlined.
+        deep: how many blocks get more of a picture than its embeddings.
+        table: of the pictures.
+        most_bytes: that are kept of what it saw (objectives/vision_encoder.py).
+    """
+    of_token = tower.width * dtype_of(tower).size * (1 + deep)
+    return tower.size_bytes + min(most_bytes, of_token * sum(shown.tokens for shown in table.shown.values()))
+
+
+def dtype_of(tower: VisionTower) -> mx.Dtype:
+    """Return the dtype of a tower's weights."""
+    floats = (a for a in arrays_of(tower.model).values() if mx.issubdtype(a.dtype, mx.floating))
+    return max(floats, key=lambda array: array.size).dtype
+
+
+# What objectives with pictures have in common: the tower, rows with pictures, and a loss that reads them
 
 
 @dataclass(eq=False)
@@ -307,3 +606,91 @@ class WithPictures(Objective):
     def look_with(self, tower: VisionTower) -> None:
         """Take another state of the tower from here on; what was seen before is not used again."""
         self._eyes = self.vision.with_tower(tower)
+
+
+# Imitation with pictures: cross-entropy on the answers' tokens, of conversations that have pictures (objectives/pictures.py)
+
+
+@dataclass(eq=False)
+class VisionSFT(WithPictures, Objective):
+    """Imitation with pictures."""
+
+
+def vision_sft(settings: ObjectiveSettings) -> Objective:
+    """Return the objective of --objective vision_sft, which has no options of its own."""
+    return VisionSFT("vision_sft", "examples", "imitation, with pictures")
+
+
+# Preferences about pictures: the losses of objectives/preference.py, on answers to prompts that have pictures.
+#
+# The reference is that of text: the model before the first step, or --reference-adapter, measured once and kept on disk. Its
+# name there also covers the pictures and the tower.
+
+
+@dataclass(eq=False)
+class VisionPreference(WithPictures, Preference):
+    """An objective of pairs whose prompts may have pictures."""
+
+    def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
+        own = self.vision.tower
+        if not ctx.trains:  # the tower of the plain base; that of the adapter may be another
+            self.look_with(open_tower(ctx.plain_base))
+        found = super().compare(ctx, sets)
+        if not ctx.trains:
+            self.look_with(own)
+        return found
+
+    def sums_of(self, tokens: TokenLosses) -> BatchSums:
+        plain = super().sums_of(tokens)
+
+        def sums(model: nn.Module, batch: Batch) -> AnswerSums:
+            with self.shown(model, batch):
+                return plain(model, batch)
+
+        return sums
+
+    @property
+    def reference_facts(self) -> list[Any]:
+        return [self.vision.identity(), tower_key(self.vision.tower, self.vision.processor)]
+
+
+def vision_preference(settings: ObjectiveSettings) -> Preference:
+    """Return a preference objective with --images; its options are those without."""
+    plain = getattr(preference, settings.objective)(settings)
+    return VisionPreference(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})
+
+
+# Rewards of answers about pictures: the policy objectives of objectives/grpo.py, on prompts that have pictures.
+#
+# Answers are sampled with the pictures in the prompt (rollouts/rollout.py), and a step computes their log-probabilities
+# with the same pictures (objectives/pictures.py). Rewards get the columns of the row as they are in the data.
+
+
+@dataclass(eq=False)
+class VisionPolicy(WithPictures, Policy):
+    """An objective whose sampled answers to prompts with pictures are rewarded."""
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        super().check(settings, functions)
+        if folders := reward_folders(settings):
+            raise InputError(
+                f"--reward {folders[0]} with --images: a reward model reads text alone; give a function, or another reward"
+            )
+
+    def open(self, ctx: RunContext) -> None:
+        if ImageInputSpec.of(ctx.base.config).prompt:
+            raise InputError(
+                f"{self.asked} with a {ctx.base.config.get('model_type')} model: several answers to a prompt that sees itself "
+                "cannot be sampled together; choose another model, or --objective dpo"
+            )
+        super().open(ctx)
+
+    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
+        plain = super().make_rollouts(ctx, loss, form)
+        return PictureRollouts(**vars(plain), seeing=self)
+
+
+def vision_policy(settings: ObjectiveSettings) -> Policy:
+    """Return grpo or rloo with --images; its options are those without."""
+    plain = policy(settings)
+    return VisionPolicy(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})

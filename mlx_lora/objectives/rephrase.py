@@ -40,7 +40,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import count_parameters
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import write_records, written_data
-from mlx_lora.objectives.teacher_answers import written_folder
+from mlx_lora.objectives.teacher import written_folder
 from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of

@@ -28,8 +28,7 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.losses.cross_entropy import token_arrays
 from mlx_lora.models.encoder import ENCODERS, Model, ModelArgs
-from mlx_lora.models.encoder_head import start_words
-from mlx_lora.models.head import SCORE, body_of, scores_at
+from mlx_lora.models.head import SCORE, body_of, scores_at, start_words
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
 from mlx_lora.utils.errors import InputError

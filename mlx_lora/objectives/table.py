@@ -34,7 +34,7 @@ OBJECTIVES = {
     "classify": ("classify", "classify"),
     "rerank": ("rerank", "rerank"),
     "embed": ("embed", "embed"),
-    "vision_sft": ("vision_sft", "vision_sft"),
+    "vision_sft": ("pictures", "vision_sft"),
 }
 
 

@@ -10,37 +10,63 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.compat.foreign import TOKENIZER
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
 from mlx_lora.data.batch import EMPTY, Batch
+from mlx_lora.data.files import named_sets
+from mlx_lora.data.load import DataSplits, prompt_encoder
+from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
+from mlx_lora.data.read import SplitRows
+from mlx_lora.data.report import reasons
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import base_fingerprint, load_weights, model_sample, read_config
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, embedding_rows, load_base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
+from mlx_lora.objectives.synthetic_prompts import (
+    has_unanswered,
+    own_prompts,
+    read_prompts,
+    sampling_options,
+    write_records,
+    written_data,
+)
 from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
+from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
 from mlx_lora.utils.hub import resolve_model
+from mlx_lora.utils.progress import long_task
+from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import ModelSettings, TrainSettings
+    from mlx_lora.config.settings import DataSettings, LoopSettings, ModelSettings, TrainSettings
     from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.examples import Fields
     from mlx_lora.data.teacher_table import TableFormat
     from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.losses.divergence import DivergenceOptions
 
 TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache
 FORMAT = 1  # part of the key: raise it if the same teacher would give other bytes
@@ -305,3 +331,264 @@ def teacher_name(settings: TrainSettings, base: Base) -> str:
     objective = settings.objective
     name = objective.teacher or f"{base.model_id} as it is"
     return f"{name}, with a prompt of its own" if objective.teacher_prompt else name
+
+
+# Let a teacher write the answers of a distillation whose data are prompts alone, or that has no data.
+#
+#     <cache>/answers/<key>/written.jsonl          a line for each answer, as soon as its batch is done
+#                           data/train.jsonl ...   the records to train on, with valid and test if the prompts have them
+#
+# The run's folder gets a copy of `data` under the name `written`: it can be read, edited and given as --data. A resumed run
+# reads its own copy. The key covers everything that decides the answers; those of a run that was stopped are not written
+# again.
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of how answers are written; a higher one leaves older ones unused
+STREAM = 1 << 41  # the number of the answers' random streams
+DISTILL = "distill"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a teacher wrote: its text, how many tokens it has, and whether the teacher ended it."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
+    """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
+    settings, asked, data = ctx.settings, ctx.settings.objective, ctx.settings.data
+    teacher_prompt = read_teacher_prompt(asked.teacher_prompt)
+    # Otherwise nobody writes, or the student does, during the run.
+    writes = asked.objective == DISTILL and not (asked.on_policy and data.data is not None)
+    if not writes or (data.data is not None and not has_unanswered(data)):
+        if writes:
+            _refuse_sampling(asked)
+        return objective.read_data(ctx, data, teacher_prompt)
+    if settings.loop.offload_base == "on":
+        raise InputError(
+            f"--data {data.data or 'is not given'} with --offload-base on: somebody has to write answers, token by token, for which the "
+            "whole model must be in memory; give data with answers, or leave --offload-base out"
+        )
+    words = f"{data.data or 'prompts that the model wrote'}{'' if asked.on_policy else ', answered by the teacher'}"
+    folder = written_folder(ctx, lambda: _written(settings, ctx.plain_base, ctx.today or date.today()))
+    splits = objective.read_data(ctx, written_data(data, folder), teacher_prompt)
+    return replace(splits, report=replace(splits.report, data=words), written=folder)
+
+
+def written_folder(ctx: RunContext, write: Callable[[], Path]) -> Path:
+    """Return the folder of what models wrote for a run: its own if the run has one already, else what `write` returns.
+
+    The first rank writes, and all get the same.
+    """
+    ranks = ctx.strategy.ranks
+    folder = (kept_folder(ctx.settings.loop, ctx.trains) or write()) if ranks.leads else None
+    texts = ranks.from_first(
+        {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())} if folder else {}
+    )
+    if folder is not None:
+        return folder
+    copied = (
+        cache_dir("answers") / sha256_of(json.dumps(texts))[:32] / "data"
+    )  # this machine may not have the first rank's
+    for name, text in texts.items():
+        replace_text(copied / name, text)
+    return copied
+
+
+class WithTeacher(Objective):
+    """What objectives with a teacher have in common before the run."""
+
+    needs_data = False
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
+
+    def open(self, ctx: RunContext) -> None:
+        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        return read_answered(self, ctx)
+
+    @property
+    def options(self) -> DivergenceOptions:
+        """How student and teacher are compared."""
+        if self.distills is None:
+            raise ValueError("distillation without a divergence")
+        return self.distills
+
+
+def _written(settings: TrainSettings, base: Base, today: date) -> Path:
+    """Return the folder of the run's data, after prompts and answers that it lacks were written."""
+    if settings.data.data is None:
+        file = own_prompts(settings, base, today)
+        if settings.objective.on_policy:
+            return file.parent
+        settings = replace(settings, data=written_data(settings.data, file))
+    return _answered(settings, base, today)
+
+
+def _refuse_sampling(objective: ObjectiveSettings) -> None:
+    """Refuse settings of sampling if nothing is sampled."""
+    given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
+    if given:
+        raise InputError(
+            f"{' and '.join(given)} with answers in --data: only used if the teacher writes the answers; leave it out"
+        )
+
+
+def kept_folder(loop: LoopSettings, trains: bool = True) -> Path | None:
+    """Return what was written for the run that is resumed, or whose adapter is measured; None if there is nothing."""
+    if trains and loop.resume is None:
+        return None
+    own = loop.resume is None or loop.resume == "auto"
+    folder = Path(loop.adapter_path) if own else Path(str(loop.resume)).parent.parent
+    return folder / WRITTEN if (folder / WRITTEN / "train.jsonl").is_file() else None
+
+
+def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
+    """Return the data that can be read before a run, and the most tokens of an answer that will be added to each prompt.
+
+    These are 0 for data that has answers, or whose prompts the student answers.
+    """
+    data, objective = settings.data, settings.objective
+    kept = kept_folder(settings.loop)
+    if data.rephrase:  # planned as if every question got all of its wordings
+        times = data.rephrase + 1
+        more = ",".join(f"{name}={weight * times:g}" for name, weight in named_sets(data.data or ""))
+        return (replace(data, data=more) if kept is None else written_data(data, kept)), 0
+    if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
+        return data, 0
+    if data.data is not None and not has_unanswered(data):
+        return data, 0
+    return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
+
+
+def _answered(settings: TrainSettings, base: Base, today: date) -> Path:
+    """Return the folder of the run's records with answers, from the cache or written now."""
+    splits = read_prompts(settings.data)
+    for name, rows in splits.items():
+        if rows.dropped:
+            log.info(
+                f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} not usable as a prompt: {reasons(rows.dropped)}"
+            )
+    asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
+    wanted = _wanted(settings, base, [prompt for _, prompt in asked], today)
+    facts = [VERSION, facts_of(settings, base).identity, str(device.compute_dtype(settings.model.dtype))]
+    contents = [[name, with_answer(prompt, None)] for name, prompt in asked]
+    how = [repr(answer_options(settings)), settings.loop.seed]
+    folder = cache_dir("answers") / sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), *how]))[:32]
+    with one_at_a_time(folder):
+        answers = _write(settings, base, wanted, len(asked), folder / "written.jsonl")
+        mx.clear_cache()  # a teacher of its own is gone by now
+        for name in splits:
+            numbers = [number for number, (split, _) in enumerate(asked) if split == name]
+            records = _records(numbers, [prompt for _, prompt in asked], answers)
+            if not records:
+                raise InputError(
+                    f"--data, {name}: all answers of the teacher are empty; try another --seed or another teacher"
+                )
+            write_records(folder / "data" / f"{name}.jsonl", records)
+    return folder / "data"
+
+
+def answer_options(settings: TrainSettings) -> SamplingOptions:
+    """Return how the answers of a run are sampled."""
+    return sampling_options(settings, settings.objective.max_new_tokens)
+
+
+def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: date) -> dict[int, list[int]]:
+    """Return number of a prompt without an answer -> its tokens, as the teacher sees it.
+
+    Raises:
+        InputError: none can be encoded.
+    """
+    encoder = prompt_encoder(SplitRows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
+    encoded = encode_prompts(encoder, prompts, read_teacher_prompt(settings.objective.teacher_prompt))
+    seen = encoded.rows if encoded.rows.teacher is None else encoded.rows.teacher
+    numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]
+    why = next(iter(encoded.dropped.values()), "")
+    if not numbers:
+        raise InputError(f"--data: the teacher cannot answer any prompt ({why})")
+    if why:
+        log.info(f"Note: {counted(len(encoded.dropped), 'prompt is', 'prompts are')} not answered: {why}")
+    return {number: seen.row(row)[0].tolist() for row, number in numbers}
+
+
+def _records(numbers: Sequence[int], prompts: Sequence[Prompt], answers: dict[int, Answer]) -> list[Fields]:
+    """Return the records of some prompts, with their own answers or the teacher's; those without any are left out."""
+    return [
+        with_answer(prompts[number], None if prompts[number].answered else answers[number].text)
+        for number in numbers
+        if prompts[number].answered or (number in answers and answers[number].text)
+    ]
+
+
+def _write(
+    settings: TrainSettings,
+    base: Base,
+    wanted: dict[int, list[int]],
+    count: int,
+    file: Path,
+) -> dict[int, Answer]:
+    """Write the answers that a file does not have yet, add them to it, and return all.
+
+    Args:
+        settings: of the run.
+        base: of the student; the teacher is only loaded if it has to write.
+        wanted: number of a prompt -> its tokens.
+        count: of all prompts, which decides the random streams.
+        file: of the answers.
+    """
+    answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
+    missing, found = sorted(wanted.keys() - answers.keys()), len(answers)
+    if not missing:
+        log.info(f"Answers: {found:,} that the teacher wrote in an earlier run{_counts(answers, settings.objective)}")
+        return answers
+    teacher, start = load_teacher(settings, base), time.perf_counter()
+    ends = frozenset(teacher.tokenizer.eos_token_ids)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with long_task("The teacher answers", len(wanted), "prompts") as task, file.open("a", encoding="utf-8") as out:
+        out.write("\n")  # after a line that a kill left incomplete
+
+        def take(batch: list[int], texts: list[list[int]]) -> None:
+            for place, tokens in zip(batch, texts, strict=True):
+                number, ended = missing[place], tokens[-1] in ends
+                text = str(teacher.hf_tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True))
+                answers[number] = Answer(text.strip(), len(tokens), ended)
+                out.write(json.dumps([number, *vars(answers[number]).values()], ensure_ascii=False) + "\n")
+            out.flush()
+            task.reach(len(answers))
+
+        keys = answer_keys(settings.loop.seed, STREAM, count)[mx.array(missing)]
+        prompts = [wanted[number] for number in missing]
+        write_texts(teacher, prompts, range(len(missing)), answer_options(settings), ends, keys, take)
+    seconds, tokens = time.perf_counter() - start, sum(answers[number].tokens for number in missing)
+    earlier = f", {found:,} before" if found else ""
+    rate = f"{len(missing):,} written by the teacher in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{earlier}"
+    log.info(f"Answers: {rate}{_counts(answers, settings.objective)}")
+    return answers
+
+
+def _counts(answers: dict[int, Answer], objective: ObjectiveSettings) -> str:
+    """Return what there is to know of answers, to follow a sentence."""
+    words = f"; {sum(answer.tokens for answer in answers.values()):,} tokens"
+    cut = sum(not answer.ended for answer in answers.values())
+    empty = sum(not answer.text for answer in answers.values())
+    words += f", {cut:,} cut at --max-new-tokens {objective.max_new_tokens}" if cut else ""
+    return words + (f", {empty:,} empty and left out" if empty else "")
+
+
+def read_answers(file: Path) -> dict[int, Answer]:
+    """Return the answers in a file, number of the prompt -> answer, without an incomplete line after a kill."""
+    answers = {}
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else []:
+        try:
+            number, text, tokens, ended = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        answers[int(number)] = Answer(str(text), int(tokens), bool(ended))
+    return answers

@@ -17,7 +17,7 @@ A run has phases, and its peak is that of the largest phase:
     rollout    keys and values of sampled answers, and the scores of the vocabulary; only if a run samples answers
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps,
-and what its backward pass allocates at a time, is read from the block's graph (trainer/model_shape.py) and given as
+and what its backward pass allocates at a time, is read from the block's graph (trainer/fit.py) and given as
 `Block.memory`. If a graph cannot be read, the formulas here count the block as a llama block, and the plan says that its
 memory is not known. docs/planner.md compares predictions with measurements.
 

@@ -1,13 +1,16 @@
 """Tell what became of a run: one headline, notes on what went wrong, and the command that mends it.
 
-`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/answers.py). Where they
+`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/diagnosis.py). Where they
 cannot be checked, the losses of the held-out rows tell. docs/overfitting.md says how often a run is named rightly.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,42 +18,582 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.objectives import LABELED, RANKED
-from mlx_lora.reports.answers import (
-    HEADS,
-    LEARNED,
-    LITTLE,
-    MEMORIZED,
-    OVER_FITTED,
-    TOO_FEW_STEPS,
-    UNCHANGED,
-    UNKNOWN,
-    WORSE,
-    YOUR_WORDS,
-    Answer,
-    Count,
-    counts_of,
-    counts_words,
-    named_by,
-)  # fmt: skip
-from mlx_lora.reports.charts import perplexity
-from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.kept import choices, measured_adapter, rounding_begins
-from mlx_lora.reports.objectives import (
-    AVERAGED,
-    BAD,
-    GOOD,
-    PLAIN,
-    of_divergence,
-    of_equal_rewards,
-    of_labels,
-    of_preferences,
-    of_rankings,
-    of_rewards,
-    of_search,
-)
+from mlx_lora.config.sweep import SWEEP_FILE, TRIALS, WINNER
+from mlx_lora.reports.charts import OF_TOOLS, Series, perplexity
+from mlx_lora.trainer.adapter import first_qat_step
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import SOUND_ROWS, Change, RowLosses, paired_change
+from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
+
+# What reports show of single objectives: how a run went in one sentence, and charts of what only they measure.
+#
+# A headline's function takes the validations of metrics.jsonl and the one of the adapter that was kept, and returns (headline,
+# tone). A number that guessing reaches as well is not called good. A chart's function takes all records of metrics.jsonl, and
+# returns no chart for a run of another objective.
+
+GOOD, BAD, PLAIN = "good", "bad", "plain"
+SAME = 0.005  # a smaller relative change of a divergence is none
+# Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
+MOST_WITHOUT_SPREAD = 0.5
+AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
+CERTAIN = 1.645  # standard deviations above the mean, which 95% of random orders do not exceed
+Chart = tuple[str, list[Series], str, bool]
+WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
+OF_LABELS = ("macro_f1", "mse")  # what only a classifier reports
+MOST_REWARDS = 12  # charts of single rewards
+OF_RANKINGS = ("mrr",)  # what only a reranker reports
+
+
+# Headlines
+
+
+def compared(
+    validations: list[dict[str, Any]], kept: dict[str, Any], key: str, form: str, least: float = 0.0, better: int = 1
+) -> tuple[str, str]:
+    """Return the first and the kept value of a metric as text, once if they are written alike, and the tone of their difference.
+
+    Args:
+        validations, kept: of metrics.jsonl.
+        key: of the metric.
+        form: how it is written; with z, a rounded -0 is 0.
+        least: a smaller difference is none.
+        better: 1 if more of it is better, -1 if less.
+    """
+    first, last = (one.get(key) or 0.0 for one in (validations[0], kept))
+    ends, change = dict.fromkeys(format(value, form) for value in (first, last)), better * (last - first)
+    same = len(validations) == 1 or not change or abs(change) < least
+    return " to ".join(ends), PLAIN if same else GOOD if change > 0 else BAD
+
+
+def of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for preference training, whose loss is no likelihood."""
+    parts, ranked = [], [r for r in validations if r.get("accuracy") is not None]
+    if ranked and kept.get("accuracy") is not None:
+        ends, _ = compared(ranked, kept if len(ranked) > 1 else ranked[0], "accuracy", ".0%")
+        parts.append(f"held-out accuracy {ends}")
+    # The held-out ratings of KTO may all be good or all be bad: then there is no margin, and the loss stands for it.
+    name, key, better = "reward margin", "margin", 1
+    if any(one.get("margin") is None for one in (validations[0], kept)):
+        name, key, better = "loss", "val_loss", -1
+    ends, tone = compared(validations, kept, key, "z.2f", 0.005, better)
+    parts.append(f"{'' if parts else 'held-out '}{name} {ends}")
+    words = ", ".join(parts)
+    return words[0].upper() + words[1:], tone
+
+
+def of_search(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for embeddings: how often the first held-out document is the right one, or how scores agree."""
+    name = next((name for name in ("accuracy", "spearman") if kept.get(name) is not None), "val_loss")
+    names = {"accuracy": "first result right", "spearman": "rank correlation with the scores", "val_loss": "loss"}
+    form, better = ".0%" if name == "accuracy" else ".3f", -1 if name == "val_loss" else 1
+    ends, tone = compared(validations, kept, name, form, 0.005, better)
+    return f"Held out: {names[name]} {ends}", tone
+
+
+def of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for answers that were sampled and rewarded."""
+    ends, tone = compared(validations, kept, "reward", "z.3f", 0.0005)
+    return f"Held-out reward {ends}", tone
+
+
+def of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for a classifier: its accuracy, or for numbers the squared error."""
+    if "accuracy" in kept:
+        ends, tone = compared(validations, kept, "accuracy", ".0%")
+        words = f"Held-out accuracy {ends}"
+    else:
+        ends, tone = compared(validations, kept, "val_loss", ".4g", better=-1)
+        words = f"Held-out squared error {ends}"
+    words += f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
+    if (most := kept.get("majority")) is None:
+        return words, tone  # several labels, numbers, or a run of an earlier version
+    if most == 1:
+        return f"{words}; all held-out texts have the same label, so this shows nothing", PLAIN
+    if kept["accuracy"] > most:
+        return f"{words}; the most frequent label alone has {most:.0%}", tone
+    return f"No better than giving every text the most frequent label, which is right in {most:.0%}: {words}", BAD
+
+
+def of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for a reranker: its mean reciprocal rank, and that of a random order."""
+    ends, tone = compared(validations, kept, "mrr", ".3f")
+    words = f"Held-out MRR {ends}, best document first in {kept['accuracy']:.0%} of the queries"
+    if (chance := kept.get("random_mrr")) is None:
+        return words, tone  # a run of an earlier version
+    most = chance + CERTAIN * kept["random_mrr_sd"]
+    if most >= 1:
+        return f"{words}; too few held-out queries to tell this from a random order, which has {chance:.3f}", PLAIN
+    if kept["mrr"] > most:
+        return f"{words}; a random order has {chance:.3f}", tone
+    return (
+        f"No better than a random order: {words}, while random orders have {chance:.3f} and often up to {most:.3f}",
+        BAD,
+    )
+
+
+def of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
+    first, last = validations[0]["val_loss"], kept["val_loss"]
+    words = f"Held-out divergence from the teacher {compared(validations, kept, 'val_loss', 'z.4f')[0]} per token"
+    if len(validations) == 1:
+        return f"{words}, measured once", PLAIN
+    if first <= 0 or abs(last / first - 1) < SAME:
+        return f"{words}, unchanged", PLAIN
+    change = abs(last / first - 1)
+    return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
+
+
+# Charts
+
+
+def curve(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
+    """Return a metric over the steps."""
+    points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
+    return Series(name, points, markers=name.startswith("held out"))
+
+
+def both_curves(records: list[dict[str, Any]], key: str, ending: str = "") -> list[Series]:
+    """Return the curves of a metric over training and over validations, those that there are."""
+    having = [r for r in records if r.get(key) is not None]
+    parts = {when: [r for r in having if r[loss] is not None] for when, loss in WHEN.items()}
+    return [curve(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
+
+
+def teacher_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
+        return []
+    return [("KL of teacher and student per token", both_curves(having, "kl"), "", True)]
+
+
+def preference_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what an objective on preferences reports; none for other runs."""
+    titles = {
+        "Pairs preferred as labeled": ("accuracy",),
+        "Margin of rewards": ("margin",),
+        "Rewards": ("chosen_rewards", "rejected_rewards"),
+        "Divergence from the reference": ("divergence",),
+    }
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    reported = [
+        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
+        for r in records
+        if "margin" in r
+    ]
+    charts = []
+    for title, names in titles.items():
+        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
+        series = [one for name in names for one in both_curves(reported, name, endings[name])]
+        charts += [(title, series, "", False)] if series else []
+    return charts
+
+
+def trains_classifier(records: list[dict[str, Any]]) -> bool:
+    """Return whether a run trains a classifier."""
+    return any(name in one for one in records for name in OF_LABELS)
+
+
+def trains_reranker(records: list[dict[str, Any]]) -> bool:
+    """Return whether a run trains a reranker."""
+    return any(name in one for one in records for name in OF_RANKINGS)
+
+
+def class_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what a classifier or a reranker reports; none for other runs."""
+    if not trains_classifier(records) and not trains_reranker(records):
+        return []
+    titles = {
+        "Queries with the best document first" if trains_reranker(records) else "Texts whose labels are all right": (
+            "accuracy",
+        ),
+        "Rank of the first relevant document (MRR), and all grades (nDCG)": ("mrr", "ndcg"),
+        "Mean F1 of the labels": ("macro_f1",),
+        "Correlation with the labels": ("pearson", "spearman"),
+    }
+    charts = []
+    for title, names in titles.items():
+        series = [one for name in names for one in both_curves(records, name, f", {name}" if len(names) > 1 else "")]
+        charts += [(title, series, "", True)] if series else []
+    return charts
+
+
+def rollout_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what an objective reports that samples answers; none for other runs."""
+    sampled = [r for r in records if "length" in r]
+    rewarded = any("reward" in r for r in sampled)
+    own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
+    wanted = [("Reward", "reward", False)]
+    wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
+    wanted += [
+        ("Spread of a prompt's rewards", "reward_std", True),
+        ("Prompts whose answers all have the same reward", "frac_reward_zero_std", True),
+        ("Tokens of an answer", "length", True),
+        ("Answers cut at --max-new-tokens", "truncated", True),
+        *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
+        ("Ratios beyond --epsilon", "clipped", True),
+        *((title, name, True) for title, name in OF_TOOLS),
+        ("Share of the time in rollouts", "rollout_share", True),
+    ]
+    charts = []
+    for title, name, from_zero in wanted:
+        if from_zero and not any(r.get(name) for r in sampled):
+            continue  # nothing but zeros, as of a divergence that is not measured
+        series = both_curves(sampled, name)
+        charts += [(title, series, "", from_zero)] if series else []
+    return charts
+
+
+def of_equal_rewards(records: list[dict[str, Any]]) -> str:
+    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
+    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
+    last = shares[-AVERAGED:]
+    share = sum(last) / len(last) if last else 0.0
+    if share < MOST_WITHOUT_SPREAD:
+        return ""
+    return (
+        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
+        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
+    )
+
+
+# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
+
+# Tell which validation measured the adapter that is in a run's folder, and among how many it was chosen.
+#
+# The trainer knows its step and writes it into report.json. Folders of earlier versions do not have it; there it is found from the metrics,
+# by the rules of `Position.validated` and `Position.compare_anew`.
+
+Record = dict[str, Any]
+
+
+def rounding_begins(records: Sequence[Record], settings: Mapping[str, Any], known: int | None) -> int:
+    """Return the step from which validations are with rounding (--qat 0.3); 0: all of them are, or none.
+
+    Args:
+        records: of metrics.jsonl.
+        settings: of run.yaml.
+        known: what report.json says; None: nothing.
+    """
+    if known is not None:
+        return known
+    steps = settings.get("iters") or max((r["step"] for r in records), default=0)
+    return first_qat_step(settings.get("qat") or 0.0, steps) or 0
+
+
+def compared_validations(validations: list[Record], rounded_from: int) -> list[Record]:
+    """Return the validations among which the best is looked for: once there are some with rounding, only those."""
+    return [r for r in validations if r["step"] >= rounded_from] or validations
+
+
+def kept_validation(
+    validations: list[Record], settings: Mapping[str, Any], known: int | None, rounded_from: int
+) -> Record | None:
+    """Return the validation of the adapter that a run's end left; None: it is not on record.
+
+    Args:
+        validations: at least one.
+        settings: of run.yaml.
+        known: the step of that adapter; None: an earlier version did not write it.
+        rounded_from: see `rounding_begins`.
+    """
+    last = validations[-1]
+    if known is not None:
+        found = next((r for r in validations if r["step"] == known), None)
+        return last if found is None and known > last["step"] else found
+    compared = compared_validations(validations, rounded_from)
+    later = [r for r in compared if r["step"]]
+    if not settings.get("keep_best") or not later:
+        return last
+    metric = settings.get("metric_for_best_model") or "loss"
+    if metric not in ("loss", "task"):
+        return max(later, key=lambda r: (r.get(metric) or 0.0, -r["val_loss"]))
+    best = max(compared, key=lambda r: (r.get(metric) or 0.0 if metric == "task" else 0.0, -r["val_loss"]))
+    return best if best["step"] else last
+
+
+def measured_adapter(
+    records: Sequence[Record], settings: Mapping[str, Any] | None, known: int | None, rounded_from: int | None
+) -> Record | None:
+    """Return the last validation, after a run's end that of the adapter in the folder; None: there is none.
+
+    Args:
+        records: of metrics.jsonl.
+        settings: of run.yaml; None: the run goes on.
+        known: see `kept_validation`.
+        rounded_from: see `rounding_begins`.
+    """
+    validations = [r for r in records if r["val_loss"] is not None]
+    if settings is None or not validations:
+        return validations[-1] if validations else None
+    return kept_validation(validations, settings, known, rounding_begins(records, settings, rounded_from))
+
+
+def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from: int, folder: Path | None) -> int:
+    """Return among how many measurements of the held-out rows the adapter was chosen; 1: it was not.
+
+    With --keep-best, all validations after the first count. The other rates of `--learning-rate auto` and the other candidates
+    of a sweep count as well.
+
+    Args:
+        validations: in order.
+        settings: of run.yaml; `keep_best` counts only once the run has ended.
+        rounded_from: see `rounding_begins`.
+        folder: of the run; None: not known.
+    """
+    later = [r for r in compared_validations(validations, rounded_from) if r is not validations[0]]
+    count = max(1, len(later)) if settings.get("keep_best") else 1
+    if folder is not None:
+        sweep = folder.parent if folder.name == WINNER else folder / TRIALS
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            count += len(parse_json((sweep / SWEEP_FILE).read_bytes())["candidates"]) - 1
+    return count
+
+
+# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
+
+# Show what a classifier gets right: a table of its labels, and which label is taken for which.
+#
+# classes.jsonl in a run folder has a line for each validation: `step`, `classes` (label -> precision, recall, f1, texts, predicted), and either
+# `confusion` (rows: the labels that texts have, columns: those that they get) or `thresholds` (label -> probability).
+
+CLASSES_FILE = "classes.jsonl"
+MOST_NAMED = 5  # labels in a sentence
+MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file such as metrics.jsonl, without an incomplete line after a kill; none without the file."""
+    records = []
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def begin_lines(file: Path, resumed_at: int | None) -> None:
+    """Begin a run's file of lines with steps; of a resumed one keep the lines up to its step."""
+    records = [] if resumed_at is None else [one for one in read_records(file) if type(one.get("step")) is int]
+    file.unlink(missing_ok=True)
+    add_lines(file, [one for one in records if one["step"] <= (resumed_at or 0)])
+
+
+def add_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to a run's file of lines."""
+    lines = [json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records]
+    if lines:
+        with file.open("a", encoding="utf-8", errors="replace") as out:
+            out.writelines(lines)
+
+
+def add_classes(file: Path, step: int, details: Mapping[str, Any]) -> None:
+    """Append what a validation found; nothing if it found no labels."""
+    add_lines(file, [{"step": step, **details}] if "classes" in details else [])
+
+
+def read_classes(file: Path, step: int | None) -> dict[str, Any] | None:
+    """Return what the validation after a step found; None if it is not known."""
+    of_step = [one for one in read_records(file) if one.get("step") == step and isinstance(one.get("classes"), dict)]
+    return of_step[-1] if of_step else None
+
+
+def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row of cells for each label, those with the lowest F1 first; labels that no text has come last, without figures."""
+    thresholds = details.get("thresholds") or {}
+    rows = []
+    for name, one in sorted(
+        details["classes"].items(), key=lambda item: (not item[1]["texts"], item[1]["f1"], item[0])
+    ):
+        row = {"label": name, "texts": str(one["texts"]), "predicted": str(one["predicted"])}
+        row |= {measure: f"{one[measure]:.3f}" if one["texts"] else "–" for measure in ("precision", "recall", "f1")}
+        rows.append(row | ({"threshold": f"{thresholds[name]:.3f}"} if name in thresholds else {}))
+    return rows
+
+
+def measured_words(details: Mapping[str, Any] | None) -> str:
+    """Return on how many texts a validation measured, and which labels none of them has, as a sentence; empty: not known."""
+    if details is None:
+        return ""
+    texts = sum(map(sum, details.get("confusion") or []))
+    without = [name for name, one in details["classes"].items() if not one["texts"]]
+    words = f"Measured on {counted(texts, 'held-out text')}" if texts else ""
+    if without:
+        named = ", ".join(without[:MOST_NAMED]) + (" and others" if len(without) > MOST_NAMED else "")
+        labels = f"the {'label' if len(without) == 1 else 'labels'} {named}"
+        words += f", none of them with {labels}" if words else f"No held-out text that was measured has {labels}"
+    return f"{words}; `evaluate` with a labeled file measures more." if words else ""
+
+
+def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each label that texts have, with a column for each that they get; none for many labels."""
+    names, counts = list(details["classes"]), details.get("confusion") or []
+    if not counts or len(names) > MOST_IN_TABLE:
+        return []
+    return [
+        {"is, taken for": name, **dict(zip(names, map(str, row), strict=True))}
+        for name, row in zip(names, counts, strict=True)
+    ]
+
+
+def classes_page(details: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a page shows of a validation; None: nothing is known."""
+    if details is None:
+        return None
+    return {
+        "step": details["step"],
+        "tables": [rows for rows in (class_rows(details), confusion_rows(details)) if rows],
+    }
+
+
+# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
+
+# Count the right answers of a run: to trained questions, and to questions in new words.
+#
+# An answer is a mapping, as trainer/ask.py makes it and report.json keeps it: `question`, `expected`, `base` and `adapter` (the
+# models' texts), `base_right` and `right` (None: nobody can tell, see data/right.py). A run's answers also have `new_words`, and
+# `ticked`: what a person said of the adapter's answer, which counts more.
+
+# What became of a run
+
+LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
+MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
+YOUR_WORDS, LITTLE, AS_BASE = "your words only", "little", "as the base"
+# How a headline about answers begins, where not by the name itself.
+HEADS = {YOUR_WORDS: "Knows mostly your wording", LITTLE: "Learned little", AS_BASE: "No better than the base"}
+
+MODELS = ("base", "adapter")
+HALF = 0.5  # share of right answers from which a run has learned
+CLEAR = 0.1  # of all answers, by so many more than the base's: 17 of 32 instead of 16 are no skill
+CHANCE = 0.05
+
+Answer = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of some questions are answered right.
+
+    Attributes:
+        right: by the adapter.
+        of: questions whose answers can be checked.
+        base: by the base; None: it was not asked.
+        fell: whether the adapter answers fewer than the base by more than chance (one-sided sign test over the questions
+            that one of the two alone answers right; five lost and none gained are the fewest).
+    """
+
+    right: int
+    of: int
+    base: int | None = None
+    fell: bool = False
+
+    @property
+    def half(self) -> bool:
+        """Whether at least half of the answers are right."""
+        return self.right >= HALF * self.of
+
+    @property
+    def gain(self) -> int:
+        """How many more are right than the base's."""
+        return self.right - (self.base or 0)
+
+    @classmethod
+    def over(cls, answers: Iterable[Answer]) -> Count | None:
+        """Count some answers; None: none of them can be checked."""
+        pairs = [(judged(one), one.get("base_right")) for one in answers if judged(one) is not None]
+        if not pairs:
+            return None
+        asked = any(base is not None for _, base in pairs)
+        lost, gained = (sum(pair == one for pair in pairs) for one in ((False, True), (True, False)))
+        chance = sum(math.comb(lost + gained, n) for n in range(lost, lost + gained + 1)) / 2 ** (lost + gained)
+        base = sum(base is True for _, base in pairs) if asked else None
+        return cls(sum(right is True for right, _ in pairs), len(pairs), base, lost > gained and chance < CHANCE)
+
+
+def judged(answer: Answer) -> bool | None:
+    """Return whether an adapter's answer is right: as a person said, or else as the expected answer tells."""
+    return answer.get("right") if answer.get("ticked") is None else answer["ticked"]
+
+
+def counts_of(
+    answers: Iterable[Answer], evaluation: Mapping[str, Any] | None = None
+) -> tuple[Count | None, Count | None]:
+    """Return the counts of right answers in the words of the training rows, and in new words.
+
+    Args:
+        answers: of a run.
+        evaluation: what `evaluate` measured later; its questions count instead of the run's own in new words, unless they are
+            the run's own held-out rows, or most of them repeat training rows.
+    """
+    own, new = (Count.over(one for one in answers if one["new_words"] is is_new) for is_new in (False, True))
+    if evaluation and not evaluation.get("held_out"):
+        seen = evaluation.get("near_training") or {"rows": 0, "of_rows": 1}
+        if 2 * seen["rows"] <= seen["of_rows"]:
+            new = Count.over(evaluation.get("examples") or ()) or new
+    return own, new
+
+
+def named_by(counts: Sequence[Count], begun: bool, fell: bool) -> str:
+    """Return what became of a run by its right answers.
+
+    Args:
+        counts: in the words of the training rows, in new words, or both.
+        begun: whether it has only begun: it took few steps, or the training loss still falls.
+        fell: whether the training loss fell. With not one more right, the form of the answers may have been learned.
+    """
+    main = counts[-1]
+    if any(count.fell for count in counts):
+        own_rose = len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
+        return OVER_FITTED if own_rose and not main.half else WORSE
+    if any(count.half for count in counts):
+        clear = any(count.gain >= CLEAR * count.of for count in counts)
+        return AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
+    if begun:
+        return TOO_FEW_STEPS
+    return LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
+
+
+def counts_words(own: Count | None, new: Count | None) -> str:
+    """Return two counts as words: `30 of 32 right in your words, 14 of 20 in new words (the base: 0 and 1)`."""
+    named = [(own, "in your words"), (new, "in new words")]
+    counts = [(count, where) for count, where in named if count is not None]
+    words = [f"{count.right} of {count.of}{'' if n else ' right'} {where}" for n, (count, where) in enumerate(counts)]
+    bases = [str(count.base) for count, _ in counts if count.base is not None]
+    base = f" (the base: {' and '.join(bases)})" if bases else ""
+    return f"{', '.join(words)}{base}{'' if new else ', not tried in new words'}"
+
+
+def shown_rows(examples: Sequence[Answer]) -> dict[str, Any]:
+    """Return what pages show of questions and answers: `models`, the names of those that were asked, and `rows`.
+
+    A row has `question`, `expected`, and `said`: the text of each model, and whether it is right, or None where nobody can tell.
+    """
+    models = [name for name in MODELS if examples and name in examples[0]]
+    rows = [
+        {
+            "question": str(one["question"]),
+            "expected": str(one["expected"]),
+            "said": [(str(one[name]), one["base_right"] if name == MODELS[0] else judged(one)) for name in models],
+        }
+        for one in examples
+    ]
+    return {"models": models, "rows": rows}
+
+
+def right_words(examples: Sequence[Answer]) -> str:
+    """Return how many answers of each model are right; empty if none can be checked."""
+    said = [row["said"] for row in shown_rows(examples)["rows"]]
+    checked = [[right for _, right in one] for one in said if any(right is not None for _, right in one)]
+    if not checked:
+        return ""
+    counts = ", ".join(
+        f"{name} {sum(map(bool, column))}" for name, column in zip(MODELS, zip(*checked, strict=True), strict=False)
+    )
+    return f"right answers to the {counted(len(checked), 'question')} that can be checked: {counts}"
+
+
+# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
 
 # What became of a run
 
@@ -110,7 +653,7 @@ class Diagnosis:
     """What became of a run.
 
     Attributes:
-        name: one of the words of reports/answers.py.
+        name: one of the words of reports/diagnosis.py.
         first, last: the held-out losses that are compared; NaN without any.
         change: from one to the other, with its interval; None: there are no two validations.
         best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.

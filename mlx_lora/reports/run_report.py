@@ -26,22 +26,28 @@ from typing import Any
 
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
-from mlx_lora.data.duplicates import SeenRows
+from mlx_lora.data.notes import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
-from mlx_lora.reports.answers import right_words, shown_rows
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.classes import CLASSES_FILE, add_lines, classes_page, read_classes, read_records
-from mlx_lora.reports.diagnosis import VerdictContext, verdict
-from mlx_lora.reports.kept import measured_adapter
-from mlx_lora.reports.objectives import (
+from mlx_lora.reports.diagnosis import (
+    CLASSES_FILE,
+    VerdictContext,
+    add_lines,
     class_charts,
+    classes_page,
     curve,
+    measured_adapter,
     preference_charts,
+    read_classes,
+    read_records,
+    right_words,
     rollout_charts,
+    shown_rows,
     teacher_charts,
     trains_classifier,
     trains_reranker,
+    verdict,
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, read_rows_file
 from mlx_lora.utils.console import finite_values
@@ -98,7 +104,7 @@ class RunReport:
         step: what computes a step, a line.
         held_out: whether the texts' beginnings are from rows that are not trained on.
         ended: whether all steps are done.
-        answers: what the model was asked at the run's end, and said (reports/answers.py); empty: nothing.
+        answers: what the model was asked at the run's end, and said (reports/diagnosis.py); empty: nothing.
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
         pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.

@@ -11,7 +11,7 @@ Sample the answers that a step trains on: prompts in, a batch with answers, rewa
 Or, in place of rewards, with what a teacher says about the answers (objectives/on_policy.py).
 
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
-before the run. At the beginning of a step (`steps` of objectives/sampled.py) the model as it is then answers the prompts of
+before the run. At the beginning of a step (`steps` of objectives/grpo.py) the model as it is then answers the prompts of
 the step's batches, of which several ranks divide the prompts; the answers are put into the rows, and
 their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a resumed run
 samples the same answers. With several updates per rollout, a run is only saved and ended between rollouts.

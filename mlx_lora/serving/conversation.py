@@ -35,8 +35,7 @@ from mlx_lora.data.images import MARK, mark
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
-from mlx_lora.objectives.image_features import ImageFeatureCache
-from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
+from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.serving.adapter_store import Routing, base_name
 from mlx_lora.serving.engine import BatchRow, Engine, Event, Prefill, Request, Sampling, Stopped, Usage, failed_words

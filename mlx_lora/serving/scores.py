@@ -43,9 +43,8 @@ from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.embed import stored_choices
+from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
-from mlx_lora.objectives.text_vectors import TextEmbedder, open_embedder
 from mlx_lora.serving.adapter_store import base_name, unrouted_twin
 from mlx_lora.serving.engine import Engine, Stopped
 from mlx_lora.serving.schema import ApiError, api_error, is_number, read_fields, without_paths

@@ -23,15 +23,14 @@ from mlx_lora.exporters.adapter_folder import (
     run_of,
 )
 from mlx_lora.exporters.peft import is_peft
-from mlx_lora.models.encoder_head import head_parameters
-from mlx_lora.models.head import put_head
+from mlx_lora.models.head import head_parameters, put_head
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import Objective
-    from mlx_lora.trainer.state import Position
+    from mlx_lora.trainer.guards import Position
 
 
 def adapt(

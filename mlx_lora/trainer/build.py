@@ -21,19 +21,16 @@ from mlx_lora.losses.check import choose_compute
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
-from mlx_lora.trainer.fit import fit_settings, training_plan
+from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run
 from mlx_lora.trainer.held_out import choose_held_out
-from mlx_lora.trainer.model_shape import shape_of
-from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
-from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
-from mlx_lora.trainer.state import Position
-from mlx_lora.trainer.step import Step, StepOptions
-from mlx_lora.trainer.step_variant import choose_step_variant
+from mlx_lora.trainer.schedules import build_optimizer, make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.trainer.step import Step, StepOptions, choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 

@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
-from mlx_lora.trainer.state import VALIDATED, Position
+from mlx_lora.trainer.guards import VALIDATED, Position
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import flush_to_disk, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json

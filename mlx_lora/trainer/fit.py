@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lora.adapters.inject import adapt_model, adapter_layers
+from mlx_lora.adapters.qat import begin_qat
+from mlx_lora.compat.functions import answering
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
 from mlx_lora.config.settings import AUTO
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
+from mlx_lora.kernels.attention import Tiles, Windows, attend
+from mlx_lora.kernels.measure import MLX, left_unchanged
+from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
+from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
-from mlx_lora.models.meta import Outline, outline_for, with_quantization
+from mlx_lora.models.graph import AHEAD, as_on_gpu, count_memory, gradient_graph, uncollected
+from mlx_lora.models.head import Head, find_head, only_at, with_last_block
+from mlx_lora.models.meta import (
+    Outline,
+    block_kind,
+    layer_caches,
+    model_shape,
+    outline_for,
+    outline_of,
+    with_quantization,
+)
 from mlx_lora.models.quantize import choose_quantization
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.fit import SMALLEST_BATCH, DataLimits, Fitted, Prompts, Shapes, answer_room, check_fits, fit
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
+from mlx_lora.planner.memory import position_chunks
+from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
+from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
@@ -27,11 +54,543 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import LoopSettings, TrainSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.kernels.table import KernelChoice
     from mlx_lora.losses.check import Compute
+    from mlx_lora.models.load import Base
     from mlx_lora.parallel.strategy import Strategy
     from mlx_lora.planner.memory import MemoryPlan
-    from mlx_lora.planner.shapes import KernelTerms, ModelShape
+
+
+# Describe a model with its adapter to the planner, and read from each block's graph what it keeps for the backward pass.
+#
+# A shape is read from the loaded model, or from an outline without weights, in the planner's types.
+#
+# The planner has no table of layer types: a block's own operations show its recurrent states, latent attention, windows,
+# shared keys and experts. A block is called once inside its model, to record its arguments; then its gradient's graph is
+# listed at a few widths (models/graph.py), and widths between them are interpolated. Nothing is computed.
+#
+# Shapes: B rows, T positions of a row, D width.
+
+# The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
+# positions, attention stops keeping its probabilities.
+WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
+# The rise of the bytes per position between the last two widths that is not one of scores of all queries and keys.
+LITTLE = 0.05
+# More chunks of an MLP are counted as so many, which is at most a few percent too much; the graph of 32 takes twice as long to read.
+MOST_TRACED_CHUNKS = 16
+# The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
+LOOP_WIDTHS = (16, 32)
+LOOP_NODES = 1500
+# The dispatches that MLX prepares ahead on a CPU where memory beyond the plan is waited for (trainer/fit.py): less than it would.
+BOUNDED_LAG = 50
+
+# The model
+
+# Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
+
+
+def shape_of(asked: TrainSettings, base: Base, chosen: Compute, strategy: Strategy) -> ModelShape:
+    """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen.
+
+    A part is read from an outline, because blocks that are gathered have no weights but their part.
+    """
+    kernels = chosen.kernels or KernelChoice(MLX)
+    if strategy.divides_base:
+        outline = outline_for(asked.model, device.compute_dtype(asked.model.dtype))
+        shape = strategy.part_of(outlined_shape(outline, asked, kernels), outline.model)
+    else:
+        shape = adapted_shape(base.model, base.config, asked, kernels=kernels)
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
+    return shape
+
+
+def adapted_shape(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int = 0,
+    kernels: KernelChoice | None = None,
+) -> ModelShape:
+    """Return the shape of an adapted model, with all arrays that its method will hold during the run.
+
+    Args:
+        model, config: an mlx-lm model and its config.json.
+        settings: of the run.
+        source_bytes: see `ModelShape`.
+        kernels: the kernels that it trains with; None: chosen from this machine's measurements.
+    """
+    shared, loop = _SHARED.get(), settings.loop
+    case = (
+        settings.model,
+        settings.adapter,
+        settings.objective,
+        loop.kernels,
+        loop.shard_base,
+        loop.offload_base,
+        source_bytes,
+    )
+    if shared is None:
+        return _adapted_shape(model, config, settings, source_bytes, kernels)
+    if case not in shared:
+        shared[case] = _adapted_shape(model, config, settings, source_bytes, kernels)
+    return shared[case]
+
+
+_SHARED: ContextVar[dict[Any, ModelShape] | None] = ContextVar("shapes of the adapters on one base", default=None)
+
+
+@contextmanager
+def shared_shapes() -> Iterator[None]:
+    """Work out the shapes of runs on one base only once in this block, where their adapters and objectives are the same."""
+    known = _SHARED.get()
+    token = _SHARED.set({} if known is None else known)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _adapted_shape(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int,
+    kernels: KernelChoice | None,
+) -> ModelShape:
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
+    plain_loss = shape.plain_loss or settings.loop.kernels == MLX
+    others = objective_of(settings.objective).other_models_bytes(settings)
+    rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
+    choice = known_kernels(settings, shape) if kernels is None else kernels
+    walked, shared = settings.loop.offload_base == "on", settings.loop.shard_base != "off"
+    lag = BOUNDED_LAG if walked or shared else AHEAD
+    shape = with_block_memory(shape, model, dict(config), choice, lag)
+    shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
+    return with_caches(shape, model) if settings.objective.samples else shape
+
+
+def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
+    """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
+
+    Args:
+        outline, settings, kernels: of the run. The outline gets the adapter, and belongs to this shape from then on.
+
+    Raises:
+        InputError: the adapter does not fit the model.
+        ValueError: the outline has an adapter already. Graphs of blocks are read when they are asked for, so a second
+            adapter would count in the first shape as well.
+    """
+    if adapter_layers(outline.model):
+        raise ValueError("this outline has an adapter already; each shape needs an outline of its own")
+    adapter = objective_of(settings.objective).outlined(outline.model, settings)
+    if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
+        adapter = replace(adapter, method="lora")
+    adapt_model(outline.model, adapter, settings.loop.seed)
+    if adapter.qat:
+        begin_qat(outline.model)
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
+        use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
+    shape = adapted_shape(outline.model, outline.config, settings, outline.cast_bytes, kernels)
+    return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
+
+
+def without_read_parts(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape of a model whose blocks and tables are read from files when they are used: two parts are in memory at a time."""
+    from mlx_lora.parallel.sharded_base import units_of  # a base in memory has none of these
+
+    units = units_of(model)
+    read = units.bytes - units.largest
+    return replace(shape, base_bytes=shape.base_bytes - read, source_bytes=0, shared=True, head_rows=units.head_rows)
+
+
+def teacher_shape(settings: TrainSettings) -> ModelShape | None:
+    """Return the shape of --teacher, from its files' headers; None if there is none: the base itself takes no more memory.
+
+    Raises:
+        InputError: there is no such model, or mlx-lm does not have its architecture.
+    """
+    name = settings.objective.teacher
+    if not name:
+        return None
+    outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
+    outline.model.freeze()
+    shape = model_shape(outline.model, outline.config, outline.cast_bytes)
+    return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
+
+
+def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape with what the model's layers keep while answers are sampled."""
+    try:
+        return replace(shape, caches=layer_caches(model))
+    except NotKnown as error:
+        return replace(shape, not_known=(*shape.not_known, str(error)))
+
+
+def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
+    """Return the kernels that a run would use by this machine's measurements, ours if there are none."""
+    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
+
+
+def with_kernels(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
+) -> Machine:
+    """Return a machine with the memory of `kernels`; None: chosen from this machine's measurements."""
+    if kernels is None:
+        return replace(machine, kernels=known_kernels(settings, shape).terms())
+    return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
+
+
+# What a block keeps
+
+
+@dataclass
+class TracedBlock:
+    """The memory of one kind of block, for any batch shape.
+
+    Attributes:
+        call: rows, width, whether on a GPU -> the block's memory.
+        widths: at which it is read; none: those that its graph allows.
+        chunked: its memory if parts of it are computed in chunks of positions; None: they never are.
+    """
+
+    call: Callable[[int, int, bool], BlockBytes]
+    widths: tuple[int, ...] = ()
+    chunked: ChunkedBlock | None = None
+    _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+    _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Return the block's memory for a batch; answers are kept, because a search for settings asks repeatedly.
+
+        Args:
+            rows: B.
+            width: T.
+            on_gpu: whether it runs on a GPU.
+
+        Raises:
+            NotKnown: the block's graph cannot be read.
+        """
+        case = (rows, width, on_gpu)
+        if case not in self._answers:
+            self._answers[case] = self._of_rows(*case)
+        return self._answers[case]
+
+    def _of_rows(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        one = self._between(1, width, on_gpu)
+        if rows == 1:
+            return one
+        # Count what does not grow with the rows (dense copies of packed weights) once.
+        further = self._between(2, width, on_gpu).minus(one)
+        return one.plus(further.times(rows - 1))
+
+    def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
+        widths = self.widths or self._all_widths(on_gpu)
+        upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
+        low, high = widths[upper - 1], widths[upper]
+        first = self._read(rows, low, on_gpu)
+        if width == low:
+            return first
+        last = self._read(rows, high, on_gpu)
+        share = (width - low) / (high - low)
+        at_low, at_high = first.times(1 / low), last.times(1 / high)
+        if share > 1:
+            return _beyond(at_low, at_high, share - 1).times(width)
+        return at_low.times(1 - share).plus(at_high.times(share)).times(width)
+
+    def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
+        short, long = LOOP_WIDTHS
+        found = self._read(1, long, on_gpu).nodes
+        # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
+        loops = found > LOOP_NODES and found - self._read(1, short, on_gpu).nodes >= long - short
+        return LOOP_WIDTHS if loops else WIDTHS
+
+    def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        case = (rows, width, on_gpu)
+        if case not in self._known:
+            self._known[case] = self.call(*case)
+        return self._known[case]
+
+
+@dataclass
+class ChunkedBlock:
+    """The memory of one kind of block whose MLP is computed in chunks of positions where a batch is large.
+
+    Attributes:
+        whole: its memory where a batch is small.
+        position_bytes: of the outputs of the MLP's layers for one position; with several parts, of the largest.
+        trace: number of chunks -> the memory with so many of them.
+    """
+
+    whole: TracedBlock
+    position_bytes: int
+    trace: Callable[[int], TracedBlock]
+    _known: dict[int, TracedBlock] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`.
+
+        If the graph of chunks cannot be read, the whole block counts, which takes more.
+        """
+        chunks = min(position_chunks(rows * width * self.position_bytes), MOST_TRACED_CHUNKS)
+        if chunks == 1:
+            return self.whole.at(rows, width, on_gpu)
+        if chunks not in self._known:
+            self._known[chunks] = self.trace(chunks)
+        try:
+            return self._known[chunks].at(rows, width, on_gpu)
+        except NotKnown:
+            self._known[chunks] = self.whole
+            return self.whole.at(rows, width, on_gpu)
+
+
+def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:
+    """Extrapolate bytes per position, which were read at one width and at twice that width.
+
+    If they fall, it is by what does not grow with the row, which is a small part by then. If they rise by little, they approach
+    a limit, which is as far away again at twice the width; what grows with the row's square makes them rise by more.
+
+    Args:
+        low, high: at the two widths.
+        share: of the distance between these, beyond the second.
+    """
+    found = []
+    for before, now in zip(astuple(low), astuple(high), strict=True):
+        rise = max(0.0, now - before)
+        found.append(now + rise * (share if rise > LITTLE * now else min(share, 1.0)))
+    return BlockBytes(*found)
+
+
+def with_block_memory(
+    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
+) -> ModelShape:
+    """Return the shape with the memory of every block whose graph can be read.
+
+    Args:
+        shape: of this model.
+        model: an mlx-lm model with its adapters; its arrays need not be computed yet.
+        config: its config.json.
+        choose: returns the kernels that it trains with, by shape.
+        lag: the number of operations that MLX prepares ahead on a CPU.
+    """
+    found, reasons = [], []
+    for block, traced in zip(shape.blocks, trace_blocks(model, config, choose, lag), strict=True):
+        try:
+            traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
+        except NotKnown as error:
+            reasons.append(str(error))
+            traced = None
+        found.append(replace(block, memory=traced, chunked=None if traced is None else traced.chunked))
+    found *= passes_over_blocks(model, config)
+    if found and found[-1].memory is not None:
+        found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
+    return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
+
+
+def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
+    """Return how often the model runs all of its blocks for one batch: more than once if it is a looped model (Nanbeige).
+
+    A block's activations of each pass are kept for the backward pass, and its work is done again. No block is computed here: a few
+    look at numbers, which an outline does not have.
+    """
+    head, calls = find_head(model, config), [0] * len(model.layers)
+
+    def count(number: int, _: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[number] += 1
+        return x
+
+    try:
+        with _calls_through(model.layers, count), device.uncompiled():
+            (head.hidden if isinstance(head, Head) else model)(mx.zeros((1, LOOP_WIDTHS[0]), mx.int32))
+    except FOREIGN_ERRORS:
+        return 1  # blocks that take or return more than hidden states; looped models of this kind are not known
+    return max(1, min(calls, default=1))
+
+
+def trace_blocks(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
+) -> list[TracedBlock]:
+    """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
+    head = find_head(model, config)
+    kinds = [block_kind(block) for block in model.layers]
+    first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
+    calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
+    traced = {kind: _traced(model.layers[n], n, calls, choose, lag, config) for kind, n in first.items()}
+    return [traced[kind] for kind in kinds]
+
+
+def _traced(
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, config: dict[str, Any]
+) -> TracedBlock:
+    """Return the memory of a block; arguments as of `_reader`."""
+    whole = TracedBlock(_reader(block, number, calls, choose, lag))
+    parts = parts_of(block)
+    if parts:
+        numbers = max(position_numbers(part, config) for part in parts)
+
+        def trace(chunks: int) -> TracedBlock:
+            widths = tuple(width for width in WIDTHS if width >= chunks)
+            return TracedBlock(_reader(block, number, calls, choose, lag, chunks=chunks), widths)
+
+        whole.chunked = ChunkedBlock(whole, numbers * number_bytes(block), trace)
+    return whole
+
+
+def trace_last_at_one(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
+) -> TracedBlock | None:
+    """Return the memory of the last block with a single trained position, None if the whole block is computed anyway."""
+    head = find_head(model, config)
+    last = with_last_block(head, model)[0].last if isinstance(head, Head) else None
+    if not isinstance(head, Head) or last is None:
+        return None
+    number = len(model.layers) - 1
+    traced = TracedBlock(
+        _reader(last, number, _Calls(model, head.hidden, number), choose, lag, mx.zeros((1,), mx.int32))
+    )
+    try:
+        traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
+    except NotKnown:
+        return None
+    return traced
+
+
+def _reader(
+    block: nn.Module,
+    number: int,
+    calls: _Calls,
+    choose: Choose,
+    lag: int,
+    positions: mx.array | None = None,
+    chunks: int = 1,
+) -> Callable[[int, int, bool], BlockBytes]:
+    def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        try:
+            with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
+                call = calls.of(number, rows, width)
+                only = nullcontext() if positions is None else only_at(block, positions, rows * width)
+                with only, in_chunks(block, chunks) if chunks > 1 else nullcontext():
+                    return _read_block(block, choose, AHEAD if on_gpu else lag, calls.windows, *call)
+        except FOREIGN_ERRORS as error:
+            raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+    return read
+
+
+def _read_block(
+    block: nn.Module, choose: Choose, lag: int, windows: Windows, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockBytes:
+    """List a block's graph and count its memory."""
+    own = tree_flatten(block.parameters())
+    trained = [name for name, _ in tree_flatten(block.trainable_parameters())]
+    frozen = [name for name, _ in own if name not in set(trained)]
+    of = dict(own)
+    leaves = [leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)]
+    floats = [leaf for leaf in leaves if _is_float(leaf)]
+    others = [leaf for leaf in leaves if not _is_float(leaf)]
+    attended: list[int] = []
+
+    def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+        for leaf, listed in zip(others, fixed, strict=False):
+            windows.replaced(leaf, listed)
+        values = zip(trained + frozen, varied[len(floats) :] + fixed[len(others) :], strict=True)
+        block.update(tree_unflatten(list(values)))
+        given = iter(varied[: len(floats)]), iter(fixed[: len(others)])
+        new_args, new_kwargs = tree_map(
+            lambda leaf: next(given[not _is_float(leaf)]) if isinstance(leaf, mx.array) else leaf, (args, kwargs)
+        )
+        attended.clear()
+        returned = tree_flatten([block(*new_args, **new_kwargs)])
+        return [leaf for _, leaf in returned if _is_float(leaf)]
+
+    def noted(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        out = attend(q, k, v, tiles, sinks)
+        attended.append(out.nbytes)
+        return out
+
+    was_training = block.training
+    block.train()  # with dropout, and anything else that a model does only in training
+    try:
+        with left_unchanged(block), training_kernels(block, noted, choose, windows), uncollected():
+            graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
+    finally:
+        block.train(was_training)
+    with uncollected():
+        counted = count_memory(graph, lag, fuses=device.on_gpu())  # on a CPU, most runs are not compiled
+    inputs = sum(leaf.nbytes for leaf in floats[:1])
+    ends, nodes = inputs + sum(attended), len(graph.nodes)
+    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, ends, nodes, counted.early_bytes)
+
+
+@dataclass
+class _Calls:
+    """The arguments of a model's calls of its blocks, by batch shape; their arrays are zeros.
+
+    Attributes:
+        model: whose blocks are called.
+        run: calls the model on token ids.
+        last: number of the last block whose arguments are asked for; blocks after it are not called.
+        windows: of the masks among the arguments.
+    """
+
+    model: nn.Module
+    run: Callable[[mx.array], mx.array]
+    last: int
+    windows: Windows = field(default_factory=Windows)
+    _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
+
+    def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
+        """Return block `number`'s arguments for a batch of token ids (rows, width)."""
+        if (rows, width) not in self._found:
+            kernels = training_kernels(self.model, windows=self.windows)
+            with kernels, _recorded(self.model.layers, self.last) as found, device.uncompiled():
+                self.run(mx.zeros((rows, width), mx.int32))
+            self._found[rows, width] = {index: tree_map(self._zeros, call) for index, call in found.items()}
+        if number not in self._found[rows, width]:
+            raise ValueError("the model does not call this block as a whole")
+        return self._found[rows, width][number]
+
+    def _zeros(self, leaf: Any) -> Any:
+        """Return zeros in the place of an array, without what computes it."""
+        if not isinstance(leaf, mx.array):
+            return leaf
+        zeros = mx.zeros(leaf.shape, leaf.dtype)
+        self.windows.replaced(leaf, zeros)
+        return zeros
+
+
+class _EnoughRecorded(Exception):
+    """Ends a model's call when the arguments of all blocks that are asked for are known."""
+
+
+@contextmanager
+def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tuple, dict]]]:
+    """Record each block's arguments inside this context, which ends with the call of block `last`."""
+    found: dict[int, tuple[tuple, dict]] = {}
+
+    def record(number: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found[number] = (args, kwargs)
+        if found.keys() >= set(range(last + 1)):
+            raise _EnoughRecorded
+        return own(*args, **kwargs)
+
+    with suppress(_EnoughRecorded), _calls_through(blocks, record):
+        yield found
+
+
+def _calls_through(blocks: list[nn.Module], through: Callable[..., Any]) -> AbstractContextManager:
+    """Let each call of a block return `through(its number, the block's own call, *args, **kwargs)` inside this context."""
+    return answering(*((block, partial(through, number)) for number, block in enumerate(blocks)))
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+# Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from mlx_lora.data.dataset import EncodedSet, positions_by_example, spaced_by_le
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.trainer.evaluate import Measured, mean_loss
-from mlx_lora.trainer.state import VALIDATED
+from mlx_lora.trainer.guards import VALIDATED
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import counted
 

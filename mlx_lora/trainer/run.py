@@ -20,15 +20,13 @@ from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
 from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
-from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
+from mlx_lora.trainer.callbacks import Callback, Callbacks, RunPage, leave_card, logger_callbacks, reporting
 from mlx_lora.trainer.checkpoint import take_first_ranks
 from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_read_base, strategy_of
-from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
+from mlx_lora.trainer.guards import Diverged, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.report_callback import RunPage, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
-from mlx_lora.trainer.state import Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device

@@ -39,14 +39,13 @@ from mlx_lora.config.sweep import (
 )
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
-from mlx_lora.reports.kept import compared_validations, rounding_begins
+from mlx_lora.reports.diagnosis import compared_validations, rounding_begins
 from mlx_lora.reports.run_report import read_facts, read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
-from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
+from mlx_lora.trainer.fit import outlined_shape, shared_shapes
+from mlx_lora.trainer.guards import LOSS, TASK
 from mlx_lora.trainer.run_folder import CHECKPOINTS
-from mlx_lora.trainer.several_resume import Left, common_round
-from mlx_lora.trainer.several_runs import ConcurrentRun, SeveralRuns, TooManyRuns, how_many_fit
-from mlx_lora.trainer.state import LOSS, TASK
+from mlx_lora.trainer.several_runs import ConcurrentRun, Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text

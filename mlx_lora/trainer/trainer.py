@@ -19,9 +19,8 @@ import mlx.core as mx
 
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.evaluate import Measured, mean_loss
-from mlx_lora.trainer.guards import Agreement, MemoryGuard
+from mlx_lora.trainer.guards import Agreement, Diverged, MemoryGuard, Position, StepsDone
 from mlx_lora.trainer.progress import Metrics
-from mlx_lora.trainer.state import Diverged, Position, StepsDone
 from mlx_lora.utils import text as process
 
 if TYPE_CHECKING:

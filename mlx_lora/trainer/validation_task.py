@@ -23,7 +23,7 @@ from mlx_lora.data.examples import Text
 from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.trainer.state import LOSS, TASK
+from mlx_lora.trainer.guards import LOSS, TASK
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.text import counted
 

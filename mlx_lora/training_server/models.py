@@ -51,8 +51,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.inject import adapt_layers, adapter_layers
-from mlx_lora.adapters.targets import ALL_LINEAR, Targets, select_targets, targets_of
+from mlx_lora.adapters.inject import ALL_LINEAR, Targets, adapt_layers, adapter_layers, select_targets, targets_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
@@ -62,7 +61,7 @@ from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.serving.adapter_store import LayerFactors
-from mlx_lora.trainer.optimizer import Masters, clip_scale
+from mlx_lora.trainer.schedules import Masters, clip_scale
 from mlx_lora.utils.errors import InputError
 
 Given = Mapping[str, mx.array]

@@ -11,7 +11,7 @@ from mlx_lora.models.meta import outline_for
 from mlx_lora.planner.fit import budget_of, largest_that_fits
 from mlx_lora.planner.memory import plan_clients
 from mlx_lora.planner.shapes import Rollout, RunShape
-from mlx_lora.trainer.model_shape import outlined_shape, with_caches, with_kernels
+from mlx_lora.trainer.fit import outlined_shape, with_caches, with_kernels
 from mlx_lora.training_server.models import ALPHA, LoraShape, chosen_paths, most_positions
 from mlx_lora.training_server.worker import MOST_RESIDENT
 from mlx_lora.utils import device

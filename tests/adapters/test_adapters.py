@@ -11,10 +11,8 @@ from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import base_dims, dense_weight
-from mlx_lora.adapters.initialize import kaiming_factors
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, kaiming_factors, select_targets
 from mlx_lora.adapters.lora import LoRAEmbedding, LoRALinear
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.folder import base_fingerprint
 from mlx_lora.utils.errors import InputError
 

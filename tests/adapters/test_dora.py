@@ -14,9 +14,8 @@ from mlx_lm.tuner.dora import DoRALinear as MlxLmDoRA
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_lora.adapters.base import dense_weight
-from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.inject import adapter_layers, inject, select_targets
 from mlx_lora.adapters.lora import DoRAEmbedding, DoRALinear
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.models.load import load_base

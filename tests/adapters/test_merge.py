@@ -14,8 +14,7 @@ from tiers import by_default
 from torch_judge import torch_base
 
 import mlx_lora
-from mlx_lora.adapters.initialize import path_key
-from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.inject import adapter_layers, path_key
 from mlx_lora.adapters.merge import COMBINATIONS, AdapterTerm, MergeSettings, add_up, low_rank, merge_layer, prune
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.api.merge import merge_adapters

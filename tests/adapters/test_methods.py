@@ -27,8 +27,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_ad
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
+from mlx_lora.trainer.schedules import build_optimizer, make_events, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 
@@ -206,7 +205,7 @@ def test_pissa_starts_from_the_bases_principal_directions():
 
 
 def test_pissas_subspace_iteration_finds_them_too(monkeypatch):
-    from mlx_lora.adapters import initialize as init
+    from mlx_lora.adapters import inject as init
 
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(n, 96)))[0] for n in (200, 96))

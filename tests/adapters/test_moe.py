@@ -15,10 +15,8 @@ from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
 
 from mlx_lora.adapters.base import base_dims, dense_weight
-from mlx_lora.adapters.initialize import kaiming_factors
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, kaiming_factors, select_targets
 from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.kernels import quantized_matmul as matmul
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays

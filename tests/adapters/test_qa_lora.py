@@ -15,10 +15,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load as mlx_lm_load
 
 from mlx_lora.adapters.base import AdapterLayer, dense_weight
-from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.inject import adapter_layers, inject, select_targets
 from mlx_lora.adapters.lora import LoRALinear
 from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear, group_update
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, load_factors, save_adapter
 from mlx_lora.exporters.fuse import fuse_adapter

@@ -52,8 +52,7 @@ from mlx_lora.models.meta import outline_of
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.trainer.fit import check_base_fits
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.fit import check_base_fits, outlined_shape
 
 
 def load(trial: Trial) -> None:

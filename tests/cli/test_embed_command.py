@@ -10,7 +10,7 @@ from run_cli import one_line, run
 
 import mlx_lora
 from mlx_lora.api.texts import ranks_of
-from mlx_lora.objectives.text_vectors import batches_of
+from mlx_lora.objectives.embed import batches_of
 
 PLACES = ["river", "tree", "house", "stone", "cloud", "field", "window", "garden"]
 

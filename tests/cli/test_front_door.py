@@ -23,7 +23,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.reports.run_report import Sample
 from mlx_lora.serving.adapter_store import named_source
 from mlx_lora.serving.engine import failed_words
-from mlx_lora.trainer.next_commands import Uses, next_commands
+from mlx_lora.trainer.callbacks import Uses, next_commands
 from mlx_lora.utils import text as program
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, did_you_mean, similar_paths

@@ -15,7 +15,7 @@ from run_cli import run
 from tiny_moe import tiny_moe
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.trainer.next_commands import Uses, next_commands
+from mlx_lora.trainer.callbacks import Uses, next_commands
 
 SHORT = ("--iters", 2, "--batch-tokens", 240, "--rank", 4, "--val-batches", 1, "--sample-tokens", 2)
 

@@ -14,8 +14,7 @@ from conftest import TINY, quantized, tiny_model
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_steps import batch, factors
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import exchanging
@@ -24,7 +23,7 @@ from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
 Work = Callable[[int], list[bytes]]

@@ -12,8 +12,7 @@ from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides
-from mlx_lora.data.chat_exports import chat_kind, read_chats
-from mlx_lora.data.chat_files import DELETED, MEDIA, SYSTEM_LINE
+from mlx_lora.data.chat_exports import DELETED, MEDIA, SYSTEM_LINE, chat_kind, read_chats
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.studio.previews import build_index
 from mlx_lora.utils.errors import InputError

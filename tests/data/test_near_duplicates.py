@@ -10,10 +10,10 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data import duplicates as near_duplicates
-from mlx_lora.data.duplicates import near_pairs
+from mlx_lora.data import notes as near_duplicates
 from mlx_lora.data.examples import Completion, Conversation, Text
 from mlx_lora.data.load import load_data
+from mlx_lora.data.notes import near_pairs
 from mlx_lora.data.report import DataReport
 
 TOKENIZER = byte_tokenizer(CHATML)

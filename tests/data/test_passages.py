@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_lora.data.pairs import read_passages
-from mlx_lora.data.passages import passages_of
+from mlx_lora.data.pairs import passages_of, read_passages
 from mlx_lora.utils.errors import InputError
 
 TEXT = """Before any heading.

@@ -21,7 +21,7 @@ from mlx_lora.data.chat_template import encode_prompt, resolve_template
 from mlx_lora.data.files import read_tools
 from mlx_lora.data.load import load_data
 from mlx_lora.data.notes import ToolsNotShown
-from mlx_lora.trainer.report_callback import held_out_prompts
+from mlx_lora.trainer.callbacks import held_out_prompts
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

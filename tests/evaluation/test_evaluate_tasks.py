@@ -11,7 +11,7 @@ from make_adapters import make_adapter
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.reports.task_page import write_task_page
+from mlx_lora.reports.sweep_page import write_task_page
 
 EVIL = "<script>alert(1)</script>"
 

@@ -18,9 +18,8 @@ from run_cli import run
 from tiers import by_default
 from tiny_moe import close, loaded, logits, tiny_moe, with_quantized_experts
 
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, select_targets
 from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
 from mlx_lora.exporters.fuse import fuse_adapter
 from mlx_lora.utils import device

@@ -26,7 +26,7 @@ from mlx_lora.rollouts import generator as token_steps
 from mlx_lora.rollouts.generator import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
 from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.engine import Engine, Limits, Request, Sampling
-from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 

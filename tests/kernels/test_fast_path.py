@@ -15,8 +15,7 @@ from mlx_lm.models import cohere, gemma2, gemma3_text, granite
 from tiers import by_default, named
 from tiny_steps import batch
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul

@@ -15,8 +15,7 @@ from mlx_lm.models import kimi_linear, olmo_hybrid, qwen3_5
 from tiers import by_default, named
 from tiny_steps import batch
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.compat.functions import original
 from mlx_lora.kernels import gated_delta
 from mlx_lora.kernels.gated_delta import (

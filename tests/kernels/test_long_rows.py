@@ -13,10 +13,9 @@ from comparing import by_dtype
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.kernels import long_rows
-from mlx_lora.kernels.long_rows import long_row_kernels
+from mlx_lora.kernels import table as long_rows
 from mlx_lora.kernels.measure import MLX
-from mlx_lora.kernels.table import LONG_ROW, attention_class, kernel_rows
+from mlx_lora.kernels.table import LONG_ROW, attention_class, kernel_rows, long_row_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.evaluate import mean_loss

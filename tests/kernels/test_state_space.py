@@ -17,8 +17,7 @@ from tiers import by_default, named
 from tiny_recurrent import RECURRENT, recurrent_model
 from tiny_steps import batch
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.kernels import recurrent as recurrent_layers
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels import state_space as spans

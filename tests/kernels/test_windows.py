@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base, gemma3_text
 from tiers import by_default
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.kernels import attention as kernel
 from mlx_lora.kernels.attention import AttentionCall, Tiles, attend, tiled_attention
 from mlx_lora.kernels.table import kernel_rows, traced_calls, training_kernels
@@ -22,8 +21,8 @@ from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
 from mlx_lora.planner.memory import TILE_QUERIES, tile_queries
 from mlx_lora.planner.shapes import RunShape
 from mlx_lora.planner.speed import count_step, find_chip
+from mlx_lora.trainer.fit import trace_blocks
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.model_shape import trace_blocks
 
 WIDTH, TILE = 16, 8
 

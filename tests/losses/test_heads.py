@@ -14,8 +14,7 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.losses.check import check_arrays, choose_loss, disagreement, probe
 from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays

@@ -11,9 +11,9 @@ from architectures.configs import ways
 from run_cli import run
 from tiers import by_default
 
-from mlx_lora.adapters.targets import has_weights, select_targets
+from mlx_lora.adapters.inject import has_weights, select_targets
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.trainer import report_callback as page
+from mlx_lora.trainer import callbacks as page
 from mlx_lora.utils.errors import InputError
 
 

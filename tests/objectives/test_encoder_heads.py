@@ -19,8 +19,7 @@ from mlx_lora.data.candidates import query_with
 from mlx_lora.data.examples import Text
 from mlx_lora.data.labeled import encode_texts, has_pairs
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.models.encoder_head import head_parameters, start_words
-from mlx_lora.models.head import put_head
+from mlx_lora.models.head import head_parameters, put_head, start_words
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 

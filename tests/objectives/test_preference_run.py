@@ -24,7 +24,7 @@ from mlx_lora.exporters.adapter_folder import start_folder
 from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
-from mlx_lora.trainer.state import Position
+from mlx_lora.trainer.guards import Position
 from mlx_lora.utils.errors import InputError
 
 QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",

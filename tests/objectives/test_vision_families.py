@@ -15,19 +15,18 @@ from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model_here
 from vision_rows import chats_of, picture, read_rows, write_rows
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, PositionsAndWindowMask
 from mlx_lora.models.load import load_base
-from mlx_lora.models.tower_files import of_connector, of_tower
+from mlx_lora.models.side_files import of_connector, of_tower
 from mlx_lora.models.vision import arrays_of, load_tower
-from mlx_lora.objectives import image_features
-from mlx_lora.objectives.image_features import tower_key
-from mlx_lora.objectives.tower_training import BUFFERS, tower_targets
+from mlx_lora.objectives import vision_encoder as image_features
+from mlx_lora.objectives.pictures import BUFFERS, tower_targets
+from mlx_lora.objectives.vision_encoder import tower_key
 from mlx_lora.serving.conversation import PictureReader
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation

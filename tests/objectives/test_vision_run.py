@@ -26,9 +26,9 @@ from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
-from mlx_lora.objectives.image_features import ImageFeatureCache
-from mlx_lora.objectives.vision_sft import VisionSFT
-from mlx_lora.trainer.report_callback import before_answer
+from mlx_lora.objectives.pictures import VisionSFT
+from mlx_lora.objectives.vision_encoder import ImageFeatureCache
+from mlx_lora.trainer.callbacks import before_answer
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
@@ -439,8 +439,7 @@ def test_a_table_knows_the_pictures_of_rows():
 def test_gradients_reach_factors_only_where_they_are(tmp_path):
     from mlx.utils import tree_flatten
 
-    from mlx_lora.adapters.inject import inject
-    from mlx_lora.adapters.targets import select_targets
+    from mlx_lora.adapters.inject import inject, select_targets
 
     rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data"))
     model = rows.base.model

@@ -29,8 +29,7 @@ import numpy as np
 from _harness import environment, run_child
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import ModelSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall, tiled_attention
@@ -38,7 +37,7 @@ from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions, differentiation
 from parity.families import FAMILIES
 

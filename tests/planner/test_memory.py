@@ -35,8 +35,7 @@ from mlx_lora.planner.speed import (
     step_seconds,
     working_set,
 )
-from mlx_lora.trainer.fit import batch_shapes, fit_settings, training_plan
-from mlx_lora.trainer.model_shape import outlined_shape, with_block_memory
+from mlx_lora.trainer.fit import batch_shapes, fit_settings, outlined_shape, training_plan, with_block_memory
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB

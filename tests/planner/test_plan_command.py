@@ -32,13 +32,13 @@ from mlx_lora.kernels import activations as exponentials
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape, outline_of, outline_of_config
 from mlx_lora.objectives import preference as reference
-from mlx_lora.objectives.answers import row_log_probabilities
+from mlx_lora.objectives.preference import row_log_probabilities
 from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.speed import CHIPS, find_chip
 from mlx_lora.trainer import build as composition
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
 
 LLAMA_8B = {

@@ -19,8 +19,7 @@ from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
 from mlx_lora.models.load import load_base
 from mlx_lora.models.vision import open_tower
-from mlx_lora.objectives.tower_memory import TracedTower, with_tower
-from mlx_lora.objectives.tower_training import outlined_tower, tower_targets
+from mlx_lora.objectives.pictures import TracedTower, outlined_tower, tower_targets, with_tower
 from mlx_lora.planner.memory import phase_parts
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape, TowerBytes, TowerShape
 

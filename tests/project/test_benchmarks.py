@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_model
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

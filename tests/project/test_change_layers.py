@@ -66,7 +66,7 @@ from conftest import TINY, tiny_model, write_folder
 from tiny_steps import batch, make_step
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.models.meta import model_shape
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import select_targets
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config, save_adapter
 from mlx_lora.exporters.fuse import fuse_adapter
 from mlx_lora.gguf.write import write_gguf_adapter

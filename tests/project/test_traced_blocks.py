@@ -9,8 +9,8 @@ from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.meta import outline_of_config
-from mlx_lora.trainer import model_shape
-from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer import fit as model_shape
+from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
 
 

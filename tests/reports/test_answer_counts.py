@@ -10,8 +10,8 @@ import pytest
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.reports.answers import AS_BASE, Count, counts_of, counts_words
 from mlx_lora.reports.diagnosis import (
+    AS_BASE,
     LEARNED,
     LITTLE,
     MOST_EPOCHS,
@@ -20,10 +20,13 @@ from mlx_lora.reports.diagnosis import (
     UNCHANGED,
     WORSE,
     YOUR_WORDS,
+    Count,
     Diagnosis,
     Evidence,
     FinishedRun,
     VerdictContext,
+    counts_of,
+    counts_words,
     diagnose,
     mending,
     verdict,

@@ -14,7 +14,7 @@ from byte_tokenizer import byte_tokenizer
 from run_cli import one_line, run
 
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.duplicates import seen_rows
+from mlx_lora.data.notes import seen_rows
 from mlx_lora.reports.run_report import keep_evaluation, read_evaluation, shown_evaluation, write_evaluation_page
 from mlx_lora.trainer.checkpoint import locked
 

@@ -17,9 +17,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.grpo import fixed_prompts
-from mlx_lora.reports.classes import begin_lines
-from mlx_lora.reports.diagnosis import verdict
-from mlx_lora.reports.objectives import rollout_charts
+from mlx_lora.reports.diagnosis import begin_lines, rollout_charts, verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
     MOST_VALIDATIONS,
@@ -55,7 +53,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def three(monkeypatch):
     """Three prompts, as outside of tests."""
-    monkeypatch.setattr("mlx_lora.trainer.report_callback.TEXTS", 3)
+    monkeypatch.setattr("mlx_lora.trainer.callbacks.TEXTS", 3)
 
 
 def command(model: Path, data: Path, folder: Path, *more: object) -> tuple:

@@ -11,8 +11,7 @@ from run_cli import run
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
-from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, verdict
-from mlx_lora.reports.kept import measured_adapter
+from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, measured_adapter, verdict
 from mlx_lora.reports.run_report import RunReport, read_facts, read_records
 from mlx_lora.trainer import sweep
 from mlx_lora.trainer.evaluate import read_rows_file

@@ -12,17 +12,16 @@ import pytest
 from browser import look
 from run_cli import run
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.charts import MOST_POINTS, Series, line_chart, number, ticks
 from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
-from mlx_lora.trainer import report_callback as report_page
+from mlx_lora.trainer import callbacks as report_page
+from mlx_lora.trainer.callbacks import greedy_text, held_out_prompts, whole_words
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.report_callback import greedy_text, held_out_prompts, whole_words
 
 EVIL = "<script>alert(1)</script> & \"'"
 

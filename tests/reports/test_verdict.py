@@ -26,9 +26,9 @@ from mlx_lora.reports.diagnosis import (
     Evidence,
     VerdictContext,
     diagnose,
+    of_labels,
     verdict,
 )
-from mlx_lora.reports.objectives import of_labels
 from mlx_lora.trainer.evaluate import Change, RowLosses, RowsFile, paired_change, read_rows_file
 from mlx_lora.trainer.header import told_after
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.data.batch import Batch
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps

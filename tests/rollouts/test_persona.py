@@ -21,10 +21,10 @@ import mlx_lora
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.teacher_answers import read_answers
+from mlx_lora.objectives.teacher import read_answers
 from mlx_lora.rollouts import generator as batch_writing
 from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, sample_groups
-from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--rank", 4, "--iters", 4, "--val-batches", 1, "--sample-tokens", 8, "--kernels", "ours", "--save-every", 2)

@@ -119,7 +119,7 @@ def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch
     def traced(*_, **__):
         raise AssertionError("this process replaced MLX's functions")
 
-    monkeypatch.setattr("mlx_lora.trainer.model_shape.gradient_graph", traced)
+    monkeypatch.setattr("mlx_lora.trainer.fit.gradient_graph", traced)
     body = {"model": named[0], "settings": {"max_seq_length": 96}}
     answer = client.post("/api/models/plan", json=body).json()
     assert answer.get("peak_bytes"), answer

@@ -11,15 +11,14 @@ from conftest import TINY, quantized, tiny_model
 from tiers import by_default
 from tiny_steps import CHECKPOINT_MODES, adapted, batch, factors, gradients, make_step
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.adapters.lora import LoRAEmbedding
-from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
-from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

@@ -23,8 +23,7 @@ from tiers import by_default
 
 from mlx_lora.data.batch import Batch, split_rows
 from mlx_lora.trainer.checkpoint import read_checkpoint
-from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
-from mlx_lora.trainer.state import Position
+from mlx_lora.trainer.guards import MemoryGuard, Position, interrupt_flag
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils import device, supervise
 from mlx_lora.utils.console import describe_error

@@ -15,8 +15,7 @@ from conftest import TINY, tiny_model
 from run_cli import run
 from tiny_steps import adapted
 
-from mlx_lora.adapters.inject import inject, without_adapters
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets, without_adapters
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.measure import SWITCH
@@ -25,7 +24,7 @@ from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import enough_blocks, few_blocks
-from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils.files import cache_dir
 
 TOKENS = 24
@@ -174,7 +173,7 @@ def test_texts_of_the_untrained_model_are_written_before_the_first_step_only_if_
     flags, first, tiny_folder, chats, tmp_path, monkeypatch
 ):
     happened: list[str] = []
-    text = "mlx_lora.trainer.report_callback.greedy_text"
+    text = "mlx_lora.trainer.callbacks.greedy_text"
     monkeypatch.setattr(text, lambda *given: happened.append("text") or greedy_text(*given))
     step = "mlx_lora.trainer.step.Step.__call__"
     from mlx_lora.trainer.step import Step

@@ -14,14 +14,13 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.kernels.activations import polynomial_swiglu
-from mlx_lora.models.graph import gradient_graph
-from mlx_lora.models.liveness import count_memory
+from mlx_lora.models.graph import count_memory, gradient_graph
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, RunShape
-from mlx_lora.trainer.model_shape import TracedBlock, adapted_shape, outlined_shape, passes_over_blocks, trace_blocks
+from mlx_lora.trainer.fit import TracedBlock, adapted_shape, outlined_shape, passes_over_blocks, trace_blocks
 from mlx_lora.utils import device
 
 pytestmark = pytest.mark.usefixtures("traced_anew", "all_chunks_traced")
@@ -129,7 +128,7 @@ def test_mixtures_in_chunks_of_positions_are_known(name):
 
 
 def test_a_block_whose_chunks_cannot_be_read_counts_as_a_whole(monkeypatch):
-    monkeypatch.setattr("mlx_lora.trainer.model_shape.WIDTHS", (32, 64))  # quick to read
+    monkeypatch.setattr("mlx_lora.trainer.fit.WIDTHS", (32, 64))  # quick to read
     block = shape_of("llama").blocks[0]
 
     def refuse(*_: object):

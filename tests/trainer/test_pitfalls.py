@@ -20,8 +20,7 @@ from conftest import tiny_model
 from run_cli import run
 from tiers import by_default
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config import settings as config
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import LoopSettings, ModelSettings

@@ -13,8 +13,7 @@ from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 from tiers import by_default
 
-from mlx_lora.adapters.inject import adapt_model, inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapt_model, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
@@ -22,8 +21,8 @@ from mlx_lora.models.head import ARCHITECTURES
 from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.memory import CHUNK_BYTES, CHUNKED_FROM_BYTES, kept_by, plan_memory, position_chunks
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.trainer.fit import with_block_memory
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.model_shape import with_block_memory
 from mlx_lora.trainer.position_chunks import InChunks, chunk_positions, parts_of, position_numbers
 
 pytestmark = pytest.mark.usefixtures("all_chunks_traced")
@@ -214,7 +213,7 @@ LONG = RunShape(1, 1 << 16, checkpointing="block")
 
 
 def test_the_planner_knows_the_chunks(monkeypatch):
-    monkeypatch.setattr("mlx_lora.trainer.model_shape.WIDTHS", (32, 256, 512))  # quick to trace
+    monkeypatch.setattr("mlx_lora.trainer.fit.WIDTHS", (32, 256, 512))  # quick to trace
     block = wide_shape().blocks[0]
     held = {
         "chunks": kept_by(block, LONG, GPU),

@@ -23,8 +23,7 @@ from mlx_lora.api.train import train_several
 from mlx_lora.config.load import train_settings
 from mlx_lora.trainer import several_runs, stacked_step
 from mlx_lora.trainer.run import train_run
-from mlx_lora.trainer.several_resume import Left, common_round
-from mlx_lora.trainer.several_runs import SeveralRuns
+from mlx_lora.trainer.several_runs import Left, SeveralRuns, common_round
 from mlx_lora.utils.errors import InputError
 
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}

@@ -13,8 +13,7 @@ from architectures.build import tiny_architecture, tiny_config
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.inject import inject
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import tiled_attention
@@ -23,8 +22,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
-from mlx_lora.trainer.step import Step, StepOptions
-from mlx_lora.trainer.step_variant import choose_step_variant
+from mlx_lora.trainer.step import Step, StepOptions, choose_step_variant
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
