@@ -39,7 +39,7 @@ from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.speed import Reading
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

@@ -47,7 +47,7 @@ from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

@@ -17,7 +17,7 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step
 
 CHECKPOINT_MODES = ["selective", "block", "2"]

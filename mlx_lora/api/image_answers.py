@@ -55,7 +55,7 @@ def image_answer_pieces(
     reader = ImageReader(vision.processor, roots, table, vision.tower.token).fetching(True)
     tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
     check_token_ids(base, max(tokens), "--prompt")
-    arrays = vision.arrays(np.array([tokens], np.int32), [digests])
+    arrays = vision.shown(vision.arrays(np.array([tokens], np.int32), [digests]))
     sampler = settings.sampler(base)
     hold_weights(base)
     model = ModelWithImages(base.model, vision.spec, arrays, tokens)

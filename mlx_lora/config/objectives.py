@@ -73,8 +73,7 @@ class ObjectiveSettings:
     desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
     shared_prefix: str = setting("auto", "Compute a prompt once for all its answers (a pair's, or the sampled ones): "
-        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True,
-        only=(*PAIRS, *SAMPLING))
+        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
         OBJECTIVE, at_least=0, at_most=1000, only=("reward",))
     reference_adapter: str | None = setting(None,

@@ -61,7 +61,7 @@ OPTIMIZERS = {
     "adam": Optimizer(
         "Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}
     ),
-    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True, module="mlx_lora.trainer.schedules"),
+    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True, module="mlx_lora.trainer.muon"),
     "sgd": Optimizer("SGD", 1, 4.0, uncompiled_copies=5.0, elementwise=True, takes_decay=True),
     "adafactor": Optimizer(
         "Adafactor",

@@ -5,7 +5,7 @@ have kernels without a gradient. What fails or disagrees here is switched off, o
 header reports; a model for which nothing works is refused before the run begins.
 
 Loss and kernels are compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
-alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step.py.
+alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step_variant.py.
 
 Checks that passed on this machine are remembered, so that a model's second run does not compute them again. A check is named
 by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's architecture; the

@@ -115,7 +115,7 @@ def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | 
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)  # follows links, which the hub cache uses
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        from mlx_lora.models.tokenizer import write_tokenizer_from_spm
+        from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
 
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
     copy_tower(source, folder, tower)

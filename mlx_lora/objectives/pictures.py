@@ -23,7 +23,7 @@ Shapes: B rows, T columns, F embeddings of a batch's pictures.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,7 +68,14 @@ from mlx_lora.objectives import preference
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
 from mlx_lora.objectives.grpo import Policy, policy
 from mlx_lora.objectives.preference import BatchSums, Preference
-from mlx_lora.objectives.vision_encoder import PromptPictures, VisionEncoder, most_kept_bytes, put_template, tower_key
+from mlx_lora.objectives.vision_encoder import (
+    PromptPictures,
+    UnseenPictures,
+    VisionEncoder,
+    most_kept_bytes,
+    put_template,
+    tower_key,
+)
 from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
 from mlx_lora.rollouts.rewards import reward_folders
 from mlx_lora.rollouts.rollout import PictureRollouts
@@ -580,11 +587,11 @@ class WithPictures(Objective):
         whole = None if bound.whole_set is None else bound.whole_set.above(given)
         return replace(bound, loss=seen, arrays_of=arrays_of, whole_set=whole)
 
-    def arrays_of(self, batch: Batch) -> list[Any]:
+    def arrays_of(self, batch: Batch) -> Sequence[mx.array] | UnseenPictures:
         """Return the arrays of a batch's pictures."""
         rows = self.table.of_numbers(batch.pictures, len(batch.inputs))
         prompts = batch.mask.argmax(axis=1) + 1  # up to the first trained target
-        return list(self.vision.arrays(batch.inputs, rows, prompts))
+        return self.vision.arrays(batch.inputs, rows, prompts)
 
     def _with_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of a model and a batch's arrays whose model reads the batch's pictures."""

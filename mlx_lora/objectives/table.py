@@ -49,8 +49,14 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
         raise InputError(f"--objective {settings.objective!r}: {unknown_name(settings.objective, OBJECTIVES)}")
     file, function = row
     if settings.images:
-        file = function = "vision_policy" if settings.objective in SAMPLING else "vision_preference"
-    return getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
+        file, function = "pictures", "vision_policy" if settings.objective in SAMPLING else "vision_preference"
+    objective = getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
+    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (objective.shares_prompts or settings.images):
+        raise InputError(
+            f"--shared-prefix {settings.shared_prefix} with --objective {settings.objective}: only objectives with several answers to a "
+            "prompt use it; leave it out"
+        )
+    return objective
 
 
 def check_kind(model: nn.Module, model_id: str, objective: Objective) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -247,7 +247,9 @@ class VisionEncoder:
             f"{np.mean(tokens):.0f} on average"
         )
 
-    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None) -> list[Any]:
+    def arrays(
+        self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None
+    ) -> list[mx.array] | UnseenPictures:
         """Return the arrays that `with_images` takes for a batch, or if the tower is trained, what `shown` makes them of.
 
         Args:
@@ -278,7 +280,7 @@ class VisionEncoder:
         if self.trained:
             each = list(dict.fromkeys(digests))
             which = [each.index(digest) for digest in digests]
-            return [UnseenPictures(given, [self._pixels(digest) for digest in each], which)]
+            return UnseenPictures(given, [self._pixels(digest) for digest in each], which)
         return self._with_embeddings(given, [self.seen.of(digest) for digest in digests])
 
     def prompt_arrays(self, tokens: Sequence[int], digests: tuple[str, ...]) -> list[mx.array]:
@@ -294,12 +296,12 @@ class VisionEncoder:
             given["positions"] = mx.array(counted_positions(np.array(given["positions"])))
         return [given[name] for name in self.spec.names]
 
-    def shown(self, arrays: Sequence[Any]) -> Sequence[mx.array]:
+    def shown(self, pictures: Sequence[mx.array] | UnseenPictures) -> Sequence[mx.array]:
         """Return the arrays that `with_images` takes; a trained tower is asked about the pictures here."""
-        if len(arrays) != 1 or not isinstance(arrays[0], UnseenPictures):
-            return arrays
-        seen = [self.tower(*one) for one in arrays[0].pixels]
-        return self._with_embeddings(arrays[0].given, [seen[number] for number in arrays[0].which])
+        if not isinstance(pictures, UnseenPictures):
+            return pictures
+        seen = [self.tower(*one) for one in pictures.pixels]
+        return self._with_embeddings(pictures.given, [seen[number] for number in pictures.which])
 
     def _pixels(self, digest: str) -> tuple[dict[str, mx.array], int]:
         """Return what the tower takes of a picture, and the number of its tokens."""

@@ -27,10 +27,12 @@ from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run
 from mlx_lora.trainer.held_out import choose_held_out
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
-from mlx_lora.trainer.schedules import build_optimizer, make_events, rates_of, restart_every, restart_warmup
-from mlx_lora.trainer.step import Step, StepOptions, choose_step_variant
+from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 

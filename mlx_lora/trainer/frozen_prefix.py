@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from mlx_lora.objectives.base import BoundObjective, Objective
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.checkpoint import Checkpoint
-    from mlx_lora.trainer.step import StepVariant
+    from mlx_lora.trainer.step_variant import StepVariant
 
 # Decision
 

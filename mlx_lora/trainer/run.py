@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.models.load import Base, check_token_ids, load_base
@@ -71,6 +71,20 @@ def train_run(
         return Outcome(0, None, False) if trainer is None else trainer.fit()
 
 
+class Caller(NamedTuple):
+    """What a run tells to whoever called it.
+
+    Attributes:
+        show: makes a live display from the number of steps; None: a line is logged for each report.
+        told: the callbacks.
+        signaled: tells whether the run is to end; None: a signal asks it to.
+    """
+
+    show: Callable[[int], Progress] | None
+    told: Callbacks
+    signaled: Callable[[], bool] | None
+
+
 @contextmanager
 def open_run(
     settings: TrainSettings,
@@ -87,7 +101,7 @@ def open_run(
         settings, ranks, show, base, callbacks, functions: as for `train_run`.
         signaled: tells whether the run is to end; None: a signal asks it to.
     """
-    told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
+    caller = Caller(show, Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ()), signaled)
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     fits = base is not None or not wants_training(settings)
@@ -95,7 +109,7 @@ def open_run(
         settings, strategy = choose_strategy(settings, ranks, fits)
     with ExitStack() as stack:
         try:
-            trainer = stack.enter_context(_opened(settings, strategy, base, functions, show, told, signaled))
+            trainer = stack.enter_context(_opened(settings, strategy, base, functions, caller))
             again = False
         except DoesNotFitError:  # with the batches of the data, which are read by now
             if fits or not may_read_base(settings, ranks):
@@ -106,9 +120,7 @@ def open_run(
             log.info(READ_WORDS)
             settings = offloaded(settings)
             strategy = strategy_of(settings, ranks)
-            trainer = stack.enter_context(
-                _opened(settings, strategy, base, functions, show, told, signaled, again=True)
-            )
+            trainer = stack.enter_context(_opened(settings, strategy, base, functions, caller, again=True))
         yield trainer
 
 
@@ -118,9 +130,7 @@ def _opened(
     strategy: Strategy,
     base: Base | None,
     functions: Mapping[str, Callable[..., Any]],
-    show: Callable[[int], Progress] | None,
-    told: Callbacks,
-    signaled: Callable[[], bool] | None,
+    caller: Caller,
     again: bool = False,
 ) -> Iterator[Trainer | None]:
     """Load the model and the data, and build the run; see `open_run`.
@@ -128,8 +138,8 @@ def _opened(
     Args:
         settings: of the run, with what its processes divide.
         strategy: of that.
-        base, functions, show, signaled: see `open_run`.
-        told: the callbacks.
+        base, functions: see `open_run`.
+        caller: of the run.
         again: whether the data were reported on before.
 
     Raises:
@@ -155,7 +165,7 @@ def _opened(
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            with _reported(run, data, show, told, signaled) as trainer:
+            with _reported(run, data, caller) as trainer:
                 yield trainer
             test, interrupted = run.test, trainer.outcome is None or trainer.outcome.interrupted
     else:
@@ -232,25 +242,18 @@ def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
 
 
 @contextmanager
-def _reported(
-    run: BuiltRun,
-    data: DataSplits,
-    show: Callable[[int], Progress] | None,
-    told: Callbacks,
-    signaled: Callable[[], bool] | None,
-) -> Iterator[Trainer]:
+def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Trainer]:
     """Yield the trainer of a run, report and save meanwhile, and leave its results.
 
     Args:
         run: over the adapted base.
         data: that it was built from.
-        show, signaled: see `open_run`.
-        told: the callbacks.
+        caller: of the run.
 
     Raises:
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
-    folder, base, memory = run.folder, run.ctx.base, run.memory
+    folder, base, memory, (show, told, signaled) = run.folder, run.ctx.base, run.memory, caller
     settings, strategy, step, at = folder.settings, folder.strategy, folder.step, folder.at
     _bound_memory(run)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))

@@ -20,23 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from mlx_lora.adapters.inject import adapter_layers, fresh_factors
-from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.planner.memory import FLAT_UP_TO
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
+    from mlx_lora.config.settings import AdapterSettings
+    from mlx_lora.trainer.optimizer import Masters
 
 
 class Events(Protocol):
@@ -152,7 +149,7 @@ class Restarts:
 
     The base's weight is not changed: each cycle adds a pair of frozen factors, so the sum of all cycles is a LoRA of
     rank n * r. The optimizer's moments are pruned by magnitude, as in the paper; the learning rate warms up again after
-    each restart (`restarted` in trainer/schedules.py).
+    each restart (`restarted` in trainer/optimizer.py).
 
     Source: ReLoRA, arXiv 2307.05695, algorithm 1 and section 3 (pruning of the optimizer's state).
     """
@@ -368,205 +365,3 @@ def _triplets(scores: dict[str, mx.array], path: str) -> mx.array:
     """Return each rank's importance, in the shape of the gains."""
     a, b = _factors(scores, path)
     return scores[f"{path}.lora_e"] + a.mean(axis=-1) + b.mean(axis=-2)
-
-
-# Build mlx's optimizers and learning-rate schedules, configured as in published recipes
-
-Schedule = Any  # a float, or a callable from step to learning rate
-
-
-def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Schedule:
-    """Return mlx's schedule: linear warm-up from near zero, then cosine or linear to zero, or constant.
-
-    Args:
-        settings: `warmup` is a fraction of the steps if below 1, else a number of steps.
-        total_steps: optimizer steps of the run.
-
-    Raises:
-        InputError: the warm-up is longer than the run.
-    """
-    peak: Any = settings.learning_rate  # chosen by now (config/defaults.py)
-    warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
-    if warmup > total_steps:
-        raise InputError(
-            f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a fraction below 1, or fewer steps"
-        )
-    rest = max(1, total_steps - warmup)
-    after = {
-        "cosine": lambda: optim.cosine_decay(peak, rest),
-        "linear": lambda: optim.linear_schedule(peak, 0.0, rest),
-        "constant": lambda: lambda _: mx.array(peak),
-    }[settings.lr_schedule]()
-    if warmup == 0:
-        return after if settings.lr_schedule != "constant" else peak
-    # Step 1 has the rate peak / warmup: with zero it would do nothing.
-    rise = optim.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optim.join_schedules([rise, after], [warmup])
-
-
-def restarted(schedule: Schedule, every: int, warmup: int) -> Schedule:
-    """Return `schedule` with a linear warm-up after each restart (ReLoRA's jagged schedule, arXiv 2307.05695).
-
-    Args:
-        schedule: a rate, or a callable from step to rate.
-        every: steps between restarts.
-        warmup: steps of each warm-up; the first cycle has the schedule's own.
-    """
-
-    def rate(step: mx.array) -> mx.array:
-        whole: Any = schedule(step) if callable(schedule) else mx.array(schedule)
-        rise = mx.minimum(1.0, (step % every + 1) / max(1, warmup))
-        return mx.where(step < every, whole, whole * rise)
-
-    return rate
-
-
-def build_optimizer(
-    settings: OptimizerSettings, total_steps: int, restart_every: int | None = None, restart_warmup: int = 0
-) -> optim.Optimizer:
-    """Return the optimizer with its schedule.
-
-    Args:
-        settings: give the optimizer's name and its schedule.
-        total_steps: optimizer steps of the run.
-        restart_every, restart_warmup: see `restarted`; None for a schedule without restarts.
-    """
-    rate = learning_rate_schedule(settings, total_steps)
-    if restart_every:
-        rate = restarted(rate, restart_every, restart_warmup)
-    return OPTIMIZERS[settings.optimizer].build(rate, settings.weight_decay)
-
-
-ELEMENTWISE = tuple(row.mlx_class() for row in OPTIMIZERS.values() if row.elementwise)
-
-
-class Masters:
-    """The trainable parameters, in the layout that the optimizer uses.
-
-    An adapter has hundreds of small arrays, and updating each separately takes about ten operations, in total as many
-    as the backward pass. Therefore an elementwise optimizer gets one flat array, and the model's parameters are views
-    of it.
-    """
-
-    def __init__(self, model: nn.Module, flat: bool):
-        """Take over the trainable parameters of `model`.
-
-        Args:
-            model: its parameters become views of `arrays` by `hand_out`.
-            flat: hold one array, unless it would be too large; otherwise one array per parameter.
-        """
-        self._model = model
-        self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
-        self._flat = flat and sum(prod(shape) for _, shape, _ in self._own) <= FLAT_UP_TO
-        # This dict is changed in place, because compiled functions capture it.
-        self.arrays = self.gathered(model.trainable_parameters())
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether `arrays` holds one array, under the name `flat`."""
-        return self._flat
-
-    def gathered(self, tree: dict) -> dict:
-        """Return a tree like the model's trainable parameters, laid out like `arrays`."""
-        leaves = tree_flatten(tree)
-        # Float32 for any model dtype: a module trained in full may have 16 bits.
-        leaves = [(name, leaf.astype(mx.float32)) for name, leaf in leaves]
-        if not self._flat:
-            return dict(leaves)
-        return {"flat": mx.concatenate([leaf.reshape(-1) for _, leaf in leaves])}
-
-    def put(self, arrays: dict) -> None:
-        """Replace the arrays."""
-        self.arrays.update(arrays)
-
-    def rates(self, rate_of: Callable[[str], float]) -> dict:
-        """Return each number's multiple of the learning rate, as a tree that broadcasts to `arrays`.
-
-        Args:
-            rate_of: parameter name -> multiple.
-        """
-        if not self._flat:
-            return {name: mx.array(rate_of(name)) for name, _, _ in self._own}
-        return {"flat": mx.concatenate([mx.full((prod(shape),), rate_of(name)) for name, shape, _ in self._own])}
-
-    def by_name(self, arrays: dict | None = None) -> dict[str, mx.array]:
-        """Return parameter name -> its part of `arrays`, in its own shape.
-
-        Args:
-            arrays: laid out like `self.arrays`, which is the default.
-        """
-        arrays = self.arrays if arrays is None else arrays
-        if not self._flat:
-            return dict(arrays)
-        ends = list(accumulate(prod(shape) for _, shape, _ in self._own))
-        parts = mx.split(arrays["flat"], ends[:-1])
-        return {name: part.reshape(shape) for (name, shape, _), part in zip(self._own, parts, strict=True)}
-
-    def from_names(self, values: dict[str, mx.array]) -> dict:
-        """Return values given by parameter name, laid out like `arrays`."""
-        return self.gathered(tree_unflatten([(name, values[name]) for name, _, _ in self._own]))
-
-    def put_by_name(self, parameters: dict[str, mx.array]) -> None:
-        """Replace all parameters by those given by name."""
-        self.put(self.from_names(parameters))
-
-    def hand_out(self) -> None:
-        """Update the model's parameters from `arrays`."""
-        own = self.by_name()
-        self._model.update(tree_unflatten([(name, own[name].astype(dtype)) for name, _, dtype in self._own]))
-
-
-def clip_scale(grads: dict, max_norm: float) -> tuple[mx.array, mx.array]:
-    """Return the global L2 norm of `grads` and the factor that reduces it to at most `max_norm`.
-
-    Both are float32 for any dtype of gradients: in float16 the factor for a large norm would round to zero.
-
-    Args:
-        grads: tree of gradients.
-        max_norm: 0 for no clipping.
-    """
-    squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)]
-    norm = mx.sqrt(sum(squares, mx.array(0.0)))
-    if max_norm <= 0:
-        return norm, mx.array(1.0)
-    return norm, mx.minimum(1.0, max_norm / mx.maximum(norm, 1e-12))
-
-
-def scaled(grads: dict, factor: mx.array) -> dict:
-    """Return every gradient times `factor`, in its own dtype."""
-    return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), grads)
-
-
-# Muon with decoupled weight decay, as its author's and torch's, and with an update of its own for each expert's matrix.
-#
-# MLX adds the decay to the gradient, before this is made orthogonal: where the gradient is small or zero, as that of LoRA's A is at
-# the start, a whole step then goes against the weight (https://kellerjordan.github.io/posts/muon/; torch.optim.Muon).
-
-
-class Muon(optim.Muon):
-    """mlx.optimizers.Muon whose weight decay is w <- w - rate * decay * w, apart from the gradient."""
-
-    def __init__(self, learning_rate: Any, weight_decay: float = 0.01, **options: Any):
-        """Prepare it as mlx's, which gets no decay.
-
-        Args:
-            learning_rate: a float, or a callable from step to rate.
-            weight_decay: decoupled.
-            options: of mlx's class.
-        """
-        super().__init__(learning_rate, weight_decay=0.0, **options)
-        self.decay = weight_decay
-
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]) -> mx.array:
-        """Return the updated parameter, of shape (rows, columns), (experts, rows, columns), or (n,)."""
-        kept = parameter * (1 - self.learning_rate.astype(parameter.dtype) * self.decay)
-        if gradient.ndim != 3:
-            return super().apply_single(gradient, kept, state)
-        single = super().apply_single
-
-        def of_one(own: mx.array, weight: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
-            stored = {"v": momentum}
-            return single(own, weight, stored), stored["v"]
-
-        updated, state["v"] = mx.vmap(of_one)(gradient, kept, state["v"])
-        return updated

@@ -38,7 +38,8 @@ from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.memory import activation_bytes
 from mlx_lora.trainer.gradient_checkpointing import PRODUCTS, Checkpointed, Kept, Tape, mix_in
-from mlx_lora.trainer.step import TRIAL_TOKENS, StepSums, choose_step_variant
+from mlx_lora.trainer.step import StepSums
+from mlx_lora.trainer.step_variant import TRIAL_TOKENS, choose_step_variant
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch

@@ -61,7 +61,7 @@ from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.serving.adapter_store import LayerFactors
-from mlx_lora.trainer.schedules import Masters, clip_scale
+from mlx_lora.trainer.optimizer import Masters, clip_scale
 from mlx_lora.utils.errors import InputError
 
 Given = Mapping[str, mx.array]

@@ -17,7 +17,8 @@ from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSe
 from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.schedules import BudgetSchedule, budget_schedule, build_optimizer, make_events
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import BudgetSchedule, budget_schedule, make_events
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 

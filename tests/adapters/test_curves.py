@@ -15,7 +15,8 @@ from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.schedules import build_optimizer, rates_of
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import rates_of
 from mlx_lora.trainer.step import Step, StepOptions
 
 # PEFT calls what transformers has deprecated.

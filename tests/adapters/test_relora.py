@@ -18,7 +18,8 @@ from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
-from mlx_lora.trainer.schedules import build_optimizer, make_events, restart_every, restart_warmup
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 
 STEPS, EVERY, RATE = 20, 6, 5e-3

@@ -34,7 +34,7 @@ from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.step import StepVariant, choose_step_variant
+from mlx_lora.trainer.step_variant import StepVariant, choose_step_variant
 from mlx_lora.utils import device
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd

@@ -23,7 +23,7 @@ from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
 Work = Callable[[int], list[bytes]]

@@ -10,7 +10,8 @@ from tiny_vocabularies import spm_model
 from transformers import AutoTokenizer
 from varied_strings import varied_strings
 
-from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
+from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils.errors import InputError
 
 # SentencePiece reads these as plain text, transformers as the tokens they name (the last: a byte's, if alone).

@@ -19,7 +19,7 @@ from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -14,7 +14,7 @@ from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSe
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
 pytestmark = [

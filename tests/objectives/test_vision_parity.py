@@ -103,7 +103,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
     given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in chats]
     _, total, gradients = judge.run(given, [rows.rows.row(number)[1] for number in range(len(given))])
     bound = rows.objective.bind(PLAIN, model)
-    loss_sum, _, _, own = differentiation(model, bound.loss.train)(*rows.arrays())
+    loss_sum, _, _, own = differentiation(model, bound.loss.train)(rows.arrays())
     assert loss_sum.item() == pytest.approx(total, rel=BAR)
     own = dict(tree_flatten(own))
     assert own.keys() == gradients.keys()

@@ -252,10 +252,10 @@ def test_a_trained_tower_sees_a_picture_of_several_rows_once(model, colors):
     tokens, _ = rows.rows.row(0)
     digests = rows.objective.table.rows[int(rows.rows.pictures[0])]
     vision = rows.objective.vision
-    (unseen,) = vision.arrays(np.stack([tokens, tokens]), [digests, digests])
+    unseen = vision.arrays(np.stack([tokens, tokens]), [digests, digests])
     assert (len(unseen.pixels), unseen.which) == (1, [0, 0])
-    (alone,) = vision.arrays(tokens[None], [digests])
-    both, one = (dict(zip(vision.spec.names, vision.shown([given]), strict=True)) for given in (unseen, alone))
+    alone = vision.arrays(tokens[None], [digests])
+    both, one = (dict(zip(vision.spec.names, vision.shown(given), strict=True)) for given in (unseen, alone))
     count = vision.table.shown[digests[0]].tokens
     assert np.array_equal(np.array(both["embeddings"])[count : 2 * count], np.array(one["embeddings"])[:count])
 
@@ -285,8 +285,8 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
 def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
-    together = measure(rows.base.model, *rows.arrays())[0].item()
-    apart = [measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(3)]
+    together = measure(rows.base.model, rows.arrays())[0].item()
+    apart = [measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(3)]
     assert sum(apart) == pytest.approx(together, rel=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_swapped_pictures_have_another_loss(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats))
     assert rows.rows.row(0)[0].tolist() == rows.rows.row(1)[0].tolist()
     measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
-    one, two = (measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(2))
+    one, two = (measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(2))
     assert abs(one - two) > 1e-3 * one
 
 
@@ -345,19 +345,19 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
 def test_pictures_are_seen_once_and_kept_on_disk(tmp_path, own_cache):
     rows = read_rows(write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data"))
     vision = rows.objective.vision
-    first = [np.array(array) for array in rows.arrays()]
+    first = [np.array(array) for array in rows.arrays()["pictures"]]
     rows.arrays()
     assert (vision.seen.computed, vision.seen.read) == (3, 0)
     again = ImageFeatureCache(vision.tower, vision.processor, vision.table, most_bytes=1)
     object.__setattr__(vision, "seen", again)
     for _ in range(2):
-        assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
+        assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays()["pictures"], strict=True))
     assert (again.computed, again.read) == (0, 6)
     (file, *_) = (own_cache / "pictures").rglob("*.safetensors")
     file.write_bytes(b"damaged")
     other = ImageFeatureCache(vision.tower, vision.processor, vision.table)
     object.__setattr__(vision, "seen", other)
-    assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
+    assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays()["pictures"], strict=True))
     assert (other.computed, other.read) == (1, 2)
 
 
@@ -445,5 +445,5 @@ def test_gradients_reach_factors_only_where_they_are(tmp_path):
     model = rows.base.model
     inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
     loss = rows.objective.bind(PLAIN, model).loss.train
-    *_, gradients = differentiation(model, loss)(*rows.arrays())
+    *_, gradients = differentiation(model, loss)(rows.arrays())
     assert all("lora_" in name for name, _ in tree_flatten(gradients))

@@ -22,7 +22,7 @@ from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.evaluate import mean_loss
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
 CASES = {

@@ -37,7 +37,7 @@ from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions, differentiation
 from parity.families import FAMILIES
 

@@ -152,11 +152,11 @@ def found(tmp_path_factory) -> dict:
     layer = {
         write(adapters / "gained.py", GAINED),
         add_line(
-            adapters / "targets.py",
+            adapters / "inject.py",
             "from mlx_lora.adapters.gained import GainedLinear\n",
             before="from mlx_lora.adapters.lora import",
         ),
-        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    QALoRASwitchLinear,\n)"),
+        add_line(adapters / "inject.py", "    GainedLinear,\n", before="    QALoRASwitchLinear,\n)"),
         write(root / "layer_check.py", LAYER_TEST),
     }
     write(root / "optimizer_check.py", OPTIMIZER_TEST)

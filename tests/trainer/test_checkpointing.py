@@ -18,7 +18,7 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
-from mlx_lora.trainer.schedules import build_optimizer
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

@@ -21,8 +21,9 @@ from mlx_lora.parallel.ranks import ALONE, OneRank
 from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.trainer.checkpoint import run_arrays
 from mlx_lora.trainer.guards import Position
+from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, own_folder
-from mlx_lora.trainer.schedules import build_optimizer, make_events
+from mlx_lora.trainer.schedules import make_events
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import supervise
 

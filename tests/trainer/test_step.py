@@ -19,7 +19,7 @@ from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedLinear
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
-from mlx_lora.trainer.schedules import build_optimizer, clip_scale, learning_rate_schedule
+from mlx_lora.trainer.optimizer import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError
 

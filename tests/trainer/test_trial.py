@@ -22,7 +22,8 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
-from mlx_lora.trainer.step import Step, StepOptions, choose_step_variant
+from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 

@@ -37,7 +37,8 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
 from mlx_lora.trainer.frozen_prefix import StoredOutput, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
-from mlx_lora.trainer.step import StepVariant, differentiation
+from mlx_lora.trainer.step import differentiation
+from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, evict, used_bytes
 
