@@ -74,6 +74,7 @@ BIOME = $(NPX) @biomejs/biome@2.6.8
 
 lint: setup
 	$(BIN)/python scripts/prose.py
+	$(BIN)/python scripts/house.py
 	$(BIOME) check --error-on-warnings
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)

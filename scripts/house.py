@@ -26,20 +26,20 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 99_999),
-    "statements of the applications": (7_900, 99_999),
-    "lines of the package": (80_000, 199_999),
-    "modules": (265, 999),
-    "modules of a plain run": (88, 999),
-    "members of Objective": (14, 99),
-    "fields of Batch": (8, 99),
-    "files with an objective's name": (5, 99),
+    "statements of the core": (34_500, 39_160),
+    "statements of the applications": (7_900, 10_163),
+    "lines of the package": (80_000, 98_000),
+    "modules": (265, 311),
+    "modules of a plain run": (88, 145),
+    "members of Objective": (14, 57),
+    "fields of Batch": (8, 17),
+    "files with an objective's name": (5, 33),
     "foreign private names and exchanged classes": (0, 0),
-    "batch arrays taken by number": (0, 99),
-    "refused combinations as code": (65, 999),
-    "imports, definitions, returns, in percent": (30, 99),
-    "statements of the tests": (37_000, 99_999),
-    "lines of the tests": (62_000, 99_999),
+    "batch arrays taken by number": (0, 0),
+    "refused combinations as code": (65, 120),
+    "imports, definitions, returns, in percent": (30, 34.8),
+    "statements of the tests": (37_000, 48_600),
+    "lines of the tests": (62_000, 78_800),
 }
 
 
