@@ -1,4 +1,4 @@
-"""Copy what belongs to a model folder in addition to weights and config, when the model is converted, fused or exported."""
+"""Copy what belongs to a model folder in addition to weights and config, also a vision tower, when the model is converted, fused or exported."""
 
 from __future__ import annotations
 

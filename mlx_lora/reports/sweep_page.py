@@ -1,4 +1,4 @@
-"""The page of a sweep: curves, what decides against what varied with its spread over seeds, all candidates, and one sentence of advice."""
+"""The page of a task's scores, and that of a sweep: curves, what decides against what varied with its spread over seeds, all candidates, and one sentence of advice."""
 
 from __future__ import annotations
 

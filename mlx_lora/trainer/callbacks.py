@@ -1,4 +1,4 @@
-"""Call a user's callbacks during a run, and those that log it with TensorBoard, trackio, wandb or swanlab (`--report-to`).
+"""What a run tells: to callbacks and loggers (`--report-to`) while it goes on, and at its end in report.html and the commands to go on with.
 
 An error in a callback ends the run after a save, and the message names the callback. Each logger needs its own package.
 """
