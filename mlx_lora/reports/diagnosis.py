@@ -1051,7 +1051,10 @@ def verdict(
     mend, command = mending(found, run, own, new)
     change, tone = found.change and asdict(found.change), TONES.get(found.name, PLAIN)
     if own or new:
-        headline = f"{HEADS.get(found.name, found.name.capitalize())}: {counts_words(own, new)}"
+        head = HEADS.get(found.name, found.name.capitalize())
+        if found.name == LEARNED and new is None:  # what it says to other wordings is not known
+            head, tone = "Knows your wording", PLAIN
+        headline = f"{head}: {counts_words(own, new)}"
         figures = f"{_perplexities(found, evidence)}{begins}." if validations else ""
         return Verdict(headline, tone, notes, found.name, mend, command, change, figures, own, new)
     return Verdict(headline_of(found, evidence) + begins, tone, notes, found.name, mend, command, change)

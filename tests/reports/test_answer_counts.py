@@ -216,6 +216,8 @@ def test_a_verdict_leads_with_answers_and_the_perplexity_follows():
     assert "20.1 to 7.39" in found["figures"]
     assert "interval" not in found["figures"]
     assert found["right_in_new_words"] == {"right": 14, "of": 20, "base": 1, "fell": False}
+    tried = verdict(records, {}, context=VerdictContext(answers=answers(some(30, 32))))
+    assert (tried.headline.partition(":")[0], tried.tone) != ("Learned", "good"), "nobody asked in new words"
     # Also without a held-out row.
     alone = verdict(records[1:3], {}, context=VerdictContext(answers=answers(some(30, 32))))
     assert alone.name == LEARNED
