@@ -94,17 +94,8 @@ def is_right(answer: str, test: Mapping[str, Any]) -> bool:
 
 
 def ask(base: Any, prompts: Sequence[str], adapter: Any) -> list[str]:
-    """Return the greedy answers to all prompts, which mlx-lm writes in one batch."""
-    from mlx_lm import batch_generate  # after mlx_lora, which chooses the library that multiplies
-
-    from mlx_lora.data.chat_template import encode_prompt, own_template
-    from mlx_lora.rollouts.generator import hold_weights
-
-    loaded, template = (base.loaded, None) if adapter is None else base._with_adapter(adapter, False)
-    template = template or own_template(loaded.hf_tokenizer)
-    tokens = [encode_prompt(loaded.hf_tokenizer, one, template) for one in prompts]
-    hold_weights(loaded)
-    return batch_generate(loaded.model, loaded.tokenizer, tokens, max_tokens=MOST_TOKENS).texts
+    """Return the greedy answers to all prompts."""
+    return [base.generate(prompt, adapter=adapter, max_tokens=MOST_TOKENS) for prompt in prompts]
 
 
 def run_cell(model: str, name: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
