@@ -195,9 +195,9 @@ def ask(settings: TrainSettings, adapter: Path | None) -> Answers:
     rows = load_eval_set(settings.data.data or "", settings.data, base.hf_tokenizer)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     if adapter:
-        put_adapter(base, adapter, settings.data, objective)
+        put_adapter(base, adapter, settings.data, settings.objective)
     ctx = RunContext(settings, objective, base, trains=False)
-    loss, texts = held_out_loss(ctx, objective.targets_of(rows)).loss, []
+    loss, texts = held_out_loss(ctx, rows).loss, []
     for question in QUESTIONS:
         prompt = encode_prompt(base.hf_tokenizer, question, own_template(base.hf_tokenizer))
         texts.append(greedy_text(base, prompt, ANSWER_TOKENS).strip())

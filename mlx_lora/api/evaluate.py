@@ -28,7 +28,7 @@ from mlx_lora.data.notes import seen_rows
 from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import dividing_flag
@@ -46,7 +46,7 @@ from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import LoopSettings, TrainSettings
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.dataset import EncodedSet
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def evaluate(
 
 def compares(settings: TrainSettings) -> bool:
     """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
-    return settings.objective.objective == "sft" and not dividing_flag(settings.loop)
+    return settings.objective.row.of_answers and not dividing_flag(settings.loop)
 
 
 def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: int) -> None:
@@ -121,7 +121,7 @@ def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: in
     refuse(
         {
             f"--objective {name} without --adapter-path: no score head; give an adapter trained with it": (
-                objective_of(settings.objective).scores and not adapter
+                settings.objective.row.scores and not adapter
             ),
             f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out": (
                 show and not compares(settings)
@@ -164,7 +164,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         InputError: adapter or data that cannot be used.
     """
     adapter, ignore_fingerprint, objective = asked.adapter, asked.ignore_fingerprint, objective_of(settings.objective)
-    if objective.reference and (flag := dividing_flag(settings.loop)):
+    if settings.objective.row.reference and (flag := dividing_flag(settings.loop)):
         raise InputError(
             f"--objective {settings.objective.objective} with {flag}: the reference is the whole base without the "
             "adapter; leave out one of the two"
@@ -176,37 +176,40 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False, ignore_fingerprint=ignore_fingerprint)
     check_kind(base.model, base.model_id, objective)
-    if objective.reference and settings.adapter.resume_adapter_file:  # the reference is a copy with that adapter
+    if (
+        settings.objective.row.reference and settings.adapter.resume_adapter_file
+    ):  # the reference is a copy with that adapter
         ctx.untrained = without_adapter(base)
-    objective.open(ctx)  # before an adapter is on the base
     if adapter:
-        objective.measures_with(adapter_head(adapter, objective))
+        ctx.score_head = adapter_head(adapter, settings.objective)
+    objective.open(ctx)  # before an adapter is on the base
     if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
         rows, trained = objective.read_set(ctx, data), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
-    rows = objective.targets_of(rows)
     if not compares(settings):
         rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
         if adapter:
-            put_adapter(base, adapter, data, objective, ignore_fingerprint)
+            put_adapter(base, adapter, data, settings.objective, ignore_fingerprint)
         ctx.settings = strategy.divide(base, settings)
         if strategy.words:
             log.info(strategy.words)
             strategy.check_same(ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
         found = held_out_loss(ctx, rows)
         means = found.reports or {"perplexity": perplexity(found.loss)}
-        counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+        counted = (
+            {"answers": found.count} if settings.objective.rewarded else {"supervised_tokens": rows.supervised_tokens}
+        )
         counts = {**counted, "rows": rows.examples}
-        return {"loss": found.loss, **means, **counts, "model": base.model_id, **objective.details}
+        return {"loss": found.loss, **means, **counts, "model": base.model_id, **found.details}
 
     near = {"near_training": near_training(adapter, base, rows, trained)} if adapter else {}
     models, questions = {BASE: base}, questions_of(rows, asked.show)
     if adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
-        put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    losses, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
+        put_adapter(base, adapter, data, settings.objective, ignore_fingerprint)
+    losses, whole = measure_rows(models, rows, ctx, asked.stopped)
     examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
     measured = losses[BASE].tokens if losses else []
     result: dict[str, Any] = _losses(losses[ADAPTER if adapter else BASE]) if losses else {}
@@ -263,8 +266,7 @@ def without_adapter(base: Base) -> Base:
 def measure_rows(
     models: Mapping[str, Base],
     rows: EncodedSet,
-    loop: LoopSettings,
-    objective: Objective,
+    ctx: RunContext,
     stopped: Callable[[], bool] = never,
 ) -> tuple[dict[str, RowLosses], bool]:
     """Return the losses of the rows for each model, and whether all rows were measured.
@@ -272,12 +274,12 @@ def measure_rows(
     Args:
         models: name -> model.
         rows: to measure.
-        loop: how rows are put into batches.
-        objective: whose loss is a mean over tokens.
+        ctx: of the measurement, whose objective's loss is a mean over tokens.
         stopped: asked before each batch whether to end.
     """
+    loop = ctx.settings.loop
     bound = {
-        name: objective.bind(choose_loss(one.model, one.config, loop.kernels), one.model)
+        name: ctx.objective.bind(replace(ctx, base=one), choose_loss(one.model, one.config, loop.kernels), rows)
         for name, one in models.items()
     }
     plan = held_out_plan(rows, loop)

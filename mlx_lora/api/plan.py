@@ -32,18 +32,21 @@ from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
-from mlx_lora.data.load import DataSplits
+from mlx_lora.data.load import DataSplits, Seen, load_data
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
+from mlx_lora.kernels.quantized_matmul import MatmulPaths
 from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.folder import stored_tensors
+from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import joined, layout_problem
-from mlx_lora.objectives.table import check_kind, objective_of
+from mlx_lora.objectives.table import check_kind, objective_of, other_models_bytes
 from mlx_lora.objectives.teacher import check_teacher, readable_data
 from mlx_lora.parallel.offloaded_base import copy_rate, read_rate
 from mlx_lora.parallel.ranks import ALONE
@@ -82,7 +85,7 @@ from mlx_lora.planner.speed import (
     plan_trunk,
     step_seconds,
 )
-from mlx_lora.rollouts.make_environment import check_template
+from mlx_lora.rollouts.make_environment import check_template, shown_tools
 from mlx_lora.trainer.choose_strategy import settled_offload
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
@@ -92,6 +95,7 @@ from mlx_lora.trainer.fit import (
     quantized_shape,
     trained_share,
     training_plan,
+    with_examples,
     with_kernels,
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
@@ -262,9 +266,9 @@ def _with_data(
     shape: ModelShape, settings: TrainSettings, size: PlannedData, objective: Objective, outline: Outline
 ) -> ModelShape:
     """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
-    others = objective.other_models_bytes(settings)
+    others = other_models_bytes(settings, objective)
     shape = replace(shape, trained_share=trained_share(settings.objective, size.rows), beside_bytes=others)
-    return objective.with_pictures(shape, settings, outline.model)
+    return shape if objective.pictures is None else objective.pictures.added_to(shape, settings, outline.model)
 
 
 def of_macs(
@@ -397,13 +401,12 @@ class MachinePlan:
         loop, size = self.chosen.loop, self.size
         if loop.iters is None or size is None:
             return loop.epochs or 1.0
-        batches = size.batches(self.fitted.batch_tokens)[0] * objective_of(self.chosen.objective).updates
+        batches = size.batches(self.fitted.batch_tokens)[0] * self.chosen.objective.updates
         return loop.iters * loop.grad_accumulation_steps / max(1, batches)
 
     def speed(self) -> dict[str, Any]:
         """Predict tokens per second of full rows, and the hours of the run if its length is known."""
-        run, size, objective = self.largest_run, self.size, self.settings.objective
-        shape, asked = self.shape, objective_of(objective)
+        run, size, objective, shape = self.largest_run, self.size, self.settings.objective, self.shape
         seconds, parts = step_seconds(shape, run, self.machine, self.ceilings)
         together = objective.rows_per_example // objective.trained_rows_per_example
         forward_s = forward_seconds(shape, run, self.machine, self.ceilings)
@@ -413,7 +416,7 @@ class MachinePlan:
         if together > 1:  # for each trained row, one that is only measured
             parts["other answers"] = (together - 1) * forward_s
             seconds += parts["other answers"]
-        if asked.distills is not None and asked.samples:
+        if objective.on_policy:
             parts["teacher"] = teacher_s
             seconds += teacher_s
         reading, hides_from, moved = self.reading, None, 0
@@ -440,7 +443,7 @@ class MachinePlan:
         elif data is not None and Path(data).is_file():
             tokens = Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
         reference_s = None
-        if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
+        if size is not None and (objective.row.reference or objective.row.taught) and not objective.samples:
             reference_s = teacher_s * size.measured_tokens / run.positions  # measured before the first step
         return {
             "note": "predicted, not measured",
@@ -474,7 +477,7 @@ class MachinePlan:
         free = free_bytes() if self.machine == this_machine(settings.model.dtype) else 10**15
         positions = len(size.rows.tokens) - len(size.rows)
         planned = plan_trunk(self.shape, run, self.machine, self.ceilings, positions, self.passes, free)
-        problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
+        problem = rows_problem(settings.objective.shared_prefix == "on", settings.objective)
         problem = problem or planned.problem(settings.loop.cache_trunk)
         return {
             "kept": problem is None,
@@ -490,7 +493,7 @@ class MachinePlan:
         """Return the plan as JSON values."""
         settings, shape, fitted, machine = self.chosen, self.shape, self.fitted, self.machine
         memory, budget, objective = fitted.memory, budget_of(settings.loop, machine), settings.objective
-        asked, modes = objective_of(objective), dict.fromkeys([fitted.checkpointing, "block"])
+        modes = dict.fromkeys([fitted.checkpointing, "block"])
         predicted, trunk, flat = self.speed(), self.trunk(), settings.to_flat()
         if trunk and trunk["kept"] and predicted["hours"] is not None:
             predicted["hours"] = max(0.0, predicted["hours"] - trunk["saved_s"] / 3600)
@@ -517,10 +520,10 @@ class MachinePlan:
             "trunk": trunk,
             "objective": {
                 "name": objective.objective,
-                "records": asked.records,
+                "records": objective.records,
                 "rows_per_example": objective.rows_per_example,
-                "reference": asked.reference,
-                "teacher": asked.distills is not None,
+                "reference": objective.row.reference,
+                "teacher": objective.row.taught,
                 "group_size": objective.answers_per_prompt if objective.samples else None,
             },
             "data": self.size
@@ -590,15 +593,12 @@ def measure_data(
 
     The settings come back with --shared-prefix on where all answers to a prompt would share its row.
     """
-    objective = objective_of(settings.objective)
-    rows, valid = objective.targets_of(splits.train), splits.valid and objective.targets_of(splits.valid)
-    settings = objective.settled_by(settings, rows)
+    rows, valid = splits.train, splits.valid
+    settings = with_examples(settings, rows)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
-    if (
-        objective.shares_prompts
-        and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None
-    ):
-        settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
+    asked = settings.objective
+    if asked.shares_prompts and layout_problem(asked.shared_prefix, outline.model, shape, rows) is None:
+        settings = replace(settings, objective=replace(asked, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
     measured, facts = sum(len((part.teacher or part).tokens) for part in parts), data_facts(rows, splits.valid)
     prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
@@ -615,7 +615,7 @@ def steps_and_validation(
         data: of the run.
         identity: as for `plan_run`.
     """
-    loop, updates = settings.loop, objective_of(settings.objective).updates
+    loop, updates = settings.loop, settings.objective.updates
     plan = training_plan(loop, data.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
     steps = total_steps(plan, loop, updates)
     found = choose_held_out(data.valid, loop, plan, steps, identity, updates)
@@ -643,23 +643,32 @@ def local_data(settings: TrainSettings, outline: Outline, objective: Objective) 
         folder = gguf_tokenizer_folder(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return read_splits(settings, folder, outline.config, objective)
+    return read_splits(settings, folder, outline, objective)
 
 
 def read_splits(
-    settings: TrainSettings, folder: Path, config: dict[str, Any], objective: Objective, today: date | None = None
+    settings: TrainSettings, folder: Path, outline: Outline, objective: Objective, today: date | None = None
 ) -> DataSplits:
     """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
-    tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
+    asked, tokenizer = (
+        settings.objective,
+        load_folder_tokenizer(folder, outline.config, settings.model.trust_remote_code),
+    )
     data, room = readable_data(settings)
-    records, asked = "prompts" if room else objective.records, replace(settings, data=data)
-    splits = objective.read_planned(asked, TOKENIZER.of(tokenizer), folder, config, today, records)
-    if tools := objective.shown_tools(settings.objective, {}):
+    if (
+        room
+    ):  # prompts, planned as if every answer took all of its room, as it will be only when the teacher has written them
+        seen = Seen(read_teacher_prompt(asked.teacher_prompt))
+        splits = load_data(data, TOKENIZER.of(tokenizer), settings.loop.seed, today, "prompts", seen)
+        return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
+    paths = MatmulPaths("auto", {}, {})
+    base = LoadedBase(
+        outline.model, tokenizer, outline.config, folder, settings.model.model or "", None, "", paths, 0, ""
+    )
+    splits = objective.read_data(RunContext(replace(settings, data=data), objective, base, today=today), data)
+    if asked.has_episodes and (tools := shown_tools(asked)):
         check_template(tokenizer, splits.chat_template, tools)
-    if not room:
-        return splits
-    # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
-    return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
+    return splits
 
 
 def dry_run(settings: TrainSettings) -> dict[str, Any]:
@@ -685,17 +694,16 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
                 "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
             )
             return None
-        splits = read_splits(settings, folder, outline.config, objective, first_day(settings.loop))
+        splits = read_splits(settings, folder, outline, objective, first_day(settings.loop))
         log.info(splits.report.render())
         if settings.objective.teacher:
             tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
             check_teacher(settings, TOKENIZER.of(tokenizer))
         if found is not None:
             # What only a loaded model tells is not compared.
-            rows = objective.targets_of(splits.train)
             asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
             known = {name: value for name, value in asked.items() if value is not None}
-            check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})
+            check_continuation(found, {**found.identity, **known, "rows": splits.train.fingerprint})
         return splits
 
     with waiting("Planning the run"):

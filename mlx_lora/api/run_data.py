@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import row_of
 from mlx_lora.config.rules import settings_problems
 from mlx_lora.config.settings import COLUMNS, FIELDS, DataSettings, TrainSettings
 from mlx_lora.data.chat_exports import chat_kind
@@ -142,7 +143,7 @@ def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSett
     """
     run = {} if adapter is None else run_of(adapter)
     found = {name: run[name] for name in DATA_FIELDS if run.get(name) is not None}
-    objective = given.get("objective") or found.get("objective", "sft")
+    objective = given.get("objective") or found.get("objective")
     changed = ", ".join(flag_of(name) for name in given if name in DATA_FIELDS and name != "objective")
     if not found.get("data"):
         raise InputError(
@@ -151,7 +152,9 @@ def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSett
         )
     refuse(
         {
-            f"--data is required with --objective {objective}: name the rows to measure": objective != "sft",
+            f"--data is required with --objective {objective}: name the rows to measure": not row_of(
+                objective
+            ).of_answers,
             f"{changed} without --data: held-out rows are read as the run read them; name the data": changed,
         }
     )
@@ -190,7 +193,7 @@ def data_of_run(
         return "the adapter's folder does not name its data"
     try:
         settings = train_settings(run)
-        if settings.objective.objective != "sft":
+        if not settings.objective.row.of_answers:
             return f"the adapter was trained with --objective {settings.objective.objective}"
         if not all(is_local(name) for name, _ in named_sets(data)):
             return "the data of its run is not on this disk"

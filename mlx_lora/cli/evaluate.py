@@ -39,7 +39,6 @@ from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import DataSettings, ObjectiveSettings, TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.diagnosis import class_rows, confusion_rows
@@ -248,7 +247,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any]) -> None:
         for name, value in result.items()
         if isinstance(value, float) and name not in aside and (name != "loss" or not sampled)
     )
-    unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
+    unit = UNITS[settings.objective.records][: -1 if result["rows"] == 1 else None]
     for line in side_by_side(shown_evaluation(result)) if "examples" in result else ():
         click.echo(line)
     counted_tokens = "" if labeled else f"{result[unit_name]} {words_of(unit_name)} in "

@@ -3,39 +3,118 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlx_lora.config.fields import setting
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import unknown_name
 
 OBJECTIVE = "Objective"  # heading of the help
-SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run, and rewarded
 # Settings of sampling that are used for a teacher's answers too.
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
-LABELED = ("classify",)  # objectives whose records are texts with labels
-RANKED = ("rerank",)  # objectives whose records are queries with documents
-WITH_SCORES = (*LABELED, *RANKED, "reward")  # objectives that train a score head
-NO_TEXT = (
-    *WITH_SCORES,
-    "embed",
-    "vision_sft",
-)  # objectives whose adapters do not answer a text with one
-IMITATION = ("sft", "distill", "vision_sft")  # objectives that train the answers of the data, token by token
-PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
-EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
+EMBED_SCORED = ("cosent", "cosine")  # losses of pairs with a score (losses/contrastive.py)
+EMBED_LOSSES = ("infonce", "triplet", *EMBED_SCORED)
 POOLINGS = ("mean", "last", "cls")
 TASK_SETS = "reasoning-gym:"  # before the name of a set of tasks of that package, in --data
 VERIFIERS = "verifiers:"  # before the name of an environment of that package, in --environment and --data
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
-WITH_IMAGES = (
-    "dpo",
-    "orpo",
-    "simpo",
-    "cpo",
-    "kto",
-    *SAMPLING,
-)  # objectives whose prompts may have pictures, with --images
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """What is known of an objective before its code is imported.
+
+    Attributes:
+        made_by: file in mlx_lora/objectives and what takes `ObjectiveSettings` there.
+        records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`.
+        imitates: whether answers are trained token by token, so that a loss is a mean over tokens.
+        rewarded: whether answers are sampled during the run, and rewarded.
+        taught: whether a teacher says how likely each token is. Such a run can also write its own data.
+        reference: whether the loss compares the model with a reference model.
+        scores: whether a score head reads each row's last token.
+        vectors: whether the model gives vectors of texts.
+        on_encoders: whether the model may be an encoder, because the padding is masked.
+        pictures: whether prompts may have pictures (--images); `always`: without that flag, too.
+        together: whether runs on one base may be computed together (`train_several`).
+        group: rows of an example that stay together in a batch, if the settings do not say more.
+        trained: how many of these are trained; the others are only measured.
+        examples_per_step: how many a step has if the settings leave open how large it is; None: as many as fit.
+        metrics: numbers of a validation by which the best one may be chosen, the higher the better.
+    """
+
+    made_by: str
+    records: str = "examples"
+    imitates: bool = False
+    rewarded: bool = False
+    taught: bool = False
+    reference: bool = False
+    scores: bool = False
+    vectors: bool = False
+    on_encoders: bool = False
+    pictures: bool | str = False
+    together: bool = False
+    group: int = 1
+    trained: int | None = None
+    examples_per_step: int | None = None
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def of_answers(self) -> bool:
+        """Whether the answers of the data are all that is trained toward, so that what a model says may be compared with them."""
+        return self.imitates and not self.taught and self.pictures != "always"
+
+    @property
+    def writes(self) -> bool:
+        """Whether its model writes text, and does not only score or embed it."""
+        return not self.scores and not self.vectors
+
+
+_PREFERENCE: dict[str, Any] = {"records": "pairs", "group": 2, "metrics": ("accuracy",)}
+_OF_ANSWERS: dict[str, Any] = {"pictures": True, "together": True}
+# A new objective is a row here, and its file.
+OBJECTIVES = {
+    "sft": ObjectiveRow("sft.SFT", imitates=True, together=True),
+    "dpo": ObjectiveRow("preference.dpo", reference=True, **_PREFERENCE, **_OF_ANSWERS),
+    "orpo": ObjectiveRow("preference.orpo", **_PREFERENCE, **_OF_ANSWERS),
+    "simpo": ObjectiveRow("preference.simpo", **_PREFERENCE, **_OF_ANSWERS),
+    "cpo": ObjectiveRow("preference.cpo", **_PREFERENCE, **_OF_ANSWERS),
+    "kto": ObjectiveRow("preference.kto", "rated", reference=True, group=2, trained=1, **_OF_ANSWERS),
+    "reward": ObjectiveRow("preference.reward", scores=True, **_PREFERENCE),
+    "grpo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, pictures=True),
+    "rloo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, pictures=True),
+    "distill": ObjectiveRow("distill.distill", imitates=True, taught=True),
+    "classify": ObjectiveRow(
+        "classify.classify", "labeled", scores=True, on_encoders=True, metrics=("accuracy", "macro_f1")
+    ),
+    "rerank": ObjectiveRow(
+        "rerank.rerank", "candidates", scores=True, on_encoders=True, metrics=("accuracy", "mrr", "ndcg")
+    ),
+    "embed": ObjectiveRow(
+        "embed.embed", "pairs", vectors=True, on_encoders=True, group=2, examples_per_step=32, metrics=("accuracy",)
+    ),
+    "vision_sft": ObjectiveRow("sft.SFT", imitates=True, pictures="always"),
+}
+
+
+def row_of(name: str | None) -> ObjectiveRow:
+    """Return the row of an objective; None: of the default.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    name = ObjectiveSettings.objective if name is None else name
+    if name not in OBJECTIVES:
+        raise InputError(f"--objective {name!r}: {unknown_name(name, OBJECTIVES)}")
+    return OBJECTIVES[name]
+
+
+SAMPLING = tuple(name for name, row in OBJECTIVES.items() if row.rewarded)
+LABELED = tuple(name for name, row in OBJECTIVES.items() if row.records == "labeled")
+RANKED = tuple(name for name, row in OBJECTIVES.items() if row.records == "candidates")
+IMITATION = tuple(name for name, row in OBJECTIVES.items() if row.imitates)
+PAIRS = tuple(name for name, row in OBJECTIVES.items() if row.records == "pairs" and not row.vectors)
+WITH_IMAGES = tuple(name for name, row in OBJECTIVES.items() if row.pictures is True)
 
 
 # fmt: off
@@ -172,6 +251,26 @@ class ObjectiveSettings:
     document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE, only=("embed",))
 
     @property
+    def row(self) -> ObjectiveRow:
+        """What is known of the objective; an InputError if there is none of this name."""
+        return row_of(self.objective)
+
+    @property
+    def records(self) -> str:
+        """The kind of records that the data must have."""
+        return "prompts" if self.samples else self.row.records
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Numbers of a validation by which the best one may be chosen; labels and scores that are numbers have none."""
+        return () if self.problem_type == "regression" or self.embed_loss in EMBED_SCORED else self.row.metrics
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers to a prompt may share its row (--shared-prefix)."""
+        return self.objective in (*PAIRS, *SAMPLING) and not self.sees
+
+    @property
     def rows_per_example(self) -> int:
         """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
 
@@ -179,16 +278,22 @@ class ObjectiveSettings:
         """
         if self.shared_prefix == "on":
             return 1
-        if self.samples:
-            return self.answers_per_prompt
-        if self.objective == "embed":
-            return 2 + (self.negatives or 0)
-        return 2 if self.objective in (*PAIRS, "kto") else 1
+        return self.answers_per_prompt if self.samples else self.row.group + (self.negatives or 0)
+
+    @property
+    def trained_rows_per_example(self) -> int:
+        """The number of these rows that are trained; the others are only measured."""
+        return self.row.trained or self.rows_per_example
 
     @property
     def sees(self) -> bool:
         """Whether rows may have pictures."""
-        return self.images or self.objective == "vision_sft"
+        return self.images or self.row.pictures == "always"
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether sampled answers are rewarded."""
+        return self.row.rewarded
 
     @property
     def samples(self) -> bool:
@@ -201,16 +306,11 @@ class ObjectiveSettings:
         return bool(self.environment or self.tools)
 
     @property
-    def rewarded(self) -> bool:
-        """Whether sampled answers are rewarded."""
-        return self.objective in SAMPLING
-
-    @property
     def answers_per_prompt(self) -> int:
         """The number of answers that are sampled to each prompt."""
         return self.group_size or (8 if self.rewarded else 1)
 
     @property
-    def trained_rows_per_example(self) -> int:
-        """The number of these rows that are trained; for kto, the answer to compare with is only measured."""
-        return 1 if self.objective == "kto" else self.rows_per_example
+    def updates(self) -> int:
+        """Steps on the same batches; a run is saved and ended between them only."""
+        return self.updates_per_rollout if self.samples else 1

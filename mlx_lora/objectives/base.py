@@ -1,12 +1,10 @@
 """What an objective is: which records it reads, what its loss is, and what it reports.
 
-An objective's loss is computed from whole answers, not from tokens. Its inputs are the log-probability of each row's answer,
-summed by the fused loss, and a few numbers per row that come from the data or the reference. For a reward model, the
-score of the answer replaces the log-probability. A method (LoRA, DoRA ...) decides what is trained, an objective what it
-is trained toward; every method works with every objective.
+A method (LoRA, DoRA ...) decides what is trained, an objective what it is trained toward; every method works with every
+objective. `mlx_lora.config.objectives` has what is known of each without its code.
 
     records    rows of an example     loss is a mean over
-    examples   the example            tokens                imitation (sft, distill), which needs none of this
+    examples   the example            tokens                imitation (sft, distill)
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
     prompts    G sampled answers      answers, or tokens if a teacher scores them
@@ -18,13 +16,15 @@ Shapes: B rows of a batch, E = B / K examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.data.prompts import read_teacher_prompt
@@ -32,60 +32,37 @@ from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedTokenizerBase
-
     from mlx_lora.config.objectives import ObjectiveSettings
-    from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
+    from mlx_lora.config.settings import DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.losses.check import Compute
-    from mlx_lora.losses.divergence import DivergenceOptions
-    from mlx_lora.losses.policy import PolicyOptions
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.vision_encoder import PromptPictures
+    from mlx_lora.objectives.pictures import Pictures
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.rollouts.rollout import Rollouts
     from mlx_lora.trainer.guards import StepsDone
 
 
+Given = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Returns a function of a model and a batch's arrays that computes within something, such as the batch's pictures."""
+
+
 @dataclass(frozen=True)
-class AnswerSums:
-    """The inputs of an objective's loss; arrays are (B,) float32.
+class WholeSet:
+    """Measures an objective on a whole set, where a mean over batches would depend on the batches.
 
     Attributes:
-        logps: summed log-probability of each row's answer under the policy; of a reward model, its score.
-        tokens: number of the answer's tokens.
-        likelihood: negative log-likelihood of each row's trained tokens, weighted so that its sum over a step's rows,
-            divided by the step's examples, is the mean over tokens.
-        reference: the answer's log-probability under the reference, 0 without one.
-        labels: from the data: the margin that a pair should have, or 1 for a good answer and 0 for a bad one.
-        real: 1 for a row, 0 for padding.
-        divergence: scalar, see `Objective.divergence`.
+        compute: (model, arrays of a batch) -> what is computed of its rows.
+        examples: (that as a numpy array, the batch, its arrays) -> what is kept of each example, (examples, ...) float32,
+            without padding.
+        measured: (what was kept of all examples) -> the loss, and the numbers to report.
     """
 
-    logps: mx.array
-    tokens: mx.array
-    likelihood: mx.array
-    reference: mx.array
-    labels: mx.array
-    real: mx.array
-    divergence: mx.array
-
-    def side(self, number: int, group: int = 2) -> AnswerSums:
-        """Return the sums of each example's row `number`, (E,)."""
-        names = ("logps", "tokens", "likelihood", "reference", "labels", "real")
-        return replace(self, **{name: getattr(self, name)[number::group] for name in names})
-
-
-LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]
-"""AnswerSums -> ((E,) losses, name -> (E,) numbers to report as means)."""
-
-
-class WholeSetLoss(Protocol):
-    """Measures an objective on a whole set, where a mean over batches would depend on the batches."""
+    compute: Callable[[nn.Module, Arrays], mx.array]
+    examples: Callable[[np.ndarray, Batch, Arrays], np.ndarray]
+    measured: Callable[[np.ndarray], tuple[float, dict[str, float]]]
 
     def __call__(
         self,
@@ -93,11 +70,26 @@ class WholeSetLoss(Protocol):
         arrays_of: Callable[[Batch], Arrays],
         batches: Iterable[Batch],
         strategy: Strategy,
-    ) -> tuple[float, int, dict[str, float]]: ...
+    ) -> tuple[float, int, dict[str, float]]:
+        """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
 
-    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSetLoss:
-        """Return it with `given` around what computes the sums of a batch's answers."""
-        ...
+        Args:
+            model: in eval mode.
+            arrays_of: returns the arrays of a batch.
+            batches: this rank's.
+            strategy: how the ranks that call this divide the batches.
+        """
+        found: list[Any] = []
+        for batch in batches:
+            arrays = arrays_of(batch)
+            found.extend(self.examples(np.array(self.compute(model, arrays)), batch, arrays))
+        if strategy.ranks.size > 1:
+            told = strategy.everyone([one.tolist() for one in found])
+            found = [np.array(one, np.float32) for part in told for one in part]
+        if not found:
+            return math.nan, 0, {}
+        loss, reports = self.measured(np.stack(found))
+        return loss, len(found), reports
 
 
 @dataclass(frozen=True)
@@ -109,9 +101,11 @@ class BoundObjective:
         arrays_of: returns the loss's arguments for a batch.
         prepare: brings all batches of a step into the form that the loss needs.
         reports: names of the sums that the loss returns in addition to its own.
-        finish: see `Objective`.
+        finish: turns the means of these into the numbers that users see.
         rates: reads what a report of steps adds on the time since the last one.
         whole_set: how a set is measured, if the loss is of whole answers; None: as a mean over tokens or examples.
+        details: returns what the last measurement found besides numbers, such as a table of labels, as JSON values.
+        sorts: the losses that sort the pairs of a batch, in words, so that a batch in parts has another loss; empty: none does.
     """
 
     loss: Loss
@@ -120,7 +114,42 @@ class BoundObjective:
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     rates: Callable[[], dict[str, float]] = dict
-    whole_set: WholeSetLoss | None = None
+    whole_set: WholeSet | None = None
+    details: Callable[[], dict[str, Any]] = dict
+    sorts: str = ""
+
+    def within(self, given: Given, name: str, of: Callable[[Batch], Any]) -> BoundObjective:
+        """Return it with all that is computed of a batch computed within `given`.
+
+        Args:
+            given: is put around each function of a model and a batch's arrays.
+            name: of a further array of a batch.
+            of: returns that.
+        """
+        loss, whole = self.loss, self.whole_set
+        measure_tokens = None if loss.measure_tokens is None else given(loss.measure_tokens)
+        return replace(
+            self,
+            loss=replace(
+                loss, train=given(loss.train), measure=given(loss.measure), tokens=given(loss.tokens), measure_tokens=measure_tokens
+            ),
+            arrays_of=lambda batch: self.arrays_of(batch) | {name: of(batch)},
+            whole_set=whole and replace(whole, compute=given(whole.compute)),
+        )  # fmt: skip
+
+
+class ScoreHead(NamedTuple):
+    """What a score head is.
+
+    Attributes:
+        outputs: numbers that it gives a row.
+        scale: of its random start, as a share of transformers'.
+        about: what the outputs mean, as JSON values that are kept with the adapter; None: nothing to say.
+    """
+
+    outputs: int = 1
+    scale: float = 1.0
+    about: dict[str, Any] | None = None
 
 
 @dataclass
@@ -131,11 +160,15 @@ class RunRecord:
         identity: name -> JSON value.
         shared: name -> JSON value that all ranks must have in common, beside the identity.
         lines: header lines of the objective.
+        about: words of the objective for the header's line on the run.
+        may_change: names of the identity that a resumed run may have chosen anew.
     """
 
     identity: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    about: list[str] = field(default_factory=list)
+    may_change: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -152,6 +185,7 @@ class RunContext:
         trains: False: an adapter is only measured.
         untrained: the model without an adapter, if `base` already has one.
         resumed: the identity of the checkpoint to go on from; None: the run begins.
+        score_head: what the adapter that is measured, or gone on with, says of its score head.
         compute: what computes the numbers; None: not chosen yet.
         memory: the plan; None: not planned yet.
         record: what is said and kept.
@@ -167,6 +201,7 @@ class RunContext:
     trains: bool = True
     untrained: Base | None = None
     resumed: Mapping[str, Any] | None = None
+    score_head: Mapping[str, Any] | None = None
     compute: Compute | None = None
     memory: MemoryPlan | None = None
     record: RunRecord = field(default_factory=RunRecord)
@@ -189,202 +224,58 @@ class RunContext:
         return self.compute
 
 
-@dataclass(frozen=True)
-class FixedPrompt:
-    """A held-out prompt.
-
-    Attributes:
-        tokens: up to where the answer begins.
-        fact: what rewards see of it.
-    """
-
-    tokens: list[int]
-    fact: dict[str, Any]
-
-
-class HeldOutBatches(Protocol):
-    """Batches to measure: a `BatchPlan`, or one whose answers are sampled."""
-
-    rows: EncodedSet
-
-    def __len__(self) -> int: ...
-
-    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
-
-
 @dataclass(eq=False)
 class Objective:
-    """One objective, with its options bound. This class is imitation (sft); the others override what differs.
-
-    An instance belongs to one run: methods that take its context may keep state in it. They are listed in the order in
-    which a run calls them.
+    """One objective of one run, with its options bound. Its methods are listed in the order in which a run calls them.
 
     Attributes:
-        name: as in --objective.
-        records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts`, `labeled` or
-            `candidates`.
-        description: for the run header.
-        loss: computed from whole answers; None for imitation, which sums the loss over tokens.
-        reference: whether the loss compares the policy with a reference model.
-        likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
-            chosen rows count too (ORPO).
-        scores: whether a score head reads each row's last token; a reward model's number replaces the log-probability, and a
-            classifier has one for each label.
-        divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
-            gradient goes through it, so that row is not trained (KTO).
-        policy: the loss of sampled answers that are rewarded; None: it has another.
-        distills: how tokens are compared with a teacher's; None: there is no teacher.
-        room: how many answers are sampled to a prompt, and the most tokens of one.
-        outputs: numbers that the score head gives a row; set before an adapter is on the base.
-        head_scale: of the score head's random start, as a share of transformers'.
-        reports: names of the numbers that the loss reports.
-        finish: turns the means of these numbers into the numbers that users see.
-        updates: steps on the same batches; a run is saved and ended between them only.
-        compiles: whether the loss and its gradient may be compiled.
-        sorts: the losses that sort the pairs of a batch, in words, so that a batch in parts has another loss; empty: none does.
+        options: its settings, whose `row` has what is known of it without its code.
+        pictures: shows a batch's pictures to the model; None: rows have none.
+        rollouts: samples answers; None: nothing does, or the run has not got that far.
     """
 
-    name: str
-    records: str = "examples"
-    description: str = ""
-    loss: LossOfAnswers | None = None
-    reference: bool = False
-    likelihood: str = "none"
-    divergence: bool = False
-    scores: bool = False
-    policy: PolicyOptions | None = None
-    distills: DivergenceOptions | None = None
-    room: tuple[int, int] = (1, 0)
-    outputs: int = 1
-    head_scale: float = 1.0
-    reports: tuple[str, ...] = ()
-    finish: Callable[[dict[str, float]], dict[str, float]] = dict
-    updates: int = 1
-    compiles: bool = True
-    sorts: str = ""
-
-    needs_data: ClassVar[bool] = True  # False: the run can write its own
+    options: ObjectiveSettings
+    pictures: Pictures | None = field(default=None, init=False)
+    rollouts: Rollouts | None = field(default=None, init=False)
 
     @property
-    def samples(self) -> bool:
-        """Whether the answers are sampled during the run."""
-        return self.records == "prompts"
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether the answers to a prompt may share its row (--shared-prefix)."""
-        return False
-
-    @property
-    def writes(self) -> bool:
-        """Whether its model writes text, and does not only score or embed it."""
-        return not self.scores and not self.vectors
-
-    @property
-    def vectors(self) -> bool:
-        """Whether its model gives vectors of texts; then it may be an encoder, whose padding has to be masked."""
-        return False
-
-    @property
-    def on_encoders(self) -> bool:
-        """Whether its model may be an encoder although it gives no vectors: its scores mask the padding."""
-        return False
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Numbers of a validation by which the best one may be chosen, the higher the better."""
-        return tuple(name for name in self.reports if name == "accuracy")
-
-    @property
-    def head(self) -> dict[str, Any] | None:
-        """What the score head's outputs mean, as JSON values that are kept with the adapter; None: nothing to say."""
-        return None
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What the last measurement found besides numbers, such as a table of labels, as JSON values."""
-        return {}
-
-    def measures_with(self, head: Mapping[str, Any] | None) -> None:
-        """Take what an adapter that is measured says of its score head, before the data are read; it is of this objective."""
-
-    def goes_on_with(self, head: Mapping[str, Any] | None) -> None:
-        """Take what the adapter of a checkpoint says of its score head, which a validation of the run chose."""
-
-    def targets_of(self, rows: EncodedSet) -> EncodedSet:
-        """Return encoded rows with the targets that this objective trains on."""
-        if self.scores:
-            return rows.with_end_scores()
-        if self.samples:
-            return rows.with_room(*self.room)
-        return rows.with_whole_rows() if self.likelihood == "rows" else rows
+    def head(self) -> ScoreHead | None:
+        """The score head that reads each row's last token; None: there is none."""
+        return ScoreHead() if self.options.row.scores else None
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
         """Refuse, before anything is loaded, what the objective's settings name and what cannot be used."""
 
     def open(self, ctx: RunContext) -> None:
         """Load what must be there before an adapter is on the base, such as reward models."""
-
-    def shown_tools(
-        self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
-    ) -> list[dict[str, Any]] | None:
-        """Return the schemas of tools that prompts show; None: there are none.
-
-        Raises:
-            InputError: a tool cannot be used.
-        """
-        return None
+        if self.pictures is not None:
+            self.pictures.open(ctx, self._trains_prompts)
 
     def load_data(self, ctx: RunContext) -> DataSplits:
-        """Read the run's data and encode it.
+        """Read the run's data and encode it, after models have written what of it they write.
 
         Raises:
             InputError: there is no usable data.
         """
         return self.read_data(ctx, ctx.settings.data)
 
-    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
-        """Read some data for this objective; see `load_data`."""
-        seed = ctx.settings.loop.seed
-        seen = Seen(teacher_prompt, self.shown_tools(ctx.settings.objective, ctx.functions))
-        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, seen)
-        return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
+    def read_data(self, ctx: RunContext, data: DataSettings) -> DataSplits:
+        """Read some data that is there, with the targets of this objective. A plan's base has no weights, and is not open."""
+        settings = ctx.settings
+        splits = load_data(
+            data,
+            ctx.base.hf_tokenizer,
+            settings.loop.seed,
+            ctx.today,
+            settings.objective.records,
+            self._seen(ctx, data),
+        )
+        return splits.changed(lambda sets: {name: self._with_targets(rows) for name, rows in sets.items()})
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
-        """Read one set to measure; see `load_data`."""
-        prompt = read_teacher_prompt(ctx.settings.objective.teacher_prompt)
-        seen = Seen(prompt, self.shown_tools(ctx.settings.objective, ctx.functions))
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, seen)
-
-    def read_planned(
-        self,
-        settings: TrainSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        config: dict[str, Any],
-        today: date | None,
-        records: str,
-    ) -> DataSplits:
-        """Read a run's data for a plan, without the model's weights.
-
-        Args:
-            settings: of the run; its data are there.
-            tokenizer: of the model.
-            folder: of the model, at least with what reads data.
-            config: its config.json.
-            today, records: as for `load_data`.
-        """
-        prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-        seen = Seen(prompt, self.shown_tools(settings.objective, {}))
-        return load_data(settings.data, tokenizer, settings.loop.seed, today, records, seen)
-
-    def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
-        """Return the settings of a plan with what the training rows decide in a run."""
-        return settings
-
-    def adapted(self, adapter: AdapterSettings) -> AdapterSettings:
-        """Return the settings by which the base is adapted, with what this objective put beside the language model."""
-        return adapter
+        """Read one set that is only measured; see `read_data`."""
+        records, seen = ctx.settings.objective.records, self._seen(ctx, data)
+        return self._with_targets(load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, records, seen))
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.
@@ -395,67 +286,39 @@ class Objective:
         """
         return sets
 
-    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        """Choose how the answers to a prompt lie in rows, and loss and kernels (`ctx.compute`) if they depend on that."""
+    def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
+        """Put what the rows decide into the context's settings, and return the data in the layout that the run has.
 
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings with what `lay_out` decided."""
-        return settings
-
-    def arrange(self, data: DataSplits) -> DataSplits:
-        """Return the data with its rows in the layout that `lay_out` chose."""
+        Args:
+            ctx: of the run, whose base is adapted; loss and kernels (`ctx.compute`) are chosen here if they depend on the layout.
+            data: a text in each row.
+        """
+        if self.pictures is not None:
+            self.pictures.settle(ctx)
         return data
 
-    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
-        """Do what needs the memory plan (`ctx.memory`, which it may change), and return the data.
+    def finish_data(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+        """Do what needs the memory plan (`ctx.memory`, which it may change), and return the data in the run's layout.
 
         Args:
             ctx: of the run, with settings in which nothing is open.
-            data: rows apart.
+            data: a text in each row, as for `settle`.
             shape: of the adapted model.
         """
         return data
 
-    def begin_measuring(self, ctx: RunContext, loss: Loss) -> None:
-        """Get ready to measure a set, where nothing is trained.
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        """Return the loss on the context's base.
 
         Args:
-            ctx: of the measurement; the adapter is on the base.
-            loss: of tokens, chosen for the base.
-        """
-
-    def held_out(self, plan: BatchPlan) -> HeldOutBatches:
-        """Return what is measured of held-out rows."""
-        return plan
-
-    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
-        """Return the loss that this objective computes of tokens, from that of cross-entropy."""
-        return loss
-
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        """Return the loss on a model.
-
-        Args:
+            ctx: of the run, or of a measurement, in which nothing was settled.
             loss: of tokens, whose kernels are kept.
-            model: that is trained or measured.
-
-        Raises:
-            ValueError: the objective has a loss of whole answers, which this class does not compute.
+            rows: to train on, or to measure.
         """
-        if self.loss is not None:
-            raise ValueError(f"{self.name}: its loss of whole answers is not computed here; make it a `Preference`")
-        return BoundObjective(loss)
-
-    def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what of a checkpoint's identity a resumed run may choose anew, as the checkpoint has it."""
-        return {}
-
-    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        """Return words for the header's line on the run."""
-        return []
+        raise NotImplementedError
 
     def steps(self, batches: list[Batch], done: StepsDone) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each of the next `updates` optimizer steps.
+        """Yield the micro-batches of each of the next optimizer steps, `ObjectiveSettings.updates` of them.
 
         Args:
             batches: planned, the same for all of these steps.
@@ -463,47 +326,26 @@ class Objective:
         """
         yield batches
 
-    def fixed_prompts(self, rows: EncodedSet, most: int) -> list[FixedPrompt]:
-        """Return held-out prompts that are answered at every validation; none where the data have the answers."""
-        return []
+    # For the objectives themselves
 
-    def greedy_answers(self, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
-        """Return an answer to each of the fixed prompts with its rewards, as plain values.
+    @property
+    def _trains_prompts(self) -> bool:
+        """Whether the loss counts the tokens of prompts, too."""
+        return False
 
-        Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
-        without one) and `rewards` by name. No random stream of the run is used.
+    def _seen(self, ctx: RunContext, data: DataSettings) -> Seen:
+        """Return what is seen beside the records of some data."""
+        asked = ctx.settings.objective
+        if self.pictures is not None:
+            base = ctx.base
+            return Seen(pictures=self.pictures.reader(base.folder, base.config, base.hf_tokenizer, data))
+        tools = None
+        if asked.has_episodes:
+            from mlx_lora.rollouts.make_environment import shown_tools  # few runs need it
 
-        Raises:
-            RunError: a reward failed.
-        """
-        return []
+            tools = shown_tools(asked, ctx.functions)
+        return Seen(read_teacher_prompt(asked.teacher_prompt), tools)
 
-    def other_models_bytes(self, settings: TrainSettings) -> int:
-        """Return the bytes of models that stay in memory beside the base, such as reward models."""
-        return 0
-
-    def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
-        """Return the settings by which a model without weights is adapted for a plan, as `adapted` does for a run.
-
-        Args:
-            model: gets what this objective puts beside its language model.
-            settings: of the run.
-        """
-        return settings.adapter
-
-    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
-        """Return the shape of a run's model with the memory of the pictures in the data, which were read.
-
-        Args:
-            shape, settings: of the run.
-            model: the adapted one, with weights or without.
-        """
-        return shape
-
-    def pictures_of(self, number: int | None) -> PromptPictures | None:
-        """Return the pictures of a row; None: it has none.
-
-        Args:
-            number: that the row has for its pictures (`EncodedSet.pictures`); None: it has no pictures.
-        """
-        return None
+    def _with_targets(self, rows: EncodedSet) -> EncodedSet:
+        """Return encoded rows with the targets that this objective trains on."""
+        return rows.with_end_scores() if self.options.row.scores else rows

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,8 @@ from mlx_lora.losses.classification import (
     spearman,
 )
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.models.head import body_of, scores_at, with_last_block
-from mlx_lora.objectives.base import BoundObjective, RunContext
-from mlx_lora.objectives.scored_texts import ScoredTexts
+from mlx_lora.objectives.base import BoundObjective, RunContext, ScoreHead, WholeSet
+from mlx_lora.objectives.scored_texts import ScoredTexts, as_share
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.parallel.strategy import Strategy
 
 ACCURACY, TEXTS = "accuracy", "texts"
 BALANCED = "balanced"
@@ -66,46 +64,54 @@ class Classify(ScoredTexts):
     Attributes:
         problem: by transformers' names, or `auto`: that of the first rows that are read.
         labels: their names, in the order of the head's outputs; empty: those of the first rows that are read.
-        asked_weights: as --class-weights has them.
         weights: (K,) of the labels in the loss; None: 1.
-        thresholds: (K,) of probabilities, that an adapter was trained with; None: choose them at each measurement.
+        thresholds: (K,) of probabilities, that the adapter which is measured was trained with; None: choose them at each
+            measurement.
     """
 
-    problem: str = "auto"
-    labels: tuple[str, ...] = ()
-    asked_weights: str | None = None
+    labels: tuple[str, ...]
+    problem: str = field(init=False)
     weights: np.ndarray | None = None
     thresholds: list[float] | None = None
-    _chosen: list[float] | None = field(default=None, repr=False)
-    _kept_weights: np.ndarray | None = field(default=None, repr=False)
-    _details: dict[str, Any] = field(default_factory=dict, repr=False)
+    _outputs: int = 1
+    _chosen: list[float] | None = None
+    _kept_weights: np.ndarray | None = None
+    _details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.problem = self.options.problem_type
 
     # What the labels are
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return (ACCURACY, "macro_f1") if self.reports else ()
+    def head(self) -> ScoreHead:
+        about: dict[str, Any] = {
+            "objective": self.options.objective,
+            "problem_type": self.problem,
+            "labels": list(self.labels),
+        }
+        if self.problem == SEVERAL:
+            about["thresholds"] = self._chosen or [0.5] * len(self.labels)
+        if self.options.class_weights == BALANCED and self.weights is not None:
+            about["weights"] = self.weights.tolist()
+        return ScoreHead(self._outputs, about=about)
 
-    @property
-    def head(self) -> dict[str, Any]:
-        found = {"objective": self.name, "problem_type": self.problem, "labels": list(self.labels)}
-        found |= {"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {}
-        weights = self.weights if self.asked_weights == BALANCED else None
-        return found | ({} if weights is None else {"weights": weights.tolist()})
-
-    def measures_with(self, head: Mapping[str, Any] | None) -> None:
-        if head is not None:
+    def open(self, ctx: RunContext) -> None:
+        super().open(ctx)
+        if (head := ctx.score_head) is not None:
             self.problem, self.labels = head["problem_type"], self.labels or tuple(head["labels"])
             self.thresholds = head.get("thresholds")
-            if self.asked_weights == BALANCED and head.get(
-                "weights"
-            ):  # of the training rows, and not of those that are measured
-                self._kept_weights = np.array(head["weights"])
+            if self.options.class_weights == BALANCED and head.get("weights"):
+                self._kept_weights = np.array(
+                    head["weights"]
+                )  # of the training rows, and not of those that are measured
 
-    def goes_on_with(self, head: Mapping[str, Any] | None) -> None:
-        self._chosen = (head or {}).get("thresholds")
+    def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
+        """Go on with the thresholds that a validation of the run chose."""
+        self._chosen = (ctx.score_head or {}).get("thresholds")
+        return super().settle(ctx, data)
 
-    def targets_of(self, rows: EncodedSet) -> EncodedSet:
+    def _with_targets(self, rows: EncodedSet) -> EncodedSet:
         """Return rows with the last token as their only position, and what is to be found of each text.
 
         Raises:
@@ -121,7 +127,7 @@ class Classify(ScoredTexts):
         self._take_labels(counts, len(found))
         if unknown := sorted(set(counts) - set(self.labels)):
             raise InputError(
-                f"--objective {self.name}: found the label {_listed(unknown)}, which is not among {_listed(self.labels)}; "
+                f"--objective {self.options.objective}: found the label {_listed(unknown)}, which is not among {_listed(self.labels)}; "
                 "correct it, add texts with it to the training data, or name all labels with --labels"
             )
         place = {label: number for number, label in enumerate(self.labels)}
@@ -143,24 +149,24 @@ class Classify(ScoredTexts):
 
     def _take_labels(self, counts: Counter[str], texts: int) -> None:
         """Choose labels and weights by the first rows; later rows change nothing."""
-        if self.outputs == len(self.labels) > 1:
+        if self._outputs == len(self.labels) > 1:
             return
         self.labels = self.labels or tuple(sorted(counts, key=_in_order))
-        self.outputs = len(self.labels)
-        if self.outputs < 2:
+        self._outputs = len(self.labels)
+        if self._outputs < 2:
             only = f"only the label {_listed(self.labels)}" if self.labels else "no label"
             raise InputError(
-                f"--objective {self.name}: found {only} in {texts} texts; a classifier needs at least two labels"
+                f"--objective {self.options.objective}: found {only} in {texts} texts; a classifier needs at least two labels"
             )
-        if self._kept_weights is not None and len(self._kept_weights) == self.outputs:
+        if self._kept_weights is not None and len(self._kept_weights) == self._outputs:
             self.weights = self._kept_weights
         else:
-            self.weights = weights_of(self.asked_weights, self.labels, counts, texts, self.problem)
+            self.weights = weights_of(self.options.class_weights, self.labels, counts, texts, self.problem)
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         data = super().load_data(ctx)
         ctx.record.identity["head"] = {
-            name: value for name, value in self.head.items() if name not in ("thresholds", "weights")
+            name: value for name, value in (self.head.about or {}).items() if name not in ("thresholds", "weights")
         }
         if self.problem == NUMBER:
             if ctx.settings.loop.metric_for_best_model != "loss":
@@ -180,47 +186,48 @@ class Classify(ScoredTexts):
         """Return the labels with the number of training texts that have each."""
         labels: Any = rows.labels
         counts = (
-            np.bincount(labels.astype(int), minlength=self.outputs) if self.problem == SINGLE else labels.sum(axis=0)
+            np.bincount(labels.astype(int), minlength=self._outputs) if self.problem == SINGLE else labels.sum(axis=0)
         )
         return _listed([f"{name} {count:.0f}" for name, count in zip(self.labels, counts, strict=True)])
 
     # The loss
 
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        body = body_of(model)
-        body = with_last_block(body, model)[0] if loss.part_of_last else body
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        scored, words = self.scores_of(ctx, loss)
         weights = None if self.weights is None else mx.array(self.weights.astype(np.float32))
-
-        def scored(model: nn.Module, arrays: Arrays) -> mx.array:
-            return scores_at(model, body, arrays)  # (P, K)
+        reports = () if self.problem == NUMBER else (ACCURACY, TEXTS)
 
         def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             scores, real = scored(model, arrays), arrays["weights"]
             own = arrays["labels"][arrays["positions"] // arrays["inputs"].shape[1]]
             losses, weight = classification_losses(self.problem, scores, own, weights)  # (P,), (P,)
-            reports = {} if self.problem == NUMBER else {
-                ACCURACY: (all_right(self.problem, scores, own) * real).sum(),
-                TEXTS: real.sum(),
-            }  # fmt: skip
-            return (losses * real).sum(), (weight * real).sum(), reports
+            found = {}
+            if reports:
+                found = {ACCURACY: (all_right(self.problem, scores, own) * real).sum(), TEXTS: real.sum()}
+            return (losses * real).sum(), (weight * real).sum(), found
 
-        words = f"{self.description} ({self.problem}); last block {'whole' if body.last is None else 'where scored'}"
+        def examples(scores: np.ndarray, batch: Batch, arrays: Arrays) -> np.ndarray:
+            real, labels = batch.weights > 0, np.array(arrays["labels"])
+            own = labels[(batch.positions // batch.inputs.shape[1])[real]]
+            return np.concatenate([scores[real], own.reshape(len(own), -1)], axis=1)  # scores, then labels
+
+        def measured(found: np.ndarray) -> tuple[float, dict[str, float]]:
+            scores, targets = found[:, : self._outputs], found[:, self._outputs :]
+            return self.measured(scores, targets if self.problem == SEVERAL else targets[:, 0])
+
         return BoundObjective(
-            replace(loss, train=summed, measure=summed, description=words),
+            replace(loss, train=summed, measure=summed, description=f"classify ({self.problem}); {words}"),
             arrays_of,
-            reports=() if self.problem == NUMBER else (ACCURACY, TEXTS),
-            finish=_finished,
-            whole_set=ScoredSet(scored, self.measured),
+            reports=reports,
+            finish=lambda means: as_share(means, ACCURACY, TEXTS),
+            whole_set=WholeSet(scored, examples, measured),
+            details=lambda: self._details,
         )
 
     # What is measured of a whole set
 
-    @property
-    def details(self) -> dict[str, Any]:
-        return self._details
-
     def measured(self, scores: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, float]]:
-        """Return the mean loss of a set and what is reported of it; tables of labels become `details`.
+        """Return the mean loss of a set and what is reported of it; tables of labels become details.
 
         Args:
             scores: (N, K).
@@ -245,9 +252,9 @@ class Classify(ScoredTexts):
             right = (truth == got).all(axis=1)
         else:
             own, best = targets.astype(int), chances.argmax(axis=1)
-            hot = np.eye(self.outputs, dtype=bool)
+            hot = np.eye(self._outputs, dtype=bool)
             self._details = {"classes": class_measures(hot[own], hot[best], names)}
-            self._details["confusion"] = confusion(own, best, self.outputs)
+            self._details["confusion"] = confusion(own, best, self._outputs)
             right = own == best
             more = {"majority": float(hot[own].mean(axis=0).max())}
         return loss, {
@@ -267,16 +274,7 @@ def classify(settings: ObjectiveSettings) -> Classify:
     if settings.labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
         raise InputError(f"--labels {settings.labels!r}: give at least two labels, each once, separated by commas")
     given_weights(settings.class_weights)
-    reports = () if settings.problem_type == NUMBER else (ACCURACY,)
-    return Classify(
-        "classify", "labeled", "classify", scores=True, reports=reports, problem=settings.problem_type, labels=labels,
-        asked_weights=settings.class_weights,
-    )  # fmt: skip
-
-
-def _finished(means: dict[str, float]) -> dict[str, float]:
-    """Turn the sums of a step's texts into a share: the loss is divided by their weights, and they are not."""
-    return {ACCURACY: means[ACCURACY] / means[TEXTS]} if means.get(TEXTS) else means
+    return Classify(settings, labels)
 
 
 def arrays_of(batch: Batch) -> Arrays:
@@ -398,52 +396,3 @@ def weights_of(
     if strange := sorted(set(found) - set(labels)):
         raise InputError(f"--class-weights {text}: {_listed(strange)} is not among the labels {_listed(labels)}")
     return np.array([found.get(label, 1.0) for label in labels])
-
-
-# Whole sets
-
-
-@dataclass(frozen=True)
-class ScoredSet:
-    """Measures a set of texts from the scores of all of them.
-
-    Attributes:
-        scored: (model, arrays of a batch) -> (P, K) scores.
-        measured: (scores, targets) -> the loss, and the numbers to report.
-    """
-
-    scored: Callable[..., mx.array]
-    measured: Callable[[np.ndarray, np.ndarray], tuple[float, dict[str, float]]]
-
-    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> ScoredSet:
-        """Return it with `given` around what computes the scores of a batch."""
-        return replace(self, scored=given(self.scored))
-
-    def __call__(
-        self,
-        model: nn.Module,
-        arrays_of: Callable[[Batch], Arrays],
-        batches: Iterable[Batch],
-        strategy: Strategy,
-    ) -> tuple[float, int, dict[str, float]]:
-        """Return the mean loss over the texts of all ranks' batches, their number, and what is reported of them.
-
-        Args:
-            model: in eval mode.
-            arrays_of: returns the arguments of `scored` for a batch.
-            batches: this rank's.
-            strategy: how the ranks that call this divide the batches.
-        """
-        scores, targets = [], []
-        for batch in batches:
-            found = np.array(self.scored(model, arrays_of(batch)))
-            owners = (batch.positions // batch.inputs.shape[1])[batch.weights > 0]
-            labels: Any = batch.labels
-            scores += found[batch.weights > 0].tolist()
-            targets += labels[owners].tolist()
-        told = strategy.everyone([scores, targets])
-        scores, targets = ([row for one in told for row in one[part]] for part in (0, 1))
-        if not scores:
-            return math.nan, 0, {}
-        loss, reports = self.measured(np.array(scores, np.float32), np.array(targets, np.float32))
-        return loss, len(scores), reports

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -67,7 +66,7 @@ def distill(settings: ObjectiveSettings) -> Objective:
     words += f" {settings.jsd_beta:g}" if name == "jsd" else ""
     words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""
     if not settings.on_policy:
-        return Distillation("distill", description=words, distills=options, reports=REPORTS)
+        return Distillation(settings, words, options)
     from mlx_lora.objectives.on_policy import on_policy  # sampling is only imported where it is asked for
 
     return on_policy(settings, options, words)
@@ -75,20 +74,26 @@ def distill(settings: ObjectiveSettings) -> Objective:
 
 @dataclass(eq=False)
 class Distillation(WithTeacher):
-    """Distillation on the data's answers, or on those that the teacher or the base writes before the run."""
+    """Distillation on the data's answers, or on those that the teacher or the base writes before the run.
+
+    Attributes:
+        words: for the run header.
+        compared: how student and teacher are compared.
+    """
+
+    words: str
+    compared: DivergenceOptions
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what the teacher says about each trained token."""
-        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.strategy.ranks)
+        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.compared, ctx.strategy.ranks)
         ctx.record.lines.append(taught.words)
         ctx.record.identity |= taught.identity
         return taught.sets
 
-    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
-        return distill_loss(loss, ctx.base.model, ctx.base.config, self.options, rows, self.description)
-
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        return BoundObjective(loss, distill_arrays, reports=self.reports, finish=self.finish)
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        whole = distill_loss(loss, ctx.base.model, ctx.base.config, self.compared, rows, self.words)
+        return BoundObjective(whole, distill_arrays, reports=REPORTS)
 
 
 # Before the run

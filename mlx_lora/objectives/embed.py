@@ -19,10 +19,9 @@ Shapes: E examples, K rows of each (the query, its document, negatives), B rows,
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ import numpy as np
 from mlx_lora.adapters.base import base_dims
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
 from mlx_lora.data.pairs import TextForm, load_pairs
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of, vectors_of_start
 from mlx_lora.exporters.sentence_transformers import EmbeddingForm
@@ -53,26 +52,19 @@ from mlx_lora.losses.contrastive import (
     spearman,
 )
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
-from mlx_lora.models.encoder import ENCODERS, ModelArgs, is_encoder
 from mlx_lora.models.encoder import Model as Encoder
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext, WholeSet
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import tracked
-from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from datetime import date
-
-    from transformers import PreTrainedTokenizerBase
-
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.planner.shapes import ModelShape
 
 MEAN, LAST, CLS = "mean", "last", "cls"
 POOLED = {
@@ -84,7 +76,6 @@ MODE = "pooling_mode_"
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # its names, of which the first counts
 COMPUTED = {"Transformer", "Pooling", "Normalize", "Dropout"}  # modules of sentence-transformers
 ACCURACY = "accuracy"  # the share of queries whose own document is nearer than all other documents of the step
-NEGATIVES = 32  # examples of a step, unless the settings say how large a batch is
 # Widths to which queries are cut in their batch, where documents are longer: each is a shape that is compiled once.
 STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 GRADIENT, LOSSES, TOLD = "gradient", "losses", "told"  # what a prepared batch has of its rows
@@ -213,12 +204,6 @@ class ModelFiles:
         """Return those of a loaded model."""
         return cls(base.folder, base.model.args.longest if isinstance(base.model, Encoder) else None)
 
-    @classmethod
-    def of_config(cls, folder: Path, config: dict[str, Any]) -> ModelFiles:
-        """Return those of a model with this config.json."""
-        encoder = config.get("model_type") in ENCODERS
-        return cls(folder, ModelArgs.from_dict(config).longest if encoder else None)
-
     @property
     def longest_text(self) -> int:
         """The most tokens of a text that the model takes, or was made for."""
@@ -260,140 +245,97 @@ class Embed(Objective):
     """Trains the vectors of texts.
 
     Attributes:
-        asked: the settings, in which nothing is open once the data is read.
-        options: how vectors are compared.
-        kernels: gives the context in which the model computes vectors before a step.
+        compared: how vectors are compared.
+        chosen: the settings, in which nothing is open once the data is read; None: nothing is known of the model.
     """
 
-    asked: ObjectiveSettings = field(default_factory=ObjectiveSettings)
-    options: ContrastiveOptions = field(default_factory=ContrastiveOptions)
-    kernels: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
-    batch: LoopSettings | None = None  # with the size of batches, once the data is read
+    compared: ContrastiveOptions
+    chosen: ObjectiveSettings | None = None
 
     def open(self, ctx: RunContext) -> None:
-        kept = vectors_of_start(ctx.settings) if ctx.trains else {}
-        self.asked = with_choices(replace(ctx.settings.objective, **kept), ModelFiles.of(ctx.base))
-        if words := ", ".join(f"{name.replace('_', ' ')} {text!r}" for name, text in kept.items()):
-            ctx.record.lines.append(f"As in the run that trained {ctx.settings.adapter.resume_adapter_file}: {words}")
-        width = Embedder.of(ctx.base.model, self.pooling).width
-        if too_wide := [dim for dim in self.options.dims if dim > width]:
+        width = Embedder.of(ctx.base.model, self.settings_of(ctx).pooling or LAST).width
+        if too_wide := [dim for dim in self.compared.dims if dim > width]:
             raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
 
-    @property
-    def vectors(self) -> bool:
-        return True
+    def settings_of(self, ctx: RunContext) -> ObjectiveSettings:
+        """Return the settings with what the model's own files, and the adapter to start from, say of vectors."""
+        if self.chosen is None:
+            kept = vectors_of_start(ctx.settings) if ctx.trains else {}
+            self.chosen = with_choices(replace(ctx.settings.objective, **kept), ModelFiles.of(ctx.base))
+            if words := ", ".join(f"{name.replace('_', ' ')} {text!r}" for name, text in kept.items()):
+                ctx.record.lines.append(
+                    f"As in the run that trained {ctx.settings.adapter.resume_adapter_file}: {words}"
+                )
+        return self.chosen
 
-    @property
-    def pooling(self) -> str:
-        """What becomes a text's vector."""
-        return self.asked.pooling or LAST
-
-    def read_data(self, ctx: RunContext, data: Any, teacher_prompt: str | None = None) -> DataSplits:
-        form = form_of(replace(ctx.settings, objective=self.asked), ModelFiles.of(ctx.base))
-        splits, scored = load_pairs(data, form, ctx.base.hf_tokenizer, ctx.settings.loop.seed)
-        self.settle(splits.train, scored)
-        return splits
-
-    def read_planned(
-        self,
-        settings: TrainSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        config: dict[str, Any],
-        today: date | None,
-        records: str,
-    ) -> DataSplits:
-        model = ModelFiles.of_config(folder, config)
-        self.asked = with_choices(replace(settings.objective, **vectors_of_start(settings)), model)
-        form = form_of(replace(settings, objective=self.asked), model)
-        splits, scored = load_pairs(settings.data, form, tokenizer, settings.loop.seed)
-        self.settle(splits.train, scored)
-        return splits
-
-    def settle(self, rows: EncodedSet, scored: bool) -> None:
-        """Choose the loss by the kind of the rows, if it is open, and refuse one that does not fit them.
-
-        Args:
-            rows: to train on, or to measure.
-            scored: whether each is a pair with a score.
+    def read_data(self, ctx: RunContext, data: DataSettings) -> DataSplits:
+        """Read texts that belong together, and choose the loss by their kind, if it is open.
 
         Raises:
             InputError: scores without a loss for them, or the other way around.
         """
-        loss = self.asked.embed_loss or (COSENT if scored else INFONCE)
+        asked = self.settings_of(ctx)
+        form = form_of(replace(ctx.settings, objective=asked), ModelFiles.of(ctx.base))
+        splits, scored = load_pairs(data, form, ctx.base.hf_tokenizer, ctx.settings.loop.seed)
+        loss = asked.embed_loss or (COSENT if scored else INFONCE)
         if scored != (loss in SCORED):
             have = "the rows have a score" if scored else "the rows have no score"
             other = " or ".join(SCORED if scored else (INFONCE, TRIPLET))
             raise InputError(f"--embed-loss {loss}: {have}; give {other}, or leave it out")
-        self.asked = replace(self.asked, embed_loss=loss, negatives=rows.group - 2)
-        self.options = replace(self.options, loss=loss)
-        self.reports = () if scored else (ACCURACY,)
+        self.chosen = replace(asked, embed_loss=loss, negatives=splits.train.group - 2)
+        self.compared = replace(self.compared, loss=loss)
+        return splits
 
-    def targets_of(self, rows: EncodedSet) -> EncodedSet:
-        return rows  # they are read with the end of each row as its only target
-
-    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        compute = choose_compute(ctx.settings, ctx.base, rows, ctx.strategy)
-        whole = self.pooling == MEAN  # then the last block is computed at all positions
+    def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
+        """Leave out what writes text, or starts rows above frozen blocks."""
+        loop = replace(ctx.settings.loop, sample_tokens=0, cache_trunk="off")
+        ctx.settings = replace(ctx.settings, objective=self.settings_of(ctx), loop=loop)
+        compute = choose_compute(ctx.settings, ctx.base, data.train, ctx.strategy)
+        whole = ctx.settings.objective.pooling == MEAN  # then the last block is computed at all positions
         ctx.compute = replace(compute, loss=replace(compute.loss, part_of_last=False)) if whole else compute
-        self.batch = self.settled_by(ctx.settings, rows).loop
-
-    def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
-        """Return the settings with batches of NEGATIVES examples, if how large they are is open."""
-        loop, mean = settings.loop, 1.25 * float((rows.lengths - 1).sum()) / max(1, rows.examples)
-        if loop.batch_tokens is not None or loop.batch_size is not None or loop.grad_accumulation_steps != 1:
-            return settings
-        wanted = math.ceil(min(NEGATIVES, rows.examples) * mean)
-        tokens = max(2, min(DEFAULT_BATCH_TOKENS, wanted))
-        loop = replace(loop, batch_tokens=tokens, grad_accumulation_steps=math.ceil(wanted / tokens))
-        return replace(settings, loop=loop)
-
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        names = () if self.batch is None else ("batch_tokens", "grad_accumulation_steps")
-        sizes = {name: getattr(self.batch, name) for name in names}
-        loop = replace(settings.loop, sample_tokens=0, cache_trunk="off", **sizes)  # there is no text to write
-        return replace(settings, objective=self.asked, loop=loop)
-
-    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
-        if (choice := ctx.chosen.kernels) is not None:
-            self.kernels = lambda model: training_kernels(model, choose=choice)
         return data
 
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        embedder = Embedder.of(model, self.pooling, loss.part_of_last)
-        summed = step_loss(embedder, self.options, self.reports)
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        model, options, pooling = ctx.base.model, self.compared, self.settings_of(ctx).pooling or LAST
+        embedder = Embedder.of(model, pooling, loss.part_of_last)
+        reports = () if options.loss in SCORED else (ACCURACY,)
+        summed = step_loss(embedder, options, reports)
         where = "last block where pooled" if embedder.body.last is not None else "whole last block"
-        whole = replace(loss, train=summed, measure=summed, description=f"{self._words()}; {where}")
+        kernels = None if ctx.compute is None else ctx.compute.kernels
 
         def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
             if len(batches) == 1 and strategy.ranks.size == 1:
                 return batches
-            with self.kernels(model):
-                return with_gradients(model, embedder, batches, self.options, strategy)
+            with nullcontext() if kernels is None else training_kernels(model, choose=kernels):
+                return with_gradients(model, embedder, batches, options, strategy)
 
-        measured = EmbeddedSet(embedder, self.options)
-        return BoundObjective(whole, arrays_of, prepare, self.reports, self.finish, whole_set=measured)
+        def examples(vectors: np.ndarray, batch: Batch, arrays: Arrays) -> np.ndarray:
+            numbers = np.array(arrays["numbers"])[..., None]
+            return np.concatenate([vectors, numbers], axis=2)[np.array(arrays["real"]) > 0]  # (E, K, D + 1)
 
-    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        loop = ctx.settings.loop
-        examples = [count // plan.rows.group * loop.grad_accumulation_steps for count, _, _ in plan.shapes]
-        words = f"up to {counted(max(examples), 'example')} in a step"
-        return [f"{words}, which are each other's negatives" if self.options.loss == INFONCE else words]
+        return BoundObjective(
+            replace(loss, train=summed, measure=summed, description=f"{self._words(pooling)}; {where}"),
+            arrays_of,
+            prepare,
+            reports,
+            whole_set=WholeSet(
+                lambda model, arrays: vectors_of(embedder, arrays),
+                examples,
+                lambda found: measured(found[..., :-1], found[..., -1], options),
+            ),
+        )
 
-    def _words(self) -> str:
-        options = self.options
+    def _words(self, pooling: str) -> str:
+        options = self.compared
         number = f"margin {options.margin:g}" if options.loss == TRIPLET else f"temperature {options.temperature:g}"
         widths = f", widths {', '.join(map(str, options.dims))}" if options.dims else ""
-        return f"embed: {options.loss}, {number}, {self.pooling} pooling{widths}"
+        return f"embed: {options.loss}, {number}, {pooling} pooling{widths}"
 
 
 def embed(settings: ObjectiveSettings) -> Embed:
     """Return the objective of --objective embed."""
-    scored = settings.embed_loss in SCORED
-    loss = settings.embed_loss or INFONCE
-    options = ContrastiveOptions(loss, settings.embed_temp, settings.triplet_margin, _dims(settings.matryoshka_dims))
-    words = "embed: vectors of texts"
-    return Embed("embed", "pairs", words, reports=() if scored else (ACCURACY,), asked=settings, options=options)
+    loss, dims = settings.embed_loss or INFONCE, _dims(settings.matryoshka_dims)
+    return Embed(settings, ContrastiveOptions(loss, settings.embed_temp, settings.triplet_margin, dims))
 
 
 def _dims(text: str | None) -> tuple[int, ...]:
@@ -505,62 +447,8 @@ def all_vectors(
 # A held-out set
 
 
-@dataclass(frozen=True)
-class EmbeddedSet:
-    """Measures a set as a whole: each query against the documents of all of it.
-
-    Attributes:
-        embedder: of the model.
-        options: the loss.
-        given: what is put around the computation of a batch's vectors.
-    """
-
-    embedder: Embedder
-    options: ContrastiveOptions
-    given: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
-
-    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> EmbeddedSet:
-        """Return it with `given` around what computes a batch's vectors."""
-        return replace(self, given=given)
-
-    def __call__(
-        self,
-        model: nn.Module,
-        arrays_of: Callable[[Batch], Arrays],
-        batches: Iterable[Batch],
-        strategy: Strategy,
-    ) -> tuple[float, int, dict[str, float]]:
-        """Return the mean loss over all examples of all ranks' batches, their number, and what is reported.
-
-        Args:
-            model: in eval mode.
-            arrays_of: returns the arrays of a batch.
-            batches: this rank's.
-            strategy: how the ranks that call this divide the batches.
-        """
-        compute = self.given(lambda model, arrays: vectors_of(self.embedder, arrays))
-        vectors, numbers = [], []
-        for batch in batches:
-            arrays = arrays_of(batch)
-            own = np.array(compute(model, arrays))
-            real = np.array(arrays["real"]) > 0
-            # A list of no rows would lose its other dimensions on the way to the other ranks.
-            if real.any():
-                vectors.append(own[real])
-                numbers.append(np.array(arrays["numbers"])[real])
-        if strategy.ranks.size > 1:
-            told = strategy.everyone([[one.tolist() for one in vectors], [one.tolist() for one in numbers]])
-            vectors = [np.array(one, np.float32) for found, _ in told for one in found]
-            numbers = [np.array(one, np.float32) for _, found in told for one in found]
-        if not sum(map(len, vectors)):
-            return math.nan, 0, {}
-        return measured(np.concatenate(vectors), np.concatenate(numbers), self.options)
-
-
-def measured(
-    vectors: np.ndarray, numbers: np.ndarray, options: ContrastiveOptions
-) -> tuple[float, int, dict[str, float]]:
-    """Return the mean loss of examples, their number, and what is reported of them.
+def measured(vectors: np.ndarray, numbers: np.ndarray, options: ContrastiveOptions) -> tuple[float, dict[str, float]]:
+    """Return the mean loss of a whole set, in which each query is compared with all documents, and what is reported.
 
     Args:
         vectors: (E, K, D) float32.
@@ -569,11 +457,10 @@ def measured(
     """
     texts = Texts(mx.array(numbers), mx.ones((len(numbers),)))
     found = loss_and_gradient(mx.array(vectors), texts, options)
-    losses, told = np.array(found.losses).astype(np.float64), np.array(found.ranks)
+    loss, told = float(np.array(found.losses).mean(dtype=np.float64)), np.array(found.ranks)
     if options.loss in SCORED:
-        return float(losses.mean()), len(losses), {"spearman": spearman(told, numbers[:, 0])}
-    reports = {ACCURACY: float((told == 0).mean())} if options.loss == TRIPLET else retrieval(told[:, None])
-    return float(losses.mean()), len(losses), reports
+        return loss, {"spearman": spearman(told, numbers[:, 0])}
+    return loss, {ACCURACY: float((told == 0).mean())} if options.loss == TRIPLET else retrieval(told[:, None])
 
 
 def kept_choices(run: Mapping[str, Any]) -> dict[str, Any]:

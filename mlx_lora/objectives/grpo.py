@@ -19,15 +19,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import mlx.nn as nn
-
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
-from mlx_lora.objectives.base import BoundObjective, FixedPrompt, HeldOutBatches, Objective, RunContext
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
@@ -39,7 +36,7 @@ from mlx_lora.rollouts.make_environment import (
     own_rewards_and_reports,
     shown_tools,
 )
-from mlx_lora.rollouts.reward_models import beside_bytes, check_rewards, load_rewards
+from mlx_lora.rollouts.reward_models import check_rewards, load_rewards
 from mlx_lora.rollouts.rewards import (
     KNOWN,
     NO_SPREAD,
@@ -49,17 +46,16 @@ from mlx_lora.rollouts.rewards import (
     means_of_known,
     own_reports,
     reward_files,
+    reward_folders,
     reward_names,
 )
-from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts, fixed_prompts, greedy_answers
+from mlx_lora.rollouts.rollout import PictureRollouts, Rollouts
 from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
-from mlx_lora.utils.text import counted
+from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
-    from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.parallel.ranks import Ranks
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.guards import StepsDone
 
@@ -75,89 +71,68 @@ class SampledObjective(Objective):
     """An objective whose answers are sampled during the run.
 
     Attributes:
+        words: for the run header.
         layout: whether the answers to a prompt share its row.
-        rollouts: samples answers; None: the run has not got that far.
         prompts: the rows that are trained on, with room for answers.
     """
 
+    words: str
     layout: Layout = field(default_factory=Layout)
-    rollouts: Rollouts | None = None
     prompts: EncodedSet | None = None
 
-    @property
-    def shares_prompts(self) -> bool:
-        return self.policy is not None
+    def _with_targets(self, rows: EncodedSet) -> EncodedSet:
+        return rows.with_room(self.options.answers_per_prompt, self.options.max_new_tokens)
 
-    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        self.layout = lay_out(ctx, self, rows)
+    def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
+        """Let the answers to a prompt share its row where that saves work."""
+        self.layout = lay_out(ctx, data.train)
+        ctx.settings = self.layout.settled(ctx.settings)
+        return self.layout.of(super().settle(ctx, data))
 
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        return self.layout.settled(settings)
-
-    def arrange(self, data: DataSplits) -> DataSplits:
-        data = self.layout.of(data)
-        self.prompts = data.train
-        return data
-
-    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+    def finish_data(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+        """Choose what computes the answers, by the memory that is left."""
         if ctx.memory is None:
             raise ValueError("answers are sampled in a run without a memory plan")
         self.layout, memory = that_fits(self.layout, ctx.settings, shape, data.train, ctx.chosen.terms, ctx.memory)
         form, ctx.memory = form_that_fits(ctx, memory)
-        self.begin_sampling(ctx, ctx.chosen.loss, form)
+        check_groups(ctx.base.model, ctx.base.model_id)
+        self.rollouts = self.make_rollouts(ctx, ctx.chosen.loss, form)
+        data = self.layout.of(data)
+        self.prompts = data.train
         ctx.record.identity |= self.layout.identity | form.identity
+        ctx.record.may_change |= {SAMPLED_BY}
+        ctx.record.about += [form.describe(), self.layout.words]
         return data
 
-    def begin_measuring(self, ctx: RunContext, loss: Loss) -> None:
-        group = ctx.settings.objective.answers_per_prompt
-        self.begin_sampling(ctx, loss, choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks))
-
-    def begin_sampling(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> None:
-        """Make what samples the answers.
+    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
+        """Return what samples and rewards, or scores, the answers.
 
         Args:
             ctx: of the run; its base is adapted.
             loss: of tokens, chosen for the base.
             form: what computes sampled tokens.
-
-        Raises:
-            InputError: the model cannot hold several answers.
         """
-        check_groups(ctx.base.model, ctx.base.model_id)
-        self.rollouts = self.make_rollouts(ctx, loss, form)
-
-    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
-        """Return what samples and rewards, or scores, the answers; see `begin_sampling`."""
         raise NotImplementedError
 
-    @property
-    def sampling(self) -> Rollouts:
-        """What samples the answers.
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        if self.rollouts is None:  # a measurement
+            group = self.options.answers_per_prompt
+            check_groups(ctx.base.model, ctx.base.model_id)
+            form = choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks)
+            self.rollouts = self.make_rollouts(ctx, loss, form)
+        return replace(self.bind_sampled(ctx, loss), rates=self.rollouts.spent.read)
 
-        Raises:
-            ValueError: the run has not got that far.
-        """
-        if self.rollouts is None:
-            raise ValueError("answers are asked for before anything can sample them")
-        return self.rollouts
-
-    def held_out(self, plan: BatchPlan) -> HeldOutBatches:
-        return HeldOutRollouts(plan, self.sampling)
-
-    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        shared = shared_words(plan, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks)
-        return [self.sampling.form.describe(), *shared, self.layout.words]
-
-    def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        return {SAMPLED_BY: identity[SAMPLED_BY]} if SAMPLED_BY in identity else {}
+    def bind_sampled(self, ctx: RunContext, loss: Loss) -> BoundObjective:
+        """Return the loss of sampled answers; see `bind`."""
+        raise NotImplementedError
 
     def steps(self, batches: list[Batch], done: StepsDone) -> Iterator[list[Batch]]:
         """Sample answers to the prompts of `updates` steps, and yield the same answers for each of them."""
-        if self.prompts is None:
-            raise ValueError("answers are asked for before the data is arranged")
+        if self.prompts is None or self.rollouts is None:
+            raise ValueError("answers are asked for before the data is finished")
         state = TrainerState(done.steps, done.of_steps, done.epochs)
-        answered = self.sampling.run(batches, self.prompts, done.batches, state)
-        for _ in range(self.updates):
+        answered = self.rollouts.run(batches, self.prompts, done.batches, state)
+        for _ in range(self.options.updates):
             yield answered
 
 
@@ -179,26 +154,6 @@ def form_that_fits(ctx: RunContext, memory: MemoryPlan) -> tuple[SamplingForm, M
     return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
 
 
-def shared_words(plan: BatchPlan, accumulation: int, ranks: Ranks) -> list[str]:
-    """Return what the run header says of processes that answer prompts together, none for a single process.
-
-    Args:
-        plan: of the run.
-        accumulation: batches of a step.
-        ranks: the processes.
-    """
-    if ranks.size == 1:
-        return []
-    prompts = accumulation * min(rows // plan.rows.group for rows, _, _ in plan.shapes)
-    words = f"prompts answered by {ranks.size} processes"
-    if prompts < ranks.size:
-        words += (
-            f", of which {counted(ranks.size - prompts, 'one')} may wait, because a step can have only "
-            f"{counted(prompts, 'prompt')}; raise --batch-size or --grad-accumulation-steps"
-        )
-    return [words]
-
-
 # Policy objectives (GRPO and its variants, RLOO): sample answers to prompts, reward them, and raise what is rewarded
 
 POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
@@ -206,8 +161,16 @@ POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "cli
 
 @dataclass(eq=False)
 class Policy(SampledObjective):
-    """An objective whose sampled answers are rewarded."""
+    """An objective whose sampled answers are rewarded.
 
+    Attributes:
+        loss: of the answers.
+        reports: names of the numbers that the loss reports.
+        rewards: judge the answers.
+    """
+
+    loss: PolicyOptions = field(default_factory=PolicyOptions)
+    reports: tuple[str, ...] = ()
     rewards: Sequence[Reward] = field(default_factory=tuple)
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -215,8 +178,15 @@ class Policy(SampledObjective):
             check_environment(settings, functions)
         if settings.reward or not settings.has_episodes:
             check_rewards(settings, functions)
+        if settings.sees and (folders := reward_folders(settings)):
+            raise InputError(
+                f"--reward {folders[0]} with --images: a reward model reads text alone; give a function, or another reward"
+            )
 
     def open(self, ctx: RunContext) -> None:
+        if self.pictures is not None:
+            self.pictures.check_sampling(ctx)
+        super().open(ctx)
         asked = ctx.settings.objective
         if asked.reward or not asked.environment:
             self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
@@ -225,48 +195,31 @@ class Policy(SampledObjective):
             self.reports = all_reports([reward.name for reward in self.rewards]) + more
         ctx.record.shared |= reward_files(asked)
 
-    def shown_tools(
-        self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
-    ) -> list[dict[str, Any]] | None:
-        return shown_tools(settings, functions)
-
     def load_data(self, ctx: RunContext) -> DataSplits:
         splits = super().load_data(ctx)
-        if schemas := self.shown_tools(ctx.settings.objective, ctx.functions):
+        if schemas := shown_tools(ctx.settings.objective, ctx.functions):
             check_template(ctx.base.tokenizer, splits.chat_template, schemas)
         return splits
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
-        loss = self.token_loss(ctx, loss)
+        loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)
         env = environment_of(ctx.settings, self.rewards, ctx.base, ctx.today, ctx.functions)
-        start = ctx.base.model.trainable_parameters()
-        joining, ranks = self.layout.joining, ctx.strategy.ranks
-        return Rollouts(ctx.base, ctx.settings, env, loss, start, form, joining=joining, ranks=ranks)
+        start, ranks = ctx.base.model.trainable_parameters(), ctx.strategy.ranks
+        plain = Rollouts(ctx.base, ctx.settings, env, loss, start, form, joining=self.layout.joining, ranks=ranks)
+        return plain if self.pictures is None else PictureRollouts(**vars(plain), seeing=self.pictures)
 
-    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:
-        return at_temperature(loss, ctx.base.model, ctx.base.config, ctx.settings.objective.temp)
-
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        if self.policy is None:
-            raise ValueError(f"{self.name} without a policy loss")
+    def bind_sampled(self, ctx: RunContext, loss: Loss) -> BoundObjective:
+        loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)
         more = more_reports(self.reports)
-        whole = policy_loss_of(loss, self.policy, self.description, more)
-        bound = BoundObjective(whole, partial(policy_arrays, more=more), prepared, self.reports, self._finished)
-        return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
+        whole = policy_loss_of(loss, self.loss, self.words, more)
+        bound = BoundObjective(whole, partial(policy_arrays, more=more), prepared, self.reports, _finished)
+        return bound if self.pictures is None else self.pictures.shown_to(bound, ctx.base.model)
 
-    def fixed_prompts(self, rows: EncodedSet, most: int) -> list[FixedPrompt]:
-        return fixed_prompts(rows, most)
 
-    def greedy_answers(self, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
-        return greedy_answers(self.sampling, prompts)
-
-    def other_models_bytes(self, settings: TrainSettings) -> int:
-        return beside_bytes(settings)
-
-    def _finished(self, means: dict[str, float]) -> dict[str, float]:
-        """Leave out what only a step reports, and a validation does not."""
-        found = failures_of_calls(self.finish(means))
-        return {name: value for name, value in found.items() if not math.isnan(value)}
+def _finished(means: dict[str, float]) -> dict[str, float]:
+    """Leave out what only a step reports, and a validation does not."""
+    found = failures_of_calls(means_of_known(means))
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def all_reports(rewards: Sequence[str]) -> tuple[str, ...]:
@@ -284,14 +237,4 @@ def policy(settings: ObjectiveSettings) -> Policy:
     options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
     words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
-    room, reports = (settings.answers_per_prompt, settings.max_new_tokens), all_reports(reward_names(settings))
-    return Policy(
-        name,
-        "prompts",
-        words,
-        reports=reports,
-        policy=options,
-        room=room,
-        finish=means_of_known,
-        updates=settings.updates_per_rollout,
-    )
+    return Policy(settings, words, loss=options, reports=all_reports(reward_names(settings)))

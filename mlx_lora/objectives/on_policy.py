@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -65,10 +65,7 @@ def on_policy(settings: ObjectiveSettings, options: DivergenceOptions, words: st
     """
     group = settings.answers_per_prompt
     words += f", {group} sampled answer{'s' * (group > 1)} to each prompt"
-    return OnPolicyDistillation(
-        "distill", "prompts", words, distills=options, room=(group, settings.max_new_tokens), reports=REPORTS,
-        finish=_per_answer, updates=settings.updates_per_rollout,
-    )  # fmt: skip
+    return OnPolicyDistillation(settings, words, compared=options)
 
 
 @dataclass(eq=False)
@@ -76,14 +73,16 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
     """Distillation of answers that the student samples.
 
     Attributes:
+        compared: how student and teacher are compared.
         scorer: the teacher; None: it is not loaded yet.
     """
 
+    compared: DivergenceOptions = field(default_factory=DivergenceOptions)
     scorer: TeacherScorer | None = None
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Load the teacher, which stays in memory; without --teacher, the base as it is now is the teacher."""
-        settings, base, options = ctx.settings, ctx.plain_base, self.options
+        settings, base, options = ctx.settings, ctx.plain_base, self.compared
         facts, teacher = facts_of(settings, base), Teacher.of(settings, base)
         seen = [rows.teacher or rows for rows in sets.values()]
         highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
@@ -107,13 +106,10 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         start, ranks = ctx.base.model.trainable_parameters(), ctx.strategy.ranks
         return Rollouts(ctx.base, ctx.settings, env, loss, start, form, scorer=self.scorer, ranks=ranks)
 
-    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
-        options = self.options if self.scorer is None else self.scorer.options
-        return taught_loss(loss, ctx.base.model, ctx.base.config, options, self.description)
-
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        bound = BoundObjective(loss, taught_arrays, reports=self.reports, finish=self.finish)
-        return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
+    def bind_sampled(self, ctx: RunContext, loss: Loss) -> BoundObjective:
+        options = self.compared if self.scorer is None else self.scorer.options
+        whole = taught_loss(loss, ctx.base.model, ctx.base.config, options, self.words)
+        return BoundObjective(whole, taught_arrays, reports=REPORTS, finish=_per_answer)
 
 
 def _per_answer(means: dict[str, float]) -> dict[str, float]:

@@ -6,12 +6,8 @@ frozen tower (models/vision.py), once for each picture (objectives/vision_encode
     batch -> rows' pictures -> embeddings (F, D), places (B, T), and what the family needs besides -> loss
 
 Inside `with_images` (models/image_inputs.py) the model reads embeddings in place of image tokens, and all else is the
-objective's own: its loss, kernels, checkpointing and adapters. So the class here is a mix-in, which stands before the class of
-an objective for text:
-
-    VisionSFT         imitation                                  objectives/pictures.py
-    VisionPreference  dpo, orpo, simpo, cpo, kto                 objectives/pictures.py
-    VisionPolicy      grpo, rloo                                 objectives/pictures.py
+objective's own: its loss, kernels, checkpointing and adapters. `Pictures` is a part of an objective that is asked for what rows,
+plan and loss need.
 
 With --train-connector or --train-vision, tower and connector are parts of the model, a batch has pixels in place of
 embeddings, and the tower is asked inside the loss, once for each picture and step, so that gradients reach it. Nothing is
@@ -22,12 +18,10 @@ Shapes: B rows, T columns, F embeddings of a batch's pictures.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -38,7 +32,6 @@ from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import has_weights
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
-from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.graph import (
@@ -64,10 +57,6 @@ from mlx_lora.models.vision import (
     open_tower,
     without_language_model,
 )
-from mlx_lora.objectives import preference
-from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
-from mlx_lora.objectives.grpo import Policy, policy
-from mlx_lora.objectives.preference import BatchSums, Preference
 from mlx_lora.objectives.vision_encoder import (
     PromptPictures,
     UnseenPictures,
@@ -77,15 +66,13 @@ from mlx_lora.objectives.vision_encoder import (
     tower_key,
 )
 from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
-from mlx_lora.rollouts.rewards import reward_folders
-from mlx_lora.rollouts.rollout import PictureRollouts
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 from mlx_lora.utils.parsing import read_json
 
 if TYPE_CHECKING:
-    from datetime import date
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
@@ -93,10 +80,8 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.losses.cross_entropy import Arrays, Loss, TokenLosses
-    from mlx_lora.rollouts.generator import SamplingForm
-    from mlx_lora.rollouts.rollout import Rollouts
+    from mlx_lora.losses.cross_entropy import Arrays
+    from mlx_lora.objectives.base import BoundObjective, RunContext
 
 
 # Read from a tower's graph what the pictures of a batch take in memory; nothing is computed.
@@ -370,14 +355,18 @@ def dtype_of(tower: VisionTower) -> mx.Dtype:
 # What objectives with pictures have in common: the tower, rows with pictures, and a loss that reads them
 
 
-@dataclass(eq=False)
-class WithPictures(Objective):
-    """Reads rows with pictures, and computes another objective's loss of them."""
+class Pictures:
+    """Reads rows with pictures, and lets an objective compute its loss of them.
 
-    def __post_init__(self) -> None:
+    Attributes:
+        table: of the pictures of all rows.
+    """
+
+    def __init__(self, options: ObjectiveSettings):
         self.table = ImageTable.empty()
+        self.asked = f"--objective {options.objective}" + (" with --images" if options.images else "")
+        self._options = options
         self._eyes: VisionEncoder | None = None
-        self._attached = False  # whether the tower is a part of the model
         self._token: int | None = None  # of pictures, as far as it is known
         self._processor: ImageProcessor | None = None  # of the rows that were read
         self._outlines: dict[str, VisionTower | None] = {}  # of plans, by dtype
@@ -396,55 +385,52 @@ class WithPictures(Objective):
             raise ValueError("the tower is not loaded")
         return self._eyes
 
-    @property
-    def asked(self) -> str:
-        """How users ask for this objective."""
-        return f"--objective {self.name}" + ("" if self.name == "vision_sft" else " with --images")
-
-    @property
-    def shares_prompts(self) -> bool:
-        """False: each answer has a row of its own, with the pictures of its prompt."""
-        return False
-
     # Before the run
 
-    def open(self, ctx: RunContext) -> None:
+    def open(self, ctx: RunContext, trains_prompts: bool) -> None:
         """Load the tower, and let the base take the positions of pictures.
 
         Raises:
-            InputError: the model sees no pictures, or processes divide it.
+            InputError: the model sees no pictures, or processes divide it, or it cannot be trained like this.
         """
-        self._check(ctx)
         adapter, base = ctx.settings.adapter, ctx.base
-        trains = ctx.trains and trains_tower(adapter)
-        self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
-        tower = open_tower(base) if self._attached else load_tower(base.folder, compute_dtype(base))
-        self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table, tower, trains)
-        self.compiles = not trains
-        if trains:
-            self._layers, self._whole = tower_targets(tower.model, adapter)
-        super().open(ctx)
-
-    def _check(self, ctx: RunContext) -> None:
-        """Refuse what pictures cannot be combined with.
-
-        Raises:
-            InputError: with the reason.
-        """
         if ctx.strategy.divides_base:
             raise InputError(
                 f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base and --offload-base"
             )
-        trains_prompt = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: self.likelihood == "rows"}
-        if ImageInputSpec.of(ctx.base.config).prompt and any(trains_prompt.values()):
+        reasons = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: trains_prompts}
+        if ImageInputSpec.of(base.config).prompt and any(reasons.values()):
             raise InputError(
-                f"{next(flag for flag, asked in trains_prompt.items() if asked)} with a {ctx.base.config.get('model_type')} "
+                f"{next(flag for flag, holds in reasons.items() if holds)} with a {base.config.get('model_type')} "
                 "model: the tokens of its prompts see those that follow, so they cannot be trained; leave it out, or choose "
                 "another"
             )
+        trains = ctx.trains and trains_tower(adapter)
+        # A tower that is measured may be an adapter's, which is put on later.
+        tower = open_tower(base) if trains or not ctx.trains else load_tower(base.folder, compute_dtype(base))
+        self._eyes = VisionEncoder.of(base, ctx.settings.data, self.table, tower, trains)
+        if trains:
+            self._layers, self._whole = tower_targets(tower.model, adapter)
+
+    def check_sampling(self, ctx: RunContext) -> None:
+        """Refuse to sample several answers to a prompt that sees itself.
+
+        Raises:
+            InputError: the model's prompts do.
+        """
+        if ImageInputSpec.of(ctx.base.config).prompt:
+            raise InputError(
+                f"{self.asked} with a {ctx.base.config.get('model_type')} model: several answers to a prompt that sees itself "
+                "cannot be sampled together; choose another model, or --objective dpo"
+            )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether a step may be compiled: a trained tower reads the sizes of pictures while it runs."""
+        return not self.vision.trained
 
     def adapted(self, adapter: AdapterSettings) -> AdapterSettings:
-        """Add what --train-connector and --train-vision name; see `Objective.adapted`."""
+        """Return the settings by which the base is adapted, with what --train-connector and --train-vision name."""
         layers, whole = self._layers, self._whole
         if adapter.method == "full":  # whose targets are trained in full
             layers, whole = whole, ()
@@ -453,22 +439,8 @@ class WithPictures(Objective):
             adapter, target_modules=",".join((adapter.target_modules, *layers)), modules_to_save=saved or None
         )
 
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings without the kept output of frozen blocks, which would know no pictures."""
-        settings = super().settled(settings)
-        return replace(settings, loop=replace(settings.loop, cache_trunk="off"))
-
-    def other_models_bytes(self, settings: TrainSettings) -> int:
-        """Return the bytes of a tower that is not a part of the model, and of what it saw, as far as they stay in memory."""
-        others = super().other_models_bytes(settings)
-        tower = None if trains_tower(settings.adapter) else self._tower(settings)
-        if tower is None:  # tower and connector are among the model's own parameters
-            return others
-        deep = 0 if self._processor is None else ImageInputSpec.of(self._processor.config).deep
-        return others + frozen_tower_bytes(tower, deep, self.table, most_kept_bytes())
-
     def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
-        """Put the tower on a model without weights if it is to be trained; see `Objective.outlined`.
+        """Return the settings by which a model without weights is adapted for a plan; it gets the tower if that is trained.
 
         Raises:
             InputError: a part that is to be trained has no such layer.
@@ -481,8 +453,33 @@ class WithPictures(Objective):
         self._layers, self._whole = tower_targets(tower.model, adapter)
         return self.adapted(adapter)
 
-    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
-        """Add what the tower takes of the pictures; see `Objective.with_pictures`."""
+    def settle(self, ctx: RunContext) -> None:
+        """Leave out the kept output of frozen blocks, which would know no pictures, and say what is seen, and trained of the tower."""
+        ctx.settings = replace(ctx.settings, loop=replace(ctx.settings.loop, cache_trunk="off"))
+        adapter, size = ctx.settings.adapter, f"{self.vision.tower.size_bytes / 1e6:.0f} MB"
+        words = "tower frozen"
+        if self.vision.trained:
+            ways = {"connector": adapter.train_connector, "tower": adapter.train_vision}
+            words = ", ".join(f"{part} {'frozen' if way is None else f'trained ({way})'}" for part, way in ways.items())
+        ctx.record.about.append(f"{words}, {size}")
+        ctx.record.identity["pictures"] = self.vision.identity()
+        ctx.record.lines.append(self.vision.words())
+
+    def tower_bytes(self, settings: TrainSettings) -> int:
+        """Return the bytes of a tower that is not a part of the model, and of what it saw, as far as they stay in memory."""
+        tower = None if trains_tower(settings.adapter) else self._tower(settings)
+        if tower is None:  # tower and connector are among the model's own parameters
+            return 0
+        deep = 0 if self._processor is None else ImageInputSpec.of(self._processor.config).deep
+        return frozen_tower_bytes(tower, deep, self.table, most_kept_bytes())
+
+    def added_to(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
+        """Return a run's shape with what the tower takes of the pictures that were read.
+
+        Args:
+            shape, settings: of the run.
+            model: the adapted one, with weights or without.
+        """
         tower = attached_tower(model) if trains_tower(settings.adapter) else self._tower(settings)
         if tower is None or self._processor is None:
             return shape
@@ -496,96 +493,45 @@ class WithPictures(Objective):
             self._outlines[settings.model.dtype] = outlined_tower(settings)
         return self._outlines[settings.model.dtype]
 
-    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        """Return words on the tower for the run's header."""
-        words = super().header_words(plan, ctx)
-        adapter, size = ctx.settings.adapter, f"{self.vision.tower.size_bytes / 1e6:.0f} MB"
-        if not self.vision.trained:
-            return [*words, f"tower frozen, {size}"]
-        ways = {"connector": adapter.train_connector, "tower": adapter.train_vision}
-        trained = ", ".join(f"{part} {'frozen' if way is None else f'trained ({way})'}" for part, way in ways.items())
-        return [*words, f"{trained}, {size}"]
-
     # Rows
 
-    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
-        """Read rows that may have pictures; see `Objective.read_data`."""
-        reader, tokenizer = self.reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
-        put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
-        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.records, Seen(pictures=reader))
-        ctx.record.identity["pictures"] = self.vision.identity()
-        ctx.record.lines.append(self.vision.words())
-        return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
-
-    def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
-        """Read one set to measure; see `Objective.read_set`."""
-        reader = self.reader(data, self.vision.processor, ctx.base.config)
-        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, Seen(pictures=reader))
-
-    def read_planned(
-        self,
-        settings: TrainSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        config: dict[str, Any],
-        today: date | None,
-        records: str,
-    ) -> DataSplits:
-        """Read a run's data for a plan; see `Objective.read_planned`."""
-        data = settings.data
-        reader = self.reader(data, ImageProcessor(folder, config, data.max_pixels), config)
-        put_template(tokenizer, folder, data, reader.processor.family)
-        return load_data(data, tokenizer, settings.loop.seed, today, self.records, Seen(pictures=reader))
-
-    def reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+    def reader(
+        self, folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: DataSettings
+    ) -> ImageReader:
         """Return what turns the pictures below the data's folders into tokens.
 
         Args:
+            folder: of the model.
+            config: its config.json.
+            tokenizer: gets the template that shows pictures.
             data: names the files.
-            processor: of the model.
-            config: config.json of the model.
         """
+        processor = ImageProcessor(folder, config, data.max_pixels) if self._eyes is None else self._eyes.processor
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
         self._token, self._processor = image_token(config), processor
+        put_template(tokenizer, folder, data, processor.family)
         return ImageReader(processor, roots, self.table, self._token)
 
-    def targets_of(self, rows: EncodedSet) -> EncodedSet:
-        """Return rows with the objective's targets, of which no token of a picture is one.
+    def untrained(self, rows: EncodedSet) -> EncodedSet:
+        """Return rows in which no token of a picture is a target."""
+        return rows if self._token is None else replace(rows, mask=rows.mask & (rows.tokens != self._token))
 
-        A plan's objective has not read the rows itself, and counts pictures in prompts that are trained.
+    def of_row(self, number: int | None) -> PromptPictures | None:
+        """Return the pictures of a row; None: it has none.
+
+        Args:
+            number: that the row has for its pictures (`EncodedSet.pictures`); None: it has no pictures.
         """
-        found = super().targets_of(rows)
-        if found.mask is rows.mask or self._token is None or self.likelihood != "rows":
-            return found
-        return replace(found, mask=found.mask & (found.tokens != self._token))
-
-    def pictures_of(self, number: int | None) -> PromptPictures | None:
-        """Return the pictures of a row; see `Objective.pictures_of`."""
         digests = self.table.rows[number] if number is not None else ()
         return PromptPictures(self.vision, digests) if digests else None
 
     # The loss
 
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        """Return the objective's loss on a vision-language model; see `Objective.bind`."""
+    def shown_to(self, bound: BoundObjective, model: nn.Module) -> BoundObjective:
+        """Return an objective's loss on a model which sees the pictures of a batch."""
         prepare_rotation(model, self.vision.spec)
-        bound = super().bind(loss, model)
-        loss, given = bound.loss, self._with_batch
-        seen = replace(
-            loss,
-            train=given(loss.train),
-            measure=given(loss.measure),
-            tokens=given(loss.tokens),
-            measure_tokens=None if loss.measure_tokens is None else given(loss.measure_tokens),
-        )
-
-        def arrays_of(batch: Batch) -> Arrays:
-            return bound.arrays_of(batch) | {"pictures": self.arrays_of(batch)}
-
-        whole = None if bound.whole_set is None else bound.whole_set.above(given)
-        return replace(bound, loss=seen, arrays_of=arrays_of, whole_set=whole)
+        return bound.within(self._with_batch, "pictures", self.arrays_of)
 
     def arrays_of(self, batch: Batch) -> Sequence[mx.array] | UnseenPictures:
         """Return the arrays of a batch's pictures."""
@@ -610,94 +556,16 @@ class WithPictures(Objective):
         with with_images(model, self.vision.spec, self.vision.shown(self.arrays_of(batch))):
             yield
 
-    def look_with(self, tower: VisionTower) -> None:
-        """Take another state of the tower from here on; what was seen before is not used again."""
-        self._eyes = self.vision.with_tower(tower)
-
-
-# Imitation with pictures: cross-entropy on the answers' tokens, of conversations that have pictures (objectives/pictures.py)
-
-
-@dataclass(eq=False)
-class VisionSFT(WithPictures, Objective):
-    """Imitation with pictures."""
-
-
-def vision_sft(settings: ObjectiveSettings) -> Objective:
-    """Return the objective of --objective vision_sft, which has no options of its own."""
-    return VisionSFT("vision_sft", "examples", "imitation, with pictures")
-
-
-# Preferences about pictures: the losses of objectives/preference.py, on answers to prompts that have pictures.
-#
-# The reference is that of text: the model before the first step, or --reference-adapter, measured once and kept on disk. Its
-# name there also covers the pictures and the tower.
-
-
-@dataclass(eq=False)
-class VisionPreference(WithPictures, Preference):
-    """An objective of pairs whose prompts may have pictures."""
-
-    def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
-        own = self.vision.tower
-        if not ctx.trains:  # the tower of the plain base; that of the adapter may be another
-            self.look_with(open_tower(ctx.plain_base))
-        found = super().compare(ctx, sets)
+    @contextmanager
+    def of_plain_base(self, ctx: RunContext) -> Iterator[None]:
+        """Look with the plain base's tower inside the context, where an adapter is measured that may have another."""
+        own = self.vision
         if not ctx.trains:
-            self.look_with(own)
-        return found
-
-    def sums_of(self, tokens: TokenLosses) -> BatchSums:
-        plain = super().sums_of(tokens)
-
-        def sums(model: nn.Module, batch: Batch) -> AnswerSums:
-            with self.shown(model, batch):
-                return plain(model, batch)
-
-        return sums
+            self._eyes = own.with_tower(open_tower(ctx.plain_base))
+        yield
+        self._eyes = own
 
     @property
-    def reference_facts(self) -> list[Any]:
+    def facts(self) -> list[Any]:
+        """What numbers that were computed with the pictures depend on, as JSON values."""
         return [self.vision.identity(), tower_key(self.vision.tower, self.vision.processor)]
-
-
-def vision_preference(settings: ObjectiveSettings) -> Preference:
-    """Return a preference objective with --images; its options are those without."""
-    plain = getattr(preference, settings.objective)(settings)
-    return VisionPreference(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})
-
-
-# Rewards of answers about pictures: the policy objectives of objectives/grpo.py, on prompts that have pictures.
-#
-# Answers are sampled with the pictures in the prompt (rollouts/rollout.py), and a step computes their log-probabilities
-# with the same pictures (objectives/pictures.py). Rewards get the columns of the row as they are in the data.
-
-
-@dataclass(eq=False)
-class VisionPolicy(WithPictures, Policy):
-    """An objective whose sampled answers to prompts with pictures are rewarded."""
-
-    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        super().check(settings, functions)
-        if folders := reward_folders(settings):
-            raise InputError(
-                f"--reward {folders[0]} with --images: a reward model reads text alone; give a function, or another reward"
-            )
-
-    def open(self, ctx: RunContext) -> None:
-        if ImageInputSpec.of(ctx.base.config).prompt:
-            raise InputError(
-                f"{self.asked} with a {ctx.base.config.get('model_type')} model: several answers to a prompt that sees itself "
-                "cannot be sampled together; choose another model, or --objective dpo"
-            )
-        super().open(ctx)
-
-    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
-        plain = super().make_rollouts(ctx, loss, form)
-        return PictureRollouts(**vars(plain), seeing=self)
-
-
-def vision_policy(settings: ObjectiveSettings) -> Policy:
-    """Return grpo or rloo with --images; its options are those without."""
-    plain = policy(settings)
-    return VisionPolicy(**{one.name: getattr(plain, one.name) for one in dataclasses.fields(plain)})

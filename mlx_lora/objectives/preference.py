@@ -14,6 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ from mlx_lora.losses.preference import (
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.models.prefix_attention import answers_at, unshareable
-from mlx_lora.objectives.base import AnswerSums, BoundObjective, LossOfAnswers, Objective, RunContext
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext, WholeSet
 from mlx_lora.objectives.prefix_sharing import Layout, joined, lay_out, sharing_problem
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils import device
@@ -84,6 +85,40 @@ if TYPE_CHECKING:
 #
 # Shapes: B rows of a batch, A answers (B, or B K where a row holds K), E examples, T columns, P positions; N answers of a set.
 
+
+@dataclass(frozen=True)
+class AnswerSums:
+    """The inputs of an objective's loss; arrays are (B,) float32.
+
+    Attributes:
+        logps: summed log-probability of each row's answer under the policy; of a reward model, its score.
+        tokens: number of the answer's tokens.
+        likelihood: negative log-likelihood of each row's trained tokens, weighted so that its sum over a step's rows,
+            divided by the step's examples, is the mean over tokens.
+        reference: the answer's log-probability under the reference, 0 without one.
+        labels: from the data: the margin that a pair should have, or 1 for a good answer and 0 for a bad one.
+        real: 1 for a row, 0 for padding.
+        divergence: scalar: the mean log-ratio of policy to reference, on other answers (KTO); no gradient goes through it.
+    """
+
+    logps: mx.array
+    tokens: mx.array
+    likelihood: mx.array
+    reference: mx.array
+    labels: mx.array
+    real: mx.array
+    divergence: mx.array
+
+    def side(self, number: int, group: int = 2) -> AnswerSums:
+        """Return the sums of each example's row `number`, (E,)."""
+        names = ("logps", "tokens", "likelihood", "reference", "labels", "real")
+        return replace(self, **{name: getattr(self, name)[number::group] for name in names})
+
+
+LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]
+"""AnswerSums -> ((E,) losses, name -> (E,) numbers to report as means)."""
+
+
 # Binding
 
 FIRST, SECOND = 0, 1  # rows of an example
@@ -94,50 +129,6 @@ BatchSums = Callable[[nn.Module, "Batch"], AnswerSums]
 def batch_sums(tokens: TokenLosses) -> BatchSums:
     """Return what computes the sums of a batch's answers, from the losses of tokens."""
     return lambda model, batch: _array_sums(model, tokens, arrays_of(batch))
-
-
-def bind_answers(
-    objective: Objective,
-    loss: Loss,
-    model: nn.Module,
-    sums_of: Callable[[TokenLosses], BatchSums] = batch_sums,
-) -> BoundObjective:
-    """Return an objective whose loss is of whole answers, on a model.
-
-    Args:
-        objective: of pairs or rated answers.
-        loss: of tokens, whose kernels are kept; a reward model has a loss of its own.
-        model: that is trained or measured.
-        sums_of: returns what computes the sums that a step needs beforehand.
-    """
-    of_answers = objective.loss
-    if of_answers is None:
-        raise ValueError(f"{objective.name} has no loss of answers")
-    loss = score_loss(model, loss.part_of_last) if objective.scores else loss
-    group = 1 if objective.records == "rated" else 2
-    measure_tokens = loss.measure_tokens or loss.tokens
-
-    def of(tokens: TokenLosses) -> LossFunction:
-        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            sums = _array_sums(model, tokens, arrays)
-            losses, reports = of_answers(sums)  # (E,)
-            real = sums.real[::group]
-            return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
-
-        return summed
-
-    def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
-        return _prepared(objective, sums_of(measure_tokens), model, batches, strategy)
-
-    words = f"{objective.description}; {loss.description}"
-    whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
-    measured = WholeSet(
-        lambda model, arrays: _array_sums(model, measure_tokens, arrays),
-        of_answers,
-        objective.records == "rated",
-        objective.divergence,
-    )
-    return BoundObjective(whole, arrays_of, prepare, objective.reports, objective.finish, whole_set=measured)
 
 
 def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
@@ -161,7 +152,7 @@ def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
 
 
 def _prepared(
-    objective: Objective, sums: BatchSums, model: nn.Module, batches: list[Batch], strategy: Strategy
+    objective: Preference, sums: BatchSums, model: nn.Module, batches: list[Batch], strategy: Strategy
 ) -> list[Batch]:
     """Compute what depends on the whole step, before the step is divided into parts and among ranks.
 
@@ -176,7 +167,7 @@ def _prepared(
     if objective.divergence:
         others = (_only(batch, SECOND) for batch in batches)
         divergence = mean_log_ratio(model, sums, others, strategy)
-    if objective.records == "rated":
+    if objective.rated:
         batches = [_only(batch, FIRST) for batch in batches]
     return [replace(batch, shares=(share, divergence)) for batch in batches]
 
@@ -296,67 +287,38 @@ SUM_NAMES = ("logps", "tokens", "likelihood", "reference", "labels", "real")
 UNWEIGHTED = (1.0, 0.0)  # `Batch.shares` for sums whose likelihood is not yet divided by tokens
 
 
-@dataclass(frozen=True)
-class WholeSet:
-    """How an objective is measured on a whole set.
+def whole_set(objective: Preference, tokens: TokenLosses) -> WholeSet:
+    """Return how an objective is measured on a whole set, whose answers give a few numbers each.
 
-    Attributes:
-        sums: (model, arrays of a batch) -> the sums of its answers.
-        loss: of the objective.
-        rated: whether an example is one rated answer, with a second row that only tells the divergence.
-        divergence: whether the loss needs that.
+    Args:
+        objective: of pairs or rated answers.
+        tokens: the losses of tokens.
     """
 
-    sums: Callable[..., AnswerSums]
-    loss: LossOfAnswers
-    rated: bool
-    divergence: bool
+    def compute(model: nn.Module, arrays: Arrays) -> mx.array:
+        sums = _array_sums(model, tokens, arrays | {"shares": mx.array(UNWEIGHTED)})
+        return mx.stack([getattr(sums, name) for name in SUM_NAMES])  # (6, A)
 
-    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSet:
-        """Return it with `given` around what computes the sums of a batch's answers."""
-        return replace(self, sums=given(self.sums))
+    def examples(found: np.ndarray, batch: Batch, arrays: Arrays) -> np.ndarray:
+        rows = found[:, found[-1] > 0].T.reshape(-1, 2, len(SUM_NAMES))  # both answers of an example, without padding
+        targets = np.zeros((*rows.shape[:2], 1), np.float32)
+        targets[:1, 0] = batch.first_targets  # of the whole batch
+        return np.concatenate([rows, targets], axis=2)
 
-    def __call__(
-        self,
-        model: nn.Module,
-        arrays_of: Callable[[Batch], Arrays],
-        batches: Iterable[Batch],
-        strategy: Strategy,
-    ) -> tuple[float, int, dict[str, float]]:
-        """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
+    def measured(rows: np.ndarray) -> tuple[float, dict[str, float]]:
+        found = rows.reshape(-1, rows.shape[-1]).T
+        named = dict(zip(SUM_NAMES, found, strict=False))
+        divergence = 0.0
+        if objective.divergence:
+            ratios = (named["logps"] - named["reference"])[SECOND::2]
+            divergence = max(0.0, float(ratios.mean(dtype=np.float64)))
+        share = len(rows) / max(1, int(found[-1].sum(dtype=np.float64)))
+        named["likelihood"] = named["likelihood"] * np.float32(share)
+        sums = AnswerSums(**{name: mx.array(values) for name, values in named.items()}, divergence=mx.array(divergence))
+        losses, reports = objective.loss(sums.side(FIRST) if objective.rated else sums)
+        return _mean(losses), {name: _mean(values) for name, values in reports.items()}
 
-        Args:
-            model: in eval mode.
-            arrays_of: returns the arguments of `sums` for a batch.
-            batches: this rank's.
-            strategy: how the ranks that call this divide the batches.
-        """
-        found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
-        for batch in batches:
-            sums = self.sums(model, arrays_of(replace(batch, shares=UNWEIGHTED)))
-            rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
-            found.append(rows[:, rows[-1] > 0])  # without padding
-            targets += batch.first_targets
-        told = strategy.everyone([targets, np.concatenate(found, axis=1).tolist()])
-        rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
-        examples = rows.shape[1] // 2
-        if not examples:
-            return math.nan, 0, {}
-        sums = _whole_set_sums(rows, examples / max(1, sum(number for number, _ in told)), self)
-        losses, reports = self.loss(sums)
-        return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
-
-
-def _whole_set_sums(rows: np.ndarray, share: float, whole: WholeSet) -> AnswerSums:
-    """Return the sums of a set's answers, (6, N), as the loss takes them; `share` is the set's examples per target."""
-    named = dict(zip(SUM_NAMES, rows, strict=True))
-    divergence = 0.0
-    if whole.divergence:
-        ratios = (named["logps"] - named["reference"])[1::2]
-        divergence = max(0.0, float(ratios.mean(dtype=np.float64)))
-    named["likelihood"] = named["likelihood"] * np.float32(share)
-    sums = AnswerSums(**{name: mx.array(values) for name, values in named.items()}, divergence=mx.array(divergence))
-    return sums.side(0) if whole.rated else sums
+    return WholeSet(compute, examples, measured)
 
 
 def _mean(values: mx.array) -> float:
@@ -376,52 +338,105 @@ SORTING = ("aot", "aot_unpaired")  # those of a pair whose loss depends on the o
 
 @dataclass(eq=False)
 class Preference(Objective):
-    """An objective whose loss is of whole answers that the data have."""
+    """An objective whose loss is of whole answers that the data have.
 
+    Attributes:
+        words: for the run header.
+        loss: of the answers.
+        reports: names of the numbers that the loss reports.
+        finish: turns the means of these into the numbers that users see.
+        likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
+            chosen rows count too (ORPO).
+        divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
+            gradient goes through it, so that row is not trained (KTO).
+        sorts: see `BoundObjective`.
+        layout: how the answers to a prompt lie in rows.
+    """
+
+    words: str
+    loss: LossOfAnswers
+    reports: tuple[str, ...] = PAIR_REPORTS
+    finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    likelihood: str = "none"
+    divergence: bool = False
+    sorts: str = ""
     layout: Layout = field(default_factory=Layout)
 
     @property
-    def shares_prompts(self) -> bool:
-        return self.records == "pairs"
+    def rated(self) -> bool:
+        """Whether an example is one rated answer, with a second row that only tells the divergence."""
+        return self.options.row.records == "rated"
+
+    @property
+    def _trains_prompts(self) -> bool:
+        return self.likelihood == "rows"
+
+    def _with_targets(self, rows: EncodedSet) -> EncodedSet:
+        if not self._trains_prompts:
+            return super()._with_targets(rows)
+        whole = rows.with_whole_rows()
+        return whole if self.pictures is None else self.pictures.untrained(whole)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
-        if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):
+        """Return the sets with the answers' log-probabilities under a reference that is not the run's model as it begins."""
+        if not self.options.row.reference or (ctx.trains and not self.options.reference_adapter):
             return sets  # the untrained model is the reference, which a run computes in batches that fit
         put_reference(ctx)
-        found = with_reference(self, ctx.settings, ctx.plain_base, sets, ctx.strategy)
+        with nullcontext() if self.pictures is None else self.pictures.of_plain_base(ctx):
+            found = with_reference(self, ctx.settings, ctx.plain_base, sets, ctx.strategy)
         remove_adapters(ctx.plain_base.model)
         return found
 
-    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        self.layout = lay_out(ctx, self, rows)
+    def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
+        """Let the two answers to a prompt share its row where that saves work."""
+        self.layout = lay_out(ctx, data.train)
+        ctx.settings = self.layout.settled(ctx.settings)
+        ctx.record.identity |= self.layout.identity
+        ctx.record.about.append(self.layout.words)
+        return self.layout.of(super().settle(ctx, data))
 
-    def settled(self, settings: TrainSettings) -> TrainSettings:
-        return self.layout.settled(settings)
-
-    def arrange(self, data: DataSplits) -> DataSplits:
+    def finish_data(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+        """Compute the answers' log-probabilities under the model as it begins, if it is the reference."""
+        if self.options.row.reference and data.train.reference is None:
+            of = ctx.chosen.loss, ctx.chosen.kernels  # in batches that fit, so that its peak is below a step's
+            data = data.changed(lambda sets: with_reference(self, ctx.settings, ctx.base, sets, ctx.strategy, *of))
         return self.layout.of(data)
 
-    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
-        ctx.record.identity |= self.layout.identity
-        if not self.reference or data.train.reference is not None:
-            return data
-        of = ctx.chosen.loss, ctx.chosen.kernels  # in batches that fit, so that its peak is below a step's
-        return data.changed(lambda sets: with_reference(self, ctx.settings, ctx.base, sets, ctx.strategy, *of))
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        model, group = ctx.base.model, 1 if self.rated else 2
+        loss = score_loss(model, loss.part_of_last) if self.options.row.scores else loss
+        measure_tokens = loss.measure_tokens or loss.tokens
+        sums_before = self.sums_of(measure_tokens)
 
-    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        return [self.layout.words]
+        def of(tokens: TokenLosses) -> LossFunction:
+            def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+                sums = _array_sums(model, tokens, arrays)
+                losses, reports = self.loss(sums)  # (E,)
+                real = sums.real[::group]
+                return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
 
-    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        return bind_answers(self, loss, model, self.sums_of)
+            return summed
+
+        whole = replace(
+            loss, train=of(loss.tokens), measure=of(measure_tokens), description=f"{self.words}; {loss.description}"
+        )
+        bound = BoundObjective(
+            whole, arrays_of, lambda batches, strategy: _prepared(self, sums_before, model, batches, strategy),
+            self.reports, self.finish, whole_set=whole_set(self, measure_tokens), sorts=self.sorts,
+        )  # fmt: skip
+        return bound if self.pictures is None else self.pictures.shown_to(bound, model)
 
     def sums_of(self, tokens: TokenLosses) -> BatchSums:
-        """Return what computes the sums of a batch's answers, from the losses of tokens."""
-        return batch_sums(tokens)
+        """Return what computes the sums of a batch's answers, from the losses of tokens, outside of a step."""
+        plain, pictures = batch_sums(tokens), self.pictures
+        if pictures is None:
+            return plain
 
-    @property
-    def reference_facts(self) -> list[Any]:
-        """What the reference's numbers depend on besides model, tokens and settings, as JSON values."""
-        return []
+        def seeing(model: nn.Module, batch: Batch) -> AnswerSums:
+            with pictures.shown(model, batch):
+                return plain(model, batch)
+
+        return seeing
 
 
 def dpo(settings: ObjectiveSettings) -> Preference:
@@ -441,24 +456,24 @@ def dpo(settings: ObjectiveSettings) -> Preference:
         name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
     )
     likelihood = "answers" if "sft" in names else "none"
-    objective = _pairwise("dpo", settings, words, parts, reference=True, likelihood=likelihood)
+    objective = _pairwise(settings, words, parts, likelihood)
     objective.sorts = " and ".join(name for name in names if name in SORTING)
     return objective
 
 
 def orpo(settings: ObjectiveSettings) -> Preference:
     parts = [(1.0, pair_losses.odds_ratio), (1.0, pair_losses.sft)]
-    return _pairwise("orpo", settings, "odds ratio and likelihood", parts, likelihood="rows", per_token=True)
+    return _pairwise(settings, "odds ratio and likelihood", parts, "rows", per_token=True)
 
 
 def simpo(settings: ObjectiveSettings) -> Preference:
-    return _pairwise("simpo", settings, f"margin {settings.simpo_gamma:g}", [(1.0, pair_losses.simpo)], per_token=True)
+    return _pairwise(settings, f"margin {settings.simpo_gamma:g}", [(1.0, pair_losses.simpo)], per_token=True)
 
 
 def cpo(settings: ObjectiveSettings) -> Preference:
     parts = [(1.0, pair_losses.cpo)] + ([(settings.cpo_alpha, pair_losses.sft)] if settings.cpo_alpha else [])
     words = f"likelihood weight {settings.cpo_alpha:g}"
-    return _pairwise("cpo", settings, words, parts, likelihood="answers" if settings.cpo_alpha else "none")
+    return _pairwise(settings, words, parts, "answers" if settings.cpo_alpha else "none")
 
 
 def kto(settings: ObjectiveSettings) -> Preference:
@@ -478,9 +493,7 @@ def kto(settings: ObjectiveSettings) -> Preference:
         return function(ratings, options), dict(zip(RATED_REPORTS, reports, strict=True))
 
     words = f"kto: {name}, beta {settings.beta:g}"
-    return Preference(
-        "kto", "rated", words, loss, True, divergence=name == "kto", reports=RATED_REPORTS, finish=_rated_means
-    )
+    return Preference(settings, words, loss, RATED_REPORTS, _rated_means, divergence=name == "kto")
 
 
 def _rated_means(means: dict[str, float]) -> dict[str, float]:
@@ -507,15 +520,13 @@ def reward(settings: ObjectiveSettings) -> Preference:
         return bradley_terry(good, bad, chosen.labels, center), named
 
     words = "reward: Bradley-Terry" + (f", centered with weight {center:g}" if center else "")
-    return Preference("reward", "pairs", words, loss, scores=True, reports=REWARD_REPORTS)
+    return Preference(settings, words, loss, REWARD_REPORTS)
 
 
 def _pairwise(
-    name: str,
     settings: ObjectiveSettings,
     words: str,
     parts: list[tuple[float, PairLoss]],
-    reference: bool = False,
     likelihood: str = "none",
     per_token: bool = False,
 ) -> Preference:
@@ -540,8 +551,8 @@ def _pairwise(
         named = {name: report.astype(mx.float32) for name, report in zip(PAIR_REPORTS, reports, strict=True)}
         return sum(losses[1:], losses[0]), named
 
-    description = f"{name}: {words}, beta {settings.beta:g}"
-    return Preference(name, "pairs", description, loss, reference, likelihood, reports=PAIR_REPORTS)
+    words = f"{settings.objective}: {words}, beta {settings.beta:g}"
+    return Preference(settings, words, loss, likelihood=likelihood)
 
 
 def _names(text: str, known: dict) -> list[str]:
@@ -701,7 +712,8 @@ def _key(
     facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
     facts += [str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
-    facts += [kernels and kernels.names(), is_rounded(base.model), *files, *objective.reference_facts]
+    facts += [kernels and kernels.names(), is_rounded(base.model), *files]
+    facts += [] if objective.pictures is None else objective.pictures.facts
     return sha256_of(json.dumps(facts))[:32]
 
 

@@ -57,7 +57,7 @@ from mlx_lora.utils.text import gigabytes
 
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.objectives.base import Objective, RunContext
+    from mlx_lora.objectives.base import RunContext
     from mlx_lora.planner.shapes import KernelTerms, ModelShape
 
 # Rows of a set
@@ -388,12 +388,11 @@ def asked_before(identity: Mapping[str, Any]) -> str:
     return {True: "on", BY_BATCH: "auto"}.get(identity.get(KEY), "off")
 
 
-def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
+def lay_out(ctx: RunContext, rows: EncodedSet) -> Layout:
     """Choose loss and kernels (`ctx.compute`), and return whether a prompt is computed once for its answers.
 
     Args:
         ctx: of the run; a checkpoint's layout is kept.
-        objective: of the run.
         rows: to train on, apart.
 
     Raises:
@@ -406,8 +405,8 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run that you resume has it {before}; leave the flag out")
         asked = before
-    sampled = objective.policy is not None
-    if not objective.shares_prompts:
+    sampled = settings.objective.rewarded
+    if not settings.objective.shares_prompts:
         ctx.compute = choose_compute(settings, base, rows, ctx.strategy)
         return Layout()
     shape = model_shape(base.model, base.config)
@@ -420,7 +419,7 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
         ctx.compute = choose_compute(settings, base, planned, ctx.strategy, also)
         problem = sharing_problem(base.model, base.config, ctx.compute.loss, ctx.compute.kernels)
         if problem is None:
-            return shared_layout(objective, shape, rows, little)
+            return shared_layout(shape, rows, sampled, little)
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
     words = f"{'a row for each answer' if sampled else 'separate rows for both answers'} ({problem})"
@@ -428,17 +427,17 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
     return Layout(words=words)
 
 
-def shared_layout(objective: Objective, shape: ModelShape, rows: EncodedSet, little: str | None) -> Layout:
+def shared_layout(shape: ModelShape, rows: EncodedSet, sampled: bool, little: str | None) -> Layout:
     """Return the layout of a run whose model can share prompts.
 
     Args:
-        objective: of the run.
         shape: of the model.
         rows: to train on, apart.
+        sampled: whether answers are sampled.
         little: why answers of full length should stay apart, which shorter ones may not; None: they share a row too.
     """
     share = saved_share(rows)
-    if objective.policy is None:
+    if not sampled:
         return Layout(True, f"prompts shared ({share:.0%} fewer positions)")
     joining = Joining(work_of(shape), little is None)
     if little is None:

@@ -10,10 +10,11 @@ Shapes: N texts, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -26,20 +27,14 @@ from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
-from mlx_lora.losses.cross_entropy import token_arrays
-from mlx_lora.models.encoder import ENCODERS, Model, ModelArgs
-from mlx_lora.models.head import SCORE, body_of, scores_at, start_words
+from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
+from mlx_lora.models.encoder import Model
+from mlx_lora.models.head import SCORE, body_of, scores_at, start_words, with_last_block
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from datetime import date
-    from pathlib import Path
-
-    from transformers import PreTrainedTokenizerBase
-
-    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
     from mlx_lora.objectives.base import RunContext
 
@@ -50,10 +45,6 @@ PREDICTED, ERROR = "predicted", "error"
 class ScoredTexts(Objective):
     """An objective whose score head an encoder may have, too."""
 
-    @property
-    def on_encoders(self) -> bool:
-        return True
-
     def open(self, ctx: RunContext) -> None:
         if ctx.settings.loop.cache_trunk == "on" and isinstance(ctx.base.model, Model):
             raise InputError(
@@ -61,38 +52,35 @@ class ScoredTexts(Objective):
             )
 
     def load_data(self, ctx: RunContext) -> DataSplits:
-        data = super().load_data(ctx)
-        if words := start_words(ctx.base.model, self.outputs):
+        data, head = super().load_data(ctx), self.head
+        if head and (words := start_words(ctx.base.model, head.outputs)):
             ctx.record.lines.append(words)
         return data
 
-    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
-        return super().read_data(ctx, within_positions(data, ctx.base.model), teacher_prompt)
+    def read_data(self, ctx: RunContext, data: DataSettings) -> DataSplits:
+        return super().read_data(ctx, within_positions(data, ctx.base.model))
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         return super().read_set(ctx, within_positions(data, ctx.base.model))
 
-    def read_planned(
-        self,
-        settings: TrainSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        config: dict[str, Any],
-        today: date | None,
-        records: str,
-    ) -> DataSplits:
-        if config.get("model_type") in ENCODERS:
-            settings = replace(settings, data=_at_most(settings.data, ModelArgs.from_dict(config).longest))
-        return super().read_planned(settings, tokenizer, folder, config, today, records)
+    def scores_of(self, ctx: RunContext, loss: Loss) -> tuple[Callable[[nn.Module, Arrays], mx.array], str]:
+        """Return what computes the scores of a batch at its positions, (P, K), and words on it; arguments as for `bind`."""
+        body = body_of(ctx.base.model)
+        body = with_last_block(body, ctx.base.model)[0] if loss.part_of_last else body
+        words = f"last block {'whole' if body.last is None else 'where scored'}"
+        return lambda model, arrays: scores_at(model, body, arrays), words
+
+
+def as_share(means: dict[str, float], name: str, count: str) -> dict[str, float]:
+    """Turn the sums of a step into a share, because the loss may be divided by something else than what is counted."""
+    return {name: means[name] / means[count]} if means.get(count) else means
 
 
 def within_positions(data: DataSettings, model: nn.Module) -> DataSettings:
     """Return the settings with a length that the model can take."""
-    return _at_most(data, model.args.longest) if isinstance(model, Model) else data
-
-
-def _at_most(data: DataSettings, longest: int) -> DataSettings:
-    return replace(data, max_seq_length=min(data.max_seq_length, longest))
+    if not isinstance(model, Model):
+        return data
+    return replace(data, max_seq_length=min(data.max_seq_length, model.args.longest))
 
 
 # Scores of a trained head
@@ -104,7 +92,7 @@ class TextScorer:
 
     Attributes:
         base: with the adapter on it.
-        head: what the outputs mean, as `Objective.head` has it.
+        head: what the outputs mean, as `ScoreHead.about` has it.
         data: template and length.
         batch_tokens: the most positions of a batch, padding included.
     """

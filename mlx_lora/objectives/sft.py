@@ -1,18 +1,19 @@
-"""Imitation: cross-entropy on the tokens of the data's answers. Nearly all of it is what `Objective` does by itself."""
+"""Imitation: the mean of the cross-entropy over the tokens of the data's answers, which may be about pictures."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 
 if TYPE_CHECKING:
-    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
+    from mlx_lora.losses.cross_entropy import Loss
 
 
-class Imitation(Objective):
-    """Imitation, whose questions a model may first put into other words (--rephrase)."""
+class SFT(Objective):
+    """Supervised fine-tuning. The loss of tokens that was chosen for the model is the loss of this objective."""
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         if ctx.settings.data.rephrase is None:
@@ -21,7 +22,6 @@ class Imitation(Objective):
 
         return read_rephrased(self, ctx)
 
-
-def sft(settings: ObjectiveSettings) -> Objective:
-    """Return the objective of --objective sft, which has no options of its own."""
-    return Imitation("sft")
+    def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
+        bound = BoundObjective(loss)
+        return bound if self.pictures is None else self.pictures.shown_to(bound, ctx.base.model)

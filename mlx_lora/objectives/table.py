@@ -1,8 +1,4 @@
-"""Look up an objective by name and build it from a run's settings.
-
-A new objective is a file in this room with a function that takes `ObjectiveSettings`, and one more row in `OBJECTIVES`. Its
-file is imported when the objective is asked for.
-"""
+"""Build an objective from a run's settings, by the table in `mlx_lora.config.objectives`."""
 
 from __future__ import annotations
 
@@ -11,31 +7,13 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from mlx_lora.config.objectives import SAMPLING, ObjectiveSettings
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.text import unknown_name
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.objectives.base import Objective
-
-# Name -> file in this room and function in it.
-OBJECTIVES = {
-    "sft": ("sft", "sft"),
-    "dpo": ("preference", "dpo"),
-    "orpo": ("preference", "orpo"),
-    "simpo": ("preference", "simpo"),
-    "cpo": ("preference", "cpo"),
-    "kto": ("preference", "kto"),
-    "reward": ("preference", "reward"),
-    "grpo": ("grpo", "policy"),
-    "rloo": ("grpo", "policy"),
-    "distill": ("distill", "distill"),
-    "classify": ("classify", "classify"),
-    "rerank": ("rerank", "rerank"),
-    "embed": ("embed", "embed"),
-    "vision_sft": ("pictures", "vision_sft"),
-}
 
 
 def objective_of(settings: ObjectiveSettings) -> Objective:
@@ -44,19 +22,28 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
     Raises:
         InputError: an unknown objective or loss type.
     """
-    row = OBJECTIVES.get(settings.objective)
-    if row is None:
-        raise InputError(f"--objective {settings.objective!r}: {unknown_name(settings.objective, OBJECTIVES)}")
-    file, function = row
-    if settings.images:
-        file, function = "pictures", "vision_policy" if settings.objective in SAMPLING else "vision_preference"
-    objective = getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
-    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (objective.shares_prompts or settings.images):
+    file, _, name = settings.row.made_by.partition(".")
+    objective: Objective = getattr(import_module(f"mlx_lora.objectives.{file}"), name)(settings)
+    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (settings.shares_prompts or settings.images):
         raise InputError(
             f"--shared-prefix {settings.shared_prefix} with --objective {settings.objective}: only objectives with several answers to a "
             "prompt use it; leave it out"
         )
+    if settings.sees:
+        from mlx_lora.objectives.pictures import Pictures  # few runs need it
+
+        objective.pictures = Pictures(settings)
     return objective
+
+
+def other_models_bytes(settings: TrainSettings, objective: Objective) -> int:
+    """Return the bytes of models that stay in memory beside the base: reward models, and a tower that is not trained."""
+    found = 0
+    if settings.objective.rewarded:
+        from mlx_lora.rollouts.reward_models import beside_bytes  # few runs need it
+
+        found = beside_bytes(settings)
+    return found if objective.pictures is None else found + objective.pictures.tower_bytes(settings)
 
 
 def check_kind(model: nn.Module, model_id: str, objective: Objective) -> None:
@@ -65,8 +52,8 @@ def check_kind(model: nn.Module, model_id: str, objective: Objective) -> None:
     Raises:
         InputError: it is one.
     """
-    if is_encoder(model) and not (objective.vectors or objective.on_encoders):
+    if is_encoder(model) and not objective.options.row.on_encoders:
         raise InputError(
-            f"--objective {objective.name} with --model {model_id}: it is an encoder, which writes no text; train it "
+            f"--objective {objective.options.objective} with --model {model_id}: it is an encoder, which writes no text; train it "
             "with --objective embed, rerank or classify, or choose a language model"
         )

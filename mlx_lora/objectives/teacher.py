@@ -66,7 +66,6 @@ if TYPE_CHECKING:
     from mlx_lora.data.examples import Fields
     from mlx_lora.data.teacher_table import TableFormat
     from mlx_lora.losses.cross_entropy import Loss
-    from mlx_lora.losses.divergence import DivergenceOptions
 
 TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache
 FORMAT = 1  # part of the key: raise it if the same teacher would give other bytes
@@ -346,7 +345,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
 STREAM = 1 << 41  # the number of the answers' random streams
-DISTILL = "distill"
 
 
 @dataclass(frozen=True)
@@ -361,13 +359,12 @@ class Answer:
 def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
     """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
     settings, asked, data = ctx.settings, ctx.settings.objective, ctx.settings.data
-    teacher_prompt = read_teacher_prompt(asked.teacher_prompt)
     # Otherwise nobody writes, or the student does, during the run.
-    writes = asked.objective == DISTILL and not (asked.on_policy and data.data is not None)
+    writes = not (asked.on_policy and data.data is not None)
     if not writes or (data.data is not None and not has_unanswered(data)):
         if writes:
             _refuse_sampling(asked)
-        return objective.read_data(ctx, data, teacher_prompt)
+        return objective.read_data(ctx, data)
     if settings.loop.offload_base == "on":
         raise InputError(
             f"--data {data.data or 'is not given'} with --offload-base on: somebody has to write answers, token by token, for which the "
@@ -375,7 +372,7 @@ def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
         )
     words = f"{data.data or 'prompts that the model wrote'}{'' if asked.on_policy else ', answered by the teacher'}"
     folder = written_folder(ctx, lambda: _written(settings, ctx.plain_base, ctx.today or date.today()))
-    splits = objective.read_data(ctx, written_data(data, folder), teacher_prompt)
+    splits = objective.read_data(ctx, written_data(data, folder))
     return replace(splits, report=replace(splits.report, data=words), written=folder)
 
 
@@ -402,8 +399,6 @@ def written_folder(ctx: RunContext, write: Callable[[], Path]) -> Path:
 class WithTeacher(Objective):
     """What objectives with a teacher have in common before the run."""
 
-    needs_data = False
-
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
         read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
 
@@ -412,13 +407,6 @@ class WithTeacher(Objective):
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         return read_answered(self, ctx)
-
-    @property
-    def options(self) -> DivergenceOptions:
-        """How student and teacher are compared."""
-        if self.distills is None:
-            raise ValueError("distillation without a divergence")
-        return self.distills
 
 
 def _written(settings: TrainSettings, base: Base, today: date) -> Path:
@@ -460,7 +448,7 @@ def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
         times = data.rephrase + 1
         more = ",".join(f"{name}={weight * times:g}" for name, weight in named_sets(data.data or ""))
         return (replace(data, data=more) if kept is None else written_data(data, kept)), 0
-    if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
+    if not objective.row.taught or (objective.on_policy and data.data is not None):
         return data, 0
     if data.data is not None and not has_unanswered(data):
         return data, 0

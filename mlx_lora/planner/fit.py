@@ -107,11 +107,11 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         optimizer=settings.optimizer.optimizer,
         dropout=settings.adapter.dropout > 0,
         accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
-        teacher_top_k=objective.teacher_top_k if objective.objective == "distill" else None,
+        teacher_top_k=objective.teacher_top_k if objective.row.taught else None,
         rollout=rollout,
         steps=loop.iters,
         offloads_activations=loop.offload_activations,
-        measures=objective.objective in ("dpo", "kto") or loop.val_batches != 0,
+        measures=objective.row.reference or loop.val_batches != 0,
     )
 
 

@@ -34,7 +34,6 @@ from mlx_lora.models.load import Base, load_base, load_classifier
 from mlx_lora.models.meta import outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.preference import batch_sums, row_log_probabilities, score_loss
-from mlx_lora.objectives.table import objective_of
 from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions, Reward, reward_folders, rewards_of
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -194,7 +193,7 @@ def load_rewards(
     Raises:
         InputError: a reward or a reward model cannot be loaded.
     """
-    if objective_of(settings.objective).policy is None:
+    if not settings.objective.rewarded:
         return ()
     day = date.fromisoformat(settings.data.chat_date) if settings.data.chat_date else day
     bases, rewards = [base], []

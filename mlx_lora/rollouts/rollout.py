@@ -48,7 +48,6 @@ from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.base import FixedPrompt
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
@@ -180,6 +179,22 @@ class Spent:
         return found
 
 
+LIKELIEST = 1.0  # min-p that leaves only the likeliest token
+
+
+@dataclass(frozen=True)
+class FixedPrompt:
+    """A held-out prompt.
+
+    Attributes:
+        tokens: up to where the answer begins.
+        fact: what rewards see of it.
+    """
+
+    tokens: list[int]
+    fact: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """Samples answers to the prompts of planned batches, in episodes of an environment, and rewards or scores them.
@@ -224,6 +239,10 @@ class Rollouts:
         self.env.state = state
         planned = [planned_rollout(batch, rows, first + place) for place, batch in enumerate(batches)]
         return self.answer(planned, True, self.ranks)
+
+    def held_out(self, plan: BatchPlan) -> HeldOutRollouts:
+        """Return the batches of held-out rows, whose answers are sampled when they are measured."""
+        return HeldOutRollouts(plan, self)
 
     def answer(self, planned: Sequence[Planned], trains: bool, ranks: Ranks = ALONE) -> list[Batch]:
         """Return planned batches with sampled answers in their rows.
@@ -270,6 +289,58 @@ class Rollouts:
 
         facts, seeds = [planned.facts[prompt] for prompt in chosen], seeds_of(seed, planned.rollout, chosen)
         return play(self.env, self.agent(options, keys, facts), prompts, facts, seeds, group)
+
+    @staticmethod
+    def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
+        """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
+        found: list[FixedPrompt] = []
+        for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
+            tokens, mask = rows.row(example * rows.group)
+            begun = tokens[: int(np.argmax(mask))].tolist()
+            if rows.facts is None:
+                continue
+            prompt = FixedPrompt(begun, rows.facts[example])
+            # The same question may be asked about several pictures.
+            if all((one.tokens, one.fact.get("pictures")) != (begun, prompt.fact.get("pictures")) for one in found):
+                found.append(prompt)
+        return found
+
+    def greedy_answers(self, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+        """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
+
+        Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
+        without one) and `rewards` by name; of an episode with tools also `messages`, and `answer` shows calls and results.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        base, env = self.base, self.env
+        training, count = base.model.training, len(prompts)
+        tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
+        options = SamplingOptions(1, self.settings.objective.max_new_tokens, min_p=LIKELIEST)
+        greedy = self.agent(options, lambda turn: answer_keys(0, 0, count, turn), facts)
+        base.model.eval()
+        try:
+            played = play(env, greedy, tokens, facts, seeds_of(0, 0, range(count)), group=1)
+        finally:
+            base.model.train(training)
+        for note in played.notes:
+            log.info(note)
+        names, totals = [reward.name for reward in env.rewards], summed(played.rewards, env.rewards)
+        return [
+            {
+                "prompt": prompt.fact["prompt"],
+                "answer": talk_text(episode.messages) if episode.messages else env.text_of(episode.tokens),
+                **({"messages": episode.messages} if episode.messages else {}),
+                "length": int(episode.sampled.sum()),
+                "truncated": episode.truncated,
+                "reward": total if math.isfinite(total) else None,
+                "rewards": {name: v if math.isfinite(v) else None for name, v in zip(names, own, strict=True)},
+            }
+            for prompt, episode, total, own in zip(
+                prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
+            )
+        ]
 
     def agent(self, options: SamplingOptions, keys: Callable[[int], mx.array], facts: Sequence[Facts]) -> Agent:
         """Return the model as it acts in episodes.
@@ -446,65 +517,6 @@ def planned_rollout(batch: Batch, rows: EncodedSet, number: int) -> Planned:
         raise ValueError("a batch of other rows than prompts")
     facts = [rows.facts[one // batch.group] for one in batch.numbers[:: batch.group] if one != EMPTY]
     return Planned(batch, facts, number, rows)
-
-
-# Answer a few held-out prompts greedily at every validation, so that a person sees how the answers change
-
-
-LIKELIEST = 1.0  # min-p that leaves only the likeliest token
-
-
-def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
-    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
-    found: list[FixedPrompt] = []
-    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
-        tokens, mask = rows.row(example * rows.group)
-        begun = tokens[: int(np.argmax(mask))].tolist()
-        if rows.facts is None:
-            continue
-        prompt = FixedPrompt(begun, rows.facts[example])
-        # The same question may be asked about several pictures.
-        if all((one.tokens, one.fact.get("pictures")) != (begun, prompt.fact.get("pictures")) for one in found):
-            found.append(prompt)
-    return found
-
-
-def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
-    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
-
-    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
-    without one) and `rewards` by name; of an episode with tools also `messages`, and `answer` shows calls and results.
-
-    Raises:
-        RunError: a reward failed.
-    """
-    base, env = rollouts.base, rollouts.env
-    training, count = base.model.training, len(prompts)
-    tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
-    options = SamplingOptions(1, rollouts.settings.objective.max_new_tokens, min_p=LIKELIEST)
-    greedy = rollouts.agent(options, lambda turn: answer_keys(0, 0, count, turn), facts)
-    base.model.eval()
-    try:
-        played = play(env, greedy, tokens, facts, seeds_of(0, 0, range(count)), group=1)
-    finally:
-        base.model.train(training)
-    for note in played.notes:
-        log.info(note)
-    names, totals = [reward.name for reward in env.rewards], summed(played.rewards, env.rewards)
-    return [
-        {
-            "prompt": prompt.fact["prompt"],
-            "answer": talk_text(episode.messages) if episode.messages else env.text_of(episode.tokens),
-            **({"messages": episode.messages} if episode.messages else {}),
-            "length": int(episode.sampled.sum()),
-            "truncated": episode.truncated,
-            "reward": total if math.isfinite(total) else None,
-            "rewards": {name: v if math.isfinite(v) else None for name, v in zip(names, own, strict=True)},
-        }
-        for prompt, episode, total, own in zip(
-            prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
-        )
-    ]
 
 
 def talk_text(messages: Sequence[dict[str, Any]]) -> str:

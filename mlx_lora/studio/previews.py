@@ -54,7 +54,6 @@ from mlx_lora.data.report import DroppedRow, row_pieces
 from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
@@ -110,7 +109,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
     tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
     seen = reader_for(settings, Path(asked["tokenizer"]), tokenizer)
-    parts, repeated = _read(settings.data, objective_of(settings.objective).records, seen is not None, report)
+    parts, repeated = _read(settings.data, settings.objective.records, seen is not None, report)
     joined = SplitRows()
     for one in parts.values():
         joined.entries += one.rows.entries
@@ -251,18 +250,12 @@ def reader_for(settings: TrainSettings, folder: Path, tokenizer: PreTrainedToken
     Raises:
         InputError: the model sees no pictures.
     """
-    if not (settings.objective.images or settings.objective.objective == "vision_sft"):
+    if not settings.objective.sees:
         return None
-    from mlx_lora.data.image_tokens import ImageProcessor
-    from mlx_lora.objectives.pictures import WithPictures
-    from mlx_lora.objectives.vision_encoder import put_template
+    from mlx_lora.objectives.pictures import Pictures
 
-    objective, config = objective_of(settings.objective), read_json(folder / "config.json", "download the model again")
-    if not isinstance(objective, WithPictures):
-        return None
-    processor = ImageProcessor(folder, config, settings.data.max_pixels)
-    put_template(tokenizer, folder, settings.data, processor.family)
-    reader = objective.reader(settings.data, processor, config)
+    config = read_json(folder / "config.json", "download the model again")
+    reader = Pictures(settings.objective).reader(folder, config, tokenizer, settings.data)
     return reader.fetching(settings.data.fetch_images)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from mlx_lora.api.forgetting import badges
 from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.load import code_of, unknown_code
-from mlx_lora.config.objectives import WITH_SCORES
+from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.records import SUFFIXES
@@ -374,8 +374,8 @@ def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: of the run that trained it.
     """
-    objective, modules = settings.get("objective", "sft"), settings.get("modules_to_save")
-    whole, scores = settings.get("method") == "full" or settings.get("qat"), objective in WITH_SCORES
+    row, modules = row_of(settings.get("objective")), settings.get("modules_to_save")
+    whole, scores = settings.get("method") == "full" or settings.get("qat"), row.scores
     reasons = (
         (whole, "This run changed the weights themselves, so there is no adapter apart from them.",
          ("peft", "hub", "gguf-adapter", "mlx-lm")),
@@ -384,7 +384,7 @@ def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
          ("gguf", "gguf-adapter", "mlx-lm", "ollama")),
     )  # fmt: skip
     refused = {program: why for applies, why, programs in reasons if applies for program in programs}
-    return {"talks": not (whole or modules or scores or objective == "embed"), "refused": refused}
+    return {"talks": not (whole or modules or not row.writes), "refused": refused}
 
 
 def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
@@ -489,11 +489,11 @@ def shown_answers(folder: Path) -> list[dict[str, Any]]:
 
 def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:
     """Return the words of the command that measures what a run's adapter forgot, None if its rows are not answers."""
-    objective = settings.get("objective", "sft")
-    if objective not in ("sft", "distill") or settings.get("images"):  # others' rows have no answers to imitate
+    row = row_of(settings.get("objective"))
+    if not row.imitates or row.pictures or settings.get("images"):  # others' rows have no answers to imitate
         return None
     # What an imitating run held out, and not --data: a file of it has the training rows too.
-    data = ["--data", str(settings["data"])] if objective == "distill" and settings.get("data") else []
+    data = ["--data", str(settings["data"])] if row.taught and settings.get("data") else []
     return ["evaluate", *model_flags(settings), *data, "--adapter-path", str(folder), "--forgetting", "--json"]
 
 

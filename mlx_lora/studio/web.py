@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.config.settings import FIELDS, ROWS
-from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
 from mlx_lora.serving.schema import ApiError, is_number, read_json
 from mlx_lora.utils.console import finite_values, printable

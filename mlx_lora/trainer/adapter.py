@@ -27,6 +27,7 @@ from mlx_lora.models.head import head_parameters, put_head
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import Objective
@@ -47,20 +48,20 @@ def adapt(
     """
     own_template = chat_template == base.hf_tokenizer.chat_template
     adapter = settings.adapter
-    scores = objective.scores
-    start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
+    head = objective.head
+    start = read_start(base, adapter.resume_adapter_file, head is not None) if adapter.resume_adapter_file else None
     if start and start.qat and adapter.qat < 1:
         raise InputError(
             f"--resume-adapter-file {adapter.resume_adapter_file}: was trained with --qat, and is right with its rounding "
             "only; give --qat, without a share"
         )
-    adapted, full = adapt_model(base.model, objective.adapted(adapter), settings.loop.seed), ()
-    if scores:
-        labels = (objective.head or {}).get("labels", ())
-        put_head(base, settings.loop.seed, objective.outputs, objective.head_scale, labels)
+    asked = adapter if objective.pictures is None else objective.pictures.adapted(adapter)
+    adapted, full = adapt_model(base.model, asked, settings.loop.seed), ()
+    if head is not None:
+        put_head(base, settings.loop.seed, head.outputs, head.scale, (head.about or {}).get("labels", ()))
         full = head_parameters(base.model)
     if start:
-        put_start(base.model, start, full, objective.head)
+        put_start(base.model, start, full, about_head(objective))
     if adapter.qat:
         begin_qat(base.model)
     return adapted, AdapterInfo(
@@ -78,35 +79,42 @@ def adapt(
         full=adapted.full + full,
         qat=bool(adapter.qat),
         rounded_to=rounded_to(base.model) if adapter.qat else None,
-        head=objective.head,
+        head=about_head(objective),
     )
 
 
+def about_head(objective: Objective) -> dict[str, Any] | None:
+    """Return what is kept with an adapter about the score head that it was trained with; None: there is nothing to say."""
+    return objective.head.about if objective.head else None
+
+
 def put_adapter(
-    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
+    base: Base, folder: Path, data: DataSettings, objective: ObjectiveSettings, ignore_fingerprint: bool = False
 ) -> None:
     """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
 
     Raises:
         InputError: the adapter cannot be read, or does not fit the base.
     """
-    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
+    template = load_adapter(base, folder, ignore_fingerprint, objective.row.scores).chat_template
     if template and not data.chat_template:
         base.hf_tokenizer.chat_template = template
 
 
-def adapter_head(folder: Path, objective: Objective) -> dict[str, Any] | None:
+def adapter_head(folder: Path, objective: ObjectiveSettings) -> dict[str, Any] | None:
     """Return what an adapter says of its score head; None if it says nothing.
 
     Raises:
         InputError: another objective made the head, or the adapter gives vectors and not text.
     """
-    if objective.name != "embed":
+    if not objective.row.vectors:
         check_writes_text(folder)
     head = head_of(read_adapter_config(folder), folder)
-    made_by = (head or {}).get("objective", objective.name)
-    if made_by != objective.name:
-        raise InputError(f"--objective {objective.name}: the adapter was trained with --objective {made_by}; give that")
+    made_by = (head or {}).get("objective", objective.objective)
+    if made_by != objective.objective:
+        raise InputError(
+            f"--objective {objective.objective}: the adapter was trained with --objective {made_by}; give that"
+        )
     return head
 
 

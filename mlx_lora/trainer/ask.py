@@ -121,7 +121,11 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
         answers, answers of which nobody can tell whether they are right.
     """
     base, found = ctx.base, []
-    if ctx.objective.name != "sft" or not ctx.settings.loop.sample_tokens or data.train.pictures is not None:
+    if (
+        not ctx.settings.objective.row.of_answers
+        or not ctx.settings.loop.sample_tokens
+        or data.train.pictures is not None
+    ):
         return []
     own = _trained(base, data.train) if ctx.settings.data.mask_prompt else []
     given = [n for n in range(len(data.asked)) if row_answer(data.asked, n)] if data.asked is not None else []

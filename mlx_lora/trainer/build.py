@@ -18,15 +18,16 @@ from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed, exchanging
 from mlx_lora.losses.check import choose_compute
+from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
-from mlx_lora.trainer.adapter import adapt, first_qat_step
+from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
-from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan
+from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan, with_examples
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run
-from mlx_lora.trainer.held_out import choose_held_out
+from mlx_lora.trainer.held_out import choose_held_out, measured_batches
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
@@ -35,14 +36,16 @@ from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
+from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
+    from mlx_lora.objectives.base import BoundObjective, RunContext
     from mlx_lora.planner.memory import MemoryPlan
+    from mlx_lora.trainer.held_out import HeldOutBatches
 
 
 @dataclass(frozen=True)
@@ -101,57 +104,59 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     adapted, info = adapt(ctx.settings, base, objective, data.chat_template)
     ctx.settings = strategy.divide(base, ctx.settings)
     found = find_checkpoint(ctx.settings.loop, strategy.ranks)
-    ctx.resumed = found.identity if found else None
-    objective.lay_out(ctx, data.train)
+    asked, updates, ctx.resumed = ctx.settings, ctx.settings.objective.updates, found.identity if found else None
+    if found and objective.head and strategy.ranks.leads:  # which writes the adapter, and has the checkpoint
+        ctx.score_head = head_of(read_adapter_config(found.folder), found.folder)
+    laid_out = objective.settle(ctx, data)
+    ctx.settings = with_examples(ctx.settings, data.train)
     ctx.compute = ctx.compute or choose_compute(ctx.settings, base, data.train, strategy)
-    asked = ctx.settings
     # What this run's objective says of other models, because it knows its data and what it has loaded.
-    shape = replace(shape_of(asked, base, ctx.chosen, strategy), beside_bytes=objective.other_models_bytes(asked))
-    shape = objective.with_pictures(shape, asked, base.model)
-    settled, arranged = objective.settled(asked), objective.arrange(data)
-    ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
+    others = other_models_bytes(asked, objective)
+    shape = replace(shape_of(asked, base, ctx.chosen, strategy), beside_bytes=others)
+    shape = shape if objective.pictures is None else objective.pictures.added_to(shape, asked, base.model)
+    ctx.settings, ctx.memory = fit_settings(ctx.settings, shape, laid_out, ctx.chosen, strategy, ctx.resumed)
     epochs = found.identity["price_epochs"] if found else ctx.settings.loop.epochs or 1.0
-    with _rounded_as_at_first(ctx, data, epochs):
-        data = objective.after_fit(ctx, data, shape)
-    fingerprint = data.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
-    data = objective.arrange(data)
+    fingerprint = data.train.fingerprint  # of a text in each row, so that a run may be resumed whatever shares a row
+    with _rounded_as_at_first(ctx, laid_out, epochs):
+        data = objective.finish_data(ctx, data, shape)
     loop = ctx.settings.loop
     plan = training_plan(loop, data.train, epochs)
-    steps, per_epoch = total_steps(plan, loop, objective.updates), len(plan) * objective.updates
-    held_out = choose_held_out(data.valid, loop, plan, steps, ctx.resumed, objective.updates)
+    steps, per_epoch = total_steps(plan, loop, updates), len(plan) * updates
+    held_out = choose_held_out(data.valid, loop, plan, steps, ctx.resumed, updates)
     ctx.settings = replace(ctx.settings, loop=replace(loop, val_batches=held_out.val_batches))
     device.compile_for(steps)
-    identity = identity_of(ctx.settings, base.fingerprint, fingerprint, plan, epochs, objective.updates)
+    identity = identity_of(ctx.settings, base.fingerprint, fingerprint, plan, epochs, updates)
     identity |= ctx.record.identity | held_out.identity
     passes = steps * loop.grad_accumulation_steps / per_epoch
     of_trunk = TrunkAsked(
         ctx.settings, base, plan, held_out.plan, passes, shape, strategy, blocks_before(found, loop.cache_trunk)
     )
     if found:
-        check_continuation(found, identity | of_trunk.identity | objective.kept_choices(found.identity))
-        if objective.scores and strategy.ranks.leads:  # which writes the adapter, and has the checkpoint
-            objective.goes_on_with(head_of(read_adapter_config(found.folder), found.folder))
+        free = {name: found.identity[name] for name in ctx.record.may_change & found.identity.keys()}
+        check_continuation(found, identity | of_trunk.identity | free)
     step, bound, trunk, details, about = make_step(ctx, plan, steps, of_trunk)
     identity |= trunk.identity
-    about = [words for words in (*about, *objective.header_words(plan, ctx), trunk.words, strategy.words) if words]
+    about = [one for one in (*about, *ctx.record.about, *shared_work(ctx, plan), trunk.words, strategy.words) if one]
     strategy.check_same(ctx.settings, identity | ctx.record.shared)
     take_first_ranks(strategy, step)
     chosen = choices(asked, ctx.settings, shape, data, steps, per_epoch / loop.grad_accumulation_steps)
     first, *rest = describe_run(ctx, adapted, plan, steps, details, about)
     words = [first, *filter(None, [*ctx.record.lines, *chosen]), *rest[:1], *filter(None, [held_out.words]), *rest[1:]]
-    folder = RunFolder(ctx.settings, info, identity, strategy, step, beginning(found, loop), lambda: objective.head)
-    validation = objective.held_out(held_out.plan) if held_out.plan is not None else None
+    folder = RunFolder(
+        ctx.settings, info, identity, strategy, step, beginning(found, loop), lambda: about_head(objective)
+    )
+    validation = measured_batches(objective, held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
 
 
 @contextmanager
 def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> Iterator[None]:
     """Let a model that is the reference compute as at the first step: with --qat X it is not rounded there."""
-    adapter, loop, objective, model = ctx.settings.adapter, ctx.settings.loop, ctx.objective, ctx.base.model
-    later = objective.reference and is_rounded(model) and adapter.qat < 1
+    adapter, loop, asked, model = ctx.settings.adapter, ctx.settings.loop, ctx.settings.objective, ctx.base.model
+    later = asked.row.reference and is_rounded(model) and adapter.qat < 1
     if later:
-        plan = training_plan(loop, objective.arrange(data).train, epochs)
-        later = bool(first_qat_step(adapter.qat, total_steps(plan, loop, objective.updates)))
+        plan = training_plan(loop, data.train, epochs)
+        later = bool(first_qat_step(adapter.qat, total_steps(plan, loop, asked.updates)))
     if later:
         end_qat(model)
     try:
@@ -159,6 +164,23 @@ def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> It
     finally:
         if later:
             begin_qat(model)
+
+
+def shared_work(ctx: RunContext, plan: BatchPlan) -> list[str]:
+    """Return what the header says of examples that are compared within a step, and of processes that sample answers together."""
+    asked, a_step, ranks = ctx.settings.objective, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks
+    examples = [a_step * rows // plan.rows.group for rows, _, _ in plan.shapes]
+    if asked.row.examples_per_step:
+        return [f"up to {counted(max(examples), 'example')} in a step, which are compared with one another"]
+    if not asked.samples or ranks.size == 1:
+        return []
+    words, waiting = f"prompts answered by {ranks.size} processes", ranks.size - min(examples)
+    if waiting > 0:
+        words += (
+            f", of which {counted(waiting, 'one')} may wait, because a step can have only "
+            f"{counted(min(examples), 'prompt')}; raise --batch-size or --grad-accumulation-steps"
+        )
+    return [words]
 
 
 def beginning(found: Checkpoint | None, loop: LoopSettings) -> Position:
@@ -194,13 +216,13 @@ def make_step(
             ctx.base.model_id,
             chosen.kernels or assumed,
             # The units of a divided base wait for one another, across what is compiled by itself.
-            objective.compiles and not strategy.divides_base,
+            (objective.pictures is None or objective.pictures.compiles) and not strategy.divides_base,
         )
     strategy.end_of_trial(model)
     left_out = tape is not None and bool(tape.left_out)
     strategy.check_checkpointing(ctx.base.config, left_out)
-    whole = objective.bind(objective.token_loss(ctx, variant.loss, plan.rows), model)
-    trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
+    whole = objective.bind(ctx, variant.loss, plan.rows)
+    trunk = choose_trunk(of_trunk, variant)  # after the checkpointing, whose blocks it wraps
     bound = trunk.for_steps(whole)
     options = StepOptions(
         exchanging(variant.attend, variant.choose),

@@ -26,7 +26,6 @@ from mlx_lm import stream_generate
 
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers, full_parameters, without_adapters
-from mlx_lora.config.objectives import LABELED
 from mlx_lora.config.settings import LOGGERS, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.chat_template import spoken_turns
@@ -65,8 +64,9 @@ from mlx_lora.utils.text import command_line, model_flags, package_version, this
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.base import FixedPrompt, Objective
+    from mlx_lora.objectives.base import Objective
     from mlx_lora.objectives.vision_encoder import PromptPictures
+    from mlx_lora.rollouts.rollout import FixedPrompt
     from mlx_lora.trainer.build import BuiltRun
 
 Facts = dict[str, Any]
@@ -437,18 +437,18 @@ def next_commands(
         uses: what decides which commands are told.
     """
     words = _Words(folder, vars(settings.model), info, uses)
-    if settings.objective.objective == "embed":
+    if settings.objective.row.vectors:
         lines = [words.use("embed", "FILE.txt", "--out", "vectors.npy"), *_measuring(settings, words), words.vectors()]
     elif settings.objective.sees:
         whole = words.fuse() if info.full or info.qat else words.export("mlx-vlm")
         seen = words.use("generate", "--image", "FILE", "--prompt", "What is in this picture?")
         lines = [seen, *_measuring(settings, words), whole]
     elif info.scores:
-        labels = [words.use("predict", "--text", "a text of yours")] if settings.objective.objective in LABELED else []
+        labels = [words.use("predict", "--text", "a text of yours")] if settings.objective.records == "labeled" else []
         lines = [*labels, *_measuring(settings, words), *words.scores()]
     else:
         show = ("--show", "5") if uses.asks else ()
-        judged = settings.objective.objective == "sft" and uses.held_out
+        judged = settings.objective.row.of_answers and uses.held_out
         judge = [words.use("evaluate", *show)] if judged else []  # on the rows that the run held out
         lines = words.texts([words.use("generate", "--prompt", _own_prompt(samples, uses.question)), *judge])
     return [command_line(line) for line in lines]
@@ -591,7 +591,7 @@ def reporting(
 
     def answered(record: Metrics) -> None:
         if record.val_loss is not None and folder.strategy.ranks.leads:
-            add_classes(folder.path / CLASSES_FILE, record.step, run.ctx.objective.details)
+            add_classes(folder.path / CLASSES_FILE, record.step, run.bound.details())
         if record.val_loss is None or not folder.settings.objective.samples:
             return
         if page is not None:
@@ -689,11 +689,11 @@ class RunPage:
         tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
         objective, fixed = run.ctx.objective, []
         if run.validation is not None and tokens and settings.loop.val_batches != 0:
-            fixed = objective.fixed_prompts(run.validation.rows, TEXTS)
+            fixed = [] if objective.rollouts is None else objective.rollouts.fixed_prompts(run.validation.rows, TEXTS)
         beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
         beginnings, pictures = with_pictures(objective, rows, beginnings)
-        if fixed:
-            pictures = [objective.pictures_of(prompt.fact.get("pictures")) for prompt in fixed]
+        if fixed and objective.pictures is not None:
+            pictures = [objective.pictures.of_row(prompt.fact.get("pictures")) for prompt in fixed]
         # An adapter to start from, or another model, is not the teacher.
         other = settings.adapter.resume_adapter_file or settings.objective.teacher
         teacher = None if other else rows.teacher
@@ -737,8 +737,8 @@ class RunPage:
         Raises:
             RunError: a reward failed.
         """
-        if self.fixed:
-            answers = self.objective.greedy_answers(self.fixed)
+        if self.fixed and self.objective.rollouts is not None:
+            answers = self.objective.rollouts.greedy_answers(self.fixed)
             shown = [{} if one is None else {"pictures": one.digests} for one in self.pictures]
             add_answers(self.folder / ANSWERS_FILE, step, [a | b for a, b in zip(answers, shown, strict=True)])
 
@@ -905,12 +905,12 @@ def with_pictures(
         rows: that they are from.
         beginnings: the numbers of rows, each with its first tokens. One that would end inside a picture is left out.
     """
-    if rows.pictures is None:
+    if rows.pictures is None or objective.pictures is None:
         return beginnings, [None] * len(beginnings)
     kept: list[tuple[int, list[int]]] = []
     pictures: list[PromptPictures | None] = []
     for number, beginning in beginnings:
-        whole = objective.pictures_of(int(rows.pictures[number]))
+        whole = objective.pictures.of_row(int(rows.pictures[number]))
         tokens = beginning if whole is None else before_answer(rows, number)
         shown = None if whole is None else whole.within(tokens)
         if whole is None or shown is not None:

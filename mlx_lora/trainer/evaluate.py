@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,12 +41,14 @@ class Measured:
         count: trained tokens, or examples if the objective's loss is a mean over examples.
         reports: the numbers that the objective reports, as means over `count`.
         rows: the loss of each row that the ranks measured, for a loss that is a mean over tokens; None: another loss.
+        details: what was found besides numbers (`BoundObjective.details`).
     """
 
     loss: float
     count: int
     reports: dict[str, float] = field(default_factory=dict)
     rows: RowLosses | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 def mean_loss(
@@ -62,7 +64,7 @@ def mean_loss(
         with bound.loss.measuring(model):
             if bound.whole_set:
                 loss, count, means = bound.whole_set(model, bound.arrays_of, batches, strategy)
-                return Measured(loss, count, bound.finish(means) if count else {})
+                return Measured(loss, count, bound.finish(means) if count else {}, details=bound.details())
             sums, rows = mx.zeros((2 + len(bound.reports),)), []
             tokens = bound.loss.measure_tokens or bound.loss.tokens
             for part in (part for batch in batches for part in bound.prepare([batch], SINGLE_DEVICE)):

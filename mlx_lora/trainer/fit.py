@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,7 +21,7 @@ from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.compat.functions import answering
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
-from mlx_lora.config.settings import AUTO
+from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.kernels.attention import Tiles, Windows, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
@@ -40,7 +41,7 @@ from mlx_lora.models.meta import (
     with_quantization,
 )
 from mlx_lora.models.quantize import choose_quantization
-from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.table import objective_of, other_models_bytes
 from mlx_lora.planner.fit import SMALLEST_BATCH, DataLimits, Fitted, Prompts, Shapes, answer_room, check_fits, fit
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import position_chunks
@@ -161,7 +162,7 @@ def _adapted_shape(
 ) -> ModelShape:
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
-    others = objective_of(settings.objective).other_models_bytes(settings)
+    others = other_models_bytes(settings, objective_of(settings.objective))
     rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
     choice = known_kernels(settings, shape) if kernels is None else kernels
@@ -185,7 +186,8 @@ def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelCho
     """
     if adapter_layers(outline.model):
         raise ValueError("this outline has an adapter already; each shape needs an outline of its own")
-    adapter = objective_of(settings.objective).outlined(outline.model, settings)
+    pictures = objective_of(settings.objective).pictures
+    adapter = settings.adapter if pictures is None else pictures.outlined(outline.model, settings)
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
@@ -717,6 +719,20 @@ def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchP
     tokens: Any = loop.batch_tokens
     price = ShapePrice(epochs=epochs)
     return BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
+
+
+def with_examples(settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
+    """Return the settings with batches of as many examples as the objective compares in a step, if their size is open."""
+    loop, wanted = settings.loop, settings.objective.row.examples_per_step
+    given = (loop.batch_tokens, loop.batch_size) != (None, None) or loop.grad_accumulation_steps != 1
+    if wanted is None or given:
+        return settings
+    mean = 1.25 * float((rows.lengths - 1).sum()) / max(1, rows.examples)
+    positions = math.ceil(min(wanted, rows.examples) * mean)
+    tokens = max(2, min(DEFAULT_BATCH_TOKENS, positions))
+    return replace(
+        settings, loop=replace(loop, batch_tokens=tokens, grad_accumulation_steps=math.ceil(positions / tokens))
+    )
 
 
 def trained_share(objective: ObjectiveSettings, rows: EncodedSet) -> float:

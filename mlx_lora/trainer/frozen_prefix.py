@@ -24,7 +24,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,9 +55,10 @@ from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk
 from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.base import BoundObjective, Objective
+    from mlx_lora.objectives.base import BoundObjective
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.checkpoint import Checkpoint
     from mlx_lora.trainer.step_variant import StepVariant
@@ -148,20 +149,19 @@ def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
     return before
 
 
-def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> KeptTrunk:
+def choose_trunk(of: TrunkAsked, variant: StepVariant) -> KeptTrunk:
     """Return whether the run keeps the output of its frozen blocks.
 
     Args:
         of: the run.
         variant: what computes its step.
-        objective: of the run.
 
     Raises:
         InputError: it is asked to, but cannot.
     """
     if of.asked == "off":
         return KeptTrunk()
-    problem, words = _layout_problem(of, objective), ""
+    problem, words = _layout_problem(of), ""
     if problem is None:
         problem = no_use(of.shape.first_trained, of.epochs, of.asked)  # before anything is measured
     if problem is None:
@@ -179,27 +179,26 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
     raise InputError(f"--cache-trunk on: {problem}; leave the flag out")
 
 
-def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
+def _layout_problem(of: TrunkAsked) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
     if of.strategy.ranks.size > 1:
         return f"{of.strategy.ranks.size} processes share the rows"
     if is_encoder(of.base.model):
         return "an encoder's blocks depend on the length of a row"
-    return rows_problem(of.plan.rows.starts is not None, objective)
+    return rows_problem(of.plan.rows.starts is not None, of.settings.objective)
 
 
-def rows_problem(shared: bool, objective: Objective) -> str | None:
+def rows_problem(shared: bool, objective: ObjectiveSettings) -> str | None:
     """Return in a few words why rows cannot start above frozen blocks, None if they can.
 
     Args:
         shared: whether a row holds a prompt and several answers.
-        objective: of the run.
     """
     if objective.samples:
         return "answers are sampled during the run"
     if shared:
         return "a row holds a prompt and several answers (--shared-prefix off gives each its own row)"
-    if objective.records == "rated":
+    if objective.row.trained:
         return "rated answers are also compared with others before each step"
     return None
 
@@ -492,11 +491,4 @@ def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObj
 
         return of_kept
 
-    of_tokens = above(bound.loss.measure_tokens or bound.loss.tokens)
-    loss = replace(
-        bound.loss, train=above(bound.loss.train), measure=above(bound.loss.measure), measure_tokens=of_tokens
-    )
-    whole = bound.whole_set and bound.whole_set.above(above)
-    return replace(
-        bound, loss=loss, whole_set=whole, arrays_of=lambda batch: bound.arrays_of(batch) | {"trunk": rows.of(batch)}
-    )
+    return bound.within(above, "trunk", rows.of)

@@ -81,7 +81,7 @@ def describe_run(
         details: of what computes a step.
         about: more on the run.
     """
-    base, settings, epoch_batches = ctx.base, ctx.settings, len(plan) * ctx.objective.updates
+    base, settings, epoch_batches = ctx.base, ctx.settings, len(plan) * ctx.settings.objective.updates
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
     adapter, optimizer = settings.adapter, settings.optimizer

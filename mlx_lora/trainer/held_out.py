@@ -23,7 +23,10 @@ from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from mlx_lora.objectives.base import RunContext
+    from mlx_lora.objectives.base import Objective, RunContext
+    from mlx_lora.rollouts.rollout import HeldOutRollouts
+
+    HeldOutBatches = BatchPlan | HeldOutRollouts
 
 SHARE, SHARE_WORDS = 0.1, "a tenth"  # of the run's work, for all its validations together
 PASSES_PER_STEP = 2  # forward passes that a trained token costs
@@ -105,6 +108,11 @@ def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
     return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
 
 
+def measured_batches(objective: Objective, plan: BatchPlan) -> HeldOutBatches:
+    """Return the batches of a plan, with sampled answers if the objective samples them."""
+    return plan if objective.rollouts is None else objective.rollouts.held_out(plan)
+
+
 def validations(steps: int, every: int) -> int:
     """Return the number of validations of a run: before the first step, after every so many, and after the last."""
     return 2 + ((steps - 1) // every if every else 0)
@@ -138,9 +146,8 @@ def held_out_loss(ctx: RunContext, rows: EncodedSet) -> Measured:
     """
     base, loop, objective, strategy = ctx.base, ctx.settings.loop, ctx.objective, ctx.strategy
     loss = choose_loss(base.model, base.config, loop.kernels, strategy=strategy)
-    objective.begin_measuring(ctx, loss)
-    plan = objective.held_out(held_out_plan(rows, loop))
-    bound = objective.bind(objective.token_loss(ctx, loss, rows), base.model)
+    bound = objective.bind(ctx, loss, rows)
+    plan = measured_batches(objective, held_out_plan(rows, loop))
     batches = strategy.held_out(plan, loop.test_batches)
     if strategy.ranks.size == 1:
         batches = tracked(batches, "Measuring", strategy.held_out_count(plan, loop.test_batches), "batches")

@@ -154,10 +154,10 @@ def _opened(
     if not trains:
         ctx.settings = with_reference_of_run(settings, Path(settings.loop.adapter_path))
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+        ctx.score_head = adapter_head(Path(settings.loop.adapter_path), settings.objective)
     objective.open(ctx)  # before an adapter is on
     if not trains:
-        objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
-        put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
+        put_adapter(base, Path(settings.loop.adapter_path), settings.data, settings.objective)
     with waiting("Reading the data"):
         data = read_data(ctx, tell=not again)
     interrupted, test = False, data.test
@@ -185,12 +185,11 @@ def check_request(
     settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    objective = objective_of(settings.objective)
-    objective.check(settings.objective, functions)
-    check_task(settings, objective)
+    objective_of(settings.objective).check(settings.objective, functions)
+    check_task(settings)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
-    if not objective.needs_data:
+    if settings.objective.row.taught:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
     single = {"--test without --train": not trains, "--max-restarts": loop.max_restarts, "--ask": settings.data.ask}
@@ -263,7 +262,7 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, data)
     folder.begin(run.found, run.steps, data.written)
-    guard = MemoryGuard(at, memory.budget_bytes, run.ctx.objective.sorts, strategy.ranks.size)
+    guard = MemoryGuard(at, memory.budget_bytes, run.bound.sorts, strategy.ranks.size)
 
     def save(step_number: int) -> None:
         take_first_ranks(strategy, step)
@@ -277,10 +276,8 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 on_step = qat_from(settings.adapter, base.model, run.steps, at, shown)
                 hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
-                trainer = Trainer(
-                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, strategy,
-                    memory, first_qat_step(settings.adapter.qat, run.steps) or 0,
-                )  # fmt: skip
+                ends_from = first_qat_step(settings.adapter.qat, run.steps) or 0
+                trainer = Trainer(run.ctx, step, run.bound, run.plan, run.validation, hooks, at, guard, ends_from)
                 with interrupt_flag() if signaled is None else nullcontext(signaled) as trainer.signaled:
                     yield trainer
                 outcome = trainer.outcome or trainer.end()

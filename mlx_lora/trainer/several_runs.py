@@ -29,6 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapters.stacked import unstackable
+from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.config.settings import AUTO, TrainSettings, checkpoint_every
 from mlx_lora.losses.check import Compute, choose_compute
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
@@ -158,9 +159,6 @@ def refuse_to_lose(runs: Sequence[TrainSettings], names: Sequence[str], left: Se
 
 log = logging.getLogger(__name__)
 
-# Objectives whose rows do not depend on each other, and whose loss is computed from the losses of tokens.
-OBJECTIVES = ("sft", "dpo", "orpo", "simpo", "cpo", "kto")
-
 # What is asked for
 
 
@@ -201,10 +199,9 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
         own, other = asdict(settings.model), asdict(first.model)
         name = next(name for name in own if own[name] != other[name])
         yield f"--{name} {own[name]}, and {its_name} has {other[name]}; runs are trained together on one base only"
-    if settings.objective.objective not in OBJECTIVES:
-        yield (
-            f"--objective {settings.objective.objective} cannot be trained together with other runs; only {', '.join(OBJECTIVES)} can"
-        )
+    if not settings.objective.row.together:
+        able = ", ".join(name for name, row in OBJECTIVES.items() if row.together)
+        yield f"--objective {settings.objective.objective} cannot be trained together with other runs; only {able} can"
     if not wants_training(settings):
         yield "--test alone trains nothing; leave it out"
     if loop.resume not in (None, "auto"):
@@ -552,7 +549,7 @@ class SeveralRuns:
             InputError: the runs do not fit; says how many of them do.
         """
         trainers = [member.wanted.trainer for member in self.members if member.wanted is not None]
-        memories = [trainer.memory for trainer in trainers]
+        memories = [trainer.ctx.memory for trainer in trainers]
         if any(memory is None for memory in memories):
             return float("inf")
         held = [

@@ -161,9 +161,9 @@ class StackedRun:
         self.trainer, self._given = trainer, ComputedLosses()
         self._holders = holders_of(trainer.step.model)
         self.names = [name for name, *_ in self._holders]
-        self._loss = trainer.objective.bind(self._given.loss(), trainer.step.model).loss.train
+        self._loss = trainer.ctx.objective.bind(trainer.ctx, self._given.loss(), trainer.plan.rows).loss.train
         most = max(rows * width for rows, width, _ in trainer.plan.shapes)
-        self.bytes_per_position = activation_bytes(trainer.memory) / most if trainer.memory else 0.0
+        self.bytes_per_position = activation_bytes(trainer.ctx.memory) / most if trainer.ctx.memory else 0.0
 
     def parameters(self) -> list[mx.array]:
         """Return its trained arrays, in the order of `names`."""

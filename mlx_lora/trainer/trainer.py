@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import Agreement, Diverged, MemoryGuard, Position, StepsDone
 from mlx_lora.trainer.progress import Metrics
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective
-    from mlx_lora.planner.memory import MemoryPlan
+    from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+    from mlx_lora.trainer.held_out import HeldOutBatches
     from mlx_lora.trainer.step import Step, StepResult
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def total_steps(plan: BatchPlan, settings: LoopSettings, updates: int = 1) -> in
     Args:
         plan: the batches of an epoch.
         settings: of the run.
-        updates: steps on the same batches (`Objective.updates`).
+        updates: steps on the same batches (`ObjectiveSettings.updates`).
     """
     if settings.iters is not None:
         return settings.iters
@@ -149,11 +148,12 @@ def _steps(
     objective: Objective, plan: BatchPlan, settings: LoopSettings, at: Position, total: int
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each step, from where the run is; the model is read as each round begins."""
-    size = settings.grad_accumulation_steps * objective.updates
-    within = at.consumed % size if objective.updates > 1 else 0  # of a round, which is begun again
+    updates = objective.options.updates
+    size = settings.grad_accumulation_steps * updates
+    within = at.consumed % size if updates > 1 else 0  # of a round, which is begun again
     begun = at.consumed - within
     skipped = within // settings.grad_accumulation_steps
-    for batches, first in rounds(plan, settings, objective.updates, begun):
+    for batches, first in rounds(plan, settings, updates, begun):
         done = StepsDone(first, at.taken - skipped, total, first / len(plan))
         for number, chosen in enumerate(objective.steps(batches, done)):
             if number >= skipped:
@@ -207,45 +207,40 @@ class Trainer:
     """Trains until the run's steps are done, the validations no longer get better, or it is interrupted.
 
     Attributes:
+        ctx: of the run, with settings in which nothing is open.
         step: the compiled step; the trainable parameters of its model are the adapter.
-        objective: says what is trained on.
         bound: the objective on the model, for validation and reports; the step has its loss.
         plan: training batches.
         validation: held-out batches, of which --val-batches are measured, or all if it is not set; None: there are none.
-        settings: how long the run is, and how often it reports, validates and saves.
         hooks: what the loop calls.
         at: the run's position, which is up to date when `save` is called.
         guard: watches memory; None: nothing is watched.
-        strategy: how processes divide the work; each has the whole plan.
-        memory: the run's memory plan, for who takes its steps together with others; None: not planned.
         ends_from: the step before which validations that do not get better do not end the run (--qat 0.3).
         signaled: whether a signal asked the run to end.
         outcome: how the run ended; None: it did not end yet. After an interruption the adapter has been saved.
     """
 
+    ctx: RunContext
     step: Step
-    objective: Objective
     bound: BoundObjective
     plan: BatchPlan
     validation: HeldOutBatches | None
-    settings: LoopSettings
     hooks: LoopHooks
     at: Position = field(default_factory=Position)
     guard: MemoryGuard | None = None
-    strategy: Strategy = SINGLE_DEVICE
-    memory: MemoryPlan | None = None
     ends_from: int = 0
     signaled: Callable[[], bool] = lambda: False
     outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
+        self.settings, self.strategy = self.ctx.settings.loop, self.ctx.strategy
         self._guard = self.guard or MemoryGuard(self.at)
-        self.total = total_steps(self.plan, self.settings, self.objective.updates)
+        self.total = total_steps(self.plan, self.settings, self.ctx.settings.objective.updates)
         self._window, self._begun_s = Window(), time.perf_counter()
         self._saved_at = self.at.taken if self.at.taken else None
         self._told_idle = False
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
-        self._batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
+        self._batches = _steps(self.ctx.objective, self.plan, self.settings, self.at, self.total)
 
     def fit(self) -> Outcome:
         """Take all steps of the run.
@@ -274,7 +269,9 @@ class Trainer:
 
     def next_step(self) -> StepWanted | None:
         """Return the step that is next; None: the run is over, which it is only after all updates on the same batches."""
-        stops = self.at.taken % self.objective.updates == 0 and (self._interrupted() or self._stopped_early())
+        stops = self.at.taken % self.ctx.settings.objective.updates == 0 and (
+            self._interrupted() or self._stopped_early()
+        )
         if self.at.taken >= self.total or stops:
             return None
         planned, divide = next(self._batches), self._guard.divide
@@ -334,7 +331,11 @@ class Trainer:
             return diverged(self.at, result)
         if not self._told_idle:
             self._told_idle = True
-            why = ", because all of its answers were cut: raise --max-new-tokens" if self.objective.samples else ""
+            why = (
+                ", because all of its answers were cut: raise --max-new-tokens"
+                if self.ctx.settings.objective.samples
+                else ""
+            )
             log.info(f"Note: a step trained no token and changed nothing{why}")
         return False
 
@@ -385,7 +386,7 @@ class Trainer:
         reports |= self.strategy.measured_shares(spent_s) if results else {}
         return Metrics(
             step=self.at.taken,
-            epoch=round(self.at.consumed / (len(self.plan) * self.objective.updates), 4),
+            epoch=round(self.at.consumed / (len(self.plan) * self.ctx.settings.objective.updates), 4),
             loss=loss if results else None,
             val_loss=measured.loss if measured else None,
             learning_rate=self.step.learning_rate,

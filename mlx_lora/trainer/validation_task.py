@@ -18,11 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.data.examples import Text
 from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
-from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.trainer.guards import LOSS, TASK
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.text import counted
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.evaluation.models import Models
     from mlx_lora.evaluation.paired import TaskScore
-    from mlx_lora.objectives.base import Objective, RunContext
+    from mlx_lora.objectives.base import RunContext
     from mlx_lora.trainer.build import BuiltRun
 
 log = logging.getLogger(__name__)
@@ -51,15 +50,15 @@ def has_rows(asked: str) -> bool:
     return path.suffix not in YAML and path.exists()
 
 
-def check_task(settings: TrainSettings, objective: Objective) -> None:
+def check_task(settings: TrainSettings) -> None:
     """Refuse, before anything is loaded, a metric, questions or a task that this run cannot be measured by.
 
     Raises:
         InputError: there is no such file, metric or package, or the run's model writes no text.
     """
     metric = settings.loop.metric_for_best_model
-    if metric not in (LOSS, TASK, *objective_of(settings.objective).metrics):
-        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).metrics]
+    if metric not in (LOSS, TASK, *settings.objective.metrics):
+        reporting_it = [name for name, row in OBJECTIVES.items() if metric in row.metrics]
         raise InputError(
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
@@ -76,7 +75,7 @@ def check_task(settings: TrainSettings, objective: Objective) -> None:
     path, name = Path(asked).expanduser(), settings.objective.objective
     refuse(
         {
-            f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out": not objective.writes,
+            f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out": not settings.objective.row.writes,
             f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task": path.suffix
             and not path.exists(),
             f"--eval-chat-template: the rows of {asked} always have the form of a chat; leave it out": has_rows(asked)

@@ -25,7 +25,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_lora.api.export import FORMATS, ExportSettings
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import WITH_SCORES
+from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
@@ -340,7 +340,7 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     if kind == FUSE:
         if adapter is None:
             raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
-        words += ["--dequantize"] if run.get("objective") in WITH_SCORES else []
+        words += ["--dequantize"] if row_of(run.get("objective")).scores else []
         title, following = f"Fuse {adapter.name}", f"mlx-lora chat --model {out}"
     else:
         given = {option: str(options[option]) for option in OPTIONS if options.get(option)}
