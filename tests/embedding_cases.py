@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from bound import bind
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.dataset import EncodedSet
@@ -30,10 +31,9 @@ def random_examples(count: int, negatives: int = 0, scored: bool = False, seed: 
 
 def bound(base, rows: EncodedSet, **settings):
     """Return the objective on a model, and its `BoundObjective`."""
-    scored = settings.get("embed_loss") in ("cosent", "cosine")
     objective = objective_of(ObjectiveSettings(objective="embed", **{"pooling": "last"} | settings))
-    objective.settle(rows, scored)
-    return objective, objective.bind(choose_loss(base.model, base.config), base.model)
+    objective.chosen = objective.options
+    return objective, bind(objective, choose_loss(base.model, base.config), base)
 
 
 def columns(batch) -> list[tuple[np.ndarray, np.ndarray]]:

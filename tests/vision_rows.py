@@ -17,8 +17,8 @@ from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.pictures import WithPictures
+from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.pictures import Pictures
 from mlx_lora.objectives.table import objective_of
 
 SIZES = ((70, 123), (31, 29), (56, 56), (150, 40))  # height, width
@@ -100,7 +100,8 @@ class Rows:
     """Encoded rows with pictures, and what is needed to compute their loss."""
 
     base: Base
-    objective: WithPictures
+    objective: Objective
+    pictures: Pictures
     rows: EncodedSet
 
     def batch(self, numbers: Sequence[int] | None = None) -> Batch:
@@ -113,7 +114,7 @@ class Rows:
     def arrays(self, numbers: Sequence[int] | None = None) -> Arrays:
         """Return the loss's arguments for some rows."""
         batch = self.batch(numbers)
-        return token_arrays(batch) | {"pictures": self.objective.arrays_of(batch)}
+        return token_arrays(batch) | {"pictures": self.pictures.arrays_of(batch)}
 
 
 def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "vision_sft", **settings: Any) -> Rows:
@@ -121,7 +122,7 @@ def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "vi
     base = load_base(ModelSettings(model=str(model), dtype="float32"))
     asked = train_settings({"model": str(model), "data": str(data), "objective": objective, **settings})
     made = objective_of(asked.objective)
-    assert isinstance(made, WithPictures)
+    assert made.pictures is not None
     ctx = RunContext(asked, made, base, trains=trains)
     made.open(ctx)
-    return Rows(base, made, made.targets_of(made.read_set(ctx, asked.data)))
+    return Rows(base, made, made.pictures, made.read_set(ctx, asked.data))

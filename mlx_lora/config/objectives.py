@@ -88,7 +88,7 @@ OBJECTIVES = {
         "classify.classify", "labeled", scores=True, on_encoders=True, metrics=("accuracy", "macro_f1")
     ),
     "rerank": ObjectiveRow(
-        "rerank.rerank", "candidates", scores=True, on_encoders=True, metrics=("accuracy", "mrr", "ndcg")
+        "rerank.Rerank", "candidates", scores=True, on_encoders=True, metrics=("accuracy", "mrr", "ndcg")
     ),
     "embed": ObjectiveRow(
         "embed.embed", "pairs", vectors=True, on_encoders=True, group=2, examples_per_step=32, metrics=("accuracy",)

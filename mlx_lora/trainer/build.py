@@ -111,8 +111,8 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     ctx.settings = with_examples(ctx.settings, data.train)
     ctx.compute = ctx.compute or choose_compute(ctx.settings, base, data.train, strategy)
     # What this run's objective says of other models, because it knows its data and what it has loaded.
-    others = other_models_bytes(asked, objective)
-    shape = replace(shape_of(asked, base, ctx.chosen, strategy), beside_bytes=others)
+    shape = shape_of(asked, base, ctx.chosen, strategy)
+    shape = replace(shape, beside_bytes=other_models_bytes(asked, objective))
     shape = shape if objective.pictures is None else objective.pictures.added_to(shape, asked, base.model)
     ctx.settings, ctx.memory = fit_settings(ctx.settings, shape, laid_out, ctx.chosen, strategy, ctx.resumed)
     epochs = found.identity["price_epochs"] if found else ctx.settings.loop.epochs or 1.0

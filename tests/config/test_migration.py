@@ -14,8 +14,9 @@ from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
 from mlx_lora.config.migrate.common import UNCUT
+from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.objectives.preference import SMOOTHED
-from mlx_lora.objectives.table import OBJECTIVES, objective_of
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

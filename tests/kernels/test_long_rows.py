@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from architectures.build import tiny_architecture, tiny_config
+from bound import bind
 from comparing import by_dtype
 
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -32,7 +33,7 @@ def a_row(vocabulary: int, positions: int) -> Batch:
 def measured(model, config, batch: Batch, in_tiles: bool) -> tuple[float, int]:
     """Return the loss of a batch, and the most bytes that were allocated for it."""
     loss = choose_loss(model, config, "ours")
-    bound = objective_of(ObjectiveSettings()).bind(loss if in_tiles else replace(loss, measuring=nullcontext), model)
+    bound = bind(objective_of(ObjectiveSettings()), loss if in_tiles else replace(loss, measuring=nullcontext), model)
     mx.synchronize()
     mx.clear_cache()
     before = mx.get_active_memory()

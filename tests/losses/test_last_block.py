@@ -11,6 +11,7 @@ import pytest
 import run_cli
 from architectures.build import tiny_architecture, tiny_config
 from architectures.configs import ways
+from bound import bind
 from comparing import by_dtype
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
@@ -159,7 +160,7 @@ def test_scores_of_last_tokens(monkeypatch):
     assert_equal(loss_and_gradient(model, part, arrays), loss_and_gradient(model, whole, arrays))
     objective = objective_of(ObjectiveSettings("reward"))
     for why, taken in (("", True), (NOT_PART, False)):
-        assert objective.bind(choose_loss(model, TINY, "ours", False, why), model).loss.part_of_last in (
+        assert bind(objective, choose_loss(model, TINY, "ours", False, why), model).loss.part_of_last in (
             taken,
             False,
         )

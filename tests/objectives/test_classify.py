@@ -473,13 +473,13 @@ def test_macro_f1_is_scikit_learns():
 
 def test_labels_get_numbers_in_their_order():
     objective = objective_of(ObjectiveSettings("classify", class_weights="balanced"))
-    assert objective.targets_of(rows_with([10, 9, 9, 9])).labels.tolist() == [1, 0, 0, 0]
-    assert (objective.labels, objective.outputs) == (("9", "10"), 2)
+    assert objective._with_targets(rows_with([10, 9, 9, 9])).labels.tolist() == [1, 0, 0, 0]
+    assert (objective.labels, objective.head.outputs) == (("9", "10"), 2)
     assert objective.weights.tolist() == pytest.approx([4 / 6, 2])
-    assert objective.targets_of(rows_with(["10"])).labels.tolist() == [1]
+    assert objective._with_targets(rows_with(["10"])).labels.tolist() == [1]
     with pytest.raises(InputError, match="found the label 8"):
-        objective.targets_of(rows_with([8]))
+        objective._with_targets(rows_with([8]))
     objective = objective_of(ObjectiveSettings("classify", problem_type=SEVERAL))
-    found = objective.targets_of(rows_with(["a; b", "b", "", '["c"]']))
+    found = objective._with_targets(rows_with(["a; b", "b", "", '["c"]']))
     assert found.labels.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 1]]
     assert found.row(0)[1].tolist() == [False, False, True]

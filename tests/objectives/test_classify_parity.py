@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
@@ -48,10 +49,10 @@ def ours(folder, problem: str, weights: str | None):
     """Return losses, initial parameters, first gradients, final parameters and batches."""
     named = None if problem == NUMBER else ",".join(LABELS)
     objective = objective_of(ObjectiveSettings("classify", problem_type=problem, labels=named, class_weights=weights))
-    rows = objective.targets_of(labeled(problem))
+    rows = objective._with_targets(labeled(problem))
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
-    put_score_head(base.model, base.config, 1, objective.outputs)
+    put_score_head(base.model, base.config, 1, objective.head.outputs)
     random = np.random.default_rng(5)
     moved = [
         (name, mx.array(random.normal(0, 0.02, value.shape).astype(np.float32)))
@@ -60,7 +61,7 @@ def ours(folder, problem: str, weights: str | None):
     ]
     base.model.load_weights(moved, strict=False)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    bound = objective.bind(choose_loss(base.model, base.config), base.model)
+    bound = bind(objective, choose_loss(base.model, base.config), base)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=RATE, lr_schedule="constant", warmup=0.0), STEPS)
     options = StepOptions(
         prepare=lambda batches: bound.prepare(batches, SINGLE_DEVICE), arrays_of=bound.arrays_of, reports=bound.reports

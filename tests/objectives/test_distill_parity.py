@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from conftest import tiny_model, write_folder
 from frozen_answers import ALPHA, RANK, moved_base
 from mlx.utils import tree_flatten
@@ -19,7 +20,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.divergence import DivergenceOptions, distill_loss, divergence_of_logits, likeliest
+from mlx_lora.losses.divergence import DivergenceOptions, divergence_of_logits, likeliest
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.distill import with_teacher
 from mlx_lora.objectives.table import objective_of
@@ -128,13 +129,12 @@ def test_the_adapters_gradients_are_torchs(beta, top_k, tiny_folder, tmp_path):
     asked = replace(asked, jsd_beta=beta if NAMES[beta] == "jsd" else 0.5)
     settings = replace(train_settings({"model": str(tiny_folder)}), objective=asked)
     plain = load_base(ModelSettings(model=str(tiny_folder)))
-    rows = with_teacher(settings, plain, {"train": answered_rows()}, objective_of(settings.objective).distills).sets[
+    rows = with_teacher(settings, plain, {"train": answered_rows()}, objective_of(settings.objective).compared).sets[
         "train"
     ]
     base, initial = moved_base(tiny_folder)
     objective = objective_of(asked)
-    loss = distill_loss(choose_loss(base.model, base.config), base.model, base.config, objective.distills, rows, "")
-    task = objective.bind(loss, base.model)
+    task = bind(objective, choose_loss(base.model, base.config), base, rows)
     batch = BatchPlan(rows, batch_tokens=10**4, batch_size=6, seed=0).batch(0, 0)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(batch))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}

@@ -187,7 +187,7 @@ def test_queries_and_documents_have_widths_of_their_own(tiny_folder):
     objective, _ = bound(base, rows, pooling="mean")
     from mlx_lora.objectives.embed import Embedder
 
-    embedder = Embedder.of(base.model, objective.pooling)
+    embedder = Embedder.of(base.model, objective.options.pooling)
     together, _ = all_vectors(base.model, embedder, [batch])
     for place, number in enumerate(batch.numbers.tolist()):
         tokens = rows.row(number)[0][:-1]

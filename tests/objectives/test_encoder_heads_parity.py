@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from comparing import by_dtype
 from mlx.utils import tree_unflatten
 from run_cli import run
@@ -49,8 +50,8 @@ def encoded(objective, records: list[dict], base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, records)))
     settings = DataSettings(max_seq_length=base.model.args.longest)
-    rows = load_eval_set(str(file), settings, base.hf_tokenizer, objective.records)
-    rows = objective.targets_of(rows)
+    rows = load_eval_set(str(file), settings, base.hf_tokenizer, objective.options.records)
+    rows = objective._with_targets(rows)
     return BatchPlan(rows, batch_tokens=4096, batch_size=3, seed=0).batch(0, 0)
 
 
@@ -59,7 +60,7 @@ def ours(objective, records, folder, tmp_path):
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=4, alpha=8.0), seed=1)
     batch = encoded(objective, records, base, tmp_path)  # first, since labels decide how many outputs there are
-    put_head(base, 1, objective.outputs)
+    put_head(base, 1, objective.head.outputs)
     random = np.random.default_rng(5)
     moved = [
         (name, mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)))
@@ -68,7 +69,7 @@ def ours(objective, records, folder, tmp_path):
     ]
     base.model.update(tree_unflatten(moved))
     write_peft(tmp_path / "peft", base.model, str(folder), 0.0, head_parameters(base.model))
-    bound = objective.bind(choose_loss(base.model, base.config), base.model)
+    bound = bind(objective, choose_loss(base.model, base.config), base)
 
     def loss(model, arrays):
         total, count, _ = bound.loss.train(model, arrays)

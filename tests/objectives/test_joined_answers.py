@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from comparing import by_dtype
 from mlx.utils import tree_flatten
 from run_cli import run
@@ -113,8 +114,7 @@ def sampled_batches(
 
 def trained(base, settings, batch: Batch):
     """Return mean loss, mean reports and mean gradients."""
-    loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
-    task = objective_of(settings.objective).bind(loss, base.model)
+    task = bind(objective_of(settings.objective), choose_loss(base.model, base.config), base)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     means = {name: (value / count).item() for name, value in reports.items()}
@@ -184,8 +184,7 @@ def test_the_models_own_logits_share_too(base):
     separate, together = sampled_batches(base, settings, prompts())
     found = []
     for batch in (separate, together):
-        loss = at_temperature(plain("own logits"), base.model, base.config, 0.8)
-        task = objective_of(settings.objective).bind(loss, base.model)
+        task = bind(objective_of(settings.objective), plain("own logits"), base)
         [ready] = task.prepare([batch], SINGLE_DEVICE)
         found.append((task.loss.train(base.model, task.arrays_of(ready))[0]).item())
     assert found[1] == pytest.approx(found[0], rel=1e-5)

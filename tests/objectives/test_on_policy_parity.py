@@ -10,6 +10,7 @@ from dataclasses import replace
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from conftest import tiny_model, write_folder
 from frozen_answers import ALPHA, RANK, frozen_batch, moved_base
 from mlx.utils import tree_flatten
@@ -20,7 +21,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.on_policy import TeacherScorer, taught_loss
+from mlx_lora.objectives.on_policy import TeacherScorer
 from mlx_lora.objectives.policy_arrays import OLD, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher import Teacher
@@ -70,14 +71,14 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     asked = ObjectiveSettings("distill", teacher="tiny", divergence=name, teacher_top_k=top_k, on_policy=True)
     objective = objective_of(replace(asked, jsd_beta=BETAS["jsd"]))
-    scorer = TeacherScorer.of(Teacher(theirs, choose_loss(theirs.model, theirs.config)), objective.distills, VOCABULARY)
+    scorer = TeacherScorer.of(Teacher(theirs, choose_loss(theirs.model, theirs.config)), objective.compared, VOCABULARY)
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
     old = token_logps(base.model, loss, batch)
     old += np.random.default_rng(9).normal(0, 0.2, old.shape).astype(np.float32) * batch.mask
     if name == "sampled_kl":
         scored = replace(scored, sampled={**(scored.sampled or {}), OLD: old})
-    whole = taught_loss(loss, base.model, base.config, scorer.options, "")
-    task = objective.bind(whole, base.model)
+    objective.scorer = scorer
+    task = bind(objective, loss, base)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(scored))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
     assert count.item() == batch.mask.sum()
@@ -113,9 +114,10 @@ def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     objective = objective_of(ObjectiveSettings("distill", teacher="tiny", divergence="sampled_kl", on_policy=True))
     teacher = Teacher(theirs, choose_loss(theirs.model, theirs.config))
-    scorer = TeacherScorer.of(teacher, objective.distills, VOCABULARY)
+    scorer = TeacherScorer.of(teacher, objective.compared, VOCABULARY)
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
-    task = objective.bind(taught_loss(loss, base.model, base.config, scorer.options, ""), base.model)
+    objective.scorer = scorer
+    task = bind(objective, loss, base)
     for function in (task.loss.train, task.loss.measure):
         total, count, reports = function(base.model, task.arrays_of(scored))
         away = (token_logps(base.model, loss, batch) - teacher.logps(batch))[batch.mask].mean()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from frozen_answers import ALPHA, LONGEST, RANK, frozen_batch, moved_base
 from mlx.utils import tree_flatten
 from torch_judge import name_here, torch_base
@@ -39,7 +40,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     batch = replace(batch, sampled={**(batch.sampled or {}), OLD: old, REFERENCE: reference})
     asked = ObjectiveSettings("rloo") if name == "rloo" else ObjectiveSettings("grpo", grpo_loss=name, kl_beta=beta)
     asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
-    task = objective_of(asked).bind(loss, base.model)
+    task = bind(objective_of(asked), loss, base)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
     (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}

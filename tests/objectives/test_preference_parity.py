@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 from real_models import smollm2_gguf
 from run_cli import run
@@ -66,14 +67,14 @@ def ours(
     loss = choose_loss(base.model, base.config)
     rows = rows.with_whole_rows() if objective.likelihood == "rows" else rows
     reference = row_log_probabilities(base.model, batch_sums(loss.measure_tokens), rows, 256)
-    rows = replace(rows, reference=reference if objective.reference else None)
+    rows = replace(rows, reference=reference if objective.options.row.reference else None)
     random = np.random.default_rng(5)
     moved = {name: random.normal(0, 0.02, value.shape) for name, value in adapter_parameters(base.model).items()}
     base.model.load_weights(
         [(n, mx.array(v.astype(np.float32))) for n, v in moved.items() if "lora_b" in n], strict=False
     )
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    task = objective.bind(loss, base.model)
+    task = bind(objective, loss, base)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
     step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     if shared:

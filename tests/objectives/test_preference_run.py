@@ -17,11 +17,10 @@ from tiers import by_default
 
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
+from mlx_lora.config.objectives import IMITATION, LABELED, OBJECTIVES, RANKED, SAMPLING, ObjectiveSettings
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import start_folder
-from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.guards import Position

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from comparing import by_dtype
 from conftest import TINY, tiny_model
 from run_cli import one_line, run
@@ -204,7 +205,7 @@ def test_queries_get_rows_of_their_best_documents_and_the_worst(logged):
     tokens = [np.arange(1, 3 + n, dtype=np.int32) for n in range(4)]
     facts = [{ROWS: tokens, "grades": [1.0, 1.0, 1.0, 0.0]}, {ROWS: tokens[:2], "grades": [0.0, 1.0]}]
     rows = EncodedSet.from_rows([(tokens[0], np.zeros(2, bool))] * 2).with_facts(facts)
-    found = objective.targets_of(rows)
+    found = objective._with_targets(rows)
     assert found.group == 3
     assert "1 query, of up to 4; --candidates 4" in " ".join(logged)
     assert np.array(found.labels).tolist() == [1, 1, 0, 1, 0, -1]
@@ -223,8 +224,8 @@ def test_loss_and_gradient_can_be_compiled(kind):
     objective = objective_of(ObjectiveSettings("rerank", rerank_loss=kind))
     tokens = [np.arange(1, 6 + n, dtype=np.int32) for n in range(3)]
     facts = [{ROWS: tokens, GRADES: [1.0, 0.0, 0.0]}, {ROWS: tokens[1:], GRADES: [0.0, 1.0]}]
-    rows = objective.targets_of(EncodedSet.from_rows([(tokens[0], np.zeros(5, bool))] * 2).with_facts(facts))
-    bound = objective.bind(choose_loss(model, TINY), model)
+    rows = objective._with_targets(EncodedSet.from_rows([(tokens[0], np.zeros(5, bool))] * 2).with_facts(facts))
+    bound = bind(objective, choose_loss(model, TINY), model)
     [batch] = bound.prepare([BatchPlan(rows, batch_tokens=400, batch_size=2, seed=0).batch(0, 0)], SINGLE_DEVICE)
     gradient = nn.value_and_grad(model, lambda arrays: bound.loss.train(model, arrays))
     plain, compiled = gradient(bound.arrays_of(batch)), mx.compile(gradient)(bound.arrays_of(batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -40,12 +41,12 @@ def queries(count: int = 10) -> EncodedSet:
 def ours(folder, kind: str):
     """Return losses, initial and final parameters, and batches."""
     objective = objective_of(ObjectiveSettings("rerank", rerank_loss=kind))
-    rows = objective.targets_of(queries())
+    rows = objective._with_targets(queries())
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
     put_score_head(base.model, base.config, 1, 1)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    bound = objective.bind(choose_loss(base.model, base.config), base.model)
+    bound = bind(objective, choose_loss(base.model, base.config), base)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=RATE, lr_schedule="constant", warmup=0.0), STEPS)
     options = StepOptions(
         prepare=lambda batches: bound.prepare(batches, SINGLE_DEVICE), arrays_of=bound.arrays_of, reports=bound.reports

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 from real_models import smollm2_gguf
 from run_cli import run
@@ -57,7 +58,7 @@ def pairs(examples: int = 12, margins: bool = True, seed: int = 0) -> EncodedSet
 def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STEPS, rate: float = 3e-3):
     """Return losses, reports, initial parameters, first gradients, final parameters, scores and batches."""
     objective = objective_of(settings)
-    rows = objective.targets_of(rows)
+    rows = objective._with_targets(rows)
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
     put_score_head(base.model, base.config, seed=1)
@@ -69,7 +70,7 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
     base.model.load_weights(moved, strict=False)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     scores = row_log_probabilities(base.model, batch_sums(score_loss(base.model).tokens), rows, 256)
-    task = objective.bind(choose_loss(base.model, base.config), base.model)
+    task = bind(objective, choose_loss(base.model, base.config), base)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
     step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     plan = BatchPlan(rows, batch_tokens=400, batch_size=4, seed=0)

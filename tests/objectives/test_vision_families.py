@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from architectures.images import try_family
+from bound import bind
 from gguf_pictures import adapt, load
 from mlx.utils import tree_flatten
 from run_cli import one_line, run
@@ -73,11 +74,11 @@ def test_paligemma_trains_no_prompt_and_is_not_served(paligemma, tmp_path):
 def test_a_prompt_that_sees_itself_does_not_see_its_answer(paligemma, tmp_path):
     rows = read_rows(paligemma, write_rows(tmp_path / "data", chats_of("paligemma")))
     arrays = rows.arrays([0])
-    names = rows.objective.vision.spec.names
+    names = rows.pictures.vision.spec.names
     prompt = np.array(arrays["pictures"][names.index("pictures")])[0]
     trained = rows.rows.row(0)[1]
     assert prompt.tolist() == [1] * int(trained.argmax()) + [0] * (len(prompt) - int(trained.argmax()))
-    measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
+    measure = bind(rows.objective, PLAIN, rows.base).loss.measure
     right = measure(rows.base.model, arrays)[0].item()
     more = [mx.ones_like(a) if name == "pictures" else a for name, a in zip(names, arrays["pictures"], strict=True)]
     assert abs(measure(rows.base.model, arrays | {"pictures": more})[0].item() - right) > 1e-3 * right
@@ -182,7 +183,7 @@ def test_checkpointed_blocks_see_pictures_as_the_others_do(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     model, arrays = rows.base.model, rows.arrays()
     inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
-    step = differentiation(model, rows.objective.bind(PLAIN, model).loss.train)
+    step = differentiation(model, bind(rows.objective, PLAIN, model).loss.train)
     expected, _, _, before = step(arrays)
     apply_checkpointing(model, "block")
     found, _, _, after = step(arrays)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 from tiny_vision import MAKERS, write_model
 from vision_judge import ALPHA, RANK, Judge, judge_inputs, judge_processor
@@ -57,15 +58,15 @@ def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
     logits, total, gradients = judge.run(given, masks)
     arrays = rows.arrays()
 
-    bound = rows.objective.bind(PLAIN, model)
-    with with_images(model, rows.objective.vision.spec, arrays["pictures"]):
+    bound = bind(rows.objective, PLAIN, model)
+    with with_images(model, rows.pictures.vision.spec, arrays["pictures"]):
         found = np.array(model(arrays["inputs"]))
     for number, expected in enumerate(logits):
         own = found[number, : len(expected) - 1]
         assert np.abs(own - expected[:-1]).max() <= BAR * np.abs(expected).max()
 
     for loss in (PLAIN, choose_loss(model, rows.base.config, "ours")):
-        bound = rows.objective.bind(loss, model)
+        bound = bind(rows.objective, loss, model)
         loss_sum, count, _, own = differentiation(model, bound.loss.train)(arrays)
         assert loss_sum.item() == pytest.approx(total, rel=BAR)
         assert count.item() == sum(mask[1:].sum() for mask in masks)
@@ -92,7 +93,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
     chats = chats_of(family)
     rows = read_rows(folder, write_rows(tmp_path / "data", chats), **asked)
     model = rows.base.model
-    adapt_model(model, rows.objective.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
+    adapt_model(model, rows.pictures.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
     put_second_factors(model)
     trained = {name: np.array(value) for name, value in adapter_parameters(model).items()}
     for part, way in ((of_connector, asked["train_connector"]), (lambda name: not of_connector(name), tower)):
@@ -102,7 +103,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
     judge, processor = Judge(folder, trained), judge_processor(folder)
     given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in chats]
     _, total, gradients = judge.run(given, [rows.rows.row(number)[1] for number in range(len(given))])
-    bound = rows.objective.bind(PLAIN, model)
+    bound = bind(rows.objective, PLAIN, model)
     loss_sum, _, _, own = differentiation(model, bound.loss.train)(rows.arrays())
     assert loss_sum.item() == pytest.approx(total, rel=BAR)
     own = dict(tree_flatten(own))
@@ -120,9 +121,9 @@ def test_without_its_picture_a_row_has_another_loss(compared):
     rows, *_ = compared
     model = rows.base.model
     arrays = rows.arrays()
-    bound = rows.objective.bind(PLAIN, model)
+    bound = bind(rows.objective, PLAIN, model)
     right = bound.loss.measure(model, arrays)[0].item()
-    for number, name in enumerate(rows.objective.vision.spec.names):
+    for number, name in enumerate(rows.pictures.vision.spec.names):
         given = arrays["pictures"][number]
         if name == "pictures":
             changed = mx.zeros_like(given)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 from tiers import by_default
 from tiny_vision import MAKERS, write_model
@@ -40,8 +41,8 @@ def test_log_probabilities_loss_and_gradients_are_those_of_trl(family, tmp_path)
     folder = write_model(family, tmp_path / "model")
     asked = {"group_size": GROUP, "max_new_tokens": NEW, "temp": TEMPERATURE, "kl_beta": 0.2}
     read = read_rows(folder, data, objective="grpo", images=True, reward="exact_match", **asked)
-    model, objective, vision = read.base.model, read.objective, read.objective.vision
-    adapt_model(model, objective.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
+    model, objective, vision = read.base.model, read.objective, read.pictures.vision
+    adapt_model(model, objective.pictures.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
     for path, value in adapter_parameters(model).items():
         if path.endswith("lora_b"):
             model.load_weights(
@@ -50,7 +51,7 @@ def test_log_probabilities_loss_and_gradients_are_those_of_trl(family, tmp_path)
     prepare_rotation(model, vision.spec)
     batch, sampled = answered(read)
     loss = at_temperature(choose_loss(model, read.base.config, "ours"), model, read.base.config, TEMPERATURE)
-    with objective.shown(model, batch):
+    with objective.pictures.shown(model, batch):
         own = token_logps(model, loss, batch)
 
     judge = Judge(folder, {path: np.array(value) for path, value in adapter_parameters(model).items()})
@@ -66,7 +67,7 @@ def test_log_probabilities_loss_and_gradients_are_those_of_trl(family, tmp_path)
     batch = replace(batch, sampled={OLD: old, REFERENCE: reference, ADVANTAGES: advantages})
     wanted = policy_loss_of_trl(logps, batch)
     wanted.backward()
-    bound = objective.bind(loss, model)
+    bound = bind(objective, choose_loss(model, read.base.config, "ours"), read.base)
     [ready] = bound.prepare([batch], SINGLE_DEVICE)
     total, count, _, found = differentiation(model, bound.loss.train)(bound.arrays_of(ready))
     assert total.item() / count.item() == pytest.approx(float(wanted.detach()), rel=BAR, abs=1e-5)
@@ -81,9 +82,9 @@ def answered(read) -> tuple[Batch, np.ndarray]:
     """Return a batch of sampled answers, and the log-probabilities that the sampler had of their tokens."""
     model, objective = read.base.model, read.objective
     prompts = [read.rows.row(GROUP * number)[0][:-NEW].tolist() for number in range(len(PICTURES))]
-    digests = objective.table.of_numbers(read.rows.pictures[::GROUP], len(PICTURES))
+    digests = objective.pictures.table.of_numbers(read.rows.pictures[::GROUP], len(PICTURES))
     model.eval()
-    kept = PromptsWithPictures(vision=objective.vision, digests=digests, group=GROUP)
+    kept = PromptsWithPictures(vision=objective.pictures.vision, digests=digests, group=GROUP)
     options, keys = SamplingOptions(GROUP, NEW, temperature=TEMPERATURE), answer_keys(0, 0, GROUP * len(PICTURES))
     answers, logps = sample_groups(TokenSteps(model), prompts, options, frozenset(), keys, kept=kept)  # pyright: ignore[reportArgumentType]
     wide = max(map(len, prompts)) + NEW - 1
@@ -105,7 +106,7 @@ def on_torch(judge, processor, records, read, batch):
     """Return transformers' log-probabilities of a batch's targets at the temperature, (B, T), with their graph."""
     import torch
 
-    token, found = read.objective.vision.tower.token, []
+    token, found = read.pictures.vision.tower.token, []
     for row in range(len(batch.inputs)):
         number = row // GROUP
         given = judge_inputs(processor, records[number]["prompt"], [picture(one) for one in PICTURES[number]])

@@ -136,12 +136,12 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path
     asked = {"objective": "grpo", "images": True, "reward": "exact_match", "group_size": 3, "max_new_tokens": 5}
     read = read_rows(write_model_here(family, tmp_path / "model"), write_pairs(tmp_path / "data", rows), **asked)
     model, objective = read.base.model, read.objective
-    prepare_rotation(model, objective.vision.spec)
+    prepare_rotation(model, objective.pictures.vision.spec)
     prompts = [read.rows.row(3 * number)[0][:-5].tolist() for number in range(3)]
-    digests = objective.table.of_numbers(read.rows.pictures[::3], 3)
+    digests = objective.pictures.table.of_numbers(read.rows.pictures[::3], 3)
     assert [len(one) for one in digests] == [1, 0, 2]
     model.eval()
-    kept = PromptsWithPictures(vision=objective.vision, digests=digests, group=3)
+    kept = PromptsWithPictures(vision=objective.pictures.vision, digests=digests, group=3)
     options, keys = SamplingOptions(3, 5, temperature=0.8), answer_keys(0, 0, 9)
     answers, logps = sample_groups(TokenSteps(model), prompts, options, frozenset(), keys, kept=kept)  # pyright: ignore[reportArgumentType]
     whole = [[*prompts[number // 3], *answer] for number, answer in enumerate(answers)]
@@ -152,7 +152,7 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path
         mask[number, len(tokens) - 6 : len(tokens) - 1] = True
     batch = Batch.of(inputs, targets, mask, int(mask.sum()), group=3, pictures=read.rows.pictures)
     loss = at_temperature(choose_loss(model, read.base.config, "ours"), model, read.base.config, 0.8)
-    with objective.shown(model, batch):
+    with objective.pictures.shown(model, batch):
         found = token_logps(model, loss, batch)
     np.testing.assert_allclose(found[mask], np.concatenate(logps), atol=2e-4)
     swapped = replace(batch, pictures=np.where(batch.pictures == batch.pictures[0], 0, batch.pictures))
@@ -164,9 +164,9 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path
 
 def test_an_image_token_that_the_model_writes_is_text(model, tmp_path):
     read = read_rows(model, write_pairs(tmp_path / "data"), objective="dpo", images=True)
-    vision, token = read.objective.vision, read.objective.vision.tower.token
+    vision, token = read.pictures.vision, read.pictures.vision.tower.token
     tokens, _ = read.rows.row(0)
-    digests = read.objective.table.of_numbers(read.rows.pictures, len(read.rows))[0]
+    digests = read.pictures.table.of_numbers(read.rows.pictures, len(read.rows))[0]
     longer = np.concatenate([tokens, [token, 5]]).astype(np.int32)
     places = np.array(vision.arrays(longer[None], [digests])[1])[0]
     assert (places[: len(tokens)] > 0).sum() == (tokens == token).sum() == places.max()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from mlx.utils import tree_flatten
 from tiers import by_default
 from tiny_vision import MAKERS, write_model
@@ -52,7 +53,7 @@ class Model:
     def __init__(self, judge, processor, rows):
         """Process each pair's two conversations; `rows` are ours, in the order of pairs."""
         self.judge, self.rows, self.given = judge, rows.rows, []
-        self.token, self.of_prompt = rows.objective.vision.tower.token, rows.objective.vision.spec.prompt
+        self.token, self.of_prompt = rows.pictures.vision.tower.token, rows.pictures.vision.spec.prompt
         each = len(self.rows) // len(PAIRS)  # rows of a pair
         for record, numbers in zip(PAIRS, PAIR_PICTURES, strict=True):
             pictures = [picture(number) for number in numbers]
@@ -99,7 +100,7 @@ def test_loss_log_probabilities_and_gradients_are_those_of_trl(family, name, tmp
     asked = {"images": True, "beta": BETA, **OBJECTIVES[name]}
     rows = read_rows(folder, data, objective=objective, **asked)
     model, own = rows.base.model, rows.objective
-    adapt_model(model, own.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
+    adapt_model(model, own.pictures.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
     untrained = {path: np.array(value) for path, value in adapter_parameters(model).items()}
     loss = choose_loss(model, rows.base.config, "ours")
     sums = own.sums_of(loss.measure_tokens or loss.tokens)
@@ -119,7 +120,7 @@ def test_loss_log_probabilities_and_gradients_are_those_of_trl(family, name, tmp
             assert found[number] == pytest.approx(log_probability(theirs, number), rel=BAR)
     assert np.abs(policy - reference).max() > 0.1
 
-    if own.reference:
+    if own.options.row.reference:
         rows.rows = replace(rows.rows, reference=reference)
     batch = collate(rows.rows, np.arange(rows.rows.examples), int(rows.rows.lengths.max()) - 1, int(rows.rows.mask.sum()))  # fmt: skip
     total = expected(ObjectiveSettings(objective=objective, **asked), theirs, batch, reference)
@@ -127,7 +128,7 @@ def test_loss_log_probabilities_and_gradients_are_those_of_trl(family, name, tmp
     gradients = {path: parameter.grad.numpy().T for path, parameter in judge.trained.items()}
     largest = max(np.abs(value).max() for value in gradients.values())
     for one in (PLAIN, loss):
-        bound = own.bind(one, model)
+        bound = bind(own, one, model)
         [ready] = bound.prepare([batch], SINGLE_DEVICE)
         loss_sum, count, _, found = differentiation(model, bound.loss.train)(bound.arrays_of(ready))
         assert loss_sum.item() / count.item() == pytest.approx(float(total.detach()), rel=BAR)

@@ -137,7 +137,7 @@ def test_the_reference_of_other_pictures_is_another_one(model, tmp_path):
         read = read_rows(model, write_pairs(tmp_path / name, rows), objective="dpo", images=True)
         assert picture(0).size == picture(4).size
         sums = read.objective.sums_of(PLAIN.tokens)
-        found.append((row_log_probabilities(read.base.model, sums, read.rows, 2048), read.objective.reference_facts))
+        found.append((row_log_probabilities(read.base.model, sums, read.rows, 2048), read.pictures.facts))
     assert found[0][1] != found[1][1]
     assert np.allclose(found[0][0], np.roll(found[1][0], 2), rtol=1e-4)
     assert np.abs(found[0][0] - found[1][0]).max() > 1e-2
@@ -146,7 +146,7 @@ def test_the_reference_of_other_pictures_is_another_one(model, tmp_path):
 def test_image_tokens_are_in_no_mask(model, tmp_path):
     for objective in ("dpo", "orpo"):
         read = read_rows(model, write_pairs(tmp_path / objective), objective=objective, images=True)
-        is_picture = read.rows.tokens == read.objective.vision.tower.token
+        is_picture = read.rows.tokens == read.pictures.vision.tower.token
         assert is_picture.any()
         assert not (read.rows.mask & is_picture).any()
         assert (read.rows.answers is None) == (objective == "dpo")
@@ -163,7 +163,7 @@ def test_a_rated_answer_is_compared_with_one_about_another_picture(model, tmp_pa
         write_pairs(folder, [preference("", (number,), "a", "b")])
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     read = read_rows(model, folder / "train.jsonl", objective="kto", images=True)
-    shown = read.objective.table.of_numbers(read.rows.pictures, len(read.rows))
+    shown = read.pictures.table.of_numbers(read.rows.pictures, len(read.rows))
     assert shown[0] == shown[1] == shown[2] == shown[3] != shown[4] == shown[5]
     texts = [read.base.hf_tokenizer.decode(tokens[mask]) for tokens, mask in map(read.rows.row, range(6))]
     assert [text.split(".")[0].strip() for text in texts] == [

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from comparing import by_dtype
 from PIL import Image
 from resumed_runs import stopped_after, weights
@@ -26,7 +27,7 @@ from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
-from mlx_lora.objectives.pictures import VisionSFT
+from mlx_lora.objectives.pictures import Pictures
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache
 from mlx_lora.trainer.callbacks import before_answer
 from mlx_lora.trainer.step import differentiation
@@ -115,15 +116,15 @@ def test_the_report_shows_the_pictures_of_its_texts(trained, model, colors, tmp_
 def test_a_text_of_the_report_depends_on_its_picture(model, colors):
     rows = read_rows(model, colors / "train.jsonl")
     prompt = before_answer(rows.rows, 0)
-    all_pictures = [rows.objective.pictures_of(int(number)) for number in rows.rows.pictures]
+    all_pictures = [rows.pictures.of_row(int(number)) for number in rows.rows.pictures]
     found = [shown for one in all_pictures if one is not None and (shown := one.within(prompt)) is not None]
     logits = [np.array(one.model(rows.base.model, prompt)(mx.array([prompt]))[0, -1]) for one in found[:2]]
     assert np.abs(logits[0] - logits[1]).max() > 1e-4
     assert found[0].within(prompt[:-1]) is not None, "the prompt ends with text"
-    image = prompt.index(rows.objective.vision.tower.token)
+    image = prompt.index(rows.pictures.vision.tower.token)
     assert found[0].within(prompt[:image]) is None
     assert found[0].within(prompt[: image + 1]) is None
-    assert rows.objective.pictures_of(0) is None
+    assert rows.pictures.of_row(0) is None
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
@@ -223,19 +224,19 @@ def test_training_the_tower_is_planned(model, colors, tmp_path):
 
 def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeypatch):
     asked = []
-    own = VisionSFT.other_models_bytes
+    own = Pictures.tower_bytes
 
     def noted(self, settings):
         asked.append((own(self, settings), len(self.table.pictures)))
         return asked[-1][0]
 
-    monkeypatch.setattr(VisionSFT, "other_models_bytes", noted)
+    monkeypatch.setattr(Pictures, "tower_bytes", noted)
     ran = run(*command(model, colors / "train.jsonl", tmp_path / "out", "--iters", 1))
     assert ran.code == 0, ran.err
     last, pictures = asked[-1]
     assert pictures == 24
     planned = json.loads((tmp_path / "out/report.json").read_text())["planned_peak_bytes"]
-    monkeypatch.setattr(VisionSFT, "other_models_bytes", lambda self, settings: own(self, settings) + 10**6)
+    monkeypatch.setattr(Pictures, "tower_bytes", lambda self, settings: own(self, settings) + 10**6)
     assert run(*command(model, colors / "train.jsonl", tmp_path / "more", "--iters", 1)).code == 0
     more = json.loads((tmp_path / "more/report.json").read_text())["planned_peak_bytes"]
     assert (last > 0, more - planned) == (True, 10**6)
@@ -250,8 +251,8 @@ def test_a_plan_counts_the_pictures_of_its_data(model, colors):
 def test_a_trained_tower_sees_a_picture_of_several_rows_once(model, colors):
     rows = read_rows(model, colors / "train.jsonl", train_vision="full")
     tokens, _ = rows.rows.row(0)
-    digests = rows.objective.table.rows[int(rows.rows.pictures[0])]
-    vision = rows.objective.vision
+    digests = rows.pictures.table.rows[int(rows.rows.pictures[0])]
+    vision = rows.pictures.vision
     unseen = vision.arrays(np.stack([tokens, tokens]), [digests, digests])
     assert (len(unseen.pixels), unseen.which) == (1, [0, 0])
     alone = vision.arrays(tokens[None], [digests])
@@ -276,7 +277,7 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     model, arrays = rows.base.model, rows.arrays()
     fused = choose_loss(model, rows.base.config, "ours")
-    found = [rows.objective.bind(loss, model).loss.measure(model, arrays)[0].item() for loss in (PLAIN, fused)]
+    found = [bind(rows.objective, loss, model).loss.measure(model, arrays)[0].item() for loss in (PLAIN, fused)]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert fused.kernel != PLAIN.kernel
 
@@ -284,7 +285,7 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
-    measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
+    measure = bind(rows.objective, PLAIN, rows.base).loss.measure
     together = measure(rows.base.model, rows.arrays())[0].item()
     apart = [measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(3)]
     assert sum(apart) == pytest.approx(together, rel=1e-5)
@@ -296,7 +297,7 @@ def test_swapped_pictures_have_another_loss(family, tmp_path):
     chats = [(conversation("Same?", numbers, ("No.",)), numbers) for numbers in ((0, size), (size, 0))]
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats))
     assert rows.rows.row(0)[0].tolist() == rows.rows.row(1)[0].tolist()
-    measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
+    measure = bind(rows.objective, PLAIN, rows.base).loss.measure
     one, two = (measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(2))
     assert abs(one - two) > 1e-3 * one
 
@@ -305,7 +306,7 @@ def test_no_image_token_is_trained(tmp_path):
     model = write_model_here("smolvlm", tmp_path / "model")
     for masked in (True, False):
         rows = read_rows(model, write_rows(tmp_path / "data"), mask_prompt=masked)
-        is_picture = rows.rows.tokens == rows.objective.vision.tower.token
+        is_picture = rows.rows.tokens == rows.pictures.vision.tower.token
         assert is_picture.any()
         assert not (rows.rows.mask & is_picture).any()
 
@@ -314,7 +315,7 @@ def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
     chat = [*conversation("Hi", (), ("Yes.",)), *conversation("Which?", (0,), ("A cat.",))]
     model, data = write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data", [(chat, (0,))])
     whole = read_rows(model, data).rows
-    first = int(np.argmax(whole.tokens == read_rows(model, data).objective.vision.tower.token))
+    first = int(np.argmax(whole.tokens == read_rows(model, data).pictures.vision.tower.token))
     with pytest.raises(InputError, match="inside a picture"):
         read_rows(model, data, max_seq_length=first + 2)
     assert len(read_rows(model, data, max_seq_length=first).rows) == 1  # cut before the picture
@@ -325,9 +326,9 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
     from mlx_lm.generate import generate_step
 
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
-    vision, model = rows.objective.vision, rows.base.model
+    vision, model = rows.pictures.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
-    digests = rows.objective.table.of_numbers(rows.rows.pictures, 3)[2]
+    digests = rows.pictures.table.of_numbers(rows.rows.pictures, 3)[2]
     arrays = vision.arrays(tokens[None], [digests])
     reader = ModelWithImages(model, vision.spec, arrays, tokens.tolist())
     given = generate_step(
@@ -344,7 +345,7 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
 
 def test_pictures_are_seen_once_and_kept_on_disk(tmp_path, own_cache):
     rows = read_rows(write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data"))
-    vision = rows.objective.vision
+    vision = rows.pictures.vision
     first = [np.array(array) for array in rows.arrays()["pictures"]]
     rows.arrays()
     assert (vision.seen.computed, vision.seen.read) == (3, 0)
@@ -444,6 +445,6 @@ def test_gradients_reach_factors_only_where_they_are(tmp_path):
     rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data"))
     model = rows.base.model
     inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
-    loss = rows.objective.bind(PLAIN, model).loss.train
+    loss = bind(rows.objective, PLAIN, model).loss.train
     *_, gradients = differentiation(model, loss)(rows.arrays())
     assert all("lora_" in name for name, _ in tree_flatten(gradients))

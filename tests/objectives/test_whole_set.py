@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from tiers import by_default
@@ -54,9 +55,9 @@ def answers(case: str, examples: int = 11) -> EncodedSet:
     labels = np.tile([1.0, 0.0, 0.0, 0.0], examples)[: 2 * examples]
     encoded = EncodedSet.from_rows(rows)
     known = objective(case)
-    encoded = known.targets_of(encoded.grouped(2, labels, trained_rows=1 if case == "kto" else None))
+    encoded = known._with_targets(encoded.grouped(2, labels, trained_rows=1 if case == "kto" else None))
     reference = random.normal(-130, 9, 2 * examples).astype(np.float32)
-    return replace(encoded, reference=reference if known.reference else None)
+    return replace(encoded, reference=reference if known.options.row.reference else None)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def model():
 
 
 def measured(case: str, rows: EncodedSet, model, **batches: int | None):
-    task = objective(case).bind(choose_loss(model, TINY), model)
+    task = bind(objective(case), choose_loss(model, TINY), model)
     plan = BatchPlan(rows, **{"batch_tokens": 256, "batch_size": None, "seed": 0, **batches})
     return mean_loss(model, task, plan.batches()), len(plan)
 
@@ -96,7 +97,7 @@ def test_a_validation_does_not_depend_on_its_batches(case, model):
 @pytest.mark.parametrize("case", ["orpo", "cpo", "rpo"])
 def test_the_whole_set_has_the_loss_of_one_step_over_it(case, model):
     rows = answers(case)
-    task = objective(case).bind(choose_loss(model, TINY), model)
+    task = bind(objective(case), choose_loss(model, TINY), model)
     [batch] = BatchPlan(rows, batch_tokens=4096, batch_size=11, seed=0).batches()
     [ready] = task.prepare([batch], SINGLE_DEVICE)
     total, count, _ = task.loss.train(model, task.arrays_of(ready))
@@ -111,7 +112,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(case, model):
     ends = []
     for size in (11, 3):
         model.load_weights(list(initial.items()), strict=False)
-        task = objective(case).bind(choose_loss(model, TINY), model)
+        task = bind(objective(case), choose_loss(model, TINY), model)
         optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 1)
         step = Step(model, optimizer, task.loss.train, 0.0, StepOptions(prepare=lambda batches, task=task: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
         result = step(list(BatchPlan(rows, batch_tokens=4096, batch_size=size, seed=0).batches()))

@@ -7,6 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
 from conftest import TINY, tiny_model
 from embedding_cases import bound, random_examples
 
@@ -60,7 +61,7 @@ def test_each_held_out_row_is_known_once_and_in_order(kind):
     lengths = random.integers(4, 30, 11)
     rows = EncodedSet.from_rows([(random.integers(0, 288, n).astype(np.int32), np.arange(n) > 1) for n in lengths])
     model, plan = tiny_model(), BatchPlan(rows, batch_tokens=64, batch_size=None, seed=0)
-    task = objective_of(ObjectiveSettings()).bind(choose_loss(model, TINY), model)
+    task = bind(objective_of(ObjectiveSettings()), choose_loss(model, TINY), model)
     alone = mean_loss(model, task, plan.batches())
     assert len(plan) % 4  # one of four ranks has a batch without rows, or fewer batches
     for size in (2, 4):

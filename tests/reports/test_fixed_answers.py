@@ -16,7 +16,6 @@ from run_cli import run
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.grpo import fixed_prompts
 from mlx_lora.reports.diagnosis import begin_lines, rollout_charts, verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
@@ -27,6 +26,7 @@ from mlx_lora.reports.run_report import (
     shown_answers,
     tiles,
 )
+from mlx_lora.rollouts.rollout import Rollouts
 
 EVIL = "<script>alert(1)</script> & \"'\u2028"
 REWARD = """
@@ -124,10 +124,10 @@ def test_prompts_are_different_and_spaced_by_length():
     rows = [(np.full(length, 5), np.zeros(length, bool)) for length in (3, 3, 9, 6, 20, 12)]
     facts = [{"prompt": str(length)} for length in (3, 3, 9, 6, 20, 12)]
     of = EncodedSet.from_rows(rows).with_facts(facts)
-    found = fixed_prompts(of.with_room(4, 5), 3)
+    found = Rollouts.fixed_prompts(of.with_room(4, 5), 3)
     assert [len(one.tokens) for one in found] == [int(one.fact["prompt"]) for one in found] == [3, 9, 20]
     twice = of.select([0, 1]).with_room(4, 5)
-    assert len(fixed_prompts(twice, 3)) == 1
+    assert len(Rollouts.fixed_prompts(twice, 3)) == 1
 
 
 def answer(step: int, text: str, **more: object) -> dict:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import mlx.nn as nn
 import numpy as np
 import pytest
+from bound import bind
 from byte_tokenizer import byte_tokenizer, template
 from frozen_answers import ALPHA, RANK, moved_base
 from mlx.utils import tree_flatten
@@ -103,7 +104,7 @@ def test_loss_and_every_gradient_are_trls(name, tiny_folder):
     beta = 0.0 if name == "rloo" else 0.2
     asked = {"objective": "rloo"} if name == "rloo" else {"objective": "grpo", "grpo_loss": name, "kl_beta": beta}
     asked |= {"model": "m", "data": "d", "reward": "exact_match", "max_new_tokens": ROOM}
-    task = objective_of(train_settings(asked).objective).bind(loss, base.model)
+    task = bind(objective_of(train_settings(asked).objective), loss, base)
     [ready] = task.prepare([batch], SINGLE_DEVICE)
     (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}

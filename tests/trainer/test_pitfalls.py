@@ -22,6 +22,7 @@ from tiers import by_default
 
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config import settings as config
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import LoopSettings, ModelSettings
 from mlx_lora.data.batch import Batch
@@ -30,7 +31,8 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import load_adapter, load_factors
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.base import BoundObjective, Objective
+from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.sft import SFT
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, LoopHooks, Trainer, micro_batches, total_steps
 from mlx_lora.utils.errors import RunError
@@ -61,10 +63,11 @@ class StubStep:
 def run_loop(plan, step, **settings):
     """Run the loop with a stub for the step and return its reports and its outcome."""
     reports, saved = [], []
-    loop = LoopSettings(**{"steps_per_report": 1, "save_every": 0, "val_batches": 0, **settings})
+    asked = train_settings({"steps_per_report": 1, "save_every": 0, "val_batches": 0, **settings})
+    ctx = RunContext(asked, SFT(asked.objective), None)
     step.model = tiny_model()
     hooks = LoopHooks(reports.append, saved.append)
-    Trainer(step, Objective("sft"), BoundObjective(PLAIN), plan, None, loop, hooks).fit()
+    Trainer(ctx, step, BoundObjective(PLAIN), plan, None, hooks).fit()
     assert saved
     return reports
 
