@@ -103,7 +103,7 @@ class Side:
 def batch_of(tokens: int, vocabulary: int, seed: int) -> Batch:
     """Return a row of random tokens, all trained."""
     ids = np.random.default_rng(seed).integers(0, vocabulary, (1, tokens + 1)).astype(np.int32)
-    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, tokens), bool), tokens)
+    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, tokens), bool))
 
 
 def compare(memory: Side, offloaded: Side, reading: BaseReader, batch: Batch, args: Any) -> dict[str, float]:

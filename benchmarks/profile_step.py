@@ -285,7 +285,7 @@ def main(argv: Sequence[str]) -> int:
     random = np.random.default_rng(0)
     ids = random.integers(0, 256, (args.rows, args.width + 1)).astype(np.int32)
     mask = random.random((args.rows, args.width)) < args.supervised
-    batch = Batch.of(ids[:, :-1], ids[:, 1:], mask, mask.size)
+    batch = Batch.of(ids[:, :-1], ids[:, 1:], mask)
     supervised = len(batch.positions)
     parts = parts_of_a_block(base, args.rows, args.width, way)
     parts["loss"] = loss_seconds(base, supervised, way)

@@ -29,7 +29,7 @@ def frozen_batch(seed: int = 0) -> Batch:
     ones = np.ones(rows, np.float32)
     sampled = {ADVANTAGES: random.normal(0, 1, rows).astype(np.float32), REWARDS: ones}
     sampled |= {"length": mask.sum(axis=1).astype(np.float32), "truncated": 0 * ones}
-    return Batch.of(inputs, targets, mask, int(mask.sum()), int(mask.sum()) + 5, group=GROUP, sampled=sampled)
+    return Batch.of(inputs, targets, mask, int(mask.sum()) + 5, GROUP, **sampled)
 
 
 def moved_base(folder):

@@ -41,7 +41,7 @@ def batch(rows: int, width: int, seed: int, share: float = 0.5) -> Batch:
     """Return random tokens, of which `share` are supervised."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, 288, (rows, width + 1)).astype(np.int32)
-    return Batch.of(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share, rows * width)
+    return Batch.of(ids[:, :-1], ids[:, 1:], random.random((rows, width)) < share)
 
 
 def make_step(model: nn.Module, steps: int = 20, clip: float = 1.0, **changes) -> Step:

@@ -175,7 +175,7 @@ def preference_loss(settings, model, batch, reference):
     kept = batch.numbers >= 0
     order = np.concatenate([np.flatnonzero(kept)[0::2], np.flatnonzero(kept)[1::2]])
     inputs, targets = (torch.tensor(array[order].astype(np.int64)) for array in (batch.inputs, batch.targets))
-    answer_mask = (batch.mask if batch.answers is None else batch.answers)[order]
+    answer_mask = (batch.columns.get("answers", batch.mask))[order]
     logits = torch.log_softmax(model(inputs).logits, dim=-1)
     every = logits.gather(2, targets[..., None]).squeeze(2)
     answers = every * torch.tensor(answer_mask)
@@ -189,7 +189,7 @@ def preference_loss(settings, model, batch, reference):
         return dpo_objective(answers, known, answer_mask, names, weights, **options)
     if settings.objective == "kto":
         sums = answers.detach().sum(dim=1)
-        good = batch.labels[order][:half] > 0
+        good = batch.columns["labels"][order][:half] > 0
         weights = settings.desirable_weight, settings.undesirable_weight
         return kto_objective(
             answers[:half], known[:half], answer_mask[:half], good, sums[half:], known[half:], settings.beta, weights

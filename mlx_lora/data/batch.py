@@ -6,7 +6,9 @@ Shapes: E examples, K rows of each, B = E K rows, T columns, P slots for trained
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,43 +35,75 @@ class Batch:
         inputs: (B, T) int32 token ids.
         targets: (B, T) int32, the token after each input.
         mask: (B, T) bool, True where that target is trained.
-        real_tokens: targets that are not padding, trained or not.
-        positions: (P,) int32, row * T + column of each trained target, then zeros.
-        weights: (P,) float32, 1 for each trained target, then zeros.
+        slots: P, at least the number of trained targets.
         group: rows per example, K.
-        trained_rows: as in `EncodedSet`.
-        labels, reference: (B,) float32, as in `EncodedSet`; None: it has none. (B, K) with `starts`.
-        starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
-        answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
-        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/preference.py).
-        sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (rollouts/rollout.py); None: others.
+        columns: what else is known of each row, by name: (B, ...) arrays. Beside what an objective adds, these are
+
+            lengths              (B,) targets that are not padding, trained or not
+            measured             (B,) bool, whether a row is only measured, and not trained
+            labels, reference    (B,) float32, as in `EncodedSet`; (B, K) with `starts`
+            answers              (B, T) bool, the trained targets that belong to an answer, if not all do
+            starts               (B, K) int32, as in `EncodedSet`, where a row holds several answers
+            pictures             (B,) int32, as in `EncodedSet`
         table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
-        pictures: (B,) int32, as in `EncodedSet`; None: there are none.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
-    real_tokens: int
-    positions: np.ndarray
-    weights: np.ndarray
+    slots: int
     group: int = 1
-    labels: np.ndarray | None = None
-    reference: np.ndarray | None = None
     numbers: np.ndarray | None = None
-    answers: np.ndarray | None = None
-    starts: np.ndarray | None = None
-    shares: tuple[float, ...] = ()
-    trained_rows: int | None = None
-    sampled: dict[str, np.ndarray] | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     table: TeacherTable | None = None
-    pictures: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        inputs: np.ndarray,
+        targets: np.ndarray,
+        mask: np.ndarray,
+        slots: int | None = None,
+        group: int = 1,
+        numbers: np.ndarray | None = None,
+        **columns: np.ndarray,
+    ) -> Batch:
+        """Return a batch.
+
+        Args:
+            inputs, targets, mask, group, numbers, columns: as the attributes; without `lengths`, nothing is padding.
+            slots: P; None: the number of trained targets.
+        """
+        columns = {"lengths": np.full(len(inputs), inputs.shape[1])} | columns
+        return cls(inputs, targets, mask, int(mask.sum()) if slots is None else slots, group, numbers, columns)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """(P,) int32, row * T + column of each trained target, then zeros."""
+        trained_at = np.flatnonzero(self.mask)
+        return np.pad(trained_at.astype(np.int32), (0, self.slots - len(trained_at)))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(P,) float32, 1 for each trained target, then zeros."""
+        return (np.arange(self.slots) < self.mask.sum()).astype(np.float32)
+
+    @property
+    def starts(self) -> np.ndarray | None:
+        """(B, K) int32, where each answer of a row starts; None: a row holds one text."""
+        return self.columns.get("starts")
+
+    @property
+    def real_tokens(self) -> int:
+        """The number of targets that are not padding, trained or not."""
+        return int(self.columns["lengths"].sum())
 
     @property
     def supervised_tokens(self) -> int:
         """The number of trained targets, without those of rows that are only measured."""
-        return int(self.mask.reshape(-1, self.group, self.mask.shape[1])[:, : self.trained_rows].sum())
+        measured = self.columns.get("measured")
+        return int((self.mask if measured is None else self.mask[~measured]).sum())
 
     @property
     def real(self) -> np.ndarray:
@@ -93,46 +127,20 @@ class Batch:
             return int(self.mask[:: self.group].sum())
         return int((self.mask & (np.arange(self.mask.shape[1]) < self.starts[:, 1:2])).sum())
 
-    @classmethod
-    def of(
-        cls,
-        inputs: np.ndarray,
-        targets: np.ndarray,
-        mask: np.ndarray,
-        real_tokens: int,
-        slots: int | None = None,
-        **more: Any,
-    ) -> Batch:
-        """Return a batch, with positions and weights computed from the mask.
+    def with_columns(self, **more: np.ndarray) -> Batch:
+        """Return the same batch with more known of its rows."""
+        return replace(self, columns={**self.columns, **more})
 
-        Args:
-            inputs, targets, mask, real_tokens, more: as the attributes.
-            slots: P, at least the number of trained targets, which is the default.
-        """
-        trained_at = np.flatnonzero(mask)
-        padding = (0, (len(trained_at) if slots is None else slots) - len(trained_at))
-        positions = np.pad(trained_at.astype(np.int32), padding)
-        weights = np.pad(np.ones(len(trained_at), np.float32), padding)
-        return cls(inputs, targets, mask, real_tokens, positions, weights, **more)
-
-    def take(self, rows: np.ndarray, slots: int, real_tokens: int, group: int | None = None) -> Batch:
+    def take(self, rows: np.ndarray, slots: int) -> Batch:
         """Return some rows as a batch of their own.
 
         Args:
             rows: (rows,) row numbers in this batch; EMPTY gives a row of padding.
             slots: P of the new batch.
-            real_tokens: the number to count for it.
-            group: rows per example of the new batch, all of them trained; None: as in this one.
         """
-        names = ("labels", "reference", "answers", "starts", "pictures")
-        parts: dict[str, Any] = {name: taken(getattr(self, name), rows) for name in names}
-        if self.sampled is not None:
-            parts["sampled"] = {name: taken(array, rows) for name, array in self.sampled.items()}
-        return Batch.of(
-            taken(self.inputs, rows), taken(self.targets, rows), taken(self.mask, rows), real_tokens, slots,
-            group=group or self.group, shares=self.shares, trained_rows=None if group else self.trained_rows,
-            table=self.table, numbers=taken(self.numbers, rows, EMPTY), **parts,
-        )  # fmt: skip
+        columns = {name: taken(array, rows) for name, array in self.columns.items()}
+        inputs, targets, mask = (taken(one, rows) for one in (self.inputs, self.targets, self.mask))
+        return Batch(inputs, targets, mask, slots, self.group, taken(self.numbers, rows, EMPTY), columns, self.table)
 
 
 def taken(array: Any, rows: np.ndarray, empty: int = 0) -> Any:
@@ -163,8 +171,9 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
     inputs = np.zeros((len(numbers), width), np.int32)
     targets = np.zeros((len(numbers), width), np.int32)
     mask = np.zeros((len(numbers), width), bool)
-    answers = None if rows.answers is None else np.zeros_like(mask)
-    real_tokens = 0
+    columns: dict[str, np.ndarray] = {"lengths": np.zeros(len(numbers), np.int64)}
+    if rows.answers is not None:
+        columns["answers"] = np.zeros_like(mask)
     for i, number in enumerate(numbers):
         if number == EMPTY:
             continue
@@ -173,15 +182,15 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         inputs[i, :n] = tokens[:-1]
         targets[i, :n] = tokens[1:]
         mask[i, :n] = trained[1:]
-        if answers is not None and rows.answers is not None:
-            answers[i, :n] = rows.answers[rows.offsets[number] + 1 : rows.offsets[number + 1]]
-        real_tokens += n
-
-    more = {name: taken(getattr(rows, name), numbers) for name in ("labels", "reference", "starts", "pictures")}
-    return Batch.of(
-        inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers,
-        trained_rows=rows.trained_rows, table=rows.table, **more,
-    )  # fmt: skip
+        if rows.answers is not None:
+            columns["answers"][i, :n] = rows.answers[rows.offsets[number] + 1 : rows.offsets[number + 1]]
+        columns["lengths"][i] = n
+    for name in ("labels", "reference", "starts", "pictures"):
+        if (values := getattr(rows, name)) is not None:
+            columns[name] = taken(values, numbers)
+    if rows.trained_rows is not None:
+        columns["measured"] = np.arange(len(numbers)) % rows.group >= rows.trained_rows
+    return Batch(inputs, targets, mask, slots, rows.group, numbers, columns, rows.table)
 
 
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
@@ -201,10 +210,9 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     starts = range(0, rows, count)
     numbers = np.pad(np.arange(rows), (0, count * len(starts) - rows), constant_values=EMPTY)
     needed = max(int(batch.mask[start : start + count].sum()) for start in starts)
-    sizes = [math.ceil(len(batch.positions) * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
+    sizes = [math.ceil(batch.slots * n / SIZES / SLOTS_STEP) * SLOTS_STEP for n in range(1, SIZES + 1)]
     slots = next(size for size in sizes if size >= needed)
-    # The real tokens of each part are not known here; only their sum counts.
-    return [batch.take(numbers[start : start + count], slots, 0 if start else batch.real_tokens) for start in starts]
+    return [batch.take(numbers[start : start + count], slots) for start in starts]
 
 
 def share_of(batch: Batch, rows: np.ndarray) -> Batch:
@@ -216,13 +224,12 @@ def share_of(batch: Batch, rows: np.ndarray) -> Batch:
     """
     mask = batch.mask[rows]
     most, count = mask.size, int(mask.sum())
-    even = len(batch.positions) * len(rows) / len(batch.mask)
+    even = batch.slots * len(rows) / len(batch.mask)
     steps = max(0, int(np.ceil((count / even - 1) / ROOM_STEP))) if even else 0
     room = int(np.ceil(even * (1 + steps * ROOM_STEP) / SLOTS_STEP)) * SLOTS_STEP
-    real_tokens = batch.real_tokens * len(rows) // len(batch.mask)  # not used for a share; the whole batch counts
-    return batch.take(rows, min(max(room, count), most), real_tokens)
+    return batch.take(rows, min(max(room, count), most))
 
 
 def nothing_of(batch: Batch) -> Batch:
     """Return a batch of one example of padding, for a rank that has no rows and must compute as often as the others."""
-    return batch.take(np.full(batch.group, EMPTY), SLOTS_STEP, 0)
+    return batch.take(np.full(batch.group, EMPTY), SLOTS_STEP)

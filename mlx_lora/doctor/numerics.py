@@ -616,7 +616,7 @@ def check_model(layout: dict[str, Any] | None, kit: Kit) -> Iterator[CheckFindin
     """Compare the loss of a model of two blocks, and the gradient of each factor of its adapter."""
     random = np.random.default_rng(0)
     ids = random.integers(0, TINY["vocab_size"], (2, 41)).astype(np.int32)
-    arrays = token_arrays(Batch.of(ids[:, :-1], ids[:, 1:], random.random((2, 40)) < 0.5, 80))
+    arrays = token_arrays(Batch.of(ids[:, :-1], ids[:, 1:], random.random((2, 40)) < 0.5))
     mx.eval(arrays)
     for dtype in dtypes_of(kit):
         found = _model_numbers(_adapted(dtype, layout), arrays)

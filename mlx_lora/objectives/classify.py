@@ -279,9 +279,7 @@ def classify(settings: ObjectiveSettings) -> Classify:
 
 def arrays_of(batch: Batch) -> Arrays:
     """Copy a batch to the device, with what is to be found of its rows: `labels`, (B,) or (B, K) float32."""
-    if batch.labels is None:
-        raise ValueError("a batch of rows without labels")
-    return token_arrays(batch) | {"labels": mx.array(batch.labels.astype(np.float32))}
+    return token_arrays(batch) | {"labels": mx.array(batch.columns["labels"].astype(np.float32))}
 
 
 # Labels

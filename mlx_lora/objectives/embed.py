@@ -356,14 +356,13 @@ def arrays_of(batch: Batch) -> Arrays:
     group = batch.group
     lengths = np.where(batch.mask.any(axis=1), batch.mask.argmax(axis=1) + 1, 0).astype(np.int32)
     first = np.arange(len(batch.inputs)) % group == 0
-    numbers = np.zeros(len(batch.inputs), np.float32) if batch.labels is None else batch.labels
+    numbers = batch.columns.get("labels", np.zeros(len(batch.inputs), np.float32))
     real = batch.real[::group].astype(np.float32)
     arrays = {"numbers": numbers.reshape(-1, group), "real": real}
     for name, of in (("queries", first), ("documents", ~first)):
         arrays[name] = batch.inputs[of][:, : _width_of(lengths[of], batch.inputs.shape[1])]
         arrays[f"{name}_lengths"] = lengths[of]
-    if batch.sampled is not None:
-        arrays |= {name: batch.sampled[name] for name in (GRADIENT, LOSSES, TOLD)}
+    arrays |= {name: batch.columns[name] for name in (GRADIENT, LOSSES, TOLD) if name in batch.columns}
     return {name: mx.array(values) for name, values in arrays.items()}
 
 
@@ -418,7 +417,7 @@ def with_gradients(
         first = mine.stop
         rows: dict[str, np.ndarray] = {LOSSES: np.repeat(losses[mine], group), TOLD: np.repeat(told[mine], group)}
         rows[GRADIENT] = gradient[mine].reshape(-1, gradient.shape[-1])  # (B, D)
-        prepared.append(replace(batch, sampled=rows))
+        prepared.append(batch.with_columns(**rows))
     return prepared
 
 
@@ -434,13 +433,13 @@ def all_vectors(
     ranks = strategy.ranks
     mine = list(range(ranks.rank, len(batches), ranks.size))
     for number, batch in enumerate(strategy.dealt(batches)):
-        vectors = vectors_of(embedder, arrays_of(replace(batch, sampled=None)))
+        vectors = vectors_of(embedder, arrays_of(batch))
         mx.eval(vectors)  # one batch's activations at a time
         if number < len(mine):
             found[starts[mine[number]] : starts[mine[number] + 1]] = np.array(vectors)
     model.train(training)
     together = ranks.sum(mx.array(found.ravel())).reshape(found.shape)  # a rank has zeros for the others' examples
-    texts = [arrays_of(replace(batch, sampled=None)) for batch in batches]
+    texts = [arrays_of(batch) for batch in batches]
     return together, Texts(*(mx.concatenate([one[name] for one in texts]) for name in ("numbers", "real")))
 
 

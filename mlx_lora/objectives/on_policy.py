@@ -183,11 +183,11 @@ class TeacherScorer:
         found = of_own_rows(ask, batch, own, ranks, (bins + top_k,))
         if not np.isfinite(found).all():
             raise RunError("the teacher's probabilities are not finite; try --dtype float32, or another teacher")
-        sampled = dict(batch.sampled or {})
+        sampled: dict[str, np.ndarray] = {}
         sampled[LOGP if self.uses_old else BINS] = found[..., 0] if self.uses_old else found[..., :bins]
         if top_k:
             sampled[IDS] = found[..., bins:].astype(np.int32)
-        return replace(batch, sampled=sampled)
+        return batch.with_columns(**sampled)
 
     def _check(self, batch: Batch) -> None:
         """Refuse a sampled token that the teacher's embedding has no row for: MLX would read memory beyond it."""
@@ -228,9 +228,7 @@ def taught_arrays(batch: Batch) -> Arrays:
         position, `old`, that of the student as it sampled it (P,), and `is_own` (1,), whether that is the student's own; or
         `relative`, the teacher's bins (P, N), and, unless it has all tokens, their `ids` (P, k).
     """
-    sampled = batch.sampled
-    if sampled is None:
-        raise ValueError("a batch without sampled answers")
+    sampled = batch.columns
 
     def at_positions(name: str) -> mx.array:
         values = sampled[name]

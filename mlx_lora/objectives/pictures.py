@@ -535,7 +535,7 @@ class Pictures:
 
     def arrays_of(self, batch: Batch) -> Sequence[mx.array] | UnseenPictures:
         """Return the arrays of a batch's pictures."""
-        rows = self.table.of_numbers(batch.pictures, len(batch.inputs))
+        rows = self.table.of_numbers(batch.columns.get("pictures"), len(batch.inputs))
         prompts = batch.mask.argmax(axis=1) + 1  # up to the first trained target
         return self.vision.arrays(batch.inputs, rows, prompts)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and of each answer (B,), or (B, K) where a
 # row holds K.
-OLD, REFERENCE = "old", "reference"
+OLD, REFERENCE, SHARE = "old", "reference", "share"
 ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
 KL, CLIPPED = "kl", "clipped"  # what a policy loss reports
 
@@ -48,11 +48,9 @@ def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> Arrays:
         them, and under the reference; `advantages`, `reward`, `length`, `truncated`, `real` (A,); `share` (2,), answers / tokens
         of the step, and 1 if `old` is the policy itself, whose ratio is 1; `more` (M, A), what else is reported of each answer.
     """
-    sampled = batch.sampled
-    if sampled is None:
-        raise ValueError("a batch without sampled answers")
+    sampled = batch.columns
     answers = len(batch.inputs) * batch.answers_per_row
-    nothing = np.zeros(len(batch.positions), np.float32)
+    nothing = np.zeros(batch.slots, np.float32)
 
     def of_tokens(name: str) -> mx.array:
         return mx.array(sampled[name].ravel()[batch.positions] * batch.weights if name in sampled else nothing)
@@ -61,7 +59,7 @@ def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> Arrays:
         return mx.array(sampled[name].ravel() if name in sampled else np.zeros(answers, np.float32))
 
     real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
-    share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
+    share = (sampled[SHARE][0] if SHARE in sampled else 0.0, float(OLD not in sampled))
     others = mx.stack([of_answers(name) for name in more]) if more else mx.zeros((1, answers))
     tokens = {name: of_tokens(name) for name in (OLD, REFERENCE)}
     values = {name: of_answers(name) for name in (ADVANTAGES, REWARDS, LENGTHS, TRUNCATED)}
@@ -113,7 +111,8 @@ def prepared(batches: list[Batch], strategy: Strategy) -> list[Batch]:
     """
     answers = sum(int(b.real.sum()) * b.answers_per_row for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)
-    return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
+    share = answers / max(1, tokens)
+    return [batch.with_columns(**{SHARE: np.full(len(batch.inputs), share)}) for batch in batches]
 
 
 def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], temperature: float) -> Loss:

@@ -169,15 +169,17 @@ def _prepared(
         divergence = mean_log_ratio(model, sums, others, strategy)
     if objective.rated:
         batches = [_only(batch, FIRST) for batch in batches]
-    return [replace(batch, shares=(share, divergence)) for batch in batches]
+    return [
+        batch.with_columns(shares=np.full((len(batch.inputs), 2), (share, divergence), np.float32)) for batch in batches
+    ]
 
 
 def _only(batch: Batch, row: int) -> Batch:
     """Return a batch of each example's row `row` alone."""
     rows = np.arange(row, len(batch.inputs), batch.group)
     # Keep the whole batch's number of slots: the number that this row's targets need differs from epoch to epoch.
-    slots = min(len(batch.positions), batch.mask[rows].size)
-    return batch.take(rows, slots, batch.real_tokens if row == FIRST else 0, group=1)
+    slots = min(batch.slots, batch.mask[rows].size)
+    return replace(batch.take(rows, slots), group=1)
 
 
 def mean_log_ratio(
@@ -207,17 +209,17 @@ def arrays_of(batch: Batch) -> Arrays:
         In addition to `token_arrays`: `answers` (P,) float32, 1 where a position belongs to an answer; `labels`, `reference`,
         `real` (A,) float32, see `AnswerSums`; `shares` (2,) float32, the factor on the likelihood and the divergence.
     """
-    answers = batch.weights
-    if batch.answers is not None:
-        answers = batch.answers.ravel()[batch.positions] * batch.weights
+    answers, columns = batch.weights, batch.columns
+    if "answers" in columns:
+        answers = columns["answers"].ravel()[batch.positions] * batch.weights
     real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
     none = np.zeros_like(real)
     own = {
         "answers": answers.astype(np.float32),
-        "labels": none if batch.labels is None else batch.labels.ravel(),
-        "reference": none if batch.reference is None else batch.reference.ravel(),
+        "labels": columns.get("labels", none).ravel(),
+        "reference": columns.get("reference", none).ravel(),
         "real": real,
-        "shares": np.array(batch.shares or (0.0, 0.0), np.float32),
+        "shares": columns["shares"][0] if "shares" in columns else np.zeros(2, np.float32),
     }
     return token_arrays(batch) | {name: mx.array(values) for name, values in own.items()}
 

@@ -264,13 +264,13 @@ def joined_batch(batch: Batch, begins: np.ndarray, ends: np.ndarray) -> Batch:
         begins: (B,) the column of each row's first target: that of the prompt's last token.
         ends: (B,) the column after its last target, trained or not; as `begins` in padding.
     """
-    sampled, group, width = batch.sampled or {}, batch.group, batch.inputs.shape[1]
+    group, width = batch.group, batch.inputs.shape[1]
     lengths = (ends - begins).reshape(-1, group)  # (E, K), 0 in padding
     first = begins[::group]
     after = first[:, None] + np.cumsum(lengths, axis=1)
     starts = after - lengths
-    columns = -(-int(after.max()) // ROW_STEP) * ROW_STEP
-    source = np.full((len(starts), columns), EMPTY)  # where each joined column is in the batch, flat
+    longest = -(-int(after.max()) // ROW_STEP) * ROW_STEP
+    source = np.full((len(starts), longest), EMPTY)  # where each joined column is in the batch, flat
     for example, row in enumerate(range(0, len(batch.inputs), group)):
         source[example, : first[example]] = row * width + np.arange(first[example])
         for place, (start, end) in enumerate(zip(starts[example], after[example], strict=True)):
@@ -282,12 +282,11 @@ def joined_batch(batch: Batch, begins: np.ndarray, ends: np.ndarray) -> Batch:
     numbers = None
     if batch.numbers is not None:
         numbers = np.where(batch.numbers[::group] == EMPTY, EMPTY, batch.numbers[::group] // group)
-    mask = of(batch.mask)
-    return Batch.of(
-        of(batch.inputs), of(batch.targets), mask, int(after[batch.real[::group], -1].sum()),
-        min(len(batch.positions), mask.size), numbers=numbers, starts=starts.astype(np.int32),
-        sampled={name: of(one) if one.ndim > 1 else one.reshape(-1, group) for name, one in sampled.items()},
-    )  # fmt: skip
+    mask, real = of(batch.mask), batch.real[::group]
+    columns = {name: of(one) if one.ndim > 1 else one.reshape(-1, group) for name, one in batch.columns.items()}
+    columns |= {"lengths": np.where(real, after[:, -1], 0), "starts": starts.astype(np.int32)}
+    slots = min(batch.slots, mask.size)
+    return Batch(of(batch.inputs), of(batch.targets), mask, slots, numbers=numbers, columns=columns)
 
 
 def apart(batch: Batch) -> Batch:
@@ -306,10 +305,8 @@ def apart(batch: Batch) -> Batch:
     if batch.numbers is not None:
         own = batch.numbers[:, None] * group + np.arange(group)
         numbers = np.where(batch.real[:, None], own, EMPTY).ravel()
-    slots = min(len(batch.positions), len(batch.inputs) * group * columns)
-    return Batch.of(
-        of(batch.inputs), of(batch.targets), of(batch.mask), batch.real_tokens, slots, group=group, numbers=numbers
-    )
+    slots = min(batch.slots, len(batch.inputs) * group * columns)
+    return Batch.of(of(batch.inputs), of(batch.targets), of(batch.mask), slots, group, numbers)
 
 
 def slots_of(targets: int, planned: int, positions: int) -> int:

@@ -124,7 +124,5 @@ def _chosen(grades: np.ndarray, most: int) -> np.ndarray:
 
 def arrays_of(batch: Batch) -> Arrays:
     """Copy a batch to the device, with the `grades` of its documents, (E, K) float32, NONE where there is none."""
-    if batch.labels is None:
-        raise ValueError("a batch of rows without grades")
-    grades = np.where(batch.real, batch.labels, NONE).astype(np.float32)
+    grades = np.where(batch.real, batch.columns["labels"], NONE).astype(np.float32)
     return token_arrays(batch) | {"grades": mx.array(grades.reshape(-1, batch.group))}

@@ -290,9 +290,8 @@ def as_seen(batch: Batch, rows: EncodedSet) -> Batch:
     for row, (tokens, trained) in enumerate(made):
         n = len(tokens) - 1
         inputs[row, :n], targets[row, :n], mask[row, :n] = tokens[:-1], tokens[1:], trained[1:]
-    real_tokens = sum(len(tokens) - 1 for tokens, _ in made)
-    slots = max(len(batch.positions), int(mask.sum()))
-    return Batch.of(inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers)
+    slots = max(batch.slots, int(mask.sum()))
+    return Batch.of(inputs, targets, mask, slots, batch.group, batch.numbers)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -411,7 +411,7 @@ class Rollouts:
         own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            asked, model, sampled = self.settings.objective, self.base.model, dict(filled.sampled or {})
+            asked, model, sampled = self.settings.objective, self.base.model, {}
             if asked.updates_per_rollout > 1 or asked.objective == "rloo":
                 sampled[OLD] = of_own_rows(self.token_logps, filled, own, ranks)
             if asked.kl_beta:
@@ -419,7 +419,7 @@ class Rollouts:
                 model.update(self.start)
                 sampled[REFERENCE] = of_own_rows(self.token_logps, filled, own, ranks)
                 model.update(now)
-            filled = replace(filled, sampled=sampled)
+            filled = filled.with_columns(**sampled)
         if self.scorer is not None:
             return self.scorer.scored(filled, planned.rows, own, ranks)
         return self._with_rewards(filled, rows, played.rewards, step)
@@ -448,12 +448,10 @@ class Rollouts:
             kept = not (episode.truncated and self.settings.objective.mask_truncated)
             mask[row, begins[row] : ends[row]] = kept & episode.sampled
         self.spent.tokens += int(lengths.sum())
-        slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
-        sampled = {LENGTHS: lengths, TRUNCATED: truncated} | counts
-        filled = Batch.of(
-            inputs, targets, mask, int(ends.sum()), slots, group=batch.group, numbers=batch.numbers, sampled=sampled,
-            pictures=batch.pictures,
-        )  # fmt: skip
+        slots = slots_of(int(mask.sum()), batch.slots, mask.size)
+        columns = {"lengths": ends, LENGTHS: lengths, TRUNCATED: truncated} | counts
+        columns |= {name: batch.columns[name] for name in ("pictures",) if name in batch.columns}
+        filled = Batch(inputs, targets, mask, slots, batch.group, batch.numbers, columns)
         return filled, begins, ends
 
     def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray, step: np.ndarray | None) -> Batch:
@@ -465,7 +463,7 @@ class Rollouts:
             found: (A, F) what each reward gives them.
             step: rewards of all answers of the step.
         """
-        objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        objective, sampled = self.settings.objective, batch.columns
         rewards, group = summed(found, self.env.rewards), objective.answers_per_prompt
         if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
             away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
@@ -477,9 +475,8 @@ class Rollouts:
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
         more = reports_of(found, self.env.rewards, group)
-        for name, values in ({ADVANTAGES: advantages, REWARDS: shown} | more).items():
-            sampled[name] = by_answer(batch, rows, values)
-        return replace(batch, sampled=sampled)
+        known = {ADVANTAGES: advantages, REWARDS: shown} | more
+        return batch.with_columns(**{name: by_answer(batch, rows, values) for name, values in known.items()})
 
 
 class HeldOutRollouts:

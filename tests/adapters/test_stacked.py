@@ -160,7 +160,7 @@ def batch(rows: int, width: int, slots: int = 8, seed: int = 0) -> Batch:
     ids = random.integers(1, 90, (rows, width + 1)).astype(np.int32)
     mask = np.zeros((rows, width), bool)
     mask[:, -1] = True
-    return Batch.of(ids[:, :-1], ids[:, 1:], mask, rows * width, slots)
+    return Batch.of(ids[:, :-1], ids[:, 1:], mask, slots)
 
 
 def test_batches_of_similar_width_are_one_group():

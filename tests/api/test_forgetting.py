@@ -45,7 +45,7 @@ def some_batches(vocabulary: int) -> list[Batch]:
         ids = rng.integers(0, vocabulary, (rows, width + 1), dtype=np.int32)
         mask = rng.random((rows, width)) < 0.6
         mask[:, -1] = True
-        batches.append(Batch.of(ids[:, :-1], ids[:, 1:], mask, rows * width))
+        batches.append(Batch.of(ids[:, :-1], ids[:, 1:], mask))
     return batches
 
 

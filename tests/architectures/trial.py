@@ -142,7 +142,7 @@ def batch(vocabulary: int, seed: int = 0) -> Arrays:
     """Return random tokens, about half of them trained, in a fixed number of places."""
     random = np.random.default_rng(seed)
     ids = random.integers(0, min(vocabulary, 256), (ROWS, WIDTH + 1)).astype(np.int32)
-    return token_arrays(Batch.of(ids[:, :-1], ids[:, 1:], random.random((ROWS, WIDTH)) < 0.5, ROWS * WIDTH))
+    return token_arrays(Batch.of(ids[:, :-1], ids[:, 1:], random.random((ROWS, WIDTH)) < 0.5))
 
 
 def naive_loss(model: nn.Module, arrays: Arrays) -> mx.array:

@@ -86,7 +86,7 @@ def test_only_the_rated_answers_count_as_trained():
     plan = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0)
     batch = plan.batch(0, 0)
     assert batch.supervised_tokens == own < batch.mask.sum()
-    assert batch.take(np.arange(2), 64, 0).supervised_tokens < own
+    assert batch.take(np.arange(2), 64).supervised_tokens < own
     pairs = encode_entries(encoder(), [pair(1), pair(2)]).rows
     both = BatchPlan(pairs, batch_tokens=256, batch_size=2, seed=0).batch(0, 0)
     assert pairs.supervised_tokens == pairs.mask.sum() == both.supervised_tokens
@@ -105,7 +105,7 @@ def test_batches_keep_pairs_together():
         for number in range(0, len(batch.numbers), 2):
             first, second = batch.numbers[number : number + 2]
             assert (first < 0 and second < 0) or (first % 2 == 0 and second == first + 1)
-            assert batch.labels[number] == (rows.labels[first] if first >= 0 else 0)
+            assert batch.columns["labels"][number] == (rows.labels[first] if first >= 0 else 0)
         seen += [n for n in batch.numbers if n >= 0]
     assert sorted(seen) == list(range(46))
     small = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=3)

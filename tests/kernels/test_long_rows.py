@@ -27,7 +27,7 @@ NAMES = ("llama", "gemma3_text")
 
 def a_row(vocabulary: int, positions: int) -> Batch:
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, positions + 1)).astype(np.int32)
-    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, positions), bool), positions)
+    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, positions), bool))
 
 
 def measured(model, config, batch: Batch, in_tiles: bool) -> tuple[float, int]:

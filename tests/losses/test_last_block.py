@@ -49,7 +49,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 def some_trained(rows: int = 3, width: int = 13, slots: int = 16) -> Arrays:
     """Return a batch of which 12 positions are trained, in slots that are partly padding."""
-    return token_arrays(batch(rows, width, seed=3, share=0.3).take(np.arange(rows), slots, 0))
+    return token_arrays(batch(rows, width, seed=3, share=0.3).take(np.arange(rows), slots))
 
 
 def assert_equal(found, expected, bar: float = 2e-6) -> None:

@@ -99,7 +99,7 @@ def in_transformers(folder, problem: str, weights: str | None, initial, batches)
     losses, gradients = [], {}
     for batch in batches:
         real = batch.numbers >= 0
-        inputs, labels = torch.tensor(batch.inputs[real].astype(np.int64)), torch.tensor(batch.labels[real])
+        inputs, labels = torch.tensor(batch.inputs[real].astype(np.int64)), torch.tensor(batch.columns["labels"][real])
         labels = labels.long() if problem == SINGLE else labels
         out = model(input_ids=inputs, attention_mask=(inputs != PAD).long(), labels=labels)
         loss = out.loss if weights is None else weighted(problem, weights)(out.logits, labels)

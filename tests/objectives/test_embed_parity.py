@@ -79,7 +79,7 @@ def features(batch):
 def scores_of(batch):
     import torch
 
-    return torch.tensor(batch.labels[batch.numbers >= 0][:: batch.group])
+    return torch.tensor(batch.columns["labels"][batch.numbers >= 0][:: batch.group])
 
 
 def one_batch(rows, examples: int):
@@ -149,7 +149,7 @@ def test_a_run_of_thirty_steps_is_torchs(accumulated, tiny_folder):
     for number in range(30):
         batch = whole.batch(*divmod(number, len(whole)))
         size = len(batch.inputs) // accumulated
-        result = step([batch.take(np.arange(size) + size * part, size, 0) for part in range(accumulated)])
+        result = step([batch.take(np.arange(size) + size * part, size) for part in range(accumulated)])
         ours.append(result.loss_sum.item() / result.count.item())
         loss = judged(features(batch), None)
         torch_optimizer.zero_grad()

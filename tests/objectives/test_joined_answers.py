@@ -131,7 +131,7 @@ def assert_same(one, other) -> None:
 
 
 def lengths_of(batch: Batch) -> list[int]:
-    return batch.sampled[LENGTHS].ravel().astype(int).tolist()
+    return batch.columns[LENGTHS].ravel().astype(int).tolist()
 
 
 @pytest.mark.parametrize(("name", "beta"), by_default(CASES, *(case for case in CASES if case[1])))
@@ -159,19 +159,19 @@ def test_rows_that_are_planned_joined_give_the_same_batch(base):
     separate, planned = sampled_batches(base, settings, rows, joined(rows))
     for name in ("inputs", "targets", "mask", "starts", "weights", "positions", "real"):
         assert np.array_equal(getattr(planned, name), getattr(together, name)), name
-    assert planned.sampled.keys() == together.sampled.keys() == separate.sampled.keys()
-    for name, value in together.sampled.items():
-        np.testing.assert_array_equal(planned.sampled[name], value)
+    assert planned.columns.keys() == together.columns.keys() == separate.columns.keys() | {"starts"}
+    for name, value in together.columns.items():
+        np.testing.assert_array_equal(planned.columns[name], value)
 
 
 @pytest.mark.parametrize("temp", [1.0, 0.7])
 def test_cut_answers_and_the_temperature(temp, base):
     settings = settings_of(base, "dapo", 0.1, mask_truncated=True, temp=temp)
     separate, together = sampled_batches(base, settings, prompts())
-    cut = separate.sampled[TRUNCATED].astype(bool)
+    cut = separate.columns[TRUNCATED].astype(bool)
     assert 0 < cut.sum() < len(cut)
     assert not separate.mask[cut].any()
-    assert together.supervised_tokens == separate.supervised_tokens == separate.sampled[LENGTHS][~cut].sum()
+    assert together.supervised_tokens == separate.supervised_tokens == separate.columns[LENGTHS][~cut].sum()
     known = trained(base, settings, separate)
     assert_same(known, trained(base, settings, together))
     whole = settings_of(base, "dapo", 0.1, temp=temp)
@@ -194,11 +194,11 @@ def test_log_probabilities_before_the_update_are_those_of_the_same_tokens(base):
     settings = settings_of(base, "rloo", 0.2, updates_per_rollout=2, iters=2)
     separate, together = sampled_batches(base, settings, prompts())
     for name in (OLD, REFERENCE):
-        sums = [sums_of_answers(batch, batch.sampled[name]) for batch in (separate, together)]
+        sums = [sums_of_answers(batch, batch.columns[name]) for batch in (separate, together)]
         np.testing.assert_allclose(*sums, rtol=1e-5)
         assert (sums[0][: 3 * GROUP] < 0).all()
-    assert not np.allclose(separate.sampled[OLD].sum(), separate.sampled[REFERENCE].sum(), rtol=1e-3)
-    np.testing.assert_allclose(separate.sampled[ADVANTAGES], together.sampled[ADVANTAGES].ravel(), atol=1e-4)
+    assert not np.allclose(separate.columns[OLD].sum(), separate.columns[REFERENCE].sum(), rtol=1e-3)
+    np.testing.assert_allclose(separate.columns[ADVANTAGES], together.columns[ADVANTAGES].ravel(), atol=1e-4)
 
 
 class Talk:
@@ -217,7 +217,7 @@ def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(bas
     settings = settings_of(base, "grpo", 0.2, updates_per_rollout=2, iters=2, **more)
     env = MultiTurnEnv([Reward("Talk", no_function)], settings, base.hf_tokenizer, make=Talk)
     separate, together = sampled_batches(base, settings, prompts(room=90), env=env)
-    episodes = separate.sampled[LENGTHS][separate.real]
+    episodes = separate.columns[LENGTHS][separate.real]
     last = [int(np.flatnonzero(mask)[-1]) for mask in separate.mask[separate.real]]
     inside = [mask[: end + 1].sum() for mask, end in zip(separate.mask[separate.real], last, strict=True)]
     assert episodes.tolist() == inside  # `length` counts the tokens that are trained
@@ -227,17 +227,14 @@ def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(bas
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     own = np.array(mx.take_along_axis(logps, mx.array(separate.targets)[..., None], axis=-1).squeeze(-1))
     within = by_dtype(1e-4, 3e-2)
-    np.testing.assert_allclose(separate.sampled[OLD], np.where(separate.mask, own, 0), rtol=within, atol=within)
+    np.testing.assert_allclose(separate.columns[OLD], np.where(separate.mask, own, 0), rtol=within, atol=within)
     assert together.supervised_tokens == separate.supervised_tokens
     assert_same(trained(base, settings, separate), trained(base, settings, together))
     begin, end = int(begins[0]), last[0]
     between = np.flatnonzero(~separate.mask[0, begin:end]) + begin
     other = replace(separate, mask=separate.mask.copy())
     other.mask[0, between] = True  # an observation that is trained is another loss
-    other = Batch.of(
-        other.inputs, other.targets, other.mask, other.real_tokens, len(other.positions) + len(between), group=GROUP,
-        numbers=other.numbers, sampled=other.sampled,
-    )  # fmt: skip
+    other = replace(other, slots=other.slots + len(between))
     assert trained(base, settings, other)[0] != pytest.approx(trained(base, settings, separate)[0], rel=1e-4)
 
 
@@ -256,8 +253,8 @@ def filled() -> tuple[Batch, np.ndarray, np.ndarray]:
     numbers = np.array([6, 7, 2, 3, EMPTY, EMPTY])
     per_token = np.where(mask, targets, 0).astype(np.float32)
     batch = Batch.of(
-        inputs.astype(np.int32), targets.astype(np.int32), mask, 9, 16, group=2, numbers=numbers,
-        sampled={LENGTHS: lengths, "per token": per_token},
+        inputs.astype(np.int32), targets.astype(np.int32), mask, 16, 2, numbers,
+        **{LENGTHS: lengths, "per token": per_token},
     )  # fmt: skip
     return batch, begins, begins + lengths.astype(int)
 
@@ -272,14 +269,14 @@ def test_a_row_has_its_prompt_once_and_its_answers_behind():
     assert not together.mask[:, 6:].any()
     assert together.starts.tolist() == [[2, 4], [0, 1], [0, 0]]
     assert together.numbers.tolist() == [3, 1, EMPTY]
-    assert together.sampled[LENGTHS].tolist() == [[2, 1], [1, 3], [0, 0]]
+    assert together.columns[LENGTHS].tolist() == [[2, 1], [1, 3], [0, 0]]
     assert together.real_tokens == 9
     assert together.examples == batch.examples == 2
-    sums = [sums_of_answers(one, one.sampled["per token"]) for one in (batch, together)]
+    sums = [sums_of_answers(one, one.columns["per token"]) for one in (batch, together)]
     assert sums[0].tolist() == sums[1].tolist() == [3, 6, 2, 9, 0, 0]
     [first, second] = split_rows(together, 2)
     assert first.starts.tolist() == [[2, 4], [0, 1]]
-    assert second.sampled[LENGTHS].tolist() == [[0, 0], [0, 0]]
+    assert second.columns[LENGTHS].tolist() == [[0, 0], [0, 0]]
 
 
 def test_what_is_not_trained_within_an_answer_stays_in_its_place():
@@ -287,10 +284,7 @@ def test_what_is_not_trained_within_an_answer_stays_in_its_place():
     batch, *places = filled()
     mask = batch.mask.copy()
     mask[3, 1] = False
-    observed = Batch.of(
-        batch.inputs, batch.targets, mask, 9, 16, group=2, numbers=batch.numbers,
-        sampled=batch.sampled | {LENGTHS: np.array([2, 1, 1, 2, 0, 0], np.float32)},
-    )  # fmt: skip
+    observed = replace(batch, mask=mask).with_columns(**{LENGTHS: np.array([2, 1, 1, 2, 0, 0], np.float32)})
     together, known = joined_batch(observed, *places), joined_batch(batch, *places)
     for name in ("inputs", "targets", "starts"):
         assert np.array_equal(getattr(together, name), getattr(known, name))
@@ -344,7 +338,7 @@ def test_a_batch_is_joined_where_that_saves_work():
     long = np.zeros((8, 320), np.int32)
     lengths = np.full(8, 20, np.float32)
     mask = (np.arange(320) >= 290) & (np.arange(320) < 310) & (long == 0)
-    much = Batch.of(long, long, mask, 8 * 310, 160, group=8, sampled={LENGTHS: lengths})
+    much = Batch.of(long, long, mask, 160, 8, **{LENGTHS: lengths})
     together = Joining(work, False)(much, np.full(8, 290), np.full(8, 310))
     assert together.inputs.shape == (1, 512)
     assert Joining(work, False).saved(much, together) == pytest.approx(
@@ -353,7 +347,7 @@ def test_a_batch_is_joined_where_that_saves_work():
     # Where prompts are short beside the answers, their scores cost more than the prompts.
     lengths[:] = 60
     mask = (np.arange(320) >= 4) & (np.arange(320) < 64) & (long == 0)
-    short = Batch.of(long[:, :64], long[:, :64], mask[:, :64], 8 * 64, 480, group=8, sampled={LENGTHS: lengths})
+    short = Batch.of(long[:, :64], long[:, :64], mask[:, :64], 480, 8, **{LENGTHS: lengths})
     assert joined_batch(short, np.full(8, 4), np.full(8, 64)).inputs.size == short.inputs.size
     assert Joining(work, False)(short, np.full(8, 4), np.full(8, 64)) is short
 

@@ -76,7 +76,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     old = token_logps(base.model, loss, batch)
     old += np.random.default_rng(9).normal(0, 0.2, old.shape).astype(np.float32) * batch.mask
     if name == "sampled_kl":
-        scored = replace(scored, sampled={**(scored.sampled or {}), OLD: old})
+        scored = scored.with_columns(**{OLD: old})
     objective.scorer = scorer
     task = bind(objective, loss, base)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(scored))

@@ -37,7 +37,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     old = token_logps(base.model, loss, batch)
     old += random.normal(0, 0.2, old.shape).astype(np.float32) * batch.mask
     reference = old + random.normal(0, 0.3, old.shape).astype(np.float32) * batch.mask
-    batch = replace(batch, sampled={**(batch.sampled or {}), OLD: old, REFERENCE: reference})
+    batch = batch.with_columns(**{OLD: old, REFERENCE: reference})
     asked = ObjectiveSettings("rloo") if name == "rloo" else ObjectiveSettings("grpo", grpo_loss=name, kl_beta=beta)
     asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
     task = bind(objective_of(asked), loss, base)
@@ -53,7 +53,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
         value.data = torch.tensor(initial[key].T.copy())
     inputs, targets = (torch.tensor(values.astype(np.int64)) for values in (batch.inputs, batch.targets))
     logps = torch.log_softmax(model(inputs).logits, dim=-1).gather(2, targets[..., None]).squeeze(2)
-    others = [torch.tensor(values) for values in (old, reference, batch.mask, batch.sampled[ADVANTAGES])]
+    others = [torch.tensor(values) for values in (old, reference, batch.mask, batch.columns[ADVANTAGES])]
     options = {"beta": beta, "low": 0.15, "high": 0.25, "longest": LONGEST}
     wanted, _ = policy_objective(logps, *others, name, **options)
     wanted.backward()

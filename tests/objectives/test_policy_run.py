@@ -132,7 +132,7 @@ def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data,
     assert ran.code == 0, ran.err
     [step] = seen
     rewards, advantages = (
-        np.concatenate([batch.sampled[name][batch.real] for batch in step]) for name in (REWARDS, ADVANTAGES)
+        np.concatenate([batch.columns[name][batch.real] for batch in step]) for name in (REWARDS, ADVANTAGES)
     )
     assert len(rewards) == 8
     np.testing.assert_allclose(advantages, group_advantages(rewards, 2, "batch"), rtol=1e-5)

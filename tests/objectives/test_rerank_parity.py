@@ -79,7 +79,7 @@ def in_transformers(folder, kind: str, initial, batches):
     model.eval()
     optimizer, losses = torch.optim.AdamW(named.values(), lr=RATE, weight_decay=0.01), []
     for batch in batches:
-        there = np.where(batch.real, batch.labels, -1.0).reshape(-1, batch.group)
+        there = np.where(batch.real, batch.columns["labels"], -1.0).reshape(-1, batch.group)
         numbers = np.arange(len(batch.inputs)).reshape(there.shape)
         kept = numbers[there >= 0]
         inputs = torch.tensor(batch.inputs[kept].astype(np.int64))

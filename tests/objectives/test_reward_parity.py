@@ -113,7 +113,7 @@ def in_trl(folder, settings: ObjectiveSettings, initial, batches, rows: EncodedS
     for batch in batches:
         kept = np.flatnonzero(batch.numbers >= 0)
         order = np.concatenate([kept[0::2], kept[1::2]])
-        margin = torch.tensor(batch.labels[order][: len(order) // 2])
+        margin = torch.tensor(batch.columns["labels"][order][: len(order) // 2])
         inputs = torch.tensor(batch.inputs[order].astype(np.int64))
         loss, told = reward_loss(model, inputs, margin if margin.any() else None, settings.center_rewards or None)
         optimizer.zero_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -64,7 +62,7 @@ def test_log_probabilities_loss_and_gradients_are_those_of_trl(family, tmp_path)
     old = own + random.normal(0, 0.2, own.shape).astype(np.float32) * batch.mask
     reference = old + random.normal(0, 0.3, own.shape).astype(np.float32) * batch.mask
     advantages = random.normal(0, 1, len(batch.inputs)).astype(np.float32)
-    batch = replace(batch, sampled={OLD: old, REFERENCE: reference, ADVANTAGES: advantages})
+    batch = batch.with_columns(**{OLD: old, REFERENCE: reference, ADVANTAGES: advantages})
     wanted = policy_loss_of_trl(logps, batch)
     wanted.backward()
     bound = bind(objective, choose_loss(model, read.base.config, "ours"), read.base)
@@ -98,7 +96,7 @@ def answered(read) -> tuple[Batch, np.ndarray]:
         mask[number, len(tokens) - 1 - kept_tokens : len(tokens) - 1] = True
         sampled += logps[number][:kept_tokens]
     assert mask.sum() > GROUP * len(PICTURES)
-    batch = Batch.of(inputs, targets, mask, int(mask.sum()), group=GROUP, pictures=read.rows.pictures)
+    batch = Batch.of(inputs, targets, mask, group=GROUP, pictures=read.rows.pictures)
     return batch, np.array(sampled)
 
 
@@ -129,6 +127,6 @@ def policy_loss_of_trl(logps, batch):
     import torch
     from trl_policy_judge import policy_objective
 
-    sampled = batch.sampled
+    sampled = batch.columns
     others = [torch.tensor(values) for values in (sampled[OLD], sampled[REFERENCE], batch.mask, sampled[ADVANTAGES])]
     return policy_objective(logps, *others, "dapo", beta=0.2, low=0.2, high=0.2, longest=NEW)[0]

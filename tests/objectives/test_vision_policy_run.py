@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,14 +149,15 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path
     for number, tokens in enumerate(whole):
         inputs[number, : len(tokens) - 1], targets[number, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         mask[number, len(tokens) - 6 : len(tokens) - 1] = True
-    batch = Batch.of(inputs, targets, mask, int(mask.sum()), group=3, pictures=read.rows.pictures)
+    batch = Batch.of(inputs, targets, mask, group=3, pictures=read.rows.pictures)
     loss = at_temperature(choose_loss(model, read.base.config, "ours"), model, read.base.config, 0.8)
     with objective.pictures.shown(model, batch):
         found = token_logps(model, loss, batch)
     np.testing.assert_allclose(found[mask], np.concatenate(logps), atol=2e-4)
-    swapped = replace(batch, pictures=np.where(batch.pictures == batch.pictures[0], 0, batch.pictures))
+    shown = batch.columns["pictures"]
+    swapped = batch.with_columns(pictures=np.where(shown == shown[0], 0, shown))
     with pytest.raises(ValueError, match="embeddings"):
-        objective.arrays_of(replace(swapped, pictures=np.full(9, batch.pictures[-1], np.int32)))
+        objective.arrays_of(swapped.with_columns(pictures=np.full(9, shown[-1], np.int32)))
     blind = token_logps(model, loss, batch)
     assert np.abs(blind[mask][:15] - found[mask][:15]).max() > 1e-2
 

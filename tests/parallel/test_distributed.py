@@ -218,7 +218,7 @@ def test_ranks_divide_the_rows_of_a_step_and_no_two_train_the_same(size):
 def test_the_sums_of_the_shares_are_those_of_the_batch():
     random = np.random.default_rng(0)
     inputs, targets = random.integers(0, 288, (2, 5, 13)).astype(np.int32)
-    batch = Batch.of(inputs, targets, random.random((5, 13)) < 0.4, 65, 40)
+    batch = Batch.of(inputs, targets, random.random((5, 13)) < 0.4, 40)
     model = tiny_model()
     whole = [x.item() for x in plain_loss(model, token_arrays(batch))]
     shares = [share_of(batch, rows) for rows in deal_rows([batch], 2)[0]]
@@ -229,7 +229,7 @@ def test_the_sums_of_the_shares_are_those_of_the_batch():
 
 def test_shares_come_in_few_shapes():
     random = np.random.default_rng(1)
-    batches = [Batch.of(*np.zeros((2, 10, 40), np.int32), random.random((10, 40)) < 0.5, 400, 240) for _ in range(200)]
+    batches = [Batch.of(*np.zeros((2, 10, 40), np.int32), random.random((10, 40)) < 0.5, 240) for _ in range(200)]
     shares = [share_of(b, deal_rows([b], 2)[0][rank]) for b in batches for rank in (0, 1)]
     places = [len(share.positions) for share in shares]
     assert len(set(places)) <= 4

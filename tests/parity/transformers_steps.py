@@ -88,7 +88,7 @@ def batches(steps: int) -> list[Batch]:
     made = []
     for _ in range(steps):
         ids = draw.integers(0, 256, (ROWS, WIDTH + 1)).astype(np.int32)
-        made.append(Batch.of(ids[:, :-1], ids[:, 1:], draw.random((ROWS, WIDTH)) < TRAINED, ROWS * WIDTH))
+        made.append(Batch.of(ids[:, :-1], ids[:, 1:], draw.random((ROWS, WIDTH)) < TRAINED))
     return made
 
 

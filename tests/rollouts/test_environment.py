@@ -305,8 +305,8 @@ def test_a_row_trains_the_models_tokens_alone(cut):
     assert filled.mask[0, :8].astype(int).tolist() == ([0] * 8 if cut else [0, 0, 1, 1, 0, 0, 1, 0])
     assert filled.mask[1, :8].astype(int).tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
     assert (begins.tolist(), ends.tolist()) == ([2, 2], [7, 3])
-    assert filled.sampled[LENGTHS].tolist() == [3, 1]
-    assert filled.sampled[TRUNCATED].tolist() == [1, 0]
+    assert filled.columns[LENGTHS].tolist() == [3, 1]
+    assert filled.columns[TRUNCATED].tolist() == [1, 0]
     rewarded = sampling._with_rewards(filled, rows, made.rewards, None)
     assert rewarded.sampled[REWARDS].tolist() == [1, 3]
 

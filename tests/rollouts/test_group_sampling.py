@@ -199,9 +199,9 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(temperature, pol
     for row, (tokens, begin) in enumerate(rows):
         inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         mask[row, begin - 1 : len(tokens) - 1] = True
-    found = token_logps(model, loss, Batch.of(inputs, targets, mask, int(mask.sum())))
+    found = token_logps(model, loss, Batch.of(inputs, targets, mask))
     np.testing.assert_allclose(found[mask], np.concatenate(logps), atol=1e-4)
     other = token_logps(
-        model, at_temperature(base_loss, model, {"model_type": "llama"}, 0.9), Batch.of(inputs, targets, mask, 1)
+        model, at_temperature(base_loss, model, {"model_type": "llama"}, 0.9), Batch.of(inputs, targets, mask)
     )
     assert np.abs(other[mask] - np.concatenate(logps)).max() > 1e-2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,7 +99,7 @@ def test_loss_and_every_gradient_are_trls(name, tiny_folder):
     rows = len(batch.inputs)
     advantages = draw.normal(0, 1, rows).astype(np.float32)
     more = {OLD: old, REFERENCE: reference, ADVANTAGES: advantages, REWARDS: np.ones(rows, np.float32)}
-    batch = replace(batch, sampled={**(batch.sampled or {}), **more})
+    batch = batch.with_columns(**more)
     beta = 0.0 if name == "rloo" else 0.2
     asked = {"objective": "rloo"} if name == "rloo" else {"objective": "grpo", "grpo_loss": name, "kl_beta": beta}
     asked |= {"model": "m", "data": "d", "reward": "exact_match", "max_new_tokens": ROOM}

@@ -364,7 +364,7 @@ def test_a_score_that_is_no_number_is_never_the_best():
 def a_batch(rows: int, width: int) -> Batch:
     random = np.random.default_rng(rows)
     tokens = random.integers(1, 200, (rows, width + 1)).astype(np.int32)
-    return Batch.of(tokens[:, :-1], tokens[:, 1:], random.random((rows, width)) < 0.6, rows * width)
+    return Batch.of(tokens[:, :-1], tokens[:, 1:], random.random((rows, width)) < 0.6)
 
 
 @pytest.mark.parametrize(
