@@ -196,11 +196,11 @@ def measure() -> dict[str, float]:
     applications = [path for path in package if room(path) in APPLICATIONS]
     everything = count(package)
     plumbing = sum(isinstance(one, PLUMBING) for path in package for one in statements(path))
-    table = tree(PACKAGE / "objectives" / "table.py").body
+    table = tree(PACKAGE / "config" / "objectives.py").body
     rows = next(
         node.value for node in table if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OBJECTIVES"
     )
-    names = ast.literal_eval(rows)
+    names = [key.value for key in rows.keys if isinstance(key, ast.Constant)] if isinstance(rows, ast.Dict) else []
     return {
         "statements of the core": everything - count(applications),
         "statements of the applications": count(applications),

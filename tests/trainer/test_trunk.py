@@ -33,7 +33,6 @@ from mlx_lora.models.folder import parameter_sums
 from mlx_lora.models.frozen_prefix import Trunk, trunk_outputs
 from mlx_lora.models.meta import model_shape
 from mlx_lora.objectives.base import BoundObjective
-from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
 from mlx_lora.trainer.frozen_prefix import StoredOutput, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
@@ -258,14 +257,15 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tiny_folder, chats, tmp_path
     settings = train_settings({"model": "m", "cache_trunk": "on", "num_layers": 1})
     base = SimpleNamespace(model=tiny_model())
     unused = (base, SimpleNamespace(rows=SimpleNamespace(starts=np.zeros(1))), None, 2.0, None)
-    imitation, rated = objective_of(ObjectiveSettings()), objective_of(ObjectiveSettings("kto", loss_type="kto"))
-    for ranks, objective, words in ((2, imitation, "2 processes"), (1, imitation, "--shared-prefix off")):
+    for ranks, words in ((2, "2 processes"), (1, "--shared-prefix off")):
         strategy = SimpleNamespace(ranks=SimpleNamespace(size=ranks))
         with pytest.raises(InputError, match=words):
-            choose_trunk(TrunkAsked(settings, *unused, strategy), StepVariant(PLAIN, None), objective)
+            choose_trunk(TrunkAsked(settings, *unused, strategy), StepVariant(PLAIN, None))
     apart = (base, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, None)
     with pytest.raises(InputError, match="compared with others"):
-        choose_trunk(TrunkAsked(settings, *apart), StepVariant(PLAIN, None), rated)
+        choose_trunk(
+            TrunkAsked(replace(settings, objective=ObjectiveSettings("kto")), *apart), StepVariant(PLAIN, None)
+        )
 
 
 def test_pairs_in_rows_of_their_own_are_kept(tiny_folder, tmp_path):
