@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
