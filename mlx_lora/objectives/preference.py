@@ -1,46 +1,25 @@
 """Preference objectives: pairs of a chosen and a rejected answer (DPO, ORPO, SimPO, CPO), rated answers (KTO), reward models.
 
 The loss is computed from the summed log-probability of each answer (losses/preference.py), which for a reward model is the
-score of its last token. A pair's answers may share their prompt (objectives/prefix_sharing.py). The reference is the model as it
-was before training, or --reference-adapter: each answer's log-probability under it is computed once, before the first step, and
-stored on disk. So no second model is in memory, and a second run starts
-immediately. An untrained adapter changes nothing, so the model with it is the base.
+score of its last token. A pair's answers may share their prompt (objectives/prefix_sharing.py). What the model is compared with is
+in objectives/reference.py.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
-from mlx_lora.adapters.qat import begin_qat, is_rounded
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.exporters.adapter_config import own_entries
-from mlx_lora.exporters.adapter_folder import (
-    AdapterInfo,
-    adapter_files,
-    check_base,
-    load_adapter,
-    read_adapter_config,
-    resume_file,
-    start_folder,
-)
-from mlx_lora.kernels.table import KernelChoice, long_row_kernels, training_kernels
 from mlx_lora.losses import preference as pair_losses
-from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses, token_arrays
 from mlx_lora.losses.preference import (
     PAIR_LOSSES,
@@ -53,23 +32,19 @@ from mlx_lora.losses.preference import (
     bradley_terry,
     preferred,
 )
-from mlx_lora.models.folder import model_sample
 from mlx_lora.models.head import body_of, scores_at, with_last_block
-from mlx_lora.models.prefix_attention import answers_at, unshareable
+from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext, WholeSet
-from mlx_lora.objectives.prefix_sharing import Layout, joined, lay_out, sharing_problem
+from mlx_lora.objectives.prefix_sharing import Layout, lay_out
+from mlx_lora.objectives.reference import put_reference, with_reference
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, replacing_file, sha256_of
-from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import unknown_name
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
 
 
@@ -244,45 +219,6 @@ def _array_sums(model: nn.Module, tokens: TokenLosses, arrays: Arrays) -> Answer
     return answer_sums(tokens(model, arrays), arrays)
 
 
-def row_log_probabilities(
-    model: nn.Module,
-    sums: BatchSums,
-    rows: EncodedSet,
-    batch_tokens: int,
-    on_progress: Callable[[int], None] = lambda done: None,
-    finite: bool = True,
-    strategy: Strategy = SINGLE_DEVICE,
-) -> np.ndarray:
-    """Return the log-probability of each answer, (A,) float32, in the order of the rows.
-
-    Args:
-        model: is put in eval mode meanwhile.
-        sums: computes those of a batch's answers, without a gradient.
-        rows: rows with one answer each, or joined rows with several.
-        batch_tokens: the most positions of a batch.
-        on_progress: called with the number of finished answers after each batch.
-        finite: raise ArithmeticError if one is not finite.
-        strategy: how the ranks that call this divide the batches; all get all answers.
-    """
-    apart = replace(rows, group=1)
-    found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
-    training, done = model.training, 0
-    model.eval()
-    plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
-    for batch in strategy.held_out(plan, -1):
-        logps = np.array(sums(model, batch).logps).reshape(-1, found.shape[1])
-        numbers: Any = batch.numbers  # there are some: the batch is of a set
-        found[numbers[batch.real]] = logps[batch.real]
-        done += logps[batch.real].size
-        on_progress(min(strategy.ranks.size * done, found.size))
-    found = np.array(strategy.ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
-    model.train(training)
-    if finite and not np.isfinite(found).all():
-        bad = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise ArithmeticError(f"answer {bad}: its log-probability under the reference is {found[bad]}")
-    return found
-
-
 # Whole sets
 
 SUM_NAMES = ("logps", "tokens", "likelihood", "reference", "labels", "real")
@@ -328,8 +264,6 @@ def _mean(values: mx.array) -> float:
 
 
 # Preference objectives: pairs of a chosen and a rejected answer (DPO, ORPO, SimPO, CPO), rated answers (KTO), reward models
-
-log = logging.getLogger(__name__)
 
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
@@ -577,161 +511,3 @@ def _weights(text: str | None, names: list[str]) -> list[float]:
     if len(weights) != len(names) or not all(0 <= weight < 1e6 for weight in weights):
         raise InputError(f"--loss-weights {text!r}: give {len(names)} numbers of at least 0, one for each --loss-type")
     return weights
-
-
-# The reference: each answer's log-probability under the untrained or another adapter
-
-
-def put_reference(ctx: RunContext) -> None:
-    """Put the reference's adapter on the plain base: --reference-adapter, or where one is measured, the one its run began with.
-
-    Raises:
-        InputError: the adapter is gone, does not fit the base, or has parameters trained in full that would stay on it.
-    """
-    named, adapter, base = ctx.settings.objective.reference_adapter, ctx.settings.adapter, ctx.plain_base
-    if named:
-        info = _load_reference(ctx, Path(named), f"--reference-adapter {named}")
-        if info.full and ctx.untrained is None:
-            raise InputError(
-                f"--reference-adapter {named}: trained {info.full[0]} in full, which cannot be removed from the "
-                "base again; fuse it and train on the fused model"
-            )
-    elif start := adapter.resume_adapter_file:
-        _load_reference(ctx, start_folder(start), f"the adapter that the run began with, {start}")
-        log.info(f"Reference: {start}, with which the run began")
-        if adapter.qat == 1:
-            begin_qat(base.model)
-
-
-def with_reference(
-    objective: Preference,
-    settings: TrainSettings,
-    base: Base,
-    sets: dict[str, EncodedSet],
-    strategy: Strategy = SINGLE_DEVICE,
-    loss: Loss | None = None,
-    kernels: KernelChoice | None = None,
-) -> dict[str, EncodedSet]:
-    """Return the sets with each answer's log-probability under the reference.
-
-    Args:
-        objective: of the run.
-        settings: of the run.
-        base: the reference: the model with another adapter, or adapted but not yet trained.
-        sets: pairs or rated answers.
-        strategy: rank 0 computes the reference, or all in lockstep, and all get the same numbers.
-        loss: the loss to compute it with, that of the run's steps; None: choose one.
-        kernels: the kernels to compute it with; None: the model's own.
-    """
-    return {
-        name: replace(rows, reference=_logps_of(objective, settings, base, rows, strategy, loss, kernels))
-        for name, rows in sets.items()
-    }
-
-
-def _load_reference(ctx: RunContext, folder: Path, given: str) -> AdapterInfo:
-    """Put the reference's adapter on the base; for an adapter of another base, the advice is not that of other commands."""
-    config, base = read_adapter_config(folder), ctx.plain_base
-    try:
-        if not ctx.ignore_fingerprint:
-            check_base(base, config, folder)
-    except InputError:
-        raise InputError(
-            f"{given}: was trained on another base, {own_entries(config).get('base_model')}; give one of --model "
-            f"{base.model_id} as --reference-adapter, or train without one to compare with the model as it is"
-        ) from None
-    return load_adapter(base, folder, ctx.ignore_fingerprint)
-
-
-def _logps_of(
-    objective: Preference,
-    settings: TrainSettings,
-    base: Base,
-    rows: EncodedSet,
-    strategy: Strategy,
-    loss: Loss | None,
-    kernels: KernelChoice | None,
-) -> np.ndarray:
-    """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
-    file = cache_dir("reference") / f"{_key(objective, settings, base, rows, kernels)}.npy"
-    ranks, together = strategy.ranks, strategy.lockstep  # then a rank alone cannot compute
-    kept = _read(file, len(rows)) if ranks.leads else None
-    logps = np.zeros(len(rows), np.float32) if kept is None else kept
-    if kept is not None:
-        log.info(f"Reference: {len(rows):,} answers from an earlier run")
-    computes = ranks.from_first(kept is None) if together else ranks.leads and kept is None
-    if computes:
-        start = time.perf_counter()
-        with long_row_kernels(base.model) if kernels is None else training_kernels(base.model, choose=kernels):
-            logps = _compute(objective, settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
-        log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
-        if ranks.leads:
-            _keep(file, logps)
-    return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
-
-
-def _compute(
-    objective: Preference,
-    settings: TrainSettings,
-    base: Base,
-    rows: EncodedSet,
-    loss: Loss | None,
-    strategy: Strategy,
-) -> np.ndarray:
-    answers, shares = len(rows), _shares(settings)
-    if loss is None:  # before the run has chosen, and tried, its own
-        loss = choose_loss(base.model, base.config, settings.loop.kernels, measure=True, strategy=strategy)
-        shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
-    if shares:
-        rows = joined(rows)
-    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
-    try:
-        with long_task("Reference", answers, "answers") as task:
-            sums = objective.sums_of(loss.measure_tokens or loss.tokens)
-            return row_log_probabilities(base.model, sums, rows, tokens, task.reach, strategy=strategy)
-    except ArithmeticError as error:
-        raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
-
-
-def _shares(settings: TrainSettings) -> bool:
-    """Tell whether a pair's answers share a row, which the run has decided by now."""
-    return settings.objective.shared_prefix == "on"
-
-
-def _key(
-    objective: Preference, settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None
-) -> str:
-    """Return a name for everything that the numbers depend on."""
-    adapter, files = settings.adapter, []
-    if settings.objective.reference_adapter:
-        # Its config has the scale, and the layers that its factors belong to.
-        folder = Path(settings.objective.reference_adapter)
-        files = [sha256_of(file) for file in adapter_files(folder)]
-    elif adapter.resume_adapter_file:
-        start = resume_file(adapter.resume_adapter_file)
-        files = [sha256_of(file) for file in (start, *adapter_files(start.parent))]
-        files += [adapter.rank, adapter.alpha, adapter.rank_pattern, adapter.alpha_pattern]
-    facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
-    facts += [str(device.compute_dtype(settings.model.dtype))]
-    facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
-    facts += [kernels and kernels.names(), is_rounded(base.model), *files]
-    facts += [] if objective.pictures is None else objective.pictures.facts
-    return sha256_of(json.dumps(facts))[:32]
-
-
-def _read(file: Path, rows: int) -> np.ndarray | None:
-    """Return the numbers that an earlier run stored, None if they are missing or damaged."""
-    try:
-        found = np.load(file)
-    except (OSError, ValueError, EOFError):
-        return None
-    return found if found.shape == (rows,) and found.dtype == np.float32 and np.isfinite(found).all() else None
-
-
-def _keep(file: Path, logps: np.ndarray) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(file) as temporary, temporary.open("wb") as out:
-            np.save(out, logps)
-    except OSError as error:
-        log.info(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")

@@ -4,7 +4,7 @@ The first signal asks the loop to save and end, the second ends the process at o
 
 A run that exceeds its memory limit goes on with its batches in parts. That changes no update: a loss is a sum over trained
 tokens and is divided once, after all parts, so two halves give the gradient of the whole. An exception is a loss that sorts
-the pairs of a batch (`Objective.sorts`); a run says when it cuts theirs.
+the pairs of a batch (`BoundObjective.sorts`); a run says when it cuts theirs.
 
 An allocation that fails cannot be caught: MLX then ends the process, on every backend. utils/supervise.py restarts it from
 the last checkpoint, in smaller parts.

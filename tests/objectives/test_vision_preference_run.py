@@ -20,7 +20,7 @@ from mlx_lora.data.formats import NamedColumns
 from mlx_lora.data.images import MARK
 from mlx_lora.data.read import parse_record_of
 from mlx_lora.losses.cross_entropy import PLAIN
-from mlx_lora.objectives.preference import row_log_probabilities
+from mlx_lora.objectives.reference import row_log_probabilities
 
 pytest.importorskip("mlx_vlm")
 COLORS = {"red": (220, 20, 20), "blue": (20, 20, 220)}

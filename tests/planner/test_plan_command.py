@@ -31,8 +31,8 @@ from mlx_lora.data.files import is_local
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape, outline_of, outline_of_config
-from mlx_lora.objectives import preference as reference
-from mlx_lora.objectives.preference import row_log_probabilities
+from mlx_lora.objectives import reference
+from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
 from mlx_lora.planner.shapes import ModelShape

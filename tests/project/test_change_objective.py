@@ -53,13 +53,13 @@ NEW = '''"""A margin between two answers (--objective margin)."""
 
 import mlx.core as mx
 
-from mlx_lora.objectives.base import AnswerSums, Objective
-from mlx_lora.objectives.preference import Preference
+from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.preference import AnswerSums, Preference
 
 
 def margin(settings) -> Objective:
     """Return the objective of --objective margin."""
-    return Preference("margin", "pairs", "a margin between two answers", loss=loss, reports=("apart",))
+    return Preference(settings, "a margin between two answers", loss=loss, reports=("apart",))
 
 
 def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
@@ -91,11 +91,11 @@ def test_a_new_objective_is_its_file_and_one_row(tmp_path):
     package = copied(tmp_path)
     (package.root / "mlx_lora" / "objectives" / "margin.py").write_text(NEW)
     package.edit(
-        "objectives/table.py",
-        '    "sft": ("sft", "sft"),\n',
-        '    "sft": ("sft", "sft"),\n    "margin": ("margin", "margin"),\n',
+        "config/objectives.py",
+        "OBJECTIVES = {\n",
+        'OBJECTIVES = {\n    "margin": ObjectiveRow("margin.margin", **_PREFERENCE),\n',
     )
-    assert sorted(package.touched()) == ["objectives/margin.py", "objectives/table.py"]
+    assert sorted(package.touched()) == ["config/objectives.py", "objectives/margin.py"]
     seen = package.python(RUNS_IT)
     assert seen["codes"] == [0, 0, 0], seen["said"]
     found = {line["step"]: line for line in seen["lines"] if line["loss"] is not None}
