@@ -118,7 +118,7 @@ def measured(name: str, case: Case, asked: Any, out: Path) -> dict[str, Any]:
     """Return the planned and the measured peak of a run, in bytes."""
     model = write_model(case.family, out / "models" / case.family)
     data = write_rows(out / "rows" / str(case.side), case.side, 2 * asked.batch_size)
-    flags = as_words({"--model": model, "--data": data, "--objective": "vision_sft", "--batch-size": asked.batch_size,
+    flags = as_words({"--model": model, "--data": data, "--batch-size": asked.batch_size,
                       "--grad-checkpoint": asked.checkpointing, "--kernels": "ours", "--iters": 2, "--valid-fraction": 0,
                       **case.more})  # fmt: skip
     run = out / "run"

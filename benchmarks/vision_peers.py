@@ -126,7 +126,7 @@ def factors(model: Path, data: Path, rows: int, out: Path) -> dict[str, str]:
     """Return the folders of the initial factors, as ours and as mlx-vlm's; one step with no rate to speak of makes them."""
     ours, theirs = out / "initial", out / "initial-mlx-vlm"
     if not theirs.is_dir():
-        run("train", "--model", model, "--data", data, "--adapter-path", ours, "--objective", "vision_sft", "--iters", 1, "--rank", 8,
+        run("train", "--model", model, "--data", data, "--adapter-path", ours, "--iters", 1, "--rank", 8,
             "--alpha", 16, "--batch-size", rows, "--learning-rate", 1e-12, "--kernels", "ours", "--valid-fraction", 0, "--force")  # fmt: skip
         run("export", "--model", model, "--adapter-path", ours, "--to", "mlx-vlm", "--out", theirs)
     return {"adapter": str(ours), "exported": str(theirs)}

@@ -117,10 +117,10 @@ class Rows:
         return token_arrays(batch) | {"pictures": self.pictures.arrays_of(batch)}
 
 
-def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "vision_sft", **settings: Any) -> Rows:
+def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "sft", **settings: Any) -> Rows:
     """Load a vision-language model, and read rows for it, to train or to measure."""
     base = load_base(ModelSettings(model=str(model), dtype="float32"))
-    asked = train_settings({"model": str(model), "data": str(data), "objective": objective, **settings})
+    asked = train_settings({"model": str(model), "data": str(data), "objective": objective, "images": True, **settings})
     made = objective_of(asked.objective)
     assert made.pictures is not None
     ctx = RunContext(asked, made, base, trains=trains)

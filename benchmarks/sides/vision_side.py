@@ -40,7 +40,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("anew"):
         see_anew()
     mlx_lora.train(
-        base, job["data"], Path(job["result"]).with_suffix(".run"), objective="vision_sft", iters=job["steps"],
+        base, job["data"], Path(job["result"]).with_suffix(".run"), iters=job["steps"],
         batch_size=job["batch_size"], learning_rate=job["learning_rate"], lr_schedule="constant", warmup=0, weight_decay=0.0,
         max_grad_norm=0, steps_per_report=1, save_every=0, valid_fraction=0, kernels="ours", progress=False,
         resume_adapter_file=job["adapter"], rank=8, alpha=16.0, callbacks=[Clock()], grad_checkpoint="none",

@@ -29,7 +29,7 @@ from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import check_kind, objective_of
+from mlx_lora.objectives.table import check_kind, objective_of, with_pictures
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.diagnosis import Count
@@ -107,7 +107,8 @@ def evaluate(
 
 def compares(settings: TrainSettings) -> bool:
     """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
-    return settings.objective.row.of_answers and not dividing_flag(settings.loop)
+    asked = settings.objective
+    return asked.row.of_answers and not asked.images and not dividing_flag(settings.loop)
 
 
 def check_evaluation(settings: TrainSettings, adapter: PathLike | None, show: int) -> None:
@@ -163,6 +164,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     Raises:
         InputError: adapter or data that cannot be used.
     """
+    settings = with_pictures(settings, base.config)
     adapter, ignore_fingerprint, objective = asked.adapter, asked.ignore_fingerprint, objective_of(settings.objective)
     if settings.objective.row.reference and (flag := dividing_flag(settings.loop)):
         raise InputError(

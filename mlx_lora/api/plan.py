@@ -46,7 +46,7 @@ from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import joined, layout_problem
-from mlx_lora.objectives.table import check_kind, objective_of, other_models_bytes
+from mlx_lora.objectives.table import check_kind, objective_of, other_models_bytes, with_pictures
 from mlx_lora.objectives.teacher import check_teacher, readable_data
 from mlx_lora.parallel.offloaded_base import copy_rate, read_rate
 from mlx_lora.parallel.ranks import ALONE
@@ -199,6 +199,7 @@ def plan_run(
     """
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
+    settings = with_pictures(settings)
     objective = objective_of(settings.objective)  # refuses what `train` would
     settings, asked = offloaded(settings) if settings.loop.offload_base == "on" else settings, settings
     parts = parts or PlanParts()
@@ -568,7 +569,7 @@ class PlannedData:
     Attributes:
         rows: to train on, as they are put into batches; an example of preference training has two.
         valid: held-out rows.
-        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        measured_tokens: what a reference, or a teacher, measures before the first step: those of all rows; 0 without one.
         prompts: that answers are sampled to, as `fit` takes them.
         facts: what the defaults follow.
         batches: tokens of a batch -> into how many batches the rows are divided, and their shapes.
@@ -600,7 +601,9 @@ def measure_data(
     if asked.shares_prompts and layout_problem(asked.shared_prefix, outline.model, shape, rows) is None:
         settings = replace(settings, objective=replace(asked, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
-    measured, facts = sum(len((part.teacher or part).tokens) for part in parts), data_facts(rows, splits.valid)
+    measures = (asked.row.reference or asked.row.taught) and not asked.samples
+    measured = sum(len((part.teacher or part).tokens) for part in parts) if measures else 0
+    facts = data_facts(rows, splits.valid)
     prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
     return settings, PlannedData(rows, valid, measured, prompts, facts, batches)
 
@@ -682,6 +685,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
     check_request(settings, ALONE)
     if not wants_training(settings):
         raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
+    settings = with_pictures(settings)
     settings = settled_offload(settings, ALONE)
     model = settings.model
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)

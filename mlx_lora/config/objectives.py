@@ -35,7 +35,7 @@ class ObjectiveRow:
         scores: whether a score head reads each row's last token.
         vectors: whether the model gives vectors of texts.
         on_encoders: whether the model may be an encoder, because the padding is masked.
-        pictures: whether prompts may have pictures (--images); `always`: without that flag, too.
+        pictures: whether prompts may have pictures.
         together: whether runs on one base may be computed together (`train_several`).
         group: rows of an example that stay together in a batch, if the settings do not say more.
         trained: how many of these are trained; the others are only measured.
@@ -52,7 +52,7 @@ class ObjectiveRow:
     scores: bool = False
     vectors: bool = False
     on_encoders: bool = False
-    pictures: bool | str = False
+    pictures: bool = False
     together: bool = False
     group: int = 1
     trained: int | None = None
@@ -62,7 +62,7 @@ class ObjectiveRow:
     @property
     def of_answers(self) -> bool:
         """Whether the answers of the data are all that is trained toward, so that what a model says may be compared with them."""
-        return self.imitates and not self.taught and self.pictures != "always"
+        return self.imitates and not self.taught
 
     @property
     def writes(self) -> bool:
@@ -74,7 +74,7 @@ _PREFERENCE: dict[str, Any] = {"records": "pairs", "group": 2, "metrics": ("accu
 _OF_ANSWERS: dict[str, Any] = {"pictures": True, "together": True}
 # A new objective is a row here, and its file.
 OBJECTIVES = {
-    "sft": ObjectiveRow("sft.SFT", imitates=True, together=True),
+    "sft": ObjectiveRow("sft.SFT", imitates=True, pictures=True, together=True),
     "dpo": ObjectiveRow("preference.dpo", reference=True, **_PREFERENCE, **_OF_ANSWERS),
     "orpo": ObjectiveRow("preference.orpo", **_PREFERENCE, **_OF_ANSWERS),
     "simpo": ObjectiveRow("preference.simpo", **_PREFERENCE, **_OF_ANSWERS),
@@ -93,8 +93,8 @@ OBJECTIVES = {
     "embed": ObjectiveRow(
         "embed.embed", "pairs", vectors=True, on_encoders=True, group=2, examples_per_step=32, metrics=("accuracy",)
     ),
-    "vision_sft": ObjectiveRow("sft.SFT", imitates=True, pictures="always"),
 }
+GONE = {"vision_sft": "sft, which sees the pictures in the data"}
 
 
 def row_of(name: str | None) -> ObjectiveRow:
@@ -104,6 +104,8 @@ def row_of(name: str | None) -> ObjectiveRow:
         InputError: there is none of this name.
     """
     name = ObjectiveSettings.objective if name is None else name
+    if name in GONE:
+        raise InputError(f"--objective {name}: give {GONE[name]}")
     if name not in OBJECTIVES:
         raise InputError(f"--objective {name!r}: {unknown_name(name, OBJECTIVES)}")
     return OBJECTIVES[name]
@@ -114,7 +116,7 @@ LABELED = tuple(name for name, row in OBJECTIVES.items() if row.records == "labe
 RANKED = tuple(name for name, row in OBJECTIVES.items() if row.records == "candidates")
 IMITATION = tuple(name for name, row in OBJECTIVES.items() if row.imitates)
 PAIRS = tuple(name for name, row in OBJECTIVES.items() if row.records == "pairs" and not row.vectors)
-WITH_IMAGES = tuple(name for name, row in OBJECTIVES.items() if row.pictures is True)
+WITH_IMAGES = tuple(name for name, row in OBJECTIVES.items() if row.pictures)
 
 
 # fmt: off
@@ -127,11 +129,10 @@ class ObjectiveSettings:
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
         "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
         "classify: give each text its label, or a number; rerank: order documents by how well they answer a query; "
-        "embed: give texts that belong together similar vectors, for search; "
-        "vision_sft: imitate answers about pictures.",
+        "embed: give texts that belong together similar vectors, for search.",
         OBJECTIVE, common=True)
-    images: bool = setting(False, "Prompts may have pictures (dpo, orpo, simpo, cpo, kto, grpo, rloo); --model is a "
-        "vision-language model.", OBJECTIVE, only=WITH_IMAGES)
+    images: bool = setting(False, "Prompts may have pictures, and --model is a vision-language model. Needed where the first rows "
+        "of the data have none, and to plan without data.", OBJECTIVE, only=WITH_IMAGES)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
         "such as sigmoid,sft, which also imitates the chosen answers. "
@@ -268,7 +269,7 @@ class ObjectiveSettings:
     @property
     def shares_prompts(self) -> bool:
         """Whether the answers to a prompt may share its row (--shared-prefix)."""
-        return self.objective in (*PAIRS, *SAMPLING) and not self.sees
+        return self.objective in (*PAIRS, *SAMPLING) and not self.images
 
     @property
     def rows_per_example(self) -> int:
@@ -284,11 +285,6 @@ class ObjectiveSettings:
     def trained_rows_per_example(self) -> int:
         """The number of these rows that are trained; the others are only measured."""
         return self.row.trained or self.rows_per_example
-
-    @property
-    def sees(self) -> bool:
-        """Whether rows may have pictures."""
-        return self.images or self.row.pictures == "always"
 
     @property
     def rewarded(self) -> bool:

@@ -133,7 +133,6 @@ NOT_IMITATED: dict[str, Any] = {"objective": other_than(*IMITATION)}
 RULES: tuple[Rule, ...] = (
     # Data
     needs("rephrase_model", "say how many wordings of each question, as in --rephrase 3", rephrase=GIVEN),
-    needs("fetch_images", "pictures are only shown with these", objective="vision_sft", images=True),
     excludes("data_format", BY_KEYS, **NOT_IMITATED),
     excludes("data_format", BY_KEYS, on_policy=True),
     excludes(COLUMNS, "the columns already determine the format", "leave --data-format out", data_format=GIVEN),
@@ -155,10 +154,6 @@ RULES: tuple[Rule, ...] = (
         ("rank_pattern", "alpha_pattern", "modules_to_save", "dropout", "bias"),
         "it trains the modules in --target-modules and nothing else",
         method="full",
-    ),
-    *(
-        needs(name, "pictures are only shown with these", objective="vision_sft", images=True)
-        for name in ("train_connector", "train_vision")
     ),
     excludes(("train_connector=lora", "train_vision=lora"), "it trains whole layers", "give full", method="full"),
     excludes(("train_connector", "train_vision"), "a tower stays in float, and is not rounded", BOTH, qat=GIVEN),
@@ -238,7 +233,6 @@ RULES: tuple[Rule, ...] = (
     needs("offload_activations", "works with it only", "add it, or leave this out", offload_base="on"),
     excludes("cache_trunk=on", "works in a single process only", shard_base=GIVEN),
     excludes("cache_trunk=on", "the tower's output is kept instead", images=True),
-    excludes("cache_trunk=on", "the tower's output is kept instead", objective="vision_sft"),
     excludes("cache_trunk=on", "a row holds several texts", objective="embed"),
     *(
         excludes(divided, why, do, **when)
@@ -287,9 +281,8 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
             continue
         if row.only and objective not in row.only:
             use = "use" if row.only[1:] else "uses"
-            hint = "; imitate answers about pictures with --objective vision_sft" if name == "images" else ""
             asked = f"{spelled(name, settings[name])} with --objective {objective}"
-            problems.append(f"{asked}: only {', '.join(row.only)} {use} it; leave it out{hint}")
+            problems.append(f"{asked}: only {', '.join(row.only)} {use} it; leave it out")
         if row.method and row.method != method:
             asked = f"{spelled(name, settings[name])} with --method {method}"
             problems.append(f"{asked}: only --method {row.method} uses it; leave it out")

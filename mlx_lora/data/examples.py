@@ -360,8 +360,7 @@ def _content(content: Any, number: int) -> tuple[str, str]:
         if isinstance(value, list):  # Mistral's thinking is itself a list of text parts
             value = _content(value, number)[0]
         if not isinstance(value, str):
-            asked = "--objective vision_sft, or --images with objectives of preferences and rewards"
-            seen = f"; questions may have pictures with {asked}" if "image" in str(kind) else ""
+            seen = "; a vision-language model takes questions with pictures" if "image" in str(kind) else ""
             raise FormatError(f"message {number} has a content part of type {kind!r}; only text is trained{seen}")
         texts[str(kind)].append(value)
     return "".join(texts["text"]), "".join(texts["thinking"])

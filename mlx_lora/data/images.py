@@ -31,6 +31,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,10 @@ from mlx_lora.data.examples import (
     Text,
     as_conversation,
 )
+from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.preferences import OUR_NAMES, Pair, Rated
 from mlx_lora.data.prompts import Prompt, prompt_of
+from mlx_lora.data.records import Record, read_records
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 
@@ -66,11 +69,34 @@ TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
 ANSWERING = ("assistant", "gpt", "model", "bot")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SEVERAL = ("MPO",)  # phones put a depth picture behind the photo
 MOST_BYTES = 64 << 20
 MOST_PIXELS = 64_000_000
 DECODING = 2  # version of the pixels that a file gives, for what is cached of them
 MOST_STRETCH = 200  # longest side by shortest, as in transformers' processors
+
+
+LOOKED_AT = 20  # records of a file among which one with a picture is looked for
+
+
+def have_pictures(data: DataSettings) -> bool:
+    """Tell whether some of the first records of data on this disk have pictures."""
+    if not all(is_local(name) for name, _ in named_sets(data.data or "")):
+        return False
+    for file in (file for one in find_sets(data.data or "") for files in one.splits.values() for file in files[:1]):
+        for record in islice(read_records(file.path, file.sheet), LOOKED_AT):
+            if isinstance(record, Record) and _has_picture(record.value):
+                return True
+    return False
+
+
+def _has_picture(record: Fields) -> bool:
+    """Tell whether a record has a column of pictures, or a turn with one."""
+    named = str(record.get("file_name") or "").lower().endswith(SUFFIXES)
+    turns = [turn for name in (*TURNS, *SIDES) for turn in record.get(name) or () if isinstance(turn, dict)]
+    parts = [part for turn in turns for part in turn.get("content") or () if isinstance(part, dict)]
+    return named or any(map(record.get, COLUMNS[:-1])) or any("image" in str(part.get("type")) for part in parts)
 
 
 @dataclass(frozen=True)

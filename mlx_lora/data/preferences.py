@@ -191,7 +191,7 @@ def _known(record: Fields) -> Fields:
     record = _our_columns(record)
     for name in MEDIA:
         if record.get(name):
-            hint = "; a vision-language model is trained on pictures with --images" if "image" in name else ""
+            hint = "; a vision-language model takes questions with pictures" if "image" in name else ""
             raise FormatError(f"it has {name}; only text is trained{hint}")
     return record
 

@@ -46,13 +46,11 @@ from mlx_lora.rollouts.rewards import (
     means_of_known,
     own_reports,
     reward_files,
-    reward_folders,
     reward_names,
 )
 from mlx_lora.rollouts.rollout import PictureRollouts, Rollouts
 from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
-from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
@@ -178,10 +176,6 @@ class Policy(SampledObjective):
             check_environment(settings, functions)
         if settings.reward or not settings.has_episodes:
             check_rewards(settings, functions)
-        if settings.sees and (folders := reward_folders(settings)):
-            raise InputError(
-                f"--reward {folders[0]} with --images: a reward model reads text alone; give a function, or another reward"
-            )
 
     def open(self, ctx: RunContext) -> None:
         if self.pictures is not None:

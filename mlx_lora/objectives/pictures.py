@@ -66,6 +66,7 @@ from mlx_lora.objectives.vision_encoder import (
     tower_key,
 )
 from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
+from mlx_lora.rollouts.rewards import reward_folders
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -364,7 +365,7 @@ class Pictures:
 
     def __init__(self, options: ObjectiveSettings):
         self.table = ImageTable.empty()
-        self.asked = f"--objective {options.objective}" + (" with --images" if options.images else "")
+        self.asked = f"--objective {options.objective} with pictures"
         self._options = options
         self._eyes: VisionEncoder | None = None
         self._token: int | None = None  # of pictures, as far as it is known
@@ -413,11 +414,15 @@ class Pictures:
             self._layers, self._whole = tower_targets(tower.model, adapter)
 
     def check_sampling(self, ctx: RunContext) -> None:
-        """Refuse to sample several answers to a prompt that sees itself.
+        """Refuse what answers about pictures cannot be sampled with, or rewarded by.
 
         Raises:
-            InputError: the model's prompts do.
+            InputError: the model's prompts see themselves, or a reward is a model of text.
         """
+        if folders := reward_folders(self._options):
+            raise InputError(
+                f"--reward {folders[0]} with pictures: a reward model reads text alone; give a function, or another reward"
+            )
         if ImageInputSpec.of(ctx.base.config).prompt:
             raise InputError(
                 f"{self.asked} with a {ctx.base.config.get('model_type')} model: several answers to a prompt that sees itself "

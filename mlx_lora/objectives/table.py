@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.rules import problems_with
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_config
+from mlx_lora.utils.parsing import read_json
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
@@ -29,11 +35,44 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
             f"--shared-prefix {settings.shared_prefix} with --objective {settings.objective}: only objectives with several answers to a "
             "prompt use it; leave it out"
         )
-    if settings.sees:
+    if settings.images:
         from mlx_lora.objectives.pictures import Pictures  # few runs need it
 
         objective.pictures = Pictures(settings)
     return objective
+
+
+def with_pictures(settings: TrainSettings, config: Mapping[str, Any] | None = None) -> TrainSettings:
+    """Return the settings with --images if the model sees pictures, and the data on this disk have some.
+
+    Args:
+        settings: of a run, a plan, or a measurement.
+        config: the model's config.json; None: it is read.
+
+    Raises:
+        InputError: a setting cannot be combined with pictures, or needs some.
+    """
+    asked, data, model = settings.objective, settings.data, settings.model
+    if asked.images or not asked.row.pictures or not data.data or not model.model:
+        return settings
+    if config is None:
+        file = resolve_config(model.model, model.revision) / "config.json"  # a GGUF file has none, and sees nothing
+        config = read_json(file, "download the model again") if file.is_file() else {}
+    if "vision_config" in config:
+        from mlx_lora.data.images import have_pictures  # few runs need it
+
+        if have_pictures(data):
+            if problems := problems_with(settings.to_flat(), "images", True):
+                raise InputError(problems[0])
+            return replace(settings, objective=replace(asked, images=True))
+    needing = [name for name in ("fetch_images", "max_pixels") if getattr(data, name)]
+    needing += [name for name in ("train_connector", "train_vision") if getattr(settings.adapter, name)]
+    if needing:
+        raise InputError(
+            f"{flag_of(needing[0])}: the first rows of --data {data.data} have no pictures that {model.model} sees; leave it "
+            "out, or give --images if later rows have some"
+        )
+    return settings
 
 
 def other_models_bytes(settings: TrainSettings, objective: Objective) -> int:

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -54,6 +54,7 @@ from mlx_lora.data.report import DroppedRow, row_pieces
 from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.table import with_pictures
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
@@ -250,11 +251,13 @@ def reader_for(settings: TrainSettings, folder: Path, tokenizer: PreTrainedToken
     Raises:
         InputError: the model sees no pictures.
     """
-    if not settings.objective.sees:
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_json(folder / "config.json", "download the model again")
+    if not with_pictures(replace(settings, model=replace(settings.model, model=str(folder))), config).objective.images:
         return None
     from mlx_lora.objectives.pictures import Pictures
 
-    config = read_json(folder / "config.json", "download the model again")
     reader = Pictures(settings.objective).reader(folder, config, tokenizer, settings.data)
     return reader.fetching(settings.data.fetch_images)
 

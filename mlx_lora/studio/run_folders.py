@@ -490,7 +490,7 @@ def shown_answers(folder: Path) -> list[dict[str, Any]]:
 def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:
     """Return the words of the command that measures what a run's adapter forgot, None if its rows are not answers."""
     row = row_of(settings.get("objective"))
-    if not row.imitates or row.pictures or settings.get("images"):  # others' rows have no answers to imitate
+    if not row.imitates or settings.get("images"):  # others' rows have no answers to imitate
         return None
     # What an imitating run held out, and not --data: a file of it has the training rows too.
     data = ["--data", str(settings["data"])] if row.taught and settings.get("data") else []

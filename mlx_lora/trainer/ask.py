@@ -121,11 +121,8 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
         answers, answers of which nobody can tell whether they are right.
     """
     base, found = ctx.base, []
-    if (
-        not ctx.settings.objective.row.of_answers
-        or not ctx.settings.loop.sample_tokens
-        or data.train.pictures is not None
-    ):
+    asked = ctx.settings.objective
+    if not asked.row.of_answers or asked.images or not ctx.settings.loop.sample_tokens:
         return []
     own = _trained(base, data.train) if ctx.settings.data.mask_prompt else []
     given = [n for n in range(len(data.asked)) if row_answer(data.asked, n)] if data.asked is not None else []

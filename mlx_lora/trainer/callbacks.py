@@ -439,7 +439,7 @@ def next_commands(
     words = _Words(folder, vars(settings.model), info, uses)
     if settings.objective.row.vectors:
         lines = [words.use("embed", "FILE.txt", "--out", "vectors.npy"), *_measuring(settings, words), words.vectors()]
-    elif settings.objective.sees:
+    elif settings.objective.images:
         whole = words.fuse() if info.full or info.qat else words.export("mlx-vlm")
         seen = words.use("generate", "--image", "FILE", "--prompt", "What is in this picture?")
         lines = [seen, *_measuring(settings, words), whole]
@@ -516,7 +516,7 @@ def _measuring(settings: TrainSettings, words: _Words) -> list[list[str]]:
     data = None if settings.objective.rewarded else _data_to_measure(str(settings.data.data))
     if data is None:
         return []
-    flags = ["--objective", settings.objective.objective, *(["--images"] if settings.objective.images else [])]
+    flags = ["--objective", settings.objective.objective]
     flags += ["--data", data, *(["--fetch-images"] if settings.data.fetch_images else [])]
     return [words.use("evaluate", *flags)]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import check_kind, objective_of
+from mlx_lora.objectives.table import check_kind, objective_of, with_pictures
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
@@ -103,6 +103,7 @@ def open_run(
     """
     caller = Caller(show, Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ()), signaled)
     check_request(settings, ranks, functions)
+    settings = with_pictures(settings)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     fits = base is not None or not wants_training(settings)
     with waiting("Planning the run"):

@@ -60,10 +60,10 @@ def try_family(family: str, work: Path) -> None:
     assert family in MAKERS
     model, chats = write_model_here(family, work / "model"), chats_of(family)
     data = write_rows(work / "data", chats * 2)
-    adapter, measured = work / "adapter", ("--objective", "vision_sft", "--data", data, "--dtype", "float32", "--json")
+    adapter, measured = work / "adapter", ("--data", data, "--dtype", "float32", "--json")
 
     def train(base: Path, out: Path, steps: int) -> list[float]:
-        command("train", "--model", base, "--data", data, "--adapter-path", out, "--objective", "vision_sft", "--iters", steps,
+        command("train", "--model", base, "--data", data, "--adapter-path", out, "--iters", steps,
                 "--batch-size", 3, "--rank", 4, "--learning-rate", 0.01, "--warmup", 0, "--steps-per-report", 1,
                 "--valid-fraction", 0, "--dtype", "float32", "--kernels", "ours")  # fmt: skip
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

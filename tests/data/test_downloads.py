@@ -322,7 +322,7 @@ def rows_of(web: str, folder: Path) -> Path:
 
 def test_a_run_fetches_pictures_only_with_the_flag(web, server, model, tmp_path):
     data = rows_of(web, tmp_path)
-    asked = ("train", "--model", model, "--data", data, "--objective", "vision_sft", "--iters", 1, "--batch-size", 1, "--kernels",
+    asked = ("train", "--model", model, "--data", data, "--iters", 1, "--batch-size", 1, "--kernels",
              "mlx", "--valid-fraction", 0)  # fmt: skip
     plain = run(*asked, "--adapter-path", tmp_path / "plain")
     assert plain.code == 0, plain.err
@@ -336,8 +336,6 @@ def test_a_run_fetches_pictures_only_with_the_flag(web, server, model, tmp_path)
     assert "404" in fetched.err
     assert sorted(server.asked) == ["0.png", "1.png", "none", "to-file"]
     server.asked.clear()
-    measured = run(
-        "evaluate", "--model", model, "--data", data, "--objective", "vision_sft", "--fetch-images", "--json"
-    )
+    measured = run("evaluate", "--model", model, "--data", data, "--fetch-images", "--json")
     assert measured.code == 0, measured.err
     assert "0.png" not in server.asked

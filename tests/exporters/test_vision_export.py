@@ -49,7 +49,7 @@ def trained(request, tmp_path_factory):
         heads = 1 if family == "gemma4_31b" else None
         config["text_config"] |= {"global_head_dim": 32, "num_global_key_value_heads": heads, "pad_token_id": 0}
     (model / "config.json").write_text(json.dumps(config))
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", root / "adapter", "--objective", "vision_sft",
+    ran = run("train", "--model", model, "--data", data, "--adapter-path", root / "adapter",
               "--iters", 3, "--batch-size", 3, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--valid-fraction", 0, *more)  # fmt: skip
     assert ran.code == 0, ran.err
     return request.param, root

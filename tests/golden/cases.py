@@ -108,9 +108,7 @@ CASES: dict[str, Case] = {
         {"objective": "embed", "batch_tokens": None, "batch_size": 6, "grad_accumulation_steps": 2, "pooling": "mean"},
         data="searches.jsonl",
     ),
-    "vision-sft": Case(
-        {"objective": "vision_sft", "batch_tokens": None, "batch_size": 4}, "smolvlm", "pictures/train.jsonl"
-    ),
+    "vision-sft": Case({"batch_tokens": None, "batch_size": 4}, "smolvlm", "pictures/train.jsonl"),
     "dora": method("dora"),
     "pissa": method("pissa", model="tiny-4bit", quantized_matmul="packed"),
     "adalora": method("adalora", resumed=True, adalora_tinit=1, adalora_tfinal=2, adalora_delta_t=1),

@@ -38,7 +38,7 @@ CHATS = [
 
 def trained_here(model: Path, data: Path, folder: Path) -> tuple[list[float], TrainSettings]:
     """Return the losses of a run of the command, and its settings."""
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "vision_sft", "--iters", STEPS,
+    ran = run("train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS,
               "--batch-size", BATCH, "--rank", RANK, "--alpha", ALPHA, "--learning-rate", RATE, "--lr-schedule", "constant",
               "--warmup", 0, "--dtype", "float32", "--kernels", "ours", "--steps-per-report", 1, "--valid-fraction", 0,
               "--save-every", 0)  # fmt: skip

@@ -49,7 +49,7 @@ def paligemma(tmp_path_factory):
 
 
 def command(model, data, folder, *more: object) -> tuple:
-    return ("train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "vision_sft", "--iters", 1,
+    return ("train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", 1,
             "--batch-size", 1, "--kernels", "mlx", "--valid-fraction", 0, *more)  # fmt: skip
 
 

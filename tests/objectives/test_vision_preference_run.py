@@ -50,7 +50,7 @@ def colors(tmp_path_factory) -> Path:
 
 def command(model, data, folder, *more: object) -> tuple:
     return (
-        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", "--images", "--iters", 8,
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", "--iters", 8,
         "--batch-size", 4, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
         "--valid-fraction", 0, *more,
     )  # fmt: skip
@@ -257,8 +257,8 @@ def test_what_cannot_see_is_told_in_one_line(model, colors, tiny_folder, tmp_pat
     data = colors / "train.jsonl"
     one_line(run(*command(tiny_folder, data, tmp_path / "a")), "llama")
     blind = ("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1)
-    one_line(run(*blind, "--objective", "dpo"), "--images")
-    one_line(run(*blind, "--objective", "sft", "--images"), "vision_sft")
+    one_line(run(*blind, "--objective", "dpo"), "vision-language")
+    one_line(run(*blind, "--objective", "classify", "--images"), "--images")
     one_line(run(*command(model, data, tmp_path / "a", "--objective", "reward")), "--images", "reward")
     one_line(run(*command(model, data, tmp_path / "a", "--shared-prefix", "on")), "--shared-prefix")
     one_line(run(*command(model, data, tmp_path / "a", "--cache-trunk", "on")), "--cache-trunk")

@@ -1,4 +1,4 @@
-"""--objective vision_sft through the commands: it learns, resumes to the same bytes, sees each picture once, and evaluates."""
+"""Imitation of answers about pictures through the commands: it learns, resumes to the same bytes, sees each picture once, and evaluates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 def command(model, data, folder, *more: object) -> tuple:
     return (
-        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "vision_sft", "--iters", 12,
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", 12,
         "--batch-size", 4, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 3,
         *more,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_run_learns_what_pictures_show(trained, model, colors):
     assert losses[-1] < 0.5 * losses[0]
     assert "24 pictures" in ran.err
     assert "no.png" in ran.err
-    measured = run("evaluate", "--objective", "vision_sft", "--model", model, "--data", colors / "train.jsonl", "--json",
+    measured = run("evaluate", "--model", model, "--data", colors / "train.jsonl", "--json",
                    "--adapter-path", folder)  # fmt: skip
     assert json.loads(measured.out)["loss"] < losses[0]
     answer = run("generate", "--model", model, "--adapter-path", folder, "--image", colors / "1.png", "--prompt", "Which color?",
@@ -185,9 +185,7 @@ def seeing(model, colors, tmp_path_factory):
 
 
 def loss_of(model, colors, *more: object) -> float:
-    ran = run(
-        "evaluate", "--objective", "vision_sft", "--model", model, "--data", colors / "train.jsonl", "--json", *more
-    )
+    ran = run("evaluate", "--model", model, "--data", colors / "train.jsonl", "--json", *more)
     assert ran.code == 0, ran.err
     return json.loads(ran.out)["loss"]
 
@@ -214,7 +212,7 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
 
 def test_training_the_tower_is_planned(model, colors, tmp_path):
     def planned(*more: object) -> int:
-        ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "vision_sft", "--batch-size", 4, "--json", *more)  # fmt: skip
+        ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--batch-size", 4, "--json", *more)  # fmt: skip
         assert ran.code == 0, ran.err
         return json.loads(ran.out)["peak_bytes"]
 
@@ -243,7 +241,7 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
 
 
 def test_a_plan_counts_the_pictures_of_its_data(model, colors):
-    asked = ("plan", "--model", model, "--objective", "vision_sft", "--train-vision", "full", "--json")
+    asked = ("plan", "--model", model, "--images", "--train-vision", "full", "--json")
     with_data, without = (json.loads(run(*asked, *more).out) for more in (("--data", colors / "train.jsonl"), ()))
     assert with_data["phases"].keys() - without["phases"].keys() == {"tower"}
 
@@ -373,7 +371,7 @@ def test_a_picture_has_the_pixels_that_it_had_in_the_run(trained, model, colors,
     settings = (tmp_path / "a/run.yaml").read_text()
     assert "max_pixels: null" in settings
     (tmp_path / "a/run.yaml").write_text(settings.replace("max_pixels: null", "max_pixels: 900"))
-    asked = {"model": str(model), "data": str(colors / "train.jsonl"), "objective": "vision_sft"}
+    asked = {"model": str(model), "data": str(colors / "train.jsonl"), "images": True}
     for more, pixels in (({}, 900), ({"max_pixels": 500}, 500)):
         found = with_settings_of_run(train_settings({**asked, **more}), {**asked, **more}, tmp_path / "a")
         assert found.data.max_pixels == pixels
@@ -423,10 +421,13 @@ def test_a_model_that_sees_nothing_is_told(tiny_folder, colors, tmp_path):
     one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out")), "llama")
 
 
-def test_sft_on_pictures_says_what_to_do(model, tmp_path):
-    data = write_rows(tmp_path / "data")
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", tmp_path / "out", "--iters", 1)
-    one_line(ran, "--objective vision_sft")
+def test_what_needs_pictures_is_refused_without_any(model, tiny_folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"prompt": "Hi.", "completion": "Yes."}))
+    pictures = write_rows(tmp_path / "data")
+    for base, data in ((model, tmp_path / "text.jsonl"), (tiny_folder, pictures)):
+        asked = ("train", "--model", base, "--data", data, "--adapter-path", tmp_path / "out", "--iters", 1)
+        one_line(run(*asked, "--train-connector"), "--train-connector")
+    one_line(run(*asked, "--objective", "vision_sft"), "--objective vision_sft")
 
 
 def test_a_table_knows_the_pictures_of_rows():

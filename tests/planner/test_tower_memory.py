@@ -165,7 +165,7 @@ def test_plan_and_run_plan_the_same(smolvlm, tmp_path, more):
         Image.new("RGB", size, (80 * number, 10, 99)).save(data / f"{number}.png")
     rows = [{"images": [f"{n}.png"], "prompt": "What is it?", "completion": "A color. " * 3} for n in range(3)]
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    asked = ("--model", smolvlm, "--data", data / "train.jsonl", "--objective", "vision_sft", "--batch-size", 2, "--iters", 1,
+    asked = ("--model", smolvlm, "--data", data / "train.jsonl", "--batch-size", 2, "--iters", 1,
              "--kernels", "ours", "--valid-fraction", 0, *more)  # fmt: skip
     planned = json.loads(run("plan", *asked, "--json").out)
     ran = run("train", *asked, "--adapter-path", tmp_path / "out", "--val-batches", 0)

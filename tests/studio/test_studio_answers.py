@@ -234,7 +234,7 @@ def test_rows_of_plain_text_are_only_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"objective": "classify"}, {"objective": "vision_sft"}, {"objective": "dpo", "images": True}]
+    "settings", [{"objective": "classify"}, {"objective": "sft", "images": True}, {"objective": "dpo", "images": True}]
 )
 def test_what_was_forgotten_is_not_asked_where_texts_are_not_answered(home, settings):
     folder = write_run(home / "runs" / "a", **settings)

@@ -54,7 +54,7 @@ def home(tmp_path_factory):
 
 def previewed(client, home, **asked):
     body = {"model": str(home / "models" / "tiny"), "data": [{"path": str(home / "data" / "colors"), "weight": 1}]}
-    answer = client.post("/api/data/preview", json=body | {"settings": {"objective": "vision_sft"}} | asked)
+    answer = client.post("/api/data/preview", json=body | {"settings": {"objective": "sft"}} | asked)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -141,7 +141,7 @@ def test_a_model_is_asked_about_a_picture(home):
 
 def test_pictures_on_the_page(home, tmp_path):
     project = {"model": str(home / "models" / "tiny"), "sets": [{"path": str(home / "data" / "colors"), "weight": 1}],
-               "settings": {"objective": "vision_sft"}}  # fmt: skip
+               "settings": {"objective": "sft"}}  # fmt: skip
     with chromium() as browser, real_studio(home, home / "models") as url:
         watched = open_studio(browser, url, project=project)
         page = watched.page
