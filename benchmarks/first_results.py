@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
         for name, seed in product(sets.split(","), map(int, args.seeds.split(","))):
             if (model, name, way, seed) in known:
                 continue
-            seeded = settings and {**settings, "seed": seed} if seed else settings
+            seeded = None if settings is None else {**settings, "seed": seed}
             asked = [sys.executable, __file__, "--model", args.model, "--cell", json.dumps([name, seeded])]
             said = subprocess.run(asked, capture_output=True, text=True)
             line = next((one for one in said.stdout.splitlines() if one.startswith("RESULT ")), None)
