@@ -520,7 +520,8 @@ class SeveralRuns:
         for number, member in enumerate(self.members):
             if member.wanted is None:
                 continue
-            reason = unstackable(member.wanted.trainer.step.model)
+            trainer = member.wanted.trainer
+            reason = "they have pictures" if trainer.ctx.objective.pictures else unstackable(trainer.step.model)
             if reason is None:
                 trainers[number] = member.wanted.trainer
             else:

@@ -30,6 +30,7 @@ from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positi
 from mlx_lora.objectives.pictures import Pictures
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache
 from mlx_lora.trainer.callbacks import before_answer
+from mlx_lora.trainer.several_runs import SeveralRuns
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
@@ -419,6 +420,19 @@ def test_a_model_without_three_positions_asks_for_none():
 
 def test_a_model_that_sees_nothing_is_told(tiny_folder, colors, tmp_path):
     one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out")), "llama")
+
+
+def test_runs_that_are_trained_together_see_their_pictures(model, colors, tmp_path):
+    """Their rows are computed by themselves: a joint pass would know no pictures."""
+    asked = {"model": str(model), "data": str(colors / "train.jsonl"), "iters": 3, "batch_size": 4, "rank": 4}
+    for names in (("alone",), ("one", "two")):
+        several = SeveralRuns.open(
+            [train_settings({**asked, "adapter_path": str(tmp_path / name), "seed": n}) for n, name in enumerate(names)]
+        )
+        with several.begun():
+            while several.active:
+                several.round()
+    assert weights(tmp_path / "one") == weights(tmp_path / "alone") != weights(tmp_path / "two")
 
 
 def test_what_needs_pictures_is_refused_without_any(model, tiny_folder, tmp_path):
