@@ -85,31 +85,52 @@ CASES: dict[str, Case] = {
     "memory-fit-rows": Case(
         {"memory_budget": 0.0158, "batch_tokens": None, "batch_size": 4, "max_seq_length": 200}, data="book.txt"
     ),
+    "offloaded": Case({"offload_base": "on", "grad_checkpoint": "block"}),
     "frozen-prefix": Case({"num_layers": 1, "cache_trunk": "on", "batch_tokens": 640}, resumed=True),
     "dpo-shared": preference("dpo", shared_prefix="on"),
     "dpo-apart": preference("dpo"),
     "dpo-reference-adapter": Case({**PAIRS, "objective": "dpo"}, data="pairs.jsonl", reference=True),
+    "dpo-two-losses": preference("dpo", loss_type="sigmoid,sft", loss_weights="0.7,0.3"),
+    "dpo-sorted": preference("dpo", loss_type="aot", label_smoothing=0.1),
     "orpo": preference("orpo"),
+    "orpo-shared": preference("orpo", shared_prefix="on"),
     "simpo": preference("simpo"),
     "cpo": preference("cpo"),
     "kto": preference("kto", data="rated.jsonl", shared_prefix=None),
+    "kto-apo": preference("kto", data="rated.jsonl", shared_prefix=None, loss_type="apo_zero_unpaired"),
     "reward": preference("reward"),
+    "reward-centered": preference("reward", shared_prefix="on", center_rewards=0.1),
     "grpo": policy("grpo", shared_prefix="on"),
     "grpo-two-updates-kl": policy("grpo", resumed=True, updates_per_rollout=2, kl_beta=0.1, warmup=0),
     "gspo": policy("grpo", grpo_loss="gspo"),
     "rloo": policy("rloo", kl_beta=0.05, dropout=0.1),
     "distill-table": Case(TAUGHT),
+    "distill-jsd": Case({**TAUGHT, "divergence": "jsd", "distill_temp": 2.0, "teacher_top_k": 0}),
     "distill-on-policy": Case(ON_POLICY, data="prompts.jsonl"),
     "distill-sampled-kl": Case({**ON_POLICY, "divergence": "sampled_kl", "group_size": 4}, data="prompts.jsonl"),
     "classify": Case({"objective": "classify"}, data="labeled.jsonl"),
+    "classify-balanced": Case({"objective": "classify", "class_weights": "balanced"}, "untied", "labeled.jsonl", True),
     "rerank": Case({"objective": "rerank", "batch_tokens": None, "batch_size": 4}, data="searches.jsonl"),
+    "rerank-listwise": Case(
+        {"objective": "rerank", "rerank_loss": "listwise", "batch_tokens": None, "batch_size": 4}, data="searches.jsonl"
+    ),
+    "embed-triplet": Case(
+        {"objective": "embed", "embed_loss": "triplet", "matryoshka_dims": "32,8"}, data="searches.jsonl"
+    ),
     # Two micro-batches a step, whose gradients are cached.
     "embed": Case(
         {"objective": "embed", "batch_tokens": None, "batch_size": 6, "grad_accumulation_steps": 2, "pooling": "mean"},
         data="searches.jsonl",
     ),
     "vision-sft": Case({"batch_tokens": None, "batch_size": 4}, "smolvlm", "pictures/train.jsonl"),
+    "vision-dpo": Case(
+        {**PAIRS, "objective": "dpo", "images": True, "shared_prefix": None}, "smolvlm", "pictures/pairs.jsonl"
+    ),
+    "vision-grpo": Case(
+        {**SAMPLED, "objective": "grpo", "images": True, "shared_prefix": None}, "smolvlm", "pictures/prompts.jsonl"
+    ),
     "dora": method("dora"),
+    "rslora": method("rslora"),
     "pissa": method("pissa", model="tiny-4bit", quantized_matmul="packed"),
     "adalora": method("adalora", resumed=True, adalora_tinit=1, adalora_tfinal=2, adalora_delta_t=1),
     "relora": method("relora", resumed=True, relora_every=3, relora_warmup=1),

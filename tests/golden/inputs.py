@@ -159,5 +159,10 @@ def data_rows() -> dict[str, list[dict[str, Any]]]:
         "pictures/train": [
             {"prompt": "Which?", "completion": "abc"[n % 3] * 2, "images": [f"{n}.png"]} for n in range(12)
         ],
+        "pictures/pairs": [
+            {"prompt": "Which?", "chosen": "abc"[n % 3] * 2, "rejected": "z" * (1 + n % 3), "images": [f"{n}.png"]}
+            for n in range(12)
+        ],
+        "pictures/prompts": [{"prompt": "Which?", "answer": "abc"[n % 3], "images": [f"{n}.png"]} for n in range(12)],
         "prompts": [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3} for n in range(20)],
     }
