@@ -102,6 +102,7 @@ CASES: dict[str, Case] = {
     "reward-centered": preference("reward", shared_prefix="on", center_rewards=0.1),
     "grpo": policy("grpo", shared_prefix="on"),
     "grpo-two-updates-kl": policy("grpo", resumed=True, updates_per_rollout=2, kl_beta=0.1, warmup=0),
+    "grpo-by-batch": policy("grpo", shared_prefix="auto", scale_rewards="batch"),
     "gspo": policy("grpo", grpo_loss="gspo"),
     "rloo": policy("rloo", kl_beta=0.05, dropout=0.1),
     "distill-table": Case(TAUGHT),
