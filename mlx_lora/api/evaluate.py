@@ -46,7 +46,8 @@ from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.dataset import EncodedSet
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def evaluate(
     data: Any,
     adapter: PathLike | None = None,
     *,
-    objective: str = "sft",
+    objective: str = ObjectiveSettings.objective,
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
     show: int = 0,

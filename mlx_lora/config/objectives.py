@@ -30,6 +30,7 @@ class ObjectiveRow:
         records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`.
         imitates: whether answers are trained token by token, so that a loss is a mean over tokens.
         rewarded: whether answers are sampled during the run, and rewarded.
+        leaves_one_out: whether an answer is compared with the others to its prompt, and the divergence is taken from its reward.
         taught: whether a teacher says how likely each token is. Such a run can also write its own data.
         reference: whether the loss compares the model with a reference model.
         scores: whether a score head reads each row's last token.
@@ -47,6 +48,7 @@ class ObjectiveRow:
     records: str = "examples"
     imitates: bool = False
     rewarded: bool = False
+    leaves_one_out: bool = False
     taught: bool = False
     reference: bool = False
     scores: bool = False
@@ -82,7 +84,7 @@ OBJECTIVES = {
     "kto": ObjectiveRow("preference.kto", "rated", reference=True, group=2, trained=1, **_OF_ANSWERS),
     "reward": ObjectiveRow("preference.reward", scores=True, **_PREFERENCE),
     "grpo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, pictures=True),
-    "rloo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, pictures=True),
+    "rloo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, leaves_one_out=True, pictures=True),
     "distill": ObjectiveRow("distill.distill", imitates=True, taught=True),
     "classify": ObjectiveRow(
         "classify.classify", "labeled", scores=True, on_encoders=True, metrics=("accuracy", "macro_f1")

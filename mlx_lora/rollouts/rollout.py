@@ -412,7 +412,7 @@ class Rollouts:
         of_old = self.scorer is None or self.scorer.uses_old
         if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
             asked, model, sampled = self.settings.objective, self.base.model, {}
-            if asked.updates_per_rollout > 1 or asked.objective == "rloo":
+            if asked.updates_per_rollout > 1 or asked.row.leaves_one_out:
                 sampled[OLD] = of_own_rows(self.token_logps, filled, own, ranks)
             if asked.kl_beta:
                 now = model.trainable_parameters()
@@ -465,10 +465,10 @@ class Rollouts:
         """
         objective, sampled = self.settings.objective, batch.columns
         rewards, group = summed(found, self.env.rewards), objective.answers_per_prompt
-        if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
+        if objective.row.leaves_one_out and objective.kl_beta and REFERENCE in sampled:
             away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
             advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, group)
-        elif objective.objective == "rloo":
+        elif objective.row.leaves_one_out:
             advantages = leave_one_out_advantages(rewards, group)
         else:
             advantages = group_advantages(rewards, group, objective.scale_rewards, step)
