@@ -24,6 +24,7 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.run_data import data_of_run, held_out_rows, with_settings_of_run
 from mlx_lora.api.train import data_source, run_settings
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.notes import seen_rows
 from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
@@ -46,8 +47,7 @@ from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
 
 if TYPE_CHECKING:
-    from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.dataset import EncodedSet
 
 log = logging.getLogger(__name__)
