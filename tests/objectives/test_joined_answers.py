@@ -148,7 +148,7 @@ def test_loss_and_gradients_are_those_of_separate_rows(name, beta, updates, base
     known = trained(base, settings, separate)
     assert np.linalg.norm(np.concatenate([g.ravel() for g in known[2].values()])) > 0
     assert_same(known, trained(base, settings, together))
-    wrong = trained(base, settings, replace(together, starts=together.starts + 1))
+    wrong = trained(base, settings, together.with_columns(starts=together.starts + 1))
     assert wrong[0] != pytest.approx(known[0], rel=1e-4)
     assert any(np.linalg.norm(wrong[2][name] - value) > 0.1 * np.linalg.norm(value) for name, value in known[2].items())
 
