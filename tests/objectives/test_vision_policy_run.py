@@ -157,7 +157,7 @@ def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path
     shown = batch.columns["pictures"]
     swapped = batch.with_columns(pictures=np.where(shown == shown[0], 0, shown))
     with pytest.raises(ValueError, match="embeddings"):
-        objective.arrays_of(swapped.with_columns(pictures=np.full(9, shown[-1], np.int32)))
+        objective.pictures.arrays_of(swapped.with_columns(pictures=np.full(9, shown[-1], np.int32)))
     blind = token_logps(model, loss, batch)
     assert np.abs(blind[mask][:15] - found[mask][:15]).max() > 1e-2
 

@@ -255,11 +255,11 @@ def test_what_is_no_pair_about_pictures(record, words):
 
 def test_what_cannot_see_is_told_in_one_line(model, colors, tiny_folder, tmp_path):
     data = colors / "train.jsonl"
-    one_line(run(*command(tiny_folder, data, tmp_path / "a")), "llama")
+    one_line(run(*command(tiny_folder, data, tmp_path / "a", "--images")), "llama")
     blind = ("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1)
     one_line(run(*blind, "--objective", "dpo"), "vision-language")
     one_line(run(*blind, "--objective", "classify", "--images"), "--images")
-    one_line(run(*command(model, data, tmp_path / "a", "--objective", "reward")), "--images", "reward")
+    one_line(run(*command(model, data, tmp_path / "a", "--objective", "reward", "--images")), "--images", "reward")
     one_line(run(*command(model, data, tmp_path / "a", "--shared-prefix", "on")), "--shared-prefix")
     one_line(run(*command(model, data, tmp_path / "a", "--cache-trunk", "on")), "--cache-trunk")
 
