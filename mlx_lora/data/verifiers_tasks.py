@@ -35,11 +35,6 @@ PINNED = {
 }
 
 
-def is_verifiers(name: str | None) -> bool:
-    """Return whether a name of --environment or --data is one of an environment of verifiers."""
-    return (name or "").startswith(VERIFIERS)
-
-
 def named(text: str) -> tuple[str, int | None]:
     """Return the environment that a name of --environment or --data has, and the number of tasks; None: no number.
 

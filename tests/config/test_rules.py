@@ -6,13 +6,12 @@ import pytest
 
 from mlx_lora.config.fields import flag_of, read_value
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.rules import IDLE, OWNERS, RULES, Rule, given, holds, idle_notes, settings_problems
+from mlx_lora.config.rules import IDLE, OWNERS, RULES, USUAL, Rule, given, holds, idle_notes, settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.utils.errors import InputError
 
-USUAL = train_settings({}).to_flat()
-VALUES = (True, False, 2, 0.25, 1, 0, 64, "even", "none", "dpo", "grpo", "lora", "a=2", "a")
+VALUES = (True, False, 2, 0.25, 1, 0, 64, "even", "none", "dpo", "grpo", "lora", "a=2", "a", "verifiers:a")
 
 
 def value_for(name, wanted):
