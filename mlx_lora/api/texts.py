@@ -23,7 +23,7 @@ from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
 from mlx_lora.data.files import all_files
-from mlx_lora.data.labeled import parse_labeled
+from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
@@ -377,7 +377,7 @@ def rerank(
 def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:
     """Return the text of a record, or why there is none."""
     try:
-        return parse_labeled(record, data, needs_label=False).example
+        return Labeled.parse(record, data, needs_label=False).example
     except FormatError as error:
         return str(error)
 

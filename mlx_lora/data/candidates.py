@@ -68,7 +68,20 @@ class Candidates(OwnEntry):
 
     @classmethod
     def parse(cls, record: Fields, settings: DataSettings) -> Candidates:
-        return parse_candidates(record)
+        record = usual_names({key: value for key, value in record.items() if value is not None})
+        query = next((name for name in QUERIES if name in record), None)
+        if query is None:
+            raise MissingColumn(f"found {columns_of(record)}; a query is in {', '.join(QUERIES)}")
+        positives = [name for name in POSITIVES if name in record]
+        if positives:
+            good = [text for name in positives for text in _texts(record[name], name)]
+            bad = [text for name in record if NEGATIVES.fullmatch(name) for text in _texts(record[name], name)]
+            if not bad:
+                raise FormatError("a query without a negative; add documents that do not answer it")
+            documents, grades = [*good, *bad], [1.0] * len(good) + [0.0] * len(bad)
+        else:
+            documents, grades = _graded(record)
+        return cls(_texts(record[query], query)[0], tuple(documents), tuple(grades))
 
     @classmethod
     def encode(
@@ -121,28 +134,6 @@ def query_with(query: str, document: str) -> Text:
 def pair_text(query: str, document: str) -> str:
     """Return the text that a reranker reads if it is a language model."""
     return f"Query: {query}\nDocument: {document}"
-
-
-def parse_candidates(record: Fields) -> Candidates:
-    """Read one record.
-
-    Raises:
-        FormatError: it has no query, or no documents (EmptyPart: a text is empty).
-    """
-    record = usual_names({key: value for key, value in record.items() if value is not None})
-    query = next((name for name in QUERIES if name in record), None)
-    if query is None:
-        raise MissingColumn(f"found {columns_of(record)}; a query is in {', '.join(QUERIES)}")
-    positives = [name for name in POSITIVES if name in record]
-    if positives:
-        good = [text for name in positives for text in _texts(record[name], name)]
-        bad = [text for name in record if NEGATIVES.fullmatch(name) for text in _texts(record[name], name)]
-        if not bad:
-            raise FormatError("a query without a negative; add documents that do not answer it")
-        documents, grades = [*good, *bad], [1.0] * len(good) + [0.0] * len(bad)
-    else:
-        documents, grades = _graded(record)
-    return Candidates(_texts(record[query], query)[0], tuple(documents), tuple(grades))
 
 
 def _graded(record: Fields) -> tuple[list[str], list[float]]:

@@ -77,8 +77,10 @@ class Labeled(OwnEntry):
         return self.example
 
     @classmethod
-    def parse(cls, record: Fields, settings: DataSettings) -> Labeled:
-        return parse_labeled(record, settings)
+    def parse(cls, record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
+        record = {key: value for key, value in record.items() if value is not None}
+        label = record[label_column(record, settings)] if needs_label else None
+        return cls(_example(record, usual_names(record), settings), label)
 
     @classmethod
     def encode(
@@ -91,22 +93,6 @@ class Labeled(OwnEntry):
         facts = [{LABEL: entries[number].label} for number in found]
         encoded = EncodedSet.from_rows(rows).with_facts(facts)
         return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
-
-
-def parse_labeled(record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
-    """Read one record as a text with a label.
-
-    Args:
-        record: as read from the file.
-        settings: may name the columns of text and label.
-        needs_label: whether a record without a label is refused.
-
-    Raises:
-        FormatError: it has no text or no label (EmptyPart: the text is empty).
-    """
-    record = {key: value for key, value in record.items() if value is not None}
-    label = record[label_column(record, settings)] if needs_label else None
-    return Labeled(_example(record, usual_names(record), settings), label)
 
 
 def label_column(record: Fields, settings: DataSettings) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, transcript_note
+from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
@@ -288,10 +288,9 @@ def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Ite
     Raises:
         InputError: the file cannot be read, or is a chat export and --speaker does not name who is trained.
     """
-    chats = chats_of(file, settings)
+    chats, note = chats_of(file, settings)
     if chats is None:
-        if settings.data_format == "auto" and (note := transcript_note(file)):
-            rows.transcripts.append(note)
+        rows.transcripts += [note] if note else []
         yield from read_records(file.path, file.sheet)
         return
     conversations, summary = conversations_of(chats, file.name, settings)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text
 
 GYM = "reasoning-gym"
 TASKS, SEED = 1000, 0  # of a set, unless its name has another number
@@ -63,8 +63,7 @@ def task_file(data: str) -> Path:
                 words = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise InputError(f"{asked}: {GYM} cannot make these tasks ({words}); give another name") from error
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing_file(file) as temporary:
-                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            replace_text(file, "\n".join(lines) + "\n")
     return file
 
 

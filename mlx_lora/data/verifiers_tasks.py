@@ -23,7 +23,7 @@ from typing import Any
 
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, replace_text, sha256_of
 
 TASKS = 1000  # of an endless set, unless its name has another number
 STAND_IN = "."  # the prompt of a task that has none, because the environment opens the conversation
@@ -252,22 +252,14 @@ def verifiers_file(data: str) -> Path:
                 f"{asked}: task {task.data.idx} ({kind.__name__}) has the reward {', '.join(other)}, which its first task "
                 f"({type(tasks[0]).__name__}) has not; give all its tasks the same rewards"
             )
-    harness = _harness(name, asked)
+    [config] = make_environment(name, asked).config.agent_harnesses().values()
+    harness = package(asked).load_harness(config)  # which decides where a system prompt goes
     lines = [json.dumps(record_of(task, harness, asked), ensure_ascii=False) for task in tasks]
     text = "\n".join(lines) + "\n"
     file = cache_dir("verifiers") / f"{Path(name).stem}-{sha256_of(text)[:16]}" / "train.jsonl"
-    with one_at_a_time(file):
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing_file(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, text)
     return file
-
-
-def _harness(name: str, asked: str) -> Any:
-    """Return what an environment's agent runs, which decides where a system prompt goes."""
-    [config] = make_environment(name, asked).config.agent_harnesses().values()
-    return package(asked).load_harness(config)
 
 
 def record_of(task: Any, harness: Any, asked: str) -> dict[str, Any]:
