@@ -84,6 +84,8 @@ def test_an_option_of_one_method_is_refused_with_others(name):
     ({"report_to": "wandb,mlflow"}, "--report-to"),
     ({"method": "adalora", "rank": 8, "adalora_init_rank": 4}, "--adalora-init-rank"),
     ({"rank_pattern": "q_proj"}, "--rank-pattern"),
+    ({"rank_pattern": "q_proj=x"}, "--rank-pattern"),
+    ({"rank_pattern": "=3"}, "--rank-pattern"),
     ({"rank_pattern": "q_proj=1.5"}, "--rank-pattern"),
     ({"alpha_pattern": "q_proj=0"}, "--alpha-pattern"),
     ({"turn_names": "speaker=x"}, "--turn-names"),

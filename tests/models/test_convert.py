@@ -230,7 +230,6 @@ def test_text_loss_is_the_plain_definition() -> None:
 
 BAD_USAGE = {
     "no such model": (["--model", "{tmp}/none"], "none"),
-    "pick one": (["--model", "{gguf}", "--no-quantize", "--bits", "4"], "--no-quantize with --bits"),
     "bits": (["--model", "{gguf}", "--bits", "7"], "--bits 7"),
     "mode": (["--model", "{gguf}", "--mode", "int4"], "--mode"),
     "report": (["--model", "{gguf}", "--report", "{tmp}/none.txt"], "none.txt"),
