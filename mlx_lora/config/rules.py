@@ -416,25 +416,33 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
             asked = f"{spelled(name, settings[name])} with --method {method}"
             problems.append(f"{asked}: only --method {row.method} uses it; leave it out")
     problems += [problem for rule in RULES if (problem := rule.problem(settings))]
-    mode, shared = settings["grad_checkpoint"], settings["shard_base"]
-    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
-        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
-    if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
-        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
-    if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
-        problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
-    loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
-    if settings["report_to"] and not set(loggers) <= set(LOGGERS):
-        problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    if settings["train"] is False:
-        flags = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
-        words = ["evaluate", *(word for flag, value in flags.items() if value for word in (flag, value))]
-        problems.append(f"--no-train: to measure an adapter, run `{command_line(words)}`; or give --test alone")
-    first = settings["adalora_init_rank"]
-    if settings["method"] == "adalora" and first is not None and first < settings["rank"]:
-        problems.append(
-            f"--adalora-init-rank {first} with --rank {settings['rank']}: ranks are only reduced; leave it out"
-        )
+    mode, shared, day, first = (
+        settings[name] for name in ("grad_checkpoint", "shard_base", "chat_date", "adalora_init_rank")
+    )
+    loggers = {name.strip().lower() for name in settings["report_to"].split(",")} if settings["report_to"] else set()
+    data, environment = settings["data"], settings["environment"] or ""
+    measured = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
+    words = ["evaluate", *(word for flag, value in measured.items() if value for word in (flag, value))]
+    checks = {
+        f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1": (
+            mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6)
+        ),
+        f"--chat-date {day!r}: not a date; write it like 2026-11-26": day is not None and not is_day(day),
+        f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1": (
+            shared not in (*SHARDING, "off") and shard_parts(shared) is None
+        ),
+        f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma": not loggers <= set(LOGGERS),
+        f"--no-train: to measure an adapter, run `{command_line(words)}`; or give --test alone": settings["train"]
+        is False,
+        f"--adalora-init-rank {first} with --rank {settings['rank']}: ranks are only reduced; leave it out": (
+            method == "adalora" and first is not None and first < settings["rank"]
+        ),
+        f"--data {data} with --environment {environment}: the environment has its own tasks; leave --data out, or give "
+        f"{environment}:1000 for that many": (
+            is_verifiers(environment) and data and environment not in (data, data.rpartition(":")[0])
+        ),
+    }
+    problems += [problem for problem, is_one in checks.items() if is_one]
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         try:
             values = parse_pattern(settings[name])
@@ -449,15 +457,8 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         names = " or ".join((*TURN_FIELDS, *TURN_ROLES))
         problems.append(f"--turn-names {error}: write {names}, then = and the name in the data")
-    data, environment = settings["data"], settings["environment"] or ""
-    if is_verifiers(environment) and data and environment not in (data, data.rpartition(":")[0]):
-        problems.append(
-            f"--data {data} with --environment {environment}: the environment has its own tasks; leave --data out, or give "
-            f"{environment}:1000 for that many"
-        )
-    updates = settings[
-        "updates_per_rollout"
-    ]  # nothing is saved, and no run ends, between two updates on the same answers
+    # Nothing is saved, and no run ends, between two updates on the same answers.
+    updates = settings["updates_per_rollout"]
     for name in ("iters", "save_every", "steps_per_eval"):
         if settings[name] and settings[name] % updates:
             problems.append(

@@ -159,11 +159,11 @@ def encode_texts(
         with tokenizer_panics("the data"):
             if has_pairs(tokenizer):
                 encoded, shorter = _in_form_of_encoders(tokenizer, list(texts.values()), encoder.max_tokens)
-                cut = [number for number, is_cut in zip(texts, shorter, strict=True) if is_cut]
+                ids = {number: encoded[place] for place, number in enumerate(texts)}
+                cut = [number for place, number in enumerate(texts) if place in shorter]
             else:
                 plain = [example.text for example in texts.values()]
-                encoded = tokenizer(plain, return_attention_mask=False)["input_ids"]
-        ids = dict(zip(texts, encoded, strict=True))
+                ids = dict(zip(texts, tokenizer(plain, return_attention_mask=False)["input_ids"], strict=True))
     for number, example in enumerate(examples):
         if isinstance(example, Conversation):
             if encoder.template is None:
@@ -194,42 +194,32 @@ def has_pairs(tokenizer: Any) -> bool:
     return len(tokens) > 2 and (tokens[0], tokens[-1]) == (first, separator)
 
 
-def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[list[list[int]], list[bool]]:
-    """Return the tokens of texts and pairs, at most so many, and which were cut.
+def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[dict[int, list[int]], set[int]]:
+    """Return the tokens of texts and pairs by their places, at most so many, and the places of those that were cut.
 
     Raises:
         InputError: not one token of a text would be left.
     """
-    tokens: list[list[int]] = [[]] * len(texts)
-    cut = [False] * len(texts)
+    tokens: dict[int, list[int]] = {}
+    cut: set[int] = set()
     sides = [text.pair or (text.text,) for text in texts]
+    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
     try:
         for count in (1, 2):
             places = [place for place, own in enumerate(sides) if len(own) == count]
-            found, shorter = _cut_tokens(tokenizer, [sides[place] for place in places], count, most)
-            for place, own, is_cut in zip(places, found, shorter, strict=True):
-                tokens[place], cut[place] = own, is_cut
+            fewest = tokenizer.num_special_tokens_to_add(pair=count == 2) + count
+            if places and most < fewest:
+                raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
+            for shorter in (
+                {},
+                {"truncation": "longest_first", "max_length": most},
+            ):  # the second time, what is too long
+                if places:
+                    asked = map(list, zip(*(sides[place] for place in places), strict=True))
+                    tokens |= zip(places, tokenizer(*asked, **form, **shorter)["input_ids"], strict=True)
+                places = [place for place in places if len(tokens[place]) > most]
+                cut |= set(places)
     finally:  # other calls of this tokenizer are not to be cut, nor to lose its special tokens
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.encode_special_tokens = False
     return tokens, cut
-
-
-def _cut_tokens(
-    tokenizer: Any, texts: Sequence[tuple[str, ...]], count: int, most: int
-) -> tuple[list[list[int]], list[bool]]:
-    """Return the tokens of tuples of so many texts, and which were cut; the tokenizer keeps its settings of this call."""
-    if not texts:
-        return [], []
-    if most < (fewest := tokenizer.num_special_tokens_to_add(pair=count == 2) + count):
-        raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
-    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
-    found = tokenizer(*map(list, zip(*texts, strict=True)), **form)["input_ids"]
-    long = [number for number, tokens in enumerate(found) if len(tokens) > most]
-    if long:
-        asked = map(list, zip(*(texts[number] for number in long), strict=True))
-        shorter = tokenizer(*asked, **form, truncation="longest_first", max_length=most)["input_ids"]
-        for number, tokens in zip(long, shorter, strict=True):
-            found[number] = tokens
-    was_long = set(long)
-    return found, [number in was_long for number in range(len(texts))]
