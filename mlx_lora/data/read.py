@@ -59,12 +59,6 @@ OWN_ENTRIES = {
 }
 
 
-def own_entry(records: str) -> type[OwnEntry]:
-    """Return the class of a kind of records that has one of its own."""
-    module, name = OWN_ENTRIES[records]
-    return getattr(import_module(f"mlx_lora.data.{module}"), name)
-
-
 def answers_of(entry: Entry) -> list[Example]:
     """Return the examples of an entry, each of which becomes a row."""
     if isinstance(entry, Pair):
@@ -347,7 +341,8 @@ def parse_record_of(
     """
     value = record.value
     if records in OWN_ENTRIES:  # which name their columns themselves
-        own = own_entry(records)
+        module, name_of_class = OWN_ENTRIES[records]
+        own: type[OwnEntry] = getattr(import_module(f"mlx_lora.data.{module}"), name_of_class)
         value = without_empty_cells(value, name, own.optional) if own.optional else value
         return records, [own.parse(value, settings)], []
     sources: dict[str, str | bytes] = {}
