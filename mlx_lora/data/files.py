@@ -194,7 +194,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py, data/verifiers_tasks.py) or a hub
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
             dataset id `owner/name` (`@revision` may follow).
 
     Returns:
@@ -219,7 +219,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
         return {"train": (task_file(data),)}
     if data.startswith(VERIFIERS):
-        from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it
+        from mlx_lora.data.task_sets import verifiers_file  # few runs need it
 
         return {"train": (verifiers_file(data),)}
     if is_dataset_id(data):

@@ -55,7 +55,7 @@ Entry = Example | Pair | Rated | Prompt | OwnEntry
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
 OWN_ENTRIES = {
     "labeled": ("labeled", "Labeled"),
-    "candidates": ("candidates", "Candidates"),
+    "candidates": ("labeled", "Candidates"),
 }
 
 

@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.cli.generate import read_prompt
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.candidates import Candidates
 from mlx_lora.data.chat_template import prefix_tokens, resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
-from mlx_lora.data.labeled import Labeled
+from mlx_lora.data.labeled import Candidates, Labeled
 from mlx_lora.data.pairs import parse_texts
 from mlx_lora.data.tokenize import Encoder, windows
 from mlx_lora.utils.errors import InputError

@@ -11,7 +11,7 @@ from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, TWO_
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import is_verifiers
 from mlx_lora.data.files import find_sets
-from mlx_lora.data.verifiers_tasks import make_environment, named, tasks_of
+from mlx_lora.data.task_sets import make_environment, named, tasks_of
 from mlx_lora.rollouts.make_environment import check_environment
 from mlx_lora.utils.errors import InputError
 
@@ -31,7 +31,7 @@ def modules(monkeypatch, tmp_path):
     }  # fmt: skip
     folder = write_environments(tmp_path, **made)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr("mlx_lora.data.verifiers_tasks.cache_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr("mlx_lora.data.task_sets.cache_dir", lambda name: tmp_path / name)
     for name in made:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return folder

@@ -16,10 +16,10 @@ from run_cli import one_line, run
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.candidates import GRADES, ROWS, Candidates, pair_text
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
 from mlx_lora.data.files import DataFile
+from mlx_lora.data.labeled import GRADES, ROWS, Candidates, pair_text
 from mlx_lora.data.read import read_rows
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
