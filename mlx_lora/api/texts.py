@@ -6,7 +6,7 @@ Shapes: N texts, Q queries, M documents, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,11 @@ from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import run_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
 from mlx_lora.data.files import all_files
-from mlx_lora.data.labeled import parse_labeled
+from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
@@ -69,7 +70,7 @@ def embed(
         raise InputError("texts: give a list of texts, none of which is empty")
     loaded = as_base(base, "embed")
     resolved = run_settings(loaded.settings, {**settings, "objective": "embed"}, of=("data", "objective"))
-    check_prompts(settings, query)
+    check_options("embed", settings | {"query": query})
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     with loaded.loaded.lent() as lent:
         how = VectorOptions(dims, normalize)
@@ -77,22 +78,6 @@ def embed(
 
 
 # Search
-
-
-def check_prompts(given: Mapping[str, Any], query: bool) -> None:
-    """Refuse the prompt of the side that is not embedded.
-
-    Args:
-        given: settings that the user gave.
-        query: whether the texts are queries, or documents.
-
-    Raises:
-        InputError: naming it.
-    """
-    if query and given.get("document_prompt") is not None:
-        raise InputError("--document-prompt with --query: the texts are queries; give --query-prompt")
-    if not query and given.get("query_prompt") is not None:
-        raise InputError("--query-prompt: the texts are documents; add --query, or give --document-prompt")
 
 
 def ranks_of(queries: np.ndarray, documents: np.ndarray, own: Sequence[Sequence[int]]) -> list[np.ndarray]:
@@ -392,7 +377,7 @@ def rerank(
 def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:
     """Return the text of a record, or why there is none."""
     try:
-        return parse_labeled(record, data, needs_label=False).example
+        return Labeled.parse(record, data, needs_label=False).example
     except FormatError as error:
         return str(error)
 

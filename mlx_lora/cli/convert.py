@@ -18,8 +18,8 @@ import click
 from mlx_lora.cli.options import ShortCommand, render
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config import settings as config
-from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
 from mlx_lora.models.config import names_encoder
@@ -70,6 +70,7 @@ GENERAL_TEXT = Path(__file__).parents[1] / "data" / "general" / "text.jsonl"
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
     """Convert a model into a folder that mlx-lm and mlx-lora load."""
+    check_options("convert", flags)
     text, target = None, None
     if report is not None:
         try:
@@ -80,12 +81,9 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
             raise InputError(f"--report {report}: is not UTF-8; give a text file") from None
         if not text.strip():
             raise InputError(f"--report {report}: is empty; give a text file")
-    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
-    if flags["no_quantize"] and given:
-        raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
     if flags["no_quantize"]:
         target = "float"
-    elif given:
+    elif any(flags[name] is not None for name in ("bits", "group_size", "mode")):
         target = choose_quantization(flags["bits"], flags["group_size"], flags["mode"])
     dtype, trust = compute_dtype(flags["dtype"]), flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
@@ -126,11 +124,7 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
     """
     data, name = flags["calibrate"], flags["quantizer"] or "dwq"
     if data is None:
-        if flags["quantizer"]:
-            raise InputError(f"--quantizer {name} without --calibrate: it learns from rows; give --calibrate DATA")
         return None
-    if flags["no_quantize"]:
-        raise InputError("--calibrate with --no-quantize: nothing is quantized; leave out one of them")
     if source.kind == "gguf":
         raise InputError(
             f"--calibrate: {source.path} is a GGUF file; convert it with --no-quantize first, and calibrate that"

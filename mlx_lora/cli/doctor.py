@@ -25,6 +25,7 @@ from packaging.version import Version
 
 from mlx_lora import BLAS
 from mlx_lora.cli import options as flags
+from mlx_lora.config.rules import check_options
 from mlx_lora.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
@@ -78,14 +79,9 @@ class Check:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -> int:
     """Check that this machine is ready to train; the exit code is 1 if something is wrong."""
+    check_options("doctor", {**kit, "full": full, "kernels": show_kernels, "group": kit["groups"]})
     if full:
-        if show_kernels:
-            raise InputError("--kernels with --full: the group kernels checks them all; leave --kernels out")
         return full_check(hub, as_json, kit)
-    if given := [f"--{'group' if name == 'groups' else name}" for name, value in kit.items() if value]:
-        raise InputError(
-            f"{' and '.join(given)} without --full: only the full check uses it; add --full, or leave it out"
-        )
     if show_kernels:
         measure_usual()
     here, versions, table, (rates, speed) = device.current_device(), installed_versions(), known_table(), check_speed()

@@ -13,9 +13,9 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_lora.api.texts import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.pairs import passage_files, read_passages
 from mlx_lora.models.load import load_base
@@ -91,7 +91,7 @@ def main(
         raise InputError(
             "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
         )
-    check_prompts(given, query)
+    check_options("embed", given | {"query": query})
     settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column, query)
     base = load_base(settings.model)

@@ -36,7 +36,8 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
-from mlx_lora.config.settings import DataSettings, ObjectiveSettings, TrainSettings
+from mlx_lora.config.rules import check_options
+from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
@@ -127,28 +128,10 @@ def main(
     """
     only = {name: given.pop(name) for name in ("against", "general_text", "general_chat")}
     corpus = given.pop("corpus")
+    settings = train_settings(given)
+    options = {**given, **only, "corpus": corpus, "forgetting": forgetting, "report": report, "show": show or None}
+    check_options("evaluate", options | {"adapter_path": adapter.adapter_path})
     page = flags.report_page(report)
-    settings, whole_only = train_settings(given), "--objective embed" if given.get("objective") == "embed" else ""
-    if forgetting:
-        whole_only = "--forgetting"
-        if show is not None:
-            raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
-        if not adapter.adapter_path:
-            raise InputError("--forgetting: no adapter; give --adapter-path")
-        own = {field.name for field in fields(ObjectiveSettings)}
-        idle = [flag_of(name) for name in given if name in own and (name, given[name]) != ("objective", "sft")]
-        if idle := [*(["--corpus"] if corpus else []), *idle]:
-            raise InputError(f"{', '.join(idle)} with --forgetting: it measures the loss of texts; leave it out")
-    elif useless := [flag_of(name) for name, value in only.items() if value]:
-        raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
-    elif whole_only and (page is not None or show or not settings.data.data):
-        raise InputError(
-            "--objective embed: give --data with queries and their documents, and neither --report nor --show"
-        )
-    elif corpus and not whole_only:
-        raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")
-    if whole_only and (flag := dividing_flag(settings.loop)):
-        raise InputError(f"{whole_only} with {flag}: it needs the whole base; leave out one of the two")
     folder, held_out = adapter.folder(), not settings.data.data
     if forgetting and folder is not None:
         general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
@@ -158,7 +141,7 @@ def main(
         asked = ForgettingRequest(settings.data, general, adapter.ignore_fingerprint, batch_tokens, held_out)
         return _forgetting(settings, [folder, *(one for one in more if one)], asked, page, as_json)
     facts = {"adapter_path": adapter.adapter_path, "data": settings.data.data}
-    if whole_only:
+    if settings.objective.objective == "embed":
         base = load_base(settings.model)
         found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, batch_tokens)
         console.print_json(found | facts) if as_json else print_retrieval(found, folder is not None)

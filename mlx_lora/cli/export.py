@@ -22,11 +22,11 @@ from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.api.fuse import FADED, GainMeter, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.files import look_at_data
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError
 
 
 @click.command(cls=flags.ShortCommand)
@@ -74,11 +74,10 @@ from mlx_lora.utils.errors import InputError
 def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
     """Write the adapter on --model in another program's format."""
     asked = ExportSettings(**{field.name: given.pop(field.name) for field in fields(ExportSettings)})
+    check_options("export", {"data": data, "adapter_path": adapter.adapter_path, **vars(asked)})
     asked.check(bool(adapter.adapter_path))
     folder = adapter.folder()
     in_ollama = asked.to == "ollama" and asked.ollama_base is None
-    if data and not (folder and (in_ollama or asked.to in ("gguf", "hf"))):
-        raise InputError(f"--data with --to {asked.to}: only a merged model is measured; leave it out")
     look_at_data(data)  # refused before the work if it is not there
     settings = train_settings(given).model
     keep_dtype = settings.dtype != "auto"

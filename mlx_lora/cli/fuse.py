@@ -17,6 +17,7 @@ import click
 from mlx_lora.api.fuse import FADED, NOT_MEASURED, FuseSettings, Gain, fuse
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.files import find_sets
 from mlx_lora.exporters.rounding import Budget
 from mlx_lora.utils import console
@@ -73,11 +74,10 @@ def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, 
     folder, force = adapter.folder(), given.pop("force")
     if folder is None:
         raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
+    check_options("fuse", given | {"compensate": given["compensate"] is not None})
     dequantize, bits, rows, plain, size = (
         given.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
     )
-    if plain and rows is not None:
-        raise InputError("--compensate with --no-compensate: leave out one of them")
     for source in filter(None, (data, rows)):
         find_sets(source)  # refused before the work if it is not there
     compensate = False if plain else True if rows is not None else None

@@ -14,6 +14,7 @@ import click
 from mlx_lora.api.base import TextSettings, text_pieces
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.examples import MOST_CHARACTERS
 from mlx_lora.data.files import read_tools
@@ -62,6 +63,8 @@ def main(
 ) -> None:
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
     system_prompt, tools_file, text = given.pop("system_prompt"), given.pop("tools_file"), read_prompt(prompt)
+    asked = given | {"image": images, "tools": tools_file, "ignore_chat_template": ignore_chat_template}
+    check_options("generate", asked)
     tools, folder = read_tools(tools_file) if tools_file else None, adapter.folder()
     if folder is not None:
         check_writes_text(folder)
@@ -73,11 +76,6 @@ def main(
         if images:
             from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
 
-            if tools or ignore_chat_template or strategy.divides_base:
-                raise InputError(
-                    "--image with --tools, --ignore-chat-template, --shard-base or --offload-base: pictures are shown by "
-                    "the chat template to a whole model; leave them out"
-                )
             data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
             pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
         else:

@@ -17,6 +17,7 @@ from mlx_lora.api.merge import check_out, check_weights, merge_adapters
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.evaluate import print_table
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -63,8 +64,7 @@ def main(
     names = ("how", "density", "svd_rank", "seed", "majority_sign_method")
     how = MergeSettings(**{name: given.pop(name) for name in names})
     force, ignore_fingerprint = given.pop("force"), given.pop("ignore_fingerprint")
-    if data and no_evaluate:
-        raise InputError("--data with --no-evaluate: nothing is measured; leave out one of them")
+    check_options("merge", {"data": data, "no_evaluate": no_evaluate})
     of, out = check_weights(weights(adapters)), check_out(out, force)
     base = load_base(train_settings(given).model)
     merged = merge_adapters(base, of, how, out, ignore_fingerprint, data, evaluate=not no_evaluate)

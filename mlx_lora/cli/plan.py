@@ -21,6 +21,7 @@ from mlx_lora.api.plan import choose_machine, plan_run
 from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import MEMORY, TrainSettings
 from mlx_lora.config.sweep import BUDGET, read_budget
 from mlx_lora.parallel.hosts import macs_of
@@ -34,8 +35,6 @@ from mlx_lora.utils.text import counted
 GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
 MOST_GB = 4096
 MOST_MACS = 256
-# Flags of `train` that apply to a training server.
-OF_CLIENTS = {"model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget"}
 
 
 def whole_gigabytes(text: str) -> int:
@@ -124,29 +123,15 @@ def main(
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     hostfile, link_gbit = given.pop("hostfile"), given.pop("link_gbit")
     sweep, clients = given.pop("sweep"), given.pop("clients")
+    asked = {"config": config_file, "chip": chip, "memory_gb": memory_gb, "all_chips": all_chips, "macs": macs}
+    asked |= {"hostfile": hostfile, "link_gbit": link_gbit, "sweep": sweep, "clients": clients, **given}
+    check_options("plan", asked)
     budget = None if sweep is None else read_budget(sweep)
-    several = macs is not None or hostfile is not None
-    if budget is not None and (several or all_chips):
-        raise InputError(
-            "--sweep with --macs, --hostfile or --all-chips: it is planned for one machine; leave out one of them"
-        )
-    if link_gbit is not None and not several:
-        raise InputError("--link-gbit: only for --macs or --hostfile; add one of them, or leave it out")
     settings = train_settings(given, read_settings(config_file, given, allow_code))
     if clients is not None:
-        if config_file or macs or hostfile or all_chips or budget or set(given) - OF_CLIENTS:
-            raise InputError(
-                "--clients: only --rank, --max-seq-length, --memory-budget, --chip, --memory-gb and the flags of the model (--model, "
-                "--revision, --bits, --dtype) apply to a training server, whose clients bring the rest; leave other flags out"
-            )
         planned = plan_training_server(settings, clients, choose_machine(settings, chip, memory_gb)[0])
         text = render_plan("clients", planned, ceiling=MOST_CLIENTS)
-    elif several:
-        if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
-            raise InputError(
-                "--macs, --hostfile, --chip, --memory-gb, --all-chips: they exclude each other; keep one, or write --macs 2 --all-chips "
-                "for pairs"
-            )
+    elif macs is not None or hostfile is not None:
         planned, text = plan_several(settings, macs or "", hostfile, link_gbit)
     else:
         planned = plan_run(settings, chip, memory_gb, all_chips)

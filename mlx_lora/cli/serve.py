@@ -17,8 +17,8 @@ import click
 
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.chat import begun_engine
-from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import serve_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import ModelSettings, ServeSettings
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import read_adapter_config, run_of
@@ -35,25 +35,16 @@ SHUTDOWN_S = 5
 KEY_PREFIX = "tml-"
 
 
-FOR_TRAINING = ("model_name", "checkpoints", "join_clients", "max_sessions", "session_timeout")
-NOT_FOR_TRAINING = ("prompt_cache", "request_timeout", "max_waiting")
-
-
 @click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "serve")
 @flags.named_adapters_options()
 def main(named: flags.NamedAdapters, **given: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
     model, settings = serve_settings(given)
-    useless = [flag_of(name) for name in given if name in (NOT_FOR_TRAINING if settings.training else FOR_TRAINING)]
-    if useless:
-        kind = (
-            "with --training: clients bring it, or it has no use there" if settings.training else "only for --training"
-        )
-        raise InputError(f"{', '.join(useless)}: {kind}; leave it out")
+    check_options("serve", {**given, "adapter": named.adapters, "blend": named.blends})
     key = flags.server_key("serve", settings.host, settings.api_key)
     if settings.training:
-        serve_training(model, settings, key, named)
+        serve_training(model, settings, key)
         return
     for flag, folder in (("--adapters-from", settings.adapters_from), ("--images-from", settings.images_from)):
         if folder and not Path(folder).expanduser().is_dir():
@@ -166,7 +157,7 @@ def run_until_ended(app: Any, settings: ServeSettings, engine: Any, connections:
 # Training
 
 
-def serve_training(model: ModelSettings, settings: ServeSettings, key: str | None, named: flags.NamedAdapters) -> None:
+def serve_training(model: ModelSettings, settings: ServeSettings, key: str | None) -> None:
     """Train adapters for clients until interrupted.
 
     Raises:
@@ -175,13 +166,6 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     """
     if importlib.util.find_spec("tinker") is None:
         raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
-    if settings.allow_origin or settings.allow_hub:
-        raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
-    if named.adapters or named.blends or settings.adapters_from or settings.images_from:
-        raise InputError(
-            "--training: clients create their adapters themselves, and show no pictures; leave --adapter, --blend, "
-            "--adapters-from and --images-from out"
-        )
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")
     # Imported here, because packages that they need may not be installed.

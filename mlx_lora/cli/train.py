@@ -19,7 +19,7 @@ import click
 
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.rules import idle_notes
+from mlx_lora.config.rules import check_options, idle_notes
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
 from mlx_lora.parallel.ranks import find_launch, together
 from mlx_lora.utils import console, device
@@ -58,7 +58,8 @@ def main(
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     if runs:
-        return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run}, allow_code)
+        check_options("train", {**given, "runs": runs, "config": config_file, "dry_run": dry_run})
+        return run_several(runs, given, allow_code)
     settings = train_settings(given, read_settings(config_file, given, allow_code))
     for note in idle_notes(settings.to_flat(), given):
         console.echo(f"note: {note}")
@@ -80,24 +81,19 @@ def main(
 
 
 def run_several(
-    files: Sequence[str], given: dict[str, Any], others: dict[str, Any], allow_code: bool = False
+    files: Sequence[str], given: dict[str, Any], allow_code: bool = False
 ) -> int:  # fmt: skip
     """Train the runs of several settings files, and return the exit code.
 
     Args:
         files: of --runs.
         given: flags, which override what all files say.
-        others: options of the command that do not go with --runs -> their values.
         allow_code: whether the files may name code to run.
 
     Raises:
         InputError: they cannot be trained together.
         RunError: some of them failed.
     """
-    asked = [flag for flag, value in others.items() if value]
-    asked += ["--adapter-path"] if "adapter_path" in given else []
-    if asked:
-        raise InputError(f"{' and '.join(asked)} with --runs: each run's own file says that; leave it out")
     if len(files) < 2:
         raise InputError(f"--runs: found {counted(len(files), 'settings file')}; give two or more, or --config for one")
     if find_launch(dict(os.environ)) is not None:

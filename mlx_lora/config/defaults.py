@@ -135,8 +135,15 @@ def with_length(
     if open_length:
         per_epoch = steps_per_epoch(loop, data)
         loop = replace(loop, epochs=begun_with or epochs_for(per_epoch if several else 0))
-    more = _early_stopping(settings, loop, data) if open_length and several else {}
-    defaults = {"steps_per_eval": STEPS_PER_EVAL, "keep_best": False, "early_stopping_patience": 0} | more
+    defaults = {"steps_per_eval": STEPS_PER_EVAL, "keep_best": False, "early_stopping_patience": 0}
+    whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
+    validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
+    enough = data is not None and data.held_out >= ENOUGH_HELD_OUT
+    if open_length and several and enough and validates and not whole:  # it ends when its held-out loss no longer falls
+        steps = steps_per_epoch(loop, data) * int(loop.epochs or 1)
+        defaults = {
+            "steps_per_eval": validated_every(steps), "keep_best": True, "early_stopping_patience": PATIENCE,
+        }  # fmt: skip
     open_too = {name: value for name, value in defaults.items() if getattr(loop, name) is None}
     return replace(settings, loop=replace(loop, **open_too))
 
@@ -155,20 +162,6 @@ def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
     else:
         batches = math.ceil(1.25 * data.positions / (loop.batch_tokens or DEFAULT_BATCH_TOKENS))
     return max(1, math.ceil(min(batches, data.examples) / loop.grad_accumulation_steps))
-
-
-def _early_stopping(settings: TrainSettings, loop: LoopSettings, data: DataFacts | None) -> dict[str, Any]:
-    """Return settings with which a run ends when its held-out loss no longer falls; none if too little is held out."""
-    whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
-    validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
-    if data is None or data.held_out < ENOUGH_HELD_OUT or whole or not validates:
-        return {}
-    steps = steps_per_epoch(loop, data) * int(loop.epochs or 1)
-    return {
-        "steps_per_eval": validated_every(steps),
-        "keep_best": True,
-        "early_stopping_patience": PATIENCE,
-    }
 
 
 def validated_every(steps: int) -> int:

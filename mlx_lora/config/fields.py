@@ -60,7 +60,8 @@ class SettingRow:
         above = low < value if self.at_least is None else low <= value
         if not (above and value <= self.at_most):  # NaN too
             bound = "more than" if self.at_least is None else "at least"
-            raise ValueError(f"{value}: must be {bound} {low} and at most {_plain(self.at_most)}")
+            most = int(self.at_most) if self.at_most == int(self.at_most) else f"{self.at_most:g}"
+            raise ValueError(f"{value}: must be {bound} {low} and at most {most}")
 
 
 def setting(default: Any, help: str, group: str, **rules: Any) -> Any:
@@ -116,8 +117,3 @@ def read_value(f: Field, value: Any) -> Any:
         raise ValueError(f"{value!r}: not {allowed}") from None
     row.check(value)
     return value
-
-
-def _plain(number: float) -> str:
-    """Return a bound as text, with whole numbers written without an exponent."""
-    return f"{int(number)}" if number == int(number) else f"{number:g}"

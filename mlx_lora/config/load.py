@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.fields import flag_of, read_value, row_of
-from mlx_lora.config.objectives import VERIFIERS
-from mlx_lora.config.rules import settings_problems
+from mlx_lora.config.rules import is_verifiers, settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -182,7 +181,7 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
-    if not values.get("data") and (values.get("environment") or "").startswith(VERIFIERS):
+    if not values.get("data") and is_verifiers(values.get("environment")):
         values["data"] = values["environment"]  # such an environment has tasks of its own
     path = Path(values.get("data") or "").expanduser()
     if values.get("data") and any((one / "dataset_info.json").is_file() for one in (path, path.parent)):

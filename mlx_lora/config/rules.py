@@ -4,7 +4,8 @@
     needs("jsd_beta", "only that uses it", divergence="jsd")
 
 The first row refuses a --dropout with --qat, the second one a --jsd-beta without --divergence jsd. Which objectives and which
-method have a setting is in its own row (`only` and `method` in config/settings.py and config/objectives.py).
+method have a setting is in its own row (`only` and `method` in config/settings.py and config/objectives.py). COMMANDS has the
+rules of commands' own options, which are no settings of a run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS
+from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS, ObjectiveSettings
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import (
     COLUMNS,
@@ -30,18 +31,20 @@ from mlx_lora.config.settings import (
     shard_parts,
     turn_names,
 )
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import command_line
 
 CHECKPOINTING = ("none", "auto", "selective", "block")
 OWNERS = {name: row.only for name, row in ROWS.items() if row.only}  # setting -> the objectives that have it
+USUAL = {name: one.default for name, one in FIELDS.items()}
 LEAVE_OUT, BOTH, GIVE_BOTH = "leave it out", "leave out one of the two", "give both"
 MOST_SHOWN = 40  # characters of a value in a message
 
 
-def given(name: str, value: Any) -> bool:
+def given(name: str, value: Any, usual: Mapping[str, Any] = USUAL) -> bool:
     """Tell whether a value of a setting asks for something: it is not the default, and not empty."""
-    usual = FIELDS[name].default
-    return value != usual and value not in (None, "") and not (value is False and usual is None)
+    default = usual.get(name)
+    return value != default and value not in (None, "", ()) and not (value is False and default is None)
 
 
 GIVEN = given  # as a condition
@@ -52,11 +55,11 @@ def other_than(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value not in values
 
 
-def holds(settings: Mapping[str, Any], name: str, wanted: Any) -> bool:
+def holds(settings: Mapping[str, Any], name: str, wanted: Any, usual: Mapping[str, Any] = USUAL) -> bool:
     """Tell whether a setting has a value, one of several, or what a function accepts."""
-    value = settings[name]
+    value = settings.get(name)
     if wanted is GIVEN:
-        return given(name, value)
+        return given(name, value, usual)
     return bool(wanted(value)) if callable(wanted) else value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
 
@@ -64,7 +67,7 @@ def spelled(name: str, value: Any) -> str:
     """Return a setting with a value as on the command line."""
     if isinstance(value, bool):
         return flag_of(name) if value else flag_of(f"no_{name}")
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else " ".join(value) if isinstance(value, tuple) else str(value)
     return flag_of(name) if callable(value) or len(text) > MOST_SHOWN else f"{flag_of(name)} {text}"
 
 
@@ -86,22 +89,23 @@ class Rule:
     when: Mapping[str, Any]
     needed: bool = False
 
-    def problem(self, settings: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with a run's settings, a line; None: they keep the rule."""
-        held = [holds(settings, name, wanted) for name, wanted in self.when.items()]
+    def problem(self, settings: Mapping[str, Any], usual: Mapping[str, Any] = USUAL) -> str | None:
+        """Return what is wrong with settings, a line; None: they keep the rule. `usual` are their defaults."""
+        held = [holds(settings, name, wanted, usual) for name, wanted in self.when.items()]
         if any(held) if self.needed else not all(held):
             return None
         asked = []
         for name, _, value in (one.partition("=") for one in self.names):
-            if (str(settings[name]) == value) if value else given(name, settings[name]):
-                asked.append(spelled(name, settings[name]))
+            own = settings.get(name)
+            if (str(own) == value) if value else given(name, own, usual):
+                asked.append(spelled(name, own))
         if not asked:
             return None
         if self.needed:
             others = " or ".join(spelled(name, wanted) for name, wanted in self.when.items())
         else:
-            told = [name for name in self.when if settings[name] != FIELDS[name].default] or list(self.when)
-            others = " and ".join(spelled(name, settings[name]) for name in told)
+            told = [name for name in self.when if given(name, settings.get(name), usual)] or list(self.when)
+            others = " and ".join(spelled(name, settings.get(name)) for name in told)
         return f"{' and '.join(asked)} {'without' if self.needed else 'with'} {others}: {self.why}; {self.do}"
 
     def is_about(self, name: str) -> bool:
@@ -124,10 +128,21 @@ def leaves_blocks(mode: str) -> bool:
     return mode not in ("auto", "selective", "block", "1")
 
 
+def is_verifiers(environment: str | None) -> bool:
+    """Tell whether --environment or --data names an environment of the package verifiers."""
+    return (environment or "").startswith(VERIFIERS)
+
+
+def names_chips(macs: str | None) -> bool:
+    """Tell whether --macs names Macs, and not only how many equal ones."""
+    return bool(macs) and not macs.isdecimal()
+
+
 OF_EMBED = ("data", "prompt_column", "completion_column", "max_seq_length", "valid_fraction", "strict")  # of the data
 OF_TASKS = ("eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template")
 NO_VALIDATION, IN_MEMORY = "no validation takes place", "sampling needs the whole base in one process"
 BY_KEYS, ONLY_ANSWERS = "the format of these records is recognized by its keys", "only answers are trained"
+OWN_OPTIONS = tuple(one.name for one in fields(ObjectiveSettings) if one.name != "objective")
 NOT_IMITATED: dict[str, Any] = {"objective": other_than(*IMITATION)}
 
 RULES: tuple[Rule, ...] = (
@@ -207,6 +222,7 @@ RULES: tuple[Rule, ...] = (
     ),
     excludes("shared_prefix=on", "each answer is computed with its prompt's pictures", images=True),
     excludes(("environment", "tools"), "an answer about pictures is one turn", "give --reward instead", images=True),
+    excludes(("reward", "tools"), "the environment has its own rewards and tools", BOTH, environment=is_verifiers),
     excludes("embed_temp", "it has no temperature", embed_loss="triplet"),
     needs("triplet_margin", "only that has a margin", embed_loss="triplet"),
     excludes(("embed_loss=cosent", "embed_loss=cosine"), "a score is for two texts", BOTH, negatives=bool),
@@ -262,6 +278,112 @@ IDLE: tuple[Rule, ...] = (
     needs("test_batches", "", test=True),
 )
 
+OF_CLIENTS = ("model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget")  # of a training server
+DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
+NAMED = "each names the machines in another way"
+# Rules of the options of commands that do not train, by command.
+COMMANDS: dict[str, tuple[Rule, ...]] = {
+    "convert": (
+        excludes(("bits", "group_size", "mode"), "nothing is quantized", BOTH, no_quantize=True),
+        excludes("calibrate", "nothing is quantized", BOTH, no_quantize=True),
+        needs("quantizer", "it learns from rows", "give --calibrate DATA", calibrate=GIVEN),
+        excludes("quantizer", "mlx-lm's only learn affine layers", "leave --mode out", mode=other_than("affine", None)),
+        excludes(
+            "quantizer=gptq",
+            "mlx-lm's gptq has 2, 4 and 8 bits",
+            "give one of them, or --quantizer dwq",
+            bits=other_than(2, 4, 8, None),
+        ),
+        excludes(
+            "quantizer=dwq", "mlx-lm's dwq trains layers of less than 8 bits", "give fewer, or no --quantizer", bits=8
+        ),
+    ),
+    "doctor": (
+        excludes("kernels", "the group kernels checks them all", full=True),
+        needs(
+            ("quick", "group", "again", "minutes", "out", "send"),
+            "only that uses it",
+            "add it, or leave this out",
+            full=True,
+        ),
+    ),
+    "embed": (
+        excludes("document_prompt", "the texts are queries", "give --query-prompt", query=True),
+        needs("query_prompt", "the texts are documents", "add it, or give --document-prompt", query=True),
+    ),
+    "evaluate": (
+        excludes("show", "it asks questions of its own", BOTH, forgetting=True),
+        needs("forgetting", "there is nothing to compare", "give it", adapter_path=GIVEN),
+        excludes(("corpus", *OWN_OPTIONS), "it measures the loss of texts", forgetting=True),
+        excludes("forgetting", "it measures the loss of texts", objective=other_than("sft", None)),
+        needs(("against", "general_text", "general_chat"), "only that uses it", "add it", forgetting=True),
+        needs("objective=embed", "it measures queries and their documents", "name some", data=GIVEN),
+        excludes(("report", "show"), "it writes no text", objective="embed"),
+        needs("corpus", "only that searches in one", objective="embed"),
+        *(excludes(("forgetting", "objective=embed"), "it needs the whole base", BOTH, **one) for one in DIVIDED),
+    ),
+    "export": (
+        excludes("data", "only a merged model is measured", to=other_than("gguf", "hf", "ollama")),
+        excludes("data", "only a merged model is measured", ollama_base=GIVEN),
+        needs("data", "there is no adapter to measure", adapter_path=GIVEN),
+    ),
+    "fuse": (
+        excludes("compensate", "each says the opposite", BOTH, no_compensate=True),
+        excludes("fused_bits", "a float model has no bits", BOTH, dequantize=True),
+        excludes(("compensate", "bits_budget"), "a float model is not rounded", BOTH, dequantize=True),
+        excludes("bits_budget", "the budget chooses the bits", BOTH, fused_bits=GIVEN),
+    ),
+    "generate": (
+        excludes(("tools", "ignore_chat_template"), "the chat template shows pictures", image=GIVEN),
+        *(excludes("image", "only a whole model sees pictures", BOTH, **one) for one in DIVIDED),
+    ),
+    "merge": (excludes("data", "nothing is measured", BOTH, no_evaluate=True),),
+    "plan": (
+        *(
+            excludes("sweep", "it is planned for one machine", BOTH, **{name: GIVEN})
+            for name in ("macs", "hostfile", "all_chips")
+        ),
+        needs("link_gbit", "there is no link", "add one of them, or leave it out", macs=GIVEN, hostfile=GIVEN),
+        excludes(
+            ("config", "macs", "hostfile", "all_chips", "sweep", *(name for name in ROWS if name not in OF_CLIENTS)),
+            "the clients of a training server bring it",
+            clients=GIVEN,
+        ),
+        excludes(("chip", "memory_gb", "hostfile"), NAMED, "keep one", macs=GIVEN),
+        excludes(("chip", "memory_gb", "all_chips"), NAMED, "keep one", hostfile=GIVEN),
+        excludes("all_chips", NAMED, "keep one, or write --macs 2 --all-chips for pairs", macs=names_chips),
+    ),
+    "serve": (
+        excludes(("allow_origin", "allow_hub"), "pages and the hub play no part in it", training=True),
+        excludes(
+            ("adapter", "blend", "adapters_from", "images_from"),
+            "clients create their adapters themselves, and show no pictures",
+            training=True,
+        ),
+        excludes(("prompt_cache", "request_timeout", "max_waiting"), "it has no use there", training=True),
+        needs(
+            ("model_name", "checkpoints", "join_clients", "max_sessions", "session_timeout"),
+            "only that uses it",
+            training=True,
+        ),
+    ),
+    "train": (excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),),
+}
+
+
+def check_options(command: str, options: Mapping[str, Any]) -> None:
+    """Refuse what a command's options cannot have together.
+
+    Args:
+        command: a key of COMMANDS.
+        options: values by name; those that are not there are not given.
+
+    Raises:
+        InputError: with all problems.
+    """
+    if problems := [problem for rule in COMMANDS[command] if (problem := rule.problem(options, {}))]:
+        raise InputError("; ".join(problems))
+
 
 def problems_with(settings: Mapping[str, Any], name: str, value: Any) -> list[str]:
     """Return what would be wrong if a run's settings had another value of one of them."""
@@ -287,25 +409,33 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
             asked = f"{spelled(name, settings[name])} with --method {method}"
             problems.append(f"{asked}: only --method {row.method} uses it; leave it out")
     problems += [problem for rule in RULES if (problem := rule.problem(settings))]
-    mode, shared = settings["grad_checkpoint"], settings["shard_base"]
-    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
-        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
-    if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
-        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
-    if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
-        problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
-    loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
-    if settings["report_to"] and not set(loggers) <= set(LOGGERS):
-        problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    if settings["train"] is False:
-        flags = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
-        words = ["evaluate", *(word for flag, value in flags.items() if value for word in (flag, value))]
-        problems.append(f"--no-train: to measure an adapter, run `{command_line(words)}`; or give --test alone")
-    first = settings["adalora_init_rank"]
-    if settings["method"] == "adalora" and first is not None and first < settings["rank"]:
-        problems.append(
-            f"--adalora-init-rank {first} with --rank {settings['rank']}: ranks are only reduced; leave it out"
-        )
+    mode, shared, day, first = (
+        settings[name] for name in ("grad_checkpoint", "shard_base", "chat_date", "adalora_init_rank")
+    )
+    loggers = {name.strip().lower() for name in settings["report_to"].split(",")} if settings["report_to"] else set()
+    data, environment = settings["data"], settings["environment"] or ""
+    measured = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
+    words = ["evaluate", *(word for flag, value in measured.items() if value for word in (flag, value))]
+    checks = {
+        f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1": (
+            mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6)
+        ),
+        f"--chat-date {day!r}: not a date; write it like 2026-11-26": day is not None and not is_day(day),
+        f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1": (
+            shared not in (*SHARDING, "off") and shard_parts(shared) is None
+        ),
+        f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma": not loggers <= set(LOGGERS),
+        f"--no-train: to measure an adapter, run `{command_line(words)}`; or give --test alone": settings["train"]
+        is False,
+        f"--adalora-init-rank {first} with --rank {settings['rank']}: ranks are only reduced; leave it out": (
+            method == "adalora" and first is not None and first < settings["rank"]
+        ),
+        f"--data {data} with --environment {environment}: the environment has its own tasks; leave --data out, or give "
+        f"{environment}:1000 for that many": (
+            is_verifiers(environment) and data and environment not in (data, data.rpartition(":")[0])
+        ),
+    }
+    problems += [problem for problem, is_one in checks.items() if is_one]
     for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
         try:
             values = parse_pattern(settings[name])
@@ -320,15 +450,8 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     except ValueError as error:
         names = " or ".join((*TURN_FIELDS, *TURN_ROLES))
         problems.append(f"--turn-names {error}: write {names}, then = and the name in the data")
-    data, environment = settings["data"], settings["environment"] or ""
-    if environment.startswith(VERIFIERS) and data and environment not in (data, data.rpartition(":")[0]):
-        problems.append(
-            f"--data {data} with --environment {environment}: the environment has its own tasks; leave --data out, or give "
-            f"{environment}:1000 for that many"
-        )
-    updates = settings[
-        "updates_per_rollout"
-    ]  # nothing is saved, and no run ends, between two updates on the same answers
+    # Nothing is saved, and no run ends, between two updates on the same answers.
+    updates = settings["updates_per_rollout"]
     for name in ("iters", "save_every", "steps_per_eval"):
         if settings[name] and settings[name] % updates:
             problems.append(

@@ -94,7 +94,8 @@ class AssistantTurns:
         whole: list[Span] = []
         apart: list[tuple[Turn, list[Span]]] = []  # turns with rows of their own, the last one first
         closed = True
-        for number in reversed(self._trained()):
+        trained = [n for n, one in enumerate(self._messages) if one["role"] == "assistant" and one.get("weight") != 0]
+        for number in reversed(trained):
             turn = self._turn(number)
             if turn is None:
                 span = self._standing(number, None)
@@ -117,10 +118,6 @@ class AssistantTurns:
             whole.append(span)
         rows = [(turn.prompt + turn.written, spans[::-1], not turn.closing) for turn, spans in reversed(apart)]
         return rows + ([(self._text, whole[::-1], not closed)] if whole else [])
-
-    def _trained(self) -> list[int]:
-        messages = enumerate(self._messages)
-        return [i for i, message in messages if message["role"] == "assistant" and message.get("weight") != 0]
 
     def _in(self, text: str, turn: Turn) -> Span | None:
         """Return the span of the turn in a rendering that shows it as at inference; None if it does not.

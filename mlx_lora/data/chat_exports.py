@@ -12,6 +12,7 @@ answer nothing, and those after the last answer.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -19,7 +20,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +122,6 @@ CHAT_TYPE = re.compile(
 NOBODY = "Deleted Account"  # as Telegram shows people who left
 
 
-def is_telegram(head: str) -> bool:
-    """Tell whether a JSON text is such an export, from its first characters."""
-    return head.lstrip("\ufeff \n\r\t").startswith("{") and CHAT_TYPE.search(head) is not None
-
-
 def read_telegram(value: Any) -> list[ExportedChat] | None:
     """Return the chats of an export, without service messages, media, and what was forwarded; None if it is none."""
     if not isinstance(value, dict):
@@ -135,33 +130,26 @@ def read_telegram(value: Any) -> list[ExportedChat] | None:
     chats = listed.get("list") if isinstance(listed, dict) else [value]
     if not isinstance(chats, list) or not all(isinstance(one, dict) for one in chats):
         return None
-    lists = [one["messages"] for one in chats if isinstance(one.get("messages"), list)]
-    number, found = 0, []
-    for messages in lists:
-        chat = ExportedChat()
-        for message in messages:
-            number += 1
-            if isinstance(message, dict):
-                _add_telegram(chat, message, number)
-        found.append(chat)
+    numbers, found = itertools.count(1), []
+    for messages in (one["messages"] for one in chats if isinstance(one.get("messages"), list)):
+        found.append(chat := ExportedChat())
+        for message, number in zip(messages, numbers, strict=False):
+            if not isinstance(message, dict):
+                continue
+            text = plain(_telegram_text(message.get("text")))
+            if message.get("type") != "message":
+                chat.left_out[SYSTEM_LINE] += 1
+            elif message.get("forwarded_from") is not None or message.get("via_bot") is not None:
+                chat.left_out[FORWARDED] += 1  # another's words
+            elif not text:
+                chat.left_out[MEDIA] += 1
+            else:
+                speaker, when = message.get("from"), None
+                name = plain(speaker) if isinstance(speaker, str) else ""
+                with suppress(TypeError, ValueError):
+                    when = datetime.fromisoformat(message.get("date", "")).replace(tzinfo=None)
+                chat.messages.append(ChatMessage(number, name or NOBODY, text, when))
     return found or None
-
-
-def _add_telegram(chat: ExportedChat, message: dict[str, Any], number: int) -> None:
-    """Add a message to its chat, or count why it is left out."""
-    text = plain(_telegram_text(message.get("text")))
-    if message.get("type") != "message":
-        chat.left_out[SYSTEM_LINE] += 1
-    elif message.get("forwarded_from") is not None or message.get("via_bot") is not None:
-        chat.left_out[FORWARDED] += 1  # another's words
-    elif not text:
-        chat.left_out[MEDIA] += 1
-    else:
-        speaker, when = message.get("from"), None
-        name = plain(speaker) if isinstance(speaker, str) else ""
-        with suppress(TypeError, ValueError):
-            when = datetime.fromisoformat(message.get("date", "")).replace(tzinfo=None)
-        chat.messages.append(ChatMessage(number, name or NOBODY, text, when))
 
 
 def _telegram_text(text: Any) -> str:
@@ -409,7 +397,7 @@ def _moments(found: list[_Line]) -> list[datetime | None]:
 
     def fits(name: str) -> tuple[int, int]:
         whole = [moment for moment in tried[name] if moment is not None]
-        back = sum(after < before for before, after in pairwise(whole))
+        back = sum(after < before for before, after in itertools.pairwise(whole))
         return len(found) - len(whole), back
 
     return tried[min(tried, key=fits)]
@@ -471,7 +459,7 @@ def chat_kind(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES).decode(text_encoding(path), errors="ignore")
     if suffix == ".json":
-        return TELEGRAM if is_telegram(head) else None
+        return TELEGRAM if head.lstrip("\ufeff \n\r\t").startswith("{") and CHAT_TYPE.search(head) else None
     lines = head.splitlines()
     tests = {WHATSAPP: is_whatsapp, IMESSAGE: is_imessage, TRANSCRIPT: is_transcript}
     return next((kind for kind, fits in tests.items() if fits(lines)), None)
@@ -483,8 +471,7 @@ def read_chats(path: Path) -> ChatExport | None:
     Raises:
         InputError: the file's text cannot be decoded.
     """
-    kind = chat_kind(path)
-    if kind is None:
+    if (kind := chat_kind(path)) is None:
         return None
     text = decoded_text(path)
     if kind == TELEGRAM:
@@ -542,28 +529,28 @@ class ChatSummary:
         )
 
 
-def chats_of(file: DataFile, settings: DataSettings) -> ChatExport | None:
-    """Return the chats that a file exports, if it is such an export and is to be read as one; None otherwise.
+def chats_of(file: DataFile, settings: DataSettings) -> tuple[ChatExport | None, str]:
+    """Return the chats that a file exports, if it is such an export and is to be read as one, else None; and a note.
 
-    A transcript without dates may as well be a play: it is only read as a chat if --speaker is given.
+    A transcript without dates may as well be a play: it is only read as a chat if --speaker is given, and noted otherwise.
 
     Raises:
         InputError: --speaker is not given, or the file cannot be read.
     """
-    if settings.data_format != "auto":
-        return None
-    kind = chat_kind(file.path)
-    if kind is None or (kind == TRANSCRIPT and settings.speaker is None):
-        return None
-    export = read_chats(file.path)
+    export = read_chats(file.path) if settings.data_format == "auto" else None
     if export is None or not export.speakers:
-        return None
-    if settings.speaker is None:
-        raise InputError(
-            f"{file.name} is a {kind} of {named(export.speakers)}; choose whose messages are trained as answers with "
-            "--speaker NAME, or train all of it as plain text with --data-format text"
+        return None, ""
+    if settings.speaker is not None:
+        return export, ""
+    if export.kind == TRANSCRIPT:
+        return None, (
+            f"{file.name} looks like a transcript of {named(export.speakers)}, and is trained as plain text; --speaker NAME "
+            "trains that person's answers instead"
         )
-    return export
+    raise InputError(
+        f"{file.name} is a {export.kind} of {named(export.speakers)}; choose whose messages are trained as answers with "
+        "--speaker NAME, or train all of it as plain text with --data-format text"
+    )
 
 
 def conversations_of(export: ChatExport, name: str, settings: DataSettings) -> tuple[Iterator[Record], ChatSummary]:
@@ -606,17 +593,6 @@ def conversations_of(export: ChatExport, name: str, settings: DataSettings) -> t
     left_out = Counter({what: count for what, count in left_out.items() if count})
     gap = settings.conversation_gap
     return iter(records), ChatSummary(name, export.kind, speaker, total, trained, answers, len(records), left_out, gap)
-
-
-def transcript_note(file: DataFile) -> str:
-    """Return a note on a text that is trained as it is and looks like a transcript; empty for others."""
-    export = read_chats(file.path) if chat_kind(file.path) == TRANSCRIPT else None
-    if export is None:
-        return ""
-    return (
-        f"{file.name} looks like a transcript of {named(export.speakers)}, and is trained as plain text; --speaker NAME trains "
-        "that person's answers instead"
-    )
 
 
 def named(speakers: Counter[str]) -> str:

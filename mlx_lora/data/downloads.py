@@ -99,10 +99,8 @@ class ImageDownloads:
             return
         try:
             self._keep(_file_of(url), download(url))
-        except NoAnswer as error:
-            self._silent[server] += 1
-            self._refused[url] = str(error)
         except FormatError as error:
+            self._silent[server] += isinstance(error, NoAnswer)
             self._refused[url] = str(error)
 
     def _keep(self, file: Path, content: bytes) -> None:

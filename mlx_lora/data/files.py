@@ -139,8 +139,13 @@ def named_sets(data: str) -> list[tuple[str, float]]:
         whole = {end: _name_and_weight(",".join(parts[start:end])) for end in ends}
         end = next((end for end in ends if _exists(whole[end][0]) and "," not in (whole[end][1] or "")), start + 1)
         name, weight = whole[end]
-        if name:
-            found.append((name, _weight(name, weight)))
+        try:
+            times = 1.0 if weight is None else float(weight)
+        except ValueError:
+            times = 0.0
+        if name and not 0 < times <= MAX_WEIGHT:
+            raise InputError(f"--data {name}={weight}: a weight must be a number above 0 and at most {MAX_WEIGHT:g}")
+        found += [(name, times)] if name else []
         start = end
     if not found:
         raise InputError(f"--data {data}: names no file; give a file, a folder, a dataset id, or several by comma")
@@ -157,16 +162,6 @@ def _name_and_weight(text: str) -> tuple[str, str | None]:
     text = text if _exists(text) else text.strip()
     name, equals, weight = text.rpartition("=")
     return (text, None) if _exists(text) or not equals else (name, weight)
-
-
-def _weight(name: str, text: str | None) -> float:
-    try:
-        weight = 1.0 if text is None else float(text)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight <= MAX_WEIGHT:
-        raise InputError(f"--data {name}={text}: a weight must be a number above 0 and at most {MAX_WEIGHT:g}")
-    return weight
 
 
 def _exists(name: str) -> bool:
@@ -199,7 +194,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py, data/verifiers_tasks.py) or a hub
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
             dataset id `owner/name` (`@revision` may follow).
 
     Returns:
@@ -224,7 +219,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
         return {"train": (task_file(data),)}
     if data.startswith(VERIFIERS):
-        from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it
+        from mlx_lora.data.task_sets import verifiers_file  # few runs need it
 
         return {"train": (verifiers_file(data),)}
     if is_dataset_id(data):

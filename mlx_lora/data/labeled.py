@@ -1,4 +1,4 @@
-"""Read records of texts with labels, and encode the texts as transformers' tokenizers do.
+"""Read records of texts with labels, and of queries with graded documents; encode the texts as transformers' tokenizers do.
 
 A record has a text, or several columns that are one text (a mail's subject and body, a premise and a hypothesis), which are
 joined with line breaks; or a chat as `messages`, which the chat template renders up to where the
@@ -11,13 +11,25 @@ transformers computes the same with them; a longer text is cut at its end.
 The tokenizers of encoders end a text with a separator, and have a form for two texts: [CLS] first [SEP] second [SEP]. The columns
 in PAIRS, and a reranker's query and document, are read in this form, as sentence-transformers' CrossEncoder does. A longer
 text or pair is cut so that these tokens stay, of a pair the longer text first; and a text that spells one of them has its letters.
+
+Queries with documents that answer them more or less well are read for a reranker:
+
+    query, positive(s), negative(s)     texts or lists of texts; also negative_1, negative_2 ...
+    query, documents, labels            a list of texts, and a list of numbers, higher for what answers better
+    query, document, label              one document; the records of one query are put together
+
+Names are recognized in any case, also those of sentence-transformers' sets (anchor, question; passage, docs, answer; score).
+
+Each query is one example. What its documents' rows are is the objective's business: the encoded row is that of its best
+document, and the fact of the example has the tokens and labels of all.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import numpy as np
@@ -26,6 +38,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
+    Completion,
     Conversation,
     EmptyPart,
     Example,
@@ -77,8 +90,10 @@ class Labeled(OwnEntry):
         return self.example
 
     @classmethod
-    def parse(cls, record: Fields, settings: DataSettings) -> Labeled:
-        return parse_labeled(record, settings)
+    def parse(cls, record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
+        record = {key: value for key, value in record.items() if value is not None}
+        label = record[label_column(record, settings)] if needs_label else None
+        return cls(_example(record, usual_names(record), settings), label)
 
     @classmethod
     def encode(
@@ -91,22 +106,6 @@ class Labeled(OwnEntry):
         facts = [{LABEL: entries[number].label} for number in found]
         encoded = EncodedSet.from_rows(rows).with_facts(facts)
         return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
-
-
-def parse_labeled(record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
-    """Read one record as a text with a label.
-
-    Args:
-        record: as read from the file.
-        settings: may name the columns of text and label.
-        needs_label: whether a record without a label is refused.
-
-    Raises:
-        FormatError: it has no text or no label (EmptyPart: the text is empty).
-    """
-    record = {key: value for key, value in record.items() if value is not None}
-    label = record[label_column(record, settings)] if needs_label else None
-    return Labeled(_example(record, usual_names(record), settings), label)
 
 
 def label_column(record: Fields, settings: DataSettings) -> str:
@@ -173,11 +172,11 @@ def encode_texts(
         with tokenizer_panics("the data"):
             if has_pairs(tokenizer):
                 encoded, shorter = _in_form_of_encoders(tokenizer, list(texts.values()), encoder.max_tokens)
-                cut = [number for number, is_cut in zip(texts, shorter, strict=True) if is_cut]
+                ids = {number: encoded[place] for place, number in enumerate(texts)}
+                cut = [number for place, number in enumerate(texts) if place in shorter]
             else:
                 plain = [example.text for example in texts.values()]
-                encoded = tokenizer(plain, return_attention_mask=False)["input_ids"]
-        ids = dict(zip(texts, encoded, strict=True))
+                ids = dict(zip(texts, tokenizer(plain, return_attention_mask=False)["input_ids"], strict=True))
     for number, example in enumerate(examples):
         if isinstance(example, Conversation):
             if encoder.template is None:
@@ -208,42 +207,166 @@ def has_pairs(tokenizer: Any) -> bool:
     return len(tokens) > 2 and (tokens[0], tokens[-1]) == (first, separator)
 
 
-def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[list[list[int]], list[bool]]:
-    """Return the tokens of texts and pairs, at most so many, and which were cut.
+def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[dict[int, list[int]], set[int]]:
+    """Return the tokens of texts and pairs by their places, at most so many, and the places of those that were cut.
 
     Raises:
         InputError: not one token of a text would be left.
     """
-    tokens: list[list[int]] = [[]] * len(texts)
-    cut = [False] * len(texts)
+    tokens: dict[int, list[int]] = {}
+    cut: set[int] = set()
     sides = [text.pair or (text.text,) for text in texts]
+    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
     try:
         for count in (1, 2):
             places = [place for place, own in enumerate(sides) if len(own) == count]
-            found, shorter = _cut_tokens(tokenizer, [sides[place] for place in places], count, most)
-            for place, own, is_cut in zip(places, found, shorter, strict=True):
-                tokens[place], cut[place] = own, is_cut
+            fewest = tokenizer.num_special_tokens_to_add(pair=count == 2) + count
+            if places and most < fewest:
+                raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
+            for shorter in (
+                {},
+                {"truncation": "longest_first", "max_length": most},
+            ):  # the second time, what is too long
+                if places:
+                    asked = map(list, zip(*(sides[place] for place in places), strict=True))
+                    tokens |= zip(places, tokenizer(*asked, **form, **shorter)["input_ids"], strict=True)
+                places = [place for place in places if len(tokens[place]) > most]
+                cut |= set(places)
     finally:  # other calls of this tokenizer are not to be cut, nor to lose its special tokens
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.encode_special_tokens = False
     return tokens, cut
 
 
-def _cut_tokens(
-    tokenizer: Any, texts: Sequence[tuple[str, ...]], count: int, most: int
-) -> tuple[list[list[int]], list[bool]]:
-    """Return the tokens of tuples of so many texts, and which were cut; the tokenizer keeps its settings of this call."""
-    if not texts:
-        return [], []
-    if most < (fewest := tokenizer.num_special_tokens_to_add(pair=count == 2) + count):
-        raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
-    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
-    found = tokenizer(*map(list, zip(*texts, strict=True)), **form)["input_ids"]
-    long = [number for number, tokens in enumerate(found) if len(tokens) > most]
-    if long:
-        asked = map(list, zip(*(texts[number] for number in long), strict=True))
-        shorter = tokenizer(*asked, **form, truncation="longest_first", max_length=most)["input_ids"]
-        for number, tokens in zip(long, shorter, strict=True):
-            found[number] = tokens
-    was_long = set(long)
-    return found, [number in was_long for number in range(len(texts))]
+# Queries and their documents
+
+QUERIES = ("query", "question", "anchor", "prompt")
+POSITIVES = ("positive", "positives", "pos")
+NEGATIVES = re.compile(r"negatives?(_\d+)?|neg")
+LISTS = ("documents", "docs", "passages", "candidates")
+SINGLES = ("document", "passage", "doc", "text", "answer", "response")
+GRADED = ("labels", "label", "scores", "score", "relevance")
+# Of an example's facts.
+ROWS, GRADES = "rows", "grades"
+
+
+@dataclass(frozen=True)
+class Candidates(OwnEntry):
+    """A query and its documents.
+
+    Attributes:
+        query: its text.
+        documents: their texts.
+        grades: a number for each, higher for what answers better, at least 0.
+    """
+
+    optional: ClassVar[re.Pattern[str] | None] = NEGATIVES
+
+    query: str
+    documents: tuple[str, ...]
+    grades: tuple[float, ...]
+
+    @property
+    def shown(self) -> Completion:
+        """The query and its best document."""
+        return Completion(self.query, self.documents[int(np.argmax(self.grades))])
+
+    @classmethod
+    def parse(cls, record: Fields, settings: DataSettings) -> Candidates:
+        record = usual_names({key: value for key, value in record.items() if value is not None})
+        query = next((name for name in QUERIES if name in record), None)
+        if query is None:
+            raise MissingColumn(f"found {columns_of(record)}; a query is in {', '.join(QUERIES)}")
+        positives = [name for name in POSITIVES if name in record]
+        if positives:
+            good = [text for name in positives for text in _texts_of_cell(record[name], name)]
+            bad = [text for name in record if NEGATIVES.fullmatch(name) for text in _texts_of_cell(record[name], name)]
+            if not bad:
+                raise FormatError("a query without a negative; add documents that do not answer it")
+            documents, grades = [*good, *bad], [1.0] * len(good) + [0.0] * len(bad)
+        else:
+            documents, grades = _graded(record)
+        return cls(_texts_of_cell(record[query], query)[0], tuple(documents), tuple(grades))
+
+    @classmethod
+    def encode(
+        cls, encoder: Encoder, entries: Sequence[Candidates], on_rows: Callable[[int], None] = lambda done: None
+    ) -> Encoded:
+        """Encode queries, one row each, with the tokens and grades of all their documents as facts.
+
+        A query whose documents are all equally good is dropped: nothing can be learned from their order.
+
+        Args:
+            encoder: whose tokenizer and length are used; a long document is cut at its end, a long pair as `encode_texts` does.
+            entries: records; those of one query are put together, as the first of them.
+            on_rows: called with the number of records that are done.
+        """
+        places: dict[str, list[int]] = {}
+        for number, entry in enumerate(entries):
+            places.setdefault(entry.query, []).append(number)
+        texts, owners, grades = [], [], []
+        for numbers in places.values():
+            for number in numbers:
+                texts += [query_with(entries[number].query, one) for one in entries[number].documents]
+                owners += [number] * len(entries[number].documents)
+                grades += entries[number].grades
+        found, _, cut = encode_texts(encoder, texts)
+        rows, facts, source, dropped = [], [], [], {}
+        first = 0
+        for numbers in places.values():
+            count = sum(len(entries[number].documents) for number in numbers)
+            own = grades[first : first + count]
+            if max(own) == min(own):
+                dropped |= dict.fromkeys(numbers, "all documents of the query are equally good")
+            else:
+                tokens = [found[i] for i in range(first, first + count)]
+                best = tokens[int(np.argmax(own))]
+                rows.append((best, np.zeros(len(best), bool)))
+                facts.append({ROWS: tokens, GRADES: own})
+                source.append(numbers[0])
+            first += count
+        on_rows(len(entries))
+        encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        truncated = sorted({owners[number] for number in cut})
+        return Encoded(encoded, np.array(source, np.int64), dict(sorted(dropped.items())), truncated, {}, [])
+
+
+def query_with(query: str, document: str) -> Text:
+    """Return what a reranker reads: the pair, or where the tokenizer has no form for pairs, one text."""
+    return Text(pair_text(query, document), ends=False, pair=(query, document))
+
+
+def pair_text(query: str, document: str) -> str:
+    """Return the text that a reranker reads if it is a language model."""
+    return f"Query: {query}\nDocument: {document}"
+
+
+def _graded(record: Fields) -> tuple[list[str], list[float]]:
+    """Return documents with the numbers that a record gives them."""
+    name = next((name for name in (*LISTS, *SINGLES) if name in record), None)
+    label = next((name for name in GRADED if name in record), None)
+    if name is None or label is None:
+        raise MissingColumn(
+            f"found {columns_of(record)}; a query needs positive and negative, documents and labels, or document and label"
+        )
+    documents, given = _texts_of_cell(record[name], name), record[label]
+    given = given if isinstance(given, list) else [given]
+    try:
+        grades = [float(one) for one in given]
+    except (TypeError, ValueError):
+        grades = [-1.0]
+    if not all(0 <= one < 1e6 for one in grades):
+        raise FormatError(f"{label} has something else than numbers of at least 0")
+    if len(documents) != len(grades):
+        raise FormatError(f"{len(documents)} {name} and {len(grades)} {label}; each needs one")
+    return documents, grades
+
+
+def _texts_of_cell(value: Any, name: str) -> list[str]:
+    """Return the texts of a cell, one or a list."""
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise FormatError(f"{name} has something else than texts")
+    if not all(text.strip() for text in texts):
+        raise EmptyPart(f"{name} has an empty text")
+    return list(map(tokenizable, texts))

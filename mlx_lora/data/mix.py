@@ -128,22 +128,16 @@ def mix(
     reports = []
     for number, part in enumerate(parts):
         own = np.flatnonzero(kept & (part_of == number))
-        repeats[own] = _repeats(len(own), part.weight, np.random.default_rng([seed, number]))
+        whole = int(part.weight)
+        once_more = max(round((part.weight - whole) * len(own)), 0 if whole else 1)  # a set is never left out whole
+        repeats[own] = whole
+        repeats[own[np.random.default_rng([seed, number]).permutation(len(own))[:once_more]]] += 1
         reports.append(SetReport(part.name, part.weight, part.rows_read, len(own), int(repeats[own].sum())))
     valid = train.rows.select(np.flatnonzero(~kept)) if held.any() else None
     plain = bool((repeats == 1).all())
     kept_rows = train.rows if plain else train.rows.select(np.repeat(np.arange(len(repeats)), repeats))
     divided = numbers[split.divided].tolist() if valid is not None else []
     return Mixed(kept_rows, valid, reports, divided, numbers[held].tolist())
-
-
-def _repeats(rows: int, weight: float, random: np.random.Generator) -> np.ndarray:
-    """Return how often each of a set's rows is in an epoch; a set is never left out whole."""
-    whole = int(weight)
-    once_more = round((weight - whole) * rows)
-    found = np.full(rows, whole, np.int64)
-    found[random.permutation(rows)[: max(once_more, 0 if whole else 1)]] += 1
-    return found
 
 
 def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedSet | None:

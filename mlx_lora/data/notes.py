@@ -278,17 +278,13 @@ def placeholder_notes(parts: dict[str, SplitRows]) -> list[str]:
     return [f"{counted(len(locations), 'row')} {have} such as {named}: {first}; fill them in, or remove the rows"]
 
 
-def _texts_of(example: Example) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of an example, each with whether people talk in it."""
+def _texts_of(example: Example) -> list[tuple[str, bool]]:
+    """Return the texts of an example, each with whether people talk in it."""
     if isinstance(example, Conversation):
-        for message in example.messages:
-            if message["role"] != "tool":
-                yield message.get("content") or "", True
-    elif isinstance(example, Completion):
-        yield example.prompt, True
-        yield example.completion, True
-    else:
-        yield example.text, False
+        return [(one.get("content") or "", True) for one in example.messages if one["role"] != "tool"]
+    if isinstance(example, Completion):
+        return [(example.prompt, True), (example.completion, True)]
+    return [(example.text, False)]
 
 
 def _found(text: str, is_prose: bool) -> Iterator[str]:

@@ -117,7 +117,12 @@ def parse_pairs(record: Fields, all_pairs: bool = False) -> list[Pair]:
             raise FormatError(f"margin is {record['margin']!r}; it must be a number")
         pairs = [_pair(record, record["chosen"], record["rejected"], margin)]
     for pair in pairs:
-        _check(pair)
+        texts = [_answer_text(answer) for answer in (pair.chosen, pair.rejected)]
+        for name, text in zip(("chosen", "rejected"), texts, strict=True):
+            if not text.strip():
+                raise EmptyPart(f"empty {name} answer")
+        if texts[0] == texts[1]:
+            raise EmptyRecord("the two answers are equal")
     return pairs
 
 
@@ -366,16 +371,6 @@ def _scored(record: Fields, name: str, all_pairs: bool) -> list[Pair]:
 def _tools(record: Fields) -> Any:
     given = record.get("input")
     return given.get("tools") if isinstance(given, dict) else record.get("tools")
-
-
-def _check(pair: Pair) -> None:
-    """Refuse a pair with nothing to compare."""
-    texts = [_answer_text(answer) for answer in (pair.chosen, pair.rejected)]
-    for name, text in zip(("chosen", "rejected"), texts, strict=True):
-        if not text.strip():
-            raise EmptyPart(f"empty {name} answer")
-    if texts[0] == texts[1]:
-        raise EmptyRecord("the two answers are equal")
 
 
 def _answer_text(answer: Answer) -> str:

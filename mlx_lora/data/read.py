@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, transcript_note
+from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
@@ -55,14 +55,8 @@ Entry = Example | Pair | Rated | Prompt | OwnEntry
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
 OWN_ENTRIES = {
     "labeled": ("labeled", "Labeled"),
-    "candidates": ("candidates", "Candidates"),
+    "candidates": ("labeled", "Candidates"),
 }
-
-
-def own_entry(records: str) -> type[OwnEntry]:
-    """Return the class of a kind of records that has one of its own."""
-    module, name = OWN_ENTRIES[records]
-    return getattr(import_module(f"mlx_lora.data.{module}"), name)
 
 
 def answers_of(entry: Entry) -> list[Example]:
@@ -288,10 +282,9 @@ def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Ite
     Raises:
         InputError: the file cannot be read, or is a chat export and --speaker does not name who is trained.
     """
-    chats = chats_of(file, settings)
+    chats, note = chats_of(file, settings)
     if chats is None:
-        if settings.data_format == "auto" and (note := transcript_note(file)):
-            rows.transcripts.append(note)
+        rows.transcripts += [note] if note else []
         yield from read_records(file.path, file.sheet)
         return
     conversations, summary = conversations_of(chats, file.name, settings)
@@ -348,7 +341,8 @@ def parse_record_of(
     """
     value = record.value
     if records in OWN_ENTRIES:  # which name their columns themselves
-        own = own_entry(records)
+        module, name_of_class = OWN_ENTRIES[records]
+        own: type[OwnEntry] = getattr(import_module(f"mlx_lora.data.{module}"), name_of_class)
         value = without_empty_cells(value, name, own.optional) if own.optional else value
         return records, [own.parse(value, settings)], []
     sources: dict[str, str | bytes] = {}

@@ -466,7 +466,13 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         rows += 1
-        value, end = _decode_element(path, text, position, line, decoder)
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            # What follows a syntax error cannot be trusted, so refuse the whole file.
+            raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not usable JSON near line {line}: {error}") from error
         yield checked(line if unit == "line" else rows, value, text[position:end], unit)
         position = _next_char(text, end)
         mark = text[position : position + 1]
@@ -475,16 +481,6 @@ def _json(path: Path) -> Iterator[Record | BadRow]:
         elif mark != "]":
             line += text.count("\n", counted, position)
             raise InputError(f"{path}, line {line}: the JSON list is cut off: expected ',' or ']', found {mark!r}")
-
-
-def _decode_element(path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
-    try:
-        return decoder.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        # What follows a syntax error cannot be trusted, so refuse the whole file.
-        raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not usable JSON near line {line}: {error}") from error
 
 
 def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:

@@ -31,19 +31,20 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
+from mlx_lora.config.rules import check_options
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.peft import own_path, peft_path
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens, choose_bits, compensated_layers, rounded_layer
 from mlx_lora.models.encoder import is_encoder
-from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
+from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError, first_of
-from mlx_lora.utils.files import check_writable, replacing_folder
+from mlx_lora.utils.files import check_new_folder, check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,10 @@ class Rounding:
         Raises:
             InputError: naming the flag.
         """
+        asked = {"dequantize": self.dequantize, "fused_bits": self.bits, "compensate": self.compensate}
+        check_options("fuse", asked | {"bits_budget": self.budget})
         layers = adapter_layers(base.model).values()
         if self.bits is not None:
-            if self.dequantize:
-                raise InputError("--fused-bits with --dequantize: a float model has no bits; leave out one of them")
             own = min((layer.base.bits for layer in layers if isinstance(layer.base, QUANTIZED)), default=None)
             if own is None:
                 raise InputError(
@@ -90,10 +91,6 @@ class Rounding:
         flag = "--compensate" if self.compensate else "--bits-budget" if self.budget else None
         if flag is None:
             return
-        if self.dequantize:
-            raise InputError(f"{flag} with --dequantize: a float model is not rounded; leave out one of them")
-        if self.budget and self.bits:
-            raise InputError("--bits-budget with --fused-bits: the budget chooses the bits; leave out one of them")
         if not any(isinstance(layer.base, QUANTIZED) for layer in layers):
             raise InputError(f"{flag}: --model is not quantized, and fuses without loss; leave it out")
         if not any(is_rounded(layer, self) for layer in layers):
@@ -218,7 +215,7 @@ def write_fused(
     if scores:
         check_fusing(base, rounding.dequantize)
     rounding.check(base)
-    check_out(out, force=force)
+    check_new_folder(out, force, "config.json")
     stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
     check_writable(out, "--out", stored)
     if base.folder.resolve().is_relative_to(out):

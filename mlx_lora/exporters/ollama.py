@@ -22,7 +22,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_replaceable, replacing_folder
+from mlx_lora.utils.files import check_new_folder, replacing_folder
 
 Messages = list[dict[str, str]]
 MODELFILE = "Modelfile"
@@ -217,12 +217,7 @@ def write_ollama(
         InputError: `out` must not be written, or a writer refuses.
     """
     out = out.resolve()
-    check_replaceable(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not force:
-            raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
-        if not (out / MODELFILE).is_file():
-            raise InputError(f"--out {out}: --force only replaces a folder that has a Modelfile; give another folder")
+    check_new_folder(out, force, MODELFILE)
     for folder in (base.folder, Path(base.model_id).expanduser()):
         if folder.resolve().is_relative_to(out):
             raise InputError(f"--out {out}: holds the base {folder}; give another folder")

@@ -33,7 +33,6 @@ from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     TYPES,
     ShardWriter,
-    check_out,
     complete_module,
     fused_mark,
     import_architecture,
@@ -47,7 +46,7 @@ from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, check_new_folder, check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.utils.hub import ModelSource
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration
@@ -151,7 +150,7 @@ def convert_model(
     out, start = out.resolve(), time.perf_counter()
     if target is None and source.kind == "gguf":
         target = "carry"
-    check_out(out, force=force)
+    check_new_folder(out, force, "config.json")
     check_writable(out, "--out", _least_bytes(source, target, dtype))
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: contains the source {source.path}; give another folder")

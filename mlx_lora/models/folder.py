@@ -43,7 +43,6 @@ from mlx_lora.models.config import (
     translate_config,
 )
 from mlx_lora.utils.errors import InputError, RunError, first_line
-from mlx_lora.utils.files import check_replaceable
 from mlx_lora.utils.parsing import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -285,27 +284,6 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 # Writing
 
 MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Check that `out` may be written, before any work is done.
-
-    Raises:
-        InputError: `out` is a file, or a folder that must not be replaced.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a new folder")
-    if not any(out.iterdir()):
-        return
-    check_replaceable(out)
-    if not force:
-        raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
-    if not (out / "config.json").is_file():
-        raise InputError(
-            f"--out {out}: --force only replaces model folders, and this one has no config.json; remove it first"
-        )
 
 
 def save_tensors(path: Path, tensors: dict[str, mx.array], file_format: str = "mlx") -> None:

@@ -38,6 +38,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.quant import awq, dwq, gptq
 
+from mlx_lora.config.rules import check_options
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_model
 from mlx_lora.utils.errors import InputError
@@ -309,7 +310,6 @@ WINDOW_TOKENS = 512  # mlx-lm's
 FEWEST_TOKENS = 64
 BATCH_ROWS = 4
 DWQ_RATE = 1e-6  # mlx-lm's
-GPTQ_BITS = (2, 4, 8)
 GPTQ_OTHER_BITS = 6
 Rows = Sequence[np.ndarray]
 """Token ids of each row."""
@@ -327,20 +327,11 @@ def check_quantizer(name: str, config: dict[str, Any], quantization: Quantizatio
         InputError: with the reason.
     """
     flag, kind = f"--quantizer {name}", config.get("model_type")
-    if quantization.mode != "affine":
-        raise InputError(
-            f"{flag} with --mode {quantization.mode}: mlx-lm's {name} only learns affine layers; leave --mode out"
-        )
-    if name == "gptq" and quantization.bits not in GPTQ_BITS:
-        raise InputError(
-            f"{flag} with --bits {quantization.bits}: mlx-lm's gptq has 2, 4 and 8 bits; give one of them, or --quantizer dwq"
-        )
+    check_options(
+        "convert", {"quantizer": name, "calibrate": True, "mode": quantization.mode, "bits": quantization.bits}
+    )
     if name == "gptq" and kind == "afm7":
         raise InputError(f"{flag}: mlx-lm cannot load afm7's joined layers as its gptq packs them; use --quantizer dwq")
-    if name == "dwq" and quantization.bits >= 8:
-        raise InputError(
-            f"{flag} with --bits {quantization.bits}: mlx-lm's dwq trains layers of less than 8 bits; give fewer, or no --quantizer"
-        )
     if name == "awq" and kind not in awq.AWQ_MODEL_CONFIGS:
         known = ", ".join(sorted(awq.AWQ_MODEL_CONFIGS))
         raise InputError(f"{flag}: mlx-lm's awq knows {known}, and not {kind}; use --quantizer dwq or gptq")

@@ -1,6 +1,6 @@
 """Reranking: give a document a score of how well it answers a query (--objective rerank), by a cross-encoder.
 
-Query and document are read together (data/candidates.py), and the score head of one output reads the last token, as in a
+Query and document are read together (data/labeled.py), and the score head of one output reads the last token, as in a
 classifier (objectives/classify.py). A query with K documents is an example of K rows, which stay together in a batch; a query
 with fewer has rows of one token, which no loss reads. Losses and measures are in losses/ranking.py.
 
@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.candidates import GRADES, ROWS
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.labeled import GRADES, ROWS
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.losses.ranking import LISTWISE, best_first, random_mrr, ranking_loss, ranking_measures
 from mlx_lora.models.prefix_attention import answers_at

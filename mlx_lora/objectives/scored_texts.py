@@ -19,11 +19,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
-from mlx_lora.data.candidates import query_with
 from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation, Text
-from mlx_lora.data.labeled import encode_texts
+from mlx_lora.data.labeled import encode_texts, query_with
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities

@@ -23,8 +23,7 @@ import numpy as np
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.image_tokens import Family, ImageProcessor, ImageTable
-from mlx_lora.data.images import DECODING
-from mlx_lora.data.thumbnails import jpeg_url, thumbnail
+from mlx_lora.data.images import DECODING, jpeg_url, thumbnail
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, counted_positions, positions_of
 from mlx_lora.models.vision import ImageFeatures, VisionTower, arrays_of
 from mlx_lora.utils import device

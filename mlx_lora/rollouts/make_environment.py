@@ -17,9 +17,9 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.rules import is_verifiers
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.tool_turns import ToolTurns
-from mlx_lora.data.verifiers_tasks import is_verifiers
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv, VectorEnv
 from mlx_lora.rollouts.rewards import (
@@ -125,12 +125,6 @@ def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUN
         InputError: they cannot be loaded, nothing rewards the episodes, or two do.
     """
     if is_verifiers(settings.environment):
-        asked = f"--environment {settings.environment}"
-        if settings.reward or settings.tools:
-            flag = f"--reward {settings.reward}" if settings.reward else f"--tools {settings.tools}"
-            raise InputError(
-                f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out"
-            )
         rehearse(settings)
         return
     toolbox = toolbox_of(settings, functions)

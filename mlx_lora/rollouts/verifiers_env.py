@@ -30,8 +30,8 @@ import numpy as np
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.prompts import observation_tokens
+from mlx_lora.data.task_sets import STAND_IN, make_environment, named, one_line, package, tasks_of
 from mlx_lora.data.tool_turns import ToolTurns, call_id
-from mlx_lora.data.verifiers_tasks import STAND_IN, make_environment, named, one_line, package, tasks_of
 from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
 from mlx_lora.rollouts.rewards import FirstTimes, fail
 from mlx_lora.rollouts.tools import (

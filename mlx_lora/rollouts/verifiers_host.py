@@ -47,7 +47,7 @@ from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_co
 from verifiers.v1.runtimes import ProgramResult  # pyright: ignore[reportMissingImports]
 
 from mlx_lora.compat.foreign import INTERCEPTION
-from mlx_lora.data.verifiers_tasks import agent_of, one_line, plain
+from mlx_lora.data.task_sets import agent_of, one_line, plain
 from mlx_lora.utils.errors import InputError
 
 NO_ROOM = "the conversation has the maximum context length"  # the package's loops end an episode cleanly at these words

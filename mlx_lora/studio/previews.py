@@ -34,7 +34,7 @@ import numpy as np
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.files import find_sets
-from mlx_lora.data.images import ImageFile
+from mlx_lora.data.images import ImageFile, jpeg_url, thumbnail
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key
 from mlx_lora.data.notes import data_notes
@@ -51,7 +51,6 @@ from mlx_lora.data.read import (
     repeated_notes,
 )
 from mlx_lora.data.report import DroppedRow, row_pieces
-from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import with_pictures

@@ -117,6 +117,28 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
+def check_new_folder(folder: Path, force: bool, marker: str = "") -> None:
+    """Refuse to write --out over something else, before the work.
+
+    Args:
+        folder: a new or an empty one, or with `force` one that is replaced.
+        force: whether --force is given.
+        marker: a file that a folder must have to be replaced.
+
+    Raises:
+        InputError: it is a file, is not empty, or cannot be replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise InputError(f"--out {folder}: is a file; give a new folder")
+    check_replaceable(folder)
+    if not force:
+        raise InputError(f"--out {folder}: exists and is not empty; give a new folder, or --force to replace it")
+    if marker and not (folder / marker).is_file():
+        raise InputError(f"--out {folder}: --force only replaces a folder that has a {marker}; give another folder")
+
+
 def place_beside(folder: Path) -> Path:
     """Return where a temporary folder can be made whose files are moved into `folder` later: beside it, or in it."""
     return folder if cannot_move(folder) else folder.parent

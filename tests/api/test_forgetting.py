@@ -320,8 +320,6 @@ def test_what_cannot_be_measured_is_said_in_a_line(tiny_folder, chats, tmp_path)
     other = make_adapter(tiny_folder, tmp_path / "other", chat_template="{{ messages[0]['content'] }}")
     common = ("evaluate", "--model", tiny_folder, "--data", chats)
     for more, words in (
-        (("--adapter-path", one, "--against", other, "--general-text", chats), "--against, --general-text: only"),
-        (("--forgetting",), "--forgetting: no adapter"),
         (("--forgetting", "--adapter-path", one, "--against", one), "given twice"),
         (("--forgetting", "--adapter-path", one, "--against", other), "different chat templates"),
         (

@@ -109,8 +109,6 @@ def test_search_is_measured_for_base_and_adapter(tiny_folder, data, adapter, tmp
     table = run(*common, "--adapter-path", adapter)
     assert [line.split()[0] for line in table.out.splitlines()[:2]] == ["measure", "accuracy"]
     assert "24 queries in 48 documents" in table.out
-    one_line(run(*common, "--show", 3), "neither --report nor --show")
-    one_line(run("evaluate", "--model", tiny_folder, "--data", data, "--corpus", corpus), "only --objective embed")
 
 
 def test_ranks_count_equal_documents_against_their_query():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 from run_cli import one_line, run
 
 import mlx_lora
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.rules import COMMANDS, Rule
 from mlx_lora.utils.errors import InputError
 
 SHORT = ("--iters", 1, "--rank", 2, "--batch-tokens", 256, "--sample-tokens", 0)
@@ -19,6 +22,11 @@ def two_columns(tmp_path_factory):
     rows = [{"prompt": f"Say {n}", "completion": f"long answer {n}", "short": f"S{n}"} for n in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def adapter_of_chats(tiny_folder, chats, tmp_path_factory):
+    return trained(tiny_folder, chats, tmp_path_factory.mktemp("chats") / "a", "--val-batches", 0)
 
 
 def trained(tiny_folder, data, folder, *flags):
@@ -34,11 +42,6 @@ def trained(tiny_folder, data, folder, *flags):
         (("chat", "--top-p", 0.5), "--temp"),
         (("evaluate", "--tasks", "arc_easy", "--prompt-column", "q"), "--data"),
         (("evaluate", "--metric", "exact_match", "--data", "chats", "--num-fewshot", 3), "--tasks"),
-        (("evaluate", "--forgetting", "--adapter-path", "a", "--objective", "dpo"), "--objective"),
-        (("evaluate", "--forgetting", "--adapter-path", "a", "--corpus", "x"), "--corpus"),
-        (("serve", "--max-sessions", 3), "--training"),
-        (("plan", "--link-gbit", 10), "--macs"),
-        (("plan", "--all-chips", "--sweep", "4x"), "--sweep"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
 )
@@ -48,12 +51,51 @@ def test_an_option_without_effect_is_one_line(words, said, tiny_folder, chats, t
     one_line(run(command, "--model", tiny_folder, *data, *rest), said)
 
 
-def test_prompts_of_texts_are_for_the_side_that_is_embedded(tiny_folder, tmp_path):
-    (tmp_path / "t.txt").write_text("a text\n")
-    given = ("embed", tmp_path / "t.txt", "--model", tiny_folder, "--out", tmp_path / "v.npy")
-    one_line(run(*given, "--query-prompt", "q: "), "--query-prompt", "--query")
-    one_line(run(*given, "--document-prompt", "d: ", "--query"), "--document-prompt", "--query")
-    assert run(*given, "--query-prompt", "q: ", "--query").code == 0
+# What an option of a command takes, where any text does not do; and what a command cannot be without.
+VALUES = {
+    "--macs": "M1:16,M2:16",
+    "--to": "peft",
+    "--mode": "mxfp4",
+    "--shard-base": "even",
+    "--sweep": "4x",
+    "--bits-budget": "+10%",
+    "--objective": "dpo",
+}
+REQUIRED = {
+    "embed": ("--data", "FILE", "--out", "v.npy"), "export": ("--to", "gguf", "--out", "o"), "generate": ("--prompt", "Hi"),
+    "convert": ("--out", "o"), "fuse": ("--out", "o", "--adapter-path", "ADAPTER"), "merge": ("--adapter", "a=1", "--out", "o"),
+}  # fmt: skip
+ALONE = {"doctor", "merge", "train"}  # commands that take no --model, or need none
+
+
+def words_of(command, name, wanted, file):
+    """The words of a command line that give one of its options a value that a rule is about."""
+    main = importlib.import_module(f"mlx_lora.cli.{command}").main
+    flag = flag_of(name)
+    option = next(one for one in main.params if flag in (*one.opts, *one.secondary_opts))
+    if option.is_flag:
+        return [flag]
+    if isinstance(wanted, str | int) and not isinstance(wanted, bool):
+        return [flag, wanted]
+    if flag in VALUES:
+        return [flag, VALUES[flag]]
+    choices = getattr(option.type, "choices", None)
+    return [flag, choices[0] if choices else 3 if option.type.name.startswith(("int", "float")) else file]
+
+
+@pytest.mark.parametrize(
+    ("command", "rule"), [(command, rule) for command, rules in COMMANDS.items() for rule in rules],
+    ids=lambda one: f"{one.names[0]}-{'needs' if one.needed else 'or'}-{'-'.join(one.when)}" if isinstance(one, Rule) else one,
+)  # fmt: skip
+def test_a_command_refuses_what_its_rules_are_about(command, rule, tiny_folder, chats, adapter_of_chats):
+    words = [] if command in ALONE else ["--model", tiny_folder]
+    stands = {"FILE": chats, "ADAPTER": adapter_of_chats}
+    words += [stands.get(word, word) for word in REQUIRED.get(command, ())]
+    name, _, value = rule.names[0].partition("=")
+    words += words_of(command, name, value or None, chats)
+    for other, wanted in () if rule.needed else rule.when.items():
+        words += words_of(command, other, wanted, chats)
+    one_line(run(command, *words), flag_of(name), *([] if rule.needed else map(flag_of, rule.when)))
 
 
 def test_python_refuses_settings_that_it_would_not_use(tiny_folder, chats):

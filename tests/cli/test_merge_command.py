@@ -223,7 +223,6 @@ def test_bad_arguments_are_one_line(two, tiny_folder, tmp_path):
         "another way": ((f"{a}=1", f"{b}=1"), ("--how", "slerp"), "slerp"),
         "ranks": ((f"{a}=1", f"{b}=1"), ("--how", "linear"), "svd"),
         "no rows": ((f"{a}=1", f"{b}=1"), ("--data", tmp_path / "none.jsonl"), "none.jsonl"),
-        "rows and none": ((f"{a}=1", f"{b}=1"), ("--data", tmp_path, "--no-evaluate"), "--no-evaluate"),
     }
     for name, (adapters, more, fact) in cases.items():
         one_line(merge(tiny_folder, out, *adapters, more=more), fact)

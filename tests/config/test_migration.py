@@ -12,7 +12,7 @@ from run_cli import run
 
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
+from mlx_lora.config.migrate import DIALECTS, common, find_dialect, migrate
 from mlx_lora.config.migrate.common import UNCUT
 from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.objectives.preference import SMOOTHED
@@ -674,7 +674,7 @@ def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):
 
 
 def test_the_losses_with_label_smoothing_are_those_of_the_objective():
-    assert objective_keys.SMOOTHED == SMOOTHED
+    assert common.SMOOTHED == SMOOTHED
 
 
 @pytest.mark.parametrize(

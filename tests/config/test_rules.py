@@ -7,13 +7,12 @@ import pytest
 from mlx_lora.config.fields import flag_of, read_value
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import OBJECTIVES
-from mlx_lora.config.rules import IDLE, OWNERS, RULES, Rule, given, holds, idle_notes, settings_problems
+from mlx_lora.config.rules import IDLE, OWNERS, RULES, USUAL, Rule, given, holds, idle_notes, settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.utils.errors import InputError
 
-USUAL = train_settings({}).to_flat()
-VALUES = (True, False, 2, 0.25, 1, 0, 64, "even", "none", "dpo", "grpo", "lora", "a=2", "a")
+VALUES = (True, False, 2, 0.25, 1, 0, 64, "even", "none", "dpo", "grpo", "lora", "a=2", "a", "verifiers:a")
 
 
 def value_for(name, wanted):
@@ -86,6 +85,8 @@ def test_an_option_of_one_method_is_refused_with_others(name):
     ({"report_to": "wandb,mlflow"}, "--report-to"),
     ({"method": "adalora", "rank": 8, "adalora_init_rank": 4}, "--adalora-init-rank"),
     ({"rank_pattern": "q_proj"}, "--rank-pattern"),
+    ({"rank_pattern": "q_proj=x"}, "--rank-pattern"),
+    ({"rank_pattern": "=3"}, "--rank-pattern"),
     ({"rank_pattern": "q_proj=1.5"}, "--rank-pattern"),
     ({"alpha_pattern": "q_proj=0"}, "--alpha-pattern"),
     ({"turn_names": "speaker=x"}, "--turn-names"),

@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.cli.generate import read_prompt
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.candidates import parse_candidates
 from mlx_lora.data.chat_template import prefix_tokens, resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
-from mlx_lora.data.labeled import parse_labeled
+from mlx_lora.data.labeled import Candidates, Labeled
 from mlx_lora.data.pairs import parse_texts
 from mlx_lora.data.tokenize import Encoder, windows
 from mlx_lora.utils.errors import InputError
@@ -55,9 +54,9 @@ def test_a_text_too_long_for_the_tokenizer_is_refused_in_every_form(monkeypatch)
     for parse in (
         lambda: parse_texts({"query": long, "document": "b"}),
         lambda: parse_texts({"query": "a", "document": "b", "negative": long}),
-        lambda: parse_labeled({"text": long, "label": 1}, DataSettings()),
-        lambda: parse_labeled({"messages": chat_of, "label": 1}, DataSettings()),
-        lambda: parse_candidates({"query": "a", "documents": ["b", long], "labels": [1, 0]}),
+        lambda: Labeled.parse({"text": long, "label": 1}, DataSettings()),
+        lambda: Labeled.parse({"messages": chat_of, "label": 1}, DataSettings()),
+        lambda: Candidates.parse({"query": "a", "documents": ["b", long], "labels": [1, 0]}, DataSettings()),
         lambda: encoder(byte_tokenizer(), "chatml").prompt_tokens(Completion(long, "")),
     ):
         with pytest.raises(FormatError, match="characters, the most is 20"):

@@ -9,8 +9,9 @@ import pytest
 from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, TWO_KINDS, plain, write_environments
 
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.rules import is_verifiers
 from mlx_lora.data.files import find_sets
-from mlx_lora.data.verifiers_tasks import is_verifiers, make_environment, named, tasks_of
+from mlx_lora.data.task_sets import make_environment, named, tasks_of
 from mlx_lora.rollouts.make_environment import check_environment
 from mlx_lora.utils.errors import InputError
 
@@ -30,7 +31,7 @@ def modules(monkeypatch, tmp_path):
     }  # fmt: skip
     folder = write_environments(tmp_path, **made)
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr("mlx_lora.data.verifiers_tasks.cache_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr("mlx_lora.data.task_sets.cache_dir", lambda name: tmp_path / name)
     for name in made:
         monkeypatch.delitem(sys.modules, name, raising=False)
     return folder
@@ -142,13 +143,6 @@ def test_a_file_that_cannot_be_used_is_one_line(case, modules, tmp_path):
     with pytest.raises(InputError, match=words) as refused:
         records(f"verifiers:{tmp_path / 'bad.toml'}")
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("more", [{"reward": "exact_match"}, {"tools": "t.py"}])
-def test_rewards_and_tools_are_the_environments_own(more):
-    settings = train_settings({"model": "m", "objective": "grpo", "environment": "verifiers:a", **more})
-    with pytest.raises(InputError, match="has its own rewards and tools"):
-        check_environment(settings.objective)
 
 
 def test_without_the_package_it_is_one_line(monkeypatch):

@@ -255,20 +255,9 @@ def test_the_issue_is_prefilled_within_an_address(quick, monkeypatch):
         assert RESULT_FILE in ran.err
 
 
-def test_options_of_the_full_check_are_not_ignored_without_it(tmp_path):
-    for words in (
-        ("--quick",),
-        ("--group", "kernels"),
-        ("--send",),
-        ("--again",),
-        ("--out", tmp_path),
-        ("--minutes", 1),
-    ):
-        ran = run("doctor", "--no-hub", *words)
-        assert (ran.code, words[0] in ran.err) == (2, True), words
+def test_a_group_that_is_not_there_is_refused(tmp_path):
     ran = run("doctor", "--full", "--group", "kernel", "--out", tmp_path)
     assert (ran.code, "kernels" in ran.err) == (2, True)
-    assert run("doctor", "--full", "--kernels", "--out", tmp_path).code == 2
 
 
 def test_errors_that_are_not_finite_are_red():

@@ -313,7 +313,6 @@ def test_the_rows_of_the_run_compensate_the_rounding(trained, tiny_4bit_folder, 
     assert json.loads(default.out)["kept"] >= json.loads(plain.out)["kept"]
     fine = run(*given, "--out", tmp_path / "fine", "--fused-bits", 8)  # which needs none
     assert "Compensated" not in fine.err
-    one_line(run(*given, "--out", tmp_path / "x", "--compensate", "--no-compensate"), "--no-compensate")
 
 
 def test_fuse_says_why_it_did_not_measure(trained, tiny_4bit_folder, tmp_path):
@@ -340,7 +339,6 @@ def test_fused_bits_are_only_for_layers_that_have_fewer(trained, tiny_4bit_folde
         run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "a", *out), "--fused-bits", "not quantized"
     )
     given = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", trained)
-    one_line(run(*given, *out, "--dequantize"), "--fused-bits", "--dequantize")
     assert run(*given, *out).code == 0
     config = json.loads((tmp_path / "f" / "config.json").read_text())["quantization"]
     changed = {path: own["bits"] for path, own in config.items() if isinstance(own, dict)}

@@ -148,5 +148,5 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path):
     out.mkdir()
     (out / "mine").write_text("mine")
     one_line(export(folder, out), "not empty", "--force")
-    one_line(export(folder, out, "--force"), "only replaces a folder that has a Modelfile")
+    one_line(export(folder, out, "--force"), "Modelfile")
     assert (out / "mine").read_text() == "mine"

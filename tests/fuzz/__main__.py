@@ -46,7 +46,9 @@ def main(cases: int, seed: int, kind: str | None, number: int | None, nasties: b
 
     report = run_cases(root, plan, seed, tell)
     click.echo(report.table())
-    click.echo(f"{report.cases} cases, seed {seed}, {time.monotonic() - start:.0f} s, {len(report.faults)} faults")
+    click.echo(
+        f"{len(report.results)} cases, seed {seed}, {time.monotonic() - start:.0f} s, {len(report.faults)} faults"
+    )
     if keep:
         click.echo(f"kept: {root}")
     else:

@@ -20,7 +20,9 @@ import yaml
 from fuzz import nasty_adapters, nasty_data, nasty_models
 from fuzz.gguf_pieces import read_pieces, spoiled_gguf
 from fuzz.mutate import json_bytes, spoiled_bytes, spoiled_json, spoiled_safetensors, spoiled_text, spoiled_tree
-from fuzz.nasty import Nasty, resumed
+from fuzz.nasty import Nasty, exported, on_copy, on_model, resumed
+from fuzz.nasty_data import evaluated, rendered
+from fuzz.nasty_models import converted
 from fuzz.seeds import ROWS, SETTINGS, TEMPLATE, Seeds
 
 Command = tuple[object, ...]
@@ -64,7 +66,7 @@ def model_config(place: Path, seeds: Seeds, rng: random.Random) -> Command:
             json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "../../outside/secret.safetensors"}})
         )
     put(file, spoiled_json(file.read_bytes(), rng))
-    return generated(folder)
+    return on_copy(folder, seeds)
 
 
 def model_weights(place: Path, seeds: Seeds, rng: random.Random) -> Command:
@@ -72,7 +74,7 @@ def model_weights(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     folder = copied(rng.choice((seeds.model, seeds.model4)), place)
     file = folder / "model.safetensors"
     put(file, spoiled_safetensors(file.read_bytes(), rng))
-    return generated(folder)
+    return on_copy(folder, seeds)
 
 
 def tokenizer_files(place: Path, seeds: Seeds, rng: random.Random) -> Command:
@@ -80,7 +82,7 @@ def tokenizer_files(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     if rng.random() < 0.2:
         folder = copied(seeds.spm_only, place)
         put(folder / "tokenizer.model", spoiled_bytes((folder / "tokenizer.model").read_bytes(), rng))
-        return generated(folder)
+        return on_copy(folder, seeds)
     folder = copied(seeds.model, place)
     name = rng.choice(("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"))
     good = folder / name
@@ -90,7 +92,7 @@ def tokenizer_files(place: Path, seeds: Seeds, rng: random.Random) -> Command:
         else b'{"eos_token_id": [3, 4], "bos_token": "<s>", "eos_token": {"content": "</s>"}}'
     )
     put(good, spoiled_json(content, rng))
-    return generated(folder)
+    return on_copy(folder, seeds)
 
 
 def adapter_folder(place: Path, seeds: Seeds, rng: random.Random) -> Command:
@@ -107,7 +109,7 @@ def gguf_file(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     """GGUF: bytes, metadata, tensor table; read on to a converted folder."""
     seed = seeds.root / rng.choice(("bpe.gguf", "spm.gguf"))
     content = spoiled_bytes(seed.read_bytes(), rng) if rng.random() < 0.2 else spoiled_gguf(pieces_of(seed), rng)
-    return ("convert", "--model", put(place / "in" / "m.gguf", content), "--out", place / "out")
+    return converted(put(place / "in" / "m.gguf", content), seeds)
 
 
 def settings_file(place: Path, seeds: Seeds, rng: random.Random) -> Command:
@@ -135,7 +137,7 @@ def checkpoint(place: Path, seeds: Seeds, rng: random.Random) -> Command:
 def chat_template(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     """--chat-template."""
     file = put(place / "in" / "t.jinja", spoiled_text(TEMPLATE, rng))
-    return (*evaluated(seeds.root / "chats.jsonl", seeds), "--chat-template", file)
+    return rendered(file, seeds)
 
 
 def run_folder(place: Path, seeds: Seeds, rng: random.Random) -> Command:
@@ -148,7 +150,7 @@ def run_folder(place: Path, seeds: Seeds, rng: random.Random) -> Command:
         lines = (folder / name).read_text().splitlines()
         content = b"\n".join(json_bytes(spoiled_tree(json.loads(line), rng)) for line in lines)
     put(folder / name, content if rng.random() < 0.8 else spoiled_text((folder / name).read_text(), rng))
-    return ("export", "--model", seeds.model, "--adapter-path", folder, "--to", "peft", "--out", place / "out")
+    return exported(folder, seeds)
 
 
 # Kind -> (mutation, hand-made ones, share of the cases).
@@ -197,23 +199,13 @@ def copied(folder: Path, place: Path) -> Path:
     return Path(shutil.copytree(folder, place / "in" / "folder"))
 
 
-def evaluated(data: Path, seeds: Seeds) -> Command:
-    """The command that reads data."""
-    return ("evaluate", "--model", seeds.model, "--data", data, "--max-seq-length", 64)
-
-
-def generated(model: Path, *more: object) -> Command:
-    """The command that reads a model."""
-    return ("generate", "--model", model, "--prompt", "x", "--max-tokens", 2, *more)
-
-
 def adapted(folder: Path, weights: str, seeds: Seeds, rng: random.Random) -> Command:
     """Spoil an adapter folder and return the command that reads it."""
     if rng.random() < 0.5:
         put(folder / weights, spoiled_safetensors((folder / weights).read_bytes(), rng))
     else:
         put(folder / "adapter_config.json", spoiled_json((folder / "adapter_config.json").read_bytes(), rng))
-    return generated(seeds.model, "--adapter-path", folder)
+    return on_model(folder, seeds)
 
 
 _pieces: dict[Path, dict[str, Any]] = {}

@@ -19,39 +19,66 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-def folder(name: str, kind: str, more: Callable[[Path, Seeds], tuple] | None = None, **changes: Any) -> Nasty:
-    """Change keys of a JSON file in a copied seed folder; a value may be a function of the case's place and seeds."""
+def on_copy(copy: Path, seeds: Seeds) -> tuple:
+    """The command that reads a copied model."""
+    return ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
-    def make(place: Path, seeds: Seeds) -> tuple:
-        copy = Path(shutil.copytree(seeds.root / kind, place / "in" / "folder"))
+
+def copying(kind: str, command: Callable[[Path, Seeds], tuple] = on_copy) -> Callable[[Callable[[Path], None]], Nasty]:
+    """Make a case of a function that spoils a copied seed folder."""
+
+    def decorate(spoil: Callable[[Path], None]) -> Nasty:
+        def make(place: Path, seeds: Seeds) -> tuple:
+            copy = Path(shutil.copytree(seeds.root / kind, place / "in" / "folder"))
+            spoil(copy)
+            return command(copy, seeds)
+
+        return make
+
+    return decorate
+
+
+def folder(name: str, kind: str, command: Callable[[Path, Seeds], tuple] = on_copy, **changes: Any) -> Nasty:
+    """Change keys of a JSON file in a copied seed folder; a value may be a function of the copy."""
+
+    @copying(kind, command)
+    def case(copy: Path) -> None:
         content = json.loads((copy / name).read_text()) if (copy / name).exists() else {}
-        content |= {key: value(place, seeds) if callable(value) else value for key, value in changes.items()}
+        content |= {key: value(copy) if callable(value) else value for key, value in changes.items()}
         (copy / name).write_text(json.dumps({key: value for key, value in content.items() if value != "@gone"}))
-        return more(copy, seeds) if more else ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
-    return make
+    return case
 
 
-def raw(name: str, kind: str, content: str | bytes, more: Callable[[Path, Seeds], tuple] | None = None) -> Nasty:
+def raw(name: str, kind: str, content: str | bytes, command: Callable[[Path, Seeds], tuple] = on_copy) -> Nasty:
     """Write a file into a copied seed folder."""
 
-    def make(place: Path, seeds: Seeds) -> tuple:
-        copy = Path(shutil.copytree(seeds.root / kind, place / "in" / "folder"))
+    @copying(kind, command)
+    def case(copy: Path) -> None:
         (copy / name).parent.mkdir(exist_ok=True)
-        (copy / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return more(copy, seeds) if more else ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
+        (copy / name).write_bytes(as_bytes(content))
+
+    return case
+
+
+def laid(name: str, content: str | bytes, command: Callable[[Path, Seeds], tuple]) -> Nasty:
+    """Feed one file."""
+
+    def make(place: Path, seeds: Seeds) -> tuple:
+        (place / "in" / name).write_bytes(as_bytes(content))
+        return command(place / "in" / name, seeds)
 
     return make
 
 
-def outside(name: str) -> Callable[[Path, Seeds], str]:
-    """A path out of the case's folder, relative to the copied seed folder."""
-    return lambda place, seeds: f"../../../outside/{name}"
+def as_bytes(content: str | bytes) -> bytes:
+    """A file's content, also of text that no file may have."""
+    return content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
 
 
-def absolute(name: str) -> Callable[[Path, Seeds], str]:
-    """The same, absolute."""
-    return lambda place, seeds: str(seeds.root.parent / "outside" / name)
+def absolute(name: str) -> Callable[[Path], str]:
+    """A path out of the case's folder."""
+    return lambda copy: str(copy.parents[3] / "outside" / name)
 
 
 def on_model(copy: Path, seeds: Seeds) -> tuple:

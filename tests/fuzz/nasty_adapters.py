@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fuzz.mutate import safetensors_bytes
-from fuzz.nasty import DEEP, LAUGHS, Nasty, exported, folder, on_model, raw, resumed
+from fuzz.nasty import DEEP, LAUGHS, Nasty, copying, exported, folder, on_model, raw, resumed
 from fuzz.seeds import Seeds
 
 
@@ -60,39 +59,47 @@ PEFTS = [
     folder("adapter_config.json", "peft", on_model, auto_mapping={"base_model_class": "os", "parent_library": "os"}),
     raw("adapter_model.safetensors", "peft", safetensors_bytes(b'{"base_model.model.model.layers": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)), on_model),
     raw("adapter_model.safetensors", "peft", safetensors_bytes(b'{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}', bytes(16)), on_model),
-    lambda place, seeds: pickled_adapter(place, seeds),
 ]  # fmt: skip
 
 
-def pickled_adapter(place: Path, seeds: Seeds) -> tuple:
+@PEFTS.append
+@copying("peft", on_model)
+def pickled_adapter(copy: Path) -> None:
     """A PEFT folder of a pickle alone."""
-    copy = Path(shutil.copytree(seeds.peft, place / "in" / "folder"))
     (copy / "adapter_model.safetensors").unlink()
     (copy / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    return on_model(copy, seeds)
 
 
-def state(name: str, **changes: Any) -> Nasty:
+def newest_of(copy: Path) -> Path:
+    """The newest checkpoint of a run folder."""
+    return sorted((copy / "checkpoints").iterdir())[-1]
+
+
+def gone_on(copy: Path, seeds: Seeds) -> tuple:
+    """The command that goes on from the newest checkpoint."""
+    return resumed(copy, seeds, newest_of(copy))
+
+
+def state(**changes: Any) -> Nasty:
     """Change state.json of the newest checkpoint."""
 
-    def make(place: Path, seeds: Seeds) -> tuple:
-        copy = Path(shutil.copytree(seeds.run, place / "in" / "folder"))
-        newest = sorted((copy / "checkpoints").iterdir())[-1]
-        content = json.loads((newest / "state.json").read_text())
+    @copying("run", gone_on)
+    def case(copy: Path) -> None:
+        file = newest_of(copy) / "state.json"
+        content = json.loads(file.read_text())
         for key, value in changes.items():
             content = {**content, key: {**content[key], **value} if isinstance(value, dict) else value}
-        (newest / "state.json").write_text(json.dumps(content))
-        return resumed(copy, seeds, newest)
+        file.write_text(json.dumps(content))
 
-    return make
+    return case
 
 
 def arrays(change: Callable[[dict, bytes], tuple[dict, bytes]]) -> Nasty:
     """Change state.safetensors of the newest checkpoint, checksum and all."""
 
-    def make(place: Path, seeds: Seeds) -> tuple:
-        copy = Path(shutil.copytree(seeds.run, place / "in" / "folder"))
-        newest = sorted((copy / "checkpoints").iterdir())[-1]
+    @copying("run", gone_on)
+    def case(copy: Path) -> None:
+        newest = newest_of(copy)
         content = (newest / "state.safetensors").read_bytes()
         size = int.from_bytes(content[:8], "little")
         header, rest = change(json.loads(content[8 : 8 + size]), content[8 + size :])
@@ -100,9 +107,8 @@ def arrays(change: Callable[[dict, bytes], tuple[dict, bytes]]) -> Nasty:
         told = json.loads((newest / "state.json").read_text())
         told["sha256"]["state.safetensors"] = hashlib.sha256((newest / "state.safetensors").read_bytes()).hexdigest()
         (newest / "state.json").write_text(json.dumps(told))
-        return resumed(copy, seeds, newest)
 
-    return make
+    return case
 
 
 def renamed(header: dict, rest: bytes) -> tuple[dict, bytes]:
@@ -124,19 +130,19 @@ def as_ints(header: dict, rest: bytes) -> tuple[dict, bytes]:
 
 
 CHECKPOINTS = [
-    state("sha256", sha256={"../../../../outside/secret.json": "0"}),
-    state("sha256", sha256=[]),
-    state("sha256", sha256={"state.safetensors": None}),
-    state("position", position={"taken": -1}),
-    state("position", position={"taken": "x"}),
-    state("position", position={"taken": 10**30, "consumed": 10**30}),
-    state("position", position={"consumed": None}),
-    state("position", position={"best_loss": "x", "best_at": []}),
-    state("identity", identity=[]),
-    state("identity", identity={"price_epochs": "x"}),
-    state("identity", identity={"price_epochs": float("nan")}),
-    state("identity", identity={"price_epochs": -1}),
-    state("version", version="1"),
+    state(sha256={"../../../../outside/secret.json": "0"}),
+    state(sha256=[]),
+    state(sha256={"state.safetensors": None}),
+    state(position={"taken": -1}),
+    state(position={"taken": "x"}),
+    state(position={"taken": 10**30, "consumed": 10**30}),
+    state(position={"consumed": None}),
+    state(position={"best_loss": "x", "best_at": []}),
+    state(identity=[]),
+    state(identity={"price_epochs": "x"}),
+    state(identity={"price_epochs": float("nan")}),
+    state(identity={"price_epochs": -1}),
+    state(version="1"),
     arrays(renamed),
     arrays(without_random),
     arrays(as_ints),

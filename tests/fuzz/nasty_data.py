@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from fuzz.nasty import DEEP, LAUGHS, Nasty
+from fuzz.nasty import DEEP, LAUGHS, Nasty, laid
 from fuzz.seeds import Seeds
 
 
-def data(name: str, content: str | bytes, *more: object) -> Nasty:
+def evaluated(file: Path, seeds: Seeds) -> tuple:
+    """The command that reads data."""
+    return ("evaluate", "--model", seeds.model, "--data", file, "--max-seq-length", 64)
+
+
+def data(name: str, content: str | bytes) -> Nasty:
     """Feed a data file."""
-
-    def make(place: Path, seeds: Seeds) -> tuple:
-        file = place / "in" / name
-        file.write_bytes(content.encode() if isinstance(content, str) else content)
-        return ("evaluate", "--model", seeds.model, "--data", file, "--max-seq-length", 64, *more)
-
-    return make
+    return laid(name, content, evaluated)
 
 
 def row(**fields: Any) -> str:
@@ -122,13 +121,7 @@ TABLES = [
 
 def settings(text: str | bytes) -> Nasty:
     """Feed a settings file."""
-
-    def make(place: Path, seeds: Seeds) -> tuple:
-        file = place / "in" / "c.yaml"
-        file.write_bytes(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
-        return ("settings", "--config", file)
-
-    return make
+    return laid("c.yaml", text, lambda file, seeds: ("settings", "--config", file))
 
 
 SETTINGS = [
@@ -167,25 +160,14 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+def rendered(file: Path, seeds: Seeds) -> tuple:
+    """The command that reads a chat template."""
+    return (*evaluated(seeds.root / "chats.jsonl", seeds), "--chat-template", file)
+
+
 def template(text: str) -> Nasty:
     """Feed a chat template."""
-
-    def make(place: Path, seeds: Seeds) -> tuple:
-        (place / "in" / "t.jinja").write_text(text)
-        data_file = seeds.root / "chats.jsonl"
-        return (
-            "evaluate",
-            "--model",
-            seeds.model,
-            "--data",
-            data_file,
-            "--max-seq-length",
-            64,
-            "--chat-template",
-            place / "in" / "t.jinja",
-        )
-
-    return make
+    return laid("t.jinja", text, rendered)
 
 
 TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"

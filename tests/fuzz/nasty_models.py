@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from fuzz.gguf_pieces import gguf_bytes, read_pieces
 from fuzz.mutate import safetensors_bytes
-from fuzz.nasty import DEEP, F32, Nasty, absolute, folder, outside, raw
+from fuzz.nasty import DEEP, F32, Nasty, absolute, copying, folder, laid, raw
 from fuzz.seeds import Seeds
 
 CONFIGS = [
@@ -36,7 +35,7 @@ CONFIGS = [
     ),
     folder("config.json", "model", auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}),
     folder("config.json", "model", model_file="evil.py"),
-    folder("config.json", "model", model_file=outside("evil.py")),
+    folder("config.json", "model", model_file="../../../outside/evil.py"),
     folder("config.json", "model", architectures="x", torch_dtype=[], tokenizer_class=["x"]),
     folder("config.json", "model", model_type="mamba"),
     folder("config.json", "model", model_type="qwen3_moe", num_experts=10**9, num_experts_per_tok=10**9),
@@ -65,29 +64,26 @@ def weights(
     return raw(name, kind, safetensors_bytes(text.encode() if isinstance(text, str) else text, content))
 
 
-def linked_out(place: Path, seeds: Seeds) -> tuple:
+@copying("model")
+def linked_out(copy: Path) -> None:
     """A hub cache's own way: weights are links to blobs beside the snapshot, and must load."""
-    copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))
-    (place / "in" / "blobs").mkdir()
-    (copy / "model.safetensors").rename(place / "in" / "blobs" / "b")
+    (copy.parent / "blobs").mkdir()
+    (copy / "model.safetensors").rename(copy.parent / "blobs" / "b")
     (copy / "model.safetensors").symlink_to("../blobs/b")
-    return ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
 
-def linked_round(place: Path, seeds: Seeds) -> tuple:
+@copying("model")
+def linked_round(copy: Path) -> None:
     """A link to itself where weights should be."""
-    copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors").symlink_to("model.safetensors")
-    return ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
 
-def pickles(place: Path, seeds: Seeds) -> tuple:
+@copying("model")
+def pickles(copy: Path) -> None:
     """Weights as a pickle that would run code."""
-    copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    return ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
 
 def two_names(first: str, second: str) -> Nasty:
@@ -129,14 +125,13 @@ WEIGHTS = [
 ]  # fmt: skip
 
 
-def remote_code(place: Path, seeds: Seeds) -> tuple:
+@copying("model")
+def remote_code(copy: Path) -> None:
     """A tokenizer that asks for the repository's own code, and code that would leave a trace."""
-    copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))
     (copy / "evil.py").write_text("import pathlib\npathlib.Path('pwned').touch()\nclass Evil: ...\n")
     config = json.loads((copy / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    return ("generate", "--model", copy, "--prompt", "x", "--max-tokens", 2)
 
 
 DOUBLED = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
@@ -145,14 +140,13 @@ DOUBLED = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 def tokenizer_json(change: Callable[[dict], None]) -> Nasty:
     """Change the tokenizer's own file; the prompt is forty times its favorite letter."""
 
-    def make(place: Path, seeds: Seeds) -> tuple:
-        copy = Path(shutil.copytree(seeds.model, place / "in" / "folder"))
+    @copying("model", lambda copy, seeds: ("generate", "--model", copy, "--prompt", "x" * 40, "--max-tokens", 2))
+    def case(copy: Path) -> None:
         content = json.loads((copy / "tokenizer.json").read_text())
         change(content)
         (copy / "tokenizer.json").write_text(json.dumps(content))
-        return ("generate", "--model", copy, "--prompt", "x" * 40, "--max-tokens", 2)
 
-    return make
+    return case
 
 
 TOKENIZERS = [
@@ -161,7 +155,7 @@ TOKENIZERS = [
     folder("tokenizer_config.json", "model", auto_map="x"),
     folder("tokenizer_config.json", "model", auto_map=[]),
     folder("tokenizer_config.json", "model", tokenizer_file=absolute("secret.json")),
-    folder("tokenizer_config.json", "model", vocab_file=absolute("secret.json"), merges_file=outside("secret.json")),
+    folder("tokenizer_config.json", "model", vocab_file=absolute("secret.json"), merges_file="../../../outside/secret.json"),
     folder("tokenizer_config.json", "model", fast_tokenizer_files=["../../../outside/tokenizer.4.0.0.json"]),
     folder("tokenizer_config.json", "model", tool_parser_type="../evil"),
     folder("tokenizer_config.json", "model", tool_parser_type="nothing", chat_template_type="nothing"),
@@ -203,16 +197,18 @@ TOKENIZERS = [
 ]  # fmt: skip
 
 
-def gguf(change: Callable[[list, list, dict], None], seed: str = "bpe.gguf", raw_bytes: bytes | None = None) -> Nasty:
+def converted(file: Path, seeds: Seeds) -> tuple:
+    """The command that reads a GGUF file."""
+    return ("convert", "--model", file, "--out", file.parents[1] / "out")
+
+
+def gguf(change: Callable[[list, list, dict], None], seed: str = "bpe.gguf") -> Nasty:
     """Feed a GGUF file with one thing changed."""
 
     def make(place: Path, seeds: Seeds) -> tuple:
-        pieces = read_pieces(str(seeds.root / seed))
-        lies: dict[str, int] = {}
+        pieces, lies = read_pieces(str(seeds.root / seed)), dict[str, int]()
         change(pieces["pairs"], pieces["tensors"], lies)
-        content = gguf_bytes(pieces["pairs"], pieces["tensors"], lies) if raw_bytes is None else raw_bytes
-        (place / "in" / "m.gguf").write_bytes(content)
-        return ("convert", "--model", place / "in" / "m.gguf", "--out", place / "out")
+        return laid("m.gguf", gguf_bytes(pieces["pairs"], pieces["tensors"], lies), converted)(place, seeds)
 
     return make
 
@@ -236,8 +232,8 @@ NESTED = (
 )
 GGUFS = [
     *(lie(**{key: value}) for key in ("tensors", "pairs", "string", "array", "dims", "offset", "version") for value in (2**64 - 1, 2**31, 0)),
-    gguf(lambda *_: None, raw_bytes=NESTED),
-    gguf(lambda *_: None, raw_bytes=b"GGUF"),
+    laid("m.gguf", NESTED, converted),
+    laid("m.gguf", b"GGUF", converted),
     *(pair("general.alignment", 4, None, value) for value in (0, 1, 3, 2**31)),
     *(pair("general.architecture", *kind) for kind in ((4, None, 1), (9, 4, [1]), (8, None, ""), (8, None, "../x"))),
     *(pair(f"llama.{key}", 10, None, value) for key in ("block_count", "embedding_length", "attention.head_count", "feed_forward_length") for value in (0, 2**31, 2**63)),

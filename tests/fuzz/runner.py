@@ -26,73 +26,41 @@ MOST_BYTES = 1 << 30  # a case may add this much to the process
 Tell = Callable[[str, int, dict[str, Any]], None]
 
 
-@dataclass
-class Row:
-    """What became of the cases of one kind."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    outside: int = 0
-    over_memory: int = 0
-    peak_bytes: int = 0
-    slowest_s: float = 0.0
+HEAD = (
+    *("kind", "cases", "accepted", "refused", "failed", "tracebacks", "crashes", "hangs"),
+    *("outside", "peak MB", "slowest s"),
+)
 
 
 @dataclass
 class Report:
-    """What became of all cases, and every one that did what it must not."""
+    """What became of all cases: their results, each with its kind and number."""
 
-    rows: dict[str, Row] = field(default_factory=dict)
-    faults: list[dict[str, Any]] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, kind: str, number: int, result: dict[str, Any]) -> None:
-        """Count one case."""
-        row = self.rows.setdefault(kind, Row())
-        row.outcomes[result["outcome"]] += 1
-        row.outside += bool(result.get("outside"))
-        row.over_memory += result.get("grown_bytes", 0) > MOST_BYTES
-        row.peak_bytes = max(row.peak_bytes, result.get("grown_bytes", 0))
-        row.slowest_s = max(row.slowest_s, result.get("elapsed_s", 0.0))
-        if is_fault(result):
-            self.faults.append({"kind": kind, "number": number, **result})
+        """Take the result of one case."""
+        self.results.append({"kind": kind, "number": number, **result})
 
     @property
-    def cases(self) -> int:
-        """How many were run."""
-        return sum(sum(row.outcomes.values()) for row in self.rows.values())
+    def faults(self) -> list[dict[str, Any]]:
+        """Every one that did what it must not."""
+        return [result for result in self.results if is_fault(result)]
 
     def table(self) -> str:
         """Return the summary as a Markdown table."""
-        head = (
-            "kind",
-            "cases",
-            "accepted",
-            "refused",
-            "failed",
-            "tracebacks",
-            "crashes",
-            "hangs",
-            "outside",
-            "peak MB",
-            "slowest s",
-        )
-        lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-        total = Row()
-        for kind, row in self.rows.items():
-            lines.append(_line(kind, row))
-            total.outcomes += row.outcomes
-            total.outside += row.outside
-            total.peak_bytes = max(total.peak_bytes, row.peak_bytes)
-            total.slowest_s = max(total.slowest_s, row.slowest_s)
-        return "\n".join([*lines, _line("**all**", total)])
-
-
-def _line(name: str, row: Row) -> str:
-    o = row.outcomes
-    cells = [
-        name, o.total(), o["accepted"], o["refused"], o["failed"], o["traceback"] + o["bad message"], o["crash"], o["hang"],
-        row.outside, round(row.peak_bytes / 1e6), round(row.slowest_s, 1),
-    ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+        lines = ["| " + " | ".join(HEAD) + " |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
+        for name in (*dict.fromkeys(result["kind"] for result in self.results), "**all**"):
+            own = [result for result in self.results if name in ("**all**", result["kind"])]
+            o = Counter(result["outcome"] for result in own)
+            cells = [
+                name, o.total(), o["accepted"], o["refused"], o["failed"], o["traceback"] + o["bad message"], o["crash"], o["hang"],
+                sum(bool(result.get("outside")) for result in own),
+                round(max(result.get("grown_bytes", 0) for result in own) / 1e6),
+                round(max(result.get("elapsed_s", 0.0) for result in own), 1),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        return "\n".join(lines)
 
 
 def run_cases(

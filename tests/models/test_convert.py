@@ -230,7 +230,6 @@ def test_text_loss_is_the_plain_definition() -> None:
 
 BAD_USAGE = {
     "no such model": (["--model", "{tmp}/none"], "none"),
-    "pick one": (["--model", "{gguf}", "--no-quantize", "--bits", "4"], "--no-quantize with --bits"),
     "bits": (["--model", "{gguf}", "--bits", "7"], "--bits 7"),
     "mode": (["--model", "{gguf}", "--mode", "int4"], "--mode"),
     "report": (["--model", "{gguf}", "--report", "{tmp}/none.txt"], "none.txt"),
@@ -469,11 +468,7 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
     write_folder(other, tiny_model(), {"model_type": "olmo2"})
     joined = write_folder(tmp_path / "joined", tiny_model(), {"model_type": "afm7"})
     for source, data, extra, said in (
-        (model, None, ("--quantizer", "awq"), "--calibrate"),
-        (model, rows, ("--mode", "mxfp4"), "affine"),
-        (model, rows, ("--bits", 3, "--quantizer", "gptq"), "2, 4 and 8"),
         (model, rows, ("--bits", 8), "less than 8 bits"),
-        (model, rows, ("--no-quantize",), "--no-quantize"),
         (model, short, ("--group-size", 32), "tokens"),
         (model, tmp_path / "none.jsonl", (), "none.jsonl"),
         (quantized, rows, (), "quantized already"),
@@ -481,7 +476,6 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
         (joined, rows, ("--quantizer", "gptq"), "afm7"),
         (gguf_file, rows, (), "GGUF"),
     ):
-        given = () if data is None else ("--calibrate", data)
-        result = run("--model", source, "--out", tmp_path / "q", *given, *extra)
+        result = run("--model", source, "--out", tmp_path / "q", "--calibrate", data, *extra)
         assert (result.exit_code, said in str(result.exception) + result.output) == (2, True), (said, result.output)
         assert not (tmp_path / "q").exists()

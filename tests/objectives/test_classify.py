@@ -19,7 +19,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
-from mlx_lora.data.labeled import parse_labeled
+from mlx_lora.data.labeled import Labeled
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, class_measures, macro_f1
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
@@ -378,7 +378,7 @@ def test_transformers_reads_the_fused_model(tiny_folder, trained, tmp_path):
 
 
 def parsed(record: dict, **settings: str | None) -> tuple[object, object]:
-    found = parse_labeled(record, DataSettings(**settings))
+    found = Labeled.parse(record, DataSettings(**settings))
     return getattr(found.example, "text", found.example), found.label
 
 
@@ -388,7 +388,7 @@ def test_texts_and_labels_are_found_by_their_names():
     assert parsed({"premise": "p", "hypothesis": "h", "text": "t", "label": "x"})[0] == "p\nh"
     named = {"text_column": "one,two", "label_column": "three"}
     assert parsed({"one": "1", "two": 2, "three": ["x"]}, **named) == ("1\n2", ["x"])
-    chat = parse_labeled({"messages": [{"role": "user", "content": "a"}], "labels": []}, DataSettings())
+    chat = Labeled.parse({"messages": [{"role": "user", "content": "a"}], "labels": []}, DataSettings())
     assert chat.example.messages[0]["content"] == "a"
     for record in ({"text": "a"}, {"label": "a"}, {"text": ["a"], "label": "a"}):
         with pytest.raises(FormatError):

@@ -15,9 +15,8 @@ from tiny_encoders import KINDS, pair_tokenizer, tiny_encoder
 
 import mlx_lora
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.data.candidates import query_with
 from mlx_lora.data.examples import Text
-from mlx_lora.data.labeled import encode_texts, has_pairs
+from mlx_lora.data.labeled import encode_texts, has_pairs, query_with
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.head import head_parameters, put_head, start_words
 from mlx_lora.models.load import load_base

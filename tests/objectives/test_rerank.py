@@ -17,10 +17,10 @@ from run_cli import one_line, run
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.candidates import GRADES, ROWS, pair_text, parse_candidates
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
 from mlx_lora.data.files import DataFile
+from mlx_lora.data.labeled import GRADES, ROWS, Candidates, pair_text
 from mlx_lora.data.read import read_rows
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
@@ -159,21 +159,23 @@ def test_transformers_gives_the_same_score(tiny_folder, trained, tmp_path):
 
 
 def test_records_in_all_forms():
-    one = parse_candidates({"Query": "q", "positives": ["a", "b"], "negative_1": "c", "negative_2": "d"})
+    one = Candidates.parse(
+        {"Query": "q", "positives": ["a", "b"], "negative_1": "c", "negative_2": "d"}, DataSettings()
+    )
     assert (one.query, one.documents, one.grades) == ("q", ("a", "b", "c", "d"), (1, 1, 0, 0))
     assert one.shown.completion == "a"
-    listed = parse_candidates({"question": "q", "docs": ["a", "b"], "labels": [0, 2]})
+    listed = Candidates.parse({"question": "q", "docs": ["a", "b"], "labels": [0, 2]}, DataSettings())
     assert (listed.documents, listed.grades, listed.shown.completion) == (("a", "b"), (0, 2), "b")
-    assert parse_candidates({"query": "q", "document": "a", "score": "0.5"}).grades == (0.5,)
+    assert Candidates.parse({"query": "q", "document": "a", "score": "0.5"}, DataSettings()).grades == (0.5,)
     for record in (
         {"positive": "a"},
         {"query": "q", "docs": ["a"], "labels": [1, 0]},
         {"query": "q", "doc": "a", "label": "x"},
     ):
         with pytest.raises(FormatError):
-            parse_candidates(record)
+            Candidates.parse(record, DataSettings())
     with pytest.raises(EmptyPart):
-        parse_candidates({"query": " ", "document": "a", "label": 1})
+        Candidates.parse({"query": " ", "document": "a", "label": 1}, DataSettings())
 
 
 @pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])

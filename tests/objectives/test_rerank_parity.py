@@ -10,8 +10,8 @@ from bound import bind
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
-from mlx_lora.data.candidates import GRADES, ROWS
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.labeled import GRADES, ROWS
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head

@@ -170,7 +170,6 @@ def test_a_stopped_forgetting_test_prints_what_it_has(words, stopped_after):
 
 
 def test_what_cannot_be_shown_is_refused(words, tiny_folder, tmp_path):
-    one_line(run(*words, "--show", 2, "--forgetting"), "--show", "--forgetting")
     one_line(run(*words, "--show", 2, "--objective", "dpo"), "--show 2", "dpo")
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "Once upon a time."}\n' * 3)

@@ -17,8 +17,8 @@ from verifiers_environments import SINGLE, TOOLS, TURNS, WRONG, write_environmen
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
+from mlx_lora.data.task_sets import verifiers_file
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.data.verifiers_tasks import verifiers_file
 from mlx_lora.rollouts import verifiers_env
 from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.make_environment import own_rewards_and_reports
@@ -55,7 +55,7 @@ def modules(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("mlx_lora.data.verifiers_tasks.cache_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr("mlx_lora.data.task_sets.cache_dir", lambda name: tmp_path / name)
 
 
 def environment(name: str, family: str = QWEN, **asked) -> VerifiersEnv:

@@ -15,7 +15,7 @@ from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 from tiny_vision import write_model_here
 
-from mlx_lora.data.thumbnails import MOST_BYTES, SIDE, thumbnail
+from mlx_lora.data.images import MOST_THUMBNAIL_BYTES, THUMBNAIL_SIDE, thumbnail
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("mlx_vlm")
@@ -63,7 +63,7 @@ def shown(url: str):
     kind, _, content = url.partition(";base64,")
     assert kind == "data:image/jpeg"
     raw = base64.b64decode(content)
-    assert len(raw) <= MOST_BYTES
+    assert len(raw) <= MOST_THUMBNAIL_BYTES
     return Image.open(io.BytesIO(raw))
 
 
@@ -75,7 +75,7 @@ def test_a_row_is_shown_with_its_pictures(home):
     picture = shown(first["pictures"][0]["url"])
     assert np.abs(np.array(picture)[30, 30].astype(int) - RED).max() < 12
     larger = shown(second["pictures"][0]["url"])
-    assert (max(larger.size), second["pictures"][0]["width"]) == (SIDE, 400)
+    assert (max(larger.size), second["pictures"][0]["width"]) == (THUMBNAIL_SIDE, 400)
     assert second["pictures"][0]["url"] != second["pictures"][1]["url"] == first["pictures"][0]["url"]
     text = "".join(span["text"] for span in first["spans"] if not span["trained"])
     tokens = first["pictures"][0]["tokens"]
@@ -113,8 +113,8 @@ def test_a_thumbnail_is_small_whatever_the_picture():
     noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
     for picture in (Image.fromarray(noise), Image.new("RGB", (1, 4000)), Image.new("RGB", (3, 2))):
         found = Image.open(io.BytesIO(thumbnail(picture)))
-        assert len(thumbnail(picture)) <= MOST_BYTES
-        assert max(found.size) <= SIDE
+        assert len(thumbnail(picture)) <= MOST_THUMBNAIL_BYTES
+        assert max(found.size) <= THUMBNAIL_SIDE
         assert found.format == "JPEG"
 
 

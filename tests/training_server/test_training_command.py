@@ -14,9 +14,6 @@ FIND_SPEC = importlib.util.find_spec
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--adapter", "a=b"), "clients create their adapters themselves"),
-        (("--adapters-from", "."), "clients create their adapters themselves"),
-        (("--allow-origin", "https://a.example"), "leave --allow-origin"),
         (("--api-key", "secret"), "that begin with tml-"),
         (("--host", "0.0.0.0"), "no API key"),
         (("--max-sessions", "0"), "--max-sessions"),

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.models.folder import check_out
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils.files import check_new_folder, replacing_folder
 
 
 def test_it_replaces_the_earlier_folder_and_leaves_nothing_else(tmp_path):
@@ -91,8 +90,8 @@ def test_a_mount_point_keeps_its_files_when_the_new_ones_cannot_move(mounted, tm
 
 
 def test_a_mount_point_with_files_is_refused_before_the_work(mounted):
-    check_out(mounted, force=False)
+    check_new_folder(mounted, force=False)
     (mounted / "config.json").write_text("{}")
     for force in (False, True):
         with pytest.raises(InputError, match="mount point"):
-            check_out(mounted, force=force)
+            check_new_folder(mounted, force=force)

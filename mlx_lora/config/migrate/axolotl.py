@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.config.migrate import common, objective_keys
+from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import ROLES, SHARED, Dialect, Names, Sheet, filled
 from mlx_lora.utils.parsing import hashable
 
@@ -107,13 +107,13 @@ def read_kind(sheet: Sheet) -> None:
         if asked == "ipo":
             sheet.rest["dpo_loss_type"] = "ipo"
         if asked == "simpo":
-            objective_keys.note_plain_simpo(sheet)
-        objective_keys.put_objective(sheet, RL[asked], RL_OPTIONS)
-        objective_keys.turn_off_dropout(sheet)
+            common.note_plain_simpo(sheet)
+        common.put_objective(sheet, RL[asked], RL_OPTIONS)
+        common.turn_off_dropout(sheet)
         sheet.take("precompute_ref_log_probs")  # we always do
     if sheet.switch("reward_model"):
-        objective_keys.put_objective(sheet, "reward", {"center_rewards_coefficient": "center_rewards"})
-        objective_keys.turn_off_dropout(sheet)
+        common.put_objective(sheet, "reward", {"center_rewards_coefficient": "center_rewards"})
+        common.turn_off_dropout(sheet)
     if asked := sheet.take("process_reward_model"):
         raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
 
@@ -121,12 +121,12 @@ def read_kind(sheet: Sheet) -> None:
 def read_sampling(sheet: Sheet) -> None:
     """Set what samples and rewards answers, from the keys under `trl:`; they are TRL's, with its defaults."""
     more = sheet.part("trl")
-    objective_keys.put_sampling(more, "grpo")
-    objective_keys.put_rewards(more, objective_keys.rewards_of_paths(more), "trl.reward_funcs")
+    common.put_sampling(more, "grpo")
+    common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
     sheet.assume(group_size=8, max_new_tokens=512)
-    sheet.rest |= {key: more.take(key) for key in objective_keys.WHOLE_ROLLOUT if key in more.rest}
+    sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
     more.leave_rest()
-    objective_keys.keep_cycles(sheet)
+    common.keep_cycles(sheet)
 
 
 def read_method(sheet: Sheet) -> None:
@@ -136,32 +136,28 @@ def read_method(sheet: Sheet) -> None:
         raise sheet.refusal(f"adapter {adapter}: not supported; use lora or qlora")
     if adapter:
         sheet.copy({"lora_r": "rank", "lora_alpha": "alpha"}, Sheet.number)
-    ratio, init = sheet.number("loraplus_lr_ratio"), sheet.take("peft_init_lora_weights")
-    restarts = {key: sheet.number(key) for key in RESTARTS}
-    on = common.switched(sheet, {"dora": "peft_use_dora", "rslora": "peft_use_rslora", "relora": "relora"})
-    on |= {
-        "pissa": "peft_init_lora_weights" if str(init).startswith("pissa") else None,
-        "relora": on["relora"] or ("relora" if restarts["relora_steps"] else None),
-        "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,
-        "full": None if adapter else "adapter",
-    }
-    if init not in (None, True) and not on["pissa"]:
+    restarts, init = {key: sheet.number(key) for key in RESTARTS}, sheet.take("peft_init_lora_weights")
+    pissa = "peft_init_lora_weights" if str(init).startswith("pissa") else None
+    if init not in (None, True) and not pissa:
         sheet.left_out.append("peft_init_lora_weights")
-    common.choose_method(sheet, on, ratio)
+    common.choose_method(
+        sheet,
+        {"dora": "peft_use_dora", "rslora": "peft_use_rslora", "relora": "relora"},
+        {
+            "pissa": pissa,
+            "relora": "relora" if restarts["relora_steps"] else None,
+            "full": None if adapter else "adapter",
+        },
+    )
     stated = {key: value for key, value in restarts.items() if value is not None}
     if sheet.found["method"] == "relora":
         sheet.found |= {RESTARTS[key]: value for key, value in stated.items()}
     else:
         sheet.left_out += stated
-    quantized = {"load_in_4bit": 4, "load_in_8bit": 8}
-    asked = [key for key in quantized if sheet.switch(key)] or (["adapter: qlora"] if adapter == "qlora" else [])
-    if asked:
-        common.put_bits(sheet, asked[0], quantized.get(asked[0], 4))
-
-
-def read_targets(sheet: Sheet) -> None:
-    """Set the target layers; lora_target_linear adds all linear layers to the named ones."""
-    if sheet.switch("lora_target_linear"):
+    common.read_bits(sheet)
+    if adapter == "qlora" and "bits" not in sheet.found:
+        common.put_bits(sheet, "adapter: qlora", 4)
+    if sheet.switch("lora_target_linear"):  # beside the layers that are named
         sheet.rest[NAMES.targets] = "all-linear"
     common.read_layers(sheet, NAMES)
 
@@ -169,12 +165,8 @@ def read_targets(sheet: Sheet) -> None:
 def read_data(sheet: Sheet) -> None:
     """Set data, format and template from the first dataset."""
     key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
-    asked = sheet.take(key)
-    sets = asked if isinstance(asked, list) else [] if asked is None else [asked]
-    sets = [{"path": one} if isinstance(one, str) else one for one in sets]
-    if not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal(f"{key} has no mappings with a path; fix the file")
-    told = [filled(one) for one in sets] or [{}]
+    sets = common.take_sets(sheet, key)
+    told = sets or [{}]
     common.put_sets(sheet, key, [data_path(one) for one in told], all(one == told[0] for one in told))
     first = sheet.within(told[0], key)
     kind = first.rest.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
@@ -200,7 +192,7 @@ def data_path(dataset: dict[str, Any]) -> str | None:
 
 def read_columns(dataset: Sheet) -> None:
     """Set the columns, and the names of turns' fields and roles, that a dataset names."""
-    chats = objective_keys.trains_on_chats(dataset) or dataset.found["objective"] == "kto"
+    chats = common.trains_on_chats(dataset) or dataset.found["objective"] == "kto"
     if chats or dataset.rest.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
         common.read_columns(dataset, FIELDS)
     fields: dict[str, Any] = {}
@@ -229,7 +221,7 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
     if isinstance(kind, dict):
         read_own_type(sheet, sheet.within(filled(kind), key), key)
         return
-    word, chats = re.split("[:.]", str(kind))[0], objective_keys.trains_on_chats(sheet)
+    word, chats = re.split("[:.]", str(kind))[0], common.trains_on_chats(sheet)
     if word not in (FORMATS if chats else RECORD_TYPES):
         sheet.left_out.append(key)
         sheet.note(f"{key}: has no counterpart here; the format is detected from the records' keys")
@@ -249,7 +241,7 @@ def read_format(sheet: Sheet, kind: Any, key: str) -> None:
 
 def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
     """Set the columns that a type of one's own names; the text around them is the chat template's here."""
-    if objective_keys.trains_on_chats(sheet):
+    if common.trains_on_chats(sheet):
         asked = [name for name in ("field_instruction", "field_input") if isinstance(kind.rest.get(name), str)]
         question = [kind.take(name) for name in asked]
         if question and question not in (["instruction"], ["instruction", "input"]):
@@ -282,23 +274,22 @@ def read_template(sheet: Sheet) -> None:
         sheet.take("chat_template")
         sheet.note(f"chat_template {name}: the model's own template is used, or alpaca if it has none")
     common.read_template(sheet, "chat_template", "tokenizer_default")
-    objective_keys.read_prompts_trained(sheet, "train_on_inputs")
+    common.read_prompts_trained(sheet, "train_on_inputs")
 
 
 def read_loop(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
     rows = sheet.rest.get("micro_batch_size")
-    if not objective_keys.samples(sheet):  # whose batches are counted in prompts here
+    if not common.samples(sheet):  # whose batches are counted in prompts here
         rows = sheet.told("batch_size", rows)
     if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.found["grad_accumulation_steps"] = max(1, round((sheet.number("batch_size") or 0) / rows))
-    common.read_loop(sheet, NAMES, objective_keys.read_rows)
+    common.read_loop(sheet, NAMES, common.read_rows)
     if sheet.rest.get("evals_per_epoch") == 0:
         sheet.take("evals_per_epoch")
         sheet.found["val_batches"] = 0
-    sheet.copy({"gradient_checkpointing": "grad_checkpoint"}, lambda told, key: bool(told.take(key)))
     if sheet.rest.get("wandb_project"):
         sheet.found["report_to"] = "wandb"
 
@@ -306,7 +297,7 @@ def read_loop(sheet: Sheet) -> None:
 AXOLOTL = Dialect(
     name="Axolotl",
     recognizes=recognizes,
-    rules=(read_kind, read_method, read_targets, read_data, read_template, read_loop),
+    rules=(read_kind, read_method, read_data, read_template, read_loop),
     names={
         **SHARED,
         "base_model": "model",

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.migrate import common, objective_keys
+from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
 from mlx_lora.config.objectives import PAIRS, VERIFIERS
 from mlx_lora.utils.errors import InputError
@@ -88,7 +88,7 @@ def read_kind(sheet: Sheet) -> None:
     if stage not in (None, *STAGES):
         raise sheet.refusal(f"stage {stage}: only {', '.join(STAGES)} are supported; use LLaMA-Factory for it")
     if stage == "rm":
-        objective_keys.put_objective(sheet, "reward", {})
+        common.put_objective(sheet, "reward", {})
     elif stage in ("dpo", "kto"):
         read_preference(sheet, stage)
     if stage == "pt":
@@ -106,9 +106,9 @@ def read_preference(sheet: Sheet, stage: str) -> None:
     objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
     if loss_type:
         sheet.rest["pref_loss"] = loss_type
-    objective_keys.put_objective(sheet, objective, PREFERENCE_OPTIONS)
-    objective_keys.turn_off_dropout(sheet)
-    objective_keys.read_reference(sheet, "model_name_or_path", "ref_model")
+    common.put_objective(sheet, objective, PREFERENCE_OPTIONS)
+    common.turn_off_dropout(sheet)
+    common.read_reference(sheet, "model_name_or_path", "ref_model")
     if stage == "dpo" and objective == "kto":
         sheet.note("pref_loss kto_pair: each pair becomes a good and a bad answer for kto")
 
@@ -118,17 +118,12 @@ def read_method(sheet: Sheet) -> None:
     kind = sheet.take("finetuning_type") or "lora"
     if kind not in ("lora", "full", "freeze"):
         raise sheet.refusal(f"finetuning_type {kind}: not supported; use lora, freeze or full")
-    ratio = sheet.number("loraplus_lr_ratio")
     if kind == "lora":
         sheet.copy({"lora_rank": "rank", "lora_alpha": "alpha"}, Sheet.number)
         sheet.assume(rank=8)
         sheet.assume(alpha=2 * sheet.told("rank"))
-    on = common.switched(sheet, {"dora": "use_dora", "rslora": "use_rslora", "pissa": "pissa_init"})
-    on |= {
-        "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,
-        "full": None if kind == "lora" else "finetuning_type",
-    }
-    common.choose_method(sheet, on, ratio)
+    switches = {"dora": "use_dora", "rslora": "use_rslora", "pissa": "pissa_init"}
+    common.choose_method(sheet, switches, {"full": None if kind == "lora" else "finetuning_type"})
     if kind == "freeze":  # which trains some last blocks in full
         blocks = sheet.number("freeze_trainable_layers")
         blocks = 2 if blocks is None else blocks
@@ -147,7 +142,7 @@ def read_method(sheet: Sheet) -> None:
 def read_data(sheet: Sheet) -> None:
     """Set data from the first dataset's name, mask_prompt, and the chat template."""
     folder, names = Path(str(sheet.take("dataset_dir") or "data")), sheet.take("dataset")
-    names = names if isinstance(names, list) else [name for name in objective_keys.texts(names or None) if name]
+    names = names if isinstance(names, list) else [name for name in common.texts(names or None) if name]
     if len(names) > 1:
         common.note_first_set(sheet, f"dataset: {len(names)} sets", names[0])
     if names:
@@ -157,7 +152,7 @@ def read_data(sheet: Sheet) -> None:
         else:
             sheet.left_out.append("dataset")
             sheet.note(f"dataset {names[0]}: not in {folder / TABLE}; give the file itself as --data")
-    objective_keys.read_prompts_trained(sheet, "train_on_prompt")
+    common.read_prompts_trained(sheet, "train_on_prompt")
     common.read_template(sheet, "template", "empty" if sheet.found.get("data_format") == "text" else None)
 
 
@@ -166,10 +161,8 @@ def read_loop(sheet: Sheet) -> None:
     if sheet.switch("neat_packing"):
         sheet.rest["packing"] = True
     common.read_loop(sheet, NAMES)
-    sheet.copy({"gradient_checkpointing": "grad_checkpoint"}, Sheet.switch)
     if sheet.switch("disable_gradient_checkpointing"):
         sheet.found["grad_checkpoint"] = False
-    common.read_loggers(sheet)
 
 
 LLAMA_FACTORY = Dialect(

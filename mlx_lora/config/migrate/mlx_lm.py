@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mlx_lora.config.migrate import common, objective_keys
+from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import FEATURES, Dialect, Sheet
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.utils.parsing import hashable
@@ -111,14 +111,10 @@ def read_optimizer(sheet: Sheet) -> None:
 
 def read_data(sheet: Sheet) -> None:
     """Set data from hf_dataset, which may have several sets, and the columns from its features."""
-    asked = sheet.take("hf_dataset")
-    sets = asked if isinstance(asked, list) else [asked] if asked else []
-    if not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal("hf_dataset is not a mapping with a path; fix the file")
+    told = common.take_sets(sheet, "hf_dataset")
     read_features(sheet)
-    if not sets:
+    if not told:
         return
-    told = [dict(one) for one in sets]
     paths = [one.pop("path", None) or one.pop("name", None) for one in told]
     first = sheet.within(told[0], "hf_dataset")
     common.put_sets(sheet, "hf_dataset", paths, all(one == told[0] for one in told))
@@ -210,9 +206,7 @@ def read_mode(sheet: Sheet) -> None:
     for theirs, name in RENAMED.items():
         if theirs in sheet.rest:
             sheet.rest[name] = sheet.take(theirs)
-    for key, bits in BITS.items():
-        if sheet.switch(key):
-            common.put_bits(sheet, key, bits)
+    common.read_bits(sheet, BITS)
     if sheet.rest.get("wandb"):
         sheet.found |= {"report_to": "wandb", "project_name": sheet.take("wandb")}
     if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
@@ -230,14 +224,14 @@ def read_mode(sheet: Sheet) -> None:
         raise sheet.refusal(f"dpo_cpo_loss_type {loss} with train_mode {mode}: only {known} are supported")
     if loss == "sigmoid":
         sheet.take("dpo_cpo_loss_type")
-    objective_keys.put_objective(sheet, MODES[mode], {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
-    objective_keys.read_reference(sheet, "model", "reference_model_path")
+    common.put_objective(sheet, MODES[mode], {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
+    common.read_reference(sheet, "model", "reference_model_path")
     sheet.leave("alpha", "beta")  # alpha: of xpo, not the adapter's
     sheet.leave(*NUMBERS, "reward_weights")  # of grpo; its files often have them in other modes too
     if mode == "cpo":
         sheet.found["cpo_alpha"] = 0.0
         sheet.note("cpo: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")
-    if not objective_keys.trains_on_chats(sheet):
+    if not common.trains_on_chats(sheet):
         sheet.leave("mask_prompt")
         sheet.note(f"{mode}: answers are compared by their own tokens; in mlx-lm-lora, the prompt's tokens count too")
     elif "mask_prompt" not in sheet.rest:
@@ -246,20 +240,20 @@ def read_mode(sheet: Sheet) -> None:
 
 def read_sampling(sheet: Sheet) -> None:
     """Set what samples and rewards answers; functions that are registered in a file of the user's are named by it here."""
-    objective_keys.put_sampling(sheet, "grpo", NUMBERS, "grpo_loss_type")
-    file, asked = sheet.take("reward_functions_file"), objective_keys.texts(sheet.take("reward_functions"))
+    common.put_sampling(sheet, "grpo", NUMBERS, "grpo_loss_type")
+    file, asked = sheet.take("reward_functions_file"), common.texts(sheet.take("reward_functions"))
     functions = {name: f"{file}:{name}" if file else None for name in asked}
     if not functions:
         sheet.note("reward_functions: not named, and mlx-lm-lora's own are not here; give --reward FILE.py:FUNCTION")
-    objective_keys.put_rewards(sheet, functions, "reward_functions")
+    common.put_rewards(sheet, functions, "reward_functions")
     if "reward" in sheet.found:
         sheet.note(
             "reward_functions: they also get completion_ids and every column of the data here; add **columns to them"
         )
     sheet.assume(**GRPO)
-    objective_keys.read_reference(sheet, "model", "reference_model_path")
+    common.read_reference(sheet, "model", "reference_model_path")
     sheet.leave("alpha", "mask_prompt")
-    objective_keys.keep_cycles(sheet)
+    common.keep_cycles(sheet)
 
 
 MLX_LM_LORA = Dialect(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.config.migrate import common, objective_keys
+from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import SHARED, UNCUT, Dialect, Names, Sheet
 from mlx_lora.config.objectives import PAIRS, SAMPLING
 
@@ -82,8 +82,8 @@ def read_kind(sheet: Sheet) -> None:
 
 def _objective(sheet: Sheet) -> str:
     """Return the objective, by the flag, or by the keys that only one has."""
-    if sheet.objective in COMMANDS:
-        return sheet.objective
+    if sheet.flags.get("objective") in COMMANDS:
+        return sheet.flags["objective"]
     losses = sheet.rest.get("loss_type")
     for objective, keys in OWN_KEYS.items() if losses not in CHAT_LOSSES else ():
         key = next((key for key in keys if key in sheet.rest), None)
@@ -112,20 +112,20 @@ def read_preference(sheet: Sheet, objective: str) -> None:
     if losses == "sigmoid" or (objective == "kto" and losses == "kto"):
         sheet.take("loss_type")
     if objective == "simpo":
-        objective_keys.note_plain_simpo(sheet)
-    objective_keys.put_objective(sheet, objective, PREFERENCES)
+        common.note_plain_simpo(sheet)
+    common.put_objective(sheet, objective, PREFERENCES)
     sheet.take("precompute_ref_log_probs")  # always done here
     sheet.drop({"truncation_mode": ("keep_start",), "max_prompt_length": (UNCUT,)})
 
 
 def read_sampling(sheet: Sheet, objective: str) -> None:
     """Set what samples, rewards and compares answers; a reward model is none of ours."""
-    objective_keys.put_sampling(sheet, objective)
-    functions, model = objective_keys.rewards_of_paths(sheet), sheet.take("reward_model_name_or_path")
+    common.put_sampling(sheet, objective)
+    functions, model = common.rewards_of_paths(sheet), sheet.take("reward_model_name_or_path")
     key = "reward_funcs" if functions else "reward_model_name_or_path"
-    objective_keys.put_rewards(sheet, functions | ({str(model): None} if model else {}), key)
+    common.put_rewards(sheet, functions | ({str(model): None} if model else {}), key)
     sheet.assume(**ANSWERS[objective])
-    objective_keys.keep_cycles(sheet)
+    common.keep_cycles(sheet)
 
 
 def read_distill(sheet: Sheet) -> None:
@@ -135,7 +135,9 @@ def read_distill(sheet: Sheet) -> None:
         InputError: the file has no teacher, or mixes given answers with sampled ones.
     """
     sheet.found["objective"] = "distill"
-    if "teacher_model_name_or_path" not in sheet.rest and sheet.objective != "distill":  # or the flag --teacher
+    if (
+        "teacher_model_name_or_path" not in sheet.rest and sheet.flags.get("objective") != "distill"
+    ):  # or the flag --teacher
         raise sheet.refusal("no teacher_model_name_or_path: GKD needs a teacher; add its model to the file")
     sheet.copy({"teacher_model_name_or_path": "teacher"})
     if sheet.switch("seq_kd"):
@@ -178,25 +180,21 @@ def read_method(sheet: Sheet) -> None:
     )
     if adapts:
         if without:
-            objective_keys.turn_off_dropout(sheet, "; disable_dropout: false keeps it")
+            common.turn_off_dropout(sheet, "; disable_dropout: false keeps it")
         sheet.copy(ADAPTER, Sheet.number)
         sheet.assume(rank=16, alpha=32, dropout=0.0 if without else 0.05)
-    on = common.switched(sheet, {"dora": "use_dora", "rslora": "use_rslora"})
-    common.choose_method(sheet, on | {"full": None if adapts else "use_peft"})
+    switches = {"dora": "use_dora", "rslora": "use_rslora"}
+    common.choose_method(sheet, switches, {"full": None if adapts else "use_peft"})
     common.read_layers(sheet, NAMES)
     if adapts:
         sheet.assume(target_modules=PEFT_TARGETS)
-    for key, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
-        if sheet.switch(key):
-            common.put_bits(sheet, key, bits)
+    common.read_bits(sheet)
 
 
 def read_data(sheet: Sheet) -> None:
     """Set data from dataset_name, or the first of datasets."""
-    sets = sheet.take("datasets") or []
-    if not isinstance(sets, list) or not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal("datasets has no mappings with a path; fix the file")
-    first = sheet.within(dict(sets[0]) if sets else {}, "datasets")
+    sets = common.take_sets(sheet, "datasets")
+    first = sheet.within(sets[0] if sets else {}, "datasets")
     path = first.take("path")
     if path:
         sheet.found["data"] = path
@@ -208,7 +206,7 @@ def read_data(sheet: Sheet) -> None:
         common.note_first_set(sheet, f"datasets: {len(sets)} sets", path)
     sheet.drop({"dataset_train_split": ("train",)})
     sheet.copy({"chat_template_path": "chat_template"})
-    if objective_keys.trains_on_chats(sheet):
+    if common.trains_on_chats(sheet):
         common.read_columns(sheet, {"dataset_text_field": ("text_column", ("text",))})
         whole = sheet.rest.get("completion_only_loss") is False
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
@@ -228,9 +226,7 @@ def read_loop(sheet: Sheet) -> None:
         sheet.rest["max_length"] = sheet.take("max_seq_length")
     if sheet.rest.get("max_length") == UNCUT:
         sheet.rest["max_length"] = NULL_LENGTHS.get(sheet.found["objective"], UNCUT)
-    common.read_loop(sheet, NAMES, objective_keys.read_rows)
-    common.read_loggers(sheet)
-    sheet.copy({"gradient_checkpointing": "grad_checkpoint"}, Sheet.switch)
+    common.read_loop(sheet, NAMES, common.read_rows)
     if "learning_rate" not in sheet.rest:
         sheet.assume(learning_rate=LEARNING_RATES.get(sheet.found["objective"], LEARNING_RATE))
 
