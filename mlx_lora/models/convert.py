@@ -42,7 +42,7 @@ from mlx_lora.models.folder import (
     read_safetensors_header,
     write_json,
 )
-from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.quantize import AFFINE, QuantFormat, choose_quantization, dequantize_model, quantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
@@ -74,7 +74,7 @@ class Learned:
         quantize: (float model, config) -> quantized model (models/gptq.py).
     """
 
-    quantization: Quantization
+    quantization: QuantFormat
     quantize: Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
@@ -174,17 +174,17 @@ def convert_model(
 def _least_bytes(source: ModelSource, target: Target | Learned | None, dtype: mx.Dtype) -> int:
     """Return a lower bound of the bytes to write, from the sizes of the files and of the float tensors in them."""
     target = target.quantization if isinstance(target, Learned) else target
-    target = Quantization(4, 64) if target is None else target
+    target = QuantFormat(4, 64) if target is None else target
     if source.kind == "gguf":
         size = source.path.stat().st_size
-        return size * target.bits // 32 if isinstance(target, Quantization) else size
-    bits = target.bits if isinstance(target, Quantization) else 8 * dtype.size
+        return size * target.bits // 32 if isinstance(target, QuantFormat) else size
+    bits = target.bits if isinstance(target, QuantFormat) else 8 * dtype.size
     files = list(source.path.glob("model*.safetensors"))  # what the loader reads
     floats = [entry for file in files for entry in read_safetensors_header(file).values() if entry["dtype"] in FLOATS]
     values = sum(math.prod(entry["shape"]) for entry in floats)
     stored = sum(math.prod(entry["shape"]) * TYPES[entry["dtype"]].size for entry in floats)
     packed = sum(file.stat().st_size for file in files) - stored  # at most 32 bits per weight
-    return values * bits // 8 + (packed * bits // 32 if isinstance(target, Quantization) else packed)
+    return values * bits // 8 + (packed * bits // 32 if isinstance(target, QuantFormat) else packed)
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
@@ -200,7 +200,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     check_shapes(str(file.path), file.tensors, mappings, shapes)
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"], dtype=_dtype_name(dtype)), ShardWriter(folder)
-    quantizations: dict[str, Quantization] = {}
+    quantizations: dict[str, QuantFormat] = {}
     imported = import_weights(file.tensors, mappings, target, dtype)
     for tensor in tracked(imported, "Converting", len(mappings), "tensors"):
         writer.add(tensor.parameters)
@@ -232,14 +232,14 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
         conversion.lossless += 1
         # GGUF's scales are float16, and those of K types a product with six bits more; MXFP4's are exponents.
         few_bits = {"bfloat16": True, "float16": tensor.source_type.endswith("_K")}.get(conversion.dtype, False)
-        conversion.rounded += few_bits and tensor.quantization.mode == "affine"
+        conversion.rounded += few_bits and tensor.quantization.mode == AFFINE
     else:
         conversion.requantized += 1
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
         conversion.stored[tensor.source_type] = str(tensor.quantization)
 
 
-def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:
+def quantization_entries(quantizations: dict[str, QuantFormat]) -> dict[str, Any]:
     """Return config.json's `quantization`: the most common one, then that of each layer that differs."""
     if not quantizations:
         return {}
@@ -262,7 +262,7 @@ def _convert_folder(
         if "quantization" in config or "quantization_config" in config:
             choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
             raise InputError(f"{source.path}: already quantized; {choice}")
-        target = Quantization(4, 64)
+        target = QuantFormat(4, 64)
     model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
@@ -279,7 +279,7 @@ def _convert_folder(
             path for path, width in widths.items() if path in kept and not target.quantization.fits(width)
         ]
         config |= quantization_entries(layouts_of(model))
-    elif isinstance(target, Quantization):
+    elif isinstance(target, QuantFormat):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}
     parameters = dict(tree_flatten(model.parameters())) | heads
@@ -301,13 +301,10 @@ def _convert_folder(
     return conversion
 
 
-def layouts_of(model: nn.Module) -> dict[str, Quantization]:
+def layouts_of(model: nn.Module) -> dict[str, QuantFormat]:
     """Return how each quantized layer of a model is packed."""
-    return {
-        path: Quantization(layer.bits, layer.group_size, layer.mode)
-        for path, layer in model.named_modules()
-        if "scales" in layer and hasattr(layer, "bits")
-    }
+    layers = model.named_modules()
+    return {path: QuantFormat.of(layer) for path, layer in layers if "scales" in layer and hasattr(layer, "bits")}
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
@@ -406,7 +403,7 @@ REPORT_TOKENS = 2048
 
 
 def compare_on_text(
-    source: ModelSource, out: Path, text: str, trust_remote_code: bool = False, rounded: Quantization | None = None
+    source: ModelSource, out: Path, text: str, trust_remote_code: bool = False, rounded: QuantFormat | None = None
 ) -> dict[str, Any]:
     """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
 

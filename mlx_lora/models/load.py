@@ -26,6 +26,7 @@ from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.quantized_matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import StoredTensor, Watched, base_fingerprint, load_classifier_weights, load_weights
+from mlx_lora.models.quantize import AFFINE
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -98,7 +99,7 @@ class Base:
     def describe(self) -> str:
         """Return one line for the run header: type, blocks, size, quantization, dtypes."""
         q = self.quantization
-        packing = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
+        packing = f"{q['bits']}-bit {q.get('mode', AFFINE)} (group {q['group_size']})" if q else "not quantized"
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {self.dtypes}"
 
 

@@ -42,7 +42,7 @@ from mlx_lora.models.convert import build_model, cast_model, has_bits, quantizat
 from mlx_lora.models.encoder import Model as Encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
+from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
 from mlx_lora.models.side_files import of_tower
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
@@ -144,7 +144,7 @@ def outline_of_config(
     return Outline(built, config, cast_bytes)
 
 
-def with_quantization(outline: Outline, quantization: Quantization, dtype: mx.Dtype) -> Outline:
+def with_quantization(outline: Outline, quantization: QuantFormat, dtype: mx.Dtype) -> Outline:
     """Return the outline that a float model would have if it were quantized, for advice."""
     return outline_of_config({**outline.config, "quantization": quantization.layout}, dtype)
 
@@ -154,8 +154,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     if config.get("quantization"):
         return config["quantization"]
     stored = config.get("quantization_config") or {}
-    if stored.get("quant_method") == "mxfp4":  # GPT-OSS as it is published
-        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    if stored.get("quant_method") == MXFP4.mode:  # GPT-OSS as it is published
+        return MXFP4.layout
     if stored.get("bits"):
         return {"group_size": stored.get("group_size", 64), "bits": stored["bits"]}
     return None
@@ -164,7 +164,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[str] | None) -> None:
     """Quantize lazily, layer by layer as mlx-lm's loader does."""
     own = layer_choice(model)
-    mxfp4_experts = quantization.get("mode") == "mxfp4" and names is None
+    mxfp4_experts = quantization.get("mode") == MXFP4.mode and names is None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in quantization:
@@ -181,7 +181,7 @@ def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[s
         model,
         group_size=quantization["group_size"],
         bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
+        mode=quantization.get("mode", AFFINE),
         class_predicate=predicate,
     )
 

@@ -31,7 +31,7 @@ from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.convert import build_model, convert_model
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.meta import outline_of
-from mlx_lora.models.quantize import Quantization
+from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 
@@ -119,7 +119,7 @@ def test_carried_blocks_give_the_logits_of_the_float_form(name, kind, written, t
 
 def test_routers_and_kernels_stay_float_whatever_is_asked(written, tmp_path):
     base, path = written("qwen35moe")
-    convert_model(resolve_model(str(path)), tmp_path / "four", target=Quantization(4, 32))
+    convert_model(resolve_model(str(path)), tmp_path / "four", target=QuantFormat(4, 32))
     names = {
         name.rsplit(".", 1)[0] for name in mx.load(str(tmp_path / "four" / "model.safetensors")) if "scales" in name
     }
