@@ -199,20 +199,17 @@ class MatmulPaths:
         if self.path != "auto":
             lines = [f"{kind}: {self.path} product, forced" for kind in self.dense_from_rows]
         else:
-            lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
+            lines = []
+            for kind, rows in self.dense_from_rows.items():
+                found = sorted(rows - {device.NEVER})
+                span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}" if found else ""
+                shapes = ", depending on the shape" if len(rows) > 1 else ""
+                lines.append(f"{kind}: " + (f"dense product from {span} rows{shapes}" if found else "packed product"))
         if self.path == "dense":
             lines += [
                 f"{count} {name} layers: packed product, the only one for them" for name, count in self.others.items()
             ]
         return lines
-
-
-def _describe_rows(rows: set[int]) -> str:
-    found = sorted(rows - {device.NEVER})
-    if not found:
-        return "packed product"
-    span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
-    return f"dense product from {span} rows" + (", depending on the shape" if len(rows) > 1 else "")
 
 
 def has_two_ways(layer: nn.Module) -> bool:
