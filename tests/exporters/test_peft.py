@@ -8,14 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
-from make_adapters import TOKENS, adapt_and_save, make_adapter
-from run_cli import run
+from make_adapters import TOKENS, adapt_and_save, loaded, make_adapter, our_logits
+from run_cli import done, holds, one_line, run
 from torch_judge import torch_base
 
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS
-from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
@@ -43,13 +41,6 @@ def torch_logits(model) -> np.ndarray:
 
     with torch.no_grad():
         return model(torch.tensor(np.array(TOKENS))).logits.numpy()
-
-
-def our_logits(folder, adapter=None) -> np.ndarray:
-    base = load_base(ModelSettings(model=str(folder)))
-    if adapter is not None:
-        load_adapter(base, adapter, ignore_fingerprint=True)
-    return np.array(base.model(TOKENS))
 
 
 # Ten adapters with odd settings, as PEFT makes them.
@@ -110,8 +101,7 @@ def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_fol
     peft = pytest.importorskip("peft")
     folder = tiny_folder if tied else untied_folder
     expected = np.array(adapt_and_save(folder, tmp_path / "ours", targets, layers))
-    ran = run("export", "--model", folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
-    assert ran.code == 0, ran.err
+    done("export", "--model", folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
     model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "p").eval()
     assert np.allclose(torch_logits(model), expected, atol=CLOSE)
     assert not np.allclose(torch_logits(torch_base(folder)), expected, atol=FAR)
@@ -121,10 +111,7 @@ def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_fol
 @pytest.mark.parity
 def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
     expected = np.array(adapt_and_save(tiny_folder, tmp_path / "ours"))
-    ran = run(
-        "export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf"
-    )
-    assert ran.code == 0, ran.err
+    done("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf")
     assert np.allclose(torch_logits(torch_base(tmp_path / "hf")), expected, atol=CLOSE)
 
 
@@ -138,8 +125,7 @@ def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
     mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), kept)
     assert not np.allclose(our_logits(tiny_folder, tmp_path / "p"), both, atol=FAR)
     ran = run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "p", "--out", tmp_path / "f")
-    assert ran.code == 2
-    assert "changes the embedding but not the tied head" in ran.err
+    one_line(ran, "changes the embedding but not the tied head")
 
 
 FULL = {
@@ -175,10 +161,7 @@ def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder,
     pytest.importorskip("torch")
     model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
     expected = loads_here(model, biased_folder, tmp_path / "a")
-    ran = run(
-        "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b"
-    )
-    assert ran.code == 0, ran.err
+    done("export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b")
     again = peft.PeftModel.from_pretrained(torch_base(biased_folder), tmp_path / "b").eval()
     assert np.allclose(torch_logits(again), expected, atol=CLOSE)
     for to in ("mlx-lm", "gguf-adapter"):
@@ -273,10 +256,13 @@ def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
     with pytest.raises(InputError) as raised:
         our_logits(tiny_folder, tmp_path / "p")
     message = str(raised.value)
-    assert "q_proj.bias is not a LoRA factor" in message
-    assert "layers.7.self_attn.q_proj is not in the model" in message
-    assert "layers.0.self_attn.q_proj has B, not A and B" in message
-    assert "layers.1.self_attn.q_proj has adapter weights for 3 -> 64" in message
+    holds(
+        message,
+        "q_proj.bias is not a LoRA factor",
+        "layers.7.self_attn.q_proj is not in the model",
+        "layers.0.self_attn.q_proj has B, not A and B",
+        "layers.1.self_attn.q_proj has adapter weights for 3 -> 64",
+    )
 
 
 def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):
@@ -314,17 +300,15 @@ def test_pickles_are_refused(tiny_folder, tmp_path):
 def test_every_methods_run_goes_to_peft_as_a_plain_lora(method, extra, untied_folder, chats, tmp_path):
     peft = pytest.importorskip("peft")
     flags = [word for name, value in extra.items() for word in (f"--{name.replace('_', '-')}", value)]
-    ran = run(
+    done(
         "train", "--model", untied_folder, "--data", chats, "--adapter-path", tmp_path / "ours", "--method", method,
         "--iters", 8, "--rank", 4, "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, *flags,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     expected = our_logits(untied_folder, tmp_path / "ours")
     assert not np.allclose(our_logits(untied_folder), expected, atol=1e-3)
-    ran = run(
+    done(
         "export", "--model", untied_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p"
     )
-    assert ran.code == 0, ran.err
     model = peft.PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "p").eval()
     assert np.allclose(torch_logits(model), expected, atol=2e-4 * max(1, np.abs(expected).max()))
     assert np.allclose(our_logits(untied_folder, tmp_path / "p"), expected, atol=1e-4)
@@ -358,10 +342,9 @@ def test_two_adapters_merged_in_peft_are_the_sum_of_both_here(untied_folder, tmp
     # Half of each update is added to the weights.
     change = mx.zeros(1)
     for name in ("bard", "tutor"):
-        base = load_base(ModelSettings(model=str(untied_folder)))
-        load_adapter(base, tmp_path / name)
+        base = loaded(untied_folder, tmp_path / name)
         change = change + 0.5 * base.model.model.layers[0].self_attn.q_proj.delta()
-    merged = load_base(ModelSettings(model=str(untied_folder)))
+    merged = loaded(untied_folder)
     load_adapter(merged, tmp_path / "both-peft" / "both", ignore_fingerprint=True)
     assert np.allclose(merged.model.model.layers[0].self_attn.q_proj.delta(), change, atol=1e-5)
     assert not np.allclose(both, our_logits(untied_folder, tmp_path / "bard"), atol=FAR)

@@ -8,7 +8,7 @@ import math
 import sys
 
 import pytest
-from run_cli import one_line, run
+from run_cli import done, holds, one_line, run
 
 import mlx_lora
 from mlx_lora.cli.evaluate import side_by_side
@@ -32,8 +32,7 @@ def trained(tiny_folder, chats, tmp_path_factory):
         "--batch-size",
         8,
     )
-    ran = run(*words, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
-    assert ran.code == 0, ran.err
+    ran = done(*words, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
     return folder, ran
 
 
@@ -112,8 +111,7 @@ def test_answers_are_marked_where_anybody_can_tell():
     lines = side_by_side(shown_evaluation(facts))
     assert [line.split()[0] for line in lines if line.endswith("(right)")] == ["adapter"]
     assert [line.split()[0] for line in lines if line.endswith("(not right)")] == ["base", "adapter"]
-    assert "2 questions" in lines[-2]
-    assert "base 0, adapter 1" in lines[-2]
+    holds(lines[-2], "2 questions", "base 0, adapter 1")
     assert not any("right" in line for line in side_by_side(shown_evaluation({**facts, "examples": [long]})))
 
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from comparing import by_dtype
 from conftest import tiny_model, write_folder
+from make_adapters import loaded
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from run_cli import done, holds, one_line, run
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from mlx_lora.config.settings import AdapterSettings, TrainSettings
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.head import SCORE_WEIGHT
@@ -61,8 +62,7 @@ def data(tmp_path_factory) -> Path:
 def judge_of(model: Path, data: Path, folder: Path, *more: object) -> Path:
     """Train a reward model, named `folder`."""
     common = ("--model", model, "--data", data / "pairs.jsonl", "--adapter-path", folder, "--objective", "reward")
-    ran = run("train", *common, *QUICK, "--iters", 4, *more)
-    assert ran.code == 0, ran.err
+    done("train", *common, *QUICK, "--iters", 4, *more)
     return folder
 
 
@@ -77,8 +77,7 @@ def exported(untied, judge, tmp_path_factory) -> dict[str, Path]:
     folders = {to: tmp_path_factory.mktemp("exported") / to for to in ("peft", "hf")}
     for to, folder in folders.items():
         named = ("--base-id", untied) if to == "peft" else ()  # a path of this machine has to be given
-        ran = run("export", "--model", untied, "--adapter-path", judge, "--to", to, "--out", folder, *named)
-        assert ran.code == 0, ran.err
+        done("export", "--model", untied, "--adapter-path", judge, "--to", to, "--out", folder, *named)
     return folders
 
 
@@ -87,14 +86,14 @@ def asked(model: Path, *folders: Path, **more: object) -> TrainSettings:
     return train_settings({"model": str(model), "objective": "grpo", "reward": reward, **more})
 
 
-def loaded(model: Path, *folders: Path) -> tuple[Base, list]:
+def with_scorers(model: Path, *folders: Path) -> tuple[Base, list]:
     """Return a base, and the scorers of reward models beside it."""
-    base = load_base(ModelSettings(model=str(model)))
+    base = loaded(model)
     return base, [reward.function for reward in load_rewards(asked(model, *folders), base)]
 
 
 def wanted_scores(model: Path, judge: Path) -> np.ndarray:
-    base = load_base(ModelSettings(model=str(model)))
+    base = loaded(model)
     load_adapter(base, judge, scores=True)
     return score_answers(base, CONVERSATIONS)
 
@@ -102,7 +101,7 @@ def wanted_scores(model: Path, judge: Path) -> np.ndarray:
 def test_scores_are_those_of_the_reward_model_alone(untied, judge, exported):
     wanted = wanted_scores(untied, judge)
     assert np.abs(np.diff(wanted)).min() > 1e-3
-    _, (own, peft, hf) = loaded(untied, judge, *exported.values())
+    _, (own, peft, hf) = with_scorers(untied, judge, *exported.values())
     assert own(CONVERSATIONS) == wanted.tolist()
     assert np.abs(np.array(peft(CONVERSATIONS)) - wanted).max() < 1e-5
     assert np.abs(np.array(hf(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
@@ -118,13 +117,13 @@ def test_scores_are_transformers(untied, judge, exported):
     inputs = tokenizer.apply_chat_template(CHATS, return_dict=True, return_tensors="pt", padding=True)
     with torch.no_grad():
         wanted = model(**inputs).logits.squeeze(1).numpy()
-    _, scorers = loaded(untied, judge, exported["hf"])
+    _, scorers = with_scorers(untied, judge, exported["hf"])
     for scorer in scorers:
         assert np.abs(np.array(scorer(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
 
 
 def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, exported):
-    base = load_base(ModelSettings(model=str(untied)))
+    base = loaded(untied)
     before = mx.get_active_memory()
     rewards = load_rewards(asked(untied, judge, exported["peft"]), base)
     scorers = [reward.function for reward in rewards]
@@ -144,7 +143,7 @@ def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, expor
 def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
     untied, tiny_folder, data, judge, exported, logged
 ):
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    base = loaded(tiny_folder)
     rewards = load_rewards(asked(tiny_folder, judge, judge, exported["hf"]), base)
     first, second, whole = (reward.function for reward in rewards)
     assert first(CONVERSATIONS) == second(CONVERSATIONS) == wanted_scores(untied, judge).tolist()
@@ -175,8 +174,8 @@ def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge, l
 
 def test_the_template_is_the_reward_models_own(tiny_folder, data, tmp_path):
     judge = judge_of(tiny_folder, data, tmp_path / "judge", "--chat-template", "alpaca")
-    _, (scorer,) = loaded(tiny_folder, judge)
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    _, (scorer,) = with_scorers(tiny_folder, judge)
+    base = loaded(tiny_folder)
     template = load_adapter(base, judge, scores=True).chat_template
     as_chatml = score_answers(base, CONVERSATIONS)
     base.hf_tokenizer.chat_template = template
@@ -193,8 +192,7 @@ def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(un
     common = ("--model", untied, "--data", data / "prompts.jsonl", "--objective", "grpo", *rewards)
     common += ("--group-size", 4, "--max-new-tokens", 8)
     more = ("--iters", 6, "--save-every", 2, "--steps-per-eval", 2, *QUICK, "--sample-tokens", 8)
-    ran = run("train", *common, "--adapter-path", tmp_path / "whole", *more)
-    assert ran.code == 0, ran.err
+    ran = done("train", *common, "--adapter-path", tmp_path / "whole", *more)
     assert f"Reward model {judge}: on {untied}, shared" in ran.err
     for line in metrics(tmp_path / "whole"):
         assert line["reward"] == pytest.approx(2 * line["reward/judge"] + 0.5 * line["reward/length"], abs=1e-4)
@@ -213,9 +211,12 @@ def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(un
     assert found["reward"] == pytest.approx(2 * found["reward/judge"] + 0.5 * found["reward/length"], abs=1e-4)
     assert (found["answers"], found["rows"]) == (48, 12)
     words = run(*evaluated).out
-    assert f"reward {found['reward']:.4f}, reward std {found['reward_std']:.4f}" in words
-    assert f"reward/judge {found['reward/judge']:.4f}" in words
-    assert "48 answers in 12 prompts" in words
+    holds(
+        words,
+        f"reward {found['reward']:.4f}, reward std {found['reward_std']:.4f}",
+        f"reward/judge {found['reward/judge']:.4f}",
+        "48 answers in 12 prompts",
+    )
 
 
 def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tmp_path):
@@ -224,7 +225,7 @@ def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tm
     stored = mx.load(str(broken / "adapters.safetensors"))
     mx.save_safetensors(str(broken / "adapters.safetensors"), {**stored, SCORE_WEIGHT: stored[SCORE_WEIGHT] * math.nan})
     settings = asked(untied, broken)
-    rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))))
+    rewards = load_rewards(settings, loaded(untied))
     answers = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "completion_ids": [[1]] * 4}
     with pytest.raises(RunError, match="--reward broken gave nan"):
         rewards_for(rewards, answers, settings.objective, print, CONVERSATIONS)
@@ -257,9 +258,8 @@ def test_what_is_no_reward_model_is_one_line(untied, data, judge, exported, tmp_
     refused(data, f"--reward {data}: not a reward model; give the folder of a run")
     refused(untied, "not a reward model")
     imitated = tmp_path / "imitated"
-    ran = run("train", "--model", untied, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
+    done("train", "--model", untied, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
               "orpo", *QUICK, "--iters", 1)  # fmt: skip
-    assert ran.code == 0, ran.err
     refused(imitated, "has no score head")
     other = tmp_path / "other"
     shutil.copytree(exported["hf"], other)
