@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from run_cli import done
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
@@ -104,11 +105,19 @@ def adapt_and_save(model_folder, folder, targets="all-linear", num_layers=-1):
     base = load_base(ModelSettings(model=str(model_folder)))
     chosen = select_targets(base.model, targets, num_layers)
     inject(base.model, chosen.paths, 4, 1.5, seed=3)
+    mx.random.seed(3)  # the same adapter whichever tests ran before
     moved = [(n, 0.1 * mx.random.normal(v.shape)) for n, v in adapter_parameters(base.model).items()]
     base.model.load_weights(moved, strict=False)
     info = AdapterInfo("lora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
     save_adapter(folder, base.model, info)
     return base.model(TOKENS)
+
+
+def as_peft(model: Path, place: Path, targets: str = "all-linear", num_layers: int = -1) -> np.ndarray:
+    """Write an adapter as `adapt_and_save`, `place`/ours, and what the export command makes of it, `place`/p; return its logits."""
+    expected = np.array(adapt_and_save(model, place / "ours", targets, num_layers))
+    done("export", "--model", model, "--adapter-path", place / "ours", "--to", "peft", "--out", place / "p")
+    return expected
 
 
 def random_adapter(model_path, folder, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 
@@ -20,6 +21,10 @@ def command(model, data, folder, *extra) -> tuple:
         "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 3, "--steps-per-eval", 4, "--val-batches", 2, *extra,
     )  # fmt: skip
     return tuple(last_given([str(word) for word in words]))  # `extra` beats the rest
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder) -> bytes:

@@ -43,7 +43,11 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
 
 def done(command: str, *arguments: object, exactly: bool = False) -> Ran:
     """Run a command that has to succeed; arguments as of `run`."""
-    ran = run(command, *arguments, exactly=exactly)
+    return passed(run(command, *arguments, exactly=exactly))
+
+
+def passed(ran: Ran) -> Ran:
+    """Assert that a command succeeded, and return what it said."""
     assert ran.code == 0, ran.err
     return ran
 

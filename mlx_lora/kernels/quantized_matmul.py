@@ -160,15 +160,12 @@ class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
         has_product = x.dtype == mx.float32 or device.multiplies_16_bit_experts()
-        few_bytes = self._dense_bytes(x.dtype) <= dense_experts_bytes()
+        few_bytes = self.num_experts * self.output_dims * self.input_dims * x.dtype.size <= dense_experts_bytes()
         if not (sorted_indices and many and has_product and few_bytes):
             return super().__call__(x, indices, sorted_indices=sorted_indices)
         layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         y = dequantized_gather_mm(x, packed_arrays(self), indices, **layout)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
-
-    def _dense_bytes(self, dtype: mx.Dtype) -> int:
-        return self.num_experts * self.output_dims * self.input_dims * dtype.size
 
 
 MEASURED = {

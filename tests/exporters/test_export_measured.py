@@ -11,7 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
 from resumed_runs import command
-from run_cli import done, one_line, run
+from run_cli import done, one_line, passed, run
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def test_merged_forms_are_read_back_and_measured(made, tmp_path):
         "hf": ("--to", "hf"),
         "ollama": ("--to", "ollama", "--gguf-type", "q4_0"),
     }.items():
-        ran = export(made, tmp_path / name, *extra, *data)
-        assert ran.code == 0, ran.err
+        ran = passed(export(made, tmp_path / name, *extra, *data))
         assert "8 rows of" in ran.err
         found[name] = kl(ran.err)
     assert found["m.gguf"] == found["hf"] == 0

@@ -14,6 +14,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
+from resumed_runs import metrics
 from run_cli import done, one_line, run
 from tiers import by_default
 from tiny_moe import close, logits, tiny_moe, with_quantized_experts
@@ -208,7 +209,7 @@ def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factor
         "train", "--model", folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12, "--learning-rate",
         "5e-3", "--batch-tokens", 256, "--max-seq-length", 128, "--steps-per-report", 4, "--rank", 4, *more,
     )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "a")
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     assert losses[-1] < losses[0] - 0.1
     names = set(mx.load(str(tmp_path / "a" / WEIGHTS_FILE)))

@@ -10,8 +10,8 @@ import mlx_lm.models.falcon_h1
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
-from make_adapters import TOKENS, adapt_and_save, our_logits, write_moved_peft
-from run_cli import done, one_line, run
+from make_adapters import TOKENS, adapt_and_save, as_peft, our_logits, write_moved_peft
+from run_cli import one_line, run
 
 from mlx_lora.exporters.peft import (
     PEFT_WEIGHTS,
@@ -107,8 +107,7 @@ def test_peft_on_transformers_gives_our_logits(case, tmp_path):
     folder = tmp_path / "base"
     targets = published(case, folder)
     assert np.allclose(our_logits(folder), theirs(folder), atol=2e-5)
-    expected = np.array(adapt_and_save(folder, tmp_path / "a", targets))
-    done("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
+    expected = as_peft(folder, tmp_path, targets)
     found = theirs(folder, tmp_path / "p")
     effect = np.abs(expected - our_logits(folder)).max()
     assert effect > 1e-2

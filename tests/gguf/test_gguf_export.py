@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from conftest import quantized, tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_cases import CASES, IDS, write_case
 from gguf_families import MERGES, write_folder_with_merges
+from gguf_judge import judge  # noqa: F401
 from make_adapters import adapt_and_save, loaded, make_adapter, random_adapter
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere
@@ -334,14 +334,7 @@ def test_parts_without_a_tensor_and_other_architectures_are_named(tmp_path):
 # --- llama.cpp
 
 
-@pytest.fixture
-def judge():
-    """parity/llamacpp.py, which talks to llama.cpp."""
-    pytest.importorskip("xllamacpp")
-    return importlib.import_module("parity.llamacpp")
-
-
-def continuations(judge, file):
+def continuations(judge, file):  # noqa: F811
     """Return (prompt ids, new ids, log-probabilities) by llama.cpp for each prompt of the benchmark."""
     server = judge.start_llamacpp(file)
     return [judge.continue_greedily(server, prompt) for prompt in judge.PROMPTS]
@@ -359,7 +352,7 @@ def says_the_same(model, ids, new) -> bool:
     return logits.argmax(axis=-1).tolist() == new
 
 
-def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float]]]:
+def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float]]]:  # noqa: F811
     """Return each prompt with llama.cpp's {token: log-probability} of what follows.
 
     Prompts whose likeliest next byte begins a longer character are left out: llama.cpp waits for the rest of it.
@@ -374,7 +367,7 @@ def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", CASES)
-def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):
+def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):  # noqa: F811
     write_case(name, tmp_path / "in.gguf")
     convert_model(resolve_model(str(tmp_path / "in.gguf")), tmp_path / "m", target="float")
     adapt_and_save(tmp_path / "m", tmp_path / "a")
@@ -412,7 +405,7 @@ def test_llamacpp_cuts_texts_into_our_ids(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.03)])
-def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
+def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):  # noqa: F811
     """Float32 on both sides; what is left for Gemma is mostly mlx-lm's embedding scale, 25.25 for 25.298."""
     convert_model(resolve_model(str(model())), tmp_path / "m", target="float")
     random_adapter(tmp_path / "m", tmp_path / "a", size)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_pictures import adapt, load, write_model
 from mlx.utils import tree_flatten
-from run_cli import done, one_line, run
+from run_cli import done, one_line, passed, run
 
 from mlx_lora.gguf.mmproj import PROJECTORS, mmproj_of
 from mlx_lora.gguf.reader import read_gguf
@@ -83,8 +83,7 @@ def test_a_kernel_over_two_frames_becomes_two(folders, tmp_path):
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
 def test_an_adapter_of_the_tower_is_folded_in(family, folders, tmp_path):
     adapter = adapt(folders(family), tmp_path / "a", tower=True)
-    ran = export(folders(family), tmp_path / "m.gguf", "--adapter-path", adapter)
-    assert ran.code == 0, ran.err
+    ran = passed(export(folders(family), tmp_path / "m.gguf", "--adapter-path", adapter))
     assert "--mmproj" in ran.err
     found = read_gguf(tmp_path / "mmproj-m.gguf").tensors
     mmproj_of(load(folders(family)), "f32").write(tmp_path / "plain.gguf", "tiny")
@@ -122,8 +121,7 @@ def test_an_earlier_tower_is_replaced_only_if_asked(folders, tmp_path):
 
 @pytest.mark.parametrize("family", ["llava", "gemma4"])
 def test_a_tower_that_was_not_compared_is_left_out_with_a_word(family, folders, tmp_path):
-    ran = export(folders(family), tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    ran = passed(export(folders(family), tmp_path / "m.gguf"))
     assert "no pictures" in ran.err
     assert "blk.0.attn_q.weight" in read_gguf(tmp_path / "m.gguf").tensors
     assert not (tmp_path / "mmproj-m.gguf").exists()
@@ -142,8 +140,7 @@ def test_paligemma_is_refused(folders, tmp_path):
 def test_without_mlx_vlm_the_language_model_is_written_and_the_missing_package_named(folders, tmp_path, monkeypatch):
     folder = folders("smolvlm")
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    ran = export(folder, tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    ran = passed(export(folder, tmp_path / "m.gguf"))
     assert "mlx-lora[vision]" in ran.err
     assert not (tmp_path / "mmproj-m.gguf").exists()
 
@@ -177,8 +174,7 @@ def test_what_the_image_processor_must_do_is_checked(tmp_path):
 def test_the_language_model_has_the_architecture_that_llamacpp_puts_pictures_into(
     family, architecture, folders, tmp_path
 ):
-    ran = export(folders(family), tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    passed(export(folders(family), tmp_path / "m.gguf"))
     metadata = read_gguf(tmp_path / "m.gguf").metadata
     assert metadata["general.architecture"] == architecture
     if architecture.startswith("qwen"):

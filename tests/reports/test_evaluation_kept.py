@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from browser import look
 from byte_tokenizer import byte_tokenizer
-from run_cli import done, one_line, run
+from resumed_runs import metrics
+from run_cli import done, one_line, passed, run
 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.notes import seen_rows
@@ -103,8 +104,7 @@ def test_a_run_that_goes_on_keeps_its_folder_to_itself(evaluate, folder, chats):
 
 def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     page = tmp_path / "answers.html"
-    ran = evaluate("--data", chats, "--report", page)
-    assert ran.code == 0, ran.err
+    passed(evaluate("--data", chats, "--report", page))
     text = page.read_text()
     kept = read_evaluation(folder)
     assert len(kept["examples"]) == 5, "a page shows some answers unless one says how many"
@@ -154,7 +154,7 @@ def test_the_rows_that_a_run_held_out_are_measured_without_data(evaluate, made, 
     assert found["supervised_tokens"] == facts["valid"]["supervised_tokens"]
     assert found["near_training"]["exact"] == 0
     assert read_evaluation(folder)["held_out"] is True
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    last = metrics(folder)[-1]
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
     one_line(evaluate("--max-seq-length", 64), "--max-seq-length", "--data")
     one_line(run("evaluate", "--model", tiny_folder), "--data")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from browser import look
 from make_adapters import loaded
+from resumed_runs import metrics
 from run_cli import done, run
 
 from mlx_lora.data.dataset import EncodedSet
@@ -94,10 +95,6 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     shutil.rmtree(tmp_path / "cut/checkpoints/step-000008")
     assert run(*command(tiny_folder, data, tmp_path / "cut", *more, "--resume")).code == 0
     assert (tmp_path / "cut/answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_answers_are_greedy_change_nothing_and_can_be_left_out(tiny_folder, data, tmp_path):

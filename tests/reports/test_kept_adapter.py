@@ -105,18 +105,8 @@ def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_f
 def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, chats, tmp_path):
     first, second, third = (tmp_path / name for name in ("a", "b", "c"))
     words = (
-        "--keep-best",
-        "--save-every",
-        4,
-        "--keep",
-        0,
-        "--sample-tokens",
-        0,
-        "--val-batches",
-        1,
-        "--steps-per-report",
-        4,
-    )
+        "--keep-best", "--save-every", 4, "--keep", 0, "--sample-tokens", 0, "--val-batches", 1, "--steps-per-report", 4,
+    )  # fmt: skip
     assert run(*command(tiny_folder, chats, first, *words, "--iters", 8)).code == 0
     half = first / "checkpoints" / "step-000004"
     assert run(*command(tiny_folder, chats, second, *words, "--iters", 8, "--resume", half)).code == 0

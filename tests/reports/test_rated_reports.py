@@ -6,6 +6,7 @@ import json
 import math
 
 import mlx.core as mx
+from resumed_runs import metrics
 from run_cli import done, run
 
 from mlx_lora.serving.engine import Sampler, Sampling
@@ -24,7 +25,7 @@ def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):
     ran = done("train", *model, "--data", folder, "--adapter-path", out, "--iters", 2, "--batch-size", 4,
               "--sample-tokens", 0, "--steps-per-report", 1)  # fmt: skip
     assert "nan" not in (ran.err + ran.out).lower()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     assert lines[0]["margin"] is None
     assert any(line["margin"] is not None for line in lines)
     measure = ("evaluate", *model, "--data", folder / "valid.jsonl", "--adapter-path", out)

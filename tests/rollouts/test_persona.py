@@ -16,6 +16,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from make_adapters import loaded
 from ranks import Started
+from resumed_runs import metrics
 from run_cli import done, holds, run
 
 import mlx_lora
@@ -81,10 +82,6 @@ def command(model, asked, folder, *more: object, data: bool = True) -> tuple:
 
 def records(folder: Path, split: str = "train") -> list[dict]:
     return [json.loads(line) for line in (folder / "written" / f"{split}.jsonl").read_text().splitlines()]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

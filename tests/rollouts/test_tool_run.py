@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
-from resumed_runs import resumes_to_the_same_bytes
+from resumed_runs import metrics, resumes_to_the_same_bytes
 from run_cli import done, one_line, run
 from tool_model import SHELF, shelf_folder
 
@@ -46,7 +46,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf,
 
     whole = tmp_path / "whole"
     done(*words(whole))
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(whole)
     calls = [8 * line["tools/call_frequency"] for line in lines]
     assert all(line["tools/turns"] > 1 for line in lines)
     died_at = round(sum(calls[:4])) + 3  # within the fifth step's episodes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
-from resumed_runs import resumes_to_the_same_bytes
+from resumed_runs import metrics, resumes_to_the_same_bytes
 from run_cli import done, one_line, run
 from verifiers_environments import plain, write_environments
 
@@ -84,7 +84,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(folder
 
     whole = tmp_path / "whole"
     done(*words(whole))
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(whole)
     assert all(line["reward"] > 0 and line["grad_norm"] > 0 for line in lines)
     assert any(line["metrics/answers"] > 1 for line in lines)
     # After one without the model, in the fourth step.
