@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from run_cli import done
+from run_cli import succeeds
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
@@ -116,7 +116,7 @@ def adapt_and_save(model_folder, folder, targets="all-linear", num_layers=-1):
 def as_peft(model: Path, place: Path, targets: str = "all-linear", num_layers: int = -1) -> np.ndarray:
     """Write an adapter as `adapt_and_save`, `place`/ours, and what the export command makes of it, `place`/p; return its logits."""
     expected = np.array(adapt_and_save(model, place / "ours", targets, num_layers))
-    done("export", "--model", model, "--adapter-path", place / "ours", "--to", "peft", "--out", place / "p")
+    succeeds("export", "--model", model, "--adapter-path", place / "ours", "--to", "peft", "--out", place / "p")
     return expected
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 
 from prepared import start_python
-from run_cli import done
+from run_cli import succeeds
 
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.utils.supervise import last_given
@@ -46,8 +46,8 @@ def resumes_to_the_same_bytes(words, whole, work, dies, step: int) -> None:
     died = start_python(["-m", "mlx_lora.train", *given], dies, work / "out", err)
     assert died.wait(240) in (-signal.SIGKILL, 128 + signal.SIGKILL), err.read_text()
     assert numbered(killed / "checkpoints")[0][0] == step
-    done(*words(killed, "--resume"))
-    done(*words(other, "--seed", 1))
+    succeeds(*words(killed, "--resume"))
+    succeeds(*words(other, "--seed", 1))
     assert weights(whole) == weights(killed) != weights(other)
 
 

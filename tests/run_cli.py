@@ -41,13 +41,9 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
-def done(command: str, *arguments: object, exactly: bool = False) -> Ran:
-    """Run a command that has to succeed; arguments as of `run`."""
-    return passed(run(command, *arguments, exactly=exactly))
-
-
-def passed(ran: Ran) -> Ran:
-    """Assert that a command succeeded, and return what it said."""
+def succeeds(command: str, *arguments: object, exactly: bool = False) -> Ran:
+    """Run a command as `run` does, and assert that it ended well."""
+    ran = run(command, *arguments, exactly=exactly)
     assert ran.code == 0, ran.err
     return ran
 
@@ -57,6 +53,12 @@ def one_line(ran: Ran, *words: str) -> None:
     assert ran.code == 2
     assert len(ran.lines) == 1
     holds(ran.err, *words)
+
+
+def passed(ran: Ran) -> Ran:
+    """Assert that a command ended well, and return what it said."""
+    assert ran.code == 0, ran.err
+    return ran
 
 
 def holds(text: str, *words: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGUFWriter
 from hub_stand_in import hub_server, run_with_hub
 from huggingface_hub import ModelCard
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 from mlx_lora.exporters.card import CARD_FILE, MARK, CardFacts, float_base, read_facts
 
@@ -36,7 +36,7 @@ SHORT = (
 def place(tiny_folder, chats, tmp_path_factory):
     """A working folder as the card assumes it: the base and the adapter by their names."""
     root = tmp_path_factory.mktemp("card")
-    done("train", "--model", tiny_folder, "--data", chats, "--adapter-path", root / "adapter", *SHORT)
+    succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", root / "adapter", *SHORT)
     (root / tiny_folder.name).symlink_to(tiny_folder)
     return root
 
@@ -44,7 +44,7 @@ def place(tiny_folder, chats, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(place, tiny_folder):
     out = place / "peft"
-    ran = done("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", "peft", "--out", out)
+    ran = succeeds("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", "peft", "--out", out)
     assert "README.md: the model card" in ran.err
     return out
 
@@ -140,7 +140,7 @@ def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
     command = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, "--max-seq-length", 128)
     folder.mkdir()
     (folder / CARD_FILE).write_text("# mine\n")
-    ran = done(*command, "--iters", 1)
+    ran = succeeds(*command, "--iters", 1)
     assert (folder / CARD_FILE).read_text() == "# mine\n"
     assert "your own file, left as it is" in ran.err
     (folder / CARD_FILE).write_text(f"---\n---\n{MARK}\nan earlier run\n")
@@ -294,7 +294,7 @@ def test_a_float_model_of_the_hub_is_its_own_base(tmp_path):
 @pytest.mark.parametrize("to", ["peft", "mlx-lm", "gguf-adapter"])
 def test_no_export_names_a_path_of_this_machine(to, place, tiny_folder, tmp_path):
     out = tmp_path / ("a.gguf" if to == "gguf-adapter" else "out")
-    ran = done("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", to, "--out", out)
+    ran = succeeds("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", to, "--out", out)
     written = [out] if out.is_file() else list(out.iterdir())
     assert not [file.name for file in written if str(tiny_folder.parent).encode() in file.read_bytes()]
     assert ("--base-id" in ran.err) == (to == "peft")  # whose base is loaded by that name
@@ -303,8 +303,8 @@ def test_no_export_names_a_path_of_this_machine(to, place, tiny_folder, tmp_path
 @pytest.mark.slow
 def test_the_small_model_is_named_by_its_id_on_the_hub(chats, tmp_path):
     adapter, out = tmp_path / "a", tmp_path / "out"
-    done("train", "--model", "smollm2", "--data", chats, "--adapter-path", adapter, *SHORT, "--iters", 1)
-    exported = done("export", "--model", "smollm2", "--adapter-path", adapter, "--to", "peft", "--out", out)
+    succeeds("train", "--model", "smollm2", "--data", chats, "--adapter-path", adapter, *SHORT, "--iters", 1)
+    exported = succeeds("export", "--model", "smollm2", "--adapter-path", adapter, "--to", "peft", "--out", out)
     assert "--base-id" not in exported.err
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

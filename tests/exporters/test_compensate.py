@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
 from make_adapters import adapt_and_save, loaded, make_adapter
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 from tiny_moe import tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.base import exact_weight
@@ -103,7 +103,9 @@ def test_a_compensated_layer_errs_less_in_its_outputs_than_a_rounded_one(tiny_4b
 
 
 def fuse(model, tmp_path, *extra):
-    return done("fuse", "--model", model, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f", "--force", *extra)
+    return succeeds(
+        "fuse", "--model", model, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f", "--force", *extra
+    )
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from byte_tokenizer import byte_tokenizer
 from comparing import by_dtype
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import TOKENS, adapt_and_save, loaded, make_adapter
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 from mlx_lora.api.fuse import Fused, FuseSettings, Gain, GainMeter, ways_to_round
 from mlx_lora.cli.fuse import words
@@ -33,7 +33,7 @@ def _short_general_text(monkeypatch, tmp_path):
 
 
 def fuse(model, folder, *extra):
-    ran = done("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
+    ran = succeeds("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
     return json.loads(ran.out), np.array(loaded(folder / "f").model(TOKENS))
 
 
@@ -107,7 +107,7 @@ def test_a_module_trained_in_full_loses_its_layers_own_quantization(tiny_folder,
     )
     entries = {"quantization": {**layout, "lm_head": own}, "tie_word_embeddings": False}
     base = write_folder(tmp_path / "base", model, entries)
-    done(
+    succeeds(
         "train", "--model", base, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 4, "--rank", 4,
         "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, "--modules-to-save", "lm_head",
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_the_files_dtypes_are_kept_and_untouched_layers_bit_for_bit(stored, tmp_
     before = mx.load(str(base / "model.safetensors"))
     for name, dtype in (("kept", ()), ("asked", ("--dtype", "bfloat16" if stored == "float16" else "float16"))):
         adapt_and_save(base, tmp_path / "a", "q_proj")
-        done("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
+        succeeds("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
         after = mx.load(str(tmp_path / name / "model.safetensors"))
         same = [n for n, p in before.items() if p.dtype == after[n].dtype and mx.array_equal(p, after[n])]
         assert {n.rpartition(".")[2] for n in before.keys() - set(same)} >= {"weight", "scales", "biases"}
@@ -174,10 +174,10 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
     if not marked:  # as another program writes it
         monkeypatch.setattr("mlx_lora.models.folder.fused_mark", lambda config: "")
         monkeypatch.setattr("mlx_lora.models.convert.fused_mark", lambda config: "")
-    done(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
+    succeeds(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
     models = [out]
     if form == "float":
-        done("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
+        succeeds("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
         models.append(tmp_path / "f4")
     said = "an adapter fused into it" if marked else "already contains this adapter"
     for model in models:
@@ -243,7 +243,7 @@ def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
 def trained(tmp_path_factory, tiny_4bit_folder, chats):
     """An adapter that has learned something, on a 4-bit base."""
     folder = tmp_path_factory.mktemp("trained") / "a"
-    done(
+    succeeds(
         "train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", folder, "--iters", 30, "--rank", 4,
         "--batch-tokens", 256, "--learning-rate", 1e-2, "--val-batches", 0, "--sample-tokens", 0,
     )  # fmt: skip
@@ -252,7 +252,7 @@ def trained(tmp_path_factory, tiny_4bit_folder, chats):
 
 def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_folder, chats, tmp_path):
     given = ("--model", tiny_4bit_folder, "--adapter-path", trained, "--json")
-    four = done("fuse", *given, "--out", tmp_path / "four")
+    four = succeeds("fuse", *given, "--out", tmp_path / "four")
     found = json.loads(four.out)
     gain = found["loss_base"] - found["loss_adapter"]
     assert gain > 0.1

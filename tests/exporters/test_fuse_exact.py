@@ -11,7 +11,7 @@ import pytest
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import OWN_TEMPLATE, adapt_and_save, loaded, make_adapter
 from mlx.utils import tree_flatten
-from run_cli import done, one_line, run
+from run_cli import one_line, run, succeeds
 from tiny_moe import tiny_moe, with_quantized_experts
 
 import mlx_lora.api.fuse
@@ -35,7 +35,7 @@ def rows(tmp_path_factory):
 
 
 def fuse(model, adapter, out, *extra):
-    return done("fuse", "--model", model, "--adapter-path", adapter, "--out", out, "--force", *extra)
+    return succeeds("fuse", "--model", model, "--adapter-path", adapter, "--out", out, "--force", *extra)
 
 
 def stored_bytes(folder) -> int:
@@ -99,7 +99,7 @@ def test_a_compensated_model_has_the_files_dtypes(mode, extra, rows, tmp_path):
 
 def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
-    done("train", *words, "--modules-to-save", "embed_tokens", "--adapter-path", tmp_path / "a", "--val-batches", 0)
+    succeeds("train", *words, "--modules-to-save", "embed_tokens", "--adapter-path", tmp_path / "a", "--val-batches", 0)
     fuse(tiny_4bit_folder, tmp_path / "a", tmp_path / "plain", "--no-compensate")
     fuse(tiny_4bit_folder, tmp_path / "a", tmp_path / "more", "--bits-budget", "+5%")
     own = stored_bytes(tmp_path / "plain")
@@ -112,7 +112,7 @@ def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_p
 @pytest.mark.parametrize("flags", [pytest.param(("--method", "qa-lora"), marks=pytest.mark.slow), ("--qat",)])
 def test_what_fuses_without_rounding_needs_no_compensation(flags, tiny_4bit_folder, chats, rows, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
-    done("train", *words, *flags, "--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0)
+    succeeds("train", *words, *flags, "--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0)
     given = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f")
     for flag, value in (("--compensate", rows), ("--bits-budget", "+10%")):
         one_line(run(*given, flag, value), flag, "without rounding")
@@ -154,7 +154,7 @@ def test_an_adapter_of_qat_is_for_the_format_that_it_was_trained_in(tiny_4bit_fo
     words = (
         "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128, "--val-batches", 0, "--sample-tokens", 0,
     )  # fmt: skip
-    done("train", "--model", tiny_4bit_folder, *words, "--qat", "--adapter-path", tmp_path / "a")
+    succeeds("train", "--model", tiny_4bit_folder, *words, "--qat", "--adapter-path", tmp_path / "a")
     eight = {**LAYOUT, "bits": 8}
     other = write_folder(tmp_path / "eight", quantized(tiny_model(), **eight), {"quantization": eight})
     for model, found in ((other, "8-bit"), (tiny_folder, "float")):

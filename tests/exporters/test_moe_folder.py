@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 from resumed_runs import metrics
-from run_cli import done, one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 from tiny_moe import close, logits, tiny_moe, with_quantized_experts
 
@@ -111,7 +111,7 @@ def test_dora_of_experts_round_trips(folder, tmp_path):
 
 
 def fuse(model, folder, *extra):
-    ran = done("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
+    ran = succeeds("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
     return json.loads(ran.out), loaded(folder / "f")
 
 
@@ -205,7 +205,7 @@ METHODS = [("--method", method) for method in ("dora", "pissa", "adalora", "relo
 )
 def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factory):
     folder = folder_of("qwen3_moe-4bit", tmp_path_factory)
-    done(
+    succeeds(
         "train", "--model", folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12, "--learning-rate",
         "5e-3", "--batch-tokens", 256, "--max-seq-length", 128, "--steps-per-report", 4, "--rank", 4, *more,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factor
     names = set(mx.load(str(tmp_path / "a" / WEIGHTS_FILE)))
     assert "model.layers.1.mlp.switch_mlp.down_proj.lora_b" in names
     assert not any(".gate." in name for name in names)
-    done("generate", "--model", folder, "--adapter-path", tmp_path / "a", "--prompt", "Say 1.", "--max-tokens", 3)
+    succeeds("generate", "--model", folder, "--adapter-path", tmp_path / "a", "--prompt", "Say 1.", "--max-tokens", 3)
     ran = run("evaluate", "--model", folder, "--adapter-path", tmp_path / "a", "--data", chats, "--json")
     assert json.loads(ran.out)["loss"] < losses[0]
     if more in METHODS[1:]:  # stored as plain LoRA, which stock mlx-lm loads

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_folder
 from make_adapters import adapt_and_save, as_peft, loaded
 from mlx_lm.models.switch_layers import SwitchLinear
-from run_cli import done, run
+from run_cli import run, succeeds
 from tiers import by_default
 from tiny_moe import FEW, MANY, close, differ, logits, tiny_moe
 
@@ -52,7 +52,7 @@ def test_exported_adapters_of_experts_give_our_logits_in_peft(kind, tmp_path):
         adapt_and_save(folder, tmp_path / f"a{i}", targets)
         adapted = loaded(folder, tmp_path / f"a{i}")
         out = tmp_path / f"p{i}"
-        done("export", "--model", folder, "--adapter-path", tmp_path / f"a{i}", "--to", "peft", "--out", out)
+        succeeds("export", "--model", folder, "--adapter-path", tmp_path / f"a{i}", "--to", "peft", "--out", out)
         assert json.loads((out / PEFT_CONFIG).read_text())["target_parameters"]
         expected.append(logits(adapted.model))
         exported.append(out)

@@ -13,7 +13,7 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 from gguf_families import MERGES, write_folder_with_merges
 from make_adapters import adapt_and_save
-from run_cli import done, one_line, passed, run
+from run_cli import one_line, passed, run, succeeds
 
 import mlx_lora.data
 from mlx_lora.exporters.ollama import FAMILIES, Chat, recognize
@@ -101,7 +101,7 @@ def test_the_merged_model_with_its_template(folder, tmp_path):
     assert (tmp_path / "out" / "Modelfile").read_text() == wanted
     file = read_gguf(tmp_path / "out" / "model.gguf")
     assert file.metadata["general.name"] == "out"
-    done("export", "--model", folder, "--to", "gguf", "--gguf-type", "q8_0", "--out", tmp_path / "bare.gguf")
+    succeeds("export", "--model", folder, "--to", "gguf", "--gguf-type", "q8_0", "--out", tmp_path / "bare.gguf")
     name = "blk.0.attn_v.weight"
     there, without = file.tensors[name].dequantize(), read_gguf(tmp_path / "bare.gguf").tensors[name].dequantize()
     assert abs(there - without).max() > 0.1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
 from make_adapters import TOKENS, adapt_and_save, as_peft, loaded, make_adapter, our_logits
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 from torch_judge import torch_base
 
 from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS
@@ -112,7 +112,9 @@ def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_fol
 @pytest.mark.parity
 def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
     expected = np.array(adapt_and_save(tiny_folder, tmp_path / "ours"))
-    done("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf")
+    succeeds(
+        "export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf"
+    )
     assert np.allclose(torch_logits(torch_base(tmp_path / "hf")), expected, atol=CLOSE)
 
 
@@ -159,7 +161,9 @@ def loads_here(model, folder, out):
 def test_what_peft_trained_in_full_loads_here_and_goes_back(peft, name, biased_folder, tmp_path):
     model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
     expected = loads_here(model, biased_folder, tmp_path / "a")
-    done("export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b")
+    succeeds(
+        "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b"
+    )
     assert np.allclose(peft_logits(biased_folder, tmp_path / "b"), expected, atol=CLOSE)
     for to in ("mlx-lm", "gguf-adapter"):
         ran = run(
@@ -291,13 +295,13 @@ def test_pickles_are_refused(tiny_folder, tmp_path):
 )
 def test_every_methods_run_goes_to_peft_as_a_plain_lora(method, extra, untied_folder, chats, tmp_path):
     flags = [word for name, value in extra.items() for word in (f"--{name.replace('_', '-')}", value)]
-    done(
+    succeeds(
         "train", "--model", untied_folder, "--data", chats, "--adapter-path", tmp_path / "ours", "--method", method,
         "--iters", 8, "--rank", 4, "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, *flags,
     )  # fmt: skip
     expected = our_logits(untied_folder, tmp_path / "ours")
     assert not np.allclose(our_logits(untied_folder), expected, atol=1e-3)
-    done(
+    succeeds(
         "export", "--model", untied_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p"
     )
     assert np.allclose(peft_logits(untied_folder, tmp_path / "p"), expected, atol=2e-4 * max(1, np.abs(expected).max()))
@@ -312,7 +316,7 @@ def test_two_adapters_merged_in_peft_are_the_sum_of_both_here(untied_folder, tmp
     for seed, name in enumerate(("bard", "tutor"), start=1):
         adapter = make_adapter(untied_folder, tmp_path / name, rank=2 + seed, seed=seed, strength=0.1)
         out = tmp_path / f"{name}-peft"
-        done("export", "--model", untied_folder, "--adapter", adapter, "--to", "peft", "--out", out)
+        succeeds("export", "--model", untied_folder, "--adapter", adapter, "--to", "peft", "--out", out)
     model = PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "bard-peft", adapter_name="bard")
     model.load_adapter(tmp_path / "tutor-peft", adapter_name="tutor")
     model.add_weighted_adapter(["bard", "tutor"], [0.5, 0.5], "both", combination_type="cat")

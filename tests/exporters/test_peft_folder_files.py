@@ -15,7 +15,7 @@ import pytest
 from architectures.build import tiny_architecture, write_architecture
 from conftest import tiny_model, write_folder
 from make_adapters import OWN_TEMPLATE, TOKENS, loaded, make_adapter, our_logits, write_moved_peft
-from run_cli import done, holds, run
+from run_cli import holds, run, succeeds
 from tiny_moe import tiny_moe
 from transformers import AutoTokenizer
 
@@ -36,7 +36,7 @@ def adapter(tiny_folder, tmp_path_factory):
 
 
 def export(folder, adapter, to, out, *more):
-    return done("export", "--model", folder, "--adapter-path", adapter, "--to", to, "--out", out, *more).err
+    return succeeds("export", "--model", folder, "--adapter-path", adapter, "--to", to, "--out", out, *more).err
 
 
 def test_an_adapters_own_chat_template_goes_to_peft_and_comes_back(tiny_folder, adapter, tmp_path):
@@ -90,7 +90,7 @@ def test_a_merged_adapter_is_not_what_the_earlier_one_was(tiny_folder, tmp_path)
     assert run("merge", *given, "--no-evaluate").code == 0
     (out / "run.yaml").write_text("objective: embed\npooling: mean\n")
     (out / LABELS_FILE).write_text("{}")
-    done("merge", *given, "--no-evaluate", "--force")
+    succeeds("merge", *given, "--no-evaluate", "--force")
     assert run_of(out) == {}
     assert {"adapters.safetensors", "merge.json"} <= {file.name for file in out.iterdir()}
     assert not (out / LABELS_FILE).exists()

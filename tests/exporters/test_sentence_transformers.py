@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_model, write_folder
 from mlx.utils import tree_flatten
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.models.encoder import Model, ModelArgs
@@ -44,7 +44,7 @@ def adapters(models, tmp_path_factory):
     rows = [{"query": f"Where is cat {n}?", "positive": f"Cat {n} is by the river {n}."} for n in range(24)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, model in models.items():
-        done(
+        succeeds(
             "train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path",
             folder / name, "--iters", 3, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", PROMPT, "--max-seq-length", 48,
             "--pooling", "mean",
@@ -57,7 +57,7 @@ def adapters(models, tmp_path_factory):
 def test_the_vectors_are_the_same_there(name, form, models, adapters, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     out = tmp_path / "st"
-    done("export", "--model", models[name], "--adapter-path", adapters[name], "--to", form, "--out", out)
+    succeeds("export", "--model", models[name], "--adapter-path", adapters[name], "--to", form, "--out", out)
     judge = sentence_transformers.SentenceTransformer(str(out), device="cpu")
     assert judge.max_seq_length == 48
     for query in (False, True):
@@ -81,7 +81,7 @@ def test_a_merged_folder_is_a_model_of_ours(models, adapters, tmp_path):
 def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_path):
     """Its rounding is not measured by a loss on tokens, which vectors do not have."""
     common = ("fuse", "--model", models[name], "--adapter-path", adapters[name])
-    done(*common, "--out", tmp_path / "fused", "--json")
+    succeeds(*common, "--out", tmp_path / "fused", "--json")
     for query in (False, True):
         wanted = mlx_lora.embed(models[name], TEXTS, adapters[name], query=query)
         assert np.abs(mlx_lora.embed(tmp_path / "fused", TEXTS, query=query) - wanted).max() < 1e-5
@@ -90,7 +90,7 @@ def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_pat
         run(*common, "--out", tmp_path / "b", "--data", adapters[name].parent / "pairs.jsonl"),
         "evaluate --objective embed",
     )
-    ran = done(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
+    ran = succeeds(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
     facts = json.loads(ran.out)
     assert facts["error_mean"] > 0.05
     assert (facts["rows"], facts["loss_base"]) == (0, None)

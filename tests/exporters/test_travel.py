@@ -19,7 +19,7 @@ import pytest
 from make_adapters import loaded
 from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
-from run_cli import done, run
+from run_cli import run, succeeds
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers and on fan_in_fan_out.
 pytestmark = [
@@ -147,7 +147,7 @@ def traveller(request, base_folder, tokens, in_double, tmp_path_factory):
     in_peft = folder.with_name("peft") if name in TRAINED else folder
     if name in TRAINED:
         train = ("--iters", 10, "--batch-tokens", 512, "--learning-rate", "1e-3", "--val-batches", 0, *TRAINED[name])
-        done("train", "--model", base_folder, "--data", DATA, "--adapter-path", folder, *train)
+        succeeds("train", "--model", base_folder, "--data", DATA, "--adapter-path", folder, *train)
         moved_out("export", folder, base_folder, in_peft, "--to", "peft")
     else:
         make_in_peft(base_folder, folder, MADE[name])
@@ -192,7 +192,7 @@ def make_in_peft(base_folder, folder, settings):
 
 
 def moved_out(command, adapter, base_folder, out, *extra) -> Path:
-    done(command, "--model", base_folder, "--adapter-path", adapter, "--out", out, *extra)
+    succeeds(command, "--model", base_folder, "--adapter-path", adapter, "--out", out, *extra)
     return out
 
 

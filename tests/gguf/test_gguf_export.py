@@ -21,7 +21,7 @@ from make_adapters import adapt_and_save, loaded, make_adapter, random_adapter
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere
 from real_models import gemma3_gguf, smollm2_gguf
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 from tokenizer_judge import differing
 from varied_strings import varied_strings
@@ -56,7 +56,7 @@ def export(model, out, *more):
 
 
 def exported(model, out, *more):
-    done("export", "--model", model, "--to", "gguf", "--out", out, *more)
+    succeeds("export", "--model", model, "--to", "gguf", "--out", out, *more)
     return read_gguf(out)
 
 
@@ -428,7 +428,7 @@ def test_what_to_type_next_is_said_for_each_program(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
 
     def told(to: str, name: str, *more: object) -> str:
-        return done("export", "--model", folder, *adapter, "--to", to, "--out", tmp_path / name, *more).err
+        return succeeds("export", "--model", folder, *adapter, "--to", to, "--out", tmp_path / name, *more).err
 
     modelfile = tmp_path / "My Ollama" / "Modelfile"
     ollama = told("ollama", "My Ollama")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf_pictures import adapt, load, write_model
 from mlx.utils import tree_flatten
-from run_cli import done, one_line, passed, run
+from run_cli import one_line, passed, run, succeeds
 
 from mlx_lora.gguf.mmproj import PROJECTORS, mmproj_of
 from mlx_lora.gguf.reader import read_gguf
@@ -106,7 +106,7 @@ def test_an_adapter_file_says_that_the_tower_is_not_in_it(folders, tmp_path):
     one_line(run(*command, "--to", "ollama", "--out", tmp_path / "o"), "vision tower", "--to gguf")
     assert not (tmp_path / "a.gguf").exists()
     language = adapt(folders("smolvlm"), tmp_path / "l", tower=False)
-    done("export", "--model", folders("smolvlm"), "--adapter-path", language, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf")  # fmt: skip
+    succeeds("export", "--model", folders("smolvlm"), "--adapter-path", language, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf")  # fmt: skip
     assert "blk.0.attn_q.weight.lora_a" in read_gguf(tmp_path / "a.gguf").tensors
 
 

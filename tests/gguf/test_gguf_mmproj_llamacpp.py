@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf_judge import LIKELY, N_PRINTABLE, judge  # noqa: F401
 from gguf_pictures import adapt, load, ours, picture, theirs, write_model
-from run_cli import done, run
+from run_cli import run, succeeds
 
 pytest.importorskip("mlx_vlm")
 pytestmark = pytest.mark.parity
@@ -65,7 +65,7 @@ def apart(rows, steps) -> float:
 def test_llamacpp_sees_what_we_see(family, tower, judge, tmp_path, capsys):  # noqa: F811
     model = write_model(family, tmp_path / "m")
     adapter = adapt(model, tmp_path / "a", tower)
-    done("export", "--model", model, "--adapter-path", adapter, "--to", "gguf", "--out", tmp_path / "m.gguf", "--gguf-type", "f32")  # fmt: skip
+    succeeds("export", "--model", model, "--adapter-path", adapter, "--to", "gguf", "--out", tmp_path / "m.gguf", "--gguf-type", "f32")  # fmt: skip
     server = judge.start_llamacpp(tmp_path / "m.gguf", flash_attention=False, mmproj=tmp_path / "mmproj-m.gguf")
     base, bare = load(model, adapter), load(model)
     for size in CASES[family]:

@@ -12,7 +12,7 @@ import pytest
 from browser import look
 from byte_tokenizer import byte_tokenizer
 from resumed_runs import metrics
-from run_cli import done, one_line, passed, run
+from run_cli import one_line, passed, run, succeeds
 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.notes import seen_rows
@@ -29,7 +29,7 @@ def made(tiny_folder, chats, tmp_path_factory):
     data = room / "rows.jsonl"
     data.write_text(chats.read_text())
     words = ("--iters", 8, "--batch-size", 8, "--learning-rate", 2e-2, "--steps-per-eval", 8, "--sample-tokens", 4)
-    done("train", "--model", tiny_folder, "--data", data, "--adapter-path", room / "a", *words)
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", room / "a", *words)
     return room / "a", data
 
 
@@ -87,7 +87,7 @@ def test_results_of_another_adapter_are_not_shown(evaluate, folder, chats):
 def test_a_run_begun_anew_takes_earlier_results_away(evaluate, folder, tiny_folder, chats):
     evaluate("--data", chats, "--show", 1)
     assert (folder / "evaluation.json").exists()
-    done(
+    succeeds(
         "train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, "--force", "--iters", 1,
         "--batch-size", 8, "--val-batches", 0, "--sample-tokens", 0,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     before = chats.read_bytes()
     one_line(evaluate("--data", chats, "--report", chats), ".html")
     assert chats.read_bytes() == before
-    done("evaluate", "--model", tiny_folder, "--data", chats, "--show", 1, "--report", tmp_path / "base.html")
+    succeeds("evaluate", "--model", tiny_folder, "--data", chats, "--show", 1, "--report", tmp_path / "base.html")
     assert (tmp_path / "base.html").read_text().count("<th>") == 3
 
 

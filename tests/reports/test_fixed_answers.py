@@ -13,7 +13,7 @@ import pytest
 from browser import look
 from make_adapters import loaded
 from resumed_runs import metrics
-from run_cli import done, run
+from run_cli import run, succeeds
 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.objectives.grpo import fixed_prompts
@@ -66,7 +66,7 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     folder = tmp_path / "a"
     more = ("--iters", 8, "--steps-per-eval", 4, "--save-every", 4, "--updates-per-rollout", 2, "--kl-beta", 0.01)
     more += ("--learning-rate", "5e-2")
-    ran = done(*command(tiny_folder, data, folder, *more))
+    ran = succeeds(*command(tiny_folder, data, folder, *more))
     answers = read_answers(folder / "answers.jsonl")
     assert [(one["step"], one["number"]) for one in answers] == [(step, n) for step in (0, 4, 8) for n in range(3)]
     assert len({one["prompt"] for one in answers}) == 3
@@ -100,7 +100,7 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
 def test_the_answers_are_greedy_change_nothing_and_can_be_left_out(tiny_folder, data, tmp_path):
     for name, tokens in (("with", 8), ("without", 0)):
         more = ("--iters", 2, "--steps-per-eval", 1, "--dropout", 0.1, "--sample-tokens", tokens)
-        done(*command(tiny_folder, data, tmp_path / name, *more))
+        succeeds(*command(tiny_folder, data, tmp_path / name, *more))
     with_them, without = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("with", "without"))
     assert with_them == without
     assert not (tmp_path / "without/answers.jsonl").exists()

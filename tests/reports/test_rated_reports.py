@@ -7,7 +7,7 @@ import math
 
 import mlx.core as mx
 from resumed_runs import metrics
-from run_cli import done, run
+from run_cli import run, succeeds
 
 from mlx_lora.serving.engine import Sampler, Sampling
 from mlx_lora.serving.schema import read_completion
@@ -22,7 +22,7 @@ def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     out = tmp_path / "a"
     model = ("--model", tiny_folder, "--objective", "kto")
-    ran = done("train", *model, "--data", folder, "--adapter-path", out, "--iters", 2, "--batch-size", 4,
+    ran = succeeds("train", *model, "--data", folder, "--adapter-path", out, "--iters", 2, "--batch-size", 4,
               "--sample-tokens", 0, "--steps-per-report", 1)  # fmt: skip
     assert "nan" not in (ran.err + ran.out).lower()
     lines = metrics(out)

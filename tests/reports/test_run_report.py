@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import look
 from make_adapters import loaded
-from run_cli import done, holds, lacks, run
+from run_cli import holds, lacks, run, succeeds
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.data.dataset import EncodedSet
@@ -168,7 +168,7 @@ def test_in_a_browser(folder, width, dark):
 def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp_path):
     words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12)
     words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5, "--dtype", "bfloat16")
-    ran = done(*words, "--sample-tokens", 12)
+    ran = succeeds(*words, "--sample-tokens", 12)
     # The base is described as it was loaded: an adapter on it is not the base's memory, nor its dtype.
     described = next(line for line in ran.lines if line.startswith("Base: ")).removeprefix("Base: ")
     assert json.loads((tmp_path / "a" / "report.json").read_text())["base"] == described

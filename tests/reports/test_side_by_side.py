@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from resumed_runs import metrics
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.cli.evaluate import side_by_side
@@ -21,7 +21,7 @@ from mlx_lora.utils.statistics import student_quantile
 def trained(tiny_folder, chats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "a"
     words = ("--iters", 24, "--batch-size", 8, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
-    return folder, done("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, *words)
+    return folder, succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, *words)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from conftest import tiny_model, write_folder
 from make_adapters import loaded
 from ranks import Started
 from resumed_runs import metrics
-from run_cli import done, holds, run
+from run_cli import holds, run, succeeds
 
 import mlx_lora
 from mlx_lora.exporters.adapter_folder import load_adapter
@@ -90,7 +90,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
-    ran = done(*command(model, asked, tmp_path / "a", *SHORT))
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT))
     (line,) = (line for line in ran.lines if line.startswith("Answers: "))
     holds(line, "18 written by the teacher in", "tokens/s")
     found = {split: records(tmp_path / "a", split) for split in ("train", "valid", "test")}
@@ -112,7 +112,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     ).read_bytes()
     # What was written is data, and can be edited; then nothing is sampled.
     given = ("--data", tmp_path / "a" / "written")
-    third = done(*command(model, asked, tmp_path / "c", *given))
+    third = succeeds(*command(model, asked, tmp_path / "c", *given))
     assert "Answers:" not in third.err
     assert not (tmp_path / "c" / "written").exists()
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
@@ -122,7 +122,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
 
 def test_the_teacher_answers_with_its_prompt_in_front(model, asked, tmp_path, own_cache):
     """At a temperature near 0, an answer is the likeliest text after the persona and the prompt, and no other."""
-    done(*command(model, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
+    succeeds(*command(model, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
     base = loaded(model)
     ends, matches = frozenset(base.tokenizer.eos_token_ids), {"with": 0, "without": 0}
     written = {one["prompt"]: one["completion"] for one in records(tmp_path / "a")}
@@ -162,7 +162,7 @@ def test_answers_depend_on_all_that_decides_them(model, asked, tmp_path, own_cac
     (tmp_path / "other.txt").write_text("You are a cook.")
     found = []
     for name, more in changes.items():
-        done(*command(model, asked, tmp_path / name, *SHORT, *more, "--iters", 1, "--sample-tokens", 0))
+        succeeds(*command(model, asked, tmp_path / name, *SHORT, *more, "--iters", 1, "--sample-tokens", 0))
         found.append([one["completion"] for one in records(tmp_path / name)])
     assert all(one != found[0] for one in found[1:])
 
@@ -173,7 +173,7 @@ def test_a_killed_run_resumes_from_its_own_copy(model, asked, tmp_path, own_cach
     shutil.copytree(whole, rest)
     shutil.rmtree(rest / "checkpoints" / "step-000004")
     shutil.rmtree(cache_dir("answers"))
-    ran = done(*command(model, asked, rest, *SHORT, "--resume"))
+    ran = succeeds(*command(model, asked, rest, *SHORT, "--resume"))
     assert "Answers:" not in ran.err
     assert (rest / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     edited = records(rest)
@@ -204,7 +204,7 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
         for n in range(4)
     ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
-    ran = done(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
     holds(ran.err, "Answers: 5 written", "mixed.jsonl line 7")
     found = records(tmp_path / "a")
     assert found[0] == rows[0]
@@ -213,7 +213,7 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
 
 
 def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
-    ran = done(*command(model, asked, tmp_path / "a", *SHORT, "--learning-rate", 1e-2, "--iters", 20))
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--learning-rate", 1e-2, "--iters", 20))
     sample = json.loads((tmp_path / "a" / "report.json").read_text())["samples"][0]
     first, last = (line["val_loss"] for line in metrics(tmp_path / "a") if line["val_loss"] is not None)
     assert last < 0.8 * first
@@ -231,7 +231,7 @@ def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
 
 def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, own_cache):
     more = (*SHORT, "--own-prompts", 16, "--temp", 1.1, "--valid-fraction", 0.2)
-    ran = done(*command(model, asked, tmp_path / "a", *more, data=False))
+    ran = succeeds(*command(model, asked, tmp_path / "a", *more, data=False))
     (line,) = (line for line in ran.lines if line.startswith("Prompts: "))
     holds(line, "16 written by the model in", "left out: ")
     found = [one["prompt"] for one in records(tmp_path / "a")]
@@ -242,7 +242,7 @@ def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, o
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
         tmp_path / "b" / "adapters.safetensors"
     ).read_bytes()
-    done(*command(model, asked, tmp_path / "c", *more, "--seed", 1, data=False))
+    succeeds(*command(model, asked, tmp_path / "c", *more, "--seed", 1, data=False))
     assert [one["prompt"] for one in records(tmp_path / "c")] != found
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["data"]["data"] == "prompts that the model wrote, answered by the teacher"
@@ -293,7 +293,7 @@ def test_bad_input_is_one_line(case, model, asked, chats, tmp_path):
 
 def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
     for data in (True, False):
-        ran = done(*command(model, asked, tmp_path / "a", "--dry-run", data=data))
+        ran = succeeds(*command(model, asked, tmp_path / "a", "--dry-run", data=data))
         assert not (tmp_path / "a").exists()
         assert not cache_dir("answers").exists()
         assert not cache_dir("prompts").exists()
@@ -301,9 +301,9 @@ def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
 
 
 def test_the_test_set_of_an_adapter_is_the_one_that_was_written(model, asked, tmp_path, own_cache):
-    first = done(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
+    first = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
     shutil.rmtree(cache_dir("answers"))
-    again = done(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
+    again = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
     assert said_of_test(again) == said_of_test(first)
     shutil.rmtree(tmp_path / "a" / "written")
     written = run(*command(model, asked, tmp_path / "a", *SHORT, "--test"))

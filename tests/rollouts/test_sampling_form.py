@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from run_cli import done, passed, run
+from run_cli import passed, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
@@ -160,7 +160,7 @@ def kept(folder: Path, step: int) -> str | None:
 
 @pytest.mark.slow
 def test_a_run_says_and_keeps_its_form_and_a_resumed_one_has_it_too(tiny_4bit_folder, data, tmp_path, monkeypatch):
-    ran = done(*command(tiny_4bit_folder, data, tmp_path / "a"))
+    ran = succeeds(*command(tiny_4bit_folder, data, tmp_path / "a"))
     assert "answers sampled by dense copies of" in ran.err
     assert kept(tmp_path / "a", 2) == "dense"
     packed = run(*command(tiny_4bit_folder, data, tmp_path / "p", "--decode-weights", "packed"))

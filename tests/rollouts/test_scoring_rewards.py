@@ -16,7 +16,7 @@ from comparing import by_dtype
 from make_adapters import loaded
 from mlx.utils import tree_flatten
 from resumed_runs import metrics
-from run_cli import done, holds, one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
@@ -55,7 +55,7 @@ def data(tmp_path_factory) -> Path:
 def judge_of(model: Path, data: Path, folder: Path, *more: object) -> Path:
     """Train a reward model, named `folder`."""
     common = ("--model", model, "--data", data / "pairs.jsonl", "--adapter-path", folder, "--objective", "reward")
-    done("train", *common, *QUICK, "--iters", 4, *more)
+    succeeds("train", *common, *QUICK, "--iters", 4, *more)
     return folder
 
 
@@ -70,7 +70,7 @@ def exported(untied_folder, judge, tmp_path_factory) -> dict[str, Path]:
     folders = {to: tmp_path_factory.mktemp("exported") / to for to in ("peft", "hf")}
     for to, folder in folders.items():
         named = ("--base-id", untied_folder) if to == "peft" else ()  # a path of this machine has to be given
-        done("export", "--model", untied_folder, "--adapter-path", judge, "--to", to, "--out", folder, *named)
+        succeeds("export", "--model", untied_folder, "--adapter-path", judge, "--to", to, "--out", folder, *named)
     return folders
 
 
@@ -181,7 +181,7 @@ def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(un
     common = ("--model", untied_folder, "--data", data / "prompts.jsonl", "--objective", "grpo", *rewards)
     common += ("--group-size", 4, "--max-new-tokens", 8)
     more = ("--iters", 6, "--save-every", 2, "--steps-per-eval", 2, *QUICK, "--sample-tokens", 8)
-    ran = done("train", *common, "--adapter-path", tmp_path / "whole", *more)
+    ran = succeeds("train", *common, "--adapter-path", tmp_path / "whole", *more)
     assert f"Reward model {judge}: on {untied_folder}, shared" in ran.err
     for line in metrics(tmp_path / "whole"):
         assert line["reward"] == pytest.approx(2 * line["reward/judge"] + 0.5 * line["reward/length"], abs=1e-4)
@@ -247,7 +247,7 @@ def test_what_is_no_reward_model_is_one_line(untied_folder, data, judge, exporte
     refused(data, f"--reward {data}: not a reward model; give the folder of a run")
     refused(untied_folder, "not a reward model")
     imitated = tmp_path / "imitated"
-    done("train", "--model", untied_folder, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
+    succeeds("train", "--model", untied_folder, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
               "orpo", *QUICK, "--iters", 1)  # fmt: skip
     refused(imitated, "has no score head")
     other = tmp_path / "other"

@@ -9,7 +9,7 @@ import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
 from resumed_runs import metrics, resumes_to_the_same_bytes
-from run_cli import done, one_line, run
+from run_cli import one_line, run, succeeds
 from tool_model import SHELF, shelf_folder
 
 import mlx_lora
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf,
         return command(shelf, folder, "--iters", 6, "--save-every", 2, *more)
 
     whole = tmp_path / "whole"
-    done(*words(whole))
+    succeeds(*words(whole))
     lines = metrics(whole)
     calls = [8 * line["tools/call_frequency"] for line in lines]
     assert all(line["tools/turns"] > 1 for line in lines)
@@ -70,7 +70,7 @@ def test_the_same_run_from_python_and_its_measurement(shelf, tmp_path):
         shelf / "prompts" / "valid.jsonl",
     )  # fmt: skip
     user = ("--environment", f"{shelf / 'shelf.py'}:Shelf", "--reward", f"{shelf / 'shelf.py'}:right")
-    measured = done("evaluate", "--model", shelf / "base", "--adapter-path", ran.adapter, *flags, *user)
+    measured = succeeds("evaluate", "--model", shelf / "base", "--adapter-path", ran.adapter, *flags, *user)
     found = json.loads(measured.out)
     assert 0 <= found["reward"] <= 1
     assert found["tools/turns"] > 1

@@ -9,7 +9,7 @@ import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
 from resumed_runs import metrics, resumes_to_the_same_bytes
-from run_cli import done, one_line, run
+from run_cli import one_line, run, succeeds
 from verifiers_environments import plain, write_environments
 
 from mlx_lora.rollouts.verifiers_env import close_hosts
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(folder
         return command(folder, adapter, *asked, *more)
 
     whole = tmp_path / "whole"
-    done(*words(whole))
+    succeeds(*words(whole))
     lines = metrics(whole)
     assert all(line["reward"] > 0 and line["grad_norm"] > 0 for line in lines)
     assert any(line["metrics/answers"] > 1 for line in lines)
@@ -93,8 +93,8 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(folder
 
 
 def test_a_run_is_planned_validated_and_measured(folder, tmp_path):
-    done(*command(folder, tmp_path / "a", "--dry-run"))
-    done(
+    succeeds(*command(folder, tmp_path / "a", "--dry-run"))
+    succeeds(
         *command(
             folder, tmp_path / "a", "--iters", 1, "--val-batches", 1, "--valid-fraction", 0.3, "--sample-tokens", 20
         )
@@ -102,7 +102,7 @@ def test_a_run_is_planned_validated_and_measured(folder, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     assert {turn["role"] for one in answers for turn in one["messages"]} <= {"assistant", "user"}
     flags = ("--objective", "grpo", "--environment", "verifiers:vr_letters", "--max-new-tokens", 90, "--group-size", 2)
-    measured = done("evaluate", "--model", folder / "tiny", "--adapter-path", tmp_path / "a", *flags, "--json")
+    measured = succeeds("evaluate", "--model", folder / "tiny", "--adapter-path", tmp_path / "a", *flags, "--json")
     found = json.loads(measured.out)
     assert found["reward"] > 0
     assert found["metrics/answers"] >= 1
