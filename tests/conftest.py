@@ -304,6 +304,13 @@ def tiny_4bit_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untied_folder(tmp_path_factory) -> Path:
+    """A tiny model with an output head of its own."""
+    config = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
+    return write_folder(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False), config)
+
+
+@pytest.fixture(scope="session")
 def chats(tmp_path_factory) -> Path:
     """Forty short chats the tiny model can learn by heart."""
     path = tmp_path_factory.mktemp("chats") / "train.jsonl"

@@ -16,14 +16,15 @@ import numpy as np
 import tiny_vision
 from byte_tokenizer import byte_tokenizer
 from gguf_judge import N_PRINTABLE
+from make_adapters import loaded
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
-from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
+from mlx_lora.config.settings import AdapterSettings, DataSettings
 from mlx_lora.data.image_tokens import ImageReader, ImageTable
 from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
 from mlx_lora.models.image_inputs import ModelWithImages
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base
 from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.pictures import tower_targets
 from mlx_lora.objectives.vision_encoder import VisionEncoder
@@ -56,8 +57,7 @@ def write_model(family: str, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path) -> Base:
-    return load_base(ModelSettings(model=str(folder), dtype="float32"))
+load = partial(loaded, dtype="float32")
 
 
 def adapt(model: Path, folder: Path, tower: bool, strength: float = 0.05) -> Path:

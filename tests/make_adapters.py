@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from run_cli import succeeds
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
-from mlx_lora.exporters.peft import write_peft
-from mlx_lora.models.load import load_base
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject, select_targets
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
+from mlx_lora.models.load import Base, load_base
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -60,6 +63,31 @@ def make_adapter(
     return folder
 
 
+def loaded(folder: Path, adapter: Path | None = None, dtype: str = "auto", **how: bool) -> Base:
+    """Load a folder's model, with an adapter where one is given, as `load_adapter` takes it."""
+    base = load_base(ModelSettings(model=str(folder), dtype=dtype))
+    if adapter is not None:
+        load_adapter(base, adapter, **how)
+    return base
+
+
+def our_logits(folder: Path, adapter: Path | None = None, **how: bool) -> np.ndarray:
+    """Return a folder's logits of TOKENS, with an adapter where one is given."""
+    return np.array(loaded(folder, adapter, **how).model(TOKENS))
+
+
+def write_moved_peft(folder: Path, out: Path, **settings: Any) -> tuple[np.ndarray, dict[str, mx.array]]:
+    """Adapt a model, move every trained number, write PEFT's form; return the logits and the stored tensors."""
+    base = loaded(folder)
+    adapted = adapt_model(base.model, AdapterSettings(rank=4, **settings), 0)
+    mx.random.seed(1)
+    moved = [(name, v + 0.1 * mx.random.normal(v.shape)) for name, v in adapter_parameters(base.model).items()]
+    base.model.load_weights(moved, strict=False)
+    base.model.eval()
+    write_peft(out, base.model, str(folder), 0.0, adapted.full)
+    return np.array(base.model(TOKENS)), dict(mx.load(str(out / PEFT_WEIGHTS)))
+
+
 OWN_TEMPLATE = "{% for message in messages %}[{{ message.role }}: {{ message.content }}]{% endfor %}"
 
 
@@ -77,11 +105,19 @@ def adapt_and_save(model_folder, folder, targets="all-linear", num_layers=-1):
     base = load_base(ModelSettings(model=str(model_folder)))
     chosen = select_targets(base.model, targets, num_layers)
     inject(base.model, chosen.paths, 4, 1.5, seed=3)
+    mx.random.seed(3)  # the same adapter whichever tests ran before
     moved = [(n, 0.1 * mx.random.normal(v.shape)) for n, v in adapter_parameters(base.model).items()]
     base.model.load_weights(moved, strict=False)
     info = AdapterInfo("lora", 4, 6.0, 1.5, 0.0, chosen.num_layers, chosen.keys, base.model_id, None, base.fingerprint)
     save_adapter(folder, base.model, info)
     return base.model(TOKENS)
+
+
+def as_peft(model: Path, place: Path, targets: str = "all-linear", num_layers: int = -1) -> np.ndarray:
+    """Write an adapter as `adapt_and_save`, `place`/ours, and what the export command makes of it, `place`/p; return its logits."""
+    expected = np.array(adapt_and_save(model, place / "ours", targets, num_layers))
+    succeeds("export", "--model", model, "--adapter-path", place / "ours", "--to", "peft", "--out", place / "p")
+    return expected
 
 
 def random_adapter(model_path, folder, size):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 
+from prepared import start_python
+from run_cli import succeeds
+
+from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.utils.supervise import last_given
 
 STEPS = 12
@@ -17,8 +23,32 @@ def command(model, data, folder, *extra) -> tuple:
     return tuple(last_given([str(word) for word in words]))  # `extra` beats the rest
 
 
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def weights(folder) -> bytes:
     return (folder / "adapters.safetensors").read_bytes()
+
+
+def resumes_to_the_same_bytes(words, whole, work, dies, step: int) -> None:
+    """Assert that a run which is killed in the middle of a step, and resumed, ends as the whole one.
+
+    Args:
+        words: the command of a run in a folder, with more flags after it.
+        whole: folder of the run that was not killed.
+        work: folder for the others.
+        dies: the environment in which the run kills itself.
+        step: its last checkpoint before that.
+    """
+    killed, other, err = work / "killed", work / "other", work / "err"
+    given = [str(word) for word in words(killed, "--max-restarts", 0)[1:]]
+    died = start_python(["-m", "mlx_lora.train", *given], dies, work / "out", err)
+    assert died.wait(240) in (-signal.SIGKILL, 128 + signal.SIGKILL), err.read_text()
+    assert numbered(killed / "checkpoints")[0][0] == step
+    succeeds(*words(killed, "--resume"))
+    succeeds(*words(other, "--seed", 1))
+    assert weights(whole) == weights(killed) != weights(other)
 
 
 def stopped_after(folder, copy, step: int):

@@ -41,9 +41,31 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+def succeeds(command: str, *arguments: object, exactly: bool = False) -> Ran:
+    """Run a command as `run` does, and assert that it ended well."""
+    ran = run(command, *arguments, exactly=exactly)
+    assert ran.code == 0, ran.err
+    return ran
+
+
 def one_line(ran: Ran, *words: str) -> None:
     """Assert that a command refused its input in one line that holds these words."""
     assert ran.code == 2
     assert len(ran.lines) == 1
-    for word in words:
-        assert word in ran.err
+    holds(ran.err, *words)
+
+
+def passed(ran: Ran) -> Ran:
+    """Assert that a command ended well, and return what it said."""
+    assert ran.code == 0, ran.err
+    return ran
+
+
+def holds(text: str, *words: str) -> None:
+    """Assert that all of these words are in a text."""
+    assert not [word for word in words if word not in text], text
+
+
+def lacks(text: str, *words: str) -> None:
+    """Assert that none of these words is in a text."""
+    assert not [word for word in words if word in text], text

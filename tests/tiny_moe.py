@@ -11,9 +11,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.models.load import Base, load_base
-
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 SHARED = {**TINY, "tie_word_embeddings": False, "num_experts_per_tok": 2}
 QWEN = {**SHARED, "num_experts": 4, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -49,11 +46,6 @@ def with_quantized_experts(model: nn.Module, config: dict, layout: dict | None =
     layout = layout or MXFP4
     nn.quantize(model, **layout, class_predicate=lambda path, module: isinstance(module, SwitchLinear))
     return model, {**config, "quantization": layout}
-
-
-def loaded(folder) -> Base:
-    """Load the model of a folder."""
-    return load_base(ModelSettings(model=str(folder)))
 
 
 def logits(model) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_lora.kernels.quantized_matmul import MEASURED
-from mlx_lora.models.quantize import dequantized_weight
+from mlx_lora.models.quantize import AFFINE, QuantFormat, dequantized_weight
 from mlx_lora.utils.errors import InputError
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
@@ -305,9 +305,9 @@ def dense_weight(base: nn.Module) -> mx.array:
 
 def exact_weight(base: nn.Module) -> mx.array:
     """Return the base's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
-    if isinstance(base, QUANTIZED) and base.mode == "affine":
+    if isinstance(base, QUANTIZED) and base.mode == AFFINE:
         scales, biases = (base[name].astype(mx.float32) for name in ("scales", "biases"))
-        return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
+        return QuantFormat.of(base).dequantize(base.weight, scales, biases)
     return dense_weight(base).astype(mx.float32)
 
 
@@ -315,7 +315,7 @@ def float_dtype(base: nn.Module) -> mx.Dtype:
     """Return the dtype that `dense_weight` has: of the weight, or of affine scales; bfloat16 for most microscaling modes."""
     if not isinstance(base, QUANTIZED):
         return base.weight.dtype
-    if base.mode == "affine":
+    if base.mode == AFFINE:
         return base.scales.dtype
     return mx.float32 if "global_scale" in base else mx.bfloat16
 

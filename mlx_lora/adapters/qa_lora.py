@@ -28,6 +28,7 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.base import EMBEDDING, LINEAR, QUANTIZED, SWITCH, AdapterLayer, Factors, base_dims
 from mlx_lora.adapters.lora import through_experts
+from mlx_lora.models.quantize import AFFINE
 
 
 class QALoRALayer(AdapterLayer):
@@ -40,7 +41,7 @@ class QALoRALayer(AdapterLayer):
     def refusal(cls, base: nn.Module) -> str | None:
         if not isinstance(base, QUANTIZED):
             return "is not quantized; use --method lora, which fuses without loss there, or leave it out of --target-modules"
-        if base.mode != "affine":
+        if base.mode != AFFINE:
             return (
                 f"is in {base.mode}, which has no biases to merge into; convert the model with --bits 4 (affine), or use "
                 "--method lora --qat"

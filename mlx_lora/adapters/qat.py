@@ -42,7 +42,7 @@ from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, w
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat.instances import become, mix_in
 from mlx_lora.kernels.quantized_matmul import MEASURED
-from mlx_lora.models.quantize import Quantization, quantized_like, round_on_grid
+from mlx_lora.models.quantize import AFFINE, QuantFormat, quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
@@ -157,7 +157,7 @@ class FakeQuantized(AdapterLayer):
             y = self._looked_up(x)
             return _straight_through(y, super().__call__(x, *args, **kwargs))
         kwargs.pop("key", None)  # there is no dropout
-        affine, fixed = self.base.mode == "affine", mx.stop_gradient(x)
+        affine, fixed = self.base.mode == AFFINE, mx.stop_gradient(x)
         if self.OVER is SWITCH:
             y = self._experts(x, *args, **kwargs)
             return y if affine else _straight_through(y, super().__call__(fixed, *args, **kwargs))
@@ -317,9 +317,8 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> tuple[
         arrays: its parameters by name.
     """
     merged, base = _without_rounding(layer, arrays).merged(), layer.base
-    layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    if base.mode != "affine":  # rounded as fusing does
-        return mx.dequantize(*mx.quantize(merged.astype(mx.bfloat16), **layout), **layout), None
+    if base.mode != AFFINE:  # rounded as fusing does
+        return QuantFormat.of(base).quantize(merged.astype(mx.bfloat16)).dequantize(), None
     scales, biases = (arrays[f"{layer.holds}.{name}"] for name in ("scales", "biases"))
     codes, *fitted = round_on_grid(merged, scales, biases, base.group_size, base.bits)
     s, b = (array.astype(base.scales.dtype).astype(mx.float32)[..., None] for array in fitted)  # as they are written
@@ -328,7 +327,7 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> tuple[
 
 def fused_layer(layer: AdapterLayer) -> nn.Module:
     """Return the quantized layer that fusing will write."""
-    base, dtype = layer.base, mx.float32 if layer.base.mode == "affine" else None
+    base, dtype = layer.base, mx.float32 if layer.base.mode == AFFINE else None
     made = quantized_like(base, with_weight(base, _without_rounding(layer).merged(), dtype))
     if type(base) in MEASURED.values():  # with its choice of products
         become(made, type(base))
@@ -373,7 +372,7 @@ def rounded_to(model: nn.Module) -> str:
     An adapter that was trained with the rounding of one format is another model in another format.
     """
     layers = [layer.base for layer in adapter_layers(model).values() if isinstance(layer.base, QUANTIZED)]
-    counts = Counter(str(Quantization(base.bits, base.group_size, base.mode)) for base in layers)
+    counts = Counter(str(QuantFormat.of(base)) for base in layers)
     return "; ".join(f"{form}: {counted(count, 'layer')}" for form, count in sorted(counts.items()))
 
 

@@ -36,6 +36,7 @@ from mlx_lora.exporters.sentence_transformers import write_form
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.models.quantize import AFFINE
 from mlx_lora.objectives.embed import form_of_run
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.held_out import held_out_plan
@@ -207,7 +208,7 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
         if isinstance(tokens, CalibrationTokens):
             way = replace(way, compensate=True, tokens=tokens)
     plain = [layer for layer in layers if not way.compensate or layer.OVER is not LINEAR]
-    if (asked.bits or 0) >= FINE_BITS or not any(layer.base.mode == "affine" for layer in plain):
+    if (asked.bits or 0) >= FINE_BITS or not any(layer.base.mode == AFFINE for layer in plain):
         return [way]
     grids = [way, replace(way, new_grid=True)]
     return grids[::-1] if way.budget and not way.compensate else grids  # more bits make a new grid's error smaller

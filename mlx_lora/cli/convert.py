@@ -26,7 +26,7 @@ from mlx_lora.models.config import names_encoder
 from mlx_lora.models.convert import REPORT_TOKENS, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
 from mlx_lora.models.gptq import QUANTIZERS, check_quantizer, learn_quantization
-from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
+from mlx_lora.models.quantize import MODES, QuantFormat, choose_quantization
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import console
 from mlx_lora.utils.device import compute_dtype
@@ -132,7 +132,7 @@ def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) 
     config = read_config(source.path, flags["trust_remote_code"])
     if "quantization" in config or "quantization_config" in config:
         raise InputError(f"--calibrate: {source.path} is quantized already; give the float model that it was made from")
-    quantization = target if isinstance(target, Quantization) else choose_quantization(None, None, None)
+    quantization = target if isinstance(target, QuantFormat) else choose_quantization(None, None, None)
     check_quantizer(name, config, quantization)
     tokenizer = TOKENIZER.of(load_folder_tokenizer(source.path, config, flags["trust_remote_code"]))
     rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)

@@ -68,6 +68,7 @@ from mlx_lora.exporters.peft import PEFT_WEIGHTS, PREFIX, TOWERS, PeftAdapter, i
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark, write_json
 from mlx_lora.models.head import LAST_OF_HEAD, SCORE, SCORE_WEIGHT, check_whole_head, put_head
 from mlx_lora.models.load import Base
+from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.models.side_files import of_tower
 from mlx_lora.models.vision import open_tower
 from mlx_lora.utils.errors import InputError, Problems, first_of
@@ -486,10 +487,7 @@ def _sums(layer: AdapterLayer) -> mx.array:
     base = layer.base
     names = [name for name in ("weight", "scales", "biases") if name in base]
     rows = [base[name][:ROWS] for name in names]
-    if isinstance(base, QUANTIZED):
-        weight = mx.dequantize(*rows, group_size=base.group_size, bits=base.bits, mode=base.mode)
-    else:
-        weight = rows[0]
+    weight = QuantFormat.of(base).dequantize(*rows) if isinstance(base, QUANTIZED) else rows[0]
     weight = weight.astype(mx.float32)  # (n, in)
     a, b = layer.plain_factors()  # (in, r), (r, out)
     update = layer.scale * (b.T[: len(weight)] @ a.T)  # (n, in)

@@ -11,15 +11,16 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import jinja2
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.exporters.adapter_config import LABELS_FILE, padding_token
-from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo, run_of
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError, RunError, first_line
@@ -82,24 +83,19 @@ def read_facts(folder: Path) -> CardFacts:
     except (OSError, ValueError, KeyError, TypeError):
         taken = []
     taken = [(step, loss) for step, loss in taken if type(step) is int and (loss is None or isinstance(loss, float))]
-    try:
-        settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    try:
+    settings, report = run_of(folder), None
+    with contextlib.suppress(OSError, ValueError):
         report = parse_json((folder / "report.json").read_bytes())
-    except (OSError, ValueError):
-        report = None
-    steps = max((step for step, _ in taken), default=None)
     report = report if isinstance(report, dict) else {}
+    steps = max((step for step, _ in taken), default=None)
     kept, verdict = report.get("kept_step"), report.get("verdict")  # with --keep-best an earlier one
     headline = str(verdict.get("headline") or "") if isinstance(verdict, dict) else ""
     headline = re.sub(r"[^\w.,:%() -]", "_", headline)[:300] or None
     losses = [loss for step, loss in taken if step == (steps if kept is None else kept) and loss is not None]
-    data = settings.get("data") if isinstance(settings, dict) else None
-    data = data if isinstance(data, str) else None
-    objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"
-    return CardFacts(data, steps, losses[-1] if losses else None, plain(str(objective)), headline)
+    data, objective = settings.get("data"), plain(str(settings.get("objective", "sft")))
+    return CardFacts(
+        data if isinstance(data, str) else None, steps, losses[-1] if losses else None, objective, headline
+    )
 
 
 def write_card(
@@ -128,25 +124,55 @@ def write_card(
     path = folder / CARD_FILE
     if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
         return False
+    named, location = base_id or _hub_base(base, info), repo or "adapter"
     # A --base-id for a PEFT adapter names a model that PEFT can load.
-    card = _Card(
-        format, base, info, base_id or _hub_base(base, info), base_id or float_base(base, info), repo or "adapter"
-    )
-    task = "feature-extraction" if facts.objective == "embed" else "text-generation"
+    found = base_id or float_base(base, info)
+    model = named or info.base_model  # of a path only the last part, because the rest shows the author's folders
+    model = plain(model if HUB_ID.fullmatch(model) else Path(model).name) or "base"
+    vectors, has_factors = facts.objective == "embed", PRESETS[info.method].layer_type != "full"
     tags = ["lora", "mlx", "mlx-lora"] if format == "mlx" else ["lora", "peft", "mlx-lora"]
+    task = "feature-extraction" if vectors else "text-generation"
     head = ModelCardData(  # which the hub reads
-        base_model=plain((card.float_base or card.hub_base or "").split(":")[0]) or None,
+        base_model=plain((found or named or "").split(":")[0]) or None,
         library_name=format,
         pipeline_tag="text-classification" if info.scores else task,
         tags=tags + [info.method] * (info.method not in tags),
     )
     file = folder / WEIGHTS_FILE
     header = read_safetensors_header(file) if file.exists() else {}
-    ranks = {entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")}
-    usage = card.usage(ranks, vectors=facts.objective == "embed")
-    text = "\n".join([f"---\n{head.to_yaml()}\n---", MARK, "", *card.description(facts), *usage, ""])
+    names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))
+    loss = None if facts.val_loss is None else f"{facts.val_loss:.4f}"
+    if facts.val_loss is not None and facts.objective == "sft" and facts.val_loss < 700:
+        loss = f"{loss} (perplexity {math.exp(facts.val_loss):.3f})"
+    data = facts.data  # of a path the last part
+    if data is not None and not (HUB_ID.fullmatch(data) and not Path(data).exists()):
+        data = plain(Path(shown_data(data)).name)
+    rows = {
+        "base": model + (f", revision {plain(info.base_revision)}" if info.base_revision else ""),
+        "method": info.method,
+        "objective": None if facts.objective == "sft" else facts.objective,
+        "rank": info.rank if has_factors else None,
+        "alpha": f"{info.alpha:g}" if has_factors else None,
+        "targets": names if has_factors else None,
+        "weights trained in full": None if has_factors else len(info.full),
+        "data": data,
+        "steps": facts.steps,
+        "result": facts.verdict,
+        "held-out loss": loss,
+    }
+    # Without a padding token, texts are scored one by one.
+    tokenizer, padding = base.hf_tokenizer, padding_token(base.hf_tokenizer, base.config) if info.scores else None
+    template = (Path(__file__).parent / "pages" / "model_card.md").read_text(encoding="utf-8")
+    text = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).render(
+        head=head.to_yaml(), mark=MARK, title=plain(found or model), rows=[row for row in rows.items() if row[1] is not None],
+        format=format, info=info, model=model, location=location, vectors=vectors, has_factors=has_factors,
+        float_model=plain(found or ("" if base.quantization else model)) or FLOAT_MODEL,
+        ranks={entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")},
+        labels=[plain(label) for label in (info.head or {}).get("labels") or ()], labels_file=LABELS_FILE,
+        has_template=bool(tokenizer.chat_template), padding=None if padding is None else repr(padding),
+    )  # fmt: skip
     with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
     return True
 
 
@@ -185,180 +211,9 @@ def float_base(base: Base, info: AdapterInfo) -> str | None:
     return ids.get(name.lower()) or ids.get(name.lower().rpartition("_")[2])  # Qwen_Qwen3-0.6B-Q4_K_M.gguf
 
 
-@dataclass(frozen=True)
-class _Card:
-    """One card's text.
-
-    Attributes:
-        format, base, info: as in `write_card`.
-        hub_base: the base's hub id, if it has one.
-        float_base: that of the model for transformers, if it is known.
-        location: of the adapter in commands, a hub id or a folder's name.
-    """
-
-    format: str
-    base: Base
-    info: AdapterInfo
-    hub_base: str | None
-    float_base: str | None
-    location: str
-
-    @property
-    def model(self) -> str:
-        """The base in commands; for a path only its last part, because the rest shows the author's folders."""
-        named = self.hub_base or self.info.base_model
-        return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
-
-    def description(self, facts: CardFacts) -> list[str]:
-        """Return the title and the table."""
-        info = self.info
-        names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))
-        rows: list[tuple[str, Any]] = [
-            ("base", self.model + (f", revision {plain(info.base_revision)}" if info.base_revision else "")),
-            ("method", info.method),
-            *([] if facts.objective == "sft" else [("objective", facts.objective)]),
-        ]
-        if PRESETS[info.method].layer_type != "full":
-            rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
-        else:
-            rows += [("weights trained in full", len(info.full))]
-        data = facts.data  # of a path the last part
-        if data is not None and not (HUB_ID.fullmatch(data) and not Path(data).exists()):
-            data = plain(Path(shown_data(data)).name)
-        rows += [("data", data), ("steps", facts.steps), ("result", facts.verdict)]
-        if facts.val_loss is not None:
-            likelihood = facts.objective == "sft" and facts.val_loss < 700
-            perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""
-            rows.append(("held-out loss", f"{facts.val_loss:.4f}{perplexity}"))
-        table = [f"| {name} | {value} |" for name, value in rows if value is not None]
-        return [
-            f"# {info.method} adapter for {plain(self.float_base or self.model)}",
-            "",
-            "| | |",
-            "|---|---|",
-            *table,
-            "",
-        ]
-
-    def usage(self, ranks: set[int], vectors: bool) -> list[str]:
-        """Return the commands for each program that reads the adapter.
-
-        Args:
-            ranks: of an MLX adapter's layers.
-            vectors: whether it is one of embeddings, which does not write.
-        """
-        ours, lines = f"--model {self.model} --adapter-path {self.location}", ["## Use", ""]
-        if vectors and self.format == "peft":  # which has no place for pooling and prompts
-            return [*lines, "This adapter gives texts vectors for search, with the pooling and prompts of its run.", ""]
-        if vectors:
-            export = f"mlx-lora export {ours} --to sentence-transformers-peft --out search"
-            load = [
-                "from sentence_transformers import SentenceTransformer",
-                "",
-                'model = SentenceTransformer("search")',
-            ]
-            return [
-                *lines, "This adapter gives texts vectors for search, and does not write text.", "", "### mlx-lora", "",
-                *_block("bash", f"mlx-lora embed notes {ours} --out notes.npy"), "### sentence-transformers", "",
-                *_block("bash", export), *_block("python", *load, 'print(model.encode_query(["Hello"]))'),
-            ]  # fmt: skip
-        if self.location == "adapter":
-            lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
-        if self.info.scores:
-            what, use = "a reward model: it scores answers", "evaluate {} --objective reward --data pairs.jsonl"
-            if (head := self.info.head) is not None:
-                what, use = "a classifier: it labels texts", 'predict {} --text "Hello"'
-                if head["objective"] == "rerank":
-                    what, use = "a reranker: it orders documents", "evaluate {} --objective rerank --data queries.jsonl"
-                labels = ", ".join(map(plain, head["labels"]))
-                what += f" ({labels})" if labels else ""
-            lines += [f"This adapter makes {what} and does not write text.", "", "### mlx-lora", ""]
-            lines += _block("bash", f"mlx-lora {use.format(ours)}")
-            return [*lines, "### PEFT", "", *self._peft()]
-        lines += ["### mlx-lora", "", *_block("bash", f'mlx-lora generate {ours} --prompt "Hello"')]
-        return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
-
-    def _mlx_lm(self, ranks: set[int]) -> list[str]:
-        """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
-        ours = f"--model {self.model} --adapter-path {self.location}"
-        # mlx-lm would render chats with the base's template.
-        apart = bool(self.info.chat_template) or (self.info.full and self.info.method != "full")
-        if self.model.lower().endswith(".gguf") or apart:
-            fuse = f"mlx-lora fuse {ours} --out fused"
-            return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
-        folder, first = "adapter", []
-        if self.format != "mlx" or len(ranks) > 1:  # mlx-lm requires one rank
-            folder, first = "mlx-adapter", [f"mlx-lora export {ours} --to mlx-lm --out mlx-adapter"]
-        elif self.location != folder:
-            first = [f"hf download {self.location} --local-dir {folder}"]
-        return _block("bash", *first, f'mlx_lm.generate --model {self.model} --adapter-path {folder} --prompt "Hello"')
-
-    def _peft(self) -> list[str]:
-        """Return how PEFT runs the adapter, after an export if it is in our format."""
-        lines, location = [], self.location
-        if PRESETS[self.info.method].layer_type == "full":
-            return [
-                "It has no LoRA weights, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
-                "",
-            ]
-        if self.format == "mlx":
-            location = "peft-adapter"
-            export = f"mlx-lora export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
-            lines += _block("bash", export)
-        model = plain(self.float_base or ("" if self.base.quantization else self.model)) or FLOAT_MODEL
-        if model != self.model:
-            lines += [
-                "The base here is quantized for MLX; transformers needs the float model that it was made from:",
-                "",
-            ]
-        tokenizer, own = self.base.hf_tokenizer, self.info.chat_template
-        tokens = location if own else model  # an adapter with a chat template of its own comes with the tokenizer
-        if not self.info.scores:
-            chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
-            chat += 'return_dict=True, return_tensors="pt")'
-            encode = chat if own or tokenizer.chat_template else 'tokenizer("Hello", return_tensors="pt")'
-            return lines + _block(
-                "python",
-                "from peft import PeftModel",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
-                f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
-                f"inputs = {encode}",
-                "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
-            )
-        said = [
-            'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
-            'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
-        ]
-        if head := self.info.head:
-            said = ['inputs = tokenizer("Hello", return_tensors="pt")']
-            said += [f"# The labels, in this order, are in {LABELS_FILE}."] if head["labels"] else []
-        outputs = max(1, len(head["labels"])) if head else 1
-        padding = padding_token(tokenizer, self.base.config)  # without one, texts are scored one by one
-        option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
-        load = f'AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs}{option})'
-        return lines + _block(
-            "python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
-            *([] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]),
-            f"base = {load}",
-            f'model = PeftModel.from_pretrained(base, "{location}").eval()',
-            *said,
-            "print(model(**inputs).logits)",
-        )
-
-
 def plain(name: str) -> str:
     """Return a name that is safe in a command, a program or a table, because an adapter's file may have any text."""
     return re.sub(r"[^\w.:/@*+ -]", "_", name)[:200]
-
-
-def _block(language: str, *lines: str) -> list[str]:
-    return [f"```{language}", *lines, "```", ""]
 
 
 # Upload to the hub

@@ -40,7 +40,7 @@ from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.models.quantize import AFFINE, QuantFormat, dequantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError, first_of
@@ -247,8 +247,8 @@ def write_fused(
             others = {path for path, _ in model.named_modules()} - quantized.keys()
             kept = {key: value for key, value in config["quantization"].items() if key not in others}
             for path, layer in quantized.items():
-                own = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-                if own != {name: kept.get(path, kept).get(name, "affine") for name in own}:
+                own = QuantFormat.of(layer).layout
+                if own != {name: kept.get(path, kept).get(name, AFFINE) for name in own}:
                     kept[path] = own
             config |= {"quantization": kept, "quantization_config": kept}
         config["mlx_lora"] = {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

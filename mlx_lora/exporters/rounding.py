@@ -51,7 +51,7 @@ from mlx_lora.compat.functions import answering
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.gptq import Curvature, Grid, round_weight
-from mlx_lora.models.quantize import Quantization, quantize_weight, quantized_like
+from mlx_lora.models.quantize import AFFINE, QuantFormat, quantized_like
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import parse_size
@@ -59,11 +59,11 @@ from mlx_lora.utils.text import parse_size
 LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
 
 
-def target_quantization(base: Any, bits: int | None) -> Quantization:
+def target_quantization(base: Any, bits: int | None) -> QuantFormat:
     """Return a base layer's quantization, or if it has fewer bits than asked for, affine with so many."""
     if bits is None or base.bits >= bits:
-        return Quantization(base.bits, base.group_size, base.mode)
-    return Quantization(bits, max(base.group_size, LEAST_GROUP), "affine")
+        return QuantFormat.of(base)
+    return QuantFormat(bits, max(base.group_size, LEAST_GROUP))
 
 
 def rounded_layer(base: Any, weight: mx.array, bits: int | None, *, new_grid: bool) -> Any:
@@ -76,10 +76,10 @@ def rounded_layer(base: Any, weight: mx.array, bits: int | None, *, new_grid: bo
         new_grid: choose a new affine grid, instead of the base's.
     """
     quantization = target_quantization(base, bits)
-    if quantization.mode != "affine":
+    if quantization.mode != AFFINE:
         return quantized_like(base, with_weight(base, weight))
     whole = with_weight(base, weight, mx.float32)
-    has_grid = base.mode == "affine" and quantization.group_size == base.group_size
+    has_grid = base.mode == AFFINE and quantization.group_size == base.group_size
     keeps_grid, more = has_grid and not new_grid, quantization.bits - base.bits
     if keeps_grid and not more:
         return quantized_like(base, whole)
@@ -180,7 +180,7 @@ def compensated_layers(
     for block in tracked(blocks, "Compensating", len(model.layers), "blocks"):
         for inputs in block:
             curvature = Curvature.of(inputs.hessian)
-            together: dict[Quantization, list[str]] = {}
+            together: dict[QuantFormat, list[str]] = {}
             for path in inputs.paths:
                 together.setdefault(target_quantization(stored[path], bits.get(path)), []).append(path)
             for quantization, paths in together.items():
@@ -188,7 +188,7 @@ def compensated_layers(
                 weight = mx.concatenate([layers[path].merged() for path in paths])
                 grids = _grids(weight, quantization, [stored[path] for path in paths])
                 rounded = round_weight(weight, curvature, grids)
-                plain = quantize_weight(weight, quantization).dequantize()
+                plain = quantization.quantize(weight).dequantize()
                 shares.append(rounded.error.sum().item() / max(curvature.error(weight - plain).sum().item(), 1e-30))
                 ends = np.cumsum([len(whole.weight) for whole in wholes])[:-1].tolist()
                 parts = zip(*(mx.split(array, ends) for array in rounded.packed.arrays), strict=True)
@@ -201,11 +201,11 @@ def compensated_layers(
     return Compensated(found, float(np.mean(shares)) if shares else 1.0)
 
 
-def _grids(weight: mx.array, quantization: Quantization, bases: list[Any]) -> list[Grid]:
+def _grids(weight: mx.array, quantization: QuantFormat, bases: list[Any]) -> list[Grid]:
     """Return the grids to round on: a new one, and the one with the old weights in it if the new bits have it."""
     dtypes = {float_dtype(base) for base in bases}
     grids = [Grid.of_weight(weight, quantization, dtypes.pop() if len(dtypes) == 1 else mx.float32)]
-    own = [Quantization(base.bits, base.group_size, base.mode) for base in bases]
+    own = [QuantFormat.of(base) for base in bases]
     if all(one.group_size == quantization.group_size and one.mode == quantization.mode for one in own):
         refined = [Grid.of_layer(base.scales, base.get("biases"), one) for base, one in zip(bases, own, strict=True)]
         grids.append(Grid.joined([grid.refined(quantization.bits) for grid in refined]))
@@ -392,13 +392,12 @@ def _cost(weight: mx.array, hessian: mx.array, base: Any, new_grid: bool) -> Lay
     for bits in (base.bits, *(more for more in MORE_BITS if more > base.bits)):
         quantization = target_quantization(base, bits)
         if new_grid:
-            rounded = quantize_weight(weight, quantization).dequantize()
+            rounded = quantization.quantize(weight).dequantize()
         else:
             rounded = exact_weight(rounded_layer(base, weight, bits, new_grid=False))
         difference = weight - rounded.astype(mx.float32)
         losses[bits] = ((difference @ hessian) * difference).sum().item() / max(whole, 1e-30)
-        scale_bytes = 2 * float_dtype(base).size if quantization.mode == "affine" else 1  # of a group, with its bias
-        sizes[bits] = weight.size * bits // 8 + weight.size // quantization.group_size * scale_bytes
+        sizes[bits] = quantization.stored_bytes(weight.size, float_dtype(base))
     return LayerCost(losses, sizes)
 
 

@@ -28,13 +28,12 @@ from gguf.quants import Q4_K
 
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
-from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_weight, relative_error
+from mlx_lora.models.quantize import AFFINE, MXFP4, PackedWeight, QuantFormat, pack_codes, relative_error
 from mlx_lora.utils.errors import InputError, first_of
 
 GROUP = 32
 _BITS = {Kind.Q4_0: 4, Kind.Q4_1: 4, Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q5_1: 5, Kind.Q5_K: 5, Kind.Q8_0: 8}
 LOSSLESS = frozenset((*_BITS, Kind.MXFP4))
-MXFP4 = Quantization(4, GROUP, "mxfp4")
 FLOAT = frozenset({Kind.F32, Kind.F16, Kind.BF16, Kind.F64})
 _CHUNK_BYTES = 1 << 25  # packed bytes unpacked at a time: temporaries stay at a few hundred MB
 
@@ -63,7 +62,7 @@ def carry_blocks(tensor: GGUFTensor, dtype: mx.Dtype) -> PackedWeight:
         packed[rows] = pack_codes(codes.reshape(len(codes), width), bits)
         scales[rows], biases[rows] = scale, bias
     shaped = [mx.array(array.reshape(*tensor.shape[:-1], -1)) for array in (packed, scales, biases)]
-    return PackedWeight([shaped[0], *(array.astype(dtype) for array in shaped[1:])], Quantization(bits, GROUP))
+    return PackedWeight([shaped[0], *(array.astype(dtype) for array in shaped[1:])], QuantFormat(bits, GROUP))
 
 
 _MXFP4_BYTES = 17  # e1 qs16: code i in the low half of byte i, code 16 + i in the high half
@@ -107,7 +106,7 @@ def stored_kind(packed: PackedWeight, symmetric: bool | None = None) -> Kind | N
         symmetric: whether its biases are -2^(bits - 1) times its scales, so that the type needs none; None: it is tested.
     """
     quantization = packed.quantization
-    if quantization.mode != "affine" or quantization.bits not in (2, 3, 4, 5, 8):
+    if quantization.mode != AFFINE or quantization.bits not in (2, 3, 4, 5, 8):
         return None
     bits = max(4, quantization.bits)
     if symmetric is None:
@@ -130,9 +129,7 @@ def affine_blocks(packed: PackedWeight, kind: Kind) -> np.ndarray:
     """
     weight, scales, biases = packed.arrays
     ones, zeros = mx.ones(scales.shape), mx.zeros(scales.shape)
-    codes = np.array(mx.dequantize(weight, ones, zeros, **packed.quantization.layout).astype(mx.uint8)).reshape(
-        -1, GROUP
-    )
+    codes = np.array(packed.quantization.dequantize(weight, ones, zeros).astype(mx.uint8)).reshape(-1, GROUP)
     times = packed.quantization.group_size // GROUP
     d, m = (
         np.repeat(np.array(array.astype(mx.float32)).reshape(-1, 1), times, axis=0).astype("<f2").view(np.uint8)
@@ -185,7 +182,7 @@ def _halves(pairs: np.ndarray) -> np.ndarray:
 
 # Blocks of llama.cpp's formats
 # How weights are stored: GGUF's blocks carried over unchanged, all as floats, or all quantized again in one way.
-Target = Literal["carry", "float"] | Quantization
+Target = Literal["carry", "float"] | QuantFormat
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,7 @@ class Imported:
     source_type: str
     parameters: dict[str, mx.array]
     n_values: int
-    quantization: Quantization | None
+    quantization: QuantFormat | None
     lossless: bool
     error: float = 0.0
 
@@ -244,8 +241,8 @@ def _import_tensor(tensor: GGUFTensor, mapping: TensorMapping, target: Target, d
         parts = [kept] if not mapping.then else mx.split(kept, len(mapping.names), axis=-2)
         parameters = dict(zip(mapping.names, parts, strict=True))
         return Imported(tensor.name, tensor.type.name, parameters, n_values, None, lossless=True)
-    packed = quantize_weight(values, quantization)
-    if quantization.mode == "affine":  # microscaling modes keep their integer scales
+    packed = quantization.quantize(values)
+    if quantization.mode == AFFINE:  # microscaling modes keep their integer scales
         codes, *scales = packed.arrays
         packed = PackedWeight([codes, *(scale.astype(dtype) for scale in scales)], quantization)
     _check_range(tensor, packed.arrays[1:])
@@ -284,24 +281,24 @@ def _carried(tensor: GGUFTensor, mapping: TensorMapping, dtype: mx.Dtype) -> Pac
     return PackedWeight(moved, packed.quantization)
 
 
-def carried_quantization(tensor: GGUFTensor, mapping: TensorMapping) -> Quantization | None:
+def carried_quantization(tensor: GGUFTensor, mapping: TensorMapping) -> QuantFormat | None:
     """Return how a tensor is packed if GGUF's blocks are carried over, or None for float; reads no weight."""
     if not _carries(tensor, mapping):
         return _quantization_for(tensor, mapping, "carry")
-    return MXFP4 if tensor.type is Kind.MXFP4 else Quantization(_BITS[tensor.type], GROUP)
+    return MXFP4 if tensor.type is Kind.MXFP4 else QuantFormat(_BITS[tensor.type], GROUP)
 
 
-def _quantization_for(tensor: GGUFTensor, mapping: TensorMapping, target: Target) -> Quantization | None:
+def _quantization_for(tensor: GGUFTensor, mapping: TensorMapping, target: Target) -> QuantFormat | None:
     """Return how to pack a tensor that is not carried over, or None to keep it as float."""
     if len(tensor.shape) not in (2, 3) or target == "float" or mapping.exact:
         return None
     width = tensor.shape[-1]
-    if isinstance(target, Quantization):
+    if isinstance(target, QuantFormat):
         return target if target.fits(width) else None
     if tensor.type in FLOAT:
         return None
     # MLX has no equivalent of this type: 8 bits lose little, and the caller reports how little.
-    return next((choice for choice in (Quantization(8, 64), Quantization(8, 32)) if choice.fits(width)), None)
+    return next((choice for choice in (QuantFormat(8, 64), QuantFormat(8, 32)) if choice.fits(width)), None)
 
 
 def _float_values(tensor: GGUFTensor, mapping: TensorMapping) -> mx.array:

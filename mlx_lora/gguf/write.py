@@ -43,7 +43,7 @@ from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kin
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.models.quantize import PackedWeight, QuantFormat
 from mlx_lora.models.side_files import of_tower
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
@@ -334,7 +334,7 @@ def _packed(base: nn.Module, adapter: AdapterLayer | None) -> tuple[PackedWeight
         if update is None:
             return None, None
         biases = biases + update
-    packed = PackedWeight([base.weight, base.scales, biases], Quantization(base.bits, base.group_size))
+    packed = PackedWeight([base.weight, base.scales, biases], QuantFormat(base.bits, base.group_size))
     kind = stored_kind(packed, symmetric=None if update is None else False)
     return (packed, kind) if kind else (None, None)
 

@@ -168,7 +168,8 @@ def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.ar
     """Return the output of `tiled_attention`, computed tile by tile, and each tile's P (B, N, G t, keys)."""
     parts: list[mx.array] = []
     probabilities: list[mx.array] = []
-    polynomial = _by_polynomials(tiles, q, k, sinks)
+    # Not in a backward pass, where mlx cannot compile.
+    polynomial = tiles.kernel == "polynomial" and not sinks and exponentials.usable(q, k)
     for span in tiles.spans(q, k):
         # Force the order: otherwise all tiles may be in memory at once.
         own = mx.depends(span.of_queries(q), parts[-1:]) if parts else span.of_queries(q)
@@ -267,11 +268,6 @@ def _fold(x: mx.array, key_heads: int) -> mx.array:
 def _fold_back(x: mx.array, heads: int) -> mx.array:
     """Reshape (B, N, G t, d) to (B, H, t, d)."""
     return x.reshape(x.shape[0], heads, -1, x.shape[3])
-
-
-def _by_polynomials(tiles: Tiles, q: mx.array, k: mx.array, sinks: Sequence[mx.array]) -> bool:
-    """Return whether the probabilities are computed by polynomials: not in a backward pass, where mlx cannot compile."""
-    return tiles.kernel == "polynomial" and not sinks and exponentials.usable(q, k)
 
 
 def _probabilities(

@@ -160,15 +160,12 @@ class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
         has_product = x.dtype == mx.float32 or device.multiplies_16_bit_experts()
-        few_bytes = self._dense_bytes(x.dtype) <= dense_experts_bytes()
+        few_bytes = self.num_experts * self.output_dims * self.input_dims * x.dtype.size <= dense_experts_bytes()
         if not (sorted_indices and many and has_product and few_bytes):
             return super().__call__(x, indices, sorted_indices=sorted_indices)
         layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         y = dequantized_gather_mm(x, packed_arrays(self), indices, **layout)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
-
-    def _dense_bytes(self, dtype: mx.Dtype) -> int:
-        return self.num_experts * self.output_dims * self.input_dims * dtype.size
 
 
 MEASURED = {
@@ -199,20 +196,17 @@ class MatmulPaths:
         if self.path != "auto":
             lines = [f"{kind}: {self.path} product, forced" for kind in self.dense_from_rows]
         else:
-            lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
+            lines = []
+            for kind, rows in self.dense_from_rows.items():
+                found = sorted(rows - {device.NEVER})
+                span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}" if found else ""
+                shapes = ", depending on the shape" if len(rows) > 1 else ""
+                lines.append(f"{kind}: " + (f"dense product from {span} rows{shapes}" if found else "packed product"))
         if self.path == "dense":
             lines += [
                 f"{count} {name} layers: packed product, the only one for them" for name, count in self.others.items()
             ]
         return lines
-
-
-def _describe_rows(rows: set[int]) -> str:
-    found = sorted(rows - {device.NEVER})
-    if not found:
-        return "packed product"
-    span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
-    return f"dense product from {span} rows" + (", depending on the shape" if len(rows) > 1 else "")
 
 
 def has_two_ways(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -60,153 +61,141 @@ def recurrent_kernels(model: nn.Module) -> dict[Place, tuple[Callable[..., Any],
         for name in EXCHANGED_NAMES & vars(owner).keys():
             own = original(owner, name)
             if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES:
-                words, make = EXCHANGES[own.__module__, own.__qualname__]
-                found[owner, name] = make(own), words
+                words, scan = EXCHANGES[own.__module__, own.__qualname__]
+                found[owner, name] = partial(scan, own), words
     return found
 
 
-def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for `ssm_update`, Mamba-2's recurrence."""
-
-    def ssm_update(
-        hidden_states: mx.array,
-        A_log: mx.array,
-        B: mx.array,
-        C: mx.array,
-        D: mx.array,
-        dt: mx.array,
-        dt_bias: mx.array,
-        state: mx.array | None = None,
-        time_step_limit: tuple[float, float] = (0.001, 100.0),
-        mask: mx.array | None = None,
-        lengths: mx.array | None = None,
-    ) -> WithState:
-        if state is not None or mask is not None or lengths is not None:
-            return own(hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask=mask, lengths=lengths)
-        dt = ssm.compute_dt(dt, dt_bias, time_step_limit)  # (B, T, H) float32
-        return state_space_dual(hidden_states, dt, dt * -mx.exp(A_log.astype(mx.float32)), B, C, D)
-
-    return ssm_update
+def dual(
+    own: Callable[..., Any],
+    /,
+    hidden_states: mx.array,
+    A_log: mx.array,
+    B: mx.array,
+    C: mx.array,
+    D: mx.array,
+    dt: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    time_step_limit: tuple[float, float] = (0.001, 100.0),
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> WithState:
+    """Replace `ssm_update`, Mamba-2's recurrence."""
+    if state is not None or mask is not None or lengths is not None:
+        return own(hidden_states, A_log, B, C, D, dt, dt_bias, state, time_step_limit, mask=mask, lengths=lengths)
+    dt = ssm.compute_dt(dt, dt_bias, time_step_limit)  # (B, T, H) float32
+    return state_space_dual(hidden_states, dt, dt * -mx.exp(A_log.astype(mx.float32)), B, C, D)
 
 
-def mamba_sequence(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a replacement for `MambaBlock._process_sequence` that projects all tokens together, not one by one."""
-
-    def process_sequence(
-        block: nn.Module, x: mx.array, conv_cache: mx.array | None, state_cache: mx.array | None
-    ) -> tuple[mx.array, WithState]:
-        if conv_cache is not None or state_cache is not None:
-            return own(block, x, conv_cache, state_cache)
-        x, z = mx.split(block.in_proj(x), 2, axis=-1)  # (B, T, W)
-        padded = mx.pad(x, [(0, 0), (block.conv_kernel_size - 1, 0), (0, 0)])
-        x = nn.silu(block.conv1d(padded))
-        rank, numbers = block.time_step_rank, block.ssm_state_size
-        dt, b, c = mx.split(block.x_proj(x), [rank, rank + numbers], axis=-1)
-        if block.use_bcdt_rms:
-            dt, b, c = (mx.fast.rms_norm(part, weight=None, eps=block.args.mixer_rms_eps) for part in (dt, b, c))
-        y, state = selective_scan(x, nn.softplus(block.dt_proj(dt)), -mx.exp(block.A_log), b, c, block.D)
-        # Look the activation up by mlx-lm's name, which may be replaced by ours (kernels/table.py).
-        out = block.out_proj(own.__globals__["swiglu"](z, y))
-        return out, (padded[:, -(block.conv_kernel_size - 1) :], state)
-
-    return process_sequence
+def mamba_sequence(
+    own: Callable[..., Any], /, block: nn.Module, x: mx.array, conv_cache: mx.array | None, state_cache: mx.array | None
+) -> tuple[mx.array, WithState]:
+    """Replace `MambaBlock._process_sequence`, to project all tokens together, not one by one."""
+    if conv_cache is not None or state_cache is not None:
+        return own(block, x, conv_cache, state_cache)
+    x, z = mx.split(block.in_proj(x), 2, axis=-1)  # (B, T, W)
+    padded = mx.pad(x, [(0, 0), (block.conv_kernel_size - 1, 0), (0, 0)])
+    x = nn.silu(block.conv1d(padded))
+    rank, numbers = block.time_step_rank, block.ssm_state_size
+    dt, b, c = mx.split(block.x_proj(x), [rank, rank + numbers], axis=-1)
+    if block.use_bcdt_rms:
+        dt, b, c = (mx.fast.rms_norm(part, weight=None, eps=block.args.mixer_rms_eps) for part in (dt, b, c))
+    y, state = selective_scan(x, nn.softplus(block.dt_proj(dt)), -mx.exp(block.A_log), b, c, block.D)
+    # Look the activation up by mlx-lm's name, which may be replaced by ours (kernels/table.py).
+    out = block.out_proj(own.__globals__["swiglu"](z, y))
+    return out, (padded[:, -(block.conv_kernel_size - 1) :], state)
 
 
-def jamba_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for `JambaMambaMixer.ssm_step`."""
-
-    def ssm_step(mixer: nn.Module, x: mx.array, A: mx.array, state: mx.array | None = None) -> WithState:
-        if state is not None:
-            return own(mixer, x, A, state)
-        rank, numbers = mixer.time_step_rank, mixer.ssm_state_size
-        dt, b, c = mx.split(mixer.x_proj(x), [rank, rank + numbers], axis=-1)
-        dt, b, c = mixer.dt_layernorm(dt), mixer.b_layernorm(b), mixer.c_layernorm(c)
-        return selective_scan(x, nn.softplus(mixer.dt_proj(dt)), A, b, c, mixer.D)
-
-    return ssm_step
+def jamba_scan(
+    own: Callable[..., Any], /, mixer: nn.Module, x: mx.array, A: mx.array, state: mx.array | None = None
+) -> WithState:
+    """Replace `JambaMambaMixer.ssm_step`."""
+    if state is not None:
+        return own(mixer, x, A, state)
+    rank, numbers = mixer.time_step_rank, mixer.ssm_state_size
+    dt, b, c = mx.split(mixer.x_proj(x), [rank, rank + numbers], axis=-1)
+    dt, b, c = mixer.dt_layernorm(dt), mixer.b_layernorm(b), mixer.c_layernorm(c)
+    return selective_scan(x, nn.softplus(mixer.dt_proj(dt)), A, b, c, mixer.D)
 
 
-def lightning(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for Bailing's `recurrent_gla`: Mamba-2's recurrence with one decay per head for all tokens."""
-
-    def recurrent_gla(
-        q: mx.array, k: mx.array, v: mx.array, g: mx.array, scale: float, h: mx.array | None = None, **rest: Any
-    ) -> WithState:
-        if h is not None or any(value is not None for value in rest.values()):
-            return own(q, k, v, g, scale=scale, h=h, **rest)
-        q, k, v = (array.swapaxes(1, 2) for array in (q * scale, k, v))  # (B, T, H, width)
-        log_decay = mx.broadcast_to(g.astype(mx.float32), v.shape[:3])
-        y, state = state_space_dual(v, mx.ones_like(log_decay), log_decay, k, q, mx.zeros(g.shape, v.dtype))
-        return y.swapaxes(1, 2), state.swapaxes(-1, -2)
-
-    return recurrent_gla
-
-
-def gated_recurrence(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for RecurrentGemma's `rnn_scan`: h_t = a_t h_(t-1) + x_t."""
-
-    def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
-        length = inputs[0].shape[1]
-        decay, added = (in_lanes(array.astype(mx.float32), lanes_for(length, state.size)) for array in inputs)
-        h = out_of_lanes(linear_scan(decay, added, state), length)
-        return h.astype(inputs[0].dtype), h[:, -1]
-
-    def rnn_scan(x: mx.array, a: mx.array, h0: mx.array | None) -> WithState:
-        if h0 is not None:
-            return own(x, a, h0)
-        state = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
-        y, last = run_in_spans(span, [a, x], [], state, scan_tokens(state.size), keep_states=True)
-        return y, last.astype(x.dtype)
-
-    return rnn_scan
+def lightning(
+    own: Callable[..., Any],
+    /,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    scale: float,
+    h: mx.array | None = None,
+    **rest: Any,
+) -> WithState:
+    """Replace Bailing's `recurrent_gla`: Mamba-2's recurrence with one decay per head for all tokens."""
+    if h is not None or any(value is not None for value in rest.values()):
+        return own(q, k, v, g, scale=scale, h=h, **rest)
+    q, k, v = (array.swapaxes(1, 2) for array in (q * scale, k, v))  # (B, T, H, width)
+    log_decay = mx.broadcast_to(g.astype(mx.float32), v.shape[:3])
+    y, state = state_space_dual(v, mx.ones_like(log_decay), log_decay, k, q, mx.zeros(g.shape, v.dtype))
+    return y.swapaxes(1, 2), state.swapaxes(-1, -2)
 
 
-def gates_in_float32(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for RecurrentGemma's `RGLRU.__call__` that computes gates in float32.
+def _gated_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
+    length = inputs[0].shape[1]
+    decay, added = (in_lanes(array.astype(mx.float32), lanes_for(length, state.size)) for array in inputs)
+    h = out_of_lanes(linear_scan(decay, added, state), length)
+    return h.astype(inputs[0].dtype), h[:, -1]
+
+
+def gated_recurrence(own: Callable[..., Any], /, x: mx.array, a: mx.array, h0: mx.array | None) -> WithState:
+    """Replace RecurrentGemma's `rnn_scan`: h_t = a_t h_(t-1) + x_t."""
+    if h0 is not None:
+        return own(x, a, h0)
+    state = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
+    y, last = run_in_spans(_gated_span, [a, x], [], state, scan_tokens(state.size), keep_states=True)
+    return y, last.astype(x.dtype)
+
+
+def gates_in_float32(
+    own: Callable[..., Any], /, layer: nn.Module, x: mx.array, cache: mx.array | None = None
+) -> WithState:
+    """Replace RecurrentGemma's `RGLRU.__call__`, to compute gates in float32.
 
     In 16 bits the square of a decay near one is one; there, sqrt(1 - a^2) has no slope, and every gradient becomes NaN.
     """
-
-    def call(layer: nn.Module, x: mx.array, cache: mx.array | None = None) -> WithState:
-        if cache is not None:
-            return own(layer, x, cache)
-        y, last = own(layer, x.astype(mx.float32), cache)
-        return y.astype(x.dtype), last.astype(x.dtype)
-
-    return call
+    if cache is not None:
+        return own(layer, x, cache)
+    y, last = own(layer, x.astype(mx.float32), cache)
+    return y.astype(x.dtype), last.astype(x.dtype)
 
 
-def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
-    """Return a replacement for `Rwkv7TimeMixing._wkv7`.
+def _rwkv7_span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
+    # Split instead of indexing: the gradient of each index would be an array as large as all tokens.
+    tokens = [mx.split(array.astype(mx.float32).swapaxes(1, 2), array.shape[1], axis=2) for array in inputs]
+    outputs = []
+    for r, w, k, v, a, b in zip(*tokens, strict=True):  # (B, H, 1, width)
+        r, v, a = (array.swapaxes(-1, -2) for array in (r, v, a))  # columns
+        state = state * w + v @ k + (state @ a) @ b
+        outputs.append((state @ r).swapaxes(-1, -2))
+    return mx.concatenate(outputs, axis=2).swapaxes(1, 2).astype(inputs[0].dtype), state
+
+
+def rwkv7_scan(own: Callable[..., Any], /, layer: nn.Module, *given: Any) -> WithState:
+    """Replace `Rwkv7TimeMixing._wkv7`.
 
     S_t = S_(t-1) (diag(w_t) + a_t b_t^T) + v_t k_t^T, y_t = S_t r_t.
     """
-
-    def span(inputs: list[mx.array], weights: list[mx.array], state: mx.array) -> WithState:
-        # Split instead of indexing: the gradient of each index would be an array as large as all tokens.
-        tokens = [mx.split(array.astype(mx.float32).swapaxes(1, 2), array.shape[1], axis=2) for array in inputs]
-        outputs = []
-        for r, w, k, v, a, b in zip(*tokens, strict=True):  # (B, H, 1, width)
-            r, v, a = (array.swapaxes(-1, -2) for array in (r, v, a))  # columns
-            state = state * w + v @ k + (state @ a) @ b
-            outputs.append((state @ r).swapaxes(-1, -2))
-        return mx.concatenate(outputs, axis=2).swapaxes(1, 2).astype(inputs[0].dtype), state
-
-    def _wkv7(layer: nn.Module, *given: Any) -> WithState:
-        *inputs, state = given  # r, w, k, v, a, b
-        if state is not None:
-            return own(layer, *given)
-        batch, _, heads, width = inputs[0].shape
-        zeros = mx.zeros((batch, heads, width, width), mx.float32)
-        y, last = run_in_spans(span, inputs, [], zeros, WKV_TOKENS, keep_states=True)
-        return y, last.astype(inputs[0].dtype)
-
-    return _wkv7
+    *inputs, state = given  # r, w, k, v, a, b
+    if state is not None:
+        return own(layer, *given)
+    batch, _, heads, width = inputs[0].shape
+    zeros = mx.zeros((batch, heads, width, width), mx.float32)
+    y, last = run_in_spans(_rwkv7_span, inputs, [], zeros, WKV_TOKENS, keep_states=True)
+    return y, last.astype(inputs[0].dtype)
 
 
 # The keys are the module and name that a function was defined under. This needs no import: the module of an architecture
 # is loaded when a model of it is.
-EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+EXCHANGES: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {
     # Mamba-2, Falcon-H1, Nemotron-H, Granite hybrid, PLaMo 2
     ("mlx_lm.models.ssm", "ssm_update"): ("state space", dual),
     # Mamba, Falcon Mamba
@@ -218,7 +207,7 @@ EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Calla
     ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): ("gated recurrence", gates_in_float32),
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
 }
-"""(module, qualified name) -> description for the header, and the function that returns our replacement."""
+"""(module, qualified name) -> description for the header, and our replacement, which takes the function's own before its arguments."""
 EXCHANGED_NAMES = frozenset(name.rpartition(".")[2] for _, name in EXCHANGES)
 
 
@@ -256,7 +245,7 @@ def state_space_row() -> Kernel:
         name="state space",
         shared="ssm_update",
         theirs=theirs,
-        candidates={MLX: theirs, "spans": dual(theirs)},
+        candidates={MLX: theirs, "spans": partial(dual, theirs)},
         assumed="spans",
         class_of=_space_class,
         trial=_space_trial,

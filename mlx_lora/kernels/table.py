@@ -163,7 +163,7 @@ class KernelBinding:
         self.names: list[str] = []
         for row in rows:
             found = [(home, row.shared) for home in homes if original(home, row.shared) is row.theirs]
-            self.functions |= dict.fromkeys(found, _by_shape(row, choose))
+            self.functions |= dict.fromkeys(found, partial(_by_shape, row, choose))
             self.names += [row.name] if found else []
         makes = original(base, MAKES_MASKS)
         noting = windows.noting(makes)
@@ -196,16 +196,10 @@ def training_kernels(
         ]
 
 
-def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
-    """Return a function that replaces mlx-lm's and passes each call to the candidate chosen for its shapes."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        shape = row.class_of(*args, **kwargs)
-        if shape is None:
-            return row.theirs(*args, **kwargs)
-        return row.candidates[choose(row, shape)](*args, **kwargs)
-
-    return call
+def _by_shape(row: Kernel, choose: Choose, /, *args: Any, **kwargs: Any) -> Any:
+    """Take a call of mlx-lm's function, by the candidate that is chosen for its shapes."""
+    shape = row.class_of(*args, **kwargs)
+    return (row.theirs if shape is None else row.candidates[choose(row, shape)])(*args, **kwargs)
 
 
 def has_recurrence(model: nn.Module) -> bool:

@@ -61,23 +61,21 @@ def check_config(config: dict[str, Any], file: Path, n_tensors: int) -> None:
     Raises:
         InputError: a number is out of bounds; the message has all of them.
     """
-    problems = _model_type_problems(config)
+    problems, kind = [], config["model_type"]
+    if not isinstance(kind, str) or not re.fullmatch(
+        r"[A-Za-z][\w-]{0,99}", kind
+    ):  # mlx-lm imports a module of that name
+        problems.append(f"model_type {str(kind)[:40]!r} is not the name of an architecture")
     for part in (config, *(config[name] for name in PARTS if isinstance(config.get(name), dict))):
         problems += _number_problems(part, n_tensors)
     problems += [f"{name} is not a mapping" for name in PARTS if not isinstance(config.get(name, {}), dict)]
-    if "eos_token_id" in config and not _is_ids(config["eos_token_id"]):
+    ends = config.get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [-1 if ends is None else ends]
+    if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
         problems.append("eos_token_id is neither a token id nor a list of them")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise InputError(f"{file}: {shown}; download the model again")
-
-
-def _model_type_problems(config: dict[str, Any]) -> list[str]:
-    """Check `model_type`: mlx-lm imports a module of that name, so it must be a plain name."""
-    kind = config["model_type"]
-    if isinstance(kind, str) and re.fullmatch(r"[A-Za-z][\w-]{0,99}", kind):
-        return []
-    return [f"model_type {str(kind)[:40]!r} is not the name of an architecture"]
 
 
 def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
@@ -94,11 +92,6 @@ def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
         elif REPEATS.fullmatch(key) and value > MOST_REPEATS:
             problems.append(f"{key} is {str(value)[:40]}, more than {MOST_REPEATS}")
     return problems
-
-
-def _is_ids(value: Any) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return value is None or all(type(i) is int and -1 <= i < 2**31 for i in ids)
 
 
 # Translation
@@ -162,10 +155,12 @@ def translate_config(config: Values, origin: object) -> Values:
     problems: list[str] = []
     found = {**config, **_translated(config, _fields(args_class), problems)}
     module = inspect.getmodule(model_class)
+    tied = "tie_word_embeddings"  # transformers 5 keeps it for the whole model
     for name in PARTS:
         if isinstance(config.get(name), dict) and module is not None:
             fields = _fields(_text_class(module, config[name]))
-            found[name] = {**_shared(config, config[name], fields), **_translated(config[name], fields, problems)}
+            shared = {tied: config[tied]} if tied in fields and tied in config else {}
+            found[name] = {**shared, **config[name], **_translated(config[name], fields, problems)}
     vocabulary = (config.get("text_config") or {}).get("vocab_size")
     if "vocab_size" not in config and "vocab_size" in _fields(args_class) and vocabulary is not None:
         found["vocab_size"] = vocabulary  # Gemma 3, whose class would take its default
@@ -174,12 +169,6 @@ def translate_config(config: Values, origin: object) -> Values:
             f"{origin}: {'; '.join(problems)}, which mlx-lm's {config['model_type']} cannot express; choose another model"
         )
     return found
-
-
-def _shared(config: Values, part: Values, fields: frozenset[str]) -> Values:
-    """Return a text part with what transformers 5 keeps for the whole model: whether the head is the embedding."""
-    name = "tie_word_embeddings"
-    return {name: config[name], **part} if name in fields and name in config else part
 
 
 def _fields(args_class: type | None) -> frozenset[str]:
@@ -210,7 +199,11 @@ def _text_class(module: ModuleType, part: Values) -> type | None:
 
 def _translated(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
     """Return the keys to add to a config or its text part."""
-    added = {**_renamed(part, fields), **_layer_kinds(part, fields, problems), **_per_layer(part, fields, problems)}
+    kind = str(part.get("model_type"))
+    # The older names that transformers still knows as other names, and mlx-lm alone reads.
+    older = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+    added = {old: part[new] for old, new in older.items() if old in fields and old not in part and new in part}
+    added |= _layer_kinds(part, fields, problems) | _per_layer(part, fields, problems)
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or not rope:
         return added
@@ -261,13 +254,6 @@ def _scaling(part: Values, rope: Values, fields: frozenset[str]) -> Values:
     if "original_max_position_embeddings" in fields and "original_max_position_embeddings" not in part and original:
         found["original_max_position_embeddings"] = original
     return found
-
-
-def _renamed(part: Values, fields: frozenset[str]) -> Values:
-    """Return keys under the older names that transformers still knows as their other names, and mlx-lm alone reads."""
-    kind = str(part.get("model_type"))
-    names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
-    return {old: part[new] for old, new in names.items() if old in fields and old not in part and new in part}
 
 
 def _layer_kinds(part: Values, fields: frozenset[str], problems: list[str]) -> Values:
@@ -321,14 +307,24 @@ def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
     parts = [config, *(config[name] for name in PARTS if isinstance(config.get(name), dict))]
     ropes = [rope for part in parts for rope in _ropes(part)]
     thetas = {float(rope["rope_theta"]) for rope in ropes if _is_number(rope.get("rope_theta"))}
-    rotations = [module for name, module in model.named_modules() if _rotates(name, module)]
+    rotations = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RoPE) or name.rpartition(".")[2] in ("rope", "rotary_emb", "index_rope")
+    ]
     plain = [module for module in rotations if isinstance(module, nn.RoPE)]
     problems = []
     bases = {m.base for m in rotations if isinstance(m, (nn.RoPE, DynamicNTKScalingRoPE)) and _is_number(m.base)}
     if thetas and (other := [base for base in bases if not any(math.isclose(base, t, rel_tol=1e-6) for t in thetas)]):
         problems.append(f"rope_theta is {_listed(thetas)}, and the model would use {_listed(other)}")
-    for part in parts:
-        problems += _partial_problems(part, plain)
+    for part in parts:  # of which some features rotate
+        head, shares = part.get("head_dim"), [rope.get("partial_rotary_factor") for rope in _ropes(part)]
+        some = [share for share in shares if _is_number(share) and share != 1]
+        if not some or not _is_number(head) or "qk_rope_head_dim" in part:
+            continue
+        wanted = {int(head * share) for share in some} | ({head} if len(some) < len(shares) else set())
+        if other := {module.dims for module in plain} - wanted:
+            problems.append(f"{_listed(wanted)} of {head} features rotate, and the model would rotate {_listed(other)}")
     for rope in ropes:
         kind, factor = _kind(rope), rope.get("factor")
         if kind in UNSCALED or not plain:
@@ -341,23 +337,6 @@ def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
             f"{origin}: {'; '.join(dict.fromkeys(problems))}: mlx-lm's {config.get('model_type')} has no setting for it; "
             "choose another model"
         )
-
-
-def _partial_problems(part: Values, plain: list[nn.RoPE]) -> list[str]:
-    """Return whether the model rotates another number of features than the config says."""
-    head, shares = part.get("head_dim"), [rope.get("partial_rotary_factor") for rope in _ropes(part)]
-    shares = [share for share in shares if _is_number(share) and share != 1]
-    if not shares or not _is_number(head) or "qk_rope_head_dim" in part:
-        return []
-    wanted = {int(head * share) for share in shares} | ({head} if len(shares) < len(_ropes(part)) else set())
-    other = sorted({module.dims for module in plain} - wanted)
-    return (
-        [f"{_listed(wanted)} of {head} features rotate, and the model would rotate {_listed(other)}"] if other else []
-    )
-
-
-def _rotates(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.RoPE) or name.rpartition(".")[2] in ("rope", "rotary_emb", "index_rope")
 
 
 def _listed(numbers: Iterable[float]) -> str:

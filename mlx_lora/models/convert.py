@@ -23,7 +23,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
@@ -41,7 +40,7 @@ from mlx_lora.models.folder import (
     read_safetensors_header,
     write_json,
 )
-from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.quantize import AFFINE, QuantFormat, choose_quantization, dequantize_model, quantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
@@ -52,7 +51,7 @@ from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration
 
 if TYPE_CHECKING:
-    from mlx_lora.gguf.weights import Imported, Target
+    from mlx_lora.gguf.weights import Target
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class Learned:
         quantize: (float model, config) -> quantized model (models/gptq.py).
     """
 
-    quantization: Quantization
+    quantization: QuantFormat
     quantize: Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
@@ -173,17 +172,17 @@ def convert_model(
 def _least_bytes(source: ModelSource, target: Target | Learned | None, dtype: mx.Dtype) -> int:
     """Return a lower bound of the bytes to write, from the sizes of the files and of the float tensors in them."""
     target = target.quantization if isinstance(target, Learned) else target
-    target = Quantization(4, 64) if target is None else target
+    target = QuantFormat(4, 64) if target is None else target
     if source.kind == "gguf":
         size = source.path.stat().st_size
-        return size * target.bits // 32 if isinstance(target, Quantization) else size
-    bits = target.bits if isinstance(target, Quantization) else 8 * dtype.size
+        return size * target.bits // 32 if isinstance(target, QuantFormat) else size
+    bits = target.bits if isinstance(target, QuantFormat) else 8 * dtype.size
     files = list(source.path.glob("model*.safetensors"))  # what the loader reads
     floats = [entry for file in files for entry in read_safetensors_header(file).values() if entry["dtype"] in FLOATS]
     values = sum(math.prod(entry["shape"]) for entry in floats)
     stored = sum(math.prod(entry["shape"]) * TYPES[entry["dtype"]].size for entry in floats)
     packed = sum(file.stat().st_size for file in files) - stored  # at most 32 bits per weight
-    return values * bits // 8 + (packed * bits // 32 if isinstance(target, Quantization) else packed)
+    return values * bits // 8 + (packed * bits // 32 if isinstance(target, QuantFormat) else packed)
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
@@ -199,16 +198,29 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     check_shapes(str(file.path), file.tensors, mappings, shapes)
     write_tokenizer(file.metadata, folder)
     conversion, writer = Conversion(config["model_type"], dtype=_dtype_name(dtype)), ShardWriter(folder)
-    quantizations: dict[str, Quantization] = {}
+    quantizations: dict[str, QuantFormat] = {}
     imported = import_weights(file.tensors, mappings, target, dtype)
     for tensor in tracked(imported, "Converting", len(mappings), "tensors"):
         writer.add(tensor.parameters)
         mx.eval(tensor.parameters)
-        mapping = mappings[tensor.source]
-        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
-        _count(conversion, tensor, could_pack)
-        if tensor.quantization is not None:
-            quantizations |= dict.fromkeys(mapping.layers, tensor.quantization)
+        mapping, packed = mappings[tensor.source], tensor.quantization
+        conversion.n_values += tensor.n_values
+        if packed is None:
+            conversion.floats += 1
+            could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
+            if could_pack and tensor.source_type not in FLOATS:
+                conversion.skipped.append(tensor.source)
+            continue
+        quantizations |= dict.fromkeys(mapping.layers, packed)
+        if tensor.lossless:
+            conversion.lossless += 1
+            # GGUF's scales are float16, and those of K types a product with six bits more; MXFP4's are exponents.
+            few_bits = {"bfloat16": True, "float16": tensor.source_type.endswith("_K")}.get(conversion.dtype, False)
+            conversion.rounded += few_bits and packed.mode == AFFINE
+        else:
+            conversion.requantized += 1
+            conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
+            conversion.stored[tensor.source_type] = str(packed)
     conversion.size_bytes = writer.close()
     config |= quantization_entries(quantizations)
     config["torch_dtype"] = _dtype_name(dtype)
@@ -221,24 +233,7 @@ def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
-    conversion.n_values += tensor.n_values
-    if tensor.quantization is None:
-        conversion.floats += 1
-        if could_pack and tensor.source_type not in ("F32", "F16", "BF16"):
-            conversion.skipped.append(tensor.source)
-    elif tensor.lossless:
-        conversion.lossless += 1
-        # GGUF's scales are float16, and those of K types a product with six bits more; MXFP4's are exponents.
-        few_bits = {"bfloat16": True, "float16": tensor.source_type.endswith("_K")}.get(conversion.dtype, False)
-        conversion.rounded += few_bits and tensor.quantization.mode == "affine"
-    else:
-        conversion.requantized += 1
-        conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
-        conversion.stored[tensor.source_type] = str(tensor.quantization)
-
-
-def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:
+def quantization_entries(quantizations: dict[str, QuantFormat]) -> dict[str, Any]:
     """Return config.json's `quantization`: the most common one, then that of each layer that differs."""
     if not quantizations:
         return {}
@@ -261,7 +256,7 @@ def _convert_folder(
         if "quantization" in config or "quantization_config" in config:
             choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
             raise InputError(f"{source.path}: already quantized; {choice}")
-        target = Quantization(4, 64)
+        target = QuantFormat(4, 64)
     model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
@@ -277,8 +272,11 @@ def _convert_folder(
         conversion.skipped = [
             path for path, width in widths.items() if path in kept and not target.quantization.fits(width)
         ]
-        config |= quantization_entries(layouts_of(model))
-    elif isinstance(target, Quantization):
+        packed = [
+            (path, layer) for path, layer in model.named_modules() if "scales" in layer and hasattr(layer, "bits")
+        ]
+        config |= quantization_entries({path: QuantFormat.of(layer) for path, layer in packed})
+    elif isinstance(target, QuantFormat):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}
     parameters = dict(tree_flatten(model.parameters())) | heads
@@ -298,15 +296,6 @@ def _convert_folder(
     mlx_lm.utils.save_config(config, folder / "config.json")
     copy_side_files(source.path, folder)
     return conversion
-
-
-def layouts_of(model: nn.Module) -> dict[str, Quantization]:
-    """Return how each quantized layer of a model is packed."""
-    return {
-        path: Quantization(layer.bits, layer.group_size, layer.mode)
-        for path, layer in model.named_modules()
-        if "scales" in layer and hasattr(layer, "bits")
-    }
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
@@ -369,14 +358,22 @@ def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[s
         owner.pop("lm_head")
 
 
-def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does."""
+def cast_model(model: nn.Module, dtype: mx.Dtype, *, keep_float32: bool = False) -> None:
+    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does.
+
+    This includes scales and biases of quantized weights: published 4-bit files often hold float16 ones, which would otherwise
+    decide the activations' dtype. The integer scales of microscaling modes are not floats.
+
+    Args:
+        model: changed in place.
+        dtype: to cast to.
+        keep_float32: leave the float32 parameters of a 16-bit model as they are, which are so on purpose.
+    """
     may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
-    cast = [
-        (name, array.astype(dtype))
-        for name, array in tree_flatten(model.parameters())
-        if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
-    ]
+    floats = [(name, p) for name, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
+    half_bytes = sum(p.nbytes for _, p in floats if p.dtype != mx.float32)
+    keeps = keep_float32 and half_bytes * 2 > sum(p.nbytes for _, p in floats)
+    cast = [(n, p.astype(dtype)) for n, p in floats if may_cast(n) and not (keeps and p.dtype == mx.float32)]
     model.update(tree_unflatten(cast))
 
 
@@ -405,7 +402,7 @@ REPORT_TOKENS = 2048
 
 
 def compare_on_text(
-    source: ModelSource, out: Path, text: str, trust_remote_code: bool = False, rounded: Quantization | None = None
+    source: ModelSource, out: Path, text: str, trust_remote_code: bool = False, rounded: QuantFormat | None = None
 ) -> dict[str, Any]:
     """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
 
@@ -425,7 +422,12 @@ def compare_on_text(
         InputError: the text is too short.
     """
     converted, config = load_weights(out, trust_remote_code)
-    ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
+    tokenizer = load_folder_tokenizer(out, config, trust_remote_code)
+    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
+    if len(ids) < 2:
+        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    bos_id = tokenizer.bos_token_id if adds_bos else None
     cast_model(converted, device.compute_dtype())
     use_measured_matmul(converted)
     result = measure_text_loss(converted, ids, bos_id)
@@ -439,15 +441,6 @@ def compare_on_text(
         use_measured_matmul(model)
         found["rounded"] = measure_text_loss(model, ids, bos_id).perplexity
     return found
-
-
-def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
-    """Return a text's first tokens, and the id of the BOS that the tokenizer puts before texts; None if it puts none."""
-    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
-    if len(ids) < 2:
-        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return ids, tokenizer.bos_token_id if adds_bos else None
 
 
 @dataclass(frozen=True)

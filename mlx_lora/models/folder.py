@@ -559,19 +559,17 @@ def read_rows(path: str, array: mx.array, rows: slice, stored: Mapping[str, Stor
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a model folder's safetensors files, which have been checked, by name."""
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in _tensors(file).items()}
-
-
-def _tensors(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file, which has been checked."""
-    with file.open("rb") as content:
-        size = int.from_bytes(content.read(8), "little")
-        header = json.loads(content.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file, name, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), TYPES[entry["dtype"]]
-        )
-        for name, entry in header.items()
-        if entry["dtype"] in TYPES
-    }
+    found = {}
+    for file in folder.glob("model*.safetensors"):
+        with file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            header = json.loads(content.read(size))
+        header.pop("__metadata__", None)
+        found |= {
+            name: StoredTensor(
+                file, name, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), TYPES[entry["dtype"]]
+            )
+            for name, entry in header.items()
+            if entry["dtype"] in TYPES
+        }
+    return found

@@ -40,7 +40,7 @@ from mlx_lm.quant import awq, dwq, gptq
 
 from mlx_lora.config.rules import check_options
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
-from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_model
+from mlx_lora.models.quantize import MICROSCALING, PackedWeight, QuantFormat, pack_codes, quantize_model
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
@@ -48,9 +48,6 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
 BLOCK = 64  # columns whose errors are fed to all later columns together
 FIT_BYTES = 30_000_000  # of the largest array of some rows while scales are fitted
 FIT_DAMPING = 1e-4  # of the diagonal: a group with equal codes has scale and bias in one direction
-# The codes of the value 1, in E2M1 and E4M3, and of the scale 1, in E8M0 and E4M3.
-ONE = {"mxfp4": 2, "nvfp4": 2, "mxfp8": 0x38}
-ONE_SCALE = {"mxfp4": 127, "nvfp4": 0x38, "mxfp8": 127}
 
 
 @dataclass(frozen=True)
@@ -96,26 +93,28 @@ class Grid:
         dtype: of stored affine scales and biases, to which `scales` and `biases` are rounded.
     """
 
-    quantization: Quantization
+    quantization: QuantFormat
     scales: mx.array
     biases: mx.array
     stored: mx.array | None
     dtype: mx.Dtype
 
     @classmethod
-    def of_weight(cls, weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Grid:
+    def of_weight(cls, weight: mx.array, quantization: QuantFormat, dtype: mx.Dtype) -> Grid:
         """Return the grid that `mx.quantize` chooses for a weight."""
         _, scales, *biases = mx.quantize(weight.astype(dtype), **quantization.layout)
         return cls.of_layer(scales, biases[0] if biases else None, quantization)
 
     @classmethod
-    def of_layer(cls, scales: mx.array, biases: mx.array | None, quantization: Quantization) -> Grid:
+    def of_layer(cls, scales: mx.array, biases: mx.array | None, quantization: QuantFormat) -> Grid:
         """Return the grid of a quantized layer's scales and biases."""
         if biases is not None:
             return cls(quantization, scales.astype(mx.float32), biases.astype(mx.float32), None, scales.dtype)
         width = scales.shape[1] * quantization.group_size
-        ones = pack_codes(np.full((scales.shape[0], width), ONE[quantization.mode], np.uint8), quantization.bits)
-        values = mx.dequantize(mx.array(ones), scales, **quantization.layout).astype(mx.float32)
+        ones = pack_codes(
+            np.full((scales.shape[0], width), MICROSCALING[quantization.mode].one, np.uint8), quantization.bits
+        )
+        values = quantization.dequantize(mx.array(ones), scales).astype(mx.float32)
         values = values[:, :: quantization.group_size]
         return cls(quantization, values, mx.zeros_like(values), scales, mx.float32)
 
@@ -135,8 +134,9 @@ class Grid:
         """Return the values of a microscaling mode's codes for a scale of 1, ascending, and the codes."""
         quantization = self.quantization
         codes = np.resize(np.arange(2**quantization.bits, dtype=np.uint8), (1, max(32, 2**quantization.bits)))
-        one = mx.full((1, codes.shape[1] // quantization.group_size), ONE_SCALE[quantization.mode], mx.uint8)
-        values = mx.dequantize(mx.array(pack_codes(codes, quantization.bits)), one, **quantization.layout)
+        one_scale = MICROSCALING[quantization.mode].one_scale
+        scales = mx.full((1, codes.shape[1] // quantization.group_size), one_scale, mx.uint8)
+        values = quantization.dequantize(mx.array(pack_codes(codes, quantization.bits)), scales)
         values = np.array(values.astype(mx.float32))[0, : 2**quantization.bits]
         usable = np.flatnonzero(np.isfinite(values))
         usable = usable[np.argsort(values[usable], kind="stable")]
@@ -315,7 +315,7 @@ Rows = Sequence[np.ndarray]
 """Token ids of each row."""
 
 
-def check_quantizer(name: str, config: dict[str, Any], quantization: Quantization) -> None:
+def check_quantizer(name: str, config: dict[str, Any], quantization: QuantFormat) -> None:
     """Refuse what mlx-lm's quantizer cannot do, before weights are read.
 
     Args:
@@ -338,7 +338,7 @@ def check_quantizer(name: str, config: dict[str, Any], quantization: Quantizatio
 
 
 def learn_quantization(
-    model: nn.Module, config: dict[str, Any], quantization: Quantization, name: str, rows: Rows
+    model: nn.Module, config: dict[str, Any], quantization: QuantFormat, name: str, rows: Rows
 ) -> nn.Module:
     """Return a float model quantized by one of mlx-lm's quantizers.
 
@@ -376,7 +376,7 @@ def _windows(rows: Rows) -> mx.array:
     return mx.array(joined[: len(joined) // width * width].reshape(-1, width).astype(np.int32))
 
 
-def _dwq(model: nn.Module, config: dict[str, Any], quantization: Quantization, rows: Rows) -> nn.Module:
+def _dwq(model: nn.Module, config: dict[str, Any], quantization: QuantFormat, rows: Rows) -> nn.Module:
     student = copy.deepcopy(model)
     student, *_ = quantize_model(student, dict(config), quantization)
     dtype = max(
@@ -407,7 +407,7 @@ def _dwq(model: nn.Module, config: dict[str, Any], quantization: Quantization, r
     return student
 
 
-def _awq(model: nn.Module, config: dict[str, Any], quantization: Quantization, rows: Rows) -> nn.Module:
+def _awq(model: nn.Module, config: dict[str, Any], quantization: QuantFormat, rows: Rows) -> nn.Module:
     awq.awq_quantize(
         model,
         _windows(rows),
@@ -420,14 +420,14 @@ def _awq(model: nn.Module, config: dict[str, Any], quantization: Quantization, r
     return model
 
 
-def _gptq(model: nn.Module, config: dict[str, Any], quantization: Quantization, rows: Rows) -> nn.Module:
+def _gptq(model: nn.Module, config: dict[str, Any], quantization: QuantFormat, rows: Rows) -> nn.Module:
     made, _ = gptq.gptq_quantize(
         model, _windows(rows), quantization.bits, quantization.group_size, GPTQ_OTHER_BITS, quantization.group_size
     )
     return made
 
 
-QUANTIZERS: dict[str, Callable[[nn.Module, dict[str, Any], Quantization, Rows], nn.Module]] = {
+QUANTIZERS: dict[str, Callable[[nn.Module, dict[str, Any], QuantFormat, Rows], nn.Module]] = {
     "dwq": _dwq,
     "awq": _awq,
     "gptq": _gptq,

@@ -43,6 +43,7 @@ from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.encoder import ACTIVATIONS, BERT, MODERN, SHIFTED, Model, ModelArgs, is_encoder
 from mlx_lora.models.prefix_attention import shared_caches
+from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -399,8 +400,7 @@ class Head:
         """
         if not isinstance(self.layer, QUANTIZED_HEADS):
             return arrays[0].astype(dtype)
-        layout: dict[str, Any] = {"group_size": self.layer.group_size, "bits": self.layer.bits, "mode": self.layer.mode}
-        return mx.dequantize(*arrays, **layout).astype(dtype)
+        return QuantFormat.of(self.layer).dequantize(*arrays).astype(dtype)
 
     def finish(self, products: mx.array, columns: slice | mx.array) -> mx.array:
         """Return the logits for products h W^T, by adding bias, scale and soft cap.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.compat.functions import answering
 from mlx_lora.kernels.quantized_matmul import MatmulPaths, use_measured_matmul
-from mlx_lora.models.convert import folder_of
+from mlx_lora.models.convert import cast_model, folder_of
 from mlx_lora.models.folder import StoredTensor, Watched, base_fingerprint, load_classifier_weights, load_weights
+from mlx_lora.models.quantize import AFFINE
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -98,7 +99,7 @@ class Base:
     def describe(self) -> str:
         """Return one line for the run header: type, blocks, size, quantization, dtypes."""
         q = self.quantization
-        packing = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
+        packing = f"{q['bits']}-bit {q.get('mode', AFFINE)} (group {q['group_size']})" if q else "not quantized"
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {self.dtypes}"
 
 
@@ -153,7 +154,7 @@ def _base_of(
     """Return a base of a folder's model, cast to the compute dtype and frozen; the settings name it."""
     # Before the cast: float32 norms that are rounded to float16 and then to bfloat16 differ from those rounded once.
     fingerprint = base_fingerprint(model, config)
-    _cast_floats(model, device.compute_dtype(settings.dtype))
+    cast_model(model, device.compute_dtype(settings.dtype), keep_float32=True)
     _check_experts(model, settings.model or "")
     matmul_paths = use_measured_matmul(model, settings.quantized_matmul)
     model.freeze()
@@ -191,23 +192,6 @@ def _check_experts(model: nn.Module, model_id: str) -> None:
             f"--model {model_id}: a mixture of experts in {found}, which mlx can only compute on a GPU; "
             "give --dtype float32, or leave --dtype out"
         )
-
-
-def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the model's float parameters to the compute dtype, once.
-
-    This includes scales and biases of quantized weights: published 4-bit files often hold float16 ones, which
-    would otherwise decide the activations' dtype. Parameters that a 16-bit model keeps in float32 on purpose, or that
-    its `cast_predicate` protects, stay as they are. The integer scales of microscaling modes are not floats.
-    """
-    floats = [(name, p) for name, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
-    half_bytes = sum(p.nbytes for _, p in floats if p.dtype != mx.float32)
-    mostly_half = half_bytes * 2 > sum(p.nbytes for _, p in floats)
-    may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
-    kept = {name for name, p in floats if (mostly_half and p.dtype == mx.float32) or not may_cast(name)}
-    cast = [(name, p.astype(dtype)) for name, p in floats if name not in kept and p.dtype != dtype]
-    if cast:
-        model.update(tree_unflatten(cast))
 
 
 # Token ids

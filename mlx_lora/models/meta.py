@@ -38,20 +38,17 @@ from mlx_lora.compat.functions import original
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import traced_calls
-from mlx_lora.models.convert import build_model, cast_model, has_bits, quantization_entries
+from mlx_lora.models.convert import FLOATS, build_model, cast_model, has_bits, quantization_entries
 from mlx_lora.models.encoder import Model as Encoder
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
+from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
 from mlx_lora.models.side_files import of_tower
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 
 # Models without weights
-
-# safetensors' names of the floats that models are stored in.
-STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def outline_of_config(
     return Outline(built, config, cast_bytes)
 
 
-def with_quantization(outline: Outline, quantization: Quantization, dtype: mx.Dtype) -> Outline:
+def with_quantization(outline: Outline, quantization: QuantFormat, dtype: mx.Dtype) -> Outline:
     """Return the outline that a float model would have if it were quantized, for advice."""
     return outline_of_config({**outline.config, "quantization": quantization.layout}, dtype)
 
@@ -154,8 +151,8 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
     if config.get("quantization"):
         return config["quantization"]
     stored = config.get("quantization_config") or {}
-    if stored.get("quant_method") == "mxfp4":  # GPT-OSS as it is published
-        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    if stored.get("quant_method") == MXFP4.mode:  # GPT-OSS as it is published
+        return MXFP4.layout
     if stored.get("bits"):
         return {"group_size": stored.get("group_size", 64), "bits": stored["bits"]}
     return None
@@ -164,7 +161,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any] | None:
 def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[str] | None) -> None:
     """Quantize lazily, layer by layer as mlx-lm's loader does."""
     own = layer_choice(model)
-    mxfp4_experts = quantization.get("mode") == "mxfp4" and names is None
+    mxfp4_experts = quantization.get("mode") == MXFP4.mode and names is None
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in quantization:
@@ -181,7 +178,7 @@ def _quantize(model: nn.Module, quantization: dict[str, Any], names: frozenset[s
         model,
         group_size=quantization["group_size"],
         bits=quantization["bits"],
-        mode=quantization.get("mode", "affine"),
+        mode=quantization.get("mode", AFFINE),
         class_predicate=predicate,
     )
 
@@ -194,8 +191,8 @@ def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
         header = read_safetensors_header(file)
         names |= header.keys()
         for entry in header.values():
-            if entry["dtype"] in STORED and STORED[entry["dtype"]] != dtype:
-                cast += math.prod(entry["shape"]) * STORED[entry["dtype"]].size
+            if entry["dtype"] in FLOATS and TYPES[entry["dtype"]] != dtype:
+                cast += math.prod(entry["shape"]) * TYPES[entry["dtype"]].size
     for file in [] if names else folder.glob("*.safetensors.index.json"):
         try:
             names |= json.loads(file.read_text(encoding="utf-8"))["weight_map"].keys()
@@ -227,12 +224,6 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
 # The shape of a model
 
 
-def _adapted_outside_blocks(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Module]:
-    """Return the layers under the adapters outside of the blocks, such as an adapted head."""
-    blocks = tuple(f"{path}." for path in block_paths(model))
-    return [layer.base for path, layer in layers.items() if not path.startswith(blocks)]
-
-
 def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
     """Return the shape of a model with its adapter.
 
@@ -252,11 +243,14 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
     numbers = sum(p.size for p in trained.values())
     # Parameters trained in full that are not float32 have a copy in their dtype in addition to the float32 master.
     narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
+    blocks = tuple(f"{path}." for path in block_paths(model))
+    outside = [layer.base for path, layer in layers.items() if not path.startswith(blocks)]  # such as an adapted head
     whole = isinstance(head, Head)
-    heads = [head.layer] if whole else _adapted_outside_blocks(model, layers)
+    heads = [head.layer] if whole else outside
+    widths = (base_dims(m)[0] for m in model.layers[0].modules() if isinstance(m, LINEAR))
     return ModelShape(
         model_type=str(config.get("model_type")),
-        width=text.get("hidden_size") or _first_width(model),
+        width=text.get("hidden_size") or next(widths, 0),
         vocabulary=head.vocabulary if whole else text.get("vocab_size", 0),
         blocks=tuple(_block(block, text, window) for block, window in zip(model.layers, windows, strict=True)),
         base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
@@ -284,10 +278,6 @@ def count_parameters(model: nn.Module) -> int:
         elif path not in layers:
             total += p.size
     return total
-
-
-def _first_width(model: nn.Module) -> int:
-    return next((base_dims(m)[0] for m in model.layers[0].modules() if isinstance(m, LINEAR)), 0)
 
 
 def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
@@ -346,27 +336,19 @@ def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> B
     attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
     heads = int(config.get("num_attention_heads") or 0) if attends else 0
     norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
+    # Whether the block's modules use the gated activation that training replaces (kernels/table.py).
+    homes, own = {sys.modules[type(module).__module__] for module in block.modules()}, original(activations, "swiglu")
+    gated = "silu" if any(original(home, "swiglu") is own for home in homes) else "other"
+    width = config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // (heads or 1)
     return Block(
         layers=tuple(layers),
         norms=tuple(norms),
         heads=heads,
         key_heads=int(config.get("num_key_value_heads") or heads) if attends else 0,
-        head_width=_head_width(config, heads),
-        gated="silu" if _has_lean_activation(block) else "other",
+        head_width=int(width) if heads else 0,
+        gated=gated,
         window=window if attends else None,
     )
-
-
-def _head_width(config: Mapping[str, Any], heads: int) -> int:
-    if not heads:
-        return 0
-    return int(config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // heads)
-
-
-def _has_lean_activation(block: nn.Module) -> bool:
-    """Return whether the block's modules use the gated activation that training replaces (kernels/table.py)."""
-    homes, own = {sys.modules[type(module).__module__] for module in block.modules()}, original(activations, "swiglu")
-    return any(original(home, "swiglu") is own for home in homes)
 
 
 # What layers keep of a row

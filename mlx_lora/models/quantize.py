@@ -7,7 +7,7 @@ import copy
 import inspect
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -19,29 +19,35 @@ from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from mlx_lora.utils.errors import InputError
 
+AFFINE = "affine"  # the mode whose groups have a scale and a bias; the others are microscaling formats
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 DEFAULT_GROUP = 64  # mlx's default for affine layers
-# The microscaling modes have one fixed (bits, group size).
-FIXED_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-MODES = ("affine", *FIXED_MODES)
 # mlx-lm's architectures whose tied head is `h @ embed_tokens.weight.T`, which a packed weight does not fit.
 HEADS_FROM_STORED = ("llama4_text", "minicpm", "seed_oss")
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How a weight is quantized, as `mx.quantize` takes it.
+class QuantFormat:
+    """How a weight is packed, as `mx.quantize` takes it.
 
     Attributes:
         bits: per code.
         group_size: codes that share a scale, along the weight's last axis.
         mode: `affine`, or a microscaling format.
+        one, one_scale: the codes of the value 1 and of the scale 1 in a microscaling format.
     """
 
     bits: int
     group_size: int
-    mode: str = "affine"
+    mode: str = AFFINE
+    one: int = field(default=0, repr=False, compare=False)
+    one_scale: int = field(default=0, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, layer: Any) -> QuantFormat:
+        """Return the format of a quantized layer."""
+        return cls(layer.bits, layer.group_size, layer.mode)
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -52,9 +58,32 @@ class Quantization:
         """Return whether rows of `width` values divide into groups."""
         return width % self.group_size == 0
 
+    def stored_bytes(self, numbers: int, scales: mx.Dtype) -> int:
+        """Return the bytes of so many packed numbers; `scales` is the dtype of affine scales and biases."""
+        return numbers * self.bits // 8 + numbers // self.group_size * (2 * scales.size if self.mode == AFFINE else 1)
+
+    def quantize(self, weight: mx.array) -> PackedWeight:
+        """Pack a float weight, (..., in), if `fits(in)`; affine scales get its dtype."""
+        return PackedWeight(list(mx.quantize(weight, **self.layout)), self)
+
+    def dequantize(self, weight: mx.array, scales: mx.array, biases: mx.array | None = None) -> mx.array:
+        """Return packed codes as floats, (..., in), in the dtype of the scales (bfloat16 for the microscaling formats)."""
+        return mx.dequantize(weight, scales, biases, **self.layout)
+
     def __str__(self) -> str:
-        name = f"{self.bits}-bit" if self.mode == "affine" else self.mode
+        name = f"{self.bits}-bit" if self.mode == AFFINE else self.mode
         return f"{name}, group {self.group_size}"
+
+
+# The microscaling formats, which have one number of bits and one group size each. Their codes are E2M1 and E4M3, their scales E8M0
+# and, in nvfp4, E4M3.
+MXFP4 = QuantFormat(4, 32, "mxfp4", one=2, one_scale=127)
+MICROSCALING = {
+    "mxfp4": MXFP4,
+    "mxfp8": QuantFormat(8, 32, "mxfp8", one=0x38, one_scale=127),
+    "nvfp4": QuantFormat(4, 16, "nvfp4", one=2, one_scale=0x38),
+}
+MODES = (AFFINE, *MICROSCALING)
 
 
 @dataclass(frozen=True)
@@ -67,11 +96,11 @@ class PackedWeight:
     """
 
     arrays: list[mx.array]
-    quantization: Quantization
+    quantization: QuantFormat
 
     def dequantize(self) -> mx.array:
-        """Return (out, in) in the dtype of the scales (bfloat16 for the microscaling modes)."""
-        return mx.dequantize(*self.arrays, **self.quantization.layout)
+        """Return (out, in), see `QuantFormat.dequantize`."""
+        return self.quantization.dequantize(*self.arrays)
 
     def parameters(self, layer: str) -> dict[str, mx.array]:
         """Return the arrays under the names that mlx's quantized layers give them."""
@@ -80,17 +109,17 @@ class PackedWeight:
         }
 
 
-def choose_quantization(bits: int | None, group_size: int | None, mode: str | None) -> Quantization:
+def choose_quantization(bits: int | None, group_size: int | None, mode: str | None) -> QuantFormat:
     """Return the quantization that the three flags ask for; the default is affine, 4 bits, groups of 64.
 
     Raises:
         InputError: MLX does not support a flag's value; the message has all of them.
     """
-    mode = mode or "affine"
+    mode = mode or AFFINE
     if mode not in MODES:
         raise InputError(f"--mode {mode}: MLX has no such mode; use {', '.join(MODES)}")
-    if mode in FIXED_MODES:
-        quantization = Quantization(*FIXED_MODES[mode], mode)
+    if mode in MICROSCALING:
+        quantization = MICROSCALING[mode]
         problems = [
             f"{flag} {given}: {mode} always has {fixed}; leave {flag} out"
             for flag, given, fixed in (
@@ -100,7 +129,7 @@ def choose_quantization(bits: int | None, group_size: int | None, mode: str | No
             if given not in (None, fixed)
         ]
     else:
-        quantization = Quantization(4 if bits is None else bits, 64 if group_size is None else group_size)
+        quantization = QuantFormat(4 if bits is None else bits, 64 if group_size is None else group_size)
         problems = [
             f"{flag} {value}: not one of {', '.join(map(str, allowed))}"
             for flag, value, allowed in (
@@ -112,16 +141,6 @@ def choose_quantization(bits: int | None, group_size: int | None, mode: str | No
     if problems:
         raise InputError("; ".join(problems))
     return quantization
-
-
-def quantize_weight(weight: mx.array, quantization: Quantization) -> PackedWeight:
-    """Quantize one weight.
-
-    Args:
-        weight: (..., in), float; `quantization.fits(in)`.
-        quantization: how to pack it. Affine scales get the weight's dtype.
-    """
-    return PackedWeight(list(mx.quantize(weight, **quantization.layout)), quantization)
 
 
 def round_on_grid(
@@ -163,7 +182,7 @@ def quantized_like(layer: Any, dense: Any) -> Any:
         layer: quantized; its kind, bits, group and mode are kept.
         dense: of the same kind and shape, in float.
     """
-    if layer.mode != "affine":
+    if layer.mode != AFFINE:
         own_scale = {"global_scale": True} if "global_scale" in layer else {}  # nvfp4 experts have one each
         return dense.to_quantized(layer.group_size, layer.bits, layer.mode, **own_scale)
     weight = dense.weight.astype(mx.float32)
@@ -208,7 +227,7 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
 
 
 def quantize_model(
-    model: nn.Module, config: dict[str, Any], quantization: Quantization, *, measure: bool = False
+    model: nn.Module, config: dict[str, Any], quantization: QuantFormat, *, measure: bool = False
 ) -> tuple[nn.Module, dict[str, Any], list[str], dict[str, float]]:
     """Quantize every layer of a float mlx-lm model that the quantization and the model allow.
 
@@ -237,13 +256,10 @@ def quantize_model(
         wanted = own_predicate(path, module)
         if wanted is True and "mode" not in inspect.signature(module.to_quantized).parameters:
             # AFM 7B's fused layers only know the affine mode and take no `mode` argument.
-            wanted = quantization.mode == "affine" and {
-                "group_size": quantization.group_size,
-                "bits": quantization.bits,
-            }
+            wanted = quantization.mode == AFFINE and {key: layout[key] for key in ("group_size", "bits")}
         if measure and wanted:
-            own = Quantization(**{**layout, **wanted}) if isinstance(wanted, dict) else quantization
-            errors[path] = relative_error(quantize_weight(module.weight, own).dequantize(), module.weight)
+            own = QuantFormat(**{**layout, **wanted}) if isinstance(wanted, dict) else quantization
+            errors[path] = relative_error(own.quantize(module.weight).dequantize(), module.weight)
         return wanted
 
     with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints, but standard output belongs to the command
@@ -285,7 +301,7 @@ def fitting_choice(wanted: bool | dict[str, Any], width: int) -> bool | dict[str
     Returns:
         The same, with the largest smaller group size that divides the width if needed; False if none does.
     """
-    if not isinstance(wanted, dict) or wanted.get("mode", "affine") != "affine":
+    if not isinstance(wanted, dict) or wanted.get("mode", AFFINE) != AFFINE:
         return wanted
     asked = wanted.get("group_size", DEFAULT_GROUP)
     if width % asked == 0:
@@ -304,11 +320,11 @@ def dequantized_weight(layer: nn.Module) -> mx.array:
         (out, in), or (E, out, in) for experts and heads, in the dtype of the scales (bfloat16 for the microscaling modes,
         float32 for nvfp4 experts with scales of their own).
     """
-    layout = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+    packed = QuantFormat.of(layer)
     if "global_scale" not in layer:
-        return mx.dequantize(layer.weight, layer.scales, layer.get("biases"), **layout)
+        return packed.dequantize(layer.weight, layer.scales, layer.get("biases"))
     own = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
-    return mx.stack([mx.dequantize(weight, scales, global_scale=g, **layout) for weight, scales, g in own])
+    return mx.stack([mx.dequantize(weight, scales, global_scale=g, **packed.layout) for weight, scales, g in own])
 
 
 def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -319,12 +335,7 @@ def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Modul
     model = mlx_lm.utils.dequantize_model(model)
     # It leaves out the products of each head that latent attention has (DeepSeek and its kin).
     heads = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedMultiLinear)}
-    model.update_modules(tree_unflatten([(path, _dense_heads(layer)) for path, layer in heads.items()]))
+    scaled |= {path: dequantized_weight(layer) for path, layer in heads.items()}
+    model.update_modules(tree_unflatten([(path, MultiLinear(1, 1, 1)) for path in heads]))
     model.load_weights([(f"{path}.weight", weight) for path, weight in scaled.items()], strict=False)
     return model, plain
-
-
-def _dense_heads(layer: QuantizedMultiLinear) -> MultiLinear:
-    dense = MultiLinear(1, 1, 1)
-    dense.weight = dequantized_weight(layer)
-    return dense

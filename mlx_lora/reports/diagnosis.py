@@ -160,34 +160,19 @@ def both_curves(records: list[dict[str, Any]], key: str, ending: str = "") -> li
     return [curve(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
 
 
-def teacher_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
-    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
-    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
-        return []
-    return [("KL of teacher and student per token", both_curves(having, "kl"), "", True)]
-
-
-def preference_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return charts of what an objective on preferences reports; none for other runs."""
-    titles = {
-        "Pairs preferred as labeled": ("accuracy",),
-        "Margin of rewards": ("margin",),
-        "Rewards": ("chosen_rewards", "rejected_rewards"),
-        "Divergence from the reference": ("divergence",),
-    }
-    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
-    reported = [
-        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
-        for r in records
-        if "margin" in r
-    ]
-    charts = []
-    for title, names in titles.items():
-        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
-        series = [one for name in names for one in both_curves(reported, name, endings[name])]
-        charts += [(title, series, "", False)] if series else []
-    return charts
+# Title, names of the metrics in metrics.jsonl, and whether the axis begins at zero.
+ChartRow = tuple[str, tuple[str, ...], bool]
+OF_PREFERENCES: tuple[ChartRow, ...] = (
+    ("Pairs preferred as labeled", ("accuracy",), False),
+    ("Margin of rewards", ("margin",), False),
+    ("Rewards", ("chosen_rewards", "rejected_rewards"), False),
+    ("Divergence from the reference", ("divergence",), False),
+)
+OF_CLASSES: tuple[ChartRow, ...] = (
+    ("Rank of the first relevant document (MRR), and all grades (nDCG)", ("mrr", "ndcg"), True),
+    ("Mean F1 of the labels", ("macro_f1",), True),
+    ("Correlation with the labels", ("pearson", "spearman"), True),
+)
 
 
 def trains_classifier(records: list[dict[str, Any]]) -> bool:
@@ -200,49 +185,53 @@ def trains_reranker(records: list[dict[str, Any]]) -> bool:
     return any(name in one for one in records for name in OF_RANKINGS)
 
 
-def class_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return charts of what a classifier or a reranker reports; none for other runs."""
-    if not trains_classifier(records) and not trains_reranker(records):
-        return []
-    titles = {
-        "Queries with the best document first" if trains_reranker(records) else "Texts whose labels are all right": (
-            "accuracy",
-        ),
-        "Rank of the first relevant document (MRR), and all grades (nDCG)": ("mrr", "ndcg"),
-        "Mean F1 of the labels": ("macro_f1",),
-        "Correlation with the labels": ("pearson", "spearman"),
-    }
+def drawn(records: list[dict[str, Any]], rows: Iterable[ChartRow]) -> list[Chart]:
+    """Return the charts of some rows, those that there is something of."""
     charts = []
-    for title, names in titles.items():
-        series = [one for name in names for one in both_curves(records, name, f", {name}" if len(names) > 1 else "")]
-        charts += [(title, series, "", True)] if series else []
+    for title, names, from_zero in rows:
+        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
+        series = [one for name in names for one in both_curves(records, name, endings[name])]
+        charts += [(title, series, "", from_zero)] if series else []
+    return charts
+
+
+def objective_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what distillation, objectives on preferences, classifiers and rerankers report beside their loss."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    losses = (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0 for r in having)
+    same = all(abs(r["kl"] - loss) < 1e-6 for r, loss in zip(having, losses, strict=True))
+    charts = [] if same else drawn(having, [("KL of teacher and student per token", ("kl",), True)])
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    metrics = [name for _, names, _ in OF_PREFERENCES for name in names]
+    compared = [r | {name: round(r[name], 4) for name in metrics if r.get(name) is not None} for r in records]
+    charts += drawn([r for r in compared if "margin" in r], OF_PREFERENCES)
+    if trains_classifier(records) or trains_reranker(records):
+        first = (
+            "Queries with the best document first" if trains_reranker(records) else "Texts whose labels are all right"
+        )
+        charts += drawn(records, [(first, ("accuracy",), True), *OF_CLASSES])
     return charts
 
 
 def rollout_charts(records: list[dict[str, Any]]) -> list[Chart]:
     """Return charts of what an objective reports that samples answers; none for other runs."""
     sampled = [r for r in records if "length" in r]
-    rewarded = any("reward" in r for r in sampled)
     own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
-    wanted = [("Reward", "reward", False)]
-    wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
-    wanted += [
-        ("Spread of a prompt's rewards", "reward_std", True),
-        ("Prompts whose answers all have the same reward", "frac_reward_zero_std", True),
-        ("Tokens of an answer", "length", True),
-        ("Answers cut at --max-new-tokens", "truncated", True),
-        *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
-        ("Ratios beyond --epsilon", "clipped", True),
-        *((title, name, True) for title, name in OF_TOOLS),
-        ("Share of the time in rollouts", "rollout_share", True),
+    rewarded = any("reward" in r for r in sampled)  # else the divergence is from a teacher
+    rows: list[ChartRow] = [
+        ("Reward", ("reward",), False),
+        *((f"Reward: {name.removeprefix('reward/')}", (name,), False) for name in list(own)[:MOST_REWARDS]),
+        ("Spread of a prompt's rewards", ("reward_std",), True),
+        ("Prompts whose answers all have the same reward", ("frac_reward_zero_std",), True),
+        ("Tokens of an answer", ("length",), True),
+        ("Answers cut at --max-new-tokens", ("truncated",), True),
+        *([("Divergence from the untrained model", ("kl",), True)] if rewarded else []),
+        ("Ratios beyond --epsilon", ("clipped",), True),
+        *((title, (name,), True) for title, name in OF_TOOLS),
+        ("Share of the time in rollouts", ("rollout_share",), True),
     ]
-    charts = []
-    for title, name, from_zero in wanted:
-        if from_zero and not any(r.get(name) for r in sampled):
-            continue  # nothing but zeros, as of a divergence that is not measured
-        series = both_curves(sampled, name)
-        charts += [(title, series, "", from_zero)] if series else []
-    return charts
+    # Not those with nothing but zeros, as of a divergence that is not measured.
+    return drawn(sampled, [row for row in rows if not row[2] or any(r.get(row[1][0]) for r in sampled)])
 
 
 def of_equal_rewards(records: list[dict[str, Any]]) -> str:
@@ -257,8 +246,6 @@ def of_equal_rewards(records: list[dict[str, Any]]) -> str:
         "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
     )
 
-
-# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
 
 # Tell which validation measured the adapter that is in a run's folder, and among how many it was chosen.
 #
@@ -351,8 +338,6 @@ def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from
     return count
 
 
-# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
-
 # Show what a classifier gets right: a table of its labels, and which label is taken for which.
 #
 # classes.jsonl in a run folder has a line for each validation: `step`, `classes` (label -> precision, recall, f1, texts, predicted), and either
@@ -436,18 +421,6 @@ def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
         for name, row in zip(names, counts, strict=True)
     ]
 
-
-def classes_page(details: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a page shows of a validation; None: nothing is known."""
-    if details is None:
-        return None
-    return {
-        "step": details["step"],
-        "tables": [rows for rows in (class_rows(details), confusion_rows(details)) if rows],
-    }
-
-
-# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
 
 # Count the right answers of a run: to trained questions, and to questions in new words.
 #
@@ -592,8 +565,6 @@ def right_words(examples: Sequence[Answer]) -> str:
     )
     return f"right answers to the {counted(len(checked), 'question')} that can be checked: {counts}"
 
-
-# Tell what became of a run: one headline, notes on what went wrong, and the command that mends it
 
 # What became of a run
 
@@ -980,14 +951,6 @@ class VerdictContext:
     begins_at: int = 0
 
 
-def _begins(begins_at: int, validations: Sequence[Mapping[str, Any]]) -> str:
-    """Return from which step a headline counts, if not from the first."""
-    first = validations[0]["step"] if validations else begins_at
-    if begins_at:
-        return f"; counted from step {max(begins_at, first):,}, because the checkpoint was not in its run folder"
-    return f"; counted from step {first:,}, the first validation" if first else ""
-
-
 def verdict(
     records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: VerdictContext | None = None
 ) -> Verdict:
@@ -1008,7 +971,9 @@ def verdict(
     notes = [note for note in (of_equal_rewards(records), lost) if note]
     epochs, timed = max((float(r.get("epoch") or 0) for r in records), default=0.0), steps - context.begins_at
     run = FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
-    begins = _begins(context.begins_at, validations)
+    first = max(context.begins_at, validations[0]["step"] if validations else 0)
+    why = "because the checkpoint was not in its run folder" if context.begins_at else "the first validation"
+    begins = f"; counted from step {first:,}, {why}" if first else ""
     own, new = counts_of(context.answers, context.evaluation)
     if not validations and not (own or new):
         losses = [r["loss"] for r in records if r["loss"] is not None]

@@ -34,17 +34,16 @@ from mlx_lora.reports.diagnosis import (
     CLASSES_FILE,
     VerdictContext,
     add_lines,
-    class_charts,
-    classes_page,
+    class_rows,
+    confusion_rows,
     curve,
     measured_adapter,
-    preference_charts,
+    objective_charts,
     read_classes,
     read_records,
     right_words,
     rollout_charts,
     shown_rows,
-    teacher_charts,
     trains_classifier,
     trains_reranker,
     verdict,
@@ -53,7 +52,7 @@ from mlx_lora.trainer.evaluate import ROWS_FILE, Change, read_rows_file
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.files import replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json, parse_yaml
-from mlx_lora.utils.text import counted
+from mlx_lora.utils.text import counted, format_duration
 
 Record = dict[str, Any]
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
@@ -178,6 +177,8 @@ class RunReport:
         found = verdict(records, settings, self.ended, context)
         kept = measured_adapter(records, settings if self.ended else None, self.kept_step, self.rounded_from)
         self.verdict = found.to_dict()
+        details = read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)
+        tables = [rows for rows in (class_rows(details), confusion_rows(details)) if rows] if details else []
         return render_page(
             COMMON,
             "run_report.html",
@@ -190,7 +191,7 @@ class RunReport:
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],
             evaluation=shown_evaluation(evaluation) if evaluation else None,
-            classes=classes_page(read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)),
+            classes={"step": details["step"], "tables": tables} if details else None,
             settings=settings,
         )
 
@@ -241,7 +242,7 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     speed = statistics.median(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
     return [
         steps,
-        ("time", _duration(elapsed_s(records))),
+        ("time", format_duration(elapsed_s(records))),
         ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
         ("trained tokens/s, median", number(speed)),
         (f"training {name}", _ends(trained, key) or "not measured"),
@@ -296,9 +297,7 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     wanted = [
         *rollout_charts(records),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
-        *teacher_charts(records),
-        *preference_charts(records),
-        *class_charts(records),
+        *objective_charts(records),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
         ("Learning rate", [curve("learning rate", "learning_rate", trained)], "", True),
@@ -318,12 +317,6 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     title, series, unit, from_zero = wanted[0]
     drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
     return drawn
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 # Sampled answers: their curves, and those to fixed prompts at every validation

@@ -134,8 +134,13 @@ def advice(found: SweepResults) -> str:
     value = found.value if found.value is not None else _mean(values[best])
     at = "after its whole run" if found.value is not None else f"at step {found.rounds[last][0]['step']}"
     sentence = f"Use {words(found.candidates[best])}: {found.measure} {value:.4f} {at}"
-    more = (_equal(found, best), _as_good(found, best), _at_edge(found, best))
-    return "; ".join([sentence, *filter(None, more)]) + "."
+    edge = ""  # a better value may lie beyond the least or the most that was tried
+    for name, own in found.candidates[best].items():
+        tried = sorted({one[name] for one in found.candidates if isinstance(one[name], (int, float))})
+        if not edge and len(tried) > 2 and own in (tried[0], tried[-1]):
+            side, way = ("lowest", "lower") if own == tried[0] else ("highest", "higher")
+            edge = f"it is the {side} {flag_of(name)} that was tried, so try {way} ones as well"
+    return "; ".join([sentence, *filter(None, (_equal(found, best), _as_good(found, best), edge))]) + "."
 
 
 def _equal(found: SweepResults, best: int) -> str:
@@ -179,16 +184,6 @@ def _as_good(found: SweepResults, best: int) -> str:
     if len(near) < 2:
         return ""
     return f"from {min(near):g} to {max(near):g}, the loss was within {AS_GOOD:.0%} of it in the first round"
-
-
-def _at_edge(found: SweepResults, best: int) -> str:
-    """Say that the best value is the least or the most that was tried, so that a better one may lie beyond."""
-    for name, value in found.candidates[best].items():
-        tried = sorted({one[name] for one in found.candidates if isinstance(one[name], (int, float))})
-        if len(tried) > 2 and value in (tried[0], tried[-1]):
-            side, way = ("lowest", "lower") if value == tried[0] else ("highest", "higher")
-            return f"it is the {side} {flag_of(name)} that was tried, so try {way} ones as well"
-    return ""
 
 
 # The page

@@ -434,8 +434,23 @@ class TokenSteps:
         names = {type(module).__module__ for module in modules}
         homes = [sys.modules[name] for name in names]
         self._places = [(home, ATTENTION) for home in homes if original(home, ATTENTION) is original(base, ATTENTION)]
-        for module in modules:
-            _let_turn(module)
+        for (
+            module
+        ) in modules:  # layers of positions get another class, and a name for what makes two of them one function
+            kind = type(module)
+            # Without the mixin that lets it take a position for each token (models/prefix_attention.py).
+            own = kind.__bases__[1] if issubclass(kind, Rotation) else kind
+            if own in TURNING:
+                become(module, TURNING[own] if own is kind else mixed(Rotation, TURNING[own]))
+            if own in (*TURNING, *TURNING.values()):
+                plain = {
+                    name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)
+                }
+                arrays = {
+                    name: np.array(value).tobytes() for name, value in module.items() if isinstance(value, mx.array)
+                }
+                settings = (*sorted(plain.items(), key=str), *sorted(arrays.items()))
+                module.kind = type(module).__name__, *settings
         self._shortens = not device.on_gpu()
 
     def __getattr__(self, name: str) -> Any:
@@ -446,30 +461,12 @@ class TokenSteps:
         """Return the model's logits (B, T, V) for tokens (B, T)."""
         if not self._shortens or tokens.shape[1] != 1 or cache is None:
             return self.model(tokens, cache=cache, **given)
-        with self._step(cache):
-            return self.model(tokens, cache=cache, **given)
-
-    @contextmanager
-    def _step(self, caches: list[Any]) -> Iterator[None]:
-        token = STEP.set(Turns(caches))
+        token = STEP.set(Turns(cache))
         try:
             with exchanged(dict.fromkeys(self._places, attention_of_tokens)):
-                yield
+                return self.model(tokens, cache=cache, **given)
         finally:
             STEP.reset(token)
-
-
-def _let_turn(module: Any) -> None:
-    """Give a layer of positions its other class, and a name for what makes two of them the same function."""
-    kind = type(module)
-    # Without the mixin that lets it take a position for each token (models/prefix_attention.py).
-    own = kind.__bases__[1] if issubclass(kind, Rotation) else kind
-    if own in TURNING:
-        become(module, TURNING[own] if own is kind else mixed(Rotation, TURNING[own]))
-    if own in (*TURNING, *TURNING.values()):
-        settings = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None)}
-        arrays = {name: np.array(value).tobytes() for name, value in module.items() if isinstance(value, mx.array)}
-        module.kind = type(module).__name__, *sorted(settings.items(), key=str), *sorted(arrays.items())
 
 
 class Turns:
@@ -547,10 +544,8 @@ def attention_of_tokens(
     """
     rows, heads, count, width = queries.shape
     plain = mask is None or (isinstance(mask, mx.array) and mask.dtype == mx.bool_ and mask.shape[1:-1] == (1, 1))
-    if count != 1 or not plain or sinks is not None or queries.dtype != mx.float32:
+    if count != 1 or not plain or sinks is not None or queries.dtype != mx.float32 or hasattr(cache, "bits"):
         return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-    if hasattr(cache, "bits"):
-        return base.scaled_dot_product_attention(queries, keys, values, cache, scale, mask)
     few = keys.shape[1]
     grouped = (scale * queries).reshape(rows, few, heads // few, width)
     scores = grouped @ keys.swapaxes(-1, -2)  # (B, N, H / N, S)

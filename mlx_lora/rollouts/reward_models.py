@@ -246,7 +246,6 @@ def _model_reward(folder: Path, asked: ModelSettings, bases: list[Base], day: da
 
 # Memory
 
-PEFT_CONFIG = "adapter_config.json"
 SINGLE_BYTES = 4  # of a number of an adapter, and of a score head
 
 
@@ -263,7 +262,7 @@ def beside_bytes(settings: TrainSettings) -> int:
     dtype, total = device.compute_dtype(settings.model.dtype), 0
     bases: list[tuple[str, str | None]] = []
     for folder in reward_folders(settings.objective):
-        file = folder / PEFT_CONFIG
+        file = folder / ADAPTER_CONFIG
         if not file.is_file():
             pattern, size = "model*.safetensors", dtype.size if (folder / CONFIG_FILE).is_file() else 0
         else:

@@ -167,7 +167,6 @@ PLAIN: dict[str, RewardFunction] = {
     MATH: math_verify,
     GYM: gym_score,
 }
-WITH_ARGUMENT = ("length", "regex", "json_schema")
 NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
 GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
 

@@ -265,18 +265,13 @@ class CallReader:
 
     def __call__(self, tokens: Sequence[int]) -> Said:
         """Return what the tokens of a turn say, with or without its end token."""
-        ends = self.turns.ends
-        own = list(
-            tokens[:-1]
-            if tokens
-            and tokens[-1] in ends
-            and str(self.turns.tokenizer.convert_ids_to_tokens(tokens[-1])) not in ("<|call|>",)
-            else tokens
-        )
-        text = str(self.turns.tokenizer.decode(own, skip_special_tokens=False))
+        tokenizer, own = self.turns.tokenizer, list(tokens)
+        if own and own[-1] in self.turns.ends and tokenizer.convert_ids_to_tokens(own[-1]) != "<|call|>":
+            own.pop()
+        text = str(tokenizer.decode(own, skip_special_tokens=False))
         thinking, answer = _thought(text, self.opened)
         around, calls = _read(self.form, answer, self.turns.tools)
-        for token in self.turns.tokenizer.added_tokens_decoder.values():
+        for token in tokenizer.added_tokens_decoder.values():
             if token.special:
                 around, thinking = around.replace(token.content, ""), thinking.replace(token.content, "")
         return Said(around.strip(), calls, thinking.strip())
@@ -373,7 +368,7 @@ def tool_schemas(plain: Sequence[Tool], environment: type[Any] | None, asked: st
     Raises:
         InputError: a tool has no schema, or two have one name.
     """
-    found = [(f"{FLAG}, {_name(tool)}", tool) for tool in plain]
+    found = [(f"{FLAG}, {getattr(tool, '__name__', type(tool).__name__)}", tool) for tool in plain]
     if environment is not None:
         for name in tool_methods(environment):
             method = inspect.getattr_static(environment, name)
@@ -395,10 +390,6 @@ def tool_schemas(plain: Sequence[Tool], environment: type[Any] | None, asked: st
         if count > 1:
             raise InputError(f"{FLAG}: {count} tools are called {name}; rename all but one")
     return schemas
-
-
-def _name(tool: Tool) -> str:
-    return str(getattr(tool, "__name__", type(tool).__name__))
 
 
 # Calls

@@ -269,12 +269,15 @@ class VerifiersEnv(VectorEnv):
             played = self.host.episodes[number]
             if not talk.dead and played.problem is not None:
                 self._give_up(number, played.problem, note)
-            if talk.dead:
-                pass
-            elif not _has_kept(played.trace.branches, talk):
-                self._give_up(number, "its record of the conversation has other tokens than the model saw", note)
-            else:
-                found[number] = self._scores(number, played, note)
+            if not talk.dead:
+                # The package must have the same tokens, and the same mask; or none after the last answer.
+                whole = played.trace.branches if len(played.trace.branches) == 1 else ()
+                tokens, mask = (whole[0].token_ids, whole[0].sampled_mask) if whole else ([], [])
+                same = talk.tokens[: len(tokens)] == tokens and talk.mask[: len(mask)] == mask
+                if tokens and same and not any(talk.mask[len(mask) :]):
+                    found[number] = self._scores(number, played, note)
+                else:
+                    self._give_up(number, "its record of the conversation has other tokens than the model saw", note)
             episode.counts, episode.messages = dict(talk.counts), talk.turns
         return found
 
@@ -345,18 +348,15 @@ class VerifiersEnv(VectorEnv):
         talk, played = self.talks[number], self.host.episodes[number]
         if talk.dead or played.question is None:
             return None
-        question = played.question
-        problem, tokens = None, []
         try:
-            if question.before != talk.tokens:
-                problem = "it rewrites the conversation, or begins another, and only what it adds can be trained on"
-            else:
-                tokens = self._added(question.tail, question.tools, talk)
+            if played.question.before != talk.tokens:
+                raise InputError(
+                    "it rewrites the conversation, or begins another, and only what it adds can be trained on"
+                )
+            tokens = self._added(played.question.tail, played.question.tools, talk)
         except InputError as error:
-            problem = str(error)
-        if problem is not None:
-            self.host.drop(number, problem)
-            self._give_up(number, problem, note)
+            self.host.drop(number, str(error))
+            self._give_up(number, str(error), note)
             return None
         talk.tokens = [*talk.tokens, *tokens]
         talk.mask += [False] * len(tokens)
@@ -411,10 +411,3 @@ class VerifiersEnv(VectorEnv):
             turns = ToolTurns(self.tokenizer, encoder.template, self.ends, list(tools), encoder.day, special)
             self.readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
         return self.readers[key]
-
-
-def _has_kept(branches: Sequence[Any], talk: Dialogue) -> bool:
-    """Return whether the package has the same tokens of an episode, and the same mask; or none after the last answer."""
-    tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
-    same = talk.tokens[: len(tokens)] == tokens and talk.mask[: len(mask)] == mask
-    return bool(tokens) and same and not any(talk.mask[len(mask) :])

@@ -310,12 +310,16 @@ class Host:
         self._close = lambda: None
         before = self.environment.setup
 
+        def failed_call(trace: str, name: str, why: str) -> None:
+            if (episode := self.of_trace.get(trace)) is not None:
+                self.failed(episode.number, name, why)
+
         async def setup(agents: Any) -> None:  # lets the plain chat loop run in this process, if the agent has that one
             await before(agents)
             agent = getattr(agents, agent_of(self.environment)[0])
             if type(agent.harness) is NullHarness:
                 agent.harness = ChatHarness(agent.harness.config)
-                agent.harness.failures = self._failed_call
+                agent.harness.failures = failed_call
 
         self.environment.setup = setup
 
@@ -436,10 +440,6 @@ class Host:
         if self._loop is None:
             raise ValueError("an environment that is not served")
         return self._loop
-
-    def _failed_call(self, trace: str, name: str, why: str) -> None:
-        if (episode := self.of_trace.get(trace)) is not None:
-            self.failed(episode.number, name, why)
 
     async def _play(self, episode: PlayedEpisode, task: Any) -> None:
         def begun(trace: Any) -> None:

@@ -9,14 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from make_adapters import TOKENS, adapt_and_save
+from make_adapters import TOKENS, adapt_and_save, loaded
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
+from run_cli import holds
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from mlx_lora.models.load import load_base
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
@@ -34,7 +33,7 @@ from mlx_lora.utils.errors import InputError
 def test_round_trip_here_and_in_stock_mlx_lm(model, targets, num_layers, tmp_path, request):
     folder = request.getfixturevalue(model)
     expected = adapt_and_save(folder, tmp_path / "a", targets, num_layers)
-    base = load_base(ModelSettings(model=str(folder)))
+    base = loaded(folder)
     bare = base.model(TOKENS)
     info = load_adapter(base, tmp_path / "a")
     assert np.allclose(base.model(TOKENS), expected, atol=1e-5)
@@ -57,16 +56,15 @@ def test_adapter_of_stock_mlx_lm_loads_here(tiny_folder, tmp_path):
     (tmp_path / CONFIG_FILE).write_text(
         json.dumps({"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": shape})
     )
-    base = load_base(ModelSettings(model=str(tiny_folder)))
-    load_adapter(base, tmp_path)
+    base = loaded(tiny_folder, tmp_path)
     assert np.allclose(base.model(TOKENS), model(TOKENS), atol=1e-4)
 
 
 def test_qlora_adapter_goes_onto_its_float_base_but_not_onto_another(tiny_folder, tiny_4bit_folder, tmp_path):
     adapt_and_save(tiny_4bit_folder, tmp_path / "a")
-    load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path / "a")
+    load_adapter(loaded(tiny_folder), tmp_path / "a")
     stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
-    base = load_base(ModelSettings(model=str(stranger)))
+    base = loaded(stranger)
     with pytest.raises(InputError, match=r"trained on a different base.*--ignore-fingerprint"):
         load_adapter(base, tmp_path / "a")
     load_adapter(base, tmp_path / "a", ignore_fingerprint=True)
@@ -81,26 +79,24 @@ def test_every_mismatch_is_gathered_into_one_error(tiny_folder, tmp_path):
     stored["model.layers.9.bogus.lora_a"] = mx.zeros((2, 2))
     mx.save_safetensors(str(tmp_path / WEIGHTS_FILE), stored)
     with pytest.raises(InputError) as raised:
-        load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path)
+        load_adapter(loaded(tiny_folder), tmp_path)
     message = str(raised.value)
-    assert f"{names[0]} is missing" in message
-    assert f"{names[1]} is (3, 5)" in message
-    assert "layers.9.bogus.lora_a is not in the model" in message
+    holds(message, f"{names[0]} is missing", f"{names[1]} is (3, 5)", "layers.9.bogus.lora_a is not in the model")
 
 
 def test_saving_replaces_whole_files(tiny_folder, tmp_path):
     adapt_and_save(tiny_folder, tmp_path)
     adapt_and_save(tiny_folder, tmp_path, "q_proj")
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
-    load_adapter(load_base(ModelSettings(model=str(tiny_folder))), tmp_path)
+    load_adapter(loaded(tiny_folder), tmp_path)
 
 
 def test_the_compute_dtype_does_not_make_it_another_base(tiny_folder):
     # Norms are float32 here: rounded to float16 first, they would not round to the same bfloat16.
-    marks = {load_base(ModelSettings(model=str(tiny_folder), dtype=d)).fingerprint for d in ("float16", "float32")}
+    marks = {loaded(tiny_folder, dtype=d).fingerprint for d in ("float16", "float32")}
     assert len(marks) == 1
     other = write_folder(tiny_folder.parent / "other", tiny_model(seed=4))
-    assert load_base(ModelSettings(model=str(other))).fingerprint not in marks
+    assert loaded(other).fingerprint not in marks
 
 
 def test_float16_scales_are_cast_once_at_load(tmp_path):
@@ -108,8 +104,8 @@ def test_float16_scales_are_cast_once_at_load(tmp_path):
     model.set_dtype(mx.float16)
     config = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
     folder = write_folder(tmp_path / "half", model, config)
-    base = load_base(ModelSettings(model=str(folder)))
+    base = loaded(folder)
     assert base.model.model.embed_tokens.scales.dtype == device.compute_dtype()
     assert base.model(TOKENS).dtype == device.compute_dtype()
-    assert load_base(ModelSettings(model=str(folder), dtype="bfloat16")).model(TOKENS).dtype == mx.bfloat16
+    assert loaded(folder, dtype="bfloat16").model(TOKENS).dtype == mx.bfloat16
     shutil.rmtree(folder)

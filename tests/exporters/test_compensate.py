@@ -9,16 +9,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
-from make_adapters import adapt_and_save, make_adapter
-from run_cli import one_line, run
+from make_adapters import adapt_and_save, loaded, make_adapter
+from run_cli import holds, one_line, run, succeeds
 from tiny_moe import tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.base import exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.api.fuse import FuseSettings, ways_to_round
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters import rounding
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.rounding import (
     Budget,
     CalibrationTokens,
@@ -30,7 +28,6 @@ from mlx_lora.exporters.rounding import (
 )
 from mlx_lora.models import block_walk
 from mlx_lora.models.block_walk import BlockWalk
-from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
 IDS = [
@@ -45,10 +42,7 @@ def tokens(ids=IDS) -> CalibrationTokens:
 
 
 def adapted(folder, tmp_path, **more):
-    make_adapter(folder, tmp_path / "a", **{"strength": 0.05} | more)
-    base = load_base(ModelSettings(model=str(folder)))
-    load_adapter(base, tmp_path / "a")
-    return base
+    return loaded(folder, make_adapter(folder, tmp_path / "a", **{"strength": 0.05} | more))
 
 
 def whole_pass(model, path: str, given: CalibrationTokens) -> mx.array:
@@ -109,9 +103,9 @@ def test_a_compensated_layer_errs_less_in_its_outputs_than_a_rounded_one(tiny_4b
 
 
 def fuse(model, tmp_path, *extra):
-    ran = run("fuse", "--model", model, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f", "--force", *extra)
-    assert ran.code == 0, ran.err
-    return ran
+    return succeeds(
+        "fuse", "--model", model, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f", "--force", *extra
+    )
 
 
 @pytest.fixture
@@ -155,8 +149,7 @@ def test_experts_and_embeddings_are_rounded_plainly_and_said(rows, tmp_path):
     (base / "config.json").write_text(json.dumps(saved))
     make_adapter(base, tmp_path / "a", targets="all-linear,embed_tokens", strength=0.05)
     ran = fuse(base, tmp_path, "--compensate", rows, "--data", rows)
-    assert "Compensated 2 layers" in ran.err
-    assert "7 layers of experts or embeddings are rounded plainly" in ran.err
+    holds(ran.err, "Compensated 2 layers", "7 layers of experts or embeddings are rounded plainly")
 
 
 def test_a_budget_gives_bits_where_most_is_lost_and_is_kept(tiny_4bit_folder, rows, tmp_path):
@@ -179,7 +172,7 @@ def test_a_budget_gives_bits_where_most_is_lost_and_is_kept(tiny_4bit_folder, ro
     assert not chosen[0]
     assert set(chosen[2].values()) <= {5, 6, 8}
     assert kls[2] < kls[1] < kls[0]
-    assert load_base(ModelSettings(model=str(tmp_path / "f"))).model(IDS[0]).shape[-1] == 288
+    assert loaded(tmp_path / "f").model(IDS[0]).shape[-1] == 288
 
 
 @pytest.mark.parametrize("new_grid", [False, True])
@@ -212,8 +205,7 @@ def test_more_bits_on_a_new_grid_leave_the_grid_of_the_base(tiny_4bit_folder, tm
 
 def test_grids_are_tried_for_all_bits_that_lose(tiny_4bit_folder, rows, tmp_path):
     make_adapter(tiny_4bit_folder, tmp_path / "a")
-    base = load_base(ModelSettings(model=str(tiny_4bit_folder)))
-    load_adapter(base, tmp_path / "a")
+    base = loaded(tiny_4bit_folder, tmp_path / "a")
 
     def grids(**asked) -> list[bool]:
         return [way.new_grid for way in ways_to_round(base, tmp_path / "a", FuseSettings(tmp_path, **asked))]
@@ -238,11 +230,14 @@ def test_steps_that_help_most_per_byte_come_first():
         "b": LayerCost({4: 4.0, 5: 1.0, 8: 0.0}, {4: 100, 5: 120, 8: 200}),
         "c": LayerCost({4: 0.1, 5: 0.0, 8: 0.0}, {4: 100, 5: 120, 8: 200}),
     }
-    assert allocate(costs, 19) == {}
-    assert allocate(costs, 20) == {"a": 5}
-    assert allocate(costs, 40) == {"a": 5, "b": 5}
-    assert allocate(costs, 140) == {"a": 8, "b": 5, "c": 5}
-    assert allocate(costs, 1000) == {"a": 8, "b": 8, "c": 5}  # nothing is spent where nothing is gained
+    wanted = {
+        19: {},
+        20: {"a": 5},
+        40: {"a": 5, "b": 5},
+        140: {"a": 8, "b": 5, "c": 5},
+        1000: {"a": 8, "b": 8, "c": 5},  # nothing is spent where nothing is gained
+    }
+    assert {room: allocate(costs, room) for room in wanted} == wanted
 
 
 def test_a_budget_is_a_size_or_a_share():
@@ -259,9 +254,12 @@ def test_bad_input_is_one_line(tiny_folder, tiny_4bit_folder, tmp_path, rows):
     out = ("--out", tmp_path / "f")
     float_base = ("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "float", *out)
     base = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", *out)
-    one_line(run(*float_base, "--compensate", rows), "--compensate", "not quantized")
-    one_line(run(*float_base, "--bits-budget", "+10%"), "--bits-budget", "not quantized")
-    one_line(run(*base, "--compensate", tmp_path / "none.jsonl"), "none.jsonl")
-    one_line(run(*base, "--compensate"), "--compensate", "does not name its data", "--compensate FILE")
-    one_line(run(*base, "--bits-budget", "1KB", "--compensate", rows), "--bits-budget 1KB", "MB already")
+    for given, flags, *words in (
+        (float_base, ("--compensate", rows), "--compensate", "not quantized"),
+        (float_base, ("--bits-budget", "+10%"), "--bits-budget", "not quantized"),
+        (base, ("--compensate", tmp_path / "none.jsonl"), "none.jsonl"),
+        (base, ("--compensate",), "--compensate", "does not name its data", "--compensate FILE"),
+        (base, ("--bits-budget", "1KB", "--compensate", rows), "--bits-budget 1KB", "MB already"),
+    ):
+        one_line(run(*given, *flags), *words)
     assert not (tmp_path / "f").exists()

@@ -11,7 +11,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
 from resumed_runs import command
-from run_cli import one_line, run
+from run_cli import one_line, passed, run, succeeds
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def test_merged_forms_are_read_back_and_measured(made, tmp_path):
         "hf": ("--to", "hf"),
         "ollama": ("--to", "ollama", "--gguf-type", "q4_0"),
     }.items():
-        ran = export(made, tmp_path / name, *extra, *data)
-        assert ran.code == 0, ran.err
+        ran = passed(export(made, tmp_path / name, *extra, *data))
         assert "8 rows of" in ran.err
         found[name] = kl(ran.err)
     assert found["m.gguf"] == found["hf"] == 0
@@ -63,8 +62,7 @@ def test_what_is_not_measured_is_said(made, tmp_path):
 def test_what_keeps_the_bases_numbers_is_not_called_rounded(tiny_4bit_folder, chats, tmp_path):
     base = shutil.copytree(tiny_4bit_folder, tmp_path / "base")
     byte_tokenizer(merges=(("a", "b"), ("Ġ", "t"), ("ab", "c"))).save_pretrained(base)
-    ran = run(*command(base, chats, tmp_path / "a", "--method", "qa-lora"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(base, chats, tmp_path / "a", "--method", "qa-lora"))
     merged = ("export", "--model", base, "--adapter-path", tmp_path / "a", "--to", "gguf")
     stored = run(*merged, "--out", tmp_path / "m.gguf")
     assert (stored.code, "KL" in stored.err, "f16" in stored.err) == (0, False, False)

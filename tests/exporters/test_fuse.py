@@ -13,8 +13,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from comparing import by_dtype
 from conftest import quantized, tiny_model, write_folder
-from make_adapters import TOKENS, adapt_and_save, make_adapter
-from run_cli import one_line, run
+from make_adapters import TOKENS, adapt_and_save, loaded, make_adapter
+from run_cli import holds, one_line, run, succeeds
 
 from mlx_lora.api.fuse import Fused, FuseSettings, Gain, GainMeter, ways_to_round
 from mlx_lora.cli.fuse import words
@@ -33,9 +33,8 @@ def _short_general_text(monkeypatch, tmp_path):
 
 
 def fuse(model, folder, *extra):
-    ran = run("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
-    assert ran.code == 0, ran.err
-    return json.loads(ran.out), np.array(load_base(ModelSettings(model=str(folder / "f"))).model(TOKENS))
+    ran = succeeds("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
+    return json.loads(ran.out), np.array(loaded(folder / "f").model(TOKENS))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all-linear,embed_tokens", "q_proj"])
@@ -45,7 +44,7 @@ def test_a_float_result_gives_the_adapters_logits(model, extra, targets, tmp_pat
     expected = adapt_and_save(folder, tmp_path / "a", targets)
     report, found = fuse(folder, tmp_path, *extra)
     assert np.allclose(found, expected, atol=1e-4)
-    assert not np.allclose(found, load_base(ModelSettings(model=str(folder))).model(TOKENS), atol=1e-2)
+    assert not np.allclose(found, loaded(folder).model(TOKENS), atol=1e-2)
     assert report["error_most"] < by_dtype(1e-4, 2e-2)
     assert "quantization" not in json.loads((tmp_path / "f" / "config.json").read_text())
 
@@ -61,8 +60,7 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
     assert large["error_mean"] < 0.5 * tiny["error_mean"]
     assert 0.5 < tiny["error_mean"] < 1.01  # most of it is lost, and the base loses nothing
     ran = run("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "g")
-    assert "--dequantize" in ran.err
-    assert "--data" in ran.err
+    holds(ran.err, "--dequantize", "--data")
 
 
 @pytest.mark.parametrize("strength", [0.02, 0.3])
@@ -75,7 +73,7 @@ def test_the_grid_that_keeps_more_is_taken(strength, tiny_4bit_folder, tmp_path)
         info = load_adapter(base, tmp_path / "a")
         assert ways_to_round(base, tmp_path / "a", FuseSettings(tmp_path)) == [Rounding(), Rounding(new_grid=True)]
         write_fused(base, tmp_path / str(new_grid), info, Rounding(new_grid=new_grid), force=False)
-        kl[new_grid] = meter.compare(load_base(ModelSettings(model=str(tmp_path / str(new_grid))))).kl
+        kl[new_grid] = meter.compare(loaded(tmp_path / str(new_grid))).kl
     assert kl[False] != kl[True]
     report, _ = fuse(tiny_4bit_folder, tmp_path)
     assert report["kl"] == pytest.approx(min(kl.values()))
@@ -109,21 +107,19 @@ def test_a_module_trained_in_full_loses_its_layers_own_quantization(tiny_folder,
     )
     entries = {"quantization": {**layout, "lm_head": own}, "tie_word_embeddings": False}
     base = write_folder(tmp_path / "base", model, entries)
-    ran = run(
+    succeeds(
         "train", "--model", base, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 4, "--rank", 4,
         "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, "--modules-to-save", "lm_head",
     )  # fmt: skip
-    assert ran.code == 0, ran.err
-    adapted = load_base(ModelSettings(model=str(base)))
-    load_adapter(adapted, tmp_path / "a")
+    adapted = loaded(base, tmp_path / "a")
     _, found = fuse(base, tmp_path)
     assert json.loads((tmp_path / "f" / "config.json").read_text())["quantization"] == layout
     # The other layers are quantized anew, the head is not: it gives the trained one's logits of the same states.
-    fused = load_base(ModelSettings(model=str(tmp_path / "f")))
+    fused = loaded(tmp_path / "f")
     states = mx.random.normal((1, 5, 64))
     limit = by_dtype(1e-5, 5e-2)
     assert mx.allclose(fused.model.lm_head(states), adapted.model.lm_head(states), atol=limit)
-    plain = load_base(ModelSettings(model=str(base))).model.lm_head(states)
+    plain = loaded(base).model.lm_head(states)
     assert not mx.allclose(fused.model.lm_head(states), plain, atol=100 * by_dtype(1e-5, 1e-3))
     assert np.isfinite(found).all()
 
@@ -133,16 +129,8 @@ def test_what_cannot_be_read_back_is_not_left_behind(tiny_folder, tmp_path, monk
     # A family whose loading changes weights that were loaded before.
     shifted = lambda self, weights: {n: p + (1 if n.endswith("norm.weight") else 0) for n, p in weights.items()}  # noqa: E731
     monkeypatch.setattr("mlx_lm.models.llama.Model.sanitize", shifted)
-    ran = run(
-        "fuse",
-        "--model",
-        tiny_folder,
-        "--adapter-path",
-        tmp_path / "a",
-        "--out",
-        tmp_path / "f",
-        "--ignore-fingerprint",
-    )
+    given = ("--model", tiny_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f")
+    ran = run("fuse", *given, "--ignore-fingerprint")
     assert (ran.code, "back differently" in ran.err) == (1, True)
     assert not (tmp_path / "f").exists()
 
@@ -156,8 +144,7 @@ def test_the_files_dtypes_are_kept_and_untouched_layers_bit_for_bit(stored, tmp_
     before = mx.load(str(base / "model.safetensors"))
     for name, dtype in (("kept", ()), ("asked", ("--dtype", "bfloat16" if stored == "float16" else "float16"))):
         adapt_and_save(base, tmp_path / "a", "q_proj")
-        ran = run("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
-        assert ran.code == 0, ran.err
+        succeeds("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / name, *dtype)
         after = mx.load(str(tmp_path / name / "model.safetensors"))
         same = [n for n, p in before.items() if p.dtype == after[n].dtype and mx.array_equal(p, after[n])]
         assert {n.rpartition(".")[2] for n in before.keys() - set(same)} >= {"weight", "scales", "biases"}
@@ -187,21 +174,19 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
     if not marked:  # as another program writes it
         monkeypatch.setattr("mlx_lora.models.folder.fused_mark", lambda config: "")
         monkeypatch.setattr("mlx_lora.models.convert.fused_mark", lambda config: "")
-    ran = run(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
-    assert ran.code == 0, ran.err
+    succeeds(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
     models = [out]
     if form == "float":
-        ran = run("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
-        assert ran.code == 0, ran.err
+        succeeds("convert", "--model", out, "--out", tmp_path / "f4", "--bits", 4, "--group-size", 32)
         models.append(tmp_path / "f4")
     said = "an adapter fused into it" if marked else "already contains this adapter"
     for model in models:
         with pytest.raises(InputError, match=said):
-            load_adapter(load_base(ModelSettings(model=str(model))), adapter)
-        load_adapter(load_base(ModelSettings(model=str(model))), adapter, ignore_fingerprint=True)
+            load_adapter(loaded(model), adapter)
+        load_adapter(loaded(model), adapter, ignore_fingerprint=True)
     # One base all the same: another adapter's mark is another, that of the quantized model is its float form's.
     if form == "float" and marked:
-        marks = [load_base(ModelSettings(model=str(model))).fingerprint for model in (base, *models)]
+        marks = [loaded(model).fingerprint for model in (base, *models)]
         assert marks[1] == marks[2] != marks[0] == marks[1].partition("+")[0]
 
 
@@ -210,36 +195,25 @@ def test_an_adapter_trained_on_a_fused_model_by_an_earlier_version_still_loads(t
     first = make_adapter(tiny_folder, tmp_path / "a", strength=0.1)
     assert run("fuse", "--model", tiny_folder, "--adapter-path", first, "--out", fused).code == 0
     second = make_adapter(fused, tmp_path / "b", seed=5, strength=0.1)
-    load_adapter(load_base(ModelSettings(model=str(fused))), second)
+    load_adapter(loaded(fused), second)
     with pytest.raises(InputError, match="a different base"):
-        load_adapter(load_base(ModelSettings(model=str(tiny_folder))), second)
+        load_adapter(loaded(tiny_folder), second)
     config = json.loads((second / CONFIG_FILE).read_text())
     del config["mlx_lora"]["overlap"]
     config["mlx_lora"]["base_fingerprint"] = config["mlx_lora"]["base_fingerprint"].partition("+")[0]
     (second / CONFIG_FILE).write_text(json.dumps(config))
-    load_adapter(load_base(ModelSettings(model=str(fused))), second)
+    load_adapter(loaded(fused), second)
     config["mlx_lora"]["base_model"] = str(tiny_folder)
     (second / CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(InputError, match="an adapter fused into it"):
-        load_adapter(load_base(ModelSettings(model=str(fused))), second)
+        load_adapter(loaded(fused), second)
 
 
 def test_what_rounding_costs_is_not_claimed_unmeasured():
     rounding = {"layers": 4, "bits": 4, "error_mean": 51.005, "error_most": 161.0, "most_layer": "q_proj"}
     unknown = words(rounding, Gain(2.1, 1.8, 2.0, 32, "rows", 0.1, "no data"))
-    assert all(
-        part in unknown
-        for part in (
-            "51 times",
-            "4 bits",
-            "no data",
-            "--data",
-            "--dequantize",
-            "--fused-bits 8",
-            "KL 0.100",
-            "--compensate",
-        )
-    )
+    named = ("51 times", "4 bits", "no data", "--data", "--dequantize", "--fused-bits 8", "KL 0.100", "--compensate")
+    holds(unknown, *named)
     assert Gain(2.1, 1.8, 2.0, 32, "rows", 0.1, "no data").kept is None  # nobody trained for these rows
     assert not re.search(r"keeps \d+%", unknown)  # no share of the effect
     little = words({**rounding, "error_mean": 0.012}, None)
@@ -252,7 +226,7 @@ def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
     rounding = {"layers": 4, "bits": 4, "error_mean": 51.0, "error_most": 161.0, "most_layer": "q_proj"}
     faded = words(rounding, Gain(2.1, 1.8, 2.0, 32, "32 rows of x.jsonl"))
     remedies = ("--dequantize", "--fused-bits 8", "--compensate", "--bits-budget", "--qat", "--method qa-lora")
-    assert all(part in faded for part in ("33%", "2.10", "1.80", "2.00", "Warning", *remedies))
+    holds(faded, "33%", "2.10", "1.80", "2.00", "Warning", *remedies)
     again = words(rounding, Gain(2.1, 1.8, 2.0, 32, "32 rows of x.jsonl"), ("--compensate",))
     assert "--compensate FILE" not in again
     whole = words(rounding, Gain(2.1, 1.8, 1.8, 32, "32 rows of x.jsonl"))
@@ -269,18 +243,16 @@ def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
 def trained(tmp_path_factory, tiny_4bit_folder, chats):
     """An adapter that has learned something, on a 4-bit base."""
     folder = tmp_path_factory.mktemp("trained") / "a"
-    ran = run(
+    succeeds(
         "train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", folder, "--iters", 30, "--rank", 4,
         "--batch-tokens", 256, "--learning-rate", 1e-2, "--val-batches", 0, "--sample-tokens", 0,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     return folder
 
 
 def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_folder, chats, tmp_path):
     given = ("--model", tiny_4bit_folder, "--adapter-path", trained, "--json")
-    four = run("fuse", *given, "--out", tmp_path / "four")
-    assert four.code == 0, four.err
+    four = succeeds("fuse", *given, "--out", tmp_path / "four")
     found = json.loads(four.out)
     gain = found["loss_base"] - found["loss_adapter"]
     assert gain > 0.1

@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from make_adapters import OWN_TEMPLATE, adapt_and_save, make_adapter
+from make_adapters import OWN_TEMPLATE, adapt_and_save, loaded, make_adapter
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiny_moe import tiny_moe, with_quantized_experts
 
 import mlx_lora.api.fuse
@@ -19,10 +19,8 @@ from mlx_lora.adapters.base import exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.lora import LoRALinear
 from mlx_lora.api.fuse import calibration_tokens
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import CONFIG_FILE, load_adapter
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.exporters.fuse import fuse_adapter
-from mlx_lora.models.load import load_base
 
 LAYOUT = {"group_size": 32, "bits": 4, "mode": "affine"}
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
@@ -37,9 +35,7 @@ def rows(tmp_path_factory):
 
 
 def fuse(model, adapter, out, *extra):
-    ran = run("fuse", "--model", model, "--adapter-path", adapter, "--out", out, "--force", *extra)
-    assert ran.code == 0, ran.err
-    return ran
+    return succeeds("fuse", "--model", model, "--adapter-path", adapter, "--out", out, "--force", *extra)
 
 
 def stored_bytes(folder) -> int:
@@ -60,9 +56,7 @@ def adapter_of_zero(layout, dtype):
 def test_an_adapter_of_zero_changes_nothing(bits, dtype):
     model, base = adapter_of_zero({**LAYOUT, "bits": bits}, dtype)
     fuse_adapter(model, False)
-    assert mx.array_equal(model.layer.weight, base.weight)
-    assert mx.array_equal(model.layer.scales, base.scales)
-    assert mx.array_equal(model.layer.biases, base.biases)
+    assert all(mx.array_equal(model.layer[name], base[name]) for name in ("weight", "scales", "biases"))
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
@@ -105,10 +99,7 @@ def test_a_compensated_model_has_the_files_dtypes(mode, extra, rows, tmp_path):
 
 def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
-    ran = run(
-        "train", *words, "--modules-to-save", "embed_tokens", "--adapter-path", tmp_path / "a", "--val-batches", 0
-    )
-    assert ran.code == 0, ran.err
+    succeeds("train", *words, "--modules-to-save", "embed_tokens", "--adapter-path", tmp_path / "a", "--val-batches", 0)
     fuse(tiny_4bit_folder, tmp_path / "a", tmp_path / "plain", "--no-compensate")
     fuse(tiny_4bit_folder, tmp_path / "a", tmp_path / "more", "--bits-budget", "+5%")
     own = stored_bytes(tmp_path / "plain")
@@ -121,8 +112,7 @@ def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_p
 @pytest.mark.parametrize("flags", [pytest.param(("--method", "qa-lora"), marks=pytest.mark.slow), ("--qat",)])
 def test_what_fuses_without_rounding_needs_no_compensation(flags, tiny_4bit_folder, chats, rows, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
-    ran = run("train", *words, *flags, "--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0)
-    assert ran.code == 0, ran.err
+    succeeds("train", *words, *flags, "--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0)
     given = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f")
     for flag, value in (("--compensate", rows), ("--bits-budget", "+10%")):
         one_line(run(*given, flag, value), flag, "without rounding")
@@ -131,16 +121,9 @@ def test_what_fuses_without_rounding_needs_no_compensation(flags, tiny_4bit_fold
 def test_a_budget_needs_a_linear_layer(rows, tmp_path):
     base = write_folder(tmp_path / "base", *with_quantized_experts(*tiny_moe("qwen3_moe")))
     make_adapter(base, tmp_path / "a", targets="switch_mlp.up_proj")
-    layers = adapter_layers(_loaded(base, tmp_path / "a"))
-    assert layers
+    assert adapter_layers(loaded(base, tmp_path / "a").model)
     given = ("fuse", "--model", base, "--adapter-path", tmp_path / "a", "--out", tmp_path / "f", "--compensate", rows)
     one_line(run(*given), "--compensate", "linear")
-
-
-def _loaded(base, adapter) -> nn.Module:
-    loaded = load_base(ModelSettings(model=str(base)))
-    load_adapter(loaded, adapter)
-    return loaded.model
 
 
 def test_rows_are_read_with_the_adapters_template(tiny_4bit_folder, chats, tmp_path, monkeypatch):
@@ -169,21 +152,9 @@ def test_an_adapter_is_not_written_over_by_what_is_made_of_it(tiny_folder, tmp_p
 
 def test_an_adapter_of_qat_is_for_the_format_that_it_was_trained_in(tiny_4bit_folder, tiny_folder, chats, tmp_path):
     words = (
-        "--data",
-        chats,
-        "--iters",
-        2,
-        "--rank",
-        2,
-        "--batch-tokens",
-        128,
-        "--val-batches",
-        0,
-        "--sample-tokens",
-        0,
-    )
-    ran = run("train", "--model", tiny_4bit_folder, *words, "--qat", "--adapter-path", tmp_path / "a")
-    assert ran.code == 0, ran.err
+        "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128, "--val-batches", 0, "--sample-tokens", 0,
+    )  # fmt: skip
+    succeeds("train", "--model", tiny_4bit_folder, *words, "--qat", "--adapter-path", tmp_path / "a")
     eight = {**LAYOUT, "bits": 8}
     other = write_folder(tmp_path / "eight", quantized(tiny_model(), **eight), {"quantization": eight})
     for model, found in ((other, "8-bit"), (tiny_folder, "float")):
@@ -223,7 +194,7 @@ def test_what_mlx_lm_would_misread_is_not_exported_to_it(tiny_folder, chats, tmp
 
 def test_every_array_is_read(tiny_4bit_folder):
     """`exact_weight` is the stored weight, as numpy computes it."""
-    model = load_base(ModelSettings(model=str(tiny_4bit_folder))).model
+    model = loaded(tiny_4bit_folder).model
     layer = model.layers[0].self_attn.q_proj
     arrays = dict(tree_flatten(layer.parameters()))
     codes = np.array(arrays["weight"]).view("<u4")

@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_folder
-from make_adapters import adapt_and_save
+from make_adapters import adapt_and_save, as_peft, loaded
 from mlx_lm.models.switch_layers import SwitchLinear
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
-from tiny_moe import FEW, MANY, close, differ, loaded, logits, tiny_moe
+from tiny_moe import FEW, MANY, close, differ, logits, tiny_moe
 
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.lora import LoRASwitchLinear
@@ -50,11 +50,9 @@ def test_exported_adapters_of_experts_give_our_logits_in_peft(kind, tmp_path):
     expected, exported = [logits(loaded(folder).model)], []
     for i, targets in enumerate(("all-linear", experts, "*.up_proj", "*.down_proj,q_proj", "layers.1.*.gate_proj")):
         adapt_and_save(folder, tmp_path / f"a{i}", targets)
-        adapted = loaded(folder)
-        load_adapter(adapted, tmp_path / f"a{i}")
+        adapted = loaded(folder, tmp_path / f"a{i}")
         out = tmp_path / f"p{i}"
-        ran = run("export", "--model", folder, "--adapter-path", tmp_path / f"a{i}", "--to", "peft", "--out", out)
-        assert ran.code == 0, ran.err
+        succeeds("export", "--model", folder, "--adapter-path", tmp_path / f"a{i}", "--to", "peft", "--out", out)
         assert json.loads((out / PEFT_CONFIG).read_text())["target_parameters"]
         expected.append(logits(adapted.model))
         exported.append(out)
@@ -106,8 +104,7 @@ def test_routers_are_refused_by_name(kind, tmp_path):
     router = "router" if kind == "gpt_oss" else "gate"
     adapt_and_save(folder, tmp_path / "a", f"{router},q_proj")
     ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
-    assert ran.code == 2
-    assert f".{router} and 1 more" in ran.err
+    assert (ran.code, f".{router} and 1 more" in ran.err) == (2, True)
     assert not (tmp_path / "p").exists()
 
 
@@ -116,12 +113,8 @@ def test_routers_are_refused_by_name(kind, tmp_path):
 def test_our_exports_of_experts_can_be_read_back(kind, targets, tmp_path):
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    adapt_and_save(folder, tmp_path / "a", targets)
-    ours, back, bare = loaded(folder), loaded(folder), loaded(folder)
-    load_adapter(ours, tmp_path / "a")
-    ran = run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
-    assert ran.code == 0, ran.err
-    load_adapter(back, tmp_path / "p")
+    as_peft(folder, tmp_path, targets)
+    bare, ours, back = (loaded(folder, adapter) for adapter in (None, tmp_path / "ours", tmp_path / "p"))
     expected = adapter_layers(ours.model)
     assert adapter_layers(back.model).keys() == expected.keys()
     for path, layer in adapter_layers(back.model).items():
@@ -136,14 +129,12 @@ def test_pairs_that_peft_trained_together_are_read(kind, tmp_path):
     """There every rank serves the gate and up; a pair for another width is refused."""
     model, config = tiny_moe(kind)
     folder = write_folder(tmp_path / "base", model, config)
-    adapt_and_save(folder, tmp_path / "a", "layers.0.*.up_proj")
-    run("export", "--model", folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "p")
+    as_peft(folder, tmp_path, "layers.0.*.up_proj")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     ((name_a, a), (name_b, b)) = sorted(stored.items())
     b = mx.random.normal(b.shape)
     mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), {name_a: a, name_b: b})
-    base = loaded(folder)
-    load_adapter(base, tmp_path / "p")
+    base = loaded(folder, tmp_path / "p")
     layers = {path.rsplit(".", 1)[-1]: layer for path, layer in adapter_layers(base.model).items()}
     assert layers.keys() == {"gate_proj", "up_proj"}
     rank = layers["up_proj"].lora_a.shape[1]

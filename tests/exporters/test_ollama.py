@@ -13,7 +13,7 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 from gguf_families import MERGES, write_folder_with_merges
 from make_adapters import adapt_and_save
-from run_cli import one_line, run
+from run_cli import one_line, passed, run, succeeds
 
 import mlx_lora.data
 from mlx_lora.exporters.ollama import FAMILIES, Chat, recognize
@@ -94,16 +94,14 @@ def test_templates_in_go():
 @pytest.mark.slow
 def test_the_merged_model_with_its_template(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
-    ran = export(folder, tmp_path / "out", "--adapter-path", tmp_path / "a", "--gguf-type", "q8_0")
-    assert ran.code == 0, ran.err
+    ran = passed(export(folder, tmp_path / "out", "--adapter-path", tmp_path / "a", "--gguf-type", "q8_0"))
     assert "chatml" in ran.err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
     wanted = f'FROM ./model.gguf\nTEMPLATE """{CHATML_GO}"""\nPARAMETER stop "<|im_end|>"\n'
     assert (tmp_path / "out" / "Modelfile").read_text() == wanted
     file = read_gguf(tmp_path / "out" / "model.gguf")
     assert file.metadata["general.name"] == "out"
-    bare = run("export", "--model", folder, "--to", "gguf", "--gguf-type", "q8_0", "--out", tmp_path / "bare.gguf")
-    assert bare.code == 0
+    succeeds("export", "--model", folder, "--to", "gguf", "--gguf-type", "q8_0", "--out", tmp_path / "bare.gguf")
     name = "blk.0.attn_v.weight"
     there, without = file.tensors[name].dequantize(), read_gguf(tmp_path / "bare.gguf").tensors[name].dequantize()
     assert abs(there - without).max() > 0.1
@@ -126,8 +124,7 @@ def test_a_default_system_text_is_the_modelfiles(folder, tmp_path):
 def test_the_adapter_over_a_base_that_ollama_has(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
     adapter = ("--adapter-path", tmp_path / "a")
-    ran = export(folder, tmp_path / "out", *adapter, "--ollama-base", "smollm2:135m")
-    assert ran.code == 0, ran.err
+    passed(export(folder, tmp_path / "out", *adapter, "--ollama-base", "smollm2:135m"))
     assert (tmp_path / "out" / "Modelfile").read_text() == "FROM smollm2:135m\nADAPTER ./adapter.gguf\n"
     assert read_gguf(tmp_path / "out" / "adapter.gguf").metadata["general.type"] == "adapter"
     assert run("export", "--model", folder, "--to", "gguf", "--out", tmp_path / "base.gguf").code == 0

@@ -8,14 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model, write_folder
-from make_adapters import TOKENS, adapt_and_save, make_adapter
-from run_cli import run
+from make_adapters import TOKENS, adapt_and_save, as_peft, loaded, make_adapter, our_logits
+from run_cli import holds, one_line, run, succeeds
 from torch_judge import torch_base
 
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS
-from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
@@ -23,12 +20,6 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("Future
 
 CLOSE = 1e-4
 FAR = 1e-2
-
-
-@pytest.fixture(scope="session")
-def untied_folder(tmp_path_factory):
-    config = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
-    return write_folder(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False), config)
 
 
 @pytest.fixture(scope="session")
@@ -45,11 +36,14 @@ def torch_logits(model) -> np.ndarray:
         return model(torch.tensor(np.array(TOKENS))).logits.numpy()
 
 
-def our_logits(folder, adapter=None) -> np.ndarray:
-    base = load_base(ModelSettings(model=str(folder)))
-    if adapter is not None:
-        load_adapter(base, adapter, ignore_fingerprint=True)
-    return np.array(base.model(TOKENS))
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def peft_logits(folder, adapter) -> np.ndarray:
+    model = pytest.importorskip("peft").PeftModel.from_pretrained(torch_base(folder), adapter)
+    return torch_logits(model.eval())
 
 
 # Ten adapters with odd settings, as PEFT makes them.
@@ -78,9 +72,9 @@ ODD = {
 @pytest.mark.parity
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ODD)
-def test_adapters_that_peft_made_load_here(name, tied, tiny_folder, untied_folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+def test_adapters_that_peft_made_load_here(peft, name, tied, tiny_folder, untied_folder, tmp_path):
+    import torch
+
     folder = tiny_folder if tied else untied_folder
     settings = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **ODD[name]}
     model = peft.get_peft_model(torch_base(folder), peft.LoraConfig(**settings)).eval()
@@ -101,19 +95,16 @@ def test_adapters_that_peft_made_load_here(name, tied, tiny_folder, untied_folde
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("peft")
 @pytest.mark.parametrize(
     ("targets", "layers"),
     [("all-linear", -1), ("q_proj,v_proj", 1), ("all-linear,embed_tokens", -1), ("layers.0.mlp.*,k_proj", -1)],
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_folder, untied_folder, tmp_path):
-    peft = pytest.importorskip("peft")
     folder = tiny_folder if tied else untied_folder
-    expected = np.array(adapt_and_save(folder, tmp_path / "ours", targets, layers))
-    ran = run("export", "--model", folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
-    assert ran.code == 0, ran.err
-    model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "p").eval()
-    assert np.allclose(torch_logits(model), expected, atol=CLOSE)
+    expected = as_peft(folder, tmp_path, targets, layers)
+    assert np.allclose(peft_logits(folder, tmp_path / "p"), expected, atol=CLOSE)
     assert not np.allclose(torch_logits(torch_base(folder)), expected, atol=FAR)
     assert np.allclose(our_logits(folder, tmp_path / "p"), expected, atol=1e-5)
 
@@ -121,16 +112,14 @@ def test_our_adapters_load_in_peft_and_come_back(targets, layers, tied, tiny_fol
 @pytest.mark.parity
 def test_a_merged_folder_gives_transformers_our_logits(tiny_folder, tmp_path):
     expected = np.array(adapt_and_save(tiny_folder, tmp_path / "ours"))
-    ran = run(
+    succeeds(
         "export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "hf", "--out", tmp_path / "hf"
     )
-    assert ran.code == 0, ran.err
     assert np.allclose(torch_logits(torch_base(tmp_path / "hf")), expected, atol=CLOSE)
 
 
 def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
-    adapt_and_save(tiny_folder, tmp_path / "ours", "embed_tokens")
-    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    as_peft(tiny_folder, tmp_path, "embed_tokens")
     both = our_logits(tiny_folder, tmp_path / "p")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     kept = {name: value for name, value in stored.items() if "lm_head" not in name}
@@ -138,8 +127,7 @@ def test_an_embedding_alone_leaves_the_tied_head(tiny_folder, tmp_path):
     mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), kept)
     assert not np.allclose(our_logits(tiny_folder, tmp_path / "p"), both, atol=FAR)
     ran = run("fuse", "--model", tiny_folder, "--adapter-path", tmp_path / "p", "--out", tmp_path / "f")
-    assert ran.code == 2
-    assert "changes the embedding but not the tied head" in ran.err
+    one_line(ran, "changes the embedding but not the tied head")
 
 
 FULL = {
@@ -170,17 +158,13 @@ def loads_here(model, folder, out):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FULL)
-def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    pytest.importorskip("torch")
+def test_what_peft_trained_in_full_loads_here_and_goes_back(peft, name, biased_folder, tmp_path):
     model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
     expected = loads_here(model, biased_folder, tmp_path / "a")
-    ran = run(
+    succeeds(
         "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b"
     )
-    assert ran.code == 0, ran.err
-    again = peft.PeftModel.from_pretrained(torch_base(biased_folder), tmp_path / "b").eval()
-    assert np.allclose(torch_logits(again), expected, atol=CLOSE)
+    assert np.allclose(peft_logits(biased_folder, tmp_path / "b"), expected, atol=CLOSE)
     for to in ("mlx-lm", "gguf-adapter"):
         ran = run(
             "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", to, "--out", tmp_path / "c"
@@ -190,34 +174,30 @@ def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder,
 
 @pytest.mark.parity
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["lm_head"]])
-def test_what_peft_trained_in_full_and_tied_loads_here(saved, tiny_folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    pytest.importorskip("torch")
+def test_what_peft_trained_in_full_and_tied_loads_here(peft, saved, tiny_folder, tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
     model = peft.get_peft_model(torch_base(tiny_folder), config).eval()
     loads_here(model, tiny_folder, tmp_path / "a")
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("peft")
 def test_transformers_itself_reads_our_dora(tiny_folder, tmp_path):
     """It loads PEFT's folders with a loader of its own, and not the magnitudes under the name that PEFT writes."""
-    peft = pytest.importorskip("peft")
     make_adapter(tiny_folder, tmp_path / "p", form="dora", peft=True)
     model = torch_base(tiny_folder)
     model.load_adapter(str(tmp_path / "p"))
     found = torch_logits(model.eval())
     assert np.allclose(found, our_logits(tiny_folder, tmp_path / "p"), atol=CLOSE)
     assert not np.allclose(found, our_logits(tiny_folder), atol=FAR)
-    assert np.allclose(
-        torch_logits(peft.PeftModel.from_pretrained(torch_base(tiny_folder), tmp_path / "p").eval()), found, atol=CLOSE
-    )
+    assert np.allclose(peft_logits(tiny_folder, tmp_path / "p"), found, atol=CLOSE)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("steps", [1, 6])
-def test_an_adalora_that_peft_made_loads_here(steps, untied_folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+def test_an_adalora_that_peft_made_loads_here(peft, steps, untied_folder, tmp_path):
+    import torch
+
     config = peft.AdaLoraConfig(
         init_r=6, target_r=4, tinit=1, tfinal=2, deltaT=1, lora_alpha=32, total_step=6, task_type="CAUSAL_LM",
         target_modules=["q_proj", "v_proj", "down_proj"],
@@ -250,8 +230,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_carried_over_is_named(name, tiny_folder, tmp_path):
-    adapt_and_save(tiny_folder, tmp_path / "ours")
-    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    as_peft(tiny_folder, tmp_path)
     config = json.loads((tmp_path / "p" / PEFT_CONFIG).read_text())
     changes, words = REFUSED[name]
     (tmp_path / "p" / PEFT_CONFIG).write_text(json.dumps({**config, **changes}))
@@ -260,28 +239,30 @@ def test_what_cannot_be_carried_over_is_named(name, tiny_folder, tmp_path):
 
 
 def test_foreign_and_misshapen_tensors_are_gathered(tiny_folder, tmp_path):
-    adapt_and_save(tiny_folder, tmp_path / "ours", "q_proj")
-    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    as_peft(tiny_folder, tmp_path, "q_proj")
     stored = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS))
     first, second = sorted(name for name in stored if "lora_A" in name)
     stored.pop(first)
-    stored[second] = mx.zeros((4, 3))
-    stored["base_model.model.model.layers.0.self_attn.q_proj.bias"] = mx.zeros((4,))
-    stored["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = mx.zeros((4, 64))
-    stored["base_model.model.lm_head.lora_A.weight"] = mx.zeros((4, 64))
+    stored |= {
+        second: mx.zeros((4, 3)),
+        "base_model.model.model.layers.0.self_attn.q_proj.bias": mx.zeros((4,)),
+        "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": mx.zeros((4, 64)),
+        "base_model.model.lm_head.lora_A.weight": mx.zeros((4, 64)),
+    }
     mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), stored)
     with pytest.raises(InputError) as raised:
         our_logits(tiny_folder, tmp_path / "p")
-    message = str(raised.value)
-    assert "q_proj.bias is not a LoRA factor" in message
-    assert "layers.7.self_attn.q_proj is not in the model" in message
-    assert "layers.0.self_attn.q_proj has B, not A and B" in message
-    assert "layers.1.self_attn.q_proj has adapter weights for 3 -> 64" in message
+    holds(
+        str(raised.value),
+        "q_proj.bias is not a LoRA factor",
+        "layers.7.self_attn.q_proj is not in the model",
+        "layers.0.self_attn.q_proj has B, not A and B",
+        "layers.1.self_attn.q_proj has adapter weights for 3 -> 64",
+    )
 
 
 def test_a_changed_copy_of_the_embedding_is_refused(tiny_folder, tmp_path):
-    adapt_and_save(tiny_folder, tmp_path / "ours", "embed_tokens")
-    run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p")
+    as_peft(tiny_folder, tmp_path, "embed_tokens")
     stored, own = mx.load(str(tmp_path / "p" / PEFT_WEIGHTS)), mx.load(str(tiny_folder / "model.safetensors"))
     before, weight = our_logits(tiny_folder, tmp_path / "p"), own["model.embed_tokens.weight"]
     for copy, words in ((weight, None), (weight[:200], "resized"), (weight * 1.1, "trained in full")):
@@ -302,6 +283,7 @@ def test_pickles_are_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parity
+@pytest.mark.usefixtures("peft")
 @pytest.mark.parametrize(
     ("method", "extra"),
     [
@@ -312,21 +294,17 @@ def test_pickles_are_refused(tiny_folder, tmp_path):
     ],
 )
 def test_every_methods_run_goes_to_peft_as_a_plain_lora(method, extra, untied_folder, chats, tmp_path):
-    peft = pytest.importorskip("peft")
     flags = [word for name, value in extra.items() for word in (f"--{name.replace('_', '-')}", value)]
-    ran = run(
+    succeeds(
         "train", "--model", untied_folder, "--data", chats, "--adapter-path", tmp_path / "ours", "--method", method,
         "--iters", 8, "--rank", 4, "--batch-tokens", 256, "--learning-rate", 2e-2, "--val-batches", 0, *flags,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     expected = our_logits(untied_folder, tmp_path / "ours")
     assert not np.allclose(our_logits(untied_folder), expected, atol=1e-3)
-    ran = run(
+    succeeds(
         "export", "--model", untied_folder, "--adapter-path", tmp_path / "ours", "--to", "peft", "--out", tmp_path / "p"
     )
-    assert ran.code == 0, ran.err
-    model = peft.PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "p").eval()
-    assert np.allclose(torch_logits(model), expected, atol=2e-4 * max(1, np.abs(expected).max()))
+    assert np.allclose(peft_logits(untied_folder, tmp_path / "p"), expected, atol=2e-4 * max(1, np.abs(expected).max()))
     assert np.allclose(our_logits(untied_folder, tmp_path / "p"), expected, atol=1e-4)
 
 
@@ -336,32 +314,21 @@ def test_two_adapters_merged_in_peft_are_the_sum_of_both_here(untied_folder, tmp
     from peft import PeftModel
 
     for seed, name in enumerate(("bard", "tutor"), start=1):
-        make_adapter(untied_folder, tmp_path / name, rank=2 + seed, seed=seed, strength=0.1)
-        given = (
-            "--model",
-            untied_folder,
-            "--adapter",
-            tmp_path / name,
-            "--to",
-            "peft",
-            "--out",
-            tmp_path / f"{name}-peft",
-        )
-        assert run("export", *given).code == 0
+        adapter = make_adapter(untied_folder, tmp_path / name, rank=2 + seed, seed=seed, strength=0.1)
+        out = tmp_path / f"{name}-peft"
+        succeeds("export", "--model", untied_folder, "--adapter", adapter, "--to", "peft", "--out", out)
     model = PeftModel.from_pretrained(torch_base(untied_folder), tmp_path / "bard-peft", adapter_name="bard")
     model.load_adapter(tmp_path / "tutor-peft", adapter_name="tutor")
     model.add_weighted_adapter(["bard", "tutor"], [0.5, 0.5], "both", combination_type="cat")
     model.set_adapter("both")
     model.save_pretrained(tmp_path / "both-peft", selected_adapters=["both"])
-    both = our_logits(untied_folder, tmp_path / "both-peft" / "both")
+    merged = loaded(untied_folder, tmp_path / "both-peft" / "both", ignore_fingerprint=True)
+    both = np.array(merged.model(TOKENS))
     assert np.allclose(both, torch_logits(model.eval()), atol=CLOSE)
     # Half of each update is added to the weights.
     change = mx.zeros(1)
     for name in ("bard", "tutor"):
-        base = load_base(ModelSettings(model=str(untied_folder)))
-        load_adapter(base, tmp_path / name)
+        base = loaded(untied_folder, tmp_path / name)
         change = change + 0.5 * base.model.model.layers[0].self_attn.q_proj.delta()
-    merged = load_base(ModelSettings(model=str(untied_folder)))
-    load_adapter(merged, tmp_path / "both-peft" / "both", ignore_fingerprint=True)
     assert np.allclose(merged.model.model.layers[0].self_attn.q_proj.delta(), change, atol=1e-5)
     assert not np.allclose(both, our_logits(untied_folder, tmp_path / "bard"), atol=FAR)

@@ -14,24 +14,19 @@ import numpy as np
 import pytest
 from architectures.build import tiny_architecture, write_architecture
 from conftest import tiny_model, write_folder
-from make_adapters import OWN_TEMPLATE, TOKENS, make_adapter
-from run_cli import run
+from make_adapters import OWN_TEMPLATE, TOKENS, loaded, make_adapter, our_logits, write_moved_peft
+from run_cli import holds, run, succeeds
 from tiny_moe import tiny_moe
 from transformers import AutoTokenizer
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
-from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, TEMPLATE_FILE, template_beside
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_start, run_of, save_adapter
 from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, check_peft, check_reached, rank_problems, write_peft
 from mlx_lora.models.head import tied_embedding
-from mlx_lora.models.load import load_base
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.utils.errors import InputError
-
-
-def loaded(folder):
-    return load_base(ModelSettings(model=str(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +36,7 @@ def adapter(tiny_folder, tmp_path_factory):
 
 
 def export(folder, adapter, to, out, *more):
-    ran = run("export", "--model", folder, "--adapter-path", adapter, "--to", to, "--out", out, *more)
-    assert ran.code == 0, ran.err
-    return ran.err
+    return succeeds("export", "--model", folder, "--adapter-path", adapter, "--to", to, "--out", out, *more).err
 
 
 def test_an_adapters_own_chat_template_goes_to_peft_and_comes_back(tiny_folder, adapter, tmp_path):
@@ -58,8 +51,7 @@ def test_an_adapters_own_chat_template_goes_to_peft_and_comes_back(tiny_folder, 
     base.hf_tokenizer.chat_template = OWN_TEMPLATE
     assert template_beside(out, base.hf_tokenizer) is None
     card = (out / "README.md").read_text()
-    assert 'AutoTokenizer.from_pretrained("adapter")' in card
-    assert "mlx-lora fuse" in card
+    holds(card, 'AutoTokenizer.from_pretrained("adapter")', "mlx-lora fuse")
     (out / TEMPLATE_FILE).write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError):
         load_adapter(loaded(tiny_folder), out)
@@ -98,8 +90,7 @@ def test_a_merged_adapter_is_not_what_the_earlier_one_was(tiny_folder, tmp_path)
     assert run("merge", *given, "--no-evaluate").code == 0
     (out / "run.yaml").write_text("objective: embed\npooling: mean\n")
     (out / LABELS_FILE).write_text("{}")
-    ran = run("merge", *given, "--no-evaluate", "--force")
-    assert ran.code == 0, ran.err
+    succeeds("merge", *given, "--no-evaluate", "--force")
     assert run_of(out) == {}
     assert {"adapters.safetensors", "merge.json"} <= {file.name for file in out.iterdir()}
     assert not (out / LABELS_FILE).exists()
@@ -114,8 +105,7 @@ def test_a_qa_lora_starts_from_its_peft_form_and_not_from_an_ordinary_lora(tiny_
     base.model.load_weights(moved, strict=False)
     trained = {path: layer.delta() for path, layer in adapter_layers(base.model).items()}
     stored = saved(base, tmp_path / "own")
-    plain = loaded(tiny_4bit_folder)
-    load_adapter(plain, stored)
+    plain = loaded(tiny_4bit_folder, stored)
     write_peft(tmp_path / "p", plain.model, "some/base", 0.0)
     again = loaded(tiny_4bit_folder)
     start = read_start(again, str(tmp_path / "p"), scores=False)
@@ -179,7 +169,7 @@ def write(folder, rank: int, **config):
 
 
 def test_a_rank_that_is_not_the_factors_is_refused(tiny_folder, tmp_path):
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    base = loaded(tiny_folder)
     with pytest.raises(InputError) as refused:
         load_adapter(base, write(tmp_path, 2))
     assert "\n" not in str(refused.value)
@@ -191,8 +181,7 @@ def test_every_layer_is_compared():
     found = {f"layer{n}": {"A": f"a{n}"} for n in range(3)}
     header = {f"a{n}": {"shape": [4 + n, 8]} for n in range(3)}
     [problem] = rank_problems({"r": 4}, found, header)
-    assert "layer1" in problem
-    assert "1 more" in problem
+    holds(problem, "layer1", "1 more")
     assert not rank_problems({"r": 4, "rank_pattern": {"layer1": 5, "layer2": 6}}, found, header)
     assert not rank_problems({"r": 4, "peft_type": "ADALORA"}, found, header)
 
@@ -205,25 +194,6 @@ TIED = {
     "mamba": ("backbone.embeddings", "backbone.embeddings"),
     "llama": ("model.embed_tokens", "model.embed_tokens"),
 }
-
-
-def logits(folder: Path, adapter: Path | None = None) -> np.ndarray:
-    base = load_base(ModelSettings(model=str(folder)))
-    if adapter is not None:
-        load_adapter(base, adapter)
-    return np.array(base.model(TOKENS))
-
-
-def exported(folder: Path, out: Path, **settings) -> tuple[np.ndarray, dict[str, mx.array]]:
-    """Adapt a model, move every trained number, write PEFT's form; return the logits and the stored tensors."""
-    base = load_base(ModelSettings(model=str(folder)))
-    adapted = adapt_model(base.model, AdapterSettings(rank=4, **settings), 0)
-    mx.random.seed(1)
-    moved = [(name, v + 0.1 * mx.random.normal(v.shape)) for name, v in adapter_parameters(base.model).items()]
-    base.model.load_weights(moved, strict=False)
-    base.model.eval()
-    write_peft(out, base.model, "some/base", 0.0, adapted.full)
-    return np.array(base.model(TOKENS)), dict(mx.load(str(out / PEFT_WEIGHTS)))
 
 
 def changed(out: Path, tensors: dict[str, mx.array], **config) -> None:
@@ -251,42 +221,42 @@ def test_only_the_tied_embedding_is_a_head_for_peft(name, whole, tmp_path):
     (_, theirs), layer = TIED[name], "in_proj" if name == "mamba" else "c_attn" if "gpt" in name else "q_proj"
     leaf = TIED[name][0].rpartition(".")[2]
     targets = {"target_modules": layer, "modules_to_save": leaf} if whole else {"target_modules": f"{layer},{leaf}"}
-    expected, stored = exported(folder, out, **targets)
+    expected, stored = write_moved_peft(folder, out, **targets)
     if whole:
         assert mx.array_equal(stored[f"{PREFIX}lm_head.weight"], stored[f"{PREFIX}{theirs}.weight"])
     else:
         head, own = f"{PREFIX}lm_head.lora_A.weight", f"{PREFIX}{theirs}.lora_embedding_B"
         assert mx.array_equal(stored[head], stored[own].T)
-    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
     kept = {key: value for key, value in stored.items() if "lm_head" not in key}
     changed(out, kept)
     if whole:  # PEFT would have left the head as it was
         with pytest.raises(InputError):
-            logits(folder, out)
+            our_logits(folder, out)
     else:
-        assert not np.allclose(logits(folder, out), expected, atol=1e-3)
+        assert not np.allclose(our_logits(folder, out), expected, atol=1e-3)
 
 
 def test_an_embedding_of_positions_is_no_head(tmp_path):
     folder = write_architecture(tmp_path / "base", "gpt2", tied=True)
-    expected, stored = exported(folder, tmp_path / "p", target_modules="c_attn,wpe")
+    expected, stored = write_moved_peft(folder, tmp_path / "p", target_modules="c_attn,wpe")
     assert f"{PREFIX}transformer.wpe.lora_embedding_A" in stored
     assert not [name for name in stored if "lm_head" in name]
-    assert np.allclose(logits(folder, tmp_path / "p"), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, tmp_path / "p"), expected, atol=1e-5)
 
 
 def test_gpt2s_layers_in_full_have_their_inputs_first(tmp_path):
     folder, out = write_architecture(tmp_path / "base", "gpt2", tied=True), tmp_path / "p"
-    own = load_base(ModelSettings(model=str(folder))).model
+    own = loaded(folder).model
     for targets, saved in (("c_fc", "attn.*"), ("c_attn", "mlp.*")):
-        expected, stored = exported(folder, out, target_modules=targets, modules_to_save=saved)
+        expected, stored = write_moved_peft(folder, out, target_modules=targets, modules_to_save=saved)
         weights = {n: v for n, v in stored.items() if n.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))}
         assert len(weights) == 2 * len(own.layers)
         for name, value in weights.items():
             block, part, leaf = name.removesuffix(".weight").split(".")[-3:]
             assert value.shape == own.layers[int(block)][part][leaf].weight.T.shape
-        assert np.allclose(logits(folder, out), expected, atol=1e-5)
-        assert not np.allclose(logits(folder), expected, atol=1e-2)
+        assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
+        assert not np.allclose(our_logits(folder), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -308,14 +278,14 @@ def test_whole_experts_and_their_biases_are_refused(kind, settings):
 def test_mixtrals_whole_router_has_the_name_in_transformers(tmp_path):
     folder = write_folder(tmp_path / "base", *tiny_moe("mixtral"))
     saved = {"target_modules": "self_attn.*", "modules_to_save": "block_sparse_moe.gate"}
-    expected, stored = exported(folder, tmp_path / "p", **saved)
+    expected, stored = write_moved_peft(folder, tmp_path / "p", **saved)
     assert {f"{PREFIX}model.layers.{block}.mlp.gate.weight" for block in (0, 1)} <= stored.keys()
     assert not [name for name in stored if "block_sparse_moe" in name]
     assert json.loads((tmp_path / "p" / PEFT_CONFIG).read_text())["modules_to_save"] == [
         "model.layers.0.mlp.gate", "model.layers.1.mlp.gate",
     ]  # fmt: skip
-    assert np.allclose(logits(folder, tmp_path / "p"), expected, atol=1e-5)
-    assert not np.allclose(logits(folder), expected, atol=1e-2)
+    assert np.allclose(our_logits(folder, tmp_path / "p"), expected, atol=1e-5)
+    assert not np.allclose(our_logits(folder), expected, atol=1e-2)
 
 
 def test_biases_of_layers_with_other_names_are_refused():
@@ -332,29 +302,29 @@ def test_biases_of_layers_with_other_names_are_refused():
 
 def test_a_doras_magnitudes_have_the_name_that_transformers_reads_and_old_files_load(tmp_path):
     folder, out = write_folder(tmp_path / "base", tiny_model()), tmp_path / "p"
-    expected, stored = exported(folder, out, method="dora", target_modules="q_proj")
+    expected, stored = write_moved_peft(folder, out, method="dora", target_modules="q_proj")
     names = [name for name in stored if "magnitude" in name]
     assert names
     assert all(name.endswith(".lora_magnitude_vector.weight") for name in names)
     assert json.loads((out / PEFT_CONFIG).read_text())["use_dora"] is True
-    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
     changed(out, {n.removesuffix(".weight") if "magnitude" in n else n: value for n, value in stored.items()})
-    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
 
 
 def test_an_embedding_that_peft_kept_tied_is_read(tmp_path):
     folder, out = write_folder(tmp_path / "base", tiny_model()), tmp_path / "p"
-    expected, stored = exported(folder, out, target_modules="q_proj", modules_to_save="embed_tokens")
+    expected, stored = write_moved_peft(folder, out, target_modules="q_proj", modules_to_save="embed_tokens")
     # As PEFT writes it with ensure_weight_tying: the head is in the file, and not in modules_to_save.
     peft = {"modules_to_save": ["embed_tokens", "model.embed_tokens"], "ensure_weight_tying": True}
     changed(out, stored, **peft)
-    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
     head = f"{PREFIX}lm_head.weight"
     changed(out, {name: value for name, value in stored.items() if name != head})
-    assert np.allclose(logits(folder, out), expected, atol=1e-5)
+    assert np.allclose(our_logits(folder, out), expected, atol=1e-5)
     changed(out, {**stored, head: stored[head] + 0.1})
     with pytest.raises(InputError):
-        logits(folder, out)
+        our_logits(folder, out)
     changed(out, {name: value for name, value in stored.items() if name != head}, ensure_weight_tying=False)
     with pytest.raises(InputError):
-        logits(folder, out)
+        our_logits(folder, out)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_model, write_folder
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from run_cli import holds, one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.models.encoder import Model, ModelArgs
@@ -44,12 +44,11 @@ def adapters(models, tmp_path_factory):
     rows = [{"query": f"Where is cat {n}?", "positive": f"Cat {n} is by the river {n}."} for n in range(24)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, model in models.items():
-        ran = run(
+        succeeds(
             "train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path",
             folder / name, "--iters", 3, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", PROMPT, "--max-seq-length", 48,
             "--pooling", "mean",
         )  # fmt: skip
-        assert ran.code == 0, ran.err
     return {name: folder / name for name in models}
 
 
@@ -58,8 +57,7 @@ def adapters(models, tmp_path_factory):
 def test_the_vectors_are_the_same_there(name, form, models, adapters, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     out = tmp_path / "st"
-    ran = run("export", "--model", models[name], "--adapter-path", adapters[name], "--to", form, "--out", out)
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", models[name], "--adapter-path", adapters[name], "--to", form, "--out", out)
     judge = sentence_transformers.SentenceTransformer(str(out), device="cpu")
     assert judge.max_seq_length == 48
     for query in (False, True):
@@ -83,8 +81,7 @@ def test_a_merged_folder_is_a_model_of_ours(models, adapters, tmp_path):
 def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_path):
     """Its rounding is not measured by a loss on tokens, which vectors do not have."""
     common = ("fuse", "--model", models[name], "--adapter-path", adapters[name])
-    ran = run(*common, "--out", tmp_path / "fused", "--json")
-    assert ran.code == 0, ran.err
+    succeeds(*common, "--out", tmp_path / "fused", "--json")
     for query in (False, True):
         wanted = mlx_lora.embed(models[name], TEXTS, adapters[name], query=query)
         assert np.abs(mlx_lora.embed(tmp_path / "fused", TEXTS, query=query) - wanted).max() < 1e-5
@@ -93,8 +90,7 @@ def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_pat
         run(*common, "--out", tmp_path / "b", "--data", adapters[name].parent / "pairs.jsonl"),
         "evaluate --objective embed",
     )
-    ran = run(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
     facts = json.loads(ran.out)
     assert facts["error_mean"] > 0.05
     assert (facts["rows"], facts["loss_base"]) == (0, None)
@@ -117,9 +113,7 @@ def test_the_model_card_does_not_ask_for_text(models, adapters, tmp_path):
     for folder in adapters.values():
         card = (folder / "README.md").read_text()
         assert "generate" not in card
-        assert "pipeline_tag: feature-extraction" in card
-        assert "mlx-lora embed" in card
-        assert "--to sentence-transformers-peft" in card
+        holds(card, "pipeline_tag: feature-extraction", "mlx-lora embed", "--to sentence-transformers-peft")
     common = ("--model", models["decoder"], "--adapter-path", adapters["decoder"])
     assert run("export", *common, "--to", "peft", "--out", tmp_path / "peft").code == 0
     assert "generate" not in (tmp_path / "peft/README.md").read_text()

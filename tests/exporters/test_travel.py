@@ -16,13 +16,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from make_adapters import loaded
 from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
-from run_cli import run
-
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.load import load_base
+from run_cli import run, succeeds
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers and on fan_in_fan_out.
 pytestmark = [
@@ -121,7 +118,7 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokens(base_folder):
-    tokenizer = load_base(ModelSettings(model=str(base_folder))).hf_tokenizer
+    tokenizer = loaded(base_folder).hf_tokenizer
     return [tokenizer(prompt).input_ids for prompt in PROMPTS]
 
 
@@ -150,8 +147,7 @@ def traveller(request, base_folder, tokens, in_double, tmp_path_factory):
     in_peft = folder.with_name("peft") if name in TRAINED else folder
     if name in TRAINED:
         train = ("--iters", 10, "--batch-tokens", 512, "--learning-rate", "1e-3", "--val-batches", 0, *TRAINED[name])
-        ran = run("train", "--model", base_folder, "--data", DATA, "--adapter-path", folder, *train)
-        assert ran.code == 0, ran.err
+        succeeds("train", "--model", base_folder, "--data", DATA, "--adapter-path", folder, *train)
         moved_out("export", folder, base_folder, in_peft, "--to", "peft")
     else:
         make_in_peft(base_folder, folder, MADE[name])
@@ -176,9 +172,7 @@ def mlx_logits(model, tokens) -> list[np.ndarray]:
 
 
 def our_logits(folder, tokens, adapter=None) -> list[np.ndarray]:
-    base = load_base(ModelSettings(model=str(folder)))
-    if adapter is not None:
-        load_adapter(base, adapter)
+    base = loaded(folder, adapter)
     return mlx_logits(base.model, tokens)
 
 
@@ -198,8 +192,7 @@ def make_in_peft(base_folder, folder, settings):
 
 
 def moved_out(command, adapter, base_folder, out, *extra) -> Path:
-    ran = run(command, "--model", base_folder, "--adapter-path", adapter, "--out", out, *extra)
-    assert ran.code == 0, ran.err
+    succeeds(command, "--model", base_folder, "--adapter-path", adapter, "--out", out, *extra)
     return out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiny_vision import write_model
 from vision_judge import judge_inputs, judge_processor
 from vision_rows import chats_of, picture, read_rows, write_rows
@@ -49,9 +49,8 @@ def trained(request, tmp_path_factory):
         heads = 1 if family == "gemma4_31b" else None
         config["text_config"] |= {"global_head_dim": 32, "num_global_key_value_heads": heads, "pad_token_id": 0}
     (model / "config.json").write_text(json.dumps(config))
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", root / "adapter",
+    succeeds("train", "--model", model, "--data", data, "--adapter-path", root / "adapter",
               "--iters", 3, "--batch-size", 3, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--valid-fraction", 0, *more)  # fmt: skip
-    assert ran.code == 0, ran.err
     return request.param, root
 
 
@@ -84,8 +83,7 @@ def test_mlx_vlm_computes_the_same_with_an_exported_adapter(trained, tmp_path):
         return
     if CASES[case][0] in ("llava", "pixtral", "paligemma2"):
         pytest.skip("mlx-vlm does not read the names that transformers 5 gives this model or its tower")
-    ran = run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "mlx-vlm", "--out", tmp_path / "v")  # fmt: skip
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "mlx-vlm", "--out", tmp_path / "v")  # fmt: skip
     (expected, tokens, pixels), (base, *_) = own_logits(root, root / "adapter"), own_logits(root, None)
     theirs = apply_lora_layers(load_model(root / "model"), tmp_path / "v")
     arrays = {name: mx.array(value) for name, value in pixels.items()}
@@ -102,8 +100,7 @@ def test_peft_computes_the_same_with_an_exported_adapter_and_we_read_it_back(tra
 
     case, root = trained
     family, _ = CASES[case]
-    ran = run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "peft", "--out", tmp_path / "p")  # fmt: skip
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "peft", "--out", tmp_path / "p")  # fmt: skip
     expected, tokens, _ = own_logits(root, root / "adapter")
     again, *_ = own_logits(root, tmp_path / "p")
     assert np.abs(again - expected).max() <= BAR * np.abs(expected).max()
@@ -120,7 +117,6 @@ def test_peft_computes_the_same_with_an_exported_adapter_and_we_read_it_back(tra
 def test_a_model_that_sees_nothing_is_not_exported_to_mlx_vlm(tiny_folder, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": f"a{n}", "completion": "b"}) for n in range(4)))
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1,
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1,
               "--valid-fraction", 0, "--sample-tokens", 0, "--kernels", "mlx")  # fmt: skip
-    assert ran.code == 0, ran.err
     one_line(run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "mlx-vlm", "--out", tmp_path / "v"), "mlx-lm")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,16 +16,18 @@ from conftest import quantized, tiny_model
 from gguf import GGMLQuantizationType as Kind
 from gguf_cases import CASES, IDS, write_case
 from gguf_families import MERGES, write_folder_with_merges
-from make_adapters import adapt_and_save, make_adapter, random_adapter
+from gguf_judge import judge  # noqa: F401
+from make_adapters import adapt_and_save, loaded, make_adapter, random_adapter
+from mlx.utils import tree_flatten
+from mlx_lm.models import cohere
 from real_models import gemma3_gguf, smollm2_gguf
-from run_cli import one_line, run
+from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 from tokenizer_judge import differing
 from varied_strings import varied_strings
 
 from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.gguf.arch import model_config, weight_map
 from mlx_lora.gguf.mapping import rope_order
@@ -34,7 +35,7 @@ from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.gguf.weights import import_weights
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.convert import convert_model, token_logprobs
-from mlx_lora.models.load import load_base
+from mlx_lora.models.load import Base
 from mlx_lora.utils import device
 from mlx_lora.utils.hub import resolve_model
 
@@ -55,47 +56,47 @@ def export(model, out, *more):
 
 
 def exported(model, out, *more):
-    ran = export(model, out, *more)
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", model, "--to", "gguf", "--out", out, *more)
     return read_gguf(out)
 
 
 def logits_of(file) -> mx.array:
-    return load_base(ModelSettings(model=str(file))).model(IDS)
+    return loaded(file).model(IDS)
 
 
 # --- as stored
 
 
+def assert_same_codes(found: Base, wanted: Base) -> None:
+    layers = dict(wanted.model.named_modules())
+    for path, layer in found.model.named_modules():
+        if "scales" in layer:
+            assert mx.array_equal(layer.weight, layers[path].weight).item(), path
+
+
 def test_a_packed_model_keeps_its_codes(folder_4bit, tmp_path):
     """Read back, the file has the base's own weights, up to the float16 of a scale; f16 and q4_1 files have not."""
-    base = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
+    base = loaded(folder_4bit, dtype="float32")
     stored = exported(folder_4bit, tmp_path / "stored.gguf", "--gguf-type", "stored")
     kinds = {tensor.type for name, tensor in stored.tensors.items() if name.startswith("blk") and "norm" not in name}
     assert kinds <= {Kind.Q4_0, Kind.Q4_1}  # Q4_0 where every bias is -8 times its scale
-    again = load_base(ModelSettings(model=str(tmp_path / "stored.gguf"), dtype="float32"))
-    for path, layer in again.model.named_modules():
-        if "scales" in layer:
-            assert mx.array_equal(layer.weight, dict(base.model.named_modules())[path].weight).item(), path
+    again = loaded(tmp_path / "stored.gguf", dtype="float32")
+    assert_same_codes(again, base)
     exported(folder_4bit, tmp_path / "again.gguf", "--gguf-type", "q4_1")
-    rounded = load_base(ModelSettings(model=str(tmp_path / "again.gguf"), dtype="float32")).model(IDS)
+    rounded = loaded(tmp_path / "again.gguf", dtype="float32").model(IDS)
     wanted, found = base.model(IDS), again.model(IDS)
     assert mx.abs(found - wanted).max().item() < 0.2 * mx.abs(rounded - wanted).max().item()
 
 
 def test_a_qa_lora_ships_in_the_bases_codes(folder_4bit, tmp_path):
     make_adapter(folder_4bit, tmp_path / "adapter", form="qa-lora", strength=0.1)
-    base = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
-    load_adapter(base, tmp_path / "adapter")
+    base = loaded(folder_4bit, tmp_path / "adapter", "float32")
     wanted = base.model(IDS)
     exported(folder_4bit, tmp_path / "m.gguf", "--adapter-path", tmp_path / "adapter")
-    again = load_base(ModelSettings(model=str(tmp_path / "m.gguf"), dtype="float32"))
-    plain = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
+    again = loaded(tmp_path / "m.gguf", dtype="float32")
+    plain = loaded(folder_4bit, dtype="float32")
     assert mx.abs(again.model(IDS) - wanted).max().item() < 0.05 * mx.abs(plain.model(IDS) - wanted).max().item()
-    layers = dict(plain.model.named_modules())
-    for path, layer in again.model.named_modules():
-        if "scales" in layer:
-            assert mx.array_equal(layer.weight, layers[path].weight).item(), path
+    assert_same_codes(again, plain)
 
 
 # --- round trips
@@ -165,8 +166,7 @@ def test_our_importer_reads_back_the_folder_it_was_made_of(tied, tmp_path):
 
 def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
     """Compute base + adapter apart from the code that writes it, under GGUF's names and in its order."""
-    base = load_base(ModelSettings(model=str(folder), dtype="float32"))
-    load_adapter(base, adapter)
+    base = loaded(folder, adapter, "float32")
     heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}
     names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
@@ -212,8 +212,7 @@ def test_the_adapter_is_in_it_and_the_default_is_f16(folder, tmp_path):
     assert file.tensors["blk.0.attn_q.weight"].type is Kind.F16
     exported(folder, tmp_path / "bare.gguf")
     with_it, without = logits_of(tmp_path / "m.gguf"), logits_of(tmp_path / "bare.gguf")
-    base = load_base(ModelSettings(model=str(folder)))
-    load_adapter(base, tmp_path / "a")
+    base = loaded(folder, tmp_path / "a")
     wanted = base.model(IDS)
     limit = by_dtype(1e-2, 5e-2)
     assert mx.allclose(with_it, wanted, rtol=limit, atol=limit)
@@ -224,8 +223,7 @@ def test_the_adapter_is_in_it_and_the_default_is_f16(folder, tmp_path):
 def test_an_adapted_embedding_moves_the_tied_head_too(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a", "all-linear,embed_tokens")
     exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", *F32)
-    base = load_base(ModelSettings(model=str(folder)))
-    load_adapter(base, tmp_path / "a")
+    base = loaded(folder, tmp_path / "a")
     limit = by_dtype(1e-4, 5e-2)
     assert mx.allclose(logits_of(tmp_path / "m.gguf"), base.model(IDS), rtol=limit, atol=limit)
 
@@ -241,10 +239,7 @@ def test_values_beyond_float16_are_refused_by_name(tmp_path):
     model = tiny_model()
     model.layers[1].mlp.up_proj.weight = model.layers[1].mlp.up_proj.weight.at[3, 5].add(1e5)
     folder = write_folder_with_merges(tmp_path / "m", model)
-    ran = export(folder, tmp_path / "out" / "m.gguf")
-    assert ran.code == 2
-    assert len(ran.lines) == 1
-    assert "blk.1.ffn_up.weight has 100000, too large for F16" in ran.err
+    one_line(export(folder, tmp_path / "out" / "m.gguf"), "blk.1.ffn_up.weight has 100000, too large for F16")
     assert not list((tmp_path / "out").iterdir())
     assert export(folder, tmp_path / "m.gguf", "--gguf-type", "bf16").code == 0
 
@@ -256,12 +251,19 @@ def test_tokenizer_and_chat_template_are_complete(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     metadata = exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a").metadata
-    assert metadata["general.type"] == "model"
-    assert metadata["general.architecture"] == "llama"
-    assert metadata["tokenizer.ggml.model"] == "gpt2"
-    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
-    assert metadata["tokenizer.ggml.merges"] == [" ".join(pair) for pair in MERGES]
     tokenizer = byte_tokenizer(merges=MERGES)
+    wanted = {
+        "general.type": "model",
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in MERGES],
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+    assert {key: metadata[key] for key in wanted} == wanted
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     n_tokens = len(tokenizer)
     assert len(tokens) == len(types) == 288
@@ -269,10 +271,6 @@ def test_tokenizer_and_chat_template_are_complete(folder, tmp_path):
     assert set(types[: 256 + len(MERGES)]) == {1}
     assert set(types[256 + len(MERGES) : n_tokens]) == {3}
     assert set(types[n_tokens:]) == {5}
-    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
-    assert metadata["tokenizer.ggml.padding_token_id"] == tokenizer.pad_token_id
-    assert metadata["tokenizer.ggml.add_bos_token"] is False
-    assert metadata["tokenizer.chat_template"] == tokenizer.chat_template
     config["mlx_lora"]["chat_template"] = "{{ messages[0].content }}"
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     metadata = exported(folder, tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", "--force").metadata
@@ -325,33 +323,18 @@ def test_settings_that_llama_cpp_lacks_are_refused(changes, words, tmp_path):
 def test_parts_without_a_tensor_and_other_architectures_are_named(tmp_path):
     folder = write_folder_with_merges(tmp_path / "m", tiny_model(mlp_bias=True), {"mlp_bias": True})
     one_line(export(folder, tmp_path / "m.gguf"), "mlp.down_proj.bias", "no tensor in a llama GGUF")
-    base = load_base(ModelSettings(model=str(folder)))
+    base = loaded(folder)
     config = {**base.config, "model_type": "cohere", "logit_scale": 1.0, "layer_norm_eps": 1e-5}
     (folder / "config.json").write_text(json.dumps(config))
-    from mlx_lm.models import cohere
-
     model = cohere.Model(cohere.ModelArgs.from_dict(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), flat(model), {"format": "mlx"})
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     one_line(export(folder, tmp_path / "m.gguf"), "cohere", "llama, qwen2, qwen3, qwen3_moe", "gpt_oss, lfm2, phi3")
-
-
-def flat(model) -> dict[str, mx.array]:
-    from mlx.utils import tree_flatten
-
-    return dict(tree_flatten(model.parameters()))
 
 
 # --- llama.cpp
 
 
-@pytest.fixture
-def judge():
-    """parity/llamacpp.py, which talks to llama.cpp."""
-    pytest.importorskip("xllamacpp")
-    return importlib.import_module("parity.llamacpp")
-
-
-def continuations(judge, file):
+def continuations(judge, file):  # noqa: F811
     """Return (prompt ids, new ids, log-probabilities) by llama.cpp for each prompt of the benchmark."""
     server = judge.start_llamacpp(file)
     return [judge.continue_greedily(server, prompt) for prompt in judge.PROMPTS]
@@ -369,7 +352,7 @@ def says_the_same(model, ids, new) -> bool:
     return logits.argmax(axis=-1).tolist() == new
 
 
-def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float]]]:
+def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float]]]:  # noqa: F811
     """Return each prompt with llama.cpp's {token: log-probability} of what follows.
 
     Prompts whose likeliest next byte begins a longer character are left out: llama.cpp waits for the rest of it.
@@ -384,7 +367,7 @@ def next_logprobs(judge, file, prompts) -> list[tuple[list[int], dict[int, float
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", CASES)
-def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):
+def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):  # noqa: F811
     write_case(name, tmp_path / "in.gguf")
     convert_model(resolve_model(str(tmp_path / "in.gguf")), tmp_path / "m", target="float")
     adapt_and_save(tmp_path / "m", tmp_path / "a")
@@ -392,7 +375,7 @@ def test_llamacpp_runs_every_architecture_as_we_do(name, judge, tmp_path):
     ids = [int(i) for i in np.random.default_rng(3).integers(0, 256, 90)]
     found = next_logprobs(judge, file.path, [ids[:n] for n in range(1, 90, 6)])
     assert len(found) >= 4
-    base = load_base(ModelSettings(model=str(tmp_path / "m")))
+    base = loaded(tmp_path / "m")
 
     def apart() -> float:
         worst = 0.0
@@ -422,14 +405,13 @@ def test_llamacpp_cuts_texts_into_our_ids(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.03)])
-def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
+def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):  # noqa: F811
     """Float32 on both sides; what is left for Gemma is mostly mlx-lm's embedding scale, 25.25 for 25.298."""
     convert_model(resolve_model(str(model())), tmp_path / "m", target="float")
     random_adapter(tmp_path / "m", tmp_path / "a", size)
     file = exported(tmp_path / "m", tmp_path / "m.gguf", "--adapter-path", tmp_path / "a", *F32)
-    bare = load_base(ModelSettings(model=str(tmp_path / "m")))
-    base = load_base(ModelSettings(model=str(tmp_path / "m")))
-    load_adapter(base, tmp_path / "a")
+    bare = loaded(tmp_path / "m")
+    base = loaded(tmp_path / "m", tmp_path / "a")
     found = continuations(judge, file.path)
     apart = differences(base.model, found)
     print(f"{model.__name__}: |d logp| mean {apart.mean():.4f}, max {apart.max():.4f}")
@@ -446,17 +428,17 @@ def test_what_to_type_next_is_said_for_each_program(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
 
     def told(to: str, name: str, *more: object) -> str:
-        ran = run("export", "--model", folder, *adapter, "--to", to, "--out", tmp_path / name, *more)
-        assert ran.code == 0, ran.err
-        return ran.err
+        return succeeds("export", "--model", folder, *adapter, "--to", to, "--out", tmp_path / name, *more).err
 
     modelfile = tmp_path / "My Ollama" / "Modelfile"
     ollama = told("ollama", "My Ollama")
-    assert f"ollama create my-ollama -f '{modelfile}'" in ollama
-    assert "ollama run my-ollama" in ollama
+    holds(ollama, f"ollama create my-ollama -f '{modelfile}'", "ollama run my-ollama")
     merged = told("gguf", "m.gguf")
-    assert f"lms import {tmp_path / 'm.gguf'}" in merged
-    assert f"llama-quantize {tmp_path / 'm.gguf'} {tmp_path / 'm-Q4_K_M.gguf'} Q4_K_M" in merged
+    holds(
+        merged,
+        f"lms import {tmp_path / 'm.gguf'}",
+        f"llama-quantize {tmp_path / 'm.gguf'} {tmp_path / 'm-Q4_K_M.gguf'} Q4_K_M",
+    )
     assert "llama-quantize" not in told("gguf", "q.gguf", "--gguf-type", "q8_0")  # it is small already
     assert f"--lora {tmp_path / 'a.gguf'}" in told("gguf-adapter", "a.gguf")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,27 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_families import FAMILIES, architecture, tiny_family, write_family
 from gguf_tensors import random_tensor
-from make_adapters import adapt_and_save
+from make_adapters import adapt_and_save, loaded
 from mlx.utils import tree_flatten
 from tiny_moe import with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.gguf.arch import ARCHITECTURES, context_length, gguf_settings, model_config, weight_map
 from mlx_lora.gguf.mapping import Order, TensorMapping
 from mlx_lora.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 from mlx_lora.gguf.weights import carry_blocks, check_shapes, import_weights, mxfp4_blocks
 from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.convert import build_model, convert_model
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_of
-from mlx_lora.models.quantize import Quantization
+from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 
 IDS = mx.array([[3, 250, 17, 99, 42, 7, 7, 201, 5, 88, 31, 60, 2, 140]])
 
 
-def load(path: Path) -> Base:
-    return load_base(ModelSettings(model=str(path), dtype="float32"))
+load = partial(loaded, dtype="float32")
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -119,7 +117,7 @@ def test_carried_blocks_give_the_logits_of_the_float_form(name, kind, written, t
 
 def test_routers_and_kernels_stay_float_whatever_is_asked(written, tmp_path):
     base, path = written("qwen35moe")
-    convert_model(resolve_model(str(path)), tmp_path / "four", target=Quantization(4, 32))
+    convert_model(resolve_model(str(path)), tmp_path / "four", target=QuantFormat(4, 32))
     names = {
         name.rsplit(".", 1)[0] for name in mx.load(str(tmp_path / "four" / "model.safetensors")) if "scales" in name
     }
@@ -326,8 +324,7 @@ def test_mxfp4_experts_stay_as_they_are_from_folder_to_file_and_back(mxfp4_folde
 
 def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp_path):
     adapt_and_save(mxfp4_folder, tmp_path / "a", "up_proj")
-    base = load(mxfp4_folder)
-    load_adapter(base, tmp_path / "a")
+    base = load(mxfp4_folder, tmp_path / "a")
     write_gguf_model(tmp_path / "m.gguf", base, name="m")
     file = read_gguf(tmp_path / "m.gguf")
     assert file.tensors["blk.1.ffn_up_exps.weight"].type is Kind.F16
@@ -357,8 +354,7 @@ def test_an_adapted_expert_is_no_mxfp4_any_more_and_f32_is_f32(mxfp4_folder, tmp
 def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, parts, tmp_path):
     folder = write_family(name, tmp_path / "m")
     adapt_and_save(folder, tmp_path / "a", targets)
-    base = load(folder)
-    load_adapter(base, tmp_path / "a")
+    base = load(folder, tmp_path / "a")
     write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
     file = read_gguf(tmp_path / "a.gguf")
     a, b = (file.tensors[f"blk.1.{tensor}.weight.lora_{side}"].dequantize() for side in "ab")
@@ -467,8 +463,7 @@ def test_no_setting_leads_to_anything_but_one_line(name, written):
 def test_an_adapter_of_what_is_scaled_expert_by_expert_is_refused(tmp_path):
     folder = write_family("gemma4 experts", tmp_path / "m")
     adapt_and_save(folder, tmp_path / "a", "down_proj")
-    base = load(folder)
-    load_adapter(base, tmp_path / "a")
+    base = load(folder, tmp_path / "a")
     with pytest.raises(InputError, match=r"switch_glu\.down_proj has a scale for each expert.*fuse it instead"):
         write_gguf_adapter(tmp_path / "a.gguf", base.model, "m")
     assert not (tmp_path / "a.gguf").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,15 +10,13 @@ import mlx.nn as nn
 import pytest
 from gguf_families import FAMILIES, tiny_family, write_family
 from gguf_judge import Verdict, compare, judge, listen, prompts  # noqa: F401
-from make_adapters import adapt_and_save
+from make_adapters import adapt_and_save, loaded
 from mlx_lm.models import gemma4_text
 from tiny_moe import with_quantized_experts
 
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
-from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.load import Base
 
 pytestmark = pytest.mark.parity
 # llama.cpp looks GELU up in a table of 16-bit floats, and Gemma 4 has it in every block. With the same table here what
@@ -38,16 +37,14 @@ def gelu_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemma4_text, "geglu", lambda gate, x: table(gate) * x)
 
 
-def load(path: Path) -> Base:
-    return load_base(ModelSettings(model=str(path), dtype="float32"))
+load = partial(loaded, dtype="float32")
 
 
 def adapted(name: str, tmp_path: Path, targets: str = "all-linear") -> tuple[Base, Base]:
     """Return a case's model with a random adapter, and the same without."""
     folder = write_family(name, tmp_path / "m")
     adapt_and_save(folder, tmp_path / "a", targets)
-    base = load(folder)
-    load_adapter(base, tmp_path / "a")
+    base = load(folder, tmp_path / "a")
     return base, load(folder)
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from gguf_pictures import adapt, load, write_model
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from run_cli import one_line, passed, run, succeeds
 
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.gguf.mmproj import PROJECTORS, mmproj_of
 from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.models.vision import stored_tower
@@ -84,14 +83,12 @@ def test_a_kernel_over_two_frames_becomes_two(folders, tmp_path):
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
 def test_an_adapter_of_the_tower_is_folded_in(family, folders, tmp_path):
     adapter = adapt(folders(family), tmp_path / "a", tower=True)
-    ran = export(folders(family), tmp_path / "m.gguf", "--adapter-path", adapter)
-    assert ran.code == 0, ran.err
+    ran = passed(export(folders(family), tmp_path / "m.gguf", "--adapter-path", adapter))
     assert "--mmproj" in ran.err
     found = read_gguf(tmp_path / "mmproj-m.gguf").tensors
     mmproj_of(load(folders(family)), "f32").write(tmp_path / "plain.gguf", "tiny")
     plain = read_gguf(tmp_path / "plain.gguf").tensors
-    base = load(folders(family))
-    load_adapter(base, adapter)
+    base = load(folders(family), adapter)
     tower = base.model.vision_model if family == "smolvlm" else base.model.vision_tower.vision_model
     name = "v.blk.1.attn_q.weight"
     update = found[name].dequantize() - plain[name].dequantize()
@@ -109,8 +106,7 @@ def test_an_adapter_file_says_that_the_tower_is_not_in_it(folders, tmp_path):
     one_line(run(*command, "--to", "ollama", "--out", tmp_path / "o"), "vision tower", "--to gguf")
     assert not (tmp_path / "a.gguf").exists()
     language = adapt(folders("smolvlm"), tmp_path / "l", tower=False)
-    ran = run("export", "--model", folders("smolvlm"), "--adapter-path", language, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf")  # fmt: skip
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", folders("smolvlm"), "--adapter-path", language, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf")  # fmt: skip
     assert "blk.0.attn_q.weight.lora_a" in read_gguf(tmp_path / "a.gguf").tensors
 
 
@@ -125,8 +121,7 @@ def test_an_earlier_tower_is_replaced_only_if_asked(folders, tmp_path):
 
 @pytest.mark.parametrize("family", ["llava", "gemma4"])
 def test_a_tower_that_was_not_compared_is_left_out_with_a_word(family, folders, tmp_path):
-    ran = export(folders(family), tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    ran = passed(export(folders(family), tmp_path / "m.gguf"))
     assert "no pictures" in ran.err
     assert "blk.0.attn_q.weight" in read_gguf(tmp_path / "m.gguf").tensors
     assert not (tmp_path / "mmproj-m.gguf").exists()
@@ -145,8 +140,7 @@ def test_paligemma_is_refused(folders, tmp_path):
 def test_without_mlx_vlm_the_language_model_is_written_and_the_missing_package_named(folders, tmp_path, monkeypatch):
     folder = folders("smolvlm")
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    ran = export(folder, tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    ran = passed(export(folder, tmp_path / "m.gguf"))
     assert "mlx-lora[vision]" in ran.err
     assert not (tmp_path / "mmproj-m.gguf").exists()
 
@@ -180,8 +174,7 @@ def test_what_the_image_processor_must_do_is_checked(tmp_path):
 def test_the_language_model_has_the_architecture_that_llamacpp_puts_pictures_into(
     family, architecture, folders, tmp_path
 ):
-    ran = export(folders(family), tmp_path / "m.gguf")
-    assert ran.code == 0, ran.err
+    passed(export(folders(family), tmp_path / "m.gguf"))
     metadata = read_gguf(tmp_path / "m.gguf").metadata
     assert metadata["general.architecture"] == architecture
     if architecture.startswith("qwen"):

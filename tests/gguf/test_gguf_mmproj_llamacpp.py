@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 from gguf_judge import LIKELY, N_PRINTABLE, judge  # noqa: F401
 from gguf_pictures import adapt, load, ours, picture, theirs, write_model
-from run_cli import run
-
-from mlx_lora.exporters.adapter_folder import load_adapter
+from run_cli import run, succeeds
 
 pytest.importorskip("mlx_vlm")
 pytestmark = pytest.mark.parity
@@ -67,11 +65,9 @@ def apart(rows, steps) -> float:
 def test_llamacpp_sees_what_we_see(family, tower, judge, tmp_path, capsys):  # noqa: F811
     model = write_model(family, tmp_path / "m")
     adapter = adapt(model, tmp_path / "a", tower)
-    ran = run("export", "--model", model, "--adapter-path", adapter, "--to", "gguf", "--out", tmp_path / "m.gguf", "--gguf-type", "f32")  # fmt: skip
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", model, "--adapter-path", adapter, "--to", "gguf", "--out", tmp_path / "m.gguf", "--gguf-type", "f32")  # fmt: skip
     server = judge.start_llamacpp(tmp_path / "m.gguf", flash_attention=False, mmproj=tmp_path / "mmproj-m.gguf")
-    base, bare = load(model), load(model)
-    load_adapter(base, adapter)
+    base, bare = load(model, adapter), load(model)
     for size in CASES[family]:
         one, other = (picture(tmp_path, *size, seed, family in SMOOTH) for seed in (1, 2))
         tokens, new, steps = theirs(server, one)
@@ -95,8 +91,7 @@ def test_an_adapter_file_beside_model_and_tower_sees_the_same(family, judge, tmp
         assert run("export", "--model", model, "--out", tmp_path / out, *more).code == 0
     files = tmp_path / "m.gguf", tmp_path / "a.gguf"
     server = judge.start_llamacpp(*files, flash_attention=False, mmproj=tmp_path / "mmproj-m.gguf")
-    base, bare = load(model), load(model)
-    load_adapter(base, adapter)
+    base, bare = load(model, adapter), load(model)
     one = picture(tmp_path, *CASES[family][0], 1, family in SMOOTH)
     tokens, new, steps = theirs(server, one)
     counted, found = ours(base, one, new)

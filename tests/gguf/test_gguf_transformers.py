@@ -12,10 +12,9 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from gguf_families import FAMILIES, MERGES
 from gguf_judge import compare, judge, listen, prompts  # noqa: F401
+from make_adapters import loaded
 
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.gguf.write import write_gguf_model
-from mlx_lora.models.load import load_base
 
 pytestmark = pytest.mark.parity
 CLASSES = {
@@ -100,7 +99,7 @@ def test_llamacpp_says_what_transformers_says(name, judge, tmp_path, capsys):  #
     import torch
 
     theirs = torch_model(name, tmp_path / "m")
-    base = load_base(ModelSettings(model=str(tmp_path / "m"), dtype="float32"))
+    base = loaded(tmp_path / "m", dtype="float32")
     write_gguf_model(tmp_path / "m.gguf", base, gguf_type="f32", name="m")
     # Before its original context is full, transformers takes LongRoPE's other factors.
     asked = prompts((70, 80)) if name == "phi3 longrope" else prompts()

@@ -98,22 +98,24 @@ def test_sentencepiece_is_merged_by_its_scores_alone(pieces) -> None:
         assert given.to_str() == plain.to_str()
 
 
-def test_what_is_not_known_is_named(byte_level, pieces) -> None:
-    with pytest.raises(InputError, match=r"pre-tokenizer 'novel' is not supported \(.*llama-bpe.*qwen2"):
-        vocabulary_from_metadata(metadata(byte_level, pre="novel"))
-    with pytest.raises(InputError, match=r"kind 't5' is not supported \(known: gpt2, llama, gemma4\)"):
-        vocabulary_from_metadata(metadata(byte_level, model="t5"))
-    with pytest.raises(InputError, match="kind 'none'"):
-        vocabulary_from_metadata({})
-    with pytest.raises(InputError, match="no merges"):
-        vocabulary_from_metadata(metadata(byte_level, merges=[]))
-    with pytest.raises(InputError, match="1 of the merges join texts that are not tokens"):
-        vocabulary_from_metadata(metadata(byte_level, merges=[*byte_level["merges"], "zz qqqqq"]))
-    repeated = [*byte_level["tokens"][:-1], byte_level["tokens"][5]]
-    with pytest.raises(InputError, match="appears twice"):
-        vocabulary_from_metadata(metadata(byte_level, tokens=repeated))
-    with pytest.raises(InputError, match="3 scores for 3500 tokens; convert"):
-        vocabulary_from_metadata(metadata(pieces, scores=[0.0, 1.0, 2.0]))
+UNKNOWN = {
+    "pre-tokenizer": ("byte_level", {"pre": "novel"}, r"pre-tokenizer 'novel' is not supported \(.*llama-bpe.*qwen2"),
+    "kind": ("byte_level", {"model": "t5"}, r"kind 't5' is not supported \(known: gpt2, llama, gemma4\)"),
+    "no kind": ("byte_level", {"model": None}, "kind 'none'"),
+    "no merges": ("byte_level", {"merges": []}, "no merges"),
+    "a merge": ("byte_level", {"merges": ["zz qqqqq"]}, "1 of the merges join texts that are not tokens"),
+    "a token twice": ("byte_level", {"tokens": ["a", "b", "a"]}, "appears twice"),
+    "scores": ("pieces", {"scores": [0.0, 1.0, 2.0]}, "3 scores for 3500 tokens; convert"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_is_not_known_is_named(case, request) -> None:
+    vocabulary, changes, words = UNKNOWN[case]
+    entries = {**request.getfixturevalue(vocabulary), **changes}
+    given = {key: value for key, value in entries.items() if value is not None}
+    with pytest.raises(InputError, match=words):
+        vocabulary_from_metadata(metadata(given))
 
 
 # As the published tokenizer.json files spell them.

@@ -25,7 +25,7 @@ from mlx_lora.cli.convert import main
 from mlx_lora.models import convert as converting
 from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder, convert_model, measure_text_loss
 from mlx_lora.models.folder import ShardWriter
-from mlx_lora.models.quantize import Quantization
+from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.models.side_files import copy_side_files, copy_tower
 from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
@@ -79,8 +79,8 @@ def test_gguf_no_quantize_and_bits(gguf_file: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["requantized"] == 23
     assert 0 < report["errors"]["Q4_1"]["mean"] <= report["errors"]["Q4_1"]["max"] < 0.3
-    assert report["stored"]["Q4_1"] == str(Quantization(3, 32))
-    assert f"Q4_1 requantized as {Quantization(3, 32)}" in result.stderr
+    assert report["stored"]["Q4_1"] == str(QuantFormat(3, 32))
+    assert f"Q4_1 requantized as {QuantFormat(3, 32)}" in result.stderr
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["quantization"]["bits"] == 3
     mlx_lm.load(str(tmp_path / "b"))
@@ -98,7 +98,7 @@ def test_mixed_types_get_their_own_entries(tmp_path: Path) -> None:
     convert_model(resolve_model(str(path)), tmp_path / "five")
     assert json.loads((tmp_path / "five" / "config.json").read_text())["quantization"]["bits"] == 5
     entries = converting.quantization_entries(
-        {"a": Quantization(4, 32), "b": Quantization(4, 32), "c": Quantization(8, 64)}
+        {"a": QuantFormat(4, 32), "b": QuantFormat(4, 32), "c": QuantFormat(8, 64)}
     )
     wanted = {"group_size": 32, "bits": 4, "mode": "affine", "c": {"group_size": 64, "bits": 8, "mode": "affine"}}
     assert entries == {"quantization": wanted, "quantization_config": wanted}

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mlx_lora.models.gptq import Curvature, Grid, feedback_codes, round_weight
-from mlx_lora.models.quantize import Quantization, quantize_weight
+from mlx_lora.models.quantize import QuantFormat
 
-AFFINE = [Quantization(bits, group) for bits, group in ((2, 64), (3, 32), (4, 64), (5, 32), (6, 32), (8, 64))]
-FIXED = [Quantization(4, 32, "mxfp4"), Quantization(4, 16, "nvfp4"), Quantization(8, 32, "mxfp8")]
+AFFINE = [QuantFormat(bits, group) for bits, group in ((2, 64), (3, 32), (4, 64), (5, 32), (6, 32), (8, 64))]
+FIXED = [QuantFormat(4, 32, "mxfp4"), QuantFormat(4, 16, "nvfp4"), QuantFormat(8, 32, "mxfp8")]
 
 
 def correlated(inputs: int, tokens: int = 900, seed: int = 0) -> mx.array:
@@ -43,7 +43,7 @@ def plain_gptq(weight, hessian, order, scales, biases, size, most):
 
 @pytest.mark.parametrize("shape", [(5, 96), (33, 160)])
 def test_codes_are_those_of_a_plain_loop_in_float64(shape):
-    quantization = Quantization(4, 32)
+    quantization = QuantFormat(4, 32)
     weight, curvature = weights(*shape), Curvature.of(correlated(shape[1]))
     grid = Grid.of_weight(weight, quantization, mx.float32)
     codes, values = feedback_codes(weight, curvature, grid)
@@ -61,7 +61,7 @@ def test_the_outputs_error_is_below_plain_roundings(quantization):
     weight, curvature = weights(24, 192), Curvature.of(correlated(192))
     rounded = round_weight(weight, curvature, [Grid.of_weight(weight, quantization, mx.float32)])
     stored = rounded.packed.dequantize().astype(mx.float32)
-    plain = quantize_weight(weight, quantization).dequantize().astype(mx.float32)
+    plain = quantization.quantize(weight).dequantize().astype(mx.float32)
     error, of_plain = (curvature.error(weight - w).sum().item() for w in (stored, plain))
     assert error == pytest.approx(rounded.error.sum().item(), rel=1e-3)  # what is packed is what was measured
     assert error < 0.75 * of_plain
@@ -73,7 +73,7 @@ def test_the_outputs_error_is_below_plain_roundings(quantization):
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_a_grid_of_more_bits_has_the_old_weight_exactly(bits):
-    packed = quantize_weight(weights(7, 96), Quantization(4, 32))
+    packed = QuantFormat(4, 32).quantize(weights(7, 96))
     old = packed.dequantize()
     grid = Grid.of_layer(packed.arrays[1], packed.arrays[2], packed.quantization).refined(bits)
     curvature = Curvature.of(correlated(96))
@@ -85,7 +85,7 @@ def test_a_grid_of_more_bits_has_the_old_weight_exactly(bits):
 
 def test_scales_are_the_best_for_their_codes():
     weight, curvature = weights(3, 64), Curvature.of(correlated(64))
-    grid = Grid.of_weight(weight, Quantization(3, 32), mx.float32)
+    grid = Grid.of_weight(weight, QuantFormat(3, 32), mx.float32)
     codes, _ = feedback_codes(weight, curvature, grid)
     fitted = grid.fitted(codes, weight, curvature.hessian)
     best = curvature.error(weight - fitted.values(codes))
@@ -108,6 +108,6 @@ def test_inputs_that_are_always_zero_do_no_harm():
     hessian[3] = 0.0
     hessian[:, 3] = 0.0
     for one in (hessian, mx.zeros((64, 64))):
-        found = round_weight(weight, Curvature.of(one), [Grid.of_weight(weight, Quantization(4, 32), mx.float32)])
+        found = round_weight(weight, Curvature.of(one), [Grid.of_weight(weight, QuantFormat(4, 32), mx.float32)])
         assert mx.isfinite(found.packed.dequantize()).all()
         assert mx.abs(found.packed.dequantize() - weight).max().item() < 0.2

@@ -17,13 +17,12 @@ from mlx_lora.models.convert import convert_model
 from mlx_lora.models.folder import load_weights
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.models.quantize import (
-    FIXED_MODES,
     HEADS_FROM_STORED,
-    Quantization,
+    MICROSCALING,
+    QuantFormat,
     choose_quantization,
     dequantize_model,
     quantize_model,
-    quantize_weight,
     relative_error,
 )
 from mlx_lora.utils.errors import InputError
@@ -33,11 +32,11 @@ IDS = mx.array([[1, 2, 3, 4, 5]])
 
 
 def test_defaults_and_fixed_modes() -> None:
-    assert choose_quantization(None, None, None) == Quantization(4, 64, "affine")
-    assert choose_quantization(3, 32, "affine") == Quantization(3, 32)
-    assert choose_quantization(None, None, "mxfp4") == Quantization(4, 32, "mxfp4")
-    assert choose_quantization(8, None, "mxfp8") == Quantization(8, 32, "mxfp8")
-    assert choose_quantization(None, 16, "nvfp4") == Quantization(4, 16, "nvfp4")
+    assert choose_quantization(None, None, None) == QuantFormat(4, 64, "affine")
+    assert choose_quantization(3, 32, "affine") == QuantFormat(3, 32)
+    assert choose_quantization(None, None, "mxfp4") == QuantFormat(4, 32, "mxfp4")
+    assert choose_quantization(8, None, "mxfp8") == QuantFormat(8, 32, "mxfp8")
+    assert choose_quantization(None, 16, "nvfp4") == QuantFormat(4, 16, "nvfp4")
 
 
 @pytest.mark.parametrize(
@@ -57,11 +56,11 @@ def test_forms_mlx_lacks_are_refused(flags, words) -> None:
         choose_quantization(*flags)
 
 
-@pytest.mark.parametrize("mode", FIXED_MODES)
+@pytest.mark.parametrize("mode", MICROSCALING)
 def test_fixed_modes_are_what_this_mlx_makes(mode: str) -> None:
     form = choose_quantization(None, None, mode)
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
-    packed = quantize_weight(weight, form)
+    packed = form.quantize(weight)
     assert packed.arrays[0].shape == (8, 128 * form.bits // 32)
     assert packed.arrays[1].shape == (8, 128 // form.group_size)
     assert 0 < relative_error(packed.dequantize(), weight) < 0.15
@@ -70,8 +69,7 @@ def test_fixed_modes_are_what_this_mlx_makes(mode: str) -> None:
 def test_more_bits_lose_less() -> None:
     weight = mx.random.normal((8, 128), key=mx.random.key(0))
     errors = [
-        relative_error(quantize_weight(weight, Quantization(bits, 32)).dequantize(), weight)
-        for bits in (2, 3, 4, 5, 6, 8)
+        relative_error(QuantFormat(bits, 32).quantize(weight).dequantize(), weight) for bits in (2, 3, 4, 5, 6, 8)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01
@@ -79,10 +77,10 @@ def test_more_bits_lose_less() -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [Quantization(3, 32), Quantization(8, 32), *(Quantization(*v, k) for k, v in FIXED_MODES.items())],
+    [QuantFormat(3, 32), QuantFormat(8, 32), *MICROSCALING.values()],
     ids=str,
 )
-def test_quantized_model_is_close_to_the_float_one(form: Quantization) -> None:
+def test_quantized_model_is_close_to_the_float_one(form: QuantFormat) -> None:
     wanted = tiny_model()(IDS)
     model, config, skipped, errors = quantize_model(tiny_model(), TINY, form, measure=True)
     assert skipped == []
@@ -105,7 +103,7 @@ def test_latent_attention_becomes_float_too(mode, tmp_path):
     """The products of each head, which mlx-lm's own function leaves packed."""
     source = write_architecture(tmp_path / "float", "deepseek_v3")
     packed, plain, again = (tmp_path / name for name in ("packed", "plain", "again"))
-    form = Quantization(4, 32, mode)
+    form = QuantFormat(4, 32, mode)
     convert_model(resolve_model(str(source)), packed, target=form)
     model, _ = load_weights(packed, trust_remote_code=False)
     bits = {path: layer.bits for path, layer in model.named_modules() if hasattr(layer, "bits")}
@@ -114,7 +112,7 @@ def test_latent_attention_becomes_float_too(mode, tmp_path):
     back, _ = load_weights(plain, trust_remote_code=False)
     assert not any("scales" in layer for layer in back.modules())
     assert relative_error(back(IDS), model(IDS)) < 0.05
-    convert_model(resolve_model(str(packed)), again, target=Quantization(8, 32))
+    convert_model(resolve_model(str(packed)), again, target=QuantFormat(8, 32))
     finer, _ = load_weights(again, trust_remote_code=False)
     assert {path: layer.bits for path, layer in finer.named_modules() if hasattr(layer, "bits")} == dict.fromkeys(
         bits, 8
@@ -122,7 +120,7 @@ def test_latent_attention_becomes_float_too(mode, tmp_path):
 
 
 def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    model, _, skipped, _ = quantize_model(tiny_model(), TINY, Quantization(4, 64))
+    model, _, skipped, _ = quantize_model(tiny_model(), TINY, QuantFormat(4, 64))
     assert sorted(skipped) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)
     assert isinstance(model.layers[0].mlp.up_proj, nn.QuantizedLinear)
@@ -136,7 +134,7 @@ def test_families_with_their_own_ideas_of_quantization_convert(kind, tmp_path):
     """
     source = write_architecture(tmp_path / "float", kind, tied=True)
     out = tmp_path / "packed"
-    conversion = convert_model(resolve_model(str(source)), out, target=Quantization(4, 32))
+    conversion = convert_model(resolve_model(str(source)), out, target=QuantFormat(4, 32))
     assert conversion.requantized
     model, _ = load_weights(out, trust_remote_code=False)
     reference, _ = load_weights(source, trust_remote_code=False)

@@ -119,15 +119,8 @@ def test_held_out_rewordings_are_the_test_in_new_words(tiny_folder, tmp_path):
 
 
 def test_questions_are_refused_before_the_model_is_loaded(tmp_path):
-    train = (
-        "train",
-        "--model",
-        tmp_path / "none",
-        "--data",
-        written(tmp_path / "rows.jsonl", ROWS),
-        "--adapter-path",
-        tmp_path / "a",
-    )
+    rows = written(tmp_path / "rows.jsonl", ROWS)
+    train = ("train", "--model", tmp_path / "none", "--data", rows, "--adapter-path", tmp_path / "a")
     text = written(tmp_path / "text.jsonl", [{"text": "Once upon a time."}])
     one_line(run(*train, "--ask", text), "--ask", "text.jsonl")
     one_line(run(*train, "--ask", tmp_path / "gone.jsonl"), "gone.jsonl")
@@ -253,14 +246,8 @@ def test_the_newest_measurement_and_a_persons_ticks_count(tiny_folder, tmp_path)
     assert first["right_in_your_words"]["right"] == own["right"] + (not report.answers[0]["right"])
     tick(folder, 0, None)
     assert newest() == report.verdict
-    one = {
-        "question": "q",
-        "expected": "one two three",
-        "base": "x",
-        "adapter": "y",
-        "right": False,
-        "base_right": False,
-    }
+    said = {"question": "q", "expected": "one two three", "base": "x", "adapter": "y"}
+    one = {**said, "right": False, "base_right": False}
     facts = {"rows": 2, "data": "d", "loss": 1.0, "examples": [one, {**one, "right": True}]}
     near = {"rows": 0, "exact": 0, "of_rows": 2, "example": ""}
     for more, counts in (

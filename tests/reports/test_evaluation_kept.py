@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from browser import look
 from byte_tokenizer import byte_tokenizer
-from run_cli import one_line, run
+from resumed_runs import metrics
+from run_cli import one_line, passed, run, succeeds
 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.notes import seen_rows
@@ -28,8 +29,7 @@ def made(tiny_folder, chats, tmp_path_factory):
     data = room / "rows.jsonl"
     data.write_text(chats.read_text())
     words = ("--iters", 8, "--batch-size", 8, "--learning-rate", 2e-2, "--steps-per-eval", 8, "--sample-tokens", 4)
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", room / "a", *words)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", room / "a", *words)
     return room / "a", data
 
 
@@ -87,11 +87,10 @@ def test_results_of_another_adapter_are_not_shown(evaluate, folder, chats):
 def test_a_run_begun_anew_takes_earlier_results_away(evaluate, folder, tiny_folder, chats):
     evaluate("--data", chats, "--show", 1)
     assert (folder / "evaluation.json").exists()
-    ran = run(
+    succeeds(
         "train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, "--force", "--iters", 1,
         "--batch-size", 8, "--val-batches", 0, "--sample-tokens", 0,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     assert not (folder / "evaluation.json").exists()
 
 
@@ -105,8 +104,7 @@ def test_a_run_that_goes_on_keeps_its_folder_to_itself(evaluate, folder, chats):
 
 def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     page = tmp_path / "answers.html"
-    ran = evaluate("--data", chats, "--report", page)
-    assert ran.code == 0, ran.err
+    passed(evaluate("--data", chats, "--report", page))
     text = page.read_text()
     kept = read_evaluation(folder)
     assert len(kept["examples"]) == 5, "a page shows some answers unless one says how many"
@@ -120,8 +118,7 @@ def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     before = chats.read_bytes()
     one_line(evaluate("--data", chats, "--report", chats), ".html")
     assert chats.read_bytes() == before
-    alone = run("evaluate", "--model", tiny_folder, "--data", chats, "--show", 1, "--report", tmp_path / "base.html")
-    assert alone.code == 0, alone.err
+    succeeds("evaluate", "--model", tiny_folder, "--data", chats, "--show", 1, "--report", tmp_path / "base.html")
     assert (tmp_path / "base.html").read_text().count("<th>") == 3
 
 
@@ -157,7 +154,7 @@ def test_the_rows_that_a_run_held_out_are_measured_without_data(evaluate, made, 
     assert found["supervised_tokens"] == facts["valid"]["supervised_tokens"]
     assert found["near_training"]["exact"] == 0
     assert read_evaluation(folder)["held_out"] is True
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    last = metrics(folder)[-1]
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
     one_line(evaluate("--max-seq-length", 64), "--max-seq-length", "--data")
     one_line(run("evaluate", "--model", tiny_folder), "--data")

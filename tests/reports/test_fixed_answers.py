@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from browser import look
-from run_cli import run
+from make_adapters import loaded
+from resumed_runs import metrics
+from run_cli import run, succeeds
 
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.models.load import load_base
 from mlx_lora.reports.diagnosis import begin_lines, rollout_charts, verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
@@ -66,8 +66,7 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     folder = tmp_path / "a"
     more = ("--iters", 8, "--steps-per-eval", 4, "--save-every", 4, "--updates-per-rollout", 2, "--kl-beta", 0.01)
     more += ("--learning-rate", "5e-2")
-    ran = run(*command(tiny_folder, data, folder, *more))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, folder, *more))
     answers = read_answers(folder / "answers.jsonl")
     assert [(one["step"], one["number"]) for one in answers] == [(step, n) for step in (0, 4, 8) for n in range(3)]
     assert len({one["prompt"] for one in answers}) == 3
@@ -98,21 +97,16 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     assert (tmp_path / "cut/answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_answers_are_greedy_change_nothing_and_can_be_left_out(tiny_folder, data, tmp_path):
     for name, tokens in (("with", 8), ("without", 0)):
         more = ("--iters", 2, "--steps-per-eval", 1, "--dropout", 0.1, "--sample-tokens", tokens)
-        ran = run(*command(tiny_folder, data, tmp_path / name, *more))
-        assert ran.code == 0, ran.err
+        succeeds(*command(tiny_folder, data, tmp_path / name, *more))
     with_them, without = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("with", "without"))
     assert with_them == without
     assert not (tmp_path / "without/answers.jsonl").exists()
     assert "Answers during training" not in (tmp_path / "without/report.html").read_text()
     first = read_answers(tmp_path / "with/answers.jsonl")[0]
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    base = loaded(tiny_folder)
     prompt = f"<|im_start|>user\n{first['prompt']}<|im_end|>\n<|im_start|>assistant\n"
     tokens = base.hf_tokenizer.encode(prompt, add_special_tokens=False)
     for _ in range(first["length"]):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from resumed_runs import command
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
@@ -84,12 +84,11 @@ def test_the_beginning_of_rounding_is_no_overfitting(tmp_path):
 
 def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_folder, chats, tmp_path):
     folder = tmp_path / "a"
-    ran = run(
+    succeeds(
         "train", "--model", tiny_folder, "--bits", 2, "--data", chats, "--adapter-path", folder, "--iters", STEPS, "--qat", 0.25,
         "--keep-best", "--steps-per-eval", 2, "--batch-size", 8, "--learning-rate", 5e-4, "--sample-tokens", 0,
         "--valid-fraction", 0.2,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     losses = {r["step"]: r["val_loss"] for r in read_records(folder / "metrics.jsonl") if r["val_loss"] is not None}
     kept = min((6, 8), key=lambda step: losses[step])
     assert min(losses, key=lambda step: losses[step]) < 6, "else the run shows nothing"
@@ -106,18 +105,8 @@ def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_f
 def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, chats, tmp_path):
     first, second, third = (tmp_path / name for name in ("a", "b", "c"))
     words = (
-        "--keep-best",
-        "--save-every",
-        4,
-        "--keep",
-        0,
-        "--sample-tokens",
-        0,
-        "--val-batches",
-        1,
-        "--steps-per-report",
-        4,
-    )
+        "--keep-best", "--save-every", 4, "--keep", 0, "--sample-tokens", 0, "--val-batches", 1, "--steps-per-report", 4,
+    )  # fmt: skip
     assert run(*command(tiny_folder, chats, first, *words, "--iters", 8)).code == 0
     half = first / "checkpoints" / "step-000004"
     assert run(*command(tiny_folder, chats, second, *words, "--iters", 8, "--resume", half)).code == 0
@@ -135,8 +124,7 @@ def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, ch
     # A checkpoint alone: what was before is not known, and that is said, also after a further stop.
     alone = shutil.copytree(half, tmp_path / half.name)
     for steps, resume in ((8, ("--resume", alone)), (10, ("--resume",))):
-        ran = run(*command(tiny_folder, chats, third, *words, "--no-keep-best", "--iters", steps, *resume))
-        assert ran.code == 0, ran.err
+        succeeds(*command(tiny_folder, chats, third, *words, "--no-keep-best", "--iters", steps, *resume))
         assert read_facts(third)["begins_at"] == 4
     assert "from step 8" in read_facts(third)["verdict"]["headline"]
 

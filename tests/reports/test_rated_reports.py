@@ -6,7 +6,8 @@ import json
 import math
 
 import mlx.core as mx
-from run_cli import run
+from resumed_runs import metrics
+from run_cli import run, succeeds
 
 from mlx_lora.serving.engine import Sampler, Sampling
 from mlx_lora.serving.schema import read_completion
@@ -21,11 +22,10 @@ def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     out = tmp_path / "a"
     model = ("--model", tiny_folder, "--objective", "kto")
-    ran = run("train", *model, "--data", folder, "--adapter-path", out, "--iters", 2, "--batch-size", 4,
+    ran = succeeds("train", *model, "--data", folder, "--adapter-path", out, "--iters", 2, "--batch-size", 4,
               "--sample-tokens", 0, "--steps-per-report", 1)  # fmt: skip
-    assert ran.code == 0, ran.err
     assert "nan" not in (ran.err + ran.out).lower()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     assert lines[0]["margin"] is None
     assert any(line["margin"] is not None for line in lines)
     measure = ("evaluate", *model, "--data", folder / "valid.jsonl", "--adapter-path", out)

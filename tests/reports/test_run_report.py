@@ -10,12 +10,11 @@ import sys
 import numpy as np
 import pytest
 from browser import look
-from run_cli import run
+from make_adapters import loaded
+from run_cli import holds, lacks, run, succeeds
 
 from mlx_lora.adapters.inject import inject, select_targets
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.models.load import load_base
 from mlx_lora.reports.charts import MOST_POINTS, Series, line_chart, number, ticks
 from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
@@ -64,13 +63,16 @@ def test_the_page_has_its_charts_and_nothing_from_elsewhere(folder):
 
 def test_tiles_are_the_metrics():
     shown = dict(tiles(RECORDS))
-    assert shown["steps"] == "10"
-    assert shown["held-out loss"] == "4.000 → 3.000"
-    assert shown["trained tokens"] == "100"
-    assert shown["trained tokens/s, median"] == "106"
-    assert shown["peak memory, MLX"] == "2.00 GB"
-    assert shown["training loss"] == "3.900 → 3.000"
-    assert shown["time"] == "20.0 s"
+    wanted = {
+        "steps": "10",
+        "held-out loss": "4.000 → 3.000",
+        "trained tokens": "100",
+        "trained tokens/s, median": "106",
+        "peak memory, MLX": "2.00 GB",
+        "training loss": "3.900 → 3.000",
+        "time": "20s",
+    }
+    assert {name: shown[name] for name in wanted} == wanted
     assert len(shown) == 8
     assert dict(tiles([one for one in RECORDS if one["val_loss"] is None]))["held-out loss"] == "not measured"
     assert tiles([]) == [("steps", "0")]
@@ -100,9 +102,7 @@ def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path
     }  # fmt: skip
     RunReport("", "", "", "", "", data).write(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "<mark>Good</mark>" in page
-    assert "<mark>Bad</mark>" in page
-    assert "<th>pairs</th>" in page
+    holds(page, "<mark>Good</mark>", "<mark>Bad</mark>", "<th>pairs</th>")
     assert page.count('<svg class="chart"') == 9
     assert "Loss per pair" in page
     lowest = re.search(r"Margin of rewards.*?</svg>", page, re.DOTALL)[0]
@@ -137,8 +137,7 @@ def test_long_and_broken_series():
     gap = line_chart("x", [Series("a", [(0, 1), (1, 2), (2, math.nan), (3, 1), (4, 2)])])
     assert gap.count("<polyline") == 2
     assert "nothing recorded" in line_chart("x", [Series("a", [(0, math.nan)]), Series("b", [])])
-    assert "<polyline" not in line_chart("x", [Series("a", [(3, 1)])])
-    assert "NaN" not in line_chart("x", [Series("a", [(3, 1)])])
+    lacks(line_chart("x", [Series("a", [(3, 1)])]), "<polyline", "NaN")
     assert [number(v) for v in (0, 1234.5, 0.25, 2e-5)] == ["0", "1,234", "0.25", "2.0e-5"]
 
 
@@ -158,12 +157,10 @@ def test_texts_of_the_run_before_are_kept(folder, tmp_path):
 def test_in_a_browser(folder, width, dark):
     seen = look(folder / "report.html", width, dark)
     assert not seen.console
-    assert seen.found["charts"] == 5
-    assert seen.found["lines"] == 8
-    assert seen.found["needed"] <= width == seen.found["width"]
-    assert seen.found["outside"] == []
+    wanted = {"charts": 5, "lines": 8, "width": width, "outside": [], "clipped": 0}
+    assert {name: seen.found[name] for name in wanted} == wanted
+    assert seen.found["needed"] <= width
     assert seen.found["smallest"] >= 9
-    assert seen.found["clipped"] == 0
     light = "rgb(253, 253, 251)"
     assert (seen.found["paper"] == light) is not dark
 
@@ -171,8 +168,7 @@ def test_in_a_browser(folder, width, dark):
 def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp_path):
     words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12)
     words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5, "--dtype", "bfloat16")
-    ran = run(*words, "--sample-tokens", 12)
-    assert ran.code == 0
+    ran = succeeds(*words, "--sample-tokens", 12)
     # The base is described as it was loaded: an adapter on it is not the base's memory, nor its dtype.
     described = next(line for line in ran.lines if line.startswith("Base: ")).removeprefix("Base: ")
     assert json.loads((tmp_path / "a" / "report.json").read_text())["base"] == described
@@ -206,7 +202,7 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
 
 @pytest.mark.parametrize("mode", ["none", "block", "selective"])
 def test_a_checkpointed_model_generates_as_any_other(mode, tiny_folder):
-    base, prompt = load_base(ModelSettings(model=str(tiny_folder))), [5, 6, 7]
+    base, prompt = loaded(tiny_folder), [5, 6, 7]
     inject(base.model, select_targets(base.model).paths, 4, 2.0)
     plain = greedy_text(base, prompt, 8)
     apply_checkpointing(base.model, mode)

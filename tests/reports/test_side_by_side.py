@@ -8,7 +8,8 @@ import math
 import sys
 
 import pytest
-from run_cli import one_line, run
+from resumed_runs import metrics
+from run_cli import holds, one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.cli.evaluate import side_by_side
@@ -19,22 +20,8 @@ from mlx_lora.utils.statistics import student_quantile
 @pytest.fixture(scope="module")
 def trained(tiny_folder, chats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "a"
-    words = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        chats,
-        "--adapter-path",
-        folder,
-        "--iters",
-        24,
-        "--batch-size",
-        8,
-    )
-    ran = run(*words, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
-    assert ran.code == 0, ran.err
-    return folder, ran
+    words = ("--iters", 24, "--batch-size", 8, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
+    return folder, succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, *words)
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def test_a_run_says_what_became_of_it_in_terminal_page_and_facts(trained):
     assert found["headline"] in ran.err
     assert found["headline"] in (folder / "report.html").read_text()
     lines = (folder / "held_out_rows.jsonl").read_text().splitlines()
-    vals = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    vals = metrics(folder)
     held_out = {one["step"]: one["val_loss"] for one in vals if one["val_loss"] is not None}
     for line in map(json.loads, lines):
         assert sum(line["loss_sums"]) / sum(line["tokens"]) == pytest.approx(held_out[line["step"]], rel=1e-4)
@@ -99,21 +86,14 @@ def test_answers_stand_side_by_side(words, tiny_folder, trained, chats, tmp_path
 
 
 def test_answers_are_marked_where_anybody_can_tell():
-    long = {
-        "question": "q",
-        "expected": "one " * 9,
-        "base": "x",
-        "adapter": "one " * 9,
-        "right": None,
-        "base_right": None,
-    }
+    nine = "one " * 9
+    long = {"question": "q", "expected": nine, "base": "x", "adapter": nine, "right": None, "base_right": None}
     short = {"question": "q", "expected": "Yes.", "base": "No", "adapter": "yes", "right": True, "base_right": False}
     facts = {"rows": 3, "data": "d", "loss": 1.0, "examples": [long, short, {**long, "ticked": False}]}
     lines = side_by_side(shown_evaluation(facts))
     assert [line.split()[0] for line in lines if line.endswith("(right)")] == ["adapter"]
     assert [line.split()[0] for line in lines if line.endswith("(not right)")] == ["base", "adapter"]
-    assert "2 questions" in lines[-2]
-    assert "base 0, adapter 1" in lines[-2]
+    holds(lines[-2], "2 questions", "base 0, adapter 1")
     assert not any("right" in line for line in side_by_side(shown_evaluation({**facts, "examples": [long]})))
 
 

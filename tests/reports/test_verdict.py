@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from byte_tokenizer import CHATML, GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, TEMPLATES, byte_tokenizer
+from run_cli import holds
 
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.reports.diagnosis import (
@@ -267,8 +268,7 @@ def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
         records, {}, context=VerdictContext(tmp_path / "run", seconds=20.0)
     )  # 10 steps in an epoch, 2 s each
     assert found.name == TOO_FEW_STEPS
-    assert "--epochs 6 gives 60 steps" in found.mend
-    assert "2m00s" in found.mend
+    holds(found.mend, "--epochs 6 gives 60 steps", "2m00s")
     assert "--epochs 6" in found.command
     slow = verdict(run_of([3.0, 2.9999, 3.0, 3.0, 3.0, 3.0, 3.0], [3.0] * 7), {"learning_rate": 1e-6})
     assert slow.name == UNCHANGED
@@ -281,8 +281,7 @@ def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path)
     found = verdict(records, {"model": "m"}, context=VerdictContext(tmp_path / "run", rows=of_one))
     assert found.name == UNKNOWN
     assert "1 row" in found.headline
-    assert "evaluate" in found.command
-    assert "--show" in found.command
+    holds(found.command, "evaluate", "--show")
     of_many = {step: losses_of(rows.loss) for step, rows in of_one.items()}
     assert (
         "evaluate"

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
+from make_adapters import loaded
 from ranks import Started
-from run_cli import run
+from resumed_runs import metrics
+from run_cli import holds, run, succeeds
 
 import mlx_lora
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.load import load_base
 from mlx_lora.objectives.teacher import read_answers
 from mlx_lora.rollouts import generator as batch_writing
 from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, sample_groups
@@ -84,21 +84,15 @@ def records(folder: Path, split: str = "train") -> list[dict]:
     return [json.loads(line) for line in (folder / "written" / f"{split}.jsonl").read_text().splitlines()]
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
 
 
 def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
-    ran = run(*command(model, asked, tmp_path / "a", *SHORT))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT))
     (line,) = (line for line in ran.lines if line.startswith("Answers: "))
-    assert "18 written by the teacher in" in line
-    assert "tokens/s" in line
+    holds(line, "18 written by the teacher in", "tokens/s")
     found = {split: records(tmp_path / "a", split) for split in ("train", "valid", "test")}
     # What so small a model writes differs from machine to machine: an answer may be empty, and is then left out.
     left_out = re.search(r"(\d+) empty", line)
@@ -118,8 +112,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     ).read_bytes()
     # What was written is data, and can be edited; then nothing is sampled.
     given = ("--data", tmp_path / "a" / "written")
-    third = run(*command(model, asked, tmp_path / "c", *given))
-    assert third.code == 0, third.err
+    third = succeeds(*command(model, asked, tmp_path / "c", *given))
     assert "Answers:" not in third.err
     assert not (tmp_path / "c" / "written").exists()
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
@@ -129,9 +122,8 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
 
 def test_the_teacher_answers_with_its_prompt_in_front(model, asked, tmp_path, own_cache):
     """At a temperature near 0, an answer is the likeliest text after the persona and the prompt, and no other."""
-    ran = run(*command(model, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
-    assert ran.code == 0, ran.err
-    base = load_base(ModelSettings(model=str(model)))
+    succeeds(*command(model, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
+    base = loaded(model)
     ends, matches = frozenset(base.tokenizer.eos_token_ids), {"with": 0, "without": 0}
     written = {one["prompt"]: one["completion"] for one in records(tmp_path / "a")}
     for number in range(12):
@@ -156,8 +148,7 @@ def test_what_a_stopped_run_wrote_is_not_written_again(model, asked, tmp_path, o
     shutil.rmtree(file.parent / "data")
     left = len(read_answers(file))
     ran = run(*command(model, asked, tmp_path / "b", *SHORT))
-    assert f"Answers: {18 - left} written by the teacher" in ran.err
-    assert f"{left} before" in ran.err
+    holds(ran.err, f"Answers: {18 - left} written by the teacher", f"{left} before")
     assert read_answers(file) == whole
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
@@ -171,8 +162,7 @@ def test_answers_depend_on_all_that_decides_them(model, asked, tmp_path, own_cac
     (tmp_path / "other.txt").write_text("You are a cook.")
     found = []
     for name, more in changes.items():
-        ran = run(*command(model, asked, tmp_path / name, *SHORT, *more, "--iters", 1, "--sample-tokens", 0))
-        assert ran.code == 0, ran.err
+        succeeds(*command(model, asked, tmp_path / name, *SHORT, *more, "--iters", 1, "--sample-tokens", 0))
         found.append([one["completion"] for one in records(tmp_path / name)])
     assert all(one != found[0] for one in found[1:])
 
@@ -183,8 +173,7 @@ def test_a_killed_run_resumes_from_its_own_copy(model, asked, tmp_path, own_cach
     shutil.copytree(whole, rest)
     shutil.rmtree(rest / "checkpoints" / "step-000004")
     shutil.rmtree(cache_dir("answers"))
-    ran = run(*command(model, asked, rest, *SHORT, "--resume"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(model, asked, rest, *SHORT, "--resume"))
     assert "Answers:" not in ran.err
     assert (rest / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     edited = records(rest)
@@ -193,8 +182,7 @@ def test_a_killed_run_resumes_from_its_own_copy(model, asked, tmp_path, own_cach
     shutil.rmtree(rest / "checkpoints" / "step-000004")
     edited_run = run(*command(model, asked, rest, *SHORT, "--resume"))
     assert edited_run.code == 2
-    assert "from another run" in edited_run.lines[-1]
-    assert "rows" in edited_run.lines[-1]
+    holds(edited_run.lines[-1], "from another run", "rows")
 
 
 @pytest.mark.slow
@@ -216,10 +204,8 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
         for n in range(4)
     ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": 1}]))
-    ran = run(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
-    assert ran.code == 0, ran.err
-    assert "Answers: 5 written" in ran.err
-    assert "mixed.jsonl line 7" in ran.err
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--data", tmp_path / "mixed.jsonl"))
+    holds(ran.err, "Answers: 5 written", "mixed.jsonl line 7")
     found = records(tmp_path / "a")
     assert found[0] == rows[0]
     assert found[1]["prompt"] == "Has none?"
@@ -227,12 +213,11 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
 
 
 def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
-    ran = run(*command(model, asked, tmp_path / "a", *SHORT, "--learning-rate", 1e-2, "--iters", 20))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--learning-rate", 1e-2, "--iters", 20))
     sample = json.loads((tmp_path / "a" / "report.json").read_text())["samples"][0]
     first, last = (line["val_loss"] for line in metrics(tmp_path / "a") if line["val_loss"] is not None)
     assert last < 0.8 * first
-    base = load_base(ModelSettings(model=str(model)))
+    base = loaded(model)
     system, user = f"<|im_start|>system\n{PERSONA}<|im_end|>\n", sample["prompt"]
     assert user.startswith("<|im_start|>user\nvalid question")
     for prompt, text in ((system + user, sample["teacher"]), (user, sample["before"])):
@@ -246,11 +231,9 @@ def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
 
 def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, own_cache):
     more = (*SHORT, "--own-prompts", 16, "--temp", 1.1, "--valid-fraction", 0.2)
-    ran = run(*command(model, asked, tmp_path / "a", *more, data=False))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(model, asked, tmp_path / "a", *more, data=False))
     (line,) = (line for line in ran.lines if line.startswith("Prompts: "))
-    assert "16 written by the model in" in line
-    assert "left out: " in line
+    holds(line, "16 written by the model in", "left out: ")
     found = [one["prompt"] for one in records(tmp_path / "a")]
     assert len(set(found)) == len(found) == 16
     assert all(found)
@@ -259,8 +242,7 @@ def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, o
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
         tmp_path / "b" / "adapters.safetensors"
     ).read_bytes()
-    other = run(*command(model, asked, tmp_path / "c", *more, "--seed", 1, data=False))
-    assert other.code == 0, other.err
+    succeeds(*command(model, asked, tmp_path / "c", *more, "--seed", 1, data=False))
     assert [one["prompt"] for one in records(tmp_path / "c")] != found
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["data"]["data"] == "prompts that the model wrote, answered by the teacher"
@@ -311,8 +293,7 @@ def test_bad_input_is_one_line(case, model, asked, chats, tmp_path):
 
 def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
     for data in (True, False):
-        ran = run(*command(model, asked, tmp_path / "a", "--dry-run", data=data))
-        assert ran.code == 0, ran.err
+        ran = succeeds(*command(model, asked, tmp_path / "a", "--dry-run", data=data))
         assert not (tmp_path / "a").exists()
         assert not cache_dir("answers").exists()
         assert not cache_dir("prompts").exists()
@@ -320,11 +301,9 @@ def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
 
 
 def test_the_test_set_of_an_adapter_is_the_one_that_was_written(model, asked, tmp_path, own_cache):
-    first = run(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
-    assert first.code == 0, first.err
+    first = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
     shutil.rmtree(cache_dir("answers"))
-    again = run(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
-    assert again.code == 0, again.err
+    again = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
     assert said_of_test(again) == said_of_test(first)
     shutil.rmtree(tmp_path / "a" / "written")
     written = run(*command(model, asked, tmp_path / "a", *SHORT, "--test"))

@@ -35,21 +35,31 @@ def given(name: str, *texts: str, chat: bool = False, **columns):
     return ready_reward(name)(prompts=["?"] * len(texts), completions=completions, completion_ids=ids, **columns)
 
 
-def test_ready_rewards():
-    assert given("exact_match", " 4\n", "5", answer=["4", "4"]) == [1.0, 0.0]
-    assert given("exact_match", "x", solution=[None]) == [None]
-    assert given("exact_match", "x", "y", answer=[None, "z"], solution=["x", "y"]) == [1.0, 0.0]
-    gsm8k = ["She has 3 + 4.\n#### 7", "#### 1,200"]
-    assert given("number_match", "I think 3 and then 7.", "1200.0", answer=gsm8k) == [1.0, 1.0]
-    assert given("number_match", "#### 7 because 8", "12", answer=gsm8k) == [1.0, 0.0]
-    assert given("number_match", "no number", answer=["7"]) == [0.0]
-    thoughts = "<think>a</think> b", "<think>a</think>", "b", "<think><think>a</think> b"
-    assert given("think_format", *thoughts, chat=True) == [1.0, 0.0, 0.0, 0.0]
-    assert given("length:4", "abcd", "abcdef") == [0.0, -0.5]
-    assert given("regex:^\\d+$", "12", "a12") == [1.0, 0.0]
-    columns = {"pattern": ["a", "b"], "most": [1, 2]}  # of the data, and nothing else
-    assert given("regex:^\\d+$", "12", "a12", **columns) == [1.0, 0.0]
-    assert given("length:2", "12", "a12", **columns) == [0, -0.5]
+GSM8K = ["She has 3 + 4.\n#### 7", "#### 1,200"]
+THOUGHTS = "<think>a</think> b", "<think>a</think>", "b", "<think><think>a</think> b"
+COLUMNS = {"pattern": ["a", "b"], "most": [1, 2]}  # of the data, and nothing else
+READY = [
+    ("exact_match", (" 4\n", "5"), {"answer": ["4", "4"]}, [1.0, 0.0]),
+    ("exact_match", ("x",), {"solution": [None]}, [None]),
+    ("exact_match", ("x", "y"), {"answer": [None, "z"], "solution": ["x", "y"]}, [1.0, 0.0]),
+    ("number_match", ("I think 3 and then 7.", "1200.0"), {"answer": GSM8K}, [1.0, 1.0]),
+    ("number_match", ("#### 7 because 8", "12"), {"answer": GSM8K}, [1.0, 0.0]),
+    ("number_match", ("no number",), {"answer": ["7"]}, [0.0]),
+    ("think_format", THOUGHTS, {"chat": True}, [1.0, 0.0, 0.0, 0.0]),
+    ("length:4", ("abcd", "abcdef"), {}, [0.0, -0.5]),
+    ("length:2", ("12", "a12"), COLUMNS, [0, -0.5]),
+    (r"regex:^\d+$", ("12", "a12"), {}, [1.0, 0.0]),
+    (r"regex:^\d+$", ("12", "a12"), COLUMNS, [1.0, 0.0]),
+    # An escaped comma is one.
+    (r"regex:^\d{1\x2c3}$", ("12", "1234"), {}, [1.0, 0.0]),
+    (r"regex:^a\x2c[\x2C]$", ("a,,", "a,;"), {}, [1.0, 0.0]),
+    (r"regex:^\\x2c$", ("\\x2c", ","), {}, [1.0, 0.0]),  # a backslash before x2c
+]
+
+
+@pytest.mark.parametrize(("name", "texts", "columns", "wanted"), READY)
+def test_ready_rewards(name, texts, columns, wanted):
+    assert given(name, *texts, **columns) == wanted
 
 
 def test_mathematics():
@@ -165,12 +175,6 @@ def test_a_comma_in_a_pattern_is_part_of_it(reward, parts, monkeypatch, tmp_path
 def test_a_pattern_may_count():
     [one] = rewards_of(replace(ASKED, reward=r"regex:^\d{1,3}$"))
     assert one.function(["12", "1234"]) == [1.0, 0.0]
-
-
-def test_an_escaped_comma_is_one():
-    assert given(r"regex:^\d{1\x2c3}$", "12", "1234") == [1.0, 0.0]
-    assert given(r"regex:^a\x2c[\x2C]$", "a,,", "a,;") == [1.0, 0.0]
-    assert given(r"regex:^\\x2c$", "\\x2c", ",") == [1.0, 0.0]  # a backslash before x2c
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model
+from make_adapters import loaded
 from serving_rows import Answer, asked, started
 
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.evaluation.models import Models, TextRequest
-from mlx_lora.models.load import load_base
 from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, check_rows, one_row_because, sample_groups
 from mlx_lora.utils.errors import InputError
 
@@ -71,7 +70,7 @@ def test_a_layer_that_keeps_nothing_leaves_the_server_alive(tmp_path):
 def test_written_texts_of_a_task_are_those_of_each_prompt_alone(tmp_path):
     folder = write_architecture(tmp_path, "gpt_bigcode")
     asked_for = [TextRequest("base", tuple(byte_tokenizer().encode(prompt)), 6) for prompt in PROMPTS]
-    with Models.opened(load_base(ModelSettings(model=str(folder))), {}) as models:
+    with Models.opened(loaded(folder), {}) as models:
         assert models.texts(asked_for) == [models.texts([one])[0] for one in asked_for]
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from run_cli import run
+from run_cli import passed, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
@@ -160,8 +160,7 @@ def kept(folder: Path, step: int) -> str | None:
 
 @pytest.mark.slow
 def test_a_run_says_and_keeps_its_form_and_a_resumed_one_has_it_too(tiny_4bit_folder, data, tmp_path, monkeypatch):
-    ran = run(*command(tiny_4bit_folder, data, tmp_path / "a"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_4bit_folder, data, tmp_path / "a"))
     assert "answers sampled by dense copies of" in ran.err
     assert kept(tmp_path / "a", 2) == "dense"
     packed = run(*command(tiny_4bit_folder, data, tmp_path / "p", "--decode-weights", "packed"))
@@ -185,13 +184,11 @@ def test_a_run_says_and_keeps_its_form_and_a_resumed_one_has_it_too(tiny_4bit_fo
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling_form, "choose_weights", chosen_anew)
-        ran = again("b")
-    assert ran.code == 0, ran.err
+        ran = passed(again("b"))
     assert "dense copies of 0 MB (as the run began)" in ran.err
     assert kept(tmp_path / "b", 6) == "dense"
     one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in "ab")
     assert one == two
-    ran = again("c", "--decode-weights", "packed")
-    assert ran.code == 0, ran.err
+    ran = passed(again("c", "--decode-weights", "packed"))
     assert "not the form" in ran.err
     assert kept(tmp_path / "c", 6) == "packed"

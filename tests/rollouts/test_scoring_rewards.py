@@ -13,14 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from conftest import tiny_model, write_folder
+from make_adapters import loaded
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from resumed_runs import metrics
+from run_cli import holds, one_line, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from mlx_lora.config.settings import AdapterSettings, TrainSettings
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.head import SCORE_WEIGHT
@@ -42,13 +43,6 @@ CONVERSATIONS = [Conversation(chat) for chat in CHATS]
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    """A tiny model with an output head of its own."""
-    config = {"tie_word_embeddings": False, "architectures": ["LlamaForCausalLM"]}
-    return write_folder(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False), config)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     pairs = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
@@ -61,24 +55,22 @@ def data(tmp_path_factory) -> Path:
 def judge_of(model: Path, data: Path, folder: Path, *more: object) -> Path:
     """Train a reward model, named `folder`."""
     common = ("--model", model, "--data", data / "pairs.jsonl", "--adapter-path", folder, "--objective", "reward")
-    ran = run("train", *common, *QUICK, "--iters", 4, *more)
-    assert ran.code == 0, ran.err
+    succeeds("train", *common, *QUICK, "--iters", 4, *more)
     return folder
 
 
 @pytest.fixture(scope="module")
-def judge(untied, data, tmp_path_factory) -> Path:
-    return judge_of(untied, data, tmp_path_factory.mktemp("same") / "judge")
+def judge(untied_folder, data, tmp_path_factory) -> Path:
+    return judge_of(untied_folder, data, tmp_path_factory.mktemp("same") / "judge")
 
 
 @pytest.fixture(scope="module")
-def exported(untied, judge, tmp_path_factory) -> dict[str, Path]:
+def exported(untied_folder, judge, tmp_path_factory) -> dict[str, Path]:
     """The same reward model as PEFT's folder, and as transformers'."""
     folders = {to: tmp_path_factory.mktemp("exported") / to for to in ("peft", "hf")}
     for to, folder in folders.items():
-        named = ("--base-id", untied) if to == "peft" else ()  # a path of this machine has to be given
-        ran = run("export", "--model", untied, "--adapter-path", judge, "--to", to, "--out", folder, *named)
-        assert ran.code == 0, ran.err
+        named = ("--base-id", untied_folder) if to == "peft" else ()  # a path of this machine has to be given
+        succeeds("export", "--model", untied_folder, "--adapter-path", judge, "--to", to, "--out", folder, *named)
     return folders
 
 
@@ -87,22 +79,22 @@ def asked(model: Path, *folders: Path, **more: object) -> TrainSettings:
     return train_settings({"model": str(model), "objective": "grpo", "reward": reward, **more})
 
 
-def loaded(model: Path, *folders: Path) -> tuple[Base, list]:
+def with_scorers(model: Path, *folders: Path) -> tuple[Base, list]:
     """Return a base, and the scorers of reward models beside it."""
-    base = load_base(ModelSettings(model=str(model)))
+    base = loaded(model)
     return base, [reward.function for reward in load_rewards(asked(model, *folders), base)]
 
 
 def wanted_scores(model: Path, judge: Path) -> np.ndarray:
-    base = load_base(ModelSettings(model=str(model)))
+    base = loaded(model)
     load_adapter(base, judge, scores=True)
     return score_answers(base, CONVERSATIONS)
 
 
-def test_scores_are_those_of_the_reward_model_alone(untied, judge, exported):
-    wanted = wanted_scores(untied, judge)
+def test_scores_are_those_of_the_reward_model_alone(untied_folder, judge, exported):
+    wanted = wanted_scores(untied_folder, judge)
     assert np.abs(np.diff(wanted)).min() > 1e-3
-    _, (own, peft, hf) = loaded(untied, judge, *exported.values())
+    _, (own, peft, hf) = with_scorers(untied_folder, judge, *exported.values())
     assert own(CONVERSATIONS) == wanted.tolist()
     assert np.abs(np.array(peft(CONVERSATIONS)) - wanted).max() < 1e-5
     assert np.abs(np.array(hf(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
@@ -111,27 +103,27 @@ def test_scores_are_those_of_the_reward_model_alone(untied, judge, exported):
     assert own(texts) == wanted.tolist()
 
 
-def test_scores_are_transformers(untied, judge, exported):
+def test_scores_are_transformers(untied_folder, judge, exported):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(exported["hf"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported["hf"])
     inputs = tokenizer.apply_chat_template(CHATS, return_dict=True, return_tensors="pt", padding=True)
     with torch.no_grad():
         wanted = model(**inputs).logits.squeeze(1).numpy()
-    _, scorers = loaded(untied, judge, exported["hf"])
+    _, scorers = with_scorers(untied_folder, judge, exported["hf"])
     for scorer in scorers:
         assert np.abs(np.array(scorer(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
 
 
-def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, exported):
-    base = load_base(ModelSettings(model=str(untied)))
+def test_a_reward_model_of_the_same_base_shares_its_weights(untied_folder, judge, exported):
+    base = loaded(untied_folder)
     before = mx.get_active_memory()
-    rewards = load_rewards(asked(untied, judge, exported["peft"]), base)
+    rewards = load_rewards(asked(untied_folder, judge, exported["peft"]), base)
     scorers = [reward.function for reward in rewards]
     factors = sum(entry.nbytes for entry in mx.load(str(judge / "adapters.safetensors")).values())
     assert [scorer.own_bytes for scorer in scorers] == [factors] * 2
     assert mx.get_active_memory() - before < 2 * factors + 0.1 * base.size_bytes
-    assert beside_bytes(asked(untied, judge)) == factors
+    assert beside_bytes(asked(untied_folder, judge)) == factors
     # The run's own adapter, and its training, do not reach the reward model, nor that the run's model.
     wanted = scorers[0](CONVERSATIONS)
     adapt_model(base.model, AdapterSettings(rank=4), 0)
@@ -142,12 +134,12 @@ def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, expor
 
 
 def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
-    untied, tiny_folder, data, judge, exported, logged
+    untied_folder, tiny_folder, data, judge, exported, logged
 ):
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    base = loaded(tiny_folder)
     rewards = load_rewards(asked(tiny_folder, judge, judge, exported["hf"]), base)
     first, second, whole = (reward.function for reward in rewards)
-    assert first(CONVERSATIONS) == second(CONVERSATIONS) == wanted_scores(untied, judge).tolist()
+    assert first(CONVERSATIONS) == second(CONVERSATIONS) == wanted_scores(untied_folder, judge).tolist()
     assert first.own_bytes > base.size_bytes / 2
     assert second.own_bytes < base.size_bytes / 4, "two reward models of one other base share it"
     assert "beside the base" in logged[0]
@@ -162,7 +154,7 @@ def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
     assert "other models" in run(*common, judge).out
 
 
-def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge, logged):
+def test_bits_are_those_of_the_trained_model_alone(untied_folder, tiny_folder, judge, logged):
     plain, packed = asked(tiny_folder, judge), asked(tiny_folder, judge, bits=4)
     sizes = []
     for settings in (plain, packed):
@@ -175,8 +167,8 @@ def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge, l
 
 def test_the_template_is_the_reward_models_own(tiny_folder, data, tmp_path):
     judge = judge_of(tiny_folder, data, tmp_path / "judge", "--chat-template", "alpaca")
-    _, (scorer,) = loaded(tiny_folder, judge)
-    base = load_base(ModelSettings(model=str(tiny_folder)))
+    _, (scorer,) = with_scorers(tiny_folder, judge)
+    base = loaded(tiny_folder)
     template = load_adapter(base, judge, scores=True).chat_template
     as_chatml = score_answers(base, CONVERSATIONS)
     base.hf_tokenizer.chat_template = template
@@ -184,18 +176,13 @@ def test_the_template_is_the_reward_models_own(tiny_folder, data, tmp_path):
     assert np.abs(np.array(scorer(CONVERSATIONS)) - as_chatml).max() > 1e-4
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(untied, data, judge, tmp_path):
+def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(untied_folder, data, judge, tmp_path):
     rewards = ("--reward", f"{judge},length:4", "--reward-weights", "2,0.5")
-    common = ("--model", untied, "--data", data / "prompts.jsonl", "--objective", "grpo", *rewards)
+    common = ("--model", untied_folder, "--data", data / "prompts.jsonl", "--objective", "grpo", *rewards)
     common += ("--group-size", 4, "--max-new-tokens", 8)
     more = ("--iters", 6, "--save-every", 2, "--steps-per-eval", 2, *QUICK, "--sample-tokens", 8)
-    ran = run("train", *common, "--adapter-path", tmp_path / "whole", *more)
-    assert ran.code == 0, ran.err
-    assert f"Reward model {judge}: on {untied}, shared" in ran.err
+    ran = succeeds("train", *common, "--adapter-path", tmp_path / "whole", *more)
+    assert f"Reward model {judge}: on {untied_folder}, shared" in ran.err
     for line in metrics(tmp_path / "whole"):
         assert line["reward"] == pytest.approx(2 * line["reward/judge"] + 0.5 * line["reward/length"], abs=1e-4)
         assert 0 <= line["frac_reward_zero_std"] <= 1
@@ -213,18 +200,21 @@ def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(un
     assert found["reward"] == pytest.approx(2 * found["reward/judge"] + 0.5 * found["reward/length"], abs=1e-4)
     assert (found["answers"], found["rows"]) == (48, 12)
     words = run(*evaluated).out
-    assert f"reward {found['reward']:.4f}, reward std {found['reward_std']:.4f}" in words
-    assert f"reward/judge {found['reward/judge']:.4f}" in words
-    assert "48 answers in 12 prompts" in words
+    holds(
+        words,
+        f"reward {found['reward']:.4f}, reward std {found['reward_std']:.4f}",
+        f"reward/judge {found['reward/judge']:.4f}",
+        "48 answers in 12 prompts",
+    )
 
 
-def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tmp_path):
+def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied_folder, judge, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(judge, broken)
     stored = mx.load(str(broken / "adapters.safetensors"))
     mx.save_safetensors(str(broken / "adapters.safetensors"), {**stored, SCORE_WEIGHT: stored[SCORE_WEIGHT] * math.nan})
-    settings = asked(untied, broken)
-    rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))))
+    settings = asked(untied_folder, broken)
+    rewards = load_rewards(settings, loaded(untied_folder))
     answers = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "completion_ids": [[1]] * 4}
     with pytest.raises(RunError, match="--reward broken gave nan"):
         rewards_for(rewards, answers, settings.objective, print, CONVERSATIONS)
@@ -247,19 +237,18 @@ def test_a_reward_model_takes_as_long_as_it_needs():
         rewards_for([Reward("slow", lambda completions, **c: slow(completions))], answers, limited, print)
 
 
-def test_what_is_no_reward_model_is_one_line(untied, data, judge, exported, tmp_path):
+def test_what_is_no_reward_model_is_one_line(untied_folder, data, judge, exported, tmp_path):
     def refused(reward: Path, *words: str) -> None:
         one_line(
-            run("train", "--model", untied, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
+            run("train", "--model", untied_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
                 "--objective", "grpo", "--reward", reward), *words,
         )  # fmt: skip
 
     refused(data, f"--reward {data}: not a reward model; give the folder of a run")
-    refused(untied, "not a reward model")
+    refused(untied_folder, "not a reward model")
     imitated = tmp_path / "imitated"
-    ran = run("train", "--model", untied, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
+    succeeds("train", "--model", untied_folder, "--data", data / "pairs.jsonl", "--adapter-path", imitated, "--objective",
               "orpo", *QUICK, "--iters", 1)  # fmt: skip
-    assert ran.code == 0, ran.err
     refused(imitated, "has no score head")
     other = tmp_path / "other"
     shutil.copytree(exported["hf"], other)
@@ -272,12 +261,12 @@ def test_what_is_no_reward_model_is_one_line(untied, data, judge, exported, tmp_
     mx.save_safetensors(
         str(two / "model.safetensors"), {**stored, SCORE_WEIGHT: mx.concatenate([stored[SCORE_WEIGHT]] * 2)}
     )
-    ran = run("train", "--model", untied, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
+    ran = run("train", "--model", untied_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", two)  # fmt: skip
     assert ran.code == 2
     assert "score.weight is (2, 64)" in ran.lines[-1]
     mx.save_safetensors(str(two / "model.safetensors"), {**stored, "model.extra.weight": mx.zeros((2, 2))})
-    ran = run("train", "--model", untied, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
+    ran = run("train", "--model", untied_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", two)  # fmt: skip
     assert ran.code == 2
     assert "(model.extra.weight)" in ran.lines[-1]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
-from prepared import start_python
-from run_cli import one_line, run
+from resumed_runs import metrics, resumes_to_the_same_bytes
+from run_cli import one_line, run, succeeds
 from tool_model import SHELF, shelf_folder
 
 import mlx_lora
@@ -42,28 +41,16 @@ def command(shelf: Path, folder: Path, *more: object) -> tuple:
 
 
 def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf, tmp_path):
-    whole, killed, other = tmp_path / "whole", tmp_path / "killed", tmp_path / "other"
-    asked = ("--iters", 6, "--save-every", 2)
-    ran = run(*command(shelf, whole, *asked))
-    assert ran.code == 0, ran.err
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    def words(folder: Path, *more: object) -> tuple:
+        return command(shelf, folder, "--iters", 6, "--save-every", 2, *more)
+
+    whole = tmp_path / "whole"
+    succeeds(*words(whole))
+    lines = metrics(whole)
     calls = [8 * line["tools/call_frequency"] for line in lines]
     assert all(line["tools/turns"] > 1 for line in lines)
     died_at = round(sum(calls[:4])) + 3  # within the fifth step's episodes
-    words = [str(word) for word in command(shelf, killed, *asked, "--max-restarts", 0)]
-    err = tmp_path / "err"
-    died = start_python(
-        ["-m", "mlx_lora.train", *words[1:]], child_environment(DIE_AT=str(died_at)), tmp_path / "out", err
-    )
-    assert died.wait(240) in (-signal.SIGKILL, 128 + signal.SIGKILL), err.read_text()
-    kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
-    assert kept[-1].endswith("4")
-    ran = run(*command(shelf, killed, *asked, "--resume"))
-    assert ran.code == 0, ran.err
-    assert run(*command(shelf, other, *asked, "--seed", 1)).code == 0
-    weights = [(folder / "adapters.safetensors").read_bytes() for folder in (whole, killed, other)]
-    assert weights[0] == weights[1]
-    assert weights[0] != weights[2]
+    resumes_to_the_same_bytes(words, whole, tmp_path, child_environment(DIE_AT=str(died_at)), 4)
 
 
 def test_the_same_run_from_python_and_its_measurement(shelf, tmp_path):
@@ -79,19 +66,11 @@ def test_the_same_run_from_python_and_its_measurement(shelf, tmp_path):
     answers = [json.loads(line) for line in (ran.adapter / "answers.jsonl").read_text().splitlines()]
     assert any(one["messages"][0].get("tool_calls") for one in answers)
     flags = (
-        "--objective",
-        "grpo",
-        "--max-new-tokens",
-        30,
-        "--group-size",
-        2,
-        "--json",
-        "--data",
+        "--objective", "grpo", "--max-new-tokens", 30, "--group-size", 2, "--json", "--data",
         shelf / "prompts" / "valid.jsonl",
-    )
+    )  # fmt: skip
     user = ("--environment", f"{shelf / 'shelf.py'}:Shelf", "--reward", f"{shelf / 'shelf.py'}:right")
-    measured = run("evaluate", "--model", shelf / "base", "--adapter-path", ran.adapter, *flags, *user)
-    assert measured.code == 0, measured.err
+    measured = succeeds("evaluate", "--model", shelf / "base", "--adapter-path", ran.adapter, *flags, *user)
     found = json.loads(measured.out)
     assert 0 <= found["reward"] <= 1
     assert found["tools/turns"] > 1
@@ -111,20 +90,11 @@ def test_tools_alone_are_planned_with_the_prompt(shelf, tmp_path):
 
 def test_a_template_that_shows_no_tools_is_one_line(shelf, tmp_path):
     bare = write_folder(tmp_path / "bare", tiny_model())
-    ran = run(*command(shelf, tmp_path / "a", "--model", bare, "--iters", 1))
-    one_line(ran, "does not show tools", "--chat-template")
-    one_line(run(*command(shelf, tmp_path / "a", "--model", bare, "--dry-run")), "does not show tools")
-    ran = run(*command(shelf, tmp_path / "a", "--objective", "sft", "--iters", 1))
-    one_line(ran, "--reward")
-    ran = run(
-        "train",
-        "--model",
-        shelf / "base",
-        "--data",
-        shelf / "prompts",
-        "--adapter-path",
-        tmp_path / "b",
-        "--tools",
-        "t.py",
-    )
-    one_line(ran, "--tools")
+    given = ("train", "--model", shelf / "base", "--data", shelf / "prompts", "--adapter-path", tmp_path / "b")
+    for asked, *words in (
+        (command(shelf, tmp_path / "a", "--model", bare, "--iters", 1), "does not show tools", "--chat-template"),
+        (command(shelf, tmp_path / "a", "--model", bare, "--dry-run"), "does not show tools"),
+        (command(shelf, tmp_path / "a", "--objective", "sft", "--iters", 1), "--reward"),
+        ((*given, "--tools", "t.py"), "--tools"),
+    ):
+        one_line(run(*asked), *words)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
-from run_cli import one_line, run
+from resumed_runs import metrics, resumes_to_the_same_bytes
+from run_cli import one_line, run, succeeds
 from verifiers_environments import plain, write_environments
 
 from mlx_lora.rollouts.verifiers_env import close_hosts
@@ -80,42 +78,31 @@ def command(folder: Path, adapter: Path, *more: object) -> tuple:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(folder, tmp_path):
-    whole, killed, other = tmp_path / "whole", tmp_path / "killed", tmp_path / "other"
-    asked = ("--iters", 4, "--save-every", 2, "--val-batches", 0, "--valid-fraction", 0)
-    ran = run(*command(folder, whole, *asked))
-    assert ran.code == 0, ran.err
-    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    def words(adapter: Path, *more: object) -> tuple:
+        asked = ("--iters", 4, "--save-every", 2, "--val-batches", 0, "--valid-fraction", 0)
+        return command(folder, adapter, *asked, *more)
+
+    whole = tmp_path / "whole"
+    succeeds(*words(whole))
+    lines = metrics(whole)
     assert all(line["reward"] > 0 and line["grad_norm"] > 0 for line in lines)
     assert any(line["metrics/answers"] > 1 for line in lines)
-    words = [str(word) for word in command(folder, killed, *asked, "--max-restarts", 0)]
-    died = subprocess.run(
-        [sys.executable, "-m", "mlx_lora.train", *words[1:]], capture_output=True, text=True,
-        env=child_environment(folder, DIE_AT=str(1 + 3 * 6 + 4)),  # after one without the model, in the fourth step
-    )  # fmt: skip
-    assert died.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), died.stderr
-    assert sorted(path.name for path in (killed / "checkpoints").iterdir())[-1].endswith("2")
-    ran = run(*command(folder, killed, *asked, "--resume"))
-    assert ran.code == 0, ran.err
-    assert run(*command(folder, other, *asked, "--seed", 1)).code == 0
-    weights = [(one / "adapters.safetensors").read_bytes() for one in (whole, killed, other)]
-    assert weights[0] == weights[1]
-    assert weights[0] != weights[2]
+    # After one without the model, in the fourth step.
+    dies = child_environment(folder, DIE_AT=str(1 + 3 * 6 + 4))
+    resumes_to_the_same_bytes(words, whole, tmp_path, dies, 2)
 
 
 def test_a_run_is_planned_validated_and_measured(folder, tmp_path):
-    ran = run(*command(folder, tmp_path / "a", "--dry-run"))
-    assert ran.code == 0, ran.err
-    ran = run(
+    succeeds(*command(folder, tmp_path / "a", "--dry-run"))
+    succeeds(
         *command(
             folder, tmp_path / "a", "--iters", 1, "--val-batches", 1, "--valid-fraction", 0.3, "--sample-tokens", 20
         )
     )
-    assert ran.code == 0, ran.err
     answers = [json.loads(line) for line in (tmp_path / "a" / "answers.jsonl").read_text().splitlines()]
     assert {turn["role"] for one in answers for turn in one["messages"]} <= {"assistant", "user"}
     flags = ("--objective", "grpo", "--environment", "verifiers:vr_letters", "--max-new-tokens", 90, "--group-size", 2)
-    measured = run("evaluate", "--model", folder / "tiny", "--adapter-path", tmp_path / "a", *flags, "--json")
-    assert measured.code == 0, measured.err
+    measured = succeeds("evaluate", "--model", folder / "tiny", "--adapter-path", tmp_path / "a", *flags, "--json")
     found = json.loads(measured.out)
     assert found["reward"] > 0
     assert found["metrics/answers"] >= 1
