@@ -3,84 +3,16 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from comparing import weights_checksum
 from conftest import quantized, tiny_model
-from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.base import base_dims, dense_weight
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, kaiming_factors, select_targets
-from mlx_lora.adapters.lora import LoRAEmbedding, LoRALinear
 from mlx_lora.models.folder import base_fingerprint
 from mlx_lora.utils.errors import InputError
 
 ALL = "all-linear,embed_tokens"
-
-
-def random_factors(rows: int, rank: int, columns: int) -> tuple[mx.array, mx.array]:
-    return mx.random.normal((rows, rank)), mx.random.normal((rank, columns))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
-def test_base_dims_of_every_bit_width(bits):
-    # mlx-lm's DoRA is wrong at 3, 5 and 6 bits.
-    linear = nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, bits)
-    assert base_dims(linear) == (96, 40)
-    embedding = nn.QuantizedEmbedding.from_embedding(nn.Embedding(40, 96), 32, bits)
-    assert base_dims(embedding) == (40, 96)
-
-
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
-def test_base_dims_of_every_mode(mode):
-    linear = (
-        nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), mode=mode, group_size=None, bits=None)
-        if mode != "affine"
-        else nn.QuantizedLinear.from_linear(nn.Linear(96, 40, bias=False), 32, 4)
-    )
-    assert base_dims(linear) == (96, 40)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("bits", [None, 4, 8])
-def test_linear_forward_delta_and_fuse_agree(bits, bias):
-    base = nn.Linear(96, 37, bias=bias)
-    if bits:
-        base = nn.QuantizedLinear.from_linear(base, 32, bits)
-    layer = LoRALinear.from_base(base, random_factors(96, 5, 37), 0.7)
-    x = mx.random.normal((3, 11, 96))
-    expected = x @ (dense_weight(base) + layer.delta()).T + (base.bias if bias else 0)
-    assert np.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
-    assert np.allclose(layer.fuse()(x), expected, rtol=1e-4, atol=1e-4)
-    assert not np.allclose(base(x), expected, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("bits", [None, 4])
-def test_embedding_forward_head_and_fuse_agree(bits):
-    base = nn.Embedding(41, 64)
-    if bits:
-        base = nn.QuantizedEmbedding.from_embedding(base, 32, bits)
-    layer = LoRAEmbedding.from_base(base, random_factors(41, 3, 64), 1.3)
-    tokens, x = mx.array([[0, 7, 40]]), mx.random.normal((2, 5, 64))
-    weight = dense_weight(base) + layer.delta()
-    assert np.allclose(layer(tokens), weight[tokens], rtol=1e-4, atol=1e-4)
-    assert np.allclose(layer.as_linear(x), x @ weight.T, rtol=1e-3, atol=1e-3)
-    assert np.allclose(layer.fuse()(tokens), weight[tokens], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-def test_float32_masters_do_not_promote_activations(dtype):
-    base = nn.Linear(64, 32, bias=False)
-    base.weight = base.weight.astype(dtype)
-    layer = LoRALinear.from_base(base, random_factors(64, 4, 32), 2.0)
-    assert layer.lora_a.dtype == mx.float32
-    assert layer(mx.ones((2, 64), dtype)).dtype == dtype
-    embedding = nn.Embedding(16, 64)
-    embedding.weight = embedding.weight.astype(dtype)
-    tied = LoRAEmbedding.from_base(embedding, random_factors(16, 4, 64), 2.0)
-    assert tied(mx.array([1])).dtype == dtype
-    assert tied.as_linear(mx.ones((2, 64), dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -158,13 +90,3 @@ def test_fingerprint_survives_quantization_and_dtype_but_not_another_model():
     assert base_fingerprint(adapted, config) == mark
     assert base_fingerprint(tiny_model(seed=1), config) != mark
     assert base_fingerprint(tiny_model(), {"model_type": "mistral"}) != mark
-
-
-def test_dropout_acts_in_training_only():
-    layer = LoRALinear.from_base(nn.Linear(64, 32), random_factors(64, 4, 32), 1.0, dropout=0.5)
-    x = mx.random.normal((4, 64))
-    layer.eval()
-    assert mx.array_equal(layer(x), layer(x))
-    layer.train()
-    assert not mx.array_equal(layer(x), layer(x))
-    assert len(tree_flatten(layer.parameters())) == 4

@@ -50,8 +50,3 @@ def test_a_helper_a_test_and_a_page_find_theirs(tree):
     assert tree.touched_tests(["tests/test_other.py"]) == (["tests/test_other.py"], [])
     assert tree.touched_tests(["docs/data.md"]) == ([], ["tests/test_other.py"])
     assert tree.touched_tests(["docs/none.md"]) == ([], [])
-
-
-def test_every_room_has_tests_that_are_found(check):
-    for room in ("data/read", "objectives/table", "studio/tasks", "trainer/step", "kernels/table", "serving/engine"):
-        assert check.touched_tests([f"mlx_lora/{room}.py"])[1], room

@@ -55,23 +55,16 @@ def results(script) -> ModuleType:
     return script("_nightly_results")
 
 
-def pytest_results(results: ModuleType, folder: Path, monkeypatch) -> dict[str, dict[str, str]]:
-    """Run pytest on the files of tests/ in a folder, and read its JUnit file as if the folder were the checkout."""
-    junit = folder / "results.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-    command += ["--continue-on-collection-errors", "tests"]
-    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    subprocess.run(command, cwd=folder, capture_output=True, check=False, env=variables)
-    monkeypatch.setattr(results, "ROOT", folder)
-    return results.read_junit(junit)
-
-
 def test_outcomes_and_first_lines_are_read(results, tmp_path, monkeypatch):
     (tmp_path / "tests").mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "tests/test_some.py").write_text(SAMPLE)
     (tmp_path / "tests/test_lost.py").write_text("import nothing_of_this_name\n")
-    found = pytest_results(results, tmp_path, monkeypatch)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=results.xml"]
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run([*command, "--continue-on-collection-errors", "tests"], cwd=tmp_path, env=variables, check=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    found = results.read_junit(tmp_path / "results.xml")
     start = "tests/test_some.py"
     lost = found.pop("tests/test_lost.py")
     assert lost["outcome"] == "error"
@@ -86,9 +79,6 @@ def test_outcomes_and_first_lines_are_read(results, tmp_path, monkeypatch):
     assert "no GPU here" in found[f"{start}::test_skipped"]["line"]
     # pytest itself takes these ids: a file that is there is followed by its classes and the test's name.
     assert f"{start}::TestGroup::test_inside" in found
-
-
-def test_a_file_that_is_cut_off_has_no_results(results, tmp_path):
     (tmp_path / "cut.xml").write_text('<testsuites><testsuite><testcase classname="a"')
     assert results.read_junit(tmp_path / "cut.xml") == {}
 
@@ -116,6 +106,9 @@ def test_what_broke_is_what_passed_before(results):
     assert names(found["gone"]) == ["e", "f"]
     assert [name[-1] for name in found["mended"]] == ["d"]
     assert found["changed"] == {"mlx": ["1", "2"]}
+    only = results.compare(after, after)  # the same versions break nothing
+    assert only["green"]
+    assert names(only["failed_before"]) == ["b", "c", "new"]
 
 
 def test_what_passes_the_second_time_is_unsteady(results):
@@ -123,13 +116,6 @@ def test_what_passes_the_second_time_is_unsteady(results):
     found = results.compare(before, after, again=run_of(results, a="passed", b="failed"))
     assert (names(found["unsteady"]), names(found["broke"])) == (["a"], ["b"])
     assert results.compare(before, after, again=run_of(results, a="passed", b="passed"))["green"]
-
-
-def test_the_same_versions_break_nothing(results):
-    only = run_of(results, a="passed", b="failed")
-    found = results.compare(only, only)
-    assert found["green"]
-    assert names(found["failed_before"]) == ["b"]
 
 
 def test_a_file_that_cannot_be_imported_broke_once(results):

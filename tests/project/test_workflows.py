@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,27 +147,3 @@ def test_what_a_virtual_gpu_cannot_run_is_skipped_with_its_reason():
     assert [name for name, _ in marked] == ["tests/test_a.py::test_two[x]", "tests/test_b.py::test_c"]
     assert "needs more memory" in marked[0][1]
     assert "metal" in marked[1][1]
-
-
-def test_the_last_lines_name_what_was_not_run(tmp_path):
-    """A whole run of pytest on a GPU that says it is virtual, and on one that does not."""
-    (tmp_path / "gpu.py").write_text("import os, virtual_gpu\nvirtual_gpu.gpu_name = lambda: os.environ['GPU']\n")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = metal: a real GPU\n")
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\ndef test_plain(): pass\n@pytest.mark.metal\ndef test_real(): pass\n"
-    )
-    told = {}
-    for name in ("Apple Paravirtual device", "Apple M4"):
-        paths = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
-        ran = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "virtual_gpu", "-p", "gpu", "-p", "no:cacheprovider", "test_it.py"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths, "GPU": name, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert ran.returncode == 0, ran.stdout
-        assert name in ran.stdout
-        told[name] = [line for line in ran.stdout.splitlines() if "::test_real" in line and "metal" in line]
-    assert len(told["Apple Paravirtual device"]) == 1
-    assert told["Apple M4"] == []
