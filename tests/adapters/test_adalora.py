@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, tiny_model
-from tiny_steps import batch
-from torch_judge import torch_base
+from conftest import tiny_model
+from tiny_steps import batch, losses_of, method_step
+from torch_judge import name_here, torch_base, trained_in_torch
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
-from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
-from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import BudgetSchedule, budget_schedule, make_events
-from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.trainer.schedules import BudgetSchedule, budget_schedule
 from mlx_lora.utils.errors import InputError
 
 STEPS = 30
@@ -34,17 +30,14 @@ def batches():
     return [batch(3, 17 + step % 4, seed=step) for step in range(STEPS)]
 
 
-def trained(model, settings=SETTINGS, rate=2e-2):
-    """Train and return losses, the ranks that are on after each step, and the events."""
-    optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
-    loss = choose_loss(model, TINY).train
-    step = Step(model, optimizer, loss, 1.0, StepOptions(events=make_events(settings, model, STEPS, seed=0)))
-    losses, on = [], []
-    for b in batches():
-        result = step([b])
-        losses.append(result.loss_sum.item() / result.count.item())
+def trained(model, settings=SETTINGS):
+    """Train and return losses, and the ranks that are on after each step."""
+    step, on = method_step(model, settings, STEPS, 2e-2), []
+    losses = []
+    for one in batches():
+        losses += losses_of(step, [one])
         on.append(sum((layer.lora_e != 0).sum().item() for layer in adapter_layers(model).values()))
-    return losses, on, step.events
+    return losses, on
 
 
 def in_peft(folder, initial):
@@ -58,36 +51,25 @@ def in_peft(folder, initial):
         task_type="CAUSAL_LM",
     )  # fmt: skip
     model = peft.get_peft_model(torch_base(folder), config).train()
-    own = {
-        re.sub(
-            r"lora_(.)$", lambda m: m[0].lower(), name.removeprefix("base_model.model.").removesuffix(".default")
-        ): value
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
+    own = {name_here(name): value for name, value in model.named_parameters() if value.requires_grad}
     assert own.keys() == initial.keys()
     for name, value in own.items():
         start = initial[name][:, None] if name.endswith("lora_e") else initial[name].T
         value.data = torch.tensor(start.copy())
-    optimizer = torch.optim.AdamW(own.values(), lr=2e-2, weight_decay=0.01)
-    losses, on = [], []
-    for step, b in enumerate(batches(), start=1):
-        labels = torch.where(torch.tensor(b.mask), torch.tensor(b.targets.astype(np.int64)), -100)
-        logits = model(torch.tensor(b.inputs.astype(np.int64))).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        # The penalty of AdaLoraModel.forward, which needs labels in PEFT's own shift.
-        distances = []
-        for name, value in own.items():
-            if not name.endswith("lora_e"):
-                gram = value @ value.T if name.endswith("lora_a") else value.T @ value
-                distances.append(torch.norm(gram - torch.eye(len(gram)), p="fro"))
-        optimizer.zero_grad()
-        (loss + 0.5 * sum(distances) / len(distances)).backward()
-        torch.nn.utils.clip_grad_norm_(own.values(), 1.0)
-        optimizer.step()
+    on = []
+
+    def penalty():
+        """Return that of AdaLoraModel.forward, which needs labels in PEFT's own shift."""
+        factors = [(name, value) for name, value in own.items() if not name.endswith("lora_e")]
+        grams = [value @ value.T if name.endswith("lora_a") else value.T @ value for name, value in factors]
+        return 0.5 * sum(torch.norm(gram - torch.eye(len(gram)), p="fro") for gram in grams) / len(grams)
+
+    def after(step: int) -> None:
         model.base_model.update_and_allocate(step)
-        losses.append(loss.item())
         on.append(sum(int((value != 0).sum()) for name, value in own.items() if name.endswith("lora_e")))
+
+    optimizer = torch.optim.AdamW(own.values(), lr=2e-2, weight_decay=0.01)
+    losses = trained_in_torch(model, own, optimizer, batches(), penalty, after)
     return losses, on, {name: value.detach().numpy() for name, value in own.items()}
 
 
@@ -98,7 +80,7 @@ def test_losses_budget_and_ranks_are_pefts(tiny_folder):
     base = load_base(ModelSettings(model=str(tiny_folder)))
     adapt_model(base.model, SETTINGS, seed=1)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    losses, on, _ = trained(base.model)
+    losses, on = trained(base.model)
     theirs, their_on, final = in_peft(tiny_folder, initial)
     assert np.abs(np.array(losses) / np.array(theirs) - 1).max() < 1e-4
     assert on == their_on
@@ -166,14 +148,7 @@ def test_the_penalty_takes_no_memory_to_speak_of():
         model = tiny_model(num_hidden_layers=8)
         settings = AdapterSettings(method=method, rank=32, alpha=32.0)
         adapt_model(model, settings, seed=1)
-        optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-3), STEPS)
-        step = Step(
-            model,
-            optimizer,
-            choose_loss(model, TINY).train,
-            1.0,
-            StepOptions(events=make_events(settings, model, STEPS, seed=0)),
-        )
+        step = method_step(model, settings, STEPS)
         mx.synchronize()
         mx.clear_cache()
         mx.reset_peak_memory()

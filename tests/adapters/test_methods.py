@@ -16,20 +16,17 @@ from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
 from tiers import by_default
 from tiny_moe import tiny_moe, with_quantized_experts
-from tiny_steps import batch
+from tiny_steps import batch, losses_of, method_step
 
 from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
-from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 
 RANK = 4
@@ -68,16 +65,8 @@ def refused(method: str, base: str) -> bool:
 
 def train_steps(model: nn.Module, settings: AdapterSettings, steps: int, rate: float = 5e-3) -> list[float]:
     """Train as the train command does and return the losses."""
-    optimizer = build_optimizer(
-        OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0),
-        steps,
-        restart_every(settings, steps),
-        restart_warmup(settings, steps),
-    )
-    loss = choose_loss(model, TINY).train
-    step = Step(model, optimizer, loss, 1.0, StepOptions(events=make_events(settings, model, steps, seed=1)))
-    results = [step([batch(3, 17, seed=number % 4)]) for number in range(steps)]
-    return [result.loss_sum.item() / result.count.item() for result in results]
+    rows = [batch(3, 17, seed=number % 4) for number in range(steps)]
+    return losses_of(method_step(model, settings, steps, rate), rows)
 
 
 def test_the_table_and_the_settings_name_the_same_methods():

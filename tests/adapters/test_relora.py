@@ -7,20 +7,19 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from conftest import TINY, quantized, tiny_model
+from conftest import quantized, tiny_model
 from make_adapters import TOKENS
 from mlx.utils import tree_flatten, tree_map
 from tiers import by_default
-from tiny_steps import batch
+from tiny_steps import batch, losses_of, method_step
 
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, fresh_factors, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
-from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
-from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.trainer.schedules import restart_every, restart_warmup
+from mlx_lora.trainer.step import Step
 
 STEPS, EVERY, RATE = 20, 6, 5e-3
 
@@ -30,19 +29,12 @@ def settings(**changes) -> AdapterSettings:
     return AdapterSettings(**own)
 
 
-def make_step(model: nn.Module, of: AdapterSettings, optimizer: str = "adamw", checkpointed: bool = False) -> Step:
-    built = build_optimizer(
-        OptimizerSettings(optimizer=optimizer, learning_rate=RATE, lr_schedule="constant", warmup=0.0),
-        STEPS, restart_every(of, STEPS), restart_warmup(of, STEPS),
-    )  # fmt: skip
-    return Step(
-        model, built, choose_loss(model, TINY).train, 1.0, StepOptions(events=make_events(of, model, STEPS, seed=1))
-    )
+def make_step(model: nn.Module, of: AdapterSettings, optimizer: str = "adamw") -> Step:
+    return method_step(model, of, STEPS, RATE, optimizer)
 
 
-def losses_of(step: Step) -> list[float]:
-    results = [step([batch(3, 17, seed=number % 4)]) for number in range(STEPS)]
-    return [result.loss_sum.item() / result.count.item() for result in results]
+def trained(step: Step) -> list[float]:
+    return losses_of(step, [batch(3, 17, seed=number % 4) for number in range(STEPS)])
 
 
 def by_merging(model: nn.Module, paths: tuple[str, ...]) -> list[float]:
@@ -72,13 +64,13 @@ def by_merging(model: nn.Module, paths: tuple[str, ...]) -> list[float]:
 def test_it_equals_merging_into_the_weights():
     model = tiny_model()
     adapt_model(model, settings(relora_prune_ratio=1.0), seed=1)
-    ours = losses_of(make_step(model, settings(relora_prune_ratio=1.0)))
+    ours = trained(make_step(model, settings(relora_prune_ratio=1.0)))
     expected = by_merging(tiny_model(), select_targets(tiny_model()).paths)
     assert np.abs(np.array(ours) / np.array(expected) - 1).max() < 1e-4
     # Without restarts it is LoRA, another run.
     model = tiny_model()
     adapt_model(model, settings(relora_every=STEPS), seed=1)
-    assert not np.allclose(losses_of(make_step(model, settings(relora_every=STEPS))), ours, rtol=1e-3)
+    assert not np.allclose(trained(make_step(model, settings(relora_every=STEPS))), ours, rtol=1e-3)
 
 
 @pytest.mark.parametrize("base", by_default(["float", "4-bit"], "4-bit"))
@@ -99,7 +91,7 @@ def test_a_restart_changes_no_output_and_the_sum_is_stored(base, optimizer):
         outputs[-1].append(np.array(model(TOKENS)))
 
     step.events.after = watched
-    losses = losses_of(step)
+    losses = trained(step)
     assert losses[-1] < losses[0]
     assert step.events.cycles == 1 + STEPS // EVERY
     assert all(np.allclose(one, other, atol=1e-4) for one, other in outputs)
@@ -151,7 +143,7 @@ def test_many_cycles_do_not_grow_past_the_layer():
     of = settings(rank=8, relora_every=1)
     setup = adapt_model(model, of, seed=1)
     step = make_step(model, of)
-    losses_of(step)
+    trained(step)
     widths = {path: layer.fixed_a.shape[1] for path, layer in adapter_layers(model).items()}
     assert widths["model.layers.0.self_attn.k_proj"] <= 32
     info = AdapterInfo("relora", 8, 6.0, setup.scale, 0.0, 2, setup.targets.keys, "x", None, "y")
