@@ -32,10 +32,21 @@ def adapted(bits: int | None = None, seed: int = 0, move_b: bool = True) -> nn.M
         quantized(model, bits)
         use_measured_matmul(model)
     inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=seed)
-    if move_b:  # a zero lora_b hides every gradient of lora_a
-        for name, value in adapter_parameters(model).items():
-            if name.endswith("lora_b"):
-                model.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
+    return moved(model) if move_b else model
+
+
+def with_adapter(model: nn.Module, size: float = 0.02, rank: int = 4, seed: int = 0) -> nn.Module:
+    """Freeze a model, adapt all its linear layers and move the factors away from where they start."""
+    model.freeze()
+    inject(model, select_targets(model).paths, rank=rank, scale=2.0, seed=seed)
+    return moved(model, size).train()
+
+
+def moved(model: nn.Module, size: float = 0.02) -> nn.Module:
+    """Give every lora_b random numbers: a zero one hides every gradient of lora_a."""
+    for name, value in adapter_parameters(model).items():
+        if name.endswith("lora_b"):
+            model.load_weights([(name, size * mx.random.normal(value.shape))], strict=False)
     return model
 
 

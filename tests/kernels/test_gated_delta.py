@@ -8,14 +8,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from comparing import close
+from architectures.build import tiny_architecture
+from comparing import close, peak_bytes
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta as mlx_lms
 from mlx_lm.models import kimi_linear, olmo_hybrid, qwen3_5
 from tiers import by_default, named
-from tiny_steps import batch
+from tiny_steps import batch, with_adapter
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.compat.functions import original
 from mlx_lora.kernels import gated_delta
 from mlx_lora.kernels.gated_delta import (
@@ -182,23 +182,12 @@ def test_the_fused_form_equals_the_loop(shape, masked):
     assert_close(differentiated(fused_gated_delta_update, per_channel), expected, 5e-6)
 
 
-def test_memory_grows_with_the_sequence_by_far_less_than_the_loops(request):
-    old = mx.set_memory_limit(1)  # the CPU backend allocates ahead of what runs; a low limit makes it wait
-    request.addfinalizer(lambda: mx.set_memory_limit(old))
+def test_memory_grows_with_the_sequence_by_far_less_than_the_loops():
+    def peaks(update) -> list[int]:
+        primals = [given(tokens, (1, 2, 2, 64, 64)) for tokens in (64, 256)]
+        return [peak_bytes(lambda *p: differentiated(update, list(p)), *one) for one in primals]
 
-    def peak(tokens: int, update) -> int:
-        primals = given(tokens, (1, 2, 2, 64, 64))
-        mx.eval(primals)
-        mx.clear_cache()
-        start = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(differentiated(update, primals))
-        return mx.get_peak_memory() - start
-
-    ours, loop = (
-        [peak(tokens, update) for tokens in (128, 512)]
-        for update in (chunked_gated_delta_update, mlx_lms.gated_delta_update)
-    )
+    ours, loop = peaks(chunked_gated_delta_update), peaks(mlx_lms.gated_delta_update)
     assert ours[1] < 4.2 * ours[0]
     assert ours[1] - ours[0] < 0.1 * (loop[1] - loop[0])
 
@@ -207,34 +196,12 @@ def test_memory_grows_with_the_sequence_by_far_less_than_the_loops(request):
 
 
 def tiny_qwen() -> nn.Module:
-    text = {
-        "model_type": "qwen3_5_text",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "vocab_size": 288,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "full_attention_interval": 3,
-        "tie_word_embeddings": True,
-    }
-    mx.random.seed(3)
-    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict({"model_type": "qwen3_5", "text_config": text}))
-    inject(model, select_targets(model).paths, rank=2, scale=2.0, seed=1)
-    for name, value in adapter_parameters(model).items():
-        if name.endswith("lora_b"):
-            model.load_weights([(name, 0.05 * mx.random.normal(value.shape))], strict=False)
-    return model
+    return with_adapter(tiny_architecture("qwen3_5"), 0.05)
 
 
 def model_gradients(mode: str, kernels: bool, monkeypatch) -> dict[str, mx.array]:
     """Return the factors' gradients, and check who computed the rule."""
-    model = tiny_qwen().train()
+    model = tiny_qwen()
     calls: list[int] = []
     inner = gated_delta.gated_delta
     monkeypatch.setattr(gated_delta, "gated_delta", lambda *args: calls.append(1) or inner(*args))

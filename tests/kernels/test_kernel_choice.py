@@ -57,21 +57,8 @@ from mlx_lora.utils import progress as long_task
 from mlx_lora.utils.text import GIB
 
 ROWS = {row.name: row for row in kernel_rows()}
-SHORT = (
-    "--verbose",
-    "--iters",
-    3,
-    "--batch-size",
-    2,
-    "--num-layers",
-    2,
-    "--rank",
-    4,
-    "--sample-tokens",
-    0,
-    "--steps-per-report",
-    1,
-)
+SHORT = ("--verbose", "--iters", 3, "--batch-size", 2, "--num-layers", 2, "--rank", 4, "--sample-tokens", 0)
+SHORT += ("--steps-per-report", 1)
 
 
 def figures(seconds: float, kept: int = 100, peak: int = 200, error: float = 0.0) -> Figures:
@@ -273,52 +260,24 @@ def test_the_kernels_of_a_device_that_prefers_the_others_run_and_the_numbers_agr
     assert curves["tiled"][0] != curves["tiled"][-1]
 
 
-def test_plain_kernels_can_be_asked_for(tiny_folder, chats, tmp_path):
-    curves = {}
-    for asked in ("ours", MLX):
-        ran = run(
-            "train",
-            "--model",
-            tiny_folder,
-            "--data",
-            chats,
-            *SHORT,
-            "--kernels",
-            asked,
-            "--adapter-path",
-            tmp_path / asked,
-        )
-        assert ran.code == 0, ran.err
-        curves[asked] = losses(tmp_path / asked)
-        assert f"(--kernels {asked})" in ran.err
-        assert yaml.safe_load((tmp_path / asked / "run.yaml").read_text())["kernels"] == asked
-    assert np.allclose(curves["ours"], curves[MLX], rtol=by_dtype(1e-5, 2e-2))
-    bad = run("train", "--model", tiny_folder, "--data", chats, "--kernels", "best", "--adapter-path", tmp_path / "x")
-    assert bad.code == 2
-
-
-def test_a_run_goes_on_with_other_kernels(tiny_folder, chats, tmp_path):
+def test_kernels_can_be_asked_for_and_a_run_goes_on_with_others(tiny_folder, chats, tmp_path):
     """As with --grad-checkpoint: nothing but rounding changes, and a kernel that fails must be left behind somehow."""
-    common = (
-        "--model",
-        tiny_folder,
-        "--data",
-        chats,
-        *SHORT,
-        "--save-every",
-        1,
-        "--lr-schedule",
-        "constant",
-        "--warmup",
-        0,
-    )
+    common = ("train", "--model", tiny_folder, "--data", chats, *SHORT, "--save-every", 1, "--lr-schedule", "constant")
+    common += ("--warmup", 0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("train", *common, "--adapter-path", whole).code == 0
-    assert run("train", *common, "--iters", 2, "--adapter-path", parts).code == 0
-    went_on = run("train", *common, "--adapter-path", parts, "--resume", "--kernels", MLX)
-    assert went_on.code == 0, went_on.err
-    assert "Resuming from step 2" in went_on.err
+    for out, flags in (
+        (whole, ("--kernels", "ours")),
+        (parts, ("--iters", 2)),
+        (parts, ("--resume", "--kernels", MLX)),
+    ):
+        ran = run(*common, "--adapter-path", out, *flags)
+        assert ran.code == 0, ran.err
+        asked = flags[-1]
+        assert (f"(--kernels {asked})" in ran.err) is ("--kernels" in flags)
+    assert "Resuming from step 2" in ran.err
+    assert yaml.safe_load((parts / "run.yaml").read_text())["kernels"] == MLX
     assert losses(parts)[-1] == pytest.approx(losses(whole)[-1], rel=by_dtype(1e-4, 2e-2))
+    assert run(*common, "--kernels", "best", "--adapter-path", tmp_path / "x").code == 2
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "block", "2"])

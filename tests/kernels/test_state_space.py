@@ -10,14 +10,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures.build import tiny_architecture, tiny_config
+from comparing import peak_bytes
 from mlx.utils import tree_flatten
 from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
-from tiers import by_default, named
+from tiers import by_default
 from tiny_recurrent import RECURRENT, recurrent_model
-from tiny_steps import batch
+from tiny_steps import batch, with_adapter
 
-from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.kernels import recurrent as recurrent_layers
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels import state_space as spans
@@ -91,27 +92,6 @@ DUAL_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", named(DUAL_SHAPES, *list(DUAL_SHAPES)[:2]))
-@pytest.mark.parametrize("strength", by_default([1e-3, 1.0, 300.0], 1.0, 300.0))
-def test_dual_equals_mlx_lms(shape, strength, small_spans):
-    assert worst(ours_dual, theirs_dual, dual_inputs(*shape, strength)) < 1e-5
-
-
-@pytest.mark.slow  # MLX has a compiler make some thirty kernels
-def test_dual_in_its_own_chunks_and_compiled():
-    assert worst(ours_dual, theirs_dual, dual_inputs(1, 150, 2, 8, 1, 4), compiled=True) < 1e-5
-
-
-def test_dual_reads_its_decay_and_its_state(small_spans):
-    primals = dual_inputs(*DUAL_SHAPES["groups"], strength=0.01)
-    y, last = ours_dual(*primals)
-    for place in (1, 7):  # A_log, state
-        changed = [array + 0.1 if index == place else array for index, array in enumerate(primals)]
-        other, other_last = ours_dual(*changed)
-        assert difference(other, y) > 1e-3
-        assert difference(other_last, last) > 1e-3
-
-
 def test_a_weak_decay_behind_a_strong_one_is_not_lost():
     log_decay = mx.where(mx.arange(64) == 3, -5000.0, -1e-3)
     between = np.array(state_space._decay_between(log_decay))
@@ -142,27 +122,51 @@ def scan_inputs(b: int, t: int, w: int, n: int, strength: float = 1.0) -> list[m
 SCAN_SHAPES = {"odd": (2, 37, 6, 5), "one state": (1, 23, 8, 1), "one token": (2, 1, 6, 4), "one span": (3, 6, 5, 3)}
 
 
-@pytest.mark.parametrize("shape", named(SCAN_SHAPES, *list(SCAN_SHAPES)[:2]))
+# Ours, the definition, the inputs of a shape, shapes of which the first two run by default, and the places of decay and state.
+RULES = {
+    "dual": (ours_dual, theirs_dual, dual_inputs, DUAL_SHAPES, (1, 7)),
+    "selective": (selective_scan, naive_scan, scan_inputs, SCAN_SHAPES, (2, 6)),
+}
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    by_default(
+        [(rule, shape) for rule, (*_, shapes, _) in RULES.items() for shape in shapes],
+        ("dual", "one group"), ("dual", "groups"), ("selective", "odd"), ("selective", "one state"),
+    ),
+)  # fmt: skip
 @pytest.mark.parametrize("strength", by_default([1e-3, 1.0, 300.0], 1.0, 300.0))
-def test_selective_scan_equals_its_definition(shape, strength, small_spans):
-    assert worst(selective_scan, naive_scan, scan_inputs(*shape, strength)) < 1e-5
+def test_outputs_states_and_gradients_equal_the_definition(rule, shape, strength, small_spans):
+    ours, theirs, inputs, shapes, _ = RULES[rule]
+    assert worst(ours, theirs, inputs(*shapes[shape], strength)) < 1e-5
 
 
-def test_selective_scan_in_its_own_spans():
-    assert worst(selective_scan, naive_scan, scan_inputs(1, 280, 3, 2)) < 1e-5
+@pytest.mark.parametrize(
+    ("rule", "shape", "compiled"),
+    by_default(  # for the compiled, MLX has a compiler make some thirty kernels
+        [
+            ("dual", (1, 150, 2, 8, 1, 4), True),
+            ("selective", (1, 280, 3, 2), False),
+            ("selective", (1, 280, 3, 2), True),
+        ],
+        ("selective", (1, 280, 3, 2), False),
+    ),
+)
+def test_so_do_spans_of_their_own_length_and_compiled_ones(rule, shape, compiled):
+    ours, theirs, inputs, *_ = RULES[rule]
+    assert worst(ours, theirs, inputs(*shape), compiled=compiled) < 1e-5
 
 
-@pytest.mark.slow
-def test_selective_scan_compiled(small_spans):
-    assert worst(selective_scan, naive_scan, scan_inputs(*SCAN_SHAPES["odd"]), compiled=True) < 1e-5
-
-
-def test_selective_scan_reads_its_decay_and_its_state(small_spans):
-    primals = scan_inputs(*SCAN_SHAPES["odd"], strength=0.01)
-    y, last = selective_scan(*primals)
-    for place in (2, 6):  # a, state
-        changed = [1.1 * array if index == place else array for index, array in enumerate(primals)]
-        other, other_last = selective_scan(*changed)
+@each_rule
+def test_decay_and_state_are_read(rule, small_spans):
+    ours, _, inputs, shapes, places = RULES[rule]
+    primals = inputs(*list(shapes.values())[rule == "dual"], strength=0.01)
+    y, last = ours(*primals)
+    for place in places:
+        changed = [1.1 * array + 0.1 * (rule == "dual") if n == place else array for n, array in enumerate(primals)]
+        other, other_last = ours(*changed)
         assert difference(other, y) > 1e-3
         assert difference(other_last, last) > 1e-3
 
@@ -190,13 +194,10 @@ def test_lanes_do_not_change_a_scan(lanes):
     assert difference(ours(decay * 0.99, added, state)[0], loop(decay, added, state)[0]) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("ours", "inputs", "exact"),
-    [(ours_dual, dual_inputs(2, 37, 4, 8, 1, 16), theirs_dual), (selective_scan, scan_inputs(2, 37, 6, 5), naive_scan)],
-    ids=["dual", "selective"],
-)
-def test_sixteen_bits_stay_sixteen_bits(ours, inputs, exact, small_spans):
-    *rest, state = inputs
+@each_rule
+def test_sixteen_bits_stay_sixteen_bits(rule, small_spans):
+    ours, exact, inputs, *_ = RULES[rule]
+    *rest, state = inputs(*((2, 37, 4, 8, 1, 16) if rule == "dual" else (2, 37, 6, 5)))
     halves = [array.astype(mx.bfloat16) for array in rest]
     y, last = ours(*halves, state)
     assert (y.dtype, last.dtype) == (mx.bfloat16, mx.float32)
@@ -214,15 +215,7 @@ def test_sixteen_bits_stay_sixteen_bits(ours, inputs, exact, small_spans):
 
 
 def adapted(kind: str) -> nn.Module:
-    model, _ = recurrent_model(kind)
-    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
-    mx.random.seed(2)  # a zero lora_b hides every gradient of lora_a
-    moved = [
-        (n, 0.05 * mx.random.normal(v.shape)) for n, v in adapter_parameters(model).items() if n.endswith("lora_b")
-    ]
-    model.load_weights(moved, strict=False)
-    model.train()
-    return model
+    return with_adapter(recurrent_model(kind)[0], 0.05)
 
 
 def gradients(kind: str, exchange: bool, mode: str = "none") -> dict[str, mx.array]:
@@ -291,22 +284,13 @@ def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeyp
 
 
 @pytest.mark.slow
-def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
-    old = mx.set_memory_limit(1)  # as in test_attention.py
-    request.addfinalizer(lambda: mx.set_memory_limit(old))
-
+def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes():
     def peak(function: Arrayed, primals: list[mx.array]) -> int:
         # An array is released when mlx's threads get to it: on a busy machine later, so the least of three counts.
-        return min(peak_once(function, primals) for _ in range(3))
-
-    def peak_once(function: Arrayed, primals: list[mx.array]) -> int:
         d = mx.ones_like(primals[0])
-        mx.eval(primals, d)
-        mx.clear_cache()
-        start = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(mx.vjp(lambda *p: [function(*p)[0]], primals, [d]))
-        return mx.get_peak_memory() - start
+        return min(
+            peak_bytes(lambda d, *p: mx.vjp(lambda *p: [function(*p)[0]], list(p), [d]), d, *primals) for _ in range(3)
+        )
 
     def slope(function: Arrayed, make: Callable[[int], list[mx.array]], short: int, long: int) -> float:
         return (peak(function, make(long)) - peak(function, make(short))) / (long - short)

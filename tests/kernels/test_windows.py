@@ -11,8 +11,8 @@ from comparing import assert_equal, close
 from mlx.utils import tree_flatten
 from mlx_lm.models import base, gemma3_text
 from tiers import by_default
+from tiny_steps import with_adapter
 
-from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.kernels import attention as kernel
 from mlx_lora.kernels.attention import AttentionCall, Tiles, attend, tiled_attention
 from mlx_lora.kernels.table import kernel_rows, traced_calls, training_kernels
@@ -96,13 +96,7 @@ def gemma() -> nn.Module:
     """Return a model with one block of each kind, the first of which has a window."""
     model = tiny_architecture("gemma3_text")
     assert isinstance(model, gemma3_text.Model)
-    model.freeze()
-    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
-    for name, value in tree_flatten(model.trainable_parameters()):
-        if name.endswith("lora_b"):
-            model.load_weights([(name, 0.02 * mx.random.normal(value.shape))], strict=False)
-    model.train()
-    return model
+    return with_adapter(model)
 
 
 def noted(windows: list[int | None], attend: AttentionCall = attend) -> AttentionCall:

@@ -18,10 +18,8 @@ import pytest
 import yaml
 from comparing import by_dtype
 from conftest import quantized, tiny_model, write_folder
-from mlx_lm.models import gemma2
-from resumed_runs import STEPS, command, stopped_after, weights
+from resumed_runs import STEPS, WIDE, base_of_blocks, command, stopped_after, weights
 from run_cli import run
-from tiny_moe import tiny_moe
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures, read_store, write_store
@@ -37,33 +35,12 @@ from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
 
-GEMMA2 = {
-    "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 288,
-}  # fmt: skip
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+OTHERS = [pytest.param(one, marks=pytest.mark.slow) for one in ("mixture", "gemma2", "float", "mxfp4")]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "affine",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("mixture", "no sanitize", "float", "mxfp4")),
-    ],
-)
+@pytest.fixture(scope="module", params=["affine", *OTHERS])
 def folder(request, tmp_path_factory):
-    """A model whose blocks are most of it."""
-    out = tmp_path_factory.mktemp(request.param) / "base"
-    if request.param == "mixture":
-        return write_folder(out, *tiny_moe("qwen3_moe"))
-    if request.param == "no sanitize":  # a class of mlx-lm's that changes no array while it loads
-        config = GEMMA2
-        return write_folder(out, gemma2.Model(gemma2.ModelArgs.from_dict(config)), config)
-    model, config = tiny_model(**WIDE), dict(WIDE)
-    if request.param != "float":
-        quantized(model, mode=request.param)
-        config["quantization"] = {"group_size": 32, "bits": 4, "mode": request.param}
-    return write_folder(out, model, config)
+    return base_of_blocks(request.param, tmp_path_factory.mktemp(request.param) / "base")
 
 
 def losses(path) -> list[float]:
@@ -315,20 +292,8 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     folder = write_folder(tmp_path / "base", tiny_model(**wide), wide)
     needed = []
     for choice in ("off", "on"):
-        plan = run(
-            *command(
-                folder,
-                chats,
-                tmp_path / "p",
-                "--dry-run",
-                "--offload-base",
-                choice,
-                "--batch-size",
-                1,
-                "--grad-checkpoint",
-                "block",
-            )
-        )
+        asked = ("--dry-run", "--offload-base", choice, "--batch-size", 1, "--grad-checkpoint", "block")
+        plan = run(*command(folder, chats, tmp_path / "p", *asked))
         assert plan.code == 0, plan.err
         needed.append(float(re.search(r"(\S+) GB  = peak", plan.out)[1]))
     assert needed[1] < 0.7 * needed[0]
@@ -426,13 +391,6 @@ def test_steps_of_several_shapes_where_steps_are_compiled(tiny_4bit_folder, chat
         row["instruction"] += " please" * (number % 9)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trained(tiny_4bit_folder, tmp_path / "rows.jsonl", tmp_path / "on", "--offload-base")
-    trained(
-        tiny_4bit_folder,
-        tmp_path / "rows.jsonl",
-        tmp_path / "off",
-        "--offload-base",
-        "off",
-        "--grad-checkpoint",
-        "block",
-    )
+    off = ("--offload-base", "off", "--grad-checkpoint", "block")
+    trained(tiny_4bit_folder, tmp_path / "rows.jsonl", tmp_path / "off", *off)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import mlx.core as mx
 import numpy as np
 import pytest
+from rank_runs import assert_same_run, records, until, weights
 from ranks import REPOSITORY, Started
 from run_cli import run
 
@@ -39,8 +38,14 @@ def fails_on_one(completions, **columns):
         raise KeyError("not on this rank")
     return [float(len(text)) for text in completions]
 """
-COMPARED = ("loss", "val_loss", "grad_norm", "reward", "length", "truncated", "kl", "clipped")
-COUNTS = ("step", "examples", "supervised_tokens", "real_tokens", "positions", "shapes")
+
+
+AS_CLOSE = {
+    "rates": ("loss", "val_loss", "grad_norm", "reward", "length", "truncated", "kl", "clipped"),
+    "counts": ("step", "examples", "supervised_tokens", "real_tokens", "positions", "shapes"),
+    "rel": 2e-4,
+    "atol": 2e-4,
+}
 
 
 @pytest.fixture
@@ -70,14 +75,6 @@ def ranks_of(count: int, words: list, folder: Path, timeout_s: float = 240.0):
     return Started([["-m", "mlx_lora.train", *words]] * count, folder).wait(timeout_s)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapters.safetensors").read_bytes()
-
-
 def seen(data: Path) -> list[list]:
     """Return all (prompt, answer) that were rewarded, in no particular order, and forget them."""
     files = list(data.glob("seen-*.jsonl"))
@@ -85,19 +82,6 @@ def seen(data: Path) -> list[list]:
     for file in files:
         file.unlink()
     return sorted(found)
-
-
-def assert_same_run(one: Path, other: Path, since: int = 0) -> None:
-    """Compare the curves and the factors of two runs; they differ by rounding."""
-    pairs = zip(*([r for r in lines(folder) if r["step"] >= since] for folder in (one, other)), strict=True)
-    for expected, found in pairs:
-        assert {name: expected[name] for name in COUNTS} == {name: found[name] for name in COUNTS}
-        for name in COMPARED:
-            value = expected.get(name)
-            assert found.get(name) == (value if value is None else pytest.approx(value, rel=2e-4, abs=2e-5)), name
-    theirs, ours = (mx.load(str(folder / "adapters.safetensors")) for folder in (one, other))
-    for name, value in theirs.items():
-        assert np.allclose(np.array(value), np.array(ours[name]), rtol=1e-3, atol=1e-5), name
 
 
 VARIANTS = {
@@ -125,8 +109,8 @@ def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, ti
     parts = len(list(data.glob("seen-*.jsonl")))
     assert parts == min(size, 3)  # each of the processes that have a prompt rewarded its own
     assert seen(data) == expected
-    assert_same_run(tmp_path / "one", tmp_path / "several")
-    assert len({line["reward"] for line in lines(tmp_path / "one")}) > 2
+    assert_same_run(tmp_path / "one", tmp_path / "several", **AS_CLOSE)
+    assert len({line["reward"] for line in records(tmp_path / "one")}) > 2
 
 
 @pytest.mark.slow
@@ -176,18 +160,8 @@ def test_one_goes_on_from_two_and_two_from_one(tiny_folder, data, tmp_path):
         ended = ranks_of(count, words, tmp_path / f"ranks from {name}")
         assert ended.codes == [0] * count, ended.errs
         assert "Resuming from step 2" in ended.errs[0]
-        assert_same_run(tmp_path / "one", again)
+        assert_same_run(tmp_path / "one", again, **AS_CLOSE)
         assert weights(again) != weights(again / "checkpoints" / "step-000002")
-
-
-def until(folder: Path, copy: Path, step: int) -> Path:
-    """Return a copy of a run folder as it was after a checkpoint."""
-    shutil.copytree(folder, copy)
-    for other in (copy / "checkpoints").iterdir():
-        if int(other.name.removeprefix("step-")) > step:
-            shutil.rmtree(other)
-    (copy / "adapters.safetensors").unlink()
-    return copy
 
 
 # Kills its own process when a function is called for the n-th time; then it is the train command.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-import mlx.core as mx
-import numpy as np
 import pytest
+from rank_runs import assert_same_run, records
 from ranks import Started
 
 OF_TEXTS = {
@@ -37,7 +36,6 @@ def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_pat
     rows = OF_TEXTS.get(objective, rows)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    found = {}
     for count in (1, 2):
         command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / str(count),
                    "--objective", objective, "--iters", 4, "--learning-rate", "5e-3", "--batch-size", 6, "--sample-tokens", 0,
@@ -45,17 +43,10 @@ def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_pat
         command += ["--shard-base"] if shared and count > 1 else []
         ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
         assert ended.codes == [0] * count, ended.errs
-        lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
-        found[count] = lines, mx.load(str(tmp_path / str(count) / "adapters.safetensors"))
-    (one, alone), (two, together) = found[1], found[2]
-    assert len(one) == len(two)
-    for first, second in zip(one, two, strict=True):
-        for name in ("loss", "val_loss", "margin", "accuracy", "macro_f1", "mrr"):
-            if first.get(name) is not None:
-                assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
-    for name, value in alone.items():
-        assert np.allclose(np.array(value), np.array(together[name]), rtol=1e-3, atol=1e-5), name
-    assert one[-1]["val_loss"] != pytest.approx(one[0]["val_loss"], rel=1e-3)
+    rates = ("loss", "val_loss", "margin", "accuracy", "macro_f1", "mrr")
+    assert_same_run(tmp_path / "1", tmp_path / "2", 1e-4, 1e-4, rates, ("step",))
+    first, *_, last = records(tmp_path / "1")
+    assert last["val_loss"] != pytest.approx(first["val_loss"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -83,7 +74,6 @@ def test_the_first_of_two_ranks_scores_the_task_for_both(tiny_folder, tmp_path):
                    "--eval-max-tokens", 6, "--metric-for-best-model", "task", "--early-stopping-patience", 2]  # fmt: skip
         ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
         assert ended.codes == [0] * count, ended.errs
-        lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
-        scores[count] = [line["task"] for line in lines if line["val_loss"] is not None]
+        scores[count] = [line["task"] for line in records(tmp_path / str(count)) if line["val_loss"] is not None]
     assert scores[1] == pytest.approx(scores[2])
     assert len(scores[1]) >= 3

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_runs import assert_same_run, command, records, train, weights
+from rank_runs import assert_same_run, command, records, train, until, weights
 from ranks import REPOSITORY, Started, rank_environment
 from real_models import smollm2_gguf
 from run_cli import run
@@ -141,16 +141,6 @@ def test_objectives_take_the_steps_of_one_process(name, tiny_folder, tmp_path, m
     assert_same_run(tmp_path / "one", tmp_path / "two")
     if name in ("dpo", "kto"):
         assert "answers computed" in ended.errs[0]
-
-
-def until(folder: Path, copy: Path, step: int) -> Path:
-    """Return a copy of a run folder as it was after a checkpoint."""
-    shutil.copytree(folder, copy)
-    for other in (copy / "checkpoints").iterdir():
-        if int(other.name.removeprefix("step-")) > step:
-            shutil.rmtree(other)
-    (copy / "adapters.safetensors").unlink()
-    return copy
 
 
 def trained(model, data, folder: Path, ranks: int, parts: str, *extra) -> str:
