@@ -63,10 +63,10 @@ def trained(folder, chats, out, *extra):
 
 
 def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
-    trained(folder, chats, tmp_path / "on", "--offload-base")
-    trained(folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block")
+    trained(folder, chats, tmp_path / "on", "--offload-base", "--iters", 6)
+    trained(folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block", "--iters", 6)
     on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
-    assert len(on) == STEPS
+    assert len(on) == 6
     assert on == pytest.approx(off, rel=by_dtype(1e-3, 1e-2))
     assert on[0] == pytest.approx(off[0], rel=by_dtype(1e-5, 1e-3))
     assert on[-1] < on[0]
@@ -103,9 +103,8 @@ def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder
     for way in ("on", "off"):
         monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / f"cache-{way}"))
         more = ("--grad-checkpoint", "block") if way == "off" else ()
-        trained(
-            tiny_4bit_folder, chats, tmp_path / way, "--objective", "distill", *teacher, "--offload-base", way, *more
-        )
+        asked = ("--objective", "distill", *teacher, "--offload-base", way, "--iters", 4, *more)
+        trained(tiny_4bit_folder, chats, tmp_path / way, *asked)
         found[way] = losses(tmp_path / way)
     assert found["on"] == pytest.approx(found["off"], rel=1e-3)
     assert found["on"][1:] != pytest.approx(found["off"][:-1], rel=1e-3)
@@ -176,6 +175,7 @@ def test_blocks_take_no_memory_between_their_uses(chats, tmp_path):
     assert mx.allclose(base.model(ids), whole.model(ids), atol=1e-4)
 
 
+@pytest.mark.slow  # as test_activation_files.py does by default
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_4bit_folder, chats, tmp_path):
     asked = ("--offload-base", "--save-every", 4)
     trained(tiny_4bit_folder, chats, tmp_path / "whole", *asked)
@@ -203,10 +203,10 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 
 def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypatch):
-    trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 3)
+    trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 2)
     for home in ("planner.memory", "trainer.position_chunks"):
         monkeypatch.setattr(f"mlx_lora.{home}.CHUNKED_FROM_BYTES", 10_000)
-    ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 3)
+    ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 2)
     assert "in chunks" in ran.err
     assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
@@ -218,7 +218,7 @@ def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch
     folder = write_folder(tmp_path / "base", model, large | {"quantization": {"group_size": 32, "bits": 4}})
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    ran = run(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto"))
+    ran = run(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto", "--iters", 1))
     assert ran.code == 0, ran.err
     assert "plain cross-entropy" not in json.loads((tmp_path / "run" / "report.json").read_text())["step"]
     kept = read_store("kernels")
@@ -298,12 +298,12 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
         needed.append(float(re.search(r"(\S+) GB  = peak", plan.out)[1]))
     assert needed[1] < 0.7 * needed[0]
     budget = ("--memory-budget", 16 / 15 * sum(needed) / 2, "--batch-size", 1)  # of which a part is for MLX's cache
-    budget += ("--iters", 2)
+    budget += ("--iters", 1)
     one = run(*command(folder, chats, tmp_path / "off", *budget, "--offload-base", "off"))
     assert (one.code, "--memory-budget" in one.lines[-1]) == (2, True)
     ran = trained(folder, chats, tmp_path / "auto", *budget)
     assert "base read from its files" in ran.err
-    assert "base read from its files" not in trained(folder, chats, tmp_path / "room", "--iters", 2).err
+    assert "base read from its files" not in trained(folder, chats, tmp_path / "room", "--iters", 1).err
 
 
 @pytest.mark.slow
@@ -363,14 +363,14 @@ def pairs(tmp_path_factory):
 ], ids="=".join)  # fmt: skip
 def test_methods_and_objectives(extra, tiny_4bit_folder, chats, pairs, tmp_path):
     data = pairs if "--objective" in extra else chats
-    trained(tiny_4bit_folder, data, tmp_path / "on", "--offload-base", "--iters", 3, *extra)
+    trained(tiny_4bit_folder, data, tmp_path / "on", "--offload-base", "--iters", 2, *extra)
     checkpointing = () if "--grad-checkpoint" in extra else ("--grad-checkpoint", "block")
-    trained(tiny_4bit_folder, data, tmp_path / "off", "--offload-base", "off", *checkpointing, "--iters", 3, *extra)
+    trained(tiny_4bit_folder, data, tmp_path / "off", "--offload-base", "off", *checkpointing, "--iters", 2, *extra)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)
 
 
 def test_evaluate_and_generate(tiny_4bit_folder, chats, tmp_path):
-    trained(tiny_4bit_folder, chats, tmp_path / "a", "--iters", 3)
+    trained(tiny_4bit_folder, chats, tmp_path / "a", "--iters", 2, "--val-batches", 0)
     found = {}
     for choice in ("on", "off"):
         given = ("--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--offload-base", choice, "--json")

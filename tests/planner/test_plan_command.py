@@ -190,6 +190,7 @@ def test_data_is_measured_for_a_gguf_file_and_for_a_recipe(tmp_path):
     assert not is_local("no-such-recipe")
 
 
+@pytest.mark.slow
 def test_a_real_gguf_outlines_to_the_byte():
     path = smollm2_gguf()
     loaded, base_bytes, _ = loaded_shape(path, 8)

@@ -1,7 +1,8 @@
-"""device.py: short command buffers, and a device that is left to run dry."""
+"""The device, its units and its wired memory."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 
@@ -18,6 +19,8 @@ from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
+from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.text import counted
 
 
 @pytest.fixture
@@ -151,3 +154,20 @@ def test_a_containers_limit_bounds_its_memory(tmp_path):
     (v1 / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 50\n")
     assert device.container_memory(v1.parent) == (2000, 0)
     assert device.container_memory(tmp_path / "none") == unlimited
+
+
+@pytest.mark.parametrize(
+    ("number", "several", "words"),
+    [(0, None, "0 batchs"), (1, "batches", "1 batch"), (2, "batches", "2 batches"), (12345, None, "12,345 batchs")],
+)
+def test_counts_are_words(number, several, words):
+    assert counted(number, "batch", several) == words
+
+
+def test_a_text_and_the_file_that_holds_it_have_one_digest(tmp_path):
+    text = "Añ 😀" * 99_999
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    assert sha256_of(tmp_path / "text") == sha256_of(text) == hashlib.sha256(text.encode()).hexdigest()
+    assert sha256_of(text + " ") != sha256_of(text)
+    assert sha256_of(str(tmp_path / "text")) != sha256_of(tmp_path / "text")
+    assert len(sha256_of("\ud800")) == 64  # half a character, which JSON and YAML may spell
