@@ -48,16 +48,23 @@ def model(*args: object) -> tuple:
     return ("resolve_model", args)
 
 
+def adapter(*args: object) -> tuple:
+    return ("resolve_adapter", args)
+
+
+ADAPTER_FILES = ["README.md", "adapter_config.json", "adapters.safetensors", "chat_template.jinja"]
+
+
 def test_hub_downloads_are_pinned_and_hold_no_more_than_needed(endpoint, tmp_path) -> None:
-    plain, at_tag, picked, named, data = calls(
-        tmp_path,
-        endpoint,
-        model("org/model"),
-        model("org/model", "v1"),
-        model("org/ggufs:q4_k_m"),
-        model("org/ggufs:m.Q8_0.gguf"),
+    """Nor do adapters come with pickles, models and checkpoints; `files` of resolve_model has names at the top alone."""
+    asked = [model("org/model"), model("org/model", "v1"), model("org/ggufs:q4_k_m"), model("org/ggufs:m.Q8_0.gguf")]
+    asked += [
         ("download_dataset_files", ("org/data",)),
-    )
+        ("resolve_tokenizer", ("org/embedder",)),
+        model("org/embedder"),
+    ]
+    asked += [adapter("org/adapter"), adapter("org/adapter", "v1")]
+    plain, at_tag, picked, named, data, parts, whole, *adapters = calls(tmp_path, endpoint, *asked)
     assert plain["made"] == ["folder", "org/model", COMMIT, COMMIT]
     assert plain["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
     assert at_tag["made"] == plain["made"]
@@ -65,87 +72,38 @@ def test_hub_downloads_are_pinned_and_hold_no_more_than_needed(endpoint, tmp_pat
     assert picked["files"] == ["README.md", "m.Q4_K_M.gguf"]
     assert named["made"][3] == "m.Q8_0.gguf"
     assert data["files"] == ["data/train.jsonl"]
-
-
-def test_an_embedding_model_comes_with_its_pooling(endpoint, tmp_path) -> None:
-    """`files` of resolve_tokenizer has paths, that of resolve_model names at the top."""
-    parts, whole = calls(tmp_path, endpoint, ("resolve_tokenizer", ("org/embedder",)), model("org/embedder"))
     few = ["1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "modules.json"]
     assert parts["files"] == few
     assert whole["files"] == ["1_Pooling", *few[1:3], "model.safetensors", "modules.json"]
+    assert [one["files"] for one in adapters] == [ADAPTER_FILES] * 2
+
+
+REFUSED = {  # what is asked for -> what the line says
+    model("org/missing"): "not on the hub, or private",
+    model("org/model", "v9"): "no revision 'v9'",
+    model("org/gated"): "hf auth login",
+    model("org/pickles"): ".safetensors",
+    model("org/ggufs"): "org/ggufs:m.Q4_K_M.gguf",
+    model("org/ggufs:Q2"): "no GGUF file matches 'Q2'",
+    ("download_dataset_files", ("org/empty",)): "no json, jsonl, csv, parquet or txt",
+    ("download_dataset_files", ("org/missing",)): "dataset 'org/missing'",
+    adapter("org/missing"): "adapter 'org/missing' (no such folder here): not on the hub, or private",
+    adapter("org/adapter", "v9"): "--adapter-revision",
+    adapter("org/model"): "no adapter_config.json",
+    adapter("org/pickled-adapter"): "only adapter_model.bin, which can run code",
+    adapter("org/bare-adapter"): "no adapters.safetensors in it",
+    adapter("./here", "v1"): "--adapter-revision v1: only an adapter on the hub",
+    adapter(None, "v1"): "--adapter-revision v1: only an adapter on the hub",
+}
 
 
 def test_hub_refusals_are_one_line_each(endpoint, tmp_path) -> None:
-    results = calls(
-        tmp_path,
-        endpoint,
-        model("org/missing"),
-        model("org/model", "v9"),
-        model("org/gated"),
-        model("org/pickles"),
-        model("org/ggufs"),
-        model("org/ggufs:Q2"),
-        ("download_dataset_files", ("org/empty",)),
-        ("download_dataset_files", ("org/missing",)),
-    )
-    errors = [result["error"] for result in results]
+    results = calls(tmp_path, endpoint, *REFUSED)
     assert {result["type"] for result in results} == {"InputError"}
-    assert not any("\n" in error for error in errors)
-    missing, revision, gated, pickles, several, unmatched, empty, no_data = errors
-    assert "not on the hub, or private" in missing
-    assert "no revision 'v9'" in revision
-    assert "https://huggingface.co/org/gated" in gated
-    assert "hf auth login" in gated
-    assert ".safetensors" in pickles
-    assert "m.Q4_K_M.gguf, m.Q8_0.gguf" in several
-    assert "org/ggufs:m.Q4_K_M.gguf" in several
-    assert "no GGUF file matches 'Q2'" in unmatched
-    assert "no json, jsonl, csv, parquet or txt" in empty
-    assert "dataset 'org/missing'" in no_data
-
-
-def adapter(*args: object) -> tuple:
-    return ("resolve_adapter", args)
-
-
-def test_an_adapter_is_fetched_without_pickles_models_and_checkpoints(endpoint, tmp_path) -> None:
-    wanted = ["README.md", "adapter_config.json", "adapters.safetensors", "chat_template.jinja"]
-    for found in calls(tmp_path, endpoint, adapter("org/adapter"), adapter("org/adapter", "v1")):
-        assert found["files"] == wanted
-    (cached,) = calls(tmp_path, endpoint, adapter("org/adapter"), HF_HUB_OFFLINE="1")
-    assert cached["files"] == wanted
-
-
-def test_refused_adapters_are_one_line_each(endpoint, tmp_path) -> None:
-    results = calls(
-        tmp_path,
-        endpoint,
-        adapter("org/missing"),
-        adapter("org/adapter", "v9"),
-        adapter("org/model"),
-        adapter("org/pickled-adapter"),
-        adapter("org/bare-adapter"),
-        adapter("./here", "v1"),
-        adapter(None, "v1"),
-    )
-    errors = [result["error"] for result in results]
-    assert {result["type"] for result in results} == {"InputError"}
-    assert not any("\n" in error for error in errors)
-    missing, revision, no_adapter, pickles, bare, local, none = errors
-    assert "adapter 'org/missing' (no such folder here): not on the hub, or private" in missing
-    assert "has no revision 'v9'; check --adapter-revision" in revision
-    assert "no adapter_config.json" in no_adapter
-    assert "only adapter_model.bin, which can run code" in pickles
-    assert "no adapters.safetensors in it" in bare
-    assert "--adapter-revision v1: only an adapter on the hub" in local
-    assert local == none
-    offline, unreachable = (
-        calls(tmp_path, endpoint, adapter("org/absent"), HF_HUB_OFFLINE="1"),
-        calls(tmp_path, "http://127.0.0.1:9", adapter("org/absent")),
-    )
-    assert "HF_HUB_OFFLINE" in offline[0]["error"]
-    assert "Hugging Face is unreachable" in unreachable[0]["error"]
-    assert "mlx-lora demo" in unreachable[0]["error"]  # it works all the same
+    for result, words in zip(results, REFUSED.values(), strict=True):
+        assert words in result["error"]
+        assert "\n" not in result["error"]
+    assert "https://huggingface.co/org/gated" in results[2]["error"]
 
 
 def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
@@ -157,17 +115,25 @@ def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
 
 
 def test_offline_uses_the_cache_and_says_what_is_not_there(endpoint, tmp_path) -> None:
-    calls(tmp_path, endpoint, model("org/model"), model("org/ggufs:Q8_0"))
-    wanted = (model("org/model"), model("org/ggufs:Q8_0"), model("org/pickles"))
-    cached, gguf, absent = calls(tmp_path, endpoint, *wanted, HF_HUB_OFFLINE="1")
-    assert cached["made"] == ["folder", "org/model", COMMIT, COMMIT]
-    assert gguf["made"] == ["gguf", "org/ggufs:m.Q8_0.gguf", COMMIT, "m.Q8_0.gguf"]
-    assert "HF_HUB_OFFLINE" in absent["error"]
-
-    cached, _, absent = calls(tmp_path, "http://127.0.0.1:9", *wanted)
-    assert cached["made"] == ["folder", "org/model", COMMIT, COMMIT]
-    assert "Hugging Face is unreachable" in absent["error"]
-    assert "refused" in absent["error"]
+    calls(tmp_path, endpoint, model("org/model"), model("org/ggufs:Q8_0"), adapter("org/adapter"))
+    wanted = (
+        model("org/model"),
+        model("org/ggufs:Q8_0"),
+        adapter("org/adapter"),
+        model("org/pickles"),
+        adapter("org/absent"),
+    )
+    for server, offline, why in (
+        (endpoint, "1", "HF_HUB_OFFLINE"),
+        ("http://127.0.0.1:9", "", "Hugging Face is unreachable"),
+    ):
+        cached, gguf, kept, *absent = calls(tmp_path, server, *wanted, HF_HUB_OFFLINE=offline)
+        assert cached["made"] == ["folder", "org/model", COMMIT, COMMIT]
+        assert gguf["made"] == ["gguf", "org/ggufs:m.Q8_0.gguf", COMMIT, "m.Q8_0.gguf"]
+        assert kept["files"] == ADAPTER_FILES
+        assert all(why in one["error"] for one in absent)
+    assert "refused" in absent[0]["error"]
+    assert "mlx-lora demo" in absent[1]["error"]  # it works all the same
 
 
 def touch(folder: Path, *names: str) -> Path:
