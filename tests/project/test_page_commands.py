@@ -2,7 +2,7 @@
 
 Each page has a folder of its own with a tiny model under the names that the pages use, the checkout's data and recipes, and a
 random adapter wherever a page uses one that another page trained. Blocks with a title are written there as files. Runs are cut
-to two steps. What is not run is in page_reasons.py, with the reason.
+to two steps. What is not run is in page_blocks.py, with the reason.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
-from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of
-from page_reasons import reason_not_to_run
+from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of, reason_not_to_run
 from run_cli import run
 from serving_process import Server
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from page_blocks import PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of
+from page_blocks import NOT_RUN, PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of, reason_not_to_run
 from page_parsing import parse
-from page_reasons import NOT_RUN, reason_not_to_run
 from run_cli import run
 
 from mlx_lora.config.fields import read_value
