@@ -290,6 +290,13 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untied_folder(tmp_path_factory) -> Path:
+    """A tiny model with a head of its own: a tied one repeats its prompt's last token."""
+    model = tiny_model(tie_word_embeddings=False)
+    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="session")
 def long_context_folder(tmp_path_factory) -> Path:
     """A tiny model with a head of its own, made for a million tokens, so that answers go on until they are stopped."""
     config = {"tie_word_embeddings": False, "max_position_embeddings": 10**6}

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 from browser import look
-from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import one_line, run
 from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
@@ -24,15 +23,9 @@ EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
-
-
-@pytest.fixture(scope="module")
-def adapters(folder, tmp_path_factory):
+def adapters(untied_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))]
+    return [make_adapter(untied_folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +37,14 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(folder, adapters, rows, tmp_path_factory):
+def asked(untied_folder, adapters, rows, tmp_path_factory):
     """One run of the command, with a function that likes long answers, a judge and a page."""
     root = tmp_path_factory.mktemp("asked")
     (root / "own.py").write_text("def letters(completions, **columns):\n    return [len(c) for c in completions]\n")
     page = root / "scores.html"
     ran = run(
-        "evaluate", "--model", folder, "--data", rows, "--metric", "rouge_l", f"{root}/own.py:letters", "--adapter",
-        f"one={adapters[0]}", f"two={adapters[1]}", "--max-tokens", 12, "--judge", folder, "--report", page, "--json",
+        "evaluate", "--model", untied_folder, "--data", rows, "--metric", "rouge_l", f"{root}/own.py:letters", "--adapter",
+        f"one={adapters[0]}", f"two={adapters[1]}", "--max-tokens", 12, "--judge", untied_folder, "--report", page, "--json",
         exactly=True,
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -99,29 +92,29 @@ def test_the_page_without_adapters(tmp_path):
     assert "0.5" in (tmp_path / "page.html").read_text()
 
 
-def test_in_python(folder, adapters, rows):
+def test_in_python(untied_folder, adapters, rows):
     found = mlx_lora.evaluate_tasks(
-        folder, data=rows, metrics="json", adapters={"mine": adapters[0]}, limit=2, max_tokens=4
+        untied_folder, data=rows, metrics="json", adapters={"mine": adapters[0]}, limit=2, max_tokens=4
     )
     [one] = found["tasks"]
     assert (one["metric"], one["rows"], list(one["models"])) == ("json", 2, ["base", "mine"])
 
 
-def test_plain_lines(folder, rows):
-    ran = run("evaluate", "--model", folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
+def test_plain_lines(untied_folder, rows):
+    ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
     one_line(ran, "exact_match")
-    ran = run("evaluate", "--model", folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
+    ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
     assert ran.code == 0
     assert "questions.jsonl: exact_match of 6 rows" in ran.out
     assert "base" in ran.out
 
 
-def test_names_that_mean_the_base_are_refused(folder, adapters, rows):
+def test_names_that_mean_the_base_are_refused(untied_folder, adapters, rows):
     given = ("--data", rows, "--metric", "json", "--adapter", f"base={adapters[0]}")
-    one_line(run("evaluate", "--model", folder, *given), "base")
+    one_line(run("evaluate", "--model", untied_folder, *given), "base")
 
 
-def test_help_and_other_uses_stay(folder):
+def test_help_and_other_uses_stay(untied_folder):
     assert "--num-fewshot" in run("evaluate", "--tasks", "list", "--help").out
     assert "--forgetting" in run("evaluate", "--help").out
 
