@@ -117,10 +117,10 @@ def test_memory_grows_with_the_sequence_not_its_square():
     def ours(q, k, v):
         return tiled_attention(q, k, v, Tiles(1.0, "causal"))
 
-    long, own = peak(2048, ours), peak(2048, mlx_own)
+    long, own = peak(2048, ours), peak(1024, mlx_own)
     assert long < 5 * peak(512, ours)
-    assert own > 3.5 * peak(1024, mlx_own)
-    assert long < 0.2 * own
+    assert own > 3.5 * peak(512, mlx_own)
+    assert long < 0.8 * own  # which has a quarter of the scores
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -494,11 +494,11 @@ def test_the_fused_form_equals_the_loop(shape, masked):
 
 def test_memory_grows_with_the_sequence_by_far_less_than_the_loops():
     def peaks(update) -> list[int]:
-        primals = [given(tokens, (1, 2, 2, 64, 64)) for tokens in (64, 256)]
+        primals = [given(tokens, (1, 2, 2, 64, 64)) for tokens in (64, 192)]
         return [peak_bytes(lambda *p: differentiated(update, list(p)), *one) for one in primals]
 
     ours, loop = peaks(chunked_gated_delta_update), peaks(mlx_lms.gated_delta_update)
-    assert ours[1] < 4.2 * ours[0]
+    assert ours[1] < 3.2 * ours[0]
     assert ours[1] - ours[0] < 0.1 * (loop[1] - loop[0])
 
 
