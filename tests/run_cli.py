@@ -41,6 +41,13 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+def succeeds(command: str, *arguments: object, exactly: bool = False) -> Ran:
+    """Run a command as `run` does, and assert that it ended well."""
+    ran = run(command, *arguments, exactly=exactly)
+    assert ran.code == 0, ran.err
+    return ran
+
+
 def one_line(ran: Ran, *words: str) -> None:
     """Assert that a command refused its input in one line that holds these words."""
     assert ran.code == 2

@@ -15,7 +15,7 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import TOKENS
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load as mlx_lm_load
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import batch, losses_of, method_step
@@ -307,8 +307,7 @@ def test_each_methods_own_settings_change_its_run_and_no_others(method, flags, t
     )  # fmt: skip
     weights = []
     for name, extra in (("a", ()), ("b", flags)):
-        ran = run(*common, "--method", method, "--adapter-path", tmp_path / name, *extra)
-        assert ran.code == 0, ran.err
+        ran = succeeds(*common, "--method", method, "--adapter-path", tmp_path / name, *extra)
         stored = mx.load(str(tmp_path / name / "adapters.safetensors"))
         weights.append({key: np.array(value).tobytes() for key, value in stored.items()})
     assert weights[0] != weights[1]
@@ -318,10 +317,9 @@ def test_each_methods_own_settings_change_its_run_and_no_others(method, flags, t
 
 def test_the_bias_setting_reaches_the_run(chats, tmp_path):
     folder = write_folder(tmp_path / "m", tiny_model(attention_bias=True), {"attention_bias": True})
-    ran = run(
+    succeeds(
         "train", "--model", folder, "--data", chats, "--iters", 2, "--adapter-path", tmp_path / "a", "--bias", "all"
     )
-    assert ran.code == 0, ran.err
     stored = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
     assert sum(name.endswith(".bias") for name in stored) == 2 * 4
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["mlx_lora"]["full"]
@@ -355,10 +353,9 @@ def test_a_run_goes_on_from_a_file_whose_layers_had_other_alphas(tiny_folder, ch
     )  # fmt: skip
     assert run(*common, "--iters", 6, "--learning-rate", 1e-2, "--adapter-path", tmp_path / "a").code == 0
     file = tmp_path / "a" / "adapters.safetensors"
-    ran = run(
+    succeeds(
         *common, "--iters", 1, "--learning-rate", 1e-9, "--adapter-path", tmp_path / "b", "--resume-adapter-file", file
     )
-    assert ran.code == 0, ran.err
     losses = [
         [json.loads(line)["val_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in "ab"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from browser import look
 from make_adapters import make_adapter
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
 
 import mlx_lora
@@ -42,12 +42,11 @@ def asked(untied_folder, adapters, rows, tmp_path_factory):
     root = tmp_path_factory.mktemp("asked")
     (root / "own.py").write_text("def letters(completions, **columns):\n    return [len(c) for c in completions]\n")
     page = root / "scores.html"
-    ran = run(
+    ran = succeeds(
         "evaluate", "--model", untied_folder, "--data", rows, "--metric", "rouge_l", f"{root}/own.py:letters", "--adapter",
         f"one={adapters[0]}", f"two={adapters[1]}", "--max-tokens", 12, "--judge", untied_folder, "--report", page, "--json",
         exactly=True,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     return json.loads(ran.out), page
 
 
@@ -103,8 +102,7 @@ def test_in_python(untied_folder, adapters, rows):
 def test_plain_lines(untied_folder, rows):
     ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
     one_line(ran, "exact_match")
-    ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
-    assert ran.code == 0
+    ran = succeeds("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
     assert "questions.jsonl: exact_match of 6 rows" in ran.out
     assert "base" in ran.out
 

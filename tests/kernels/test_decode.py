@@ -12,7 +12,7 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from mlx_lm.models import base as shared
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
-from run_cli import run
+from run_cli import run, succeeds
 
 import mlx_lora
 from mlx_lora.config.settings import ModelSettings
@@ -143,8 +143,7 @@ def test_the_flag_reaches_the_model(folder, monkeypatch):
     real = hold_weights
     monkeypatch.setattr("mlx_lora.api.base.hold_weights", lambda base: seen.append(real(base)))
     for form in ("packed", "dense"):
-        ran = run("generate", "--model", folder, "--prompt", "a", "--max-tokens", 2, "--decode-weights", form)
-        assert ran.code == 0, ran.err
+        succeeds("generate", "--model", folder, "--prompt", "a", "--max-tokens", 2, "--decode-weights", form)
     assert [one.form for one in seen] == ["packed", "dense"]
     assert run("generate", "--model", folder, "--prompt", "a", "--decode-weights", "thin").code == 2
 

@@ -16,7 +16,7 @@ from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default, named
 from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch, with_adapter
@@ -273,8 +273,7 @@ def test_kernels_can_be_asked_for_and_a_run_goes_on_with_others(tiny_folder, cha
         (parts, ("--iters", 2)),
         (parts, ("--resume", "--kernels", MLX)),
     ):
-        ran = run(*common, "--adapter-path", out, *flags)
-        assert ran.code == 0, ran.err
+        ran = succeeds(*common, "--adapter-path", out, *flags)
         asked = flags[-1]
         assert (f"(--kernels {asked})" in ran.err) is ("--kernels" in flags)
     assert "Resuming from step 2" in ran.err
@@ -314,8 +313,9 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
     monkeypatch.setattr(
         "mlx_lora.losses.check.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
-    ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose")
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose"
+    )
     assert "the model's own kernels (leanest gated activation and tiled attention differ" in ran.err
 
 
@@ -454,8 +454,7 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     )
 
     def planned(*flags) -> dict:
-        ran = run("plan", "--model", tiny_folder, "--max-seq-length", 513, "--batch-size", 4, "--json", *flags)
-        assert ran.code == 0, ran.err
+        ran = succeeds("plan", "--model", tiny_folder, "--max-seq-length", 513, "--batch-size", 4, "--json", *flags)
         return json.loads(ran.out)
 
     unknown = planned()
@@ -481,8 +480,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
         monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)
-    ran = run("doctor", "--no-hub", "--kernels", "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("doctor", "--no-hub", "--kernels", "--json")
     table = json.loads(ran.out)["kernels"]
     assert {(row["kernel"], row["chosen"]) for row in table} >= {("attention", MLX), ("cross-entropy", "tiles")}
     assert any(row["shape"] == "a vocabulary of 300 and width 32 (float)" for row in table)

@@ -14,7 +14,7 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 from architectures.configs import CONFIGS, ways
 from mlx.utils import tree_flatten
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.adapters.inject import has_weights, select_targets
@@ -77,8 +77,7 @@ def test_a_run_goes_on_without_a_text(tiny_folder, chats, tmp_path, monkeypatch)
 
     monkeypatch.setattr(page, "greedy_text", fails)
     out = tmp_path / "a"
-    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 2)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 2)
     (sample,) = json.loads((out / "report.json").read_text())["samples"]
     assert sample["before"].startswith("(no text: generation fails with this model: [broadcast_shapes]")
     assert sample["after"] == sample["before"]
@@ -92,8 +91,7 @@ def test_a_run_goes_on_without_a_text(tiny_folder, chats, tmp_path, monkeypatch)
 def test_families_train_by_the_command(kind, chats, tmp_path):
     folder = write_architecture(tmp_path / kind, kind, ways(kind)[0])
     out = tmp_path / "a"
-    ran = run("train", "--model", folder, "--data", chats, "--adapter-path", out, "--iters", 4, "--batch-size", 4)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", folder, "--data", chats, "--adapter-path", out, "--iters", 4, "--batch-size", 4)
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(loss) for loss in losses if loss is not None)
     assert ("not compiled" in ran.err) is (kind == "dbrx")
@@ -126,8 +124,7 @@ def test_a_model_that_cannot_generate_trains_and_says_so(chats, tmp_path):
     assert ran.code == 2
     assert "mlx-lm's gear cannot generate here ('ArraysCache' object has no attribute 'offset')" in ran.err
     out = tmp_path / "a"
-    ran = run("train", "--model", folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--batch-size", 2)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--batch-size", 2)
     assert "(no text: generation" in (out / "report.html").read_text()
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from resumed_runs import WIDE, base_of_blocks, command, stopped_after, weights
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
@@ -41,8 +41,7 @@ def small_arrays_too(monkeypatch):
 
 
 def trained(model, chats, out, *extra):
-    ran = run(*command(model, chats, out, *ON, *extra))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, chats, out, *ON, *extra))
 
 
 def test_a_run_learns_the_same_bytes_and_resumes_to_them(folder, chats, tmp_path, monkeypatch):
@@ -55,8 +54,7 @@ def test_a_run_learns_the_same_bytes_and_resumes_to_them(folder, chats, tmp_path
     monkeypatch.setattr(ActivationFiles, "put", noted)
     trained(folder, chats, tmp_path / "disk", "--save-every", 2, "--iters", 4)
     assert sum(written) > 0
-    ran = run(*command(folder, chats, tmp_path / "memory", "--offload-base", "--steps-per-report", 1, "--iters", 4))
-    assert ran.code == 0, ran.err
+    succeeds(*command(folder, chats, tmp_path / "memory", "--offload-base", "--steps-per-report", 1, "--iters", 4))
     assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
     assert not (tmp_path / "disk" / activation_files.FOLDER).exists()
     copy = stopped_after(tmp_path / "disk", tmp_path / "copy", 2)

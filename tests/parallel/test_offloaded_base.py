@@ -22,7 +22,7 @@ from conftest import quantized, tiny_model, write_folder
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma2, llama, qwen2
 from resumed_runs import STEPS, WIDE, base_of_blocks, command, stopped_after, weights
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures, read_store, write_store
@@ -66,8 +66,7 @@ def wait_until(happened, seconds=120.0) -> None:
 
 
 def trained(folder, chats, out, *extra):
-    ran = run(*command(folder, chats, out, "--steps-per-report", 1, *extra))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(folder, chats, out, "--steps-per-report", 1, *extra))
     return ran
 
 
@@ -86,9 +85,8 @@ def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder
         monkeypatch.setattr(offloaded_base, "read_rate", lambda tensors: bytes_per_s)
         out = tmp_path / "run"
         shutil.rmtree(out, ignore_errors=True)
-        ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--sample-tokens", 0,
+        succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--sample-tokens", 0,
                   "--offload-base", *extra)  # fmt: skip
-        assert ran.code == 0, ran.err
         return yaml.safe_load((out / "run.yaml").read_text())["batch_tokens"]
 
     usual = most_tokens(1e15)
@@ -227,8 +225,7 @@ def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch
     folder = write_folder(tmp_path / "base", model, large | {"quantization": {"group_size": 32, "bits": 4}})
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    ran = run(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto", "--iters", 1))
-    assert ran.code == 0, ran.err
+    succeeds(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto", "--iters", 1))
     assert "plain cross-entropy" not in json.loads((tmp_path / "run" / "report.json").read_text())["step"]
     kept = read_store("kernels")
     assert all(any(one["error"] < NO_NUMBER for one in figures.values()) for figures in kept.values())
@@ -302,8 +299,7 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     needed = []
     for choice in ("off", "on"):
         asked = ("--dry-run", "--offload-base", choice, "--batch-size", 1, "--grad-checkpoint", "block")
-        plan = run(*command(folder, chats, tmp_path / "p", *asked))
-        assert plan.code == 0, plan.err
+        plan = succeeds(*command(folder, chats, tmp_path / "p", *asked))
         needed.append(float(re.search(r"(\S+) GB  = peak", plan.out)[1]))
     assert needed[1] < 0.7 * needed[0]
     budget = ("--memory-budget", 16 / 15 * sum(needed) / 2, "--batch-size", 1)  # of which a part is for MLX's cache
@@ -337,8 +333,7 @@ def test_rows_that_do_not_fit_beside_the_base_are_trained_with_a_base_that_is_re
         "--adapter-path",
         tmp_path / "a",
     )
-    ran = run("train", *asked, *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", *asked, *more)
     assert ran.err.count("rows read") == 1
     assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["offload_base"] == "on"
     refused = run("train", *asked, *more, "--adapter-path", tmp_path / "b", "--offload-base", "off")
@@ -562,9 +557,8 @@ def test_rows_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_with_a_large_vocabulary_says_that_nothing_stays(tmp_path, chats):
     folder, out = written(tmp_path / "base", "untied", "4-bit"), tmp_path / "run"
-    ran = run("train", "--model", folder, "--data", chats, "--adapter-path", out, "--offload-base", "--iters", 2, "--batch-size", 2,
+    succeeds("train", "--model", folder, "--data", chats, "--adapter-path", out, "--offload-base", "--iters", 2, "--batch-size", 2,
               "--steps-per-report", 1, "--learning-rate", "1e-2", "--chat-template", "chatml")  # fmt: skip
-    assert ran.code == 0, ran.err
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = [line["loss"] for line in lines if line.get("loss") is not None]
     assert len(found) == 2

@@ -17,7 +17,7 @@ from conftest import TINY, tiny_model
 from embedding_cases import bound, random_examples
 from rank_runs import assert_same_run, records, until, weights
 from ranks import REPOSITORY, Started
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
@@ -111,8 +111,7 @@ VARIANTS = {
 @pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")
 def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, tiny_folder, data, tmp_path):
     size, more = VARIANTS[name]
-    ran = run("train", *command(tiny_folder, data, tmp_path / "one", *more))
-    assert ran.code == 0, ran.err
+    succeeds("train", *command(tiny_folder, data, tmp_path / "one", *more))
     expected = seen(data)
     ended = ranks_of(size, command(tiny_folder, data, tmp_path / "several", *more), tmp_path / "ranks")
     assert ended.codes == [0] * size, ended.errs
@@ -226,8 +225,7 @@ def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, 
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=240,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    ran = run("train", *words, "--resume")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", *words, "--resume")
     assert "Resuming from step" in ran.err
     assert saved is None or f"Resuming from step {saved}" in ran.err
     assert weights(tmp_path / "a") == expected

@@ -18,7 +18,7 @@ from mlx_lm.models import gemma2, llama, qwen2
 from rank_runs import assert_same_run, command, records, train, until, weights
 from ranks import REPOSITORY, Started, in_one_session, rank_environment
 from real_models import smollm2_gguf
-from run_cli import run
+from run_cli import run, succeeds
 from safetensors.numpy import load_file
 
 from mlx_lora.config.settings import ModelSettings
@@ -264,8 +264,7 @@ def trained(model, data, folder: Path, ranks: int, parts: str, *extra) -> str:
     """Train with so many processes, and return what was printed; `off` is a whole base."""
     words = command(model, data, folder, *extra, "--shard-base", parts)
     if ranks == 1:
-        ran = run("train", *words)
-        assert ran.code == 0, ran.err
+        ran = succeeds("train", *words)
         return ran.err
     return started(train(*words), ranks, folder.parent / f"{folder.name} {ranks} ranks").errs[0]
 

@@ -13,7 +13,7 @@ from architectures.build import tiny_architecture
 from conftest import tiny_model
 from mlx.utils import tree_flatten, tree_unflatten
 from real_models import smollm2_gguf
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 from tiny_vision import write_model_here
 
@@ -177,8 +177,7 @@ def test_plan_and_run_plan_the_same(smolvlm, tmp_path, more):
     asked = ("--model", smolvlm, "--data", data / "train.jsonl", "--objective", "vision_sft", "--batch-size", 2, "--iters", 1,
              "--kernels", "ours", "--valid-fraction", 0, *more)  # fmt: skip
     planned = json.loads(run("plan", *asked, "--json").out)
-    ran = run("train", *asked, "--adapter-path", tmp_path / "out", "--val-batches", 0)
-    assert ran.code == 0, ran.err
+    succeeds("train", *asked, "--adapter-path", tmp_path / "out", "--val-batches", 0)
     own = json.loads((tmp_path / "out/report.json").read_text())["planned_peak_bytes"]
     assert own == planned["peak_bytes"]
     without = json.loads(run("plan", *asked, "--json", "--max-pixels", 400).out)["phases"]

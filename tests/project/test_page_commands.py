@@ -20,7 +20,7 @@ import pytest
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
 from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of, reason_not_to_run
-from run_cli import run
+from run_cli import run, succeeds
 from serving_process import Server
 
 pytestmark = pytest.mark.slow
@@ -56,8 +56,7 @@ def stock(tmp_path_factory) -> Path:
     for name, seed in ADAPTERS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         make_adapter(folder / "smollm2", folder / name, seed=seed)
-    exported = run("export", "--model", folder / "smollm2", "--to", "gguf", "--out", folder / GGUF)
-    assert exported.code == 0, exported.err
+    succeeds("export", "--model", folder / "smollm2", "--to", "gguf", "--out", folder / GGUF)
     shutil.copytree(ROOT / "data", folder / "data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     # What continues it needs the settings of its run.

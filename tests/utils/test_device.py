@@ -9,7 +9,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from run_cli import run
+from run_cli import succeeds
 from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss
@@ -74,8 +74,7 @@ def test_the_flag_reaches_the_step_and_the_header(flag, tiny_folder, chats, tmp_
     monkeypatch.setattr(Step, "__init__", lambda self, *a, **k: (waits.append(a[4].wait), real(self, *a, **k))[1])
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     arguments = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "out", "--iters", 1]
-    ran = run("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")
-    assert ran.code == 0
+    ran = succeeds("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")
     assert waits == [flag]
     assert any("a pause after each micro-batch" in line for line in ran.lines) is flag
 
