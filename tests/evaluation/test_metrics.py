@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
+from tiers import by_default
 
 from mlx_lora.evaluation import judge as judging
 from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
@@ -58,6 +59,7 @@ def test_rouge_l():
     assert rouge_l("Größe über alles", "die größe") == pytest.approx(2 / 5)
 
 
+@pytest.mark.slow
 def test_rouge_l_is_the_packages():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     for expected, text in ROUGE:
@@ -176,7 +178,7 @@ def test_equal_models_are_called_different_in_three_to_seven_of_a_hundred(rows, 
     assert 0.03 <= share <= 0.07
 
 
-@pytest.mark.parametrize("rows", [30, 100, 500])
+@pytest.mark.parametrize("rows", by_default([30, 100, 500], 30))
 @pytest.mark.parametrize("kind", ["normal", "skewed", "thirds"])
 def test_equal_models_with_other_numbers(rows, kind):
     rng = np.random.default_rng(rows)
