@@ -251,24 +251,6 @@ def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypat
     assert [path.name for path in tmp_path.glob("real/reference/*")] == ["kept"]
 
 
-@pytest.fixture
-def pair_rows(module, monkeypatch, tmp_path):
-    """Two pairs, whose answers are followed by a token that belongs to none."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
-    rows = [([1, 2, 7, 8, 9], "00110"), ([1, 2, 6, 9], "0010"), ([3, 5, 9], "010"), ([3, 4, 4, 9], "0110")]
-    tokens = np.concatenate([ids for ids, _ in rows])
-    mask = np.array([letter == "1" for _, letters in rows for letter in letters])
-    np.savez(tmp_path / "rows.npz", tokens=tokens, mask=mask, offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]))
-    return module("shared").Rows(tmp_path / "rows.npz")
-
-
-def test_pairs_are_given_as_prompt_and_answers(pair_rows):
-    assert pair_rows.pairs() == 2
-    assert pair_rows.parts(0) == ([1, 2], [7, 8], [6])
-    assert pair_rows.parts(1) == ([3], [5], [4, 4])
-    assert pair_rows.number_of() == {((1, 2, 7, 8), (1, 2, 6)): 0, ((3, 5), (3, 4, 4)): 1}
-
-
 def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
     versus, failed = module("versus"), module("_harness").ChildFailed
     args = versus.arguments(["--model", "m", "--data", "d", "--objective", "dpo"])

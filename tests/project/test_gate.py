@@ -208,14 +208,6 @@ def test_what_quick_fixes_is_refused(module, arguments, words, capsys, monkeypat
     assert words in capsys.readouterr().err
 
 
-def test_quick_is_on_one_thread(module, monkeypatch):
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, "2")
-    args = module("versus").arguments(["--quick"])
-    assert (args.rounds, args.steps, args.sides) == (5, 5, ["mlx_lora", "mlx-lm"])
-    assert module("_harness").environment()["thread_variables"]["OPENBLAS_NUM_THREADS"] == "1"
-
-
 def test_processor_time_is_that_of_the_child(module):
     processes = module("_harness")
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
@@ -226,14 +218,3 @@ def test_processor_time_is_that_of_the_child(module):
     if sys.platform == "linux":
         assert 0.28 <= found < 3
     assert processes.cpu_seconds(2**30) is None
-
-
-def test_rates_by_processor_time_leave_the_first_step_out(module):
-    figures = module("_figures")
-    steps = [
-        {"end_s": end, "supervised": 10, "real": 20, "positions": 30, "shape": (1, 30), "cpu_s": cpu}
-        for end, cpu in ((5.0, 50.0), (7.0, 51.0), (9.0, 52.0))
-    ]
-    assert figures.run_figures(steps, 5.0)["tokens_per_cpu_s"] == 10
-    del steps[-1]["cpu_s"]
-    assert figures.run_figures(steps, 5.0)["tokens_per_cpu_s"] is None

@@ -55,31 +55,3 @@ def test_the_list_knows_the_installed_functions(script, listed):
             owner = getattr(owner, part, None)
         assert owner is not None, name
     assert all(primitive in script.FUNCTIONS for primitive in [*listed["metal"], *listed["cuda"]])
-
-
-def test_sources_are_read(script):
-    """The few lines that the list depends on, as mlx writes them."""
-    texts = {
-        "mlx/version.h": "#define MLX_VERSION_MAJOR 1\n#define MLX_VERSION_MINOR 2\n#define MLX_VERSION_PATCH 3\n",
-        "mlx/linalg.cpp": 'check_cpu_stream(s, "[linalg::qr]");',
-        "mlx/array.cpp": "float64 is not supported on the GPU",
-        "mlx/ops.cpp": "",
-        "mlx/primitives.cpp": 'throw std::runtime_error("[QuantizedMatmul::vmap] NYI");',
-        "mlx/backend/metal/primitives.cpp": 'throw std::runtime_error(\n "[SVD::eval_gpu] Metal SVD NYI.");',
-        "mlx/backend/metal/allocator.cpp": "",
-        "mlx/backend/metal/kernels/quantized.metal": "instantiate_quantized_types(64, bits)\ninstantiate_quantized_groups(4)",
-        "mlx/backend/metal/kernels/fp_quantized.metal": "instantiate_quantized_modes(type, nvfp4, 16, 4)",
-        "mlx/backend/metal/scaled_dot_product_attention.cpp": "supported_head_dim = (query_head_dim == 64);"
-        " supported_head_dim = (query_head_dim == 128);",
-        "mlx/backend/cuda/primitives.cpp": "NO_GPU_MULTI(QRF)\n",
-    }
-    found = script.support(texts)
-    assert found["metal"] == {"SVD": "[SVD::eval_gpu] Metal SVD NYI."}
-    assert (found["cuda"], found["transforms"], found["source_version"]) == (
-        ["QRF"],
-        ["QuantizedMatmul::vmap"],
-        "1.2.3",
-    )
-    assert (found["groups"], found["bits"], found["modes"]) == ([64], [4], ["nvfp4 group 16, 4 bits"])
-    assert found["heads"] == {"vector": [64], "full": [128]}
-    assert found["limits"] == ["float64: refused in every operation"]
