@@ -110,7 +110,7 @@ def test_a_full_disk_is_one_line_and_the_adapter_is_saved(folder, chats, tmp_pat
     def full(path, arrays, **more):
         if activation_files.FOLDER in str(path):
             calls.append(path)
-            if len(calls) > 40:
+            if len(calls) > 100:
                 raise RuntimeError("[write] Unable to write 4096 bytes to file.")
         return save(path, arrays, **more)
 
