@@ -304,8 +304,10 @@ def test_the_sentence_says_what_the_verdicts_say(task, text, chat, sentence):
 
 def test_the_table_has_a_row_for_each_set_and_the_probes(tiny_folder, chats, tmp_path):
     adapter = make_adapter(tiny_folder, tmp_path / "a")
-    command = ("evaluate", "--model", tiny_folder, "--data", chats, "--adapter-path", adapter, "--forgetting")
-    ran = succeeds(*command, "--general-text", chats, "--general-chat", chats)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
+    command = ("evaluate", "--model", tiny_folder, "--data", few, "--adapter-path", adapter, "--forgetting")
+    ran = succeeds(*command, "--general-text", few, "--general-chat", few)
     lines = ran.out.splitlines()
     assert len(lines) == 5
     assert lines[0].split()[0] == "set"

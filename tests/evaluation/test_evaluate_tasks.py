@@ -99,17 +99,14 @@ def test_in_python(untied_folder, adapters, rows):
     assert (one["metric"], one["rows"], list(one["models"])) == ("json", 2, ["base", "mine"])
 
 
-def test_plain_lines(untied_folder, rows):
+def test_plain_lines(untied_folder, adapters, rows):
     ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
     one_line(ran, "exact_match")
+    given = ("--data", rows, "--metric", "json", "--adapter", f"base={adapters[0]}")  # a name that means the base
+    one_line(run("evaluate", "--model", untied_folder, *given), "base")
     ran = succeeds("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
     assert "questions.jsonl: exact_match of 6 rows" in ran.out
     assert "base" in ran.out
-
-
-def test_names_that_mean_the_base_are_refused(untied_folder, adapters, rows):
-    given = ("--data", rows, "--metric", "json", "--adapter", f"base={adapters[0]}")
-    one_line(run("evaluate", "--model", untied_folder, *given), "base")
 
 
 def test_help_and_other_uses_stay(untied_folder):
