@@ -5,7 +5,7 @@
     python scripts/metal_support.py --source ../mlx --write
 
 Prints the list. With --write, it goes to docs/development/metal-support.json, and its tables to docs/development/metal.md.
-`tests/project/test_metal_support.py` checks this project's code against that list.
+`tests/project/test_scripts.py` checks this project's code against that list.
 """
 
 from __future__ import annotations

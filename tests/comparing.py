@@ -1,9 +1,10 @@
-"""Whether arrays are equal but for rounding, and whether weights are the same to the bit."""
+"""Whether arrays are equal but for rounding, whether weights are the same to the bit, and what a computation takes."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +33,26 @@ def assert_equal(got: dict[str, mx.array], expected: dict[str, mx.array]) -> Non
     for name, value in expected.items():
         scale = max(mx.abs(value).max().item(), 1e-4)
         assert np.allclose(got[name], value, atol=1e-5 * scale), name
+
+
+def peak_bytes(compute: Callable[..., Any], *arrays: Any, waits: bool = True) -> int:
+    """Return the most memory that computing takes beside its arguments.
+
+    Args:
+        compute: gives arrays, which are evaluated.
+        arrays: its arguments, evaluated before.
+        waits: set the lowest memory limit, until the end of the test: else the CPU backend allocates for operations that it
+            has not run yet.
+    """
+    if waits:
+        mx.set_memory_limit(1)
+    mx.eval(arrays)
+    mx.synchronize()
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(compute(*arrays))
+    return mx.get_peak_memory() - start
 
 
 def weights_checksum(model: nn.Module, skip: frozenset[str] = frozenset()) -> str:

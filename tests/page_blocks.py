@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and docs/, and the commands in them."""
+"""Fenced blocks of the pages and the commands in them, and why some commands are not run."""
 
 from __future__ import annotations
 
@@ -102,3 +102,48 @@ def _command(block: Block, line: str) -> Command | None:
 def all_blocks() -> list[Block]:
     """Return every fenced block of every page."""
     return [block for page in PAGES for block in blocks_of(page)]
+
+
+# The beginning of a command, as a regular expression -> why no test runs it.
+NOT_RUN = {
+    r"(pip|pipx|uv tool) install|uvx|brew install": "installs from the network; the wheel's own test installs it",
+    r"make setup|python3 -m venv|source ": "makes the environment that the tests run in",
+    r"make (fuzz|gate|golden|soak|demo|test|rehearse)": "takes from minutes to an hour",
+    r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
+    r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
+    r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
+    r"mlx-lora (train|evaluate) .*prices\.jsonl": "schemas of tools are longer than the tests' short rows; test_tool_run.py has them",
+    r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_classify.py has others",
+    r"mlx-lora train .*reasoning-gym:": "needs an extra; test_task_sets.py has a stand-in for it",
+    r"(PYTHONPATH=\S+ )?mlx-lora train .*verifiers:": "needs an extra; test_verifiers_run.py runs others where it is installed",
+    r"mlx-lora evaluate .*--tasks (arc_easy|list)": "needs the network, or reads 14,000 files; test_harness.py runs tasks with local data",
+    r"mlx-lora \w+ .*all-MiniLM-L6-v2": "needs an encoder; test_embed_command.py and test_sentence_transformers.py have tiny ones",
+    r"mlx-lora \w+ .*SmolVLM": "needs a vision-language model and pictures; test_vision_run.py and its neighbors have tiny ones",
+    r"curl .*/v1/embeddings": "needs an encoder; test_serving_embeddings.py asks a server with one",
+    r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
+    r"mlx-lora doctor --full": "checks for minutes; test_owner_kit.py runs the parts",
+    r"mlx-lora serve .*--training": "needs Tinker's client; test_training_client.py runs it against such a server",
+    r"mlx-lora fuse .*--(compensate|bits-budget)": "needs a quantized base; test_compensate.py has one",
+    r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
+    r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",
+    r"llama-cli ": "needs llama.cpp; test_gguf_adapter.py judges with its library",
+    r"llama-mtmd-cli ": "needs llama.cpp; test_gguf_mmproj_llamacpp.py judges with its library",
+    r"hf upload": "needs an account on the hub",
+    r"(ssh|ssh-keygen|ssh-copy-id|rsync|git clone|cd|ibv_devices)( |$)": "sets up two Macs",
+    r"mlx-lora (cluster|plan .*--hostfile) ?": "needs two Macs; test_cluster.py and test_macs_plan.py run it in two processes",
+    r"mlx-lora convert .*~/models/": "converts a 70B model",
+    r"caffeinate ": "needs two Macs",
+    r"(env .*)?mlx\.(launch|distributed_config)": "needs two Macs; test_distributed.py runs two ranks on one machine",
+    r"python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
+    r"python -m tinker_cookbook\.": "needs the cookbook, a server and minutes",
+    r"python -m architectures\.": "trains dozens of models; a test of each architecture has a smaller one",
+    r"python -m parity\.": "needs a real model and minutes; test_benchmarks.py and test_parity_families.py run it on tiny ones",
+    r"(python -m )?pytest": "is a test itself",
+    r"(PYTHONPATH=\S+ )?python -m golden": "takes minutes; test_golden.py runs it",
+}
+
+
+def reason_not_to_run(command: Command) -> str | None:
+    """Return why no test runs a command; None if one does."""
+    text = shlex.join(command.words)
+    return next((why for start, why in NOT_RUN.items() if re.match(start, text)), None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
+from resumed_runs import stopped_after
 
 STEPS = 8
 RATES = {"loss", "val_loss", "grad_norm", "learning_rate"}
@@ -32,14 +34,27 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapters.safetensors").read_bytes()
 
 
-def assert_same_run(one: Path, other: Path, since: int = 0, atol: float = 1e-5) -> None:
-    """Compare losses (1e-5), counts (equal) and factors (`atol`, and 1e-3 of each) of two run folders."""
-    expected = [r for r in records(one) if r["step"] > since]
-    found = [r for r in records(other) if r["step"] > since]
-    assert [{k: r[k] for k in COUNTS} for r in found] == [{k: r[k] for k in COUNTS} for r in expected]
-    for a, b in zip(expected, found, strict=True):
-        for name in RATES:
-            assert a[name] == b[name] or abs(a[name] - b[name]) <= 1e-5 * abs(a[name]), (a["step"], name)
+def until(folder: Path, copy: Path, step: int) -> Path:
+    """Return a copy of a run folder as it was after a checkpoint, without its adapter."""
+    stopped_after(folder, copy, step)
+    (copy / "adapters.safetensors").unlink()
+    return copy
+
+
+def assert_same_run(
+    one: Path,
+    other: Path,
+    atol: float = 1e-5,
+    rel: float = 1e-5,
+    rates: Iterable[str] = RATES,
+    counts: Iterable[str] = COUNTS,
+) -> None:
+    """Compare rates (`rel`), counts (equal) and factors (`atol`, and 1e-3 of each) of two run folders."""
+    for expected, found in zip(records(one), records(other), strict=True):
+        assert {name: found[name] for name in counts} == {name: expected[name] for name in counts}
+        for name in rates:
+            a, b = expected.get(name), found.get(name)
+            assert a == b or abs(a - b) <= rel * abs(a) + 0.1 * atol, (expected["step"], name)
     theirs, ours = (mx.load(str(folder / "adapters.safetensors")) for folder in (one, other))
     for name, value in theirs.items():
         assert mx.allclose(value, ours[name], rtol=1e-3, atol=atol), name

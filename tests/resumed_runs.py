@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from pathlib import Path
 
+from conftest import quantized, tiny_model, write_folder
+from mlx_lm.models import gemma2
 from prepared import start_python
 from run_cli import succeeds
+from tiny_moe import tiny_moe
 
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.utils.supervise import last_given
@@ -25,6 +29,24 @@ def command(model, data, folder, *extra) -> tuple:
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+GEMMA2 = {
+    "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 288,
+}  # fmt: skip
+
+
+def base_of_blocks(kind: str, out: Path) -> Path:
+    """Write a model whose blocks are most of it: a mixture, Gemma 2 (whose class changes nothing while it loads), or a quantized llama."""
+    if kind == "mixture":
+        return write_folder(out, *tiny_moe("qwen3_moe"))
+    if kind == "gemma2":
+        return write_folder(out, gemma2.Model(gemma2.ModelArgs.from_dict(GEMMA2)), GEMMA2)
+    model, config = tiny_model(**WIDE), dict(WIDE)
+    if kind != "float":
+        quantized(model, mode=kind)
+        config["quantization"] = {"group_size": 32, "bits": 4, "mode": kind}
+    return write_folder(out, model, config)
 
 
 def weights(folder) -> bytes:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from byte_tokenizer import byte_tokenizer
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
-from run_cli import run
+from run_cli import succeeds
 
 from mlx_lora.rollouts.tools import tool_schemas
 from mlx_lora.rollouts.user_code import module_of
@@ -81,10 +81,8 @@ def shelf_folder(folder: Path, hidden: int = 128, steps: int = 450, schemas: lis
     (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = ("--method", "full", "--iters", steps, "--learning-rate", 2e-3, "--batch-size", 32, "--sample-tokens", 0)
     start = ("--model", folder / "tiny", "--data", folder / "sft.jsonl", "--adapter-path", folder / "sft")
-    ran = run("train", *start, *asked, "--val-batches", 0, "--kernels", "ours")
-    assert ran.code == 0, ran.err
-    ran = run("fuse", "--model", folder / "tiny", "--adapter-path", folder / "sft", "--out", folder / "base")
-    assert ran.code == 0, ran.err
+    succeeds("train", *start, *asked, "--val-batches", 0, "--kernels", "ours")
+    succeeds("fuse", "--model", folder / "tiny", "--adapter-path", folder / "sft", "--out", folder / "base")
     for name, words, colors in (("train", WORDS[:8], COLORS), ("valid", WORDS[8:], COLORS)):
         pairs = [(word, color) for word in words for color in colors]
         chance.shuffle(pairs)

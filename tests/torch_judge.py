@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 
@@ -13,7 +14,26 @@ def torch_base(folder):
     return model.eval()
 
 
+def trained_in_torch(model, trained, optimizer, batches, penalty=lambda: 0.0, after=lambda step: None) -> list[float]:
+    """Train some parameters by name on batches and return the losses, without the penalty; `after` is called after each step."""
+    import torch
+
+    losses = []
+    for step, batch in enumerate(batches, start=1):
+        logits = model(torch.tensor(batch.inputs.astype(np.int64))).logits
+        mask, targets = torch.tensor(batch.mask), torch.tensor(batch.targets.astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(logits[mask], targets[mask])
+        optimizer.zero_grad()
+        (loss + penalty()).backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        after(step)
+        losses.append(loss.item())
+    return losses
+
+
 def name_here(name: str) -> str:
-    """Return our name of one of PEFT's factors."""
-    path, kind = name.removeprefix("base_model.model.").removesuffix(".default.weight").rsplit(".", 1)
-    return f"{path}.{ {'lora_A': 'lora_a', 'lora_B': 'lora_b'}[kind] }"
+    """Return our name of one of PEFT's trained parameters."""
+    name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+    path, kind = name.rsplit(".", 1)
+    return f"{path}.{'m' if kind == 'lora_magnitude_vector' else kind.lower()}"

@@ -14,9 +14,9 @@ from tiers import by_default, named
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
 
-from mlx_lora.adapters.base import base_dims, dense_weight
+from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, kaiming_factors, select_targets
-from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.lora import LoRASwitchLinear
 from mlx_lora.kernels import quantized_matmul as matmul
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
@@ -72,45 +72,12 @@ def adapted(model: nn.Module, form: str = "lora", targets: str = "all-linear") -
     return model
 
 
-@pytest.mark.parametrize("form", LAYOUTS)
-def test_widths_and_float_weight_of_every_form(form):
-    base = base_of(form)
-    assert base_dims(base) == (IN, OUT)
-    weight = dense_weight(base)
-    group_size, bits, mode = LAYOUTS[form]
-    for expert in range(E):
-        biases = None if base.biases is None else base.biases[expert]
-        alone = mx.dequantize(base.weight[expert], base.scales[expert], biases, group_size, bits, mode)
-        assert mx.array_equal(weight[expert], alone)
-    assert weight.shape == (E, OUT, IN)
-    assert not mx.array_equal(weight[0], weight[1])
-
-
 def test_nvfp4_experts_with_scales_of_their_own():
     base = SwitchLinear(IN, OUT, E, bias=False)
     base.weight = base.weight * mx.array([1.0, 100.0, 1e4])[:, None, None]
     packed = base.to_quantized(16, 4, "nvfp4", global_scale=True)
     error = mx.linalg.norm(dense_weight(packed) - base.weight, axis=(1, 2)) / mx.linalg.norm(base.weight, axis=(1, 2))
     assert mx.all(error < 0.15)
-
-
-@SORTED
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", by_default(["float", *LAYOUTS], "float", "3-bit", "4-bit", "mxfp4"))
-def test_forward_delta_and_fuse_agree(form, bias, is_sorted):
-    mx.random.seed(1)
-    base = base_of(form, bias)
-    layer = LoRASwitchLinear.from_base(base, random_factors(), 0.7)
-    x, indices = rows(is_sorted)
-    weight = dense_weight(base).astype(mx.float32)
-    expected = by_definition(x, indices, weight + layer.delta(), base)
-    assert np.allclose(layer(x, indices, is_sorted), expected, rtol=1e-4, atol=1e-3)
-    assert not np.allclose(base(x, indices, is_sorted), expected, rtol=1e-2, atol=1e-1)
-    fused = layer.fuse()
-    assert fused.weight.dtype == dense_weight(base).dtype
-    rounding = 2e-4 if fused.weight.dtype == mx.float32 else 1e-2  # the microscaling modes are bfloat16
-    size = mx.abs(expected).max().item()
-    assert np.allclose(fused(x, indices, is_sorted), expected, atol=rounding * size)
 
 
 @SORTED
@@ -132,29 +99,6 @@ def test_gains_and_fixed_factors_are_in_the_output_and_in_the_plain_factors(is_s
     assert np.allclose(layer(x, indices, is_sorted), wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("layer_type", [LoRASwitchLinear, DoRASwitchLinear])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
-def test_float32_masters_do_not_promote_activations(dtype, layer_type):
-    base = base_of("float")
-    base.set_dtype(dtype)
-    layer = layer_type.from_base(base, random_factors(), 2.0)
-    assert layer.lora_a.dtype == mx.float32
-    x, indices = rows(True)
-    assert layer(x.astype(dtype), indices, True).dtype == dtype
-
-
-@pytest.mark.parametrize("layer_type", [LoRASwitchLinear, DoRASwitchLinear])
-def test_dropout_acts_in_training_only_and_not_on_fixed_factors(layer_type):
-    layer = layer_type.from_base(base_of("float"), random_factors(), 1.0, dropout=0.5)
-    x, indices = rows(True)
-    layer.eval()
-    assert mx.array_equal(layer(x, indices, True), layer(x, indices, True))
-    layer.train()
-    assert not mx.array_equal(layer(x, indices, True), layer(x, indices, True))
-    key = mx.random.key(3)
-    assert mx.array_equal(layer(x, indices, True, key=key), layer(x, indices, True, key=key))
-
-
 def test_fixed_factors_are_not_dropped():
     layer = LoRASwitchLinear.from_base(base_of("float"), random_factors(), 1.0, dropout=0.5)
     layer.lora_b = mx.zeros_like(layer.lora_b)
@@ -172,45 +116,6 @@ def test_each_expert_starts_from_a_draw_of_its_own():
     assert not b.any()
     assert mx.array_equal(a, kaiming_factors("x.up_proj", 64, 32, 8, seed=1, experts=4)[0])
     assert not mx.array_equal(a, kaiming_factors("x.up_proj", 64, 32, 8, seed=2, experts=4)[0])
-
-
-@SORTED
-@pytest.mark.parametrize("form", ["float", "3-bit", "mxfp4"])
-def test_dora_and_its_gradients_equal_the_definition(form, is_sorted):
-    mx.random.seed(2)
-    base = base_of(form)
-    dora = DoRASwitchLinear.from_base(base, random_factors(0.2), 1.5)
-    dora.m = dora.m * (1 + 0.2 * mx.random.normal((E, OUT)))
-    dora.freeze()
-    dora.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
-    x, indices = rows(is_sorted)
-    d = mx.random.normal(dora(x, indices, is_sorted).shape)
-
-    def defined(x: mx.array) -> mx.array:
-        weight = dense_weight(base).astype(mx.float32) + 1.5 * (dora.lora_b @ dora.lora_a)
-        length = mx.stop_gradient(mx.linalg.norm(weight, axis=-1))
-        return by_definition(x, indices, weight * (dora.m / length)[..., None], base)
-
-    def grads(function):
-        return nn.value_and_grad(dora, lambda x: (function(x) * d).sum())(x)
-
-    (value, got), (wanted, expected) = grads(lambda x: dora(x, indices, is_sorted)), grads(defined)
-    assert value.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-2)
-    assert {name for name, _ in tree_flatten(got)} == {"lora_a", "lora_b", "m"}
-    for name in ("lora_a", "lora_b", "m"):
-        assert np.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4 * mx.abs(expected[name]).max().item()), name
-    fused = dora.fuse()(x, indices, is_sorted)
-    assert np.allclose(fused, defined(x), atol=1e-3 if fused.dtype == base.bias.dtype and form != "mxfp4" else 3e-2)
-    expected_value = np.array(dora(x, indices, is_sorted))
-    dora.finish()
-    assert np.allclose(dora(x, indices, is_sorted), expected_value, atol=1e-4)
-
-
-def test_a_fresh_dora_changes_nothing():
-    base = base_of("4-bit")
-    fresh = DoRASwitchLinear.from_base(base, (mx.random.normal((E, R, IN)), mx.zeros((E, OUT, R))), 2.0)
-    x, indices = rows(True)
-    assert np.allclose(fresh(x, indices, True), base(x, indices, True), atol=1e-4)
 
 
 @SORTED

@@ -18,7 +18,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_cases import write_case
 from rich.console import Console
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.api import demo as verse_demo
 from mlx_lora.api.demo import QUESTIONS, Answers, Demo, DemoScreen, called_as, get_model
@@ -44,8 +44,7 @@ def shown(console: Console) -> str:
 def test_the_demo_takes_its_stages_and_then_refuses_to_overwrite_them(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(verse_demo, "ANSWER_TOKENS", 4)
     out = tmp_path / "my demo"
-    ran = run("demo", "--model", tiny_folder, "--iters", 2, "--out", out)
-    assert ran.code == 0, ran.err
+    ran = succeeds("demo", "--model", tiny_folder, "--iters", 2, "--out", out)
     places = [line.split()[0] for line in ran.lines if line[:1].isdigit() and "done in" in line]
     assert places == ["1/4", "2/4", "3/4", "4/4"]
     assert "step 2 of 2, loss " in ran.err
@@ -70,8 +69,7 @@ def test_force_trains_again_and_an_interrupted_demo_says_what_is_left(tiny_folde
     words = ("demo", "--model", tiny_folder, "--out", out)
     assert run(*words, "--iters", 2).code == 0
     first = (out / "bard" / "adapters.safetensors").read_bytes()
-    again = run(*words, "--iters", 3, "--force")
-    assert again.code == 0, again.err
+    again = succeeds(*words, "--iters", 3, "--force")
     assert "step 3 of 3" in again.err
     assert (out / "bard" / "adapters.safetensors").read_bytes() != first
     train_run = verse_demo.train_run
@@ -107,8 +105,7 @@ def test_an_interrupted_demo_continues_exactly_where_it_was(tiny_folder, tmp_pat
     taken = int(re.search(r"Interrupted after (\d) steps, which are saved. To continue: ", ended.err)[1])
     assert (ended.code, 2 <= taken < 4) == (130, True)
     assert ended.lines[-1].endswith(f"demo --out {out} --model {tiny_folder} --iters 4")
-    resumed = run(*words, out)
-    assert resumed.code == 0, resumed.err
+    resumed = succeeds(*words, out)
     assert f"which was interrupted after {taken} steps of 4; --force starts again" in resumed.err
     assert all(question in resumed.out for question in QUESTIONS)
     whole, cut = ((tmp_path / name / "bard" / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))

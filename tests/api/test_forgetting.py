@@ -15,7 +15,7 @@ from browser import look
 from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.api.forgetting import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
 from mlx_lora.config.settings import ModelSettings
@@ -85,6 +85,17 @@ def expected(base, tuned, batches) -> dict[str, float]:
 
     errors = {"change_error": jackknife(lambda a: (a[1] - a[0]).mean()), "kl_error": jackknife(lambda a: a[2].mean())}
     return {"base_loss": base_loss, "loss": loss, "kl": kl, "same_top": same, **errors}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_rows(tmp_path_factory):
+    """Ask four of each built-in set: asking all takes most of the time."""
+    folder = tmp_path_factory.mktemp("general")
+    for file in GENERAL.glob("*.jsonl"):
+        (folder / file.name).write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_lora.api.forgetting.GENERAL", folder)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +219,10 @@ def measured(tiny_folder, chats, tmp_path_factory):
     general = place / "general.jsonl"
     general.write_text(json.dumps({"text": "It rained in the hills, and the river rose by a foot. " * 2}) + "\n")
     common = ("--model", tiny_folder, "--data", data, "--adapter-path", weak)
-    ran = run(
+    ran = succeeds(
         "evaluate", *common, "--forgetting", "--against", strong, "--general-text", general, "--general-chat", data,
         "--report", place / "page.html", "--json",
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     alone = {
         name: json.loads(run("evaluate", "--model", tiny_folder, "--data", data, *more, "--json").out)
         for name, more in (("base", ()), ("weak", ("--adapter-path", weak)), ("strong", ("--adapter-path", strong)))
@@ -240,9 +250,8 @@ def test_losses_are_those_of_evaluate_alone(measured):
 def test_without_data_the_task_is_what_the_run_held_out(tiny_folder, chats, tmp_path):
     adapter = tmp_path / "a"
     common = ("--model", tiny_folder, "--adapter-path", adapter)
-    trained = run("train", *common, "--data", chats, "--iters", 2, "--valid-fraction", 0.3, "--max-seq-length", 64)
-    assert trained.code == 0, trained.err
-    few = ("--forgetting", "--general-text", chats, "--general-chat", chats, "--json")
+    succeeds("train", *common, "--data", chats, "--iters", 2, "--valid-fraction", 0.3, "--max-seq-length", 64)
+    few = ("--forgetting", "--json")
     facts = json.loads(run("evaluate", *common, *few).out)
     held_out = json.loads(run("evaluate", *common, "--json").out)
     [drift] = facts["sets"]["task"]["adapters"].values()
@@ -306,9 +315,10 @@ def test_the_sentence_says_what_the_verdicts_say(task, text, chat, sentence):
 
 def test_the_table_has_a_row_for_each_set_and_the_probes(tiny_folder, chats, tmp_path):
     adapter = make_adapter(tiny_folder, tmp_path / "a")
-    command = ("evaluate", "--model", tiny_folder, "--data", chats, "--adapter-path", adapter, "--forgetting")
-    ran = run(*command, "--general-text", chats, "--general-chat", chats)
-    assert ran.code == 0, ran.err
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
+    command = ("evaluate", "--model", tiny_folder, "--data", few, "--adapter-path", adapter, "--forgetting")
+    ran = succeeds(*command, "--general-text", few, "--general-chat", few)
     lines = ran.out.splitlines()
     assert len(lines) == 5
     assert lines[0].split()[0] == "set"

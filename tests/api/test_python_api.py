@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_cli import run
+from run_cli import run, succeeds
 
 import mlx_lora
 from mlx_lora.api.errors import python_words
@@ -45,8 +45,7 @@ def weights(folder: Path) -> bytes:
 def test_command_and_api_train_to_the_same_bytes(trained, tiny_folder, chats, tmp_path):
     def command(name: str, *more) -> bytes:
         common = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / name, *FLAGS)
-        ran = run(*common, *more)
-        assert ran.code == 0, ran.err
+        succeeds(*common, *more)
         return weights(tmp_path / name)
 
     assert command("same") == weights(trained.adapter)

@@ -6,12 +6,7 @@ import pkgutil
 
 from mlx_lm import models
 
-from architectures.dense import DENSE
-from architectures.experts import EXPERTS
-from architectures.latent import LATENT_ATTENTION
-from architectures.recurrent import RECURRENT
-from architectures.windows import WINDOWS
-from architectures.wrappers import WRAPPERS
+from architectures.families import DENSE, EXPERTS, LATENT_ATTENTION, RECURRENT, WINDOWS, WRAPPERS
 
 CONFIGS = {**DENSE, **WINDOWS, **EXPERTS, **LATENT_ATTENTION, **RECURRENT, **WRAPPERS}
 # Modules of mlx-lm's folder that other modules import: no architecture has their name.

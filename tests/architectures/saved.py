@@ -15,7 +15,7 @@ from byte_tokenizer import byte_tokenizer
 from huggingface_hub.errors import StrictDataclassError
 
 from architectures.build import SPREAD, tiny_config
-from architectures.parts import SLIDING_THEN_FULL
+from architectures.families import SLIDING_THEN_FULL
 from architectures.trial import LOGIT_BAR, ROWS, WIDTH, NotRun, Trial, Wrong, relative
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base

@@ -1,7 +1,6 @@
 """Writes docs/models.md from a sweep's results.
 
-PYTHONPATH=tests python -m architectures.table --results sweep.json
-"""
+PYTHONPATH=tests python -m architectures.table --results sweep.json"""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ import click
 
 from architectures.configs import CONFIGS, architecture_modules
 from architectures.images import NOT_COMPARED, TEXT_ONLY, without_images
-from architectures.names import MODELS
 from architectures.saved import ABSENT
 from architectures.sweep import Result, Stage, read_results
 
@@ -241,3 +239,45 @@ def main(results: Path, only: str | None) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+MODELS = {
+    "afm7": "Apple Foundation Model 7B", "afmoe": "Arcee Trinity", "apertus": "Apertus 8B, 70B",
+    "baichuan_m1": "Baichuan-M1 14B", "bailing_hybrid": "Ring 2.5, Ling 2.5", "bailing_moe": "Ling, Ling 2.0, Ring",
+    "bailing_moe_linear": "Ring-linear 2.0", "bailing_moe_v3": "Bailing MoE V3", "bitnet": "BitNet b1.58 2B4T",
+    "cohere": "Command R, R+, Aya 23", "cohere2": "Command R7B, Command A, Aya Expanse", "dbrx": "DBRX",
+    "deepseek": "DeepSeek MoE 16B", "deepseek_v2": "DeepSeek V2, V2-Lite, Coder V2",
+    "deepseek_v3": "DeepSeek V3, R1, V3.1; Kimi K2; Moonlight", "deepseek_v32": "DeepSeek V3.2",
+    "deepseek_v41": "DeepSeek V4.1", "dots1": "dots.llm1", "ernie4_5": "ERNIE 4.5 0.3B",
+    "ernie4_5_moe": "ERNIE 4.5 21B-A3B, 300B-A47B", "exaone": "EXAONE 3, 3.5, Deep", "exaone4": "EXAONE 4.0",
+    "exaone_moe": "K-EXAONE", "falcon_h1": "Falcon-H1", "gemma": "Gemma, CodeGemma", "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3 4B, 12B, 27B; MedGemma", "gemma3_text": "Gemma 3 270M, 1B", "gemma3n": "Gemma 3n E2B, E4B",
+    "gemma4": "Gemma 4", "gemma4_text": "Gemma 4, text only", "glm": "GLM-4 9B, GLM-Edge", "glm4": "GLM-4-0414, GLM-Z1",
+    "glm4_moe": "GLM-4.5, 4.6, 4.7", "glm4_moe_lite": "GLM-4.7-Flash", "glm_moe_dsa": "GLM-5", "gpt2": "GPT-2, DistilGPT2",
+    "gpt_bigcode": "StarCoder, SantaCoder", "gpt_neox": "Pythia, GPT-NeoX 20B, Dolly v2", "gpt_oss": "gpt-oss 20B, 120B",
+    "gptj": "GPT-J 6B", "granite": "Granite 3.0 to 3.3", "granitemoe": "Granite 3.x MoE",
+    "granitemoehybrid": "Granite 4.0", "helium": "Helium 1", "hunyuan": "Hunyuan Large, A13B",
+    "hunyuan_v1_dense": "Hunyuan 0.5B to 7B, Hunyuan-MT", "internlm2": "InternLM 2, 2.5", "internlm3": "InternLM 3",
+    "iquestloopcoder": "IQuest-Coder-V1 Loop", "jamba": "Jamba 1.5, Jamba Reasoning 3B", "kimi_k25": "Kimi K2.5",
+    "kimi_k3": "Kimi K3", "kimi_linear": "Kimi Linear 48B-A3B", "kimi_vl": "Kimi-VL", "Klear": "Klear 46B-A2.5B",
+    "laguna": "Laguna", "lfm2": "LFM2, LFM2.5", "lfm2-vl": "LFM2-VL", "lfm2_moe": "LFM2 8B-A1B",
+    "lille-130m": "Lille 130M",
+    "llama": "Llama 1 to 3.3, Mistral 7B, SmolLM, SmolLM2, TinyLlama, Yi, Vicuna and many more", "llama4": "Llama 4 Scout, Maverick",
+    "llama4_text": "Llama 4, text only; MobileLLM", "longcat_flash": "LongCat-Flash",
+    "longcat_flash_ngram": "LongCat-Flash-Lite", "mamba": "Mamba, Falcon Mamba", "mamba2": "Mamba 2, Codestral Mamba",
+    "mellum": "Mellum", "mimo": "MiMo 7B", "mimo_v2_flash": "MiMo-V2-Flash", "minicpm": "MiniCPM 1, 2",
+    "minicpm3": "MiniCPM 3 4B", "minimax": "MiniMax M2", "minimax_m3_vl": "MiniMax M3", "ministral3": "Ministral 3, text only",
+    "mistral3": "Mistral Small 3.1, 3.2; Ministral 3; Devstral", "mistral4": "Mistral Small 4", "mixtral": "Mixtral 8x7B, 8x22B",
+    "nanbeige": "Nanbeige 4", "nanochat": "nanochat", "nemotron": "Nemotron 4, Minitron",
+    "nemotron-nas": "Llama Nemotron Super, Ultra", "nemotron_h": "Nemotron-H, Nemotron Nano 2, Nemotron 3", "olmo": "OLMo 1",
+    "olmo2": "OLMo 2", "olmo3": "OLMo 3", "olmo_hybrid": "OLMo Hybrid", "olmoe": "OLMoE", "openelm": "OpenELM",
+    "phi": "Phi-1, 1.5, 2", "phi3": "Phi-3 mini, medium; Phi-3.5 mini; Phi-4, Phi-4-mini", "phi3small": "Phi-3 small",
+    "phimoe": "Phi-3.5-MoE, Phi-mini-MoE", "phixtral": "Phixtral", "pixtral": "Pixtral 12B", "plamo": "PLaMo 13B",
+    "plamo2": "PLaMo 2", "plamo3": "PLaMo 3", "prism_hadamard_qwen35": "Qwen3.5 in 2 bits with Hadamard rotations",
+    "qwen": "Qwen 1", "qwen2": "Qwen 1.5, 2, 2.5; QwQ; DeepSeek-R1-Distill-Qwen", "qwen2_moe": "Qwen 1.5 MoE, Qwen2 57B-A14B",
+    "qwen2_vl": "Qwen2-VL, Qwen2.5-VL", "qwen3": "Qwen3", "qwen3_5": "Qwen3.5", "qwen3_5_moe": "Qwen3.5 MoE",
+    "qwen3_moe": "Qwen3 30B-A3B, 235B-A22B", "qwen3_next": "Qwen3-Next 80B-A3B", "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL MoE", "recurrent_gemma": "RecurrentGemma", "rwkv7": "RWKV-7 Goose",
+    "seed_oss": "Seed-OSS 36B", "smollm3": "SmolLM3 3B", "solar_open": "Solar Open 100B", "stablelm": "StableLM, StableLM 2",
+    "starcoder2": "StarCoder2", "step3p5": "Step 3.5 Flash", "telechat3": "TeleChat 3", "youtu_llm": "Youtu-LLM",
+}  # fmt: skip

@@ -1,31 +1,31 @@
-"""`evaluate --tasks` and `--metric` from the command line and in Python: scores, comparisons, the page."""
+"""Tasks that are evaluated: named ones, the user's own rows, and through lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from browser import look
-from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
+from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
 
 import mlx_lora
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.evaluation.metrics import metric_of
+from mlx_lora.evaluation.models import BASE, Written
+from mlx_lora.evaluation.own_rows import answer_rows, score_rows
 from mlx_lora.reports.sweep_page import write_task_page
+from mlx_lora.utils.errors import InputError
 
 EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
-
-
-@pytest.fixture(scope="module")
-def adapters(folder, tmp_path_factory):
+def adapters(untied_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
-    return [make_adapter(folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))]
+    return [make_adapter(untied_folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))]
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,16 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(folder, adapters, rows, tmp_path_factory):
+def asked(untied_folder, adapters, rows, tmp_path_factory):
     """One run of the command, with a function that likes long answers, a judge and a page."""
     root = tmp_path_factory.mktemp("asked")
     (root / "own.py").write_text("def letters(completions, **columns):\n    return [len(c) for c in completions]\n")
     page = root / "scores.html"
-    ran = run(
-        "evaluate", "--model", folder, "--data", rows, "--metric", "rouge_l", f"{root}/own.py:letters", "--adapter",
-        f"one={adapters[0]}", f"two={adapters[1]}", "--max-tokens", 12, "--judge", folder, "--report", page, "--json",
+    ran = succeeds(
+        "evaluate", "--model", untied_folder, "--data", rows, "--metric", "rouge_l", f"{root}/own.py:letters", "--adapter",
+        f"one={adapters[0]}", f"two={adapters[1]}", "--max-tokens", 12, "--judge", untied_folder, "--report", page, "--json",
         exactly=True,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     return json.loads(ran.out), page
 
 
@@ -92,28 +91,123 @@ def test_the_page_without_adapters(tmp_path):
     assert "0.5" in (tmp_path / "page.html").read_text()
 
 
-def test_in_python(folder, adapters, rows):
+def test_in_python(untied_folder, adapters, rows):
     found = mlx_lora.evaluate_tasks(
-        folder, data=rows, metrics="json", adapters={"mine": adapters[0]}, limit=2, max_tokens=4
+        untied_folder, data=rows, metrics="json", adapters={"mine": adapters[0]}, limit=2, max_tokens=4
     )
     [one] = found["tasks"]
     assert (one["metric"], one["rows"], list(one["models"])) == ("json", 2, ["base", "mine"])
 
 
-def test_plain_lines(folder, rows):
-    ran = run("evaluate", "--model", folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
+def test_plain_lines(untied_folder, adapters, rows):
+    ran = run("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match,", "--max-tokens", 2)
     one_line(ran, "exact_match")
-    ran = run("evaluate", "--model", folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
-    assert ran.code == 0
+    given = ("--data", rows, "--metric", "json", "--adapter", f"base={adapters[0]}")  # a name that means the base
+    one_line(run("evaluate", "--model", untied_folder, *given), "base")
+    ran = succeeds("evaluate", "--model", untied_folder, "--data", rows, "--metric", "exact_match", "--max-tokens", 2)
     assert "questions.jsonl: exact_match of 6 rows" in ran.out
     assert "base" in ran.out
 
 
-def test_names_that_mean_the_base_are_refused(folder, adapters, rows):
-    given = ("--data", rows, "--metric", "json", "--adapter", f"base={adapters[0]}")
-    one_line(run("evaluate", "--model", folder, *given), "base")
-
-
-def test_help_and_other_uses_stay(folder):
+def test_help_and_other_uses_stay(untied_folder):
     assert "--num-fewshot" in run("evaluate", "--tasks", "list", "--help").out
     assert "--forgetting" in run("evaluate", "--help").out
+
+
+SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Where."}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+ROWS = [
+    {"messages": [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]},
+]
+
+
+class StandIn:
+    """A model that says the same to every row, one text for each model."""
+
+    def __init__(self, tokenizer, ends, texts: dict[str, str]):
+        self.base = SimpleNamespace(
+            hf_tokenizer=tokenizer, tokenizer=SimpleNamespace(eos_token_ids=ends), token_rows=None, model_id="stand-in"
+        )
+        self.said, self.ends, self.names = texts, ends, list(texts)
+        self.templates = dict.fromkeys(texts, tokenizer.chat_template)
+        self.prompts = []
+
+    def texts(self, prompts, stopped):
+        self.prompts = prompts
+        encode = self.base.hf_tokenizer.encode
+        found = []
+        for prompt in prompts:
+            tokens = encode(self.said[prompt.model], add_special_tokens=False)
+            found.append(Written("", tuple(tokens[:-1] if tokens[-1] in self.ends else tokens)))
+        return found
+
+
+def asked_of_own_rows(tmp_path, rows) -> DataSettings:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return DataSettings(data=str(file))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_are_read_in_the_form_of_the_template(family, tmp_path):
+    tokenizer, ends = family_tokenizer(family)
+    calls = call_text(family, "weather", {"city": "Rome"})
+    models = StandIn(tokenizer, ends, {BASE: answer_text(family, "Hi."), "mine": calls})
+    metrics = [metric_of("tool_calls")]
+    given = asked_of_own_rows(tmp_path, [{**row, "tools": [SCHEMA]} for row in ROWS])
+    rows, answers = answer_rows(models, given, metrics, 7)
+    assert [one.max_tokens for one in models.prompts] == [7] * 4
+    assert [row.calls and row.calls[0]["function"] for row in rows] == [CALL["function"], []]
+    measured = score_rows("rows", rows, answers, metrics)
+    scores = {one.metric: {name: score.value for name, score in one.scores.items()} for one in measured.scores}
+    assert scores["tool_calls"] == {BASE: 0.5, "mine": 0.5}
+    assert scores["tool_arguments"] == {BASE: 0, "mine": 1}
+    row, other = measured.answers["rows"]
+    assert row.values["tool_calls"] == {BASE: 0, "mine": 1}
+    assert other.values["tool_calls"] == {BASE: 1, "mine": 0}
+    assert "→ weather" in row.answers["mine"]
+    assert row.answers[BASE].endswith("Hi.")
+    assert row.changed
+
+
+def test_a_template_without_tools_cannot_be_scored(tmp_path):
+    tokenizer, ends = family_tokenizer("qwen3_thinking")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="--metric tool_calls"):
+        answer_rows(
+            StandIn(tokenizer, ends, {BASE: "x"}), asked_of_own_rows(tmp_path, ROWS[1:]), [metric_of("tool_calls")]
+        )
+
+
+def test_models_with_other_templates_are_asked_in_their_own(tmp_path):
+    tokenizer, ends = family_tokenizer("qwen3_thinking")
+    models = StandIn(tokenizer, ends, {BASE: "Hi.", "mine": "Ho."})
+    models.templates["mine"] = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    before = tokenizer.chat_template
+    found = answer_rows(models, asked_of_own_rows(tmp_path, ROWS[1:]), [metric_of("exact_match")])
+    texts = [tokenizer.decode(list(one.tokens)) for one in models.prompts]
+    assert texts[1] == "[Hello]"
+    assert texts[0] != texts[1]
+    assert tokenizer.chat_template == before
+    [score] = score_rows("rows", *found, [metric_of("exact_match")]).scores
+    assert {name: one.value for name, one in score.scores.items()} == {BASE: 1, "mine": 0}
+
+
+def test_a_limit_takes_the_first_rows(tmp_path):
+    tokenizer, ends = family_tokenizer("qwen3_thinking")
+    given = asked_of_own_rows(tmp_path, [{"prompt": f"{n}", "completion": f"{n}"} for n in range(5)])
+    models = StandIn(tokenizer, ends, {BASE: "1"})
+    rows, _ = answer_rows(models, given, [], 3, limit=2)
+    assert [row.columns["answer"] for row in rows] == ["0", "1"]

@@ -52,20 +52,16 @@ def tasks(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
-
-
-@pytest.fixture(scope="module")
-def adapters(folder, tmp_path_factory):
+def adapters(untied_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))}
+    return {
+        name: make_adapter(untied_folder, root / name, rank=4, seed=seed) for name, seed in (("one", 1), ("two", 2))
+    }
 
 
-def measured(folder, tasks, adapters=None, **options):
+def measured(untied_folder, tasks, adapters=None, **options):
     sources = {name: AdapterSource(folder=path) for name, path in (adapters or {}).items()}
-    with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
+    with Models.opened(load_base(ModelSettings(model=str(untied_folder))), sources) as models:
         return harness.run_tasks(models, [str(path) for path in tasks], **options)
 
 
@@ -74,22 +70,22 @@ def scores_of(found):
 
 
 @pytest.mark.float32("scores are compared: where two choices are nearly as likely, bfloat16 takes either")
-def test_models_together_score_as_each_alone(folder, tasks, adapters):
+def test_models_together_score_as_each_alone(untied_folder, tasks, adapters):
     chosen = [tasks[name] for name in ("animals", "sums", "texts")]
-    together = scores_of(measured(folder, chosen, adapters, limit=6))
+    together = scores_of(measured(untied_folder, chosen, adapters, limit=6))
     assert all(list(own) == [BASE, "one", "two"] for own in together.values())
     for name, path in adapters.items():
-        alone = scores_of(measured(folder, chosen, {name: path}, limit=6))
+        alone = scores_of(measured(untied_folder, chosen, {name: path}, limit=6))
         for key, own in alone.items():
             assert own[name] == pytest.approx(together[key][name], rel=1e-4), key
     perplexities = together["texts", "word_perplexity"]
     assert len({round(value / perplexities[BASE], 3) for value in perplexities.values()}) == 3
 
 
-def test_options_change_what_is_asked(folder, tasks):
-    plain = measured(folder, [tasks["animals"]], limit=3)
-    shots = measured(folder, [tasks["animals"]], limit=3, fewshot=2)
-    chat = measured(folder, [tasks["animals"]], limit=3, chat_template=True)
+def test_options_change_what_is_asked(untied_folder, tasks):
+    plain = measured(untied_folder, [tasks["animals"]], limit=3)
+    shots = measured(untied_folder, [tasks["animals"]], limit=3, fewshot=2)
+    chat = measured(untied_folder, [tasks["animals"]], limit=3, chat_template=True)
     questions = [found.answers["animals"][0].question for found in (plain, shots, chat)]
     assert questions[0] == "What does animal 0 say?\nAnswer:"
     assert questions[1].count("Answer:") == 3
@@ -99,11 +95,11 @@ def test_options_change_what_is_asked(folder, tasks):
     assert [row.expected for row in plain.answers["animals"]] == ["moo", "meow now", "woof woof woof"]
 
 
-def test_each_template_is_asked_in_its_own_form(folder, tasks, tmp_path):
+def test_each_template_is_asked_in_its_own_form(untied_folder, tasks, tmp_path):
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-    other = make_adapter(folder, tmp_path / "other", rank=4, seed=5, chat_template=template)
+    other = make_adapter(untied_folder, tmp_path / "other", rank=4, seed=5, chat_template=template)
     sources = {"other": AdapterSource(folder=other)}
-    with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
+    with Models.opened(load_base(ModelSettings(model=str(untied_folder))), sources) as models:
         own, base = (harness.HarnessModel(models, name, {}, True) for name in ("other", BASE))
         history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
         assert own.apply_chat_template(history[:1]) == "[user] Hi\n[assistant] "
@@ -113,12 +109,12 @@ def test_each_template_is_asked_in_its_own_form(folder, tasks, tmp_path):
         assert harness.HarnessModel(models, "other", {}, False)._alike == [BASE, "other"]
 
 
-def test_a_group_has_the_score_of_its_tasks(folder, tasks, adapters):
+def test_a_group_has_the_score_of_its_tasks(untied_folder, tasks, adapters):
     root = tasks["animals"].parent
     (root / "both.yaml").write_text(
         "group: both\ntask: [animals, letters]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
-    found = measured(folder, [root / "both.yaml"], {"one": adapters["one"]}, limit=6)
+    found = measured(untied_folder, [root / "both.yaml"], {"one": adapters["one"]}, limit=6)
     by_name = {(one.task, one.metric): one for one in found.scores}
     parts, whole = [by_name[name, "acc"] for name in ("animals", "letters")], by_name["both", "acc"]
     assert whole.rows == 12
@@ -147,7 +143,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", by_default(BAD, *[case for case in BAD if case != "a task that is not there"]))
-def test_bad_input_is_answered_in_one_line(case, folder, tasks, tmp_path):
+def test_bad_input_is_answered_in_one_line(case, untied_folder, tasks, tmp_path):
     (tmp_path / "empty.yaml").write_text("\n")
     (tmp_path / "other.yaml").write_text("model: x\n")
     (tmp_path / "norows.jsonl").write_text("")
@@ -158,7 +154,7 @@ def test_bad_input_is_answered_in_one_line(case, folder, tasks, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(HEAD.format(name) + TASKS["animals"])
     given, words = BAD[case]
     given = [text.format(root=tmp_path, tasks=tasks["animals"].parent) for text in given]
-    model = folder
+    model = untied_folder
     if case == "no template":
         model = write_folder(tmp_path / "plain", tiny_model(), chat_template=None)
     one_line(run("evaluate", "--model", model, *given), *words)
@@ -174,7 +170,7 @@ def test_lm_eval_is_only_imported_where_it_is_needed():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("chat", [False, True])
-def test_numbers_are_those_of_lm_evals_own_backend(folder, tasks, chat):
+def test_numbers_are_those_of_lm_evals_own_backend(untied_folder, tasks, chat):
     """Log-likelihoods within 1e-4, the same texts and scores."""
     import lm_eval.evaluator
     import torch
@@ -182,9 +178,9 @@ def test_numbers_are_those_of_lm_evals_own_backend(folder, tasks, chat):
 
     torch.set_num_threads(1)
     found = {}
-    with Models.opened(load_base(ModelSettings(model=str(folder), dtype="float32")), {}) as models:
+    with Models.opened(load_base(ModelSettings(model=str(untied_folder), dtype="float32")), {}) as models:
         ours = harness.HarnessModel(models, BASE, {}, chat)
-        theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4)
+        theirs = HFLM(pretrained=str(untied_folder), device="cpu", dtype="float32", batch_size=4)
         for name, model in (("ours", ours), ("theirs", theirs)):
             loaded = harness.load_tasks([str(path) for path in tasks.values()])
             for task in loaded["tasks"].values():

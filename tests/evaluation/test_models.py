@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from architectures.build import tiny_architecture, tiny_config
 from comparing import by_dtype
-from conftest import tiny_model, write_folder
+from conftest import write_folder
 from make_adapters import make_adapter
 from tiers import by_default
 
@@ -33,21 +33,15 @@ TOLERANCE = by_dtype(1e-4, 0.3)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    model = tiny_model(tie_word_embeddings=False)
-    return write_folder(tmp_path_factory.mktemp("untied"), model, {"tie_word_embeddings": False})
-
-
-@pytest.fixture(scope="module")
-def adapters(folder, tmp_path_factory):
+def adapters(untied_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(folder, root / name, **kind) for name, kind in KINDS.items()}
+    return {name: make_adapter(untied_folder, root / name, **kind) for name, kind in KINDS.items()}
 
 
 @pytest.fixture
-def opened(folder, adapters):
+def opened(untied_folder, adapters):
     sources = {name: AdapterSource(folder=path) for name, path in adapters.items()}
-    with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
+    with Models.opened(load_base(ModelSettings(model=str(untied_folder))), sources) as models:
         yield models
 
 
@@ -68,7 +62,7 @@ def expected(model, context, continuation) -> LogLikelihood:
     return LogLikelihood(total, bool((logits.argmax(-1) == list(continuation)).all()))
 
 
-def test_each_model_has_its_own_numbers(opened, folder, adapters):
+def test_each_model_has_its_own_numbers(opened, untied_folder, adapters):
     asked = [
         Scored(name, context, continuation)
         for context in (CONTEXT, CONTEXT[:5])
@@ -76,7 +70,7 @@ def test_each_model_has_its_own_numbers(opened, folder, adapters):
         for name in opened.names
     ]
     found = opened.log_likelihoods(asked)
-    plain = {name: alone(folder, adapters.get(name)) for name in opened.names}
+    plain = {name: alone(untied_folder, adapters.get(name)) for name in opened.names}
     for one, got in zip(asked, found, strict=True):
         assert got.total == pytest.approx(expected(plain[one.model], *one[1:]).total, abs=TOLERANCE), one
     by_model = {name: [got.total for one, got in zip(asked, found, strict=True) if one.model == name] for name in plain}
@@ -127,8 +121,8 @@ def test_small_batches_and_others_beside_change_nothing(opened):
     assert opened.log_likelihoods([Scored(BASE, CONTEXT, ())]) == [(0.0, True)]
 
 
-def test_greedy_is_what_the_model_would_write(opened, folder):
-    model, tokens = alone(folder, None), list(CONTEXT)
+def test_greedy_is_what_the_model_would_write(opened, untied_folder):
+    model, tokens = alone(untied_folder, None), list(CONTEXT)
     for _ in range(3):
         tokens.append(int(mx.argmax(model(mx.array([tokens]))[0, -1]).item()))
     likeliest = tuple(tokens[-3:])
@@ -137,7 +131,7 @@ def test_greedy_is_what_the_model_would_write(opened, folder):
     assert [one.greedy for one in found] == [True, False]
 
 
-def test_a_long_context_is_cut_at_its_beginning(opened, folder):
+def test_a_long_context_is_cut_at_its_beginning(opened, untied_folder):
     limit = opened.context_tokens
     context = tuple(np.random.default_rng(0).integers(5, 250, limit + 20).tolist())
     whole, cut = opened.log_likelihoods([Scored(BASE, context, (7, 8)), Scored(BASE, context[-(limit - 1) :], (7, 8))])
@@ -147,25 +141,25 @@ def test_a_long_context_is_cut_at_its_beginning(opened, folder):
 
 
 @pytest.mark.float32("what a tiny model's wrong layout changes is less than bfloat16's tolerance")
-def test_a_wrong_head_or_layout_is_not_used(folder, monkeypatch):
+def test_a_wrong_head_or_layout_is_not_used(untied_folder, monkeypatch):
     """Where the fast ways do not agree with plain logits, the plain ones are used."""
     right = module.find_head
     monkeypatch.setattr(module, "find_head", lambda *given: dataclasses.replace(right(*given), scale=2.0))
     monkeypatch.setattr(module, "shared_caches", lambda *given: {})  # then a part sees those before it
-    with Models.opened(load_base(ModelSettings(model=str(folder))), {}) as models:
+    with Models.opened(load_base(ModelSettings(model=str(untied_folder))), {}) as models:
         assert (models._head, models._shares) == (None, False)
         found = models.log_likelihoods([Scored(BASE, CONTEXT, one) for one in CONTINUATIONS])
-    plain = alone(folder, None)
+    plain = alone(untied_folder, None)
     for continuation, got in zip(CONTINUATIONS, found, strict=True):
         assert got.total == pytest.approx(expected(plain, CONTEXT, continuation).total, abs=TOLERANCE)
 
 
 @pytest.mark.float32("texts are compared: where two tokens are nearly as likely, bfloat16 takes either")
-def test_texts_are_those_of_each_model_alone(opened, folder, adapters):
+def test_texts_are_those_of_each_model_alone(opened, untied_folder, adapters):
     names = [BASE, "four", "dora"]
     prompts = [CONTEXT[:n] for n in (5, 9, 24)]
     found = opened.texts([TextRequest(name, prompt, 8) for prompt in prompts for name in names])
-    plain = {name: alone(folder, adapters.get(name)) for name in names}
+    plain = {name: alone(untied_folder, adapters.get(name)) for name in names}
     ends = opened.base.tokenizer.eos_token_ids
     wanted = []
     for prompt in prompts:

@@ -19,7 +19,7 @@ from tiny_steps import adapted, batch, factors
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.activations import polynomial_swiglu
-from mlx_lora.kernels.attention import Tiles, attend, attention, tiled_attention
+from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import POLYNOMIAL
 from mlx_lora.kernels.table import KernelChoice, choose_model_kernels, exchanging, kernel_rows
 from mlx_lora.losses.check import check_kernels
@@ -90,32 +90,6 @@ def test_values_of_the_gated_activation_that_are_not_finite_are_seen():
     got = polynomial_swiglu(gate, up)
     assert not mx.isfinite(got[:2]).any().item()
     assert got[2].item() == pytest.approx(1 / (1 + np.exp(-1)), rel=1e-5)
-
-
-@pytest.mark.parametrize("sunk", [False, True])
-@pytest.mark.parametrize("mask", by_default(["causal", None, "bool"], "causal", "bool"))
-@pytest.mark.parametrize("tile", [8, 1000])
-def test_attention_and_its_gradients_equal_mlx(tile, mask, sunk):
-    q, d = (mx.random.normal((2, 6, 37, 16)) for _ in range(2))
-    k, v = (mx.random.normal((2, 2, 37, 16)) for _ in range(2))
-    hidden = mx.tril(mx.ones((37, 37), mx.bool_)) & (mx.random.uniform(shape=(37, 37)) < 0.7) | mx.eye(
-        37, dtype=mx.bool_
-    )
-    hidden = hidden if mask == "bool" else mask
-    extra = {"sinks": mx.random.normal((6,))} if sunk else {}
-
-    def mlx_own(q, k, v):
-        return [mx.fast.scaled_dot_product_attention(q, k, v, scale=0.5, mask=hidden, **extra)]
-
-    def ours(q, k, v):
-        return [tiled_attention(q, k, v, Tiles(0.5, hidden, tile, POLYNOMIAL), *extra.values())]
-
-    expected, expected_grads = mx.vjp(mlx_own, [q, k, v], [d])
-    got, grads = mx.vjp(ours, [q, k, v], [d])
-    for one, other in zip([*got, *grads], [*expected, *expected_grads], strict=True):
-        assert close(one, other, 2e-5)
-    same = attention(Tiles(0.5, hidden, tile), q, k, v, *extra.values())[0]
-    assert sunk == mx.array_equal(same, got[0]).item()  # elsewhere the polynomial really is used
 
 
 @pytest.mark.parametrize("extras", by_default([{}, {"scale": 0.25}, {"soft_cap": 3.0}], {}, {"soft_cap": 3.0}))

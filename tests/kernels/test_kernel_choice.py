@@ -1,4 +1,4 @@
-"""Kernels chosen by measurement: the rule, what is kept of it, what runs then, and what the planner makes of it."""
+"""Kernels chosen by measurement: the rule, what is kept of it, what runs then, and what the planner makes of it; all together against the plain path."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from architectures.build import tiny_architecture
 from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
-from run_cli import run
-from tiers import by_default
+from mlx_lm.models import cohere, gemma2, gemma3_text, granite
+from run_cli import run, succeeds
+from tiers import by_default, named
 from tiny_recurrent import recurrent_model
-from tiny_steps import adapted, batch
+from tiny_steps import adapted, batch, with_adapter
 
+from mlx_lora.data.batch import Batch
 from mlx_lora.kernels import table as kernel_choice
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.measure import (
@@ -33,6 +35,7 @@ from mlx_lora.kernels.measure import (
     measure,
     read_figures,
 )
+from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import (
     KernelChoice,
     activation_class,
@@ -45,8 +48,8 @@ from mlx_lora.kernels.table import (
 )
 from mlx_lora.losses import fused as loss_choice
 from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
-from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
-from mlx_lora.losses.fused import fused_token_losses
+from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
+from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
@@ -57,21 +60,8 @@ from mlx_lora.utils import progress as long_task
 from mlx_lora.utils.text import GIB
 
 ROWS = {row.name: row for row in kernel_rows()}
-SHORT = (
-    "--verbose",
-    "--iters",
-    3,
-    "--batch-size",
-    2,
-    "--num-layers",
-    2,
-    "--rank",
-    4,
-    "--sample-tokens",
-    0,
-    "--steps-per-report",
-    1,
-)
+SHORT = ("--verbose", "--iters", 3, "--batch-size", 2, "--num-layers", 2, "--rank", 4, "--sample-tokens", 0)
+SHORT += ("--steps-per-report", 1)
 
 
 def figures(seconds: float, kept: int = 100, peak: int = 200, error: float = 0.0) -> Figures:
@@ -273,52 +263,23 @@ def test_the_kernels_of_a_device_that_prefers_the_others_run_and_the_numbers_agr
     assert curves["tiled"][0] != curves["tiled"][-1]
 
 
-def test_plain_kernels_can_be_asked_for(tiny_folder, chats, tmp_path):
-    curves = {}
-    for asked in ("ours", MLX):
-        ran = run(
-            "train",
-            "--model",
-            tiny_folder,
-            "--data",
-            chats,
-            *SHORT,
-            "--kernels",
-            asked,
-            "--adapter-path",
-            tmp_path / asked,
-        )
-        assert ran.code == 0, ran.err
-        curves[asked] = losses(tmp_path / asked)
-        assert f"(--kernels {asked})" in ran.err
-        assert yaml.safe_load((tmp_path / asked / "run.yaml").read_text())["kernels"] == asked
-    assert np.allclose(curves["ours"], curves[MLX], rtol=by_dtype(1e-5, 2e-2))
-    bad = run("train", "--model", tiny_folder, "--data", chats, "--kernels", "best", "--adapter-path", tmp_path / "x")
-    assert bad.code == 2
-
-
-def test_a_run_goes_on_with_other_kernels(tiny_folder, chats, tmp_path):
+def test_kernels_can_be_asked_for_and_a_run_goes_on_with_others(tiny_folder, chats, tmp_path):
     """As with --grad-checkpoint: nothing but rounding changes, and a kernel that fails must be left behind somehow."""
-    common = (
-        "--model",
-        tiny_folder,
-        "--data",
-        chats,
-        *SHORT,
-        "--save-every",
-        1,
-        "--lr-schedule",
-        "constant",
-        "--warmup",
-        0,
-    )
+    common = ("train", "--model", tiny_folder, "--data", chats, *SHORT, "--save-every", 1, "--lr-schedule", "constant")
+    common += ("--warmup", 0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run("train", *common, "--adapter-path", whole).code == 0
-    assert run("train", *common, "--iters", 2, "--adapter-path", parts).code == 0
-    went_on = run("train", *common, "--adapter-path", parts, "--resume", "--kernels", MLX)
-    assert went_on.code == 0, went_on.err
-    assert "Resuming from step 2" in went_on.err
+    for out, flags in (
+        (whole, ("--kernels", "ours")),
+        (parts, ("--iters", 2)),
+        (parts, ("--resume", "--kernels", MLX)),
+    ):
+        ran = succeeds(*common, "--adapter-path", out, *flags)
+        asked = flags[-1]
+        assert (f"(--kernels {asked})" in ran.err) is ("--kernels" in flags)
+    assert "Resuming from step 2" in ran.err
+    assert yaml.safe_load((parts / "run.yaml").read_text())["kernels"] == MLX
     assert losses(parts)[-1] == pytest.approx(losses(whole)[-1], rel=by_dtype(1e-4, 2e-2))
+    assert run(*common, "--kernels", "best", "--adapter-path", tmp_path / "x").code == 2
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "block", "2"])
@@ -352,8 +313,9 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
     monkeypatch.setattr(
         "mlx_lora.losses.check.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
-    ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose")
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose"
+    )
     assert "the model's own kernels (leanest gated activation and tiled attention differ" in ran.err
 
 
@@ -485,13 +447,14 @@ def test_terms_are_what_was_measured(own_cache, monkeypatch):
 
 def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     monkeypatch.setattr(kernel_choice, "measure", None)  # a plan measures nothing
+    for name in ("largest_sequence", "largest_batch_size"):  # many graphs of long rows
+        monkeypatch.setattr(f"mlx_lora.api.plan.{name}", lambda *_: 0)
     monkeypatch.setattr(
         "mlx_lora.api.plan.ceilings_here", lambda dtype, **_: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
     )
 
     def planned(*flags) -> dict:
-        ran = run("plan", "--model", tiny_folder, "--max-seq-length", 513, "--batch-size", 4, "--json", *flags)
-        assert ran.code == 0, ran.err
+        ran = succeeds("plan", "--model", tiny_folder, "--max-seq-length", 513, "--batch-size", 4, "--json", *flags)
         return json.loads(ran.out)
 
     unknown = planned()
@@ -517,8 +480,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
         monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)
-    ran = run("doctor", "--no-hub", "--kernels", "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("doctor", "--no-hub", "--kernels", "--json")
     table = json.loads(ran.out)["kernels"]
     assert {(row["kernel"], row["chosen"]) for row in table} >= {("attention", MLX), ("cross-entropy", "tiles")}
     assert any(row["shape"] == "a vocabulary of 300 and width 32 (float)" for row in table)
@@ -550,3 +512,105 @@ def test_a_recurrence_runs_in_the_form_that_was_chosen(kind, own_cache, monkeypa
     for one in (choice, other):
         with training_kernels(model, choose=one):
             assert np.allclose(model(ids), expected, atol=1e-4)
+
+
+FAST_PATH_TOLERANCE = 1e-5
+ODD_ROWS, ODD_WIDTH = 3, 131  # two tiles of attention, of unlike sizes
+TILE_BYTES = 4 * 50 * 77  # several tiles of the loss, none of them even
+
+
+def family(module, name: str, **changes) -> tuple[nn.Module, dict]:
+    config = {**TINY, "model_type": name, **changes}
+    mx.random.seed(0)
+    return module.Model(module.ModelArgs.from_dict(config)), config
+
+
+def measured(model: nn.Module) -> nn.Module:
+    use_measured_matmul(model, "dense")
+    return model
+
+
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
+MODELS = {
+    "tied": lambda: (tiny_model(), TINY),
+    "untied": lambda: (tiny_model(tie_word_embeddings=False), TINY),
+    "4-bit, tied": lambda: (measured(quantized(tiny_model())), TINY),
+    "8-bit, untied": lambda: (measured(quantized(tiny_model(tie_word_embeddings=False), 8)), TINY),
+    "soft cap": lambda: family(gemma2, "gemma2", final_logit_softcapping=2.0, **GEMMA),
+    "sliding window": lambda: family(gemma3_text, "gemma3_text", sliding_window=9, sliding_window_pattern=2, **GEMMA),
+    "logit scale": lambda: family(cohere, "cohere", logit_scale=0.3, layer_norm_eps=1e-5),
+    "several scales": lambda: family(
+        granite,
+        "granite",
+        logits_scaling=4.0,
+        attention_multiplier=0.2,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+}
+
+
+def half_padding() -> Batch:
+    """The last row all padding, the second half empty: what an odd epoch's last batch looks like."""
+    whole = batch(ODD_ROWS, ODD_WIDTH, seed=3)
+    mask = whole.mask.copy()
+    mask[-1], mask[:, 70:] = False, False
+    return Batch.of(whole.inputs, whole.targets, mask, whole.mask.size)
+
+
+BATCHES = {
+    "half trained": lambda: batch(ODD_ROWS, ODD_WIDTH, seed=1),
+    "all trained": lambda: batch(ODD_ROWS, ODD_WIDTH, seed=2, share=2.0),
+    "padding": half_padding,
+}
+
+
+def made(name: str) -> tuple[nn.Module, dict]:
+    model, config = MODELS[name]()
+    mx.random.seed(5)
+    return with_adapter(model), config
+
+
+def plain(name: str, which: Batch) -> tuple[float, dict[str, mx.array]]:
+    model, _ = made(name)
+    (total, _), grads = nn.value_and_grad(model, plain_loss)(model, token_arrays(which))
+    return total.item(), dict(tree_flatten(grads))
+
+
+def fast(name: str, which: Batch, mode: str = "none", scale: float = 1.0) -> tuple[float, dict[str, mx.array]]:
+    model, config = made(name)
+    tape = apply_checkpointing(model, mode)
+    head = find_head(model, config)
+    head = head if scale == 1.0 else type(head)(head.body, head.layer, head.scale * scale, head.soft_cap)
+    loss = head_loss(head, TILES, TILE_BYTES).train
+    with training_kernels(model, tape.attend if tape else tiled_attention):
+        (total, _), grads = nn.value_and_grad(model, loss)(model, token_arrays(which))
+    return total.item(), dict(tree_flatten(grads))
+
+
+def difference(got: tuple[float, dict], expected: tuple[float, dict]) -> float:
+    """Return the largest relative difference: of the loss, and of each gradient array by its norm."""
+    assert got[1].keys() == expected[1].keys()
+    apart = [abs(got[0] - expected[0]) / abs(expected[0])]
+    for name, value in expected[1].items():
+        one, other = np.array(got[1][name], np.float64), np.array(value, np.float64)
+        assert np.linalg.norm(other) > 0, name
+        apart.append(np.linalg.norm(one - other) / np.linalg.norm(other))
+    return max(apart)
+
+
+@pytest.mark.parametrize("which", named(BATCHES, "half trained"))
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_every_gradient_equal_the_plain_paths(name, which):
+    expected = plain(name, which())
+    assert difference(fast(name, which()), expected) < FAST_PATH_TOLERANCE
+    assert difference(fast(name, which(), scale=1.001), expected) > 10 * FAST_PATH_TOLERANCE  # of a slightly wrong head
+
+
+@pytest.mark.parametrize("mode", by_default(["selective", "block", "2"], "selective", "block"))
+@pytest.mark.parametrize("name", ["tied", "4-bit, tied", "soft cap"])
+def test_so_do_checkpointed_ones(name, mode):
+    which = BATCHES["half trained"]()
+    assert difference(fast(name, which, mode), plain(name, which)) < FAST_PATH_TOLERANCE

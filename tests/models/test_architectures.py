@@ -73,18 +73,6 @@ def test_the_sweep_sees_a_wrong_gradient(uncompiled, monkeypatch):
     assert "differs by 1.0e-02" in found.text
 
 
-def test_stages_go_on_after_one_that_fails(uncompiled, monkeypatch):
-    monkeypatch.setitem(stages.STAGES, "plan", lambda trial: 1 / 0)
-    found = sweep.try_architecture("llama", False, ("load", "plan", "adapt", "reload")).stages
-    assert [found[name].outcome for name in ("load", "plan", "adapt", "reload")] == [
-        "right",
-        "fails",
-        "right",
-        "not run",
-    ]
-    assert found["plan"].text == "ZeroDivisionError: division by zero"
-
-
 def test_every_installed_architecture_is_in_the_page():
     stated = table.verdicts(table.PAGE.read_text(encoding="utf-8"))
     tried = [name for name in architecture_modules() if name in CONFIGS]
@@ -112,44 +100,6 @@ def test_an_unknown_architecture_shows_as_not_yet_tried(monkeypatch):
     assert table.verdicts(text) == rows
     monkeypatch.setattr(sweep, "architecture_modules", lambda: ["mamba9"])
     assert sweep.asked_for(()) == []
-
-
-@pytest.mark.parametrize(
-    ("found", "verdict", "text"),
-    [
-        ({"load": Stage("right"), "train": Stage("right")}, "right", ""),
-        ({"load": Stage("right"), "train": Stage("right", "a note")}, "right, with a note", "a note"),
-        ({"load": Stage("refused", "m: no"), "train": Stage("refused", "m: no")}, "refused", "`Error: m: no`"),
-        ({"train": Stage("right"), "fuse": Stage("fails", "KeyError: x")}, "fails", "fuse: KeyError: x"),
-        ({"load": Stage("right"), "train": Stage("right"), "fuse": Stage("refused", "no")}, "in part", "fuse: `Error: no`"),
-    ],
-)  # fmt: skip
-def test_verdicts(found, verdict, text):
-    assert table.row_of("x", [Result("x", False, found)]) == table.Row("x", verdict, text)
-
-
-def test_one_form_that_cannot_be_loaded_is_a_note():
-    tied = Result("x", True, {"load": Stage("refused", "no"), "train": Stage("refused", "no")})
-    untied = Result("x", False, {"load": Stage("right"), "train": Stage("right")})
-    row = table.row_of("x", [untied, tied])
-    assert row == table.Row("x", "right, with a note", "with tied embeddings: `Error: no`")
-
-
-def test_a_process_that_dies_is_a_failure_of_its_stage(tmp_path, monkeypatch):
-    class Died:
-        returncode, stderr = -11, "llama untied load\nllama untied fuse\n"
-
-    monkeypatch.setattr(sweep.subprocess, "run", lambda *arguments, **named: Died)
-    done, died = sweep._in_a_process([("llama", False), ("phi", False)])
-    assert done == []
-    assert died == Result("llama", False, {"fuse": Stage("fails", died.stages["fuse"].text)})
-    assert "ended with -11" in died.stages["fuse"].text
-
-
-def test_results_are_kept_whole(tmp_path):
-    results = [Result("phi", False, {"load": Stage("right", "", 1.5)}, {"loss": 2.0}), Result("Klear", True)]
-    sweep.write_results(tmp_path / "r.json", results)
-    assert list(sweep.read_results(tmp_path / "r.json").values()) == [results[1], results[0]]
 
 
 def test_tied_models_have_no_head_of_their_own():
@@ -208,16 +158,10 @@ def test_models_with_wishes_for_some_layers_are_converted_in_small_groups(name, 
     assert {layer.bits for layer in model.modules() if isinstance(layer, nn.QuantizedLinear)} == {4, 8}
 
 
-@pytest.mark.parametrize("name", ["stablelm", "phixtral"])
-def test_attention_with_queries_in_another_dtype_than_values(name, uncompiled):
-    """A ValueError in bfloat16, a Mac's dtype: these models bring float32 queries and bfloat16 values."""
-    found = sweep.try_architecture(name, False, ("load", "bfloat16")).stages["bfloat16"]
-    assert (found.outcome, found.text) == ("right", "")
-
-
-def test_recurrent_gemma_has_gradients_in_bfloat16(uncompiled):
-    """All of them were NaN."""
-    found = sweep.try_architecture("recurrent_gemma", True, ("load", "bfloat16")).stages["bfloat16"]
+@pytest.mark.parametrize("name", ["stablelm", "phixtral", "recurrent_gemma"])
+def test_families_that_failed_in_bfloat16(name, uncompiled):
+    """A ValueError in a Mac's dtype: two bring float32 queries and bfloat16 values; the third's gradients were NaN."""
+    found = sweep.try_architecture(name, name == "recurrent_gemma", ("load", "bfloat16")).stages["bfloat16"]
     assert (found.outcome, found.text) == ("right", "")
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from rank_runs import assert_same_run, command, train, weights
 from ranks import Started, rank_environment
 from real_models import smollm2_gguf
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
@@ -35,8 +35,7 @@ def converted(tiny_folder, tmp_path_factory):
 def trained(tiny_folder, chats, tmp_path_factory):
     """A run with --bits."""
     folder = tmp_path_factory.mktemp("bits") / "a"
-    ran = run("train", "--model", tiny_folder, "--bits", 4, "--data", chats, "--adapter-path", folder, *SHORT)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--bits", 4, "--data", chats, "--adapter-path", folder, *SHORT)
     assert "4-bit affine (group 64)" in ran.err
     following = ran.lines[ran.lines.index("What to do next:") :]
     told = [line.strip() for line in following if line.strip().startswith("mlx-lora ")]
@@ -46,8 +45,7 @@ def trained(tiny_folder, chats, tmp_path_factory):
 
 
 def test_the_adapter_is_that_of_the_converted_model(trained, converted, tiny_folder, chats, tmp_path):
-    ran = run("train", "--model", converted, "--data", chats, "--adapter-path", tmp_path / "b", *SHORT)
-    assert ran.code == 0
+    succeeds("train", "--model", converted, "--data", chats, "--adapter-path", tmp_path / "b", *SHORT)
     assert weights(trained) == weights(tmp_path / "b")
     own = json.loads((trained / "adapter_config.json").read_text())["mlx_lora"]
     assert own["base_model"] == str(tiny_folder)  # not the cache's folder
@@ -128,8 +126,7 @@ def test_a_model_published_in_fp8_is_quantized(tmp_path):
 
 def test_the_teacher_is_not_quantized(tiny_folder, chats, tmp_path):
     words = ("--objective", "distill", "--teacher", tiny_folder, "--bits", 4, "--data", chats)
-    ran = run("train", "--model", tiny_folder, "--adapter-path", tmp_path / "a", *words, *SHORT)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--adapter-path", tmp_path / "a", *words, *SHORT)
     first = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["val_loss"] > 1e-6  # the student is not its teacher
 
@@ -138,8 +135,7 @@ def test_the_teacher_is_not_quantized(tiny_folder, chats, tmp_path):
 def test_files_of_other_trainers_quantize(tiny_folder, chats, tmp_path):
     file = tmp_path / "axolotl.yml"
     file.write_text(f"base_model: {tiny_folder}\nload_in_4bit: true\nadapter: qlora\nmicro_batch_size: 2\n")
-    ran = run("train", "--config", file, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--config", file, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1)
     assert "4-bit affine (group 64)" in ran.err
 
 

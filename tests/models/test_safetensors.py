@@ -64,25 +64,20 @@ CORRUPT = {
     "an entry without shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8),
     "metadata that is no text": ({"a": entry(), "__metadata__": {"x": 1}}, 8),
 }
+LYING = [({"a": entry()}, 8, length) for length in (0, 1, 10**6, 2**63, 2**64 - 1)]
 
 
-@pytest.mark.parametrize(("header", "n_bytes"), CORRUPT.values(), ids=CORRUPT)
-def test_a_corrupt_header_is_one_line(header, n_bytes, tmp_path):
+@pytest.mark.parametrize(("header", "n_bytes", "length"), [(*case, None) for case in CORRUPT.values()] + LYING)
+def test_a_corrupt_header_is_one_line(header, n_bytes, length, tmp_path):
     path = write(tmp_path / "m.safetensors", header, n_bytes)
+    if length is not None:
+        path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(
         InputError, match=r"m\.safetensors: truncated or damaged safetensors \(.+\); download"
     ) as raised:
         read_safetensors_header(path)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500
-
-
-@pytest.mark.parametrize("length", [0, 1, 10**6, 2**63, 2**64 - 1])
-def test_a_length_that_lies_is_one_line(length, tmp_path):
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(length.to_bytes(8, "little") + json.dumps({"a": entry()}).encode() + bytes(8))
-    with pytest.raises(InputError, match="truncated or damaged"):
-        read_safetensors_header(path)
 
 
 @pytest.mark.parametrize(

@@ -95,16 +95,11 @@ def test_convert_again_changes_nothing(tmp_path):
     assert translate_config(once, newer) == once
 
 
-def test_gguf_has_the_base_of_rope(tmp_path):
-    _, newer = write_pair(tmp_path, "qwen2")
-    settings, _ = gguf_settings(load_base(ModelSettings(model=str(newer))).model, "qwen2")
-    assert settings["rope.freq_base"] == 3e6
-
-
-def test_gguf_has_the_scaling_of_rope(tmp_path):
+def test_gguf_has_the_base_and_scaling_of_rope(tmp_path):
     _, newer = write_pair(tmp_path, "qwen2 yarn")
     settings, _ = gguf_settings(load_base(ModelSettings(model=str(newer))).model, "qwen2")
-    assert (settings["rope.scaling.type"], settings["rope.scaling.factor"]) == ("yarn", 4.0)
+    found = [settings[f"rope.{name}"] for name in ("scaling.type", "scaling.factor", "freq_base")]
+    assert found == ["yarn", 4.0, 1e6]
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3_moe", "gemma3"])

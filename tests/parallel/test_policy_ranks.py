@@ -1,10 +1,9 @@
-"""Sampled answers in several processes: the answers and losses of one, one end for all, and the same bytes after a kill."""
+"""Objectives in several processes: sampled answers, pairs and texts have the steps of one, one end for all, and the same bytes after a kill."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +13,25 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from bound import bind
+from conftest import TINY, tiny_model
+from embedding_cases import bound, random_examples
+from rank_runs import assert_same_run, records, until, weights
 from ranks import REPOSITORY, Started
-from run_cli import run
+from run_cli import run, succeeds
 
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.rollouts.environment import Episode, Played
 from mlx_lora.rollouts.rollout import deal_prompts, gathered
+from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.utils.supervise import last_given
 
 # Each process notes what it was asked to reward, in order; the file's folder is the test's own.
@@ -39,8 +51,14 @@ def fails_on_one(completions, **columns):
         raise KeyError("not on this rank")
     return [float(len(text)) for text in completions]
 """
-COMPARED = ("loss", "val_loss", "grad_norm", "reward", "length", "truncated", "kl", "clipped")
-COUNTS = ("step", "examples", "supervised_tokens", "real_tokens", "positions", "shapes")
+
+
+AS_CLOSE = {
+    "rates": ("loss", "val_loss", "grad_norm", "reward", "length", "truncated", "kl", "clipped"),
+    "counts": ("step", "examples", "supervised_tokens", "real_tokens", "positions", "shapes"),
+    "rel": 2e-4,
+    "atol": 2e-4,
+}
 
 
 @pytest.fixture
@@ -70,14 +88,6 @@ def ranks_of(count: int, words: list, folder: Path, timeout_s: float = 240.0):
     return Started([["-m", "mlx_lora.train", *words]] * count, folder).wait(timeout_s)
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "adapters.safetensors").read_bytes()
-
-
 def seen(data: Path) -> list[list]:
     """Return all (prompt, answer) that were rewarded, in no particular order, and forget them."""
     files = list(data.glob("seen-*.jsonl"))
@@ -85,19 +95,6 @@ def seen(data: Path) -> list[list]:
     for file in files:
         file.unlink()
     return sorted(found)
-
-
-def assert_same_run(one: Path, other: Path, since: int = 0) -> None:
-    """Compare the curves and the factors of two runs; they differ by rounding."""
-    pairs = zip(*([r for r in lines(folder) if r["step"] >= since] for folder in (one, other)), strict=True)
-    for expected, found in pairs:
-        assert {name: expected[name] for name in COUNTS} == {name: found[name] for name in COUNTS}
-        for name in COMPARED:
-            value = expected.get(name)
-            assert found.get(name) == (value if value is None else pytest.approx(value, rel=2e-4, abs=2e-5)), name
-    theirs, ours = (mx.load(str(folder / "adapters.safetensors")) for folder in (one, other))
-    for name, value in theirs.items():
-        assert np.allclose(np.array(value), np.array(ours[name]), rtol=1e-3, atol=1e-5), name
 
 
 VARIANTS = {
@@ -115,8 +112,7 @@ VARIANTS = {
 @pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")
 def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, tiny_folder, data, tmp_path):
     size, more = VARIANTS[name]
-    ran = run("train", *command(tiny_folder, data, tmp_path / "one", *more))
-    assert ran.code == 0, ran.err
+    succeeds("train", *command(tiny_folder, data, tmp_path / "one", *more))
     expected = seen(data)
     ended = ranks_of(size, command(tiny_folder, data, tmp_path / "several", *more), tmp_path / "ranks")
     assert ended.codes == [0] * size, ended.errs
@@ -125,8 +121,8 @@ def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, ti
     parts = len(list(data.glob("seen-*.jsonl")))
     assert parts == min(size, 3)  # each of the processes that have a prompt rewarded its own
     assert seen(data) == expected
-    assert_same_run(tmp_path / "one", tmp_path / "several")
-    assert len({line["reward"] for line in lines(tmp_path / "one")}) > 2
+    assert_same_run(tmp_path / "one", tmp_path / "several", **AS_CLOSE)
+    assert len({line["reward"] for line in records(tmp_path / "one")}) > 2
 
 
 @pytest.mark.slow
@@ -176,18 +172,8 @@ def test_one_goes_on_from_two_and_two_from_one(tiny_folder, data, tmp_path):
         ended = ranks_of(count, words, tmp_path / f"ranks from {name}")
         assert ended.codes == [0] * count, ended.errs
         assert "Resuming from step 2" in ended.errs[0]
-        assert_same_run(tmp_path / "one", again)
+        assert_same_run(tmp_path / "one", again, **AS_CLOSE)
         assert weights(again) != weights(again / "checkpoints" / "step-000002")
-
-
-def until(folder: Path, copy: Path, step: int) -> Path:
-    """Return a copy of a run folder as it was after a checkpoint."""
-    shutil.copytree(folder, copy)
-    for other in (copy / "checkpoints").iterdir():
-        if int(other.name.removeprefix("step-")) > step:
-            shutil.rmtree(other)
-    (copy / "adapters.safetensors").unlink()
-    return copy
 
 
 # Kills its own process when a function is called for the n-th time; then it is the train command.
@@ -240,8 +226,7 @@ def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, 
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=240,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    ran = run("train", *words, "--resume")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", *words, "--resume")
     assert "Resuming from step" in ran.err
     assert saved is None or f"Resuming from step {saved}" in ran.err
     assert weights(tmp_path / "a") == expected
@@ -311,3 +296,137 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
     missing = Played([[3]], [Episode([1]), Episode([2])], np.array([[np.nan], [1.0]]))
     (alone,) = gathered([missing], deal_prompts([1], 1), 2, ALONE)
     assert np.isnan(alone.rewards[0])
+
+
+OF_TEXTS = {
+    "classify": [{"text": f"{'warm' * (n % 3)} day {n}", "label": "abc"[n % 3]} for n in range(36)],
+    "rerank": [
+        {"query": f"Where is {n}?", "positive": f"{n}, here.", "negatives": [f"{n}, no.", "No."]} for n in range(24)
+    ],
+    "embed": [{"query": f"Where is {n}?", "positive": f"{n} is by the river."} for n in range(36)],
+}
+PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
+OBJECTIVES = ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"]
+# On a shared base, the second rank has no batch of the validation and computes one without rows.
+SHARED = ["reward", "classify", "rerank", "embed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "shared"), [*((name, False) for name in OBJECTIVES), *((name, True) for name in SHARED)]
+)
+def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_path):
+    rows = PAIRS
+    if objective == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in rows
+            for name in ("chosen", "rejected")
+        ]
+    rows = OF_TEXTS.get(objective, rows)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    for count in (1, 2):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / str(count),
+                   "--objective", objective, "--iters", 4, "--learning-rate", "5e-3", "--batch-size", 6, "--sample-tokens", 0,
+                   "--steps-per-report", 1, "--val-batches", 1 if shared else 2, "--kernels", "ours"]  # fmt: skip
+        command += ["--shard-base"] if shared and count > 1 else []
+        ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
+        assert ended.codes == [0] * count, ended.errs
+    rates = ("loss", "val_loss", "margin", "accuracy", "macro_f1", "mrr")
+    assert_same_run(tmp_path / "1", tmp_path / "2", 1e-4, 1e-4, rates, ("step",))
+    first, *_, last = records(tmp_path / "1")
+    assert last["val_loss"] != pytest.approx(first["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_say_that_each_sorts_its_own_pairs(tiny_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, PAIRS)))
+    for loss_type, told in (("aot", [1, 0]), ("sigmoid", [0, 0])):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / loss_type,
+                   "--objective", "dpo", "--loss-type", loss_type, "--iters", 2, "--batch-size", 6]  # fmt: skip
+        ended = Started([command] * 2, tmp_path / f"hosts-{loss_type}").wait()
+        assert ended.codes == [0, 0], ended.errs
+        assert [err.count("--loss-type aot") for err in ended.errs] == told
+
+
+@pytest.mark.slow
+def test_the_first_of_two_ranks_scores_the_task_for_both(tiny_folder, tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": "abc"} for n in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    scores = {}
+    for count in (1, 2):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", tmp_path / "data.jsonl", "--adapter-path",
+                   tmp_path / str(count), "--iters", 12, "--learning-rate", "1e-2", "--batch-size", 6, "--sample-tokens", 0,
+                   "--kernels", "ours", "--steps-per-eval", 4, "--eval-tasks", tmp_path / "task.jsonl", "--eval-metric", "rouge_l",
+                   "--eval-max-tokens", 6, "--metric-for-best-model", "task", "--early-stopping-patience", 2]  # fmt: skip
+        ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
+        assert ended.codes == [0] * count, ended.errs
+        scores[count] = [line["task"] for line in records(tmp_path / str(count)) if line["val_loss"] is not None]
+    assert scores[1] == pytest.approx(scores[2])
+    assert len(scores[1]) >= 3
+
+
+class Messages:
+    """The ranks of a measurement, taken one after the other: the last gets what all of them sent."""
+
+    def __init__(self, size: int):
+        self.size, self.rank, self.sent = size, 0, {"sum": [], "everyone": []}
+
+    leads = property(lambda self: self.rank == 0)
+
+    def sum(self, array: mx.array) -> mx.array:
+        self.sent["sum"].append(array)
+        return sum(self.sent["sum"][1:], self.sent["sum"][0])
+
+    def everyone(self, value):
+        self.sent["everyone"].append(json.dumps(value))
+        return list(map(json.loads, self.sent["everyone"]))
+
+    def meet(self) -> None:
+        pass
+
+
+class Lockstep(DataParallel):
+    lockstep = True
+
+
+def measured_in(size: int, model, task, plan, kind=DataParallel):
+    """Return what the last of several ranks finds."""
+    ranks, found = Messages(size), None
+    for ranks.rank in range(size):
+        strategy = kind(ranks)
+        found = mean_loss(model, task, strategy.held_out(plan, -1), strategy)
+    return found
+
+
+@pytest.mark.parametrize("kind", [DataParallel, Lockstep])
+def test_each_held_out_row_is_known_once_and_in_order(kind):
+    random = np.random.default_rng(2)
+    lengths = random.integers(4, 30, 11)
+    rows = EncodedSet.from_rows([(random.integers(0, 288, n).astype(np.int32), np.arange(n) > 1) for n in lengths])
+    model, plan = tiny_model(), BatchPlan(rows, batch_tokens=64, batch_size=None, seed=0)
+    task = bind(objective_of(ObjectiveSettings()), choose_loss(model, TINY), model)
+    alone = mean_loss(model, task, plan.batches())
+    assert len(plan) % 4  # one of four ranks has a batch without rows, or fewer batches
+    for size in (2, 4):
+        found = measured_in(size, model, task, plan, kind)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert found.rows.tokens.tolist() == alone.rows.tokens.tolist() == (lengths - 2).tolist()
+        assert found.rows.sums == pytest.approx(alone.rows.sums, rel=1e-6)
+        assert found.rows.loss == pytest.approx(found.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [DataParallel, Lockstep])
+def test_a_rank_without_rows_has_no_part_in_the_search(kind, tiny_folder):
+    rows = random_examples(13, 1, False)
+    base = load_base(ModelSettings(model=str(tiny_folder), dtype="float32"))
+    _, task = bound(base, rows)
+    plan = BatchPlan(rows, batch_tokens=10**6, batch_size=5, seed=0)
+    alone = mean_loss(base.model, task, plan.batches())
+    for size in (2, 4):
+        found = measured_in(size, base.model, task, plan, kind)
+        assert (found.loss, found.count) == (pytest.approx(alone.loss, rel=1e-5), 13)
+        assert found.reports == pytest.approx(alone.reports)

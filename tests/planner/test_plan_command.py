@@ -17,7 +17,7 @@ from hub_stand_in import hub_server, run_with_hub
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 from real_models import smollm2_gguf
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
@@ -49,8 +49,7 @@ SHORT = ("--max-seq-length", 96, "--learning-rate", "5e-3", "--iters", 2, "--val
 
 
 def planned(*arguments: object) -> dict:
-    ran = run("plan", *arguments, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("plan", *arguments, "--json")
     return json.loads(ran.out)
 
 
@@ -190,6 +189,7 @@ def test_data_is_measured_for_a_gguf_file_and_for_a_recipe(tmp_path):
     assert not is_local("no-such-recipe")
 
 
+@pytest.mark.slow
 def test_a_real_gguf_outlines_to_the_byte():
     path = smollm2_gguf()
     loaded, base_bytes, _ = loaded_shape(path, 8)
@@ -395,11 +395,10 @@ def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):
     assert without["data"] is None
     # `train` plans the same, and chooses no checkpointing where the rows fit without.
     budget = 0.6 * without["peak_bytes"] / 1e9
-    ran = run(
+    succeeds(
         "train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1,
         "--max-seq-length", 512, "--valid-fraction", 0, "--memory-budget", budget,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     settings = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
     assert settings["grad_checkpoint"] == "none"
 
@@ -566,11 +565,10 @@ def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_p
     monkeypatch.setattr(composition, "fit_settings", narrow)
     monkeypatch.setattr(reference, "row_log_probabilities", measured)
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    ran = run(
+    succeeds(
         "train", "--model", tiny_folder, "--data", pairs, "--objective", "dpo", "--adapter-path", tmp_path / "a",
         "--iters", 1, "--sample-tokens", 0, "--val-batches", 0,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     assert set(found) == {256}
 
 

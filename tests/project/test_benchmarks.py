@@ -1,10 +1,12 @@
-"""benchmarks/: figures from records, agreement before speed, and whole comparisons on the tiny model."""
+"""benchmarks/: figures from records, agreement before speed, whole comparisons on the tiny model, and the performance gate."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def module(monkeypatch):
-    """Import a module of benchmarks/, which is no package."""
+    """Import a module of benchmarks/, which is no package. --quick sets the number of threads for its children."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # undone even if it was not set
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -46,16 +50,9 @@ def test_first_step_and_retraces_are_kept_apart(module):
     assert figures["whole_tokens_per_s"] == pytest.approx((50 + 60 + 80 + 70) / (13 + 8))
     assert figures["padding_fraction"] == pytest.approx(1 - 270 / 300)
     assert (figures["counted_steps"], figures["steady_steps"], figures["shapes"]) == (3, 2, 2)
-
-
-def test_one_steady_step_is_no_figure(module):
-    figures = module("_figures").run_figures([step(1, 5, (1, 9)), step(2, 5, (1, 9)), step(3, 5, (1, 8))], 1)
-    assert figures["steady_tokens_per_s"] is None
-
-
-def test_one_step_is_refused(module):
+    assert module("_figures").run_figures(steps[:3], 13.0)["steady_tokens_per_s"] is None  # of one steady step
     with pytest.raises(ValueError, match="two steps"):
-        module("_figures").run_figures([step(1.0, 5, (1, 9))], 1.0)
+        module("_figures").run_figures(steps[:1], 13.0)
 
 
 def test_our_metrics_become_steps_with_their_own_counts(module):
@@ -110,10 +107,6 @@ def found(loss_sum: float, count: int = 100, same_ids: bool = True) -> dict:
     return {"loss_sum": loss_sum, "count": count, "same_ids": same_ids, "notes": ["other ids"]}
 
 
-def test_equal_losses_agree(module):
-    module("versus").check_agreement({"a": found(300.0), "b": found(300.2)}, "a")
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -156,27 +149,11 @@ class Torch:
     float32, bfloat16 = "torch.float32", "torch.bfloat16"
 
     def __init__(self, *gpus: str):
-        self.backends = SimpleNamespace(
-            mps=SimpleNamespace(is_available=lambda: "mps" in gpus), mkl=SimpleNamespace(is_available=lambda: True)
-        )
-        self.waits: list[str] = []
-        self.live = [5, 9, 7]
-        self.cuda = SimpleNamespace(
-            is_available=lambda: "cuda" in gpus,
-            synchronize=lambda: self.waits.append("cuda"),
-            max_memory_allocated=lambda: 11,
-        )
-        self.mps = SimpleNamespace(
-            synchronize=lambda: self.waits.append("mps"),
-            current_allocated_memory=lambda: self.live.pop(0),
-            driver_allocated_memory=lambda: 20,
-        )
-
-    def get_num_threads(self) -> int:
-        return 4
-
-    def autocast(self, device_type: str, dtype: str) -> tuple[str, str]:
-        return device_type, dtype
+        mps = SimpleNamespace(is_available=lambda: "mps" in gpus)
+        self.backends = SimpleNamespace(mps=mps, mkl=SimpleNamespace(is_available=lambda: True))
+        self.cuda = SimpleNamespace(is_available=lambda: "cuda" in gpus)
+        self.get_num_threads = lambda: 4
+        self.autocast = lambda device_type, dtype: (device_type, dtype)
 
 
 @pytest.fixture
@@ -213,37 +190,6 @@ def test_a_device_that_torch_does_not_find_is_refused(torch_place):
         torch_place(Torch("cuda"), "mps")
 
 
-def test_a_clock_waits_for_the_gpu_and_its_memory_is_noted(torch_place):
-    torch = Torch("mps")
-    place = torch_place(torch)
-    place.wait()
-    for _ in range(3):
-        place.note_memory()
-    assert torch.waits == ["mps"]
-    assert place.peak_bytes() == 9  # the most that was alive
-    assert place.facts()["most_driver_bytes"] == 20
-    torch = Torch("cuda")
-    place = torch_place(torch)
-    place.wait()
-    place.note_memory()
-    assert torch.waits == ["cuda"]
-    assert place.peak_bytes() == 11
-    torch = Torch()
-    place = torch_place(torch)
-    place.wait()
-    place.note_memory()
-    assert torch.waits == []
-    assert place.peak_bytes() is None
-
-
-def test_ours_says_what_it_computes_in(module, tmp_path):
-    sides = module("_sides")
-    facts = {"dtypes": ["bfloat16"], "blas": "MLX on metal"}
-    for flags, dtype in (("", "bfloat16"), ("--dtype float32", "float32"), ("--dtype auto", "bfloat16")):
-        bench = sides.Bench(tmp_path, {"ours": flags}, computes=facts)
-        assert sides.our_facts(bench, sides.SIDES["mlx_lora"])["dtypes"] == [dtype]
-
-
 # --- preferences
 
 
@@ -269,10 +215,6 @@ def curve(*losses: float, chosen: float = -90.0, accuracy: float = 1.0) -> dict:
     return {"losses": list(losses), **values, "notes": [], "facts": {}}
 
 
-def test_equal_curves_agree(module):
-    module("_figures").check_curves({"a": curve(0.69315, 0.45), "b": curve(0.69312, 0.4503)}, "a")
-
-
 @pytest.mark.parametrize(
     ("other", "words"),
     [
@@ -288,13 +230,6 @@ def test_other_steps_are_refused(module, other, words):
     figures = module("_figures")
     with pytest.raises(figures.Disagreement, match=f"b: {words}"):
         figures.check_curves({"a": curve(0.69315, 0.45), "b": other}, "a")
-
-
-def test_an_accuracy_that_is_none_is_told(module):
-    checks = {"a": curve(0.69, 0.45, accuracy=0.75), "b": curve(0.69, 0.45, accuracy=1.0)}
-    (note,) = module("_figures").wrong_accuracies(checks, "a")
-    assert note == "b: reports accuracies [1.0] in the check, where a counts [0.75]"
-    assert not module("_figures").wrong_accuracies({"a": checks["a"]}, "a")
 
 
 def test_our_reference_is_timed_from_what_the_run_says(module):
@@ -318,65 +253,6 @@ def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypat
             (tmp_path / "own/reference").mkdir(exist_ok=True)
             (tmp_path / "own/reference/new").write_text("")
     assert [path.name for path in tmp_path.glob("real/reference/*")] == ["kept"]
-
-
-@pytest.fixture
-def pair_rows(module, monkeypatch, tmp_path):
-    """Two pairs, whose answers are followed by a token that belongs to none."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
-    rows = [([1, 2, 7, 8, 9], "00110"), ([1, 2, 6, 9], "0010"), ([3, 5, 9], "010"), ([3, 4, 4, 9], "0110")]
-    tokens = np.concatenate([ids for ids, _ in rows])
-    mask = np.array([letter == "1" for _, letters in rows for letter in letters])
-    np.savez(tmp_path / "rows.npz", tokens=tokens, mask=mask, offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]))
-    return module("shared").Rows(tmp_path / "rows.npz")
-
-
-def test_pairs_are_given_as_prompt_and_answers(pair_rows):
-    assert pair_rows.pairs() == 2
-    assert pair_rows.parts(0) == ([1, 2], [7, 8], [6])
-    assert pair_rows.parts(1) == ([3], [5], [4, 4])
-    assert pair_rows.number_of() == {((1, 2, 7, 8), (1, 2, 6)): 0, ((3, 5), (3, 4, 4)): 1}
-
-
-def test_a_run_ends_after_its_passes(module, pair_rows):
-    log = module("shared").StepLog(pair_rows, {"steps": None, "seconds": None, "passes": 2})
-    log.begin()
-    assert [log.end_pairs([number], 4, 0.5, {"accuracy": 1.0}) for number in (0, 1, 1, 1)] == [False] * 3 + [True]
-    result = log.result()
-    assert (result["drawn"], result["different"]) == (4, 2)
-    assert [(s["pairs"], s["supervised"], s["positions"]) for s in result["steps"][:2]] == [(1, 3, 8), (1, 3, 8)]
-    assert module("_figures").run_figures(result["steps"], 1.0)["counted_steps"] == 3
-
-
-def made_run(module, end_s: float, reference_s: float) -> dict:
-    steps = [pair_step(1.0, 2, (4, 50)), pair_step(1 + end_s, 2, (4, 50)), pair_step(1 + 2 * end_s, 2, (4, 50))]
-    figures = module("_figures").pair_figures(steps, 3.0, 10, reference_s)
-    return {**figures, "peak_allocator_bytes": None, "peak_process_bytes": 10**9, "notes": ["a note"]}
-
-
-def test_the_tables_show_each_side_and_its_ratio(module):
-    shown = module("_comparison_table")
-    rounds = {"mlx_lora": [made_run(module, 1.0, 5.0)], "trl": [made_run(module, 4.0, 0.0)]}
-    checks = {name: curve(0.69315, 0.45) for name in rounds}
-    model = {"model": "llama", "pairs": 10, "left_out": {"empty": 2}, "targets": {"layers": 14}}
-    means = dict.fromkeys(("mean_prompt_tokens", "mean_chosen_tokens", "mean_rejected_tokens"), 7.5)
-    where = {"device": {"name": "A CPU", "backend": "cpu"}, "blas": {"name": "OpenBLAS", "gemm_gflops": 9}}
-    result = {
-        "cores": 2, "versions": {"mlx": "1"}, "date": "today", "commit": "abc", "removed_variables": {}, "skipped": {},
-        "prepared": {**model, **means, **where}, "checks": checks, "accuracies": [], "rounds": rounds, "tolerance": 1,
-        "arguments": {"rank": 8, "beta": 0.1, "weight_decay": 0, "rounds": 1, "reference": "mlx_lora"},
-        "regimes": {name: {"regime": "runs", "reference": "somewhere"} for name in rounds},
-        "summary": module("_figures").summarize(rounds, "mlx_lora", shown.PAIR_FIGURES, shown.PAIR_RATIOS),
-    }  # fmt: skip
-    text = shown.render(result)
-    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert [row[:4] for row in cells[1:3]] == [
-        ["mlx_lora", "2.000", "2.000", "1.000"],
-        ["trl", "0.500"] + ["0.500"] * 2,
-    ]
-    assert cells[4] == ["trl", "4.00", "4.00", "2.00", "4.00", "-", "1.00"]
-    assert "2 empty" in text
-    assert "trl: a note" in text
 
 
 def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
@@ -439,17 +315,6 @@ def test_sides_that_cannot_run_say_why(module):
     assert sides.why_skipped(of_pairs["trl"], quantized=True, pythons={})
     assert "peers.py mlx-lm-lora" in sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={})
     assert sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={"mlx-lm-lora": "/x"}) is None
-
-
-def test_an_installed_peer_is_found(module, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
-    peers = module("peers")
-    assert peers.peer_python("unsloth-zoo") is None
-    (tmp_path / "peers/unsloth-zoo").mkdir(parents=True)
-    (tmp_path / "peers/unsloth-zoo/installed").write_text("")
-    assert peers.peer_python("unsloth-zoo") == str(tmp_path / "peers/unsloth-zoo/bin/python")
-    asked = {side.peer for side in module("_sides").PAIR_SIDES.values()} - {""}
-    assert asked == set(peers.PEERS)
 
 
 # --- whole comparisons, in fresh processes
@@ -615,12 +480,6 @@ def test_a_steps_operations_are_counted_by_hand(module):
     assert parts["loss"].flops == 4 * 20 * 288 * 64
 
 
-def test_a_part_takes_the_longer_of_computing_and_moving(module):
-    count = module("profile_step").Count(flops=2e12, moved_bytes=1e9)
-    assert count.seconds(tflops=1, gb_per_s=1) == 2
-    assert count.seconds(tflops=4, gb_per_s=1) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_profile_times_and_counts_a_step(mode, tiny_folder):
@@ -685,3 +544,198 @@ def test_published_figures_lie_beside_predictions(module, capsys):
     assert module("plan_published").main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]
     assert len(rows) == len(module("plan_published").FIGURES)
+
+
+def made(ratio: float, spread: float = 0.01, rounds: int = 5, seed: int = 0, **changes) -> dict:
+    """An entry whose rounds' logarithms have exactly this mean and standard deviation."""
+    draws = random.Random(seed)
+    logs = [draws.gauss(0, 1) for _ in range(rounds)]
+    mean = sum(logs) / rounds
+    scale = spread / math.sqrt(sum((x - mean) ** 2 for x in logs) / (rounds - 1))
+    ratios = [ratio * math.exp((x - mean) * scale) for x in logs]
+    entry = {
+        "date": "2026-11-26T15:00:00+0000", "commit": f"c{seed}", "cpu": "A CPU", "cores": 2, "backend": "cpu",
+        "threads": "1", "versions": {"mlx": "1", "mlx-lm": "2"}, "workload": {"rows": 24}, "ratios": ratios,
+        "tokens_per_s": {"mlx_lora": 40.0, "mlx-lm": 20.0}, "unsound": [],
+    }  # fmt: skip
+    return entry | changes
+
+
+def test_a_fall_of_five_percent_is_seen_where_the_spread_is_one(module):
+    history = module("history")
+    earlier = [made(2.0, seed=n) for n in range(3)]
+    verdict = history.compare(made(1.9, seed=9), earlier)
+    assert verdict.fell
+    assert not verdict.blind
+    assert (verdict.change, verdict.compared) == (pytest.approx(-0.05), 3)
+    assert history.words(verdict).startswith("FELL: -5.0% (")
+    for same_or_better in (2.0, 2.1, 1.995):
+        assert not history.compare(made(same_or_better, seed=9), earlier).fell
+
+
+def test_what_a_wide_spread_hides_is_admitted(module):
+    history = module("history")
+    earlier = [made(2.0, 0.08, seed=n) for n in range(3)]
+    verdict = history.compare(made(1.9, 0.08, seed=9), earlier)
+    assert not verdict.fell
+    assert verdict.blind
+    assert verdict.sees > 0.1
+    assert f"{verdict.rounds} rounds per entry would find one of 5%" in history.words(verdict)
+    assert verdict.rounds == history.rounds_needed(0.08) > 30
+    assert history.compare(made(1.2, 0.08, seed=9), earlier).fell, "a fall of 40% is seen all the same"
+    assert history.compare(made(1.9, rounds=5), [made(2.0, rounds=2, spread=0.0001)]).fell
+    assert math.isinf(history.Spread.of([2.0]).interval()[1])
+    assert history.compare({**made(1.0), "ratios": [1.0]}, earlier).blind
+
+
+def test_the_promise_of_nine_in_ten_holds(module):
+    """Drawn by chance: falls of the size that a verdict says it sees are found about so often, and no falls rarely."""
+    history, draws = module("history"), random.Random(3)
+
+    def drawn(ratio: float, rounds: int) -> dict:
+        return {**made(ratio), "ratios": [ratio * math.exp(draws.gauss(0, 0.03)) for _ in range(rounds)]}
+
+    needed = history.rounds_needed(0.03)
+    for fall, low, high in ((0.05, 0.82, 0.97), (0.0, 0.0, 0.09)):
+        found = [
+            history.compare(drawn(2 * (1 - fall), needed), [drawn(2.0, needed)]).fell for _ in range(400)
+        ]  # fmt: skip
+        assert low <= sum(found) / 400 <= high
+
+
+def test_only_the_same_machine_versions_and_work_are_compared(module):
+    history = module("history")
+    entry = made(1.0)
+    others = [
+        made(2.0, cpu="Another"), made(2.0, versions={"mlx": "2", "mlx-lm": "2"}), made(2.0, workload={"rows": 12}),
+        made(2.0, threads="2"), made(2.0, unsound=["busy"]),
+    ]  # fmt: skip
+    verdict = history.compare(entry, others)
+    assert (verdict.change, verdict.compared, verdict.fell) == (None, 0, False)
+    assert "no earlier entry" in history.words(verdict)
+    assert history.compare(entry, [*others, made(2.0)]).fell
+    assert history.compare(entry, [made(9.0), *(made(1.0, seed=n) for n in range(3))]).compared == 3
+
+
+def written(path: Path, entries: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+def test_the_table_flags_falls_and_check_exits_with_one(module, tmp_path, capsys):
+    history = module("history")
+    fine, fell = [made(2.0, seed=1), made(2.0, seed=2)], made(1.9, seed=3)
+    path = written(tmp_path / "h.jsonl", [*fine, fell, made(2.0, 0.1, seed=4, unsound=["load average 9.0"])])
+    assert history.main(["--history", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["FELL" in line for line in lines[2:6]] == [False, False, True, False]
+    assert "unsound: load average 9.0" in lines[5]
+    assert "at best" in lines[5]
+    assert history.main(["--history", str(written(path, fine)), "--check"]) == 0
+    assert history.main(["--history", str(written(path, [*fine, fell])), "--check"]) == 1
+    assert history.main(["--history", str(written(path, [*fine, made(2.0, 0.1)])), "--check"]) == 1, "blind"
+    assert history.main(["--history", str(tmp_path / "none"), "--check"]) == 0
+    capsys.readouterr()
+    path.write_text('{"ratios": [1.0]}\n')
+    assert history.main(["--history", str(path)]) == 2
+    assert "line 1: without " in capsys.readouterr().err
+
+
+def test_the_committed_history_can_be_read(module):
+    history = module("history")
+    entries = history.read_history(history.HISTORY)
+    assert history.table(entries).count("\n") == 1 + len(entries)
+
+
+def made_result(speeds: dict[str, list[float]], share: float = 0.98, backend: str = "cpu", **arguments) -> dict:
+    """A result of versus.py; `share` is the part of a core that each side got."""
+    return {
+        "date": "2026-11-26T15:00:00+0000", "commit": "abc", "cores": 2, "tolerance": 1e-3, "arguments": arguments,
+        "versions": dict.fromkeys(("mlx", "mlx-lm", "python", "scipy-openblas32"), "1"),
+        "prepared": {"device": {"backend": backend, "name": "Apple M4"}, "model_fingerprint": "m" * 64, "rows_fingerprint": "r" * 64},
+        "checks": {name: {"loss_sum": 100.0} for name in speeds},
+        "rounds": {
+            name: [{"supervised_tokens_per_s": s, "tokens_per_cpu_s": s / share if backend == "cpu" else None} for s in values]
+            for name, values in speeds.items()
+        },
+    }  # fmt: skip
+
+
+SPEEDS = {"mlx_lora": [40.0, 41.0, 40.5, 40.2, 40.8], "mlx-lm": [20.0, 20.0, 20.0, 20.0, 20.0]}
+
+
+@pytest.mark.parametrize(
+    ("load", "share", "changed", "words"),
+    [(0.1, 0.98, False, None), (3.0, 0.98, False, "load average 3.0"), (0.1, 0.5, False, "got 50% of a core"),
+     (0.1, 0.98, True, "not committed")],
+)  # fmt: skip
+def test_a_busy_machine_and_a_changed_tree_are_not_recorded(module, tmp_path, monkeypatch, load, share, changed, words):
+    quick, versus = module("_quick"), module("versus")
+    monkeypatch.setattr(quick, "changed_tree", lambda: changed)
+    path = tmp_path / "h.jsonl"
+    args = versus.arguments(["--quick", "--record", "--history", str(path)])
+    told, code = quick.finish(args, made_result(SPEEDS, share), load)
+    assert path.exists() == (words is None)
+    assert code == (words is not None)
+    assert (words or "Recorded in") in told
+    args.force = True
+    told, code = quick.finish(args, made_result(SPEEDS, share), load)
+    assert code == 0
+    entry = module("history").read_history(path)[-1]
+    assert bool(entry["unsound"]) == (words is not None)
+    assert entry["ratio"] == pytest.approx(2.025, abs=1e-3)
+    assert entry["by"] == "tokens_per_cpu_s"
+
+
+def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):
+    quick, versus = module("_quick"), module("versus")
+    monkeypatch.setattr(quick, "changed_tree", lambda: False)
+    path = tmp_path / "h.jsonl"
+    record = versus.arguments(["--quick", "--record", "--check", "--history", str(path)])
+    slower = {**SPEEDS, "mlx_lora": [0.94 * speed for speed in SPEEDS["mlx_lora"]]}
+    told, code = quick.finish(
+        versus.arguments(["--quick", "--check", "--history", str(path)]), made_result(SPEEDS), 0.0
+    )
+    assert (code, "Nothing to compare with" in told) == (1, True)
+    assert quick.finish(record, made_result(SPEEDS), 0.0)[1] == 0
+    assert quick.finish(record, made_result(SPEEDS), 0.0)[1] == 0
+    check = versus.arguments(["--quick", "--check", "--history", str(path)])
+    told, code = quick.finish(check, made_result(slower), 0.0)
+    assert code == 1
+    assert "FELL: -6.0%" in told
+    assert len(path.read_text().splitlines()) == 2
+    assert quick.finish(versus.arguments(["--quick", "--history", str(path)]), made_result(slower), 0.0)[1] == 0
+    moved = quick.entry_of(made_result(SPEEDS, begun_at="abd"), 0.0)
+    assert moved["unsound"] == ["the checkout was at abd when it began"]
+    assert not quick.entry_of(made_result(SPEEDS, begun_at="abc"), 0.0)["unsound"]
+    gpu = quick.entry_of(made_result(SPEEDS, backend="metal"), 0.0)
+    assert (gpu["by"], gpu["cpu"], gpu["unsound"]) == ("supervised_tokens_per_s", "Apple M4", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--check"], "--check: only with --quick"),
+        ([], "--model and --data are required"),
+        (["--quick", "--steps", "5"], "--steps: --quick fixes it"),
+        (["--quick", "--rounds", "1"], "a spread needs 2"),
+        (["--quick", "--record", "--ours=--rank 2"], "--ours with --record"),
+    ],
+)
+def test_what_quick_fixes_is_refused(module, arguments, words, capsys, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    with pytest.raises(SystemExit, match="2"):
+        module("versus").arguments(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_processor_time_is_that_of_the_child(module):
+    processes = module("_harness")
+    code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    found = processes.cpu_seconds(child.pid)
+    child.communicate(b"\n")
+    if sys.platform == "linux":
+        assert 0.28 <= found < 3
+    assert processes.cpu_seconds(2**30) is None

@@ -14,9 +14,9 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from golden.__main__ import main
-from golden.cases import CASES, flags_of, settings_of
+from golden.cases import CASES
 from golden.differences import described, differences, incomparable
-from golden.recording import actions, array_sums, read_case, read_metrics, read_plan, record
+from golden.recording import read_case, record
 from golden.trees import ROOT, NoTreeError, base_commit, unpacked
 
 
@@ -124,27 +124,6 @@ def test_a_resumed_run_that_differs_is_a_problem(tmp_path):
     assert len(read_case(folder, case, [])["problems"]) == 1
 
 
-def test_what_is_recorded_of_a_file(tmp_path):
-    folder = made(tmp_path)
-    sums = dict(array_sums(folder / "run" / "adapters.safetensors"))
-    assert sums.keys() == {"layer.lora_a", "random"}
-    assert "F32 [2, 3] norm 7.41619849 sha256" in sums["layer.lora_a"]
-    assert [sorted(line) for line in read_metrics(folder / "run" / "metrics.jsonl")] == [["loss", "step"]] * 2
-    assert set(read_plan(folder / "plan-here.json")) == {"fits", "parts.base"}
-    assert set(read_plan(folder / "plan-chip.json")) == {"fits", "parts.base", "machine.memory_bytes"}
-
-
-def test_the_cases_are_what_they_say():
-    assert sum(case.resumed for case in CASES.values()) == 6
-    assert sum(case.ranks == 2 for case in CASES.values()) == 2
-    assert "--on-policy" in flags_of(settings_of(CASES["distill-on-policy"]))
-    assert "--no-memory-check" in flags_of(settings_of(CASES["memory-guard"]))
-    for name, case in CASES.items():
-        assert settings_of(case)["learning_rate"] != settings_of(case, rate=0.1)["learning_rate"]
-        kinds = [kind for kind, _ in actions(name, case, 0.1)]
-        assert kinds.count("stop") == case.resumed
-
-
 def test_two_recordings_are_compared_by_the_command(tmp_path):
     old = recorded(made(tmp_path / "a"))
     new = copy.deepcopy(old)
@@ -158,8 +137,3 @@ def test_two_recordings_are_compared_by_the_command(tmp_path):
     }
     assert {name: one.exit_code for name, one in ran.items()} == {"old": 0, "new": 1, "other": 2}
     assert "sft-float: plan-here parts.base: 5 -> 7" in ran["new"].output
-
-
-def test_a_commit_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(NoTreeError, match="0123456789abcdef"):
-        unpacked("0123456789abcdef", tmp_path)

@@ -32,7 +32,7 @@ ABOVE = {
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
 # Modules of ours that come with a module.
-MOST_WITH_IT = {"trainer.step": 22, "trainer.trainer": 25, "objectives.sft": 47}
+MOST_WITH_IT = {"trainer.step": 22, "trainer.trainer": 23, "objectives.sft": 44}
 
 
 @cache
@@ -41,24 +41,47 @@ def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(), feature_version=OLDEST) for path in FILES}
 
 
-def names(path: Path, level: str = "") -> list[str]:
-    """All modules that a file imports, also in its functions; `from a import b` gives both `a` and `a.b`."""
-    found = []
-    for node in ast.walk(trees()[path]):
+def statements(body: Iterable[ast.AST], at_import: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports of a file; `at_import`: without those in functions, and those of types that only annotate."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif at_import and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from statements(node.orelse, at_import)
+        elif not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from statements(ast.iter_child_nodes(node), at_import)
+
+
+def imported(tree: ast.Module, at_import: bool = False) -> set[str]:
+    """All names that a file imports; `from a import b` gives both `a` and `a.b`."""
+    found = set()
+    for node in statements(tree.body, at_import):
         if isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-    return [name for name in found if name.startswith(level)]
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@cache
+def graph(at_import: bool) -> dict[str, set[str]]:
+    """Module of ours -> those of ours that it imports; without packages, whose files import nothing when they are loaded."""
+    dotted = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in FILES if p.stem != "__init__"}
+    return {name: imported(trees()[path], at_import) & dotted.keys() - {name} for name, path in dotted.items()}
+
+
+def with_it(name: str) -> set[str]:
+    """All modules of ours that are imported when one is."""
+    found, new = set(), {f"mlx_lora.{name}"}
+    while new:
+        found |= new
+        new = set().union(*(graph(True)[one] for one in new)) - found
+    return found - {f"mlx_lora.{name}"}
 
 
 def room_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else ""
-
-
-def rooms_imported(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in names(path, "mlx_lora.")} & ROOMS
 
 
 def test_the_rooms_are_those_of_the_map():
@@ -68,8 +91,9 @@ def test_the_rooms_are_those_of_the_map():
 
 def test_imports_point_down():
     wrong = []
-    for path in FILES:
-        room, used = room_of(path), rooms_imported(path)
+    for path, tree in trees().items():
+        room = room_of(path)
+        used = {name.split(".")[1] for name in imported(tree) if name.startswith("mlx_lora.")} & ROOMS
         allowed = ONLY.get(room, ROOMS) | {room}
         wrong += [(str(path), other) for other in used - allowed]
         wrong += [(str(path), other) for other in used if room and room not in ABOVE.get(other, ROOMS) | {other}]
@@ -80,9 +104,9 @@ def test_data_settings_and_planner_need_no_mlx():
     """Only what measures or describes this very machine knows MLX."""
     asking = [
         str(path.relative_to(PACKAGE))
-        for path in FILES
+        for path, tree in trees().items()
         if room_of(path) in ("data", "config", "planner")
-        and any(name == "mlx" or name.startswith(("mlx.", "mlx_lora.utils.device")) for name in names(path))
+        and any(name == "mlx" or name.startswith(("mlx.", "mlx_lora.utils.device")) for name in imported(tree))
     ]
     assert asking == ["planner/machine.py"]
 
@@ -129,22 +153,13 @@ def test_files_that_the_package_declares_are_there():
     assert not list(PACKAGE.glob("*.typo"))
 
 
-def imported_modules(source: str) -> set[str]:
-    """All module names that a source text imports, at its top or in a function."""
-    nodes = list(ast.walk(ast.parse(source)))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-
-
 def test_no_test_imports_another():
     """What several tests share stands in a helper module, so that each test file can be read and run alone."""
     root = Path(__file__).parents[1]
     tests = {path.stem for path in root.rglob("test_*.py")}
     assert "test_layout" in tests
-    found = {str(p.relative_to(root)): imported_modules(p.read_text()) & tests for p in root.rglob("*.py")}
-    assert not {path: names for path, names in found.items() if names}
-    assert imported_modules("def f():\n    from test_layout import PACKAGE\n") & tests
-    assert imported_modules("import test_layout as other\n") & tests
+    files = {str(p.relative_to(root)): imported(ast.parse(p.read_text())) & tests for p in root.rglob("*.py")}
+    assert not {path: names for path, names in files.items() if names}
 
 
 def test_the_linter_sees_all_that_is_ours_and_nothing_else():
@@ -182,84 +197,28 @@ def test_types_are_checked_with_mlx_as_it_is(tmp_path, monkeypatch):
 
 
 def test_no_file_imports_in_a_circle():
-    names = {".".join(("mlx_lora", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in FILES}
-    graph = {}
-    for name, path in names.items():
-        used = set()
-        for node in ast.walk(trees()[path]):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                used.update(m for m in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if m in names)
-        graph[name] = used
-    while leaves := [name for name, used in graph.items() if not used]:
-        for leaf in leaves:
-            del graph[leaf]
-        graph = {name: used - set(leaves) for name, used in graph.items()}
-    assert not graph, f"these import each other: {sorted(graph)}"
-
-
-def statements(body: Iterable[ast.AST], at_import: bool) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports of a file but for those of types that only annotate; `at_import`: without those in functions."""
-    for node in body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            yield from statements(node.orelse, at_import)
-        elif not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-            yield from statements(ast.iter_child_nodes(node), at_import)
-
-
-def modules_imported(trees: dict[str, ast.Module], at_import: bool = False) -> dict[str, set[str]]:
-    """Module -> those of ours that it imports."""
-    graph = {}
-    for name, tree in trees.items():
-        used = set()
-        for node in statements(tree.body, at_import):
-            if isinstance(node, ast.Import):
-                used |= {alias.name for alias in node.names}
-            elif node.module:
-                whole = {f"{node.module}.{alias.name}" for alias in node.names}
-                used |= whole & trees.keys() or {node.module}
-        graph[name] = used & trees.keys() - {name}
-    return graph
-
-
-def with_it(graph: dict[str, set[str]], name: str) -> set[str]:
-    """All modules of ours that are imported when one is."""
-    found, new = set(), {name}
-    while new:
-        found |= new
-        new = set().union(*(graph[one] for one in new)) - found
-    return found - {name}
-
-
-def module_trees() -> dict[str, ast.Module]:
-    dotted = {p: ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in FILES}
-    return {dotted[path]: tree for path, tree in trees().items()}
+    left = graph(False)
+    while leaves := {name for name, used in left.items() if not used}:
+        left = {name: used - leaves for name, used in left.items() if name not in leaves}
+    assert not left, f"these import each other: {sorted(left)}"
 
 
 def test_a_file_needs_few_others_to_be_read():
-    graph = modules_imported(module_trees(), at_import=True)
-    sizes = {name: len(with_it(graph, f"mlx_lora.{name}")) for name in MOST_WITH_IT}
+    sizes = {name: len(with_it(name)) for name in MOST_WITH_IT}
     assert all(sizes[name] <= most for name, most in MOST_WITH_IT.items()), sizes
 
 
 def test_a_run_of_one_process_on_a_folders_model_loads_neither_gguf_nor_a_divided_base():
-    graph = modules_imported(module_trees(), at_import=True)
-    loaded = with_it(graph, "mlx_lora.cli.train") | with_it(graph, "mlx_lora.trainer.run")
+    loaded = with_it("cli.train") | with_it("trainer.run")
     others = ("gguf", "parallel.divided_base", "parallel.offloaded_base", "parallel.hosts", "planner.several_macs")
     assert [one for one in loaded if one.startswith(tuple(f"mlx_lora.{name}" for name in others))] == []
     assert "mlx_lora.parallel.strategy" in loaded
 
 
 def test_an_import_counts_unless_it_only_annotates():
-    texts = {
-        "a": "from typing import TYPE_CHECKING\nimport b\nif TYPE_CHECKING:\n    import e\n",
-        "b": "def f():\n    from c import x\n\nclass C:\n    import d\n",
-        "c": "", "d": "import a", "e": "",
-    }  # fmt: skip
-    trees = {name: ast.parse(text) for name, text in texts.items()}
-    assert modules_imported(trees) == {"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"a"}, "e": set()}
-    assert with_it(modules_imported(trees, at_import=True), "a") == {"b", "d"}
+    text = "import b\nif TYPE_CHECKING:\n    import e\nclass C:\n    from d import x\ndef f():\n    import g\n"
+    assert imported(ast.parse(text)) == {"b", "e", "d", "d.x", "g"}
+    assert imported(ast.parse(text), at_import=True) == {"b", "d", "d.x"}
 
 
 def test_the_page_of_changes_names_files_that_exist():

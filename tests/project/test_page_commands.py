@@ -2,7 +2,7 @@
 
 Each page has a folder of its own with a tiny model under the names that the pages use, the checkout's data and recipes, and a
 random adapter wherever a page uses one that another page trained. Blocks with a title are written there as files. Runs are cut
-to two steps. What is not run is in page_reasons.py, with the reason.
+to two steps. What is not run is in page_blocks.py, with the reason.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
-from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of
-from page_reasons import reason_not_to_run
-from run_cli import run
+from page_blocks import PAGES, ROOT, Block, Command, blocks_of, commands_of, reason_not_to_run
+from run_cli import run, succeeds
 from serving_process import Server
 
 pytestmark = pytest.mark.slow
@@ -57,8 +56,7 @@ def stock(tmp_path_factory) -> Path:
     for name, seed in ADAPTERS.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         make_adapter(folder / "smollm2", folder / name, seed=seed)
-    exported = run("export", "--model", folder / "smollm2", "--to", "gguf", "--out", folder / GGUF)
-    assert exported.code == 0, exported.err
+    succeeds("export", "--model", folder / "smollm2", "--to", "gguf", "--out", folder / GGUF)
     shutil.copytree(ROOT / "data", folder / "data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     # What continues it needs the settings of its run.

@@ -16,9 +16,8 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from page_blocks import PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of
+from page_blocks import NOT_RUN, PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of, reason_not_to_run
 from page_parsing import parse
-from page_reasons import NOT_RUN, reason_not_to_run
 from run_cli import run
 
 from mlx_lora.config.fields import read_value
@@ -240,12 +239,6 @@ def test_unsloths_arguments_mean_what_the_page_says():
 # The pages themselves.
 
 
-def test_the_readme_shows_a_command_its_output_and_a_picture():
-    text = (ROOT / "README.md").read_text()
-    for sign in ("pip install mlx-lora", "mlx-lora train", "val loss", ".svg", "measured"):
-        assert sign in text, sign
-
-
 def test_links_between_files_of_the_checkout_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
@@ -265,13 +258,6 @@ def test_the_search_order_names_pages_and_sections_that_exist():
     assert set(order.SECTIONS) <= set(sections)
 
 
-def test_no_word_for_the_search_begins_with_a_word_of_any_question():
-    common = ("a", "i", "in", "is", "it", "my", "of", "on", "the", "to", "use", "with")
-    words = [word.lower() for words in module_of(DOCS / "search_order.py").WORDS.values() for word in words]
-    assert words
-    assert [word for word in words if word.startswith(common)] == []
-
-
 def module_of(path: Path):
     """Return a Python file as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -285,11 +271,6 @@ def test_words_to_avoid_are_found_in_prose_and_not_in_code():
     page = module.prose_of("The licence wants a 95 % share.\n```text\nlicence\n```\nSee `licence` and the license.\n")
     found = [(line, words.split("'")[1]) for _, line, words in module.avoided("page.md", page)]
     assert found == [(1, "licence"), (1, "wants a"), (1, "95 %")]
-
-
-def test_the_pages_avoid_them():
-    module = module_of(ROOT / "scripts" / "prose.py")
-    assert [finding for name, text in module.pages().items() for finding in module.avoided(name, text)] == []
 
 
 @pytest.mark.slow

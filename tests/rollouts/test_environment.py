@@ -308,7 +308,7 @@ def test_a_row_trains_the_models_tokens_alone(cut):
     assert filled.columns[LENGTHS].tolist() == [3, 1]
     assert filled.columns[TRUNCATED].tolist() == [1, 0]
     rewarded = sampling._with_rewards(filled, rows, made.rewards, None)
-    assert rewarded.sampled[REWARDS].tolist() == [1, 3]
+    assert rewarded.columns[REWARDS].tolist() == [1, 3]
 
 
 def test_one_turn_gives_every_answer_to_the_rewards_at_once():

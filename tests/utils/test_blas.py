@@ -99,13 +99,14 @@ def test_ranks_on_one_machine_share_its_cores(tmp_path, monkeypatch):
     cores = usable_cores()
     assert int(in_a_process(THREADS)) == cores
     hosts = tmp_path / "hosts.json"
-    for here, others in ((2, 0), (2, 2), (2 * cores, 0), (1, 3)):
+    rank = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"}
+    for here, others in ((2, 2), (2 * cores, 0), (1, 3), (2, 0)):
         rows = [[f"127.0.0.1:{5000 + n}"] for n in range(here)] + [[f"10.0.0.{n}:5000"] for n in range(others)]
         hosts.write_text(json.dumps(rows))
-        rank = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0"}
-        assert int(in_a_process(THREADS, **rank)) == max(1, cores // here)
-        assert int(in_a_process(THREADS, **rank, OPENBLAS_NUM_THREADS="1")) == 1  # what a user says counts
-    assert int(in_a_process(THREADS, OMPI_COMM_WORLD_LOCAL_SIZE=str(cores))) == 1
+        assert local_ranks(rank) == here
+    assert int(in_a_process(THREADS, **rank)) == max(1, cores // 2)
+    assert int(in_a_process(THREADS, **rank, OPENBLAS_NUM_THREADS="1")) == 1  # what a user says counts
+    assert local_ranks({"OMPI_COMM_WORLD_LOCAL_SIZE": str(cores)}) == cores
 
 
 def test_ranks_whose_places_are_not_known_are_taken_for_one(tmp_path):

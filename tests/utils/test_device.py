@@ -1,14 +1,15 @@
-"""device.py: short command buffers, and a device that is left to run dry."""
+"""The device, its units and its wired memory."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from run_cli import run
+from run_cli import succeeds
 from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss
@@ -18,6 +19,8 @@ from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
+from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.text import counted
 
 
 @pytest.fixture
@@ -71,8 +74,7 @@ def test_the_flag_reaches_the_step_and_the_header(flag, tiny_folder, chats, tmp_
     monkeypatch.setattr(Step, "__init__", lambda self, *a, **k: (waits.append(a[4].wait), real(self, *a, **k))[1])
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     arguments = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "out", "--iters", 1]
-    ran = run("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")
-    assert ran.code == 0
+    ran = succeeds("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")
     assert waits == [flag]
     assert any("a pause after each micro-batch" in line for line in ran.lines) is flag
 
@@ -151,3 +153,20 @@ def test_a_containers_limit_bounds_its_memory(tmp_path):
     (v1 / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 50\n")
     assert device.container_memory(v1.parent) == (2000, 0)
     assert device.container_memory(tmp_path / "none") == unlimited
+
+
+@pytest.mark.parametrize(
+    ("number", "several", "words"),
+    [(0, None, "0 batchs"), (1, "batches", "1 batch"), (2, "batches", "2 batches"), (12345, None, "12,345 batchs")],
+)
+def test_counts_are_words(number, several, words):
+    assert counted(number, "batch", several) == words
+
+
+def test_a_text_and_the_file_that_holds_it_have_one_digest(tmp_path):
+    text = "Añ 😀" * 99_999
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    assert sha256_of(tmp_path / "text") == sha256_of(text) == hashlib.sha256(text.encode()).hexdigest()
+    assert sha256_of(text + " ") != sha256_of(text)
+    assert sha256_of(str(tmp_path / "text")) != sha256_of(tmp_path / "text")
+    assert len(sha256_of("\ud800")) == 64  # half a character, which JSON and YAML may spell

@@ -1,4 +1,4 @@
-"""scripts/nightly.py: results from pytest's JUnit file, what broke, and one issue from night to night; no network."""
+"""Scripts of the checkout: the tests that a change touches, the package's size, what mlx's GPUs lack, and the nightly runs and their issue."""
 
 from __future__ import annotations
 
@@ -13,9 +13,104 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Import a module of scripts/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for name in ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_TOKEN", "GITHUB_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return importlib.import_module
+
+
+@pytest.fixture
+def check(script):
+    return script("check")
+
+
+@pytest.fixture
+def house(script):
+    return script("house")
+
+
+@pytest.fixture
+def tree(check, tmp_path, monkeypatch):
+    """A checkout with three tests: one, in a room, imports a module, one a helper that does, one patches it by name."""
+    (tmp_path / "tests" / "data").mkdir(parents=True)
+    for name, text in {
+        "data/test_direct": "from mlx_lora.data.read import Rows\n",
+        "test_helped": "import helper\n",
+        "helper": "from mlx_lora.data import read\n",
+        "test_patched": "PLACE = 'mlx_lora.data.read.SplitRows'\n",
+        "test_other": "from mlx_lora.data.reader import Rows\nPAGE = 'docs/data.md'\n",
+    }.items():
+        (tmp_path / "tests" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    forget(check)
+    yield check
+    forget(check)
+
+
+def forget(check) -> None:
+    check.imported.cache_clear()
+    check.reached.cache_clear()
+
+
+def test_a_module_finds_its_tests(tree):
+    own, near = tree.touched_tests(["mlx_lora/data/read.py"])
+    assert own == []
+    assert sorted(near) == ["tests/data/test_direct.py", "tests/test_helped.py", "tests/test_patched.py"]
+
+
+def test_a_helper_a_test_and_a_page_find_theirs(tree):
+    assert tree.touched_tests(["tests/helper.py"]) == ([], ["tests/test_helped.py"])
+    assert tree.touched_tests(["tests/test_other.py"]) == (["tests/test_other.py"], [])
+    assert tree.touched_tests(["docs/data.md"]) == ([], ["tests/test_other.py"])
+    assert tree.touched_tests(["docs/none.md"]) == ([], [])
+
+
+def test_a_total_above_its_bar_is_told(house, monkeypatch, capsys):
+    """`make lint` runs it."""
+    _, bar = house.BARS["modules"]
+    for value in (bar, bar + 1):
+        monkeypatch.setattr(house, "measure", lambda value=value: {"modules": value})
+        assert house.main([]) == (value > bar)
+        assert ("above the bar" in capsys.readouterr().out) == (value > bar)
+
+
+def test_a_plain_run_loads_few_modules(house, tiny_folder, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a?", "completion": "b"}\n' * 4 + '{"prompt": "c?", "completion": "d"}\n' * 4)
+    assert house.loaded(str(tiny_folder), str(data)) <= house.BARS["modules of a plain run"][1]
+
+
+def test_what_is_counted(house, tmp_path, monkeypatch):
+    file = tmp_path / "losses" / "a.py"
+    file.parent.mkdir()
+    file.write_text(
+        '''"""What it is."""\nimport mlx.nn as nn\nfrom mlx_lm.models import _private\n\n
+def f(arrays, layer, other):
+    """Do it."""
+    layer.__class__ = other
+    nn.Linear = other
+    raise InputError("--one with --two: no")
+    return arrays[0], other._hidden
+'''
+    )
+    monkeypatch.setattr(house, "PACKAGE", tmp_path)
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    assert house.count([file]) == 7
+    assert len(list(house.by_number())) == len(list(house.refusals())) == 1
+    assert [place.split(" ", 1)[1] for place in house.foreign_privates()] == [
+        "_private", "__class__ =", "Linear =", "_hidden",
+    ]  # fmt: skip
+
+
 SAMPLE = """
 import pytest
 
@@ -42,28 +137,8 @@ class TestGroup:
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Import a module of scripts/, which is no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    for name in ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_TOKEN", "GITHUB_API_URL"):
-        monkeypatch.delenv(name, raising=False)
-    return importlib.import_module
-
-
-@pytest.fixture
 def results(script) -> ModuleType:
     return script("_nightly_results")
-
-
-def pytest_results(results: ModuleType, folder: Path, monkeypatch) -> dict[str, dict[str, str]]:
-    """Run pytest on the files of tests/ in a folder, and read its JUnit file as if the folder were the checkout."""
-    junit = folder / "results.xml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}"]
-    command += ["--continue-on-collection-errors", "tests"]
-    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    subprocess.run(command, cwd=folder, capture_output=True, check=False, env=variables)
-    monkeypatch.setattr(results, "ROOT", folder)
-    return results.read_junit(junit)
 
 
 def test_outcomes_and_first_lines_are_read(results, tmp_path, monkeypatch):
@@ -71,7 +146,11 @@ def test_outcomes_and_first_lines_are_read(results, tmp_path, monkeypatch):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "tests/test_some.py").write_text(SAMPLE)
     (tmp_path / "tests/test_lost.py").write_text("import nothing_of_this_name\n")
-    found = pytest_results(results, tmp_path, monkeypatch)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=results.xml"]
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run([*command, "--continue-on-collection-errors", "tests"], cwd=tmp_path, env=variables, check=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    found = results.read_junit(tmp_path / "results.xml")
     start = "tests/test_some.py"
     lost = found.pop("tests/test_lost.py")
     assert lost["outcome"] == "error"
@@ -86,9 +165,6 @@ def test_outcomes_and_first_lines_are_read(results, tmp_path, monkeypatch):
     assert "no GPU here" in found[f"{start}::test_skipped"]["line"]
     # pytest itself takes these ids: a file that is there is followed by its classes and the test's name.
     assert f"{start}::TestGroup::test_inside" in found
-
-
-def test_a_file_that_is_cut_off_has_no_results(results, tmp_path):
     (tmp_path / "cut.xml").write_text('<testsuites><testsuite><testcase classname="a"')
     assert results.read_junit(tmp_path / "cut.xml") == {}
 
@@ -116,6 +192,9 @@ def test_what_broke_is_what_passed_before(results):
     assert names(found["gone"]) == ["e", "f"]
     assert [name[-1] for name in found["mended"]] == ["d"]
     assert found["changed"] == {"mlx": ["1", "2"]}
+    only = results.compare(after, after)  # the same versions break nothing
+    assert only["green"]
+    assert names(only["failed_before"]) == ["b", "c", "new"]
 
 
 def test_what_passes_the_second_time_is_unsteady(results):
@@ -123,13 +202,6 @@ def test_what_passes_the_second_time_is_unsteady(results):
     found = results.compare(before, after, again=run_of(results, a="passed", b="failed"))
     assert (names(found["unsteady"]), names(found["broke"])) == (["a"], ["b"])
     assert results.compare(before, after, again=run_of(results, a="passed", b="passed"))["green"]
-
-
-def test_the_same_versions_break_nothing(results):
-    only = run_of(results, a="passed", b="failed")
-    found = results.compare(only, only)
-    assert found["green"]
-    assert names(found["failed_before"]) == ["b"]
 
 
 def test_a_file_that_cannot_be_imported_broke_once(results):
@@ -419,3 +491,45 @@ def test_what_ended_before_an_interrupt_is_kept(script, results, here, tmp_path)
     assert [test["outcome"] for name, test in run.tests.items() if "test_quick" in name] == ["passed"]
     assert run.error
     assert not results.compare(None, run)["green"]
+
+
+@pytest.fixture
+def metal(script):
+    return script("metal_support")
+
+
+@pytest.fixture
+def listed(metal):
+    return json.loads(metal.LIST.read_text(encoding="utf-8"))
+
+
+def test_nothing_of_ours_asks_a_gpu_for_what_it_lacks(metal, listed):
+    used = metal.uses(ROOT / "mlx_lora", listed)
+    assert {"linalg.qr", "linalg.eigh", "distributed.all_sum"} <= {use.name for use in used}
+    assert [use for use in used if use.guard is None] == []
+
+
+def test_unguarded_uses_are_found(metal, listed):
+    text = """
+import mlx.core as mx
+a = mx.linalg.svd(x)
+b = mx.linalg.inv(x, stream=mx.gpu)
+c = mx.zeros(2, dtype=mx.float64)
+with mx.stream(mx.cpu):
+    d = mx.linalg.qr(mx.zeros(2, dtype=mx.float64))
+e = mx.linalg.eigh(x, stream=mx.cpu)
+f = mx.linalg.norm(x)
+"""
+    found = {use.line: use.guard for use in metal.uses_in(text, "a.py", metal.refused(listed))}
+    assert [line for line, guard in found.items() if guard is None] == [3, 4, 5]
+    assert set(found) == {3, 4, 5, 7, 8}
+
+
+def test_the_list_knows_the_installed_functions(metal, listed):
+    """A name that mlx no longer has would hide the function that took its place."""
+    for name in metal.refused(listed) - {"linalg.det", "linalg.slogdet"}:
+        owner = mx
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        assert owner is not None, name
+    assert all(primitive in metal.FUNCTIONS for primitive in [*listed["metal"], *listed["cuda"]])
