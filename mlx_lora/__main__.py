@@ -31,6 +31,14 @@ COMMANDS = {
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
+# The commands of other applications than cli.
+ELSEWHERE = {
+    "bench": "bench.command",
+    "doctor": "bench.doctor.command",
+    "serve": "serving.command",
+    "serve --training": "training_server.command",
+    "studio": "studio.command",
+}
 
 
 class LazyGroup(console.Group):
@@ -45,13 +53,18 @@ class LazyGroup(console.Group):
         elif args == ["version"]:
             args = ["--version"]
         elif args[1:] and args[0] in COMMANDS:
-            from mlx_lora.cli.options import look_at_flags  # --version needs none of it
+            from mlx_lora.api.options import look_at_flags  # --version needs none of it
 
             look_at_flags(args[0], args[1:])
+        said = [arg for arg in args if arg in ("--training", "--no-training")]
+        ctx.meta["training"] = args[:1] == ["serve"] and said[-1:] == ["--training"]
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return importlib.import_module(f"mlx_lora.cli.{name}").main if name in COMMANDS else None
+        if name not in COMMANDS:
+            return None
+        home = ELSEWHERE.get("serve --training" if ctx.meta.get("training") else name, f"cli.{name}")
+        return importlib.import_module(f"mlx_lora.{home}").main
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -13,8 +13,8 @@ from typing import Any
 import click
 import numpy as np
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.texts import check_prompts
-from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.pairs import passage_files, read_passages

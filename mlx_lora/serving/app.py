@@ -6,7 +6,7 @@ Under /v1/adapters, adapters are listed, loaded and unloaded. A name is never a 
 the operator chose, after following links.
 
 The chat page shows two models side by side in a browser and uses the same endpoints as other clients. It is `pages/chat.html`,
-served as a single file, with its scripts `pages/markdown.js` and `pages/chat.js` and the common tokens.css inside. Its policy
+served as a single file, with its scripts `pages/chat.js` and reports/pages/markdown.js and the common tokens.css inside. Its policy
 only allows its own script and style to run, whatever a model writes. It has no secrets, so it is served without an API key;
 its requests to the server need the key.
 """
@@ -38,26 +38,23 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
+from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped
+from mlx_lora.engine.prompts import PicturePrompt, PictureReader, picture_prompt
+from mlx_lora.engine.requests import Ask, read_chat, read_completion
 from mlx_lora.models.encoder import is_encoder
-from mlx_lora.reports.charts import tokens_css
-from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.conversation import AnswerLimits, PicturePrompt, PictureReader, picture_prompt, prompt_tokens
-from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
-from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.reports import charts
 from mlx_lora.serving.schema import (
-    ApiError,
-    Ask,
+    AnswerLimits,
     ChatReply,
     CompletionReply,
     client_error,
-    is_number,
-    read_chat,
-    read_completion,
-    read_fields,
-    read_json,
+    prompt_tokens,
     without_paths,
 )
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.utils.http import ApiError, is_number, read_fields, read_json
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
 
 
@@ -124,9 +121,9 @@ def make_app(
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
     )
-    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
-    for name in SCRIPTS:
-        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", charts.tokens_css())
+    for script in SCRIPTS:
+        text = text.replace(f"// {script.name}\n", script.read_text(encoding="utf-8"))
     headers = {
         "Content-Security-Policy": policy(text),
         "X-Content-Type-Options": "nosniff",
@@ -357,7 +354,8 @@ async def _as_json(request: HttpRequest, error: Any) -> Response:
 # The chat page
 
 FOLDER = Path(__file__).parent / "pages"
-SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
+# Each stands in the page where a line names it.
+SCRIPTS = (charts.COMMON / "markdown.js", FOLDER / "chat.js")
 
 
 def policy(text: str) -> str:

@@ -39,16 +39,18 @@ from starlette.routing import Route
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Text
+from mlx_lora.engine.adapter_store import base_name, unrouted_twin
+from mlx_lora.engine.engine import Engine, Stopped
+from mlx_lora.engine.requests import api_error
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
-from mlx_lora.serving.adapter_store import base_name, unrouted_twin
-from mlx_lora.serving.engine import Engine, Stopped
-from mlx_lora.serving.schema import ApiError, api_error, is_number, read_fields, without_paths
+from mlx_lora.serving.schema import without_paths
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.http import ApiError, is_number, read_fields
 
 MOST_TEXTS = 2048  # in a request
 TOGETHER = 16  # texts that are scored before answers are generated again

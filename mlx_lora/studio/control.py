@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Checker, Folders, safe_name
 from mlx_lora.studio.run_folders import (
     LOG_FILE,
@@ -34,6 +33,7 @@ from mlx_lora.studio.web import OWN, in_page_words
 from mlx_lora.trainer.run_folder import forget_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.text import start_mark
 
 QUEUE_FILE = "queue.json"

@@ -55,7 +55,6 @@ from mlx_lora.data.thumbnails import jpeg_url, thumbnail
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
@@ -63,6 +62,7 @@ from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replace_text, replacing_file, replacing_folder, sha256_of
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted

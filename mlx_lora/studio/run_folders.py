@@ -41,7 +41,6 @@ from mlx_lora.reports.run_report import (
     read_report,
     shown_evaluation,
 )
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Folders, stamps, whole_model
 from mlx_lora.studio.model_stores import files_of_model
 from mlx_lora.studio.web import OWN, in_page_words
@@ -49,6 +48,7 @@ from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text, sha256_of
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import SMALL_MODEL
 from mlx_lora.utils.parsing import parse_yaml, read_json
 from mlx_lora.utils.text import command_line, model_flags, start_mark

@@ -21,10 +21,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.run_folders import tail_lines
 from mlx_lora.studio.web import events, in_page_words, json_route
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.text import MODULE
 
 KEPT = 50  # finished tasks that are still listed

@@ -20,10 +20,10 @@ from starlette.routing import Route
 from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import OBJECTIVES
-from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
-from mlx_lora.serving.schema import ApiError, is_number, read_json
 from mlx_lora.utils.console import finite_values, printable
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.guard import App, Message, Receive, Send, not_here
+from mlx_lora.utils.http import ApiError, is_number, read_json
 
 # The page's words
 

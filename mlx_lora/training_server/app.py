@@ -14,7 +14,7 @@ A download's address has a random token, valid for an hour, instead of the API k
 
 Serve Tinker's protocol over HTTP: the routes, and what each does with sessions and the worker.
 
-    Guard (serving/guard.py) -> route -> read_request (protocol.py) -> Registry (sessions.py) -> Worker -> answer, by polling
+    Guard (utils/guard.py) -> route -> read_request (protocol.py) -> Registry (sessions.py) -> Worker -> answer, by polling
 
 A request that takes time is answered at once with its id; the client then asks `retrieve_future` until the answer is there. What is wrong
 in such a request is told there, too, because the client has numbered it and the model waits for the number.
@@ -49,16 +49,17 @@ from starlette.routing import BaseRoute, Route
 from tinker import types
 from tinker.types.try_again_response import TryAgainResponse
 
+from mlx_lora.api.plan_clients import LoraShape
+from mlx_lora.engine.engine import Stopped
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from mlx_lora.serving.engine import Stopped
-from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server import protocol
 from mlx_lora.training_server.checkpoints import EXTERNAL, KINDS, SAMPLER, WEIGHTS, Place, Stored
-from mlx_lora.training_server.models import AdamNumbers, LoraShape, TokenRequest, TrainedModel
+from mlx_lora.training_server.models import AdamNumbers, TokenRequest, TrainedModel
 from mlx_lora.training_server.worker import SampleTicket, TokenJob, Worker
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.utils.http import ApiError
 
 # What a request's answer is: bytes of a protocol buffer, or a JSON object.
 Payload = bytes | dict[str, Any]

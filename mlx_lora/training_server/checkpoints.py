@@ -27,9 +27,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora import __version__
+from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
-from mlx_lora.training_server.models import LoraShape, TrainedModel
+from mlx_lora.training_server.models import TrainedModel
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import flush_to_disk, replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json

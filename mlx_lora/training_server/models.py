@@ -41,26 +41,25 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.inject import ALL_LINEAR, Targets, adapt_layers, adapter_layers, select_targets, targets_of
+from mlx_lora.adapters.inject import Targets, adapt_layers, adapter_layers, targets_of
+from mlx_lora.api.plan_clients import ALPHA, LoraShape, chosen_paths, most_positions
+from mlx_lora.engine.adapter_store import LayerFactors
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
 from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
-from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
-from mlx_lora.serving.adapter_store import LayerFactors
 from mlx_lora.trainer.optimizer import Masters, clip_scale
 from mlx_lora.utils.errors import InputError
 
@@ -333,32 +332,9 @@ def by_example(
 
 # A client's model
 
-# Tinker's: the product of the factors counts alpha / rank.
-ALPHA = 32.0
 MOST_RANK = 1024
-# Names of the modules that mix positions; the rest of a block is its MLP, experts included.
-ATTENTION = re.compile(r"attn|attention|mixer|conv|ssm", re.IGNORECASE)
-# Positions of a micro-batch, padding included: with a fused head, and where all logits are in memory, as float32, with their gradient.
-POSITIONS, LOGIT_BYTES = 4096, 2**30
 # Rows of these lengths decide which kernels are measured; those of other lengths are of the same classes, or get the assumed one.
 LENGTHS = (64, 256, 1024)
-
-
-@dataclass(frozen=True)
-class LoraShape:
-    """What a client asks for when it creates a model.
-
-    Attributes:
-        rank: of all layers.
-        seed: of the first factors.
-        attention, mlp, unembed: which layers are adapted.
-    """
-
-    rank: int
-    seed: int
-    attention: bool = True
-    mlp: bool = True
-    unembed: bool = True
 
 
 @dataclass(frozen=True)
@@ -407,35 +383,6 @@ class TokenRequest:
         mx.eval(loss_sum, logprobs, self.sums or {})
         self.loss_sum += loss_sum.item()
         by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
-
-
-def most_positions(plain_loss: bool, vocabulary: int) -> int:
-    """Return the most positions of a micro-batch; fewer where all logits are in memory, unless one row is longer."""
-    return max(256, min(POSITIONS, LOGIT_BYTES // (12 * vocabulary))) if plain_loss else POSITIONS
-
-
-def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
-    """Return the layers that a client's model adapts.
-
-    Raises:
-        InputError: there are none, or the model's head cannot be adapted.
-    """
-    paths = []
-    if shape.attention or shape.mlp:
-        for path in select_targets(model, ALL_LINEAR).paths:
-            if shape.attention if ATTENTION.search(path) else shape.mlp:
-                paths.append(path)
-    if shape.unembed:
-        head = find_head(model, config)
-        if isinstance(head, str):
-            raise InputError(f"train_unembed: {head}, so it cannot be adapted; pass train_unembed=False")
-        by_identity = {id(module): path for path, module in model.named_modules()}
-        paths.append(by_identity[id(head.layer)])
-    if not paths:
-        raise InputError(
-            "lora_config: train_mlp, train_attn and train_unembed leave no layer; pass one of them as True"
-        )
-    return tuple(paths)
 
 
 class TrainedModel:

@@ -18,12 +18,13 @@ import pydantic
 from google.protobuf.message import DecodeError
 from tinker import types
 
+from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.compat.foreign import MESSAGES
-from mlx_lora.serving.engine import Sampling
-from mlx_lora.serving.schema import ApiError, read_json
-from mlx_lora.training_server.models import MOST_COLUMNS, Example, LoraShape, ModelLimits, TokenRequest, check_tokens
+from mlx_lora.engine.engine import Sampling
+from mlx_lora.training_server.models import MOST_COLUMNS, Example, ModelLimits, TokenRequest, check_tokens
 from mlx_lora.training_server.worker import SampleTicket, SamplingJob
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.http import ApiError, read_json
 
 pb: Any = MESSAGES.of()
 M = TypeVar("M", bound=pydantic.BaseModel)

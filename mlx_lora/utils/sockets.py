@@ -1,10 +1,21 @@
-"""Open the socket that a server listens on."""
+"""Open the socket that a server listens on, and tell addresses of this machine from others."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 from mlx_lora.utils.errors import InputError
+
+
+def is_local(host: str) -> bool:
+    """Tell whether a host name or address can only be reached from this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:

@@ -314,7 +314,7 @@ def test_the_command_is_the_workload():
 @pytest.mark.parametrize("workload", by_default([CHAT, DPO], CHAT), ids=lambda one: one.form)
 def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
     names = ["--workload", workload.name, "--workload", HUB.name]
@@ -343,8 +343,8 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return made_entry(workload)
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", one)
     ran = run("bench", "run", "--workload", CHAT.name, "--workload", HUB.name, "--out", tmp_path / "mine.json")
     assert ran.code == 130
     assert [entry["workload"]["name"] for entry in read_result(tmp_path / "mine.json").content["results"]] == [
@@ -365,8 +365,8 @@ def test_a_result_is_written_after_each_workload(tmp_path, monkeypatch):
             raise ZeroDivisionError  # a bug of ours, in the third
         return made_entry(workload)
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", one)
     names = [word for workload in (CHAT, DPO, HUB) for word in ("--workload", workload.name)]
     with pytest.raises(ZeroDivisionError):
         run("bench", "run", *names, "--out", out)
@@ -378,7 +378,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch)
     def measure(work):
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", measure)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", measure)
     (tmp_path / "notes").write_text("x")
     (tmp_path / "mine.json").write_text("{}")
     (tmp_path / "folder.json").mkdir()
@@ -389,8 +389,8 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch)
 
 
 def test_a_chips_folder_that_cannot_be_written_is_refused_before_the_workloads(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", lambda *rest: pytest.fail("it was measured"))
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", lambda *rest: pytest.fail("it was measured"))
     monkeypatch.setattr("mlx_lora.bench.results.machine_name", lambda content: "chip")
     (tmp_path / "chip").write_text("not a folder")
     assert run("bench", "run", "--workload", CHAT.name, "--out", tmp_path).code == 2
@@ -415,7 +415,7 @@ def test_the_load_of_a_workload_is_not_that_of_other_programs(tiny_folder, tmp_p
         loads[0] = 9.0
         return Ended(2, "Error: it did not fit")
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: busy() and PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: busy() and PROBE)
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
     monkeypatch.setattr(running, "run_process", busy)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: loads * 3)

@@ -19,10 +19,10 @@ from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data import files
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.records import read_records
+from mlx_lora.engine.adapter_store import named_source
+from mlx_lora.engine.engine import ModelThread
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.run_report import Sample
-from mlx_lora.serving.adapter_store import named_source
-from mlx_lora.serving.engine import failed_words
 from mlx_lora.trainer.callbacks import Uses, next_commands
 from mlx_lora.utils import text as program
 from mlx_lora.utils.errors import InputError
@@ -438,7 +438,9 @@ def test_the_runs_files_name_the_script(german_run):
 
 
 def test_a_failed_engine_speaks_no_python():
-    words = failed_words(RuntimeError("[metal] out of memory"))
+    failed = ModelThread.__new__(ModelThread)
+    failed.failure = RuntimeError("[metal] out of memory")
+    words = str(failed.failed())
     assert "[metal] out of memory" in words
     assert "RuntimeError" not in words
 

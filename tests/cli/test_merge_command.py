@@ -19,9 +19,9 @@ import mlx_lora
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.merge import COMBINATIONS
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import blend_factors, read_factors
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import blend_factors, read_factors
 
 CLOSE, FAR = by_dtype((1e-4, 1e-2), (1e-1, 3e-1))  # of logits
 

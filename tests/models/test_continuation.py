@@ -21,8 +21,8 @@ from serving_process import Server
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_lora.engine.engine import TextStream
 from mlx_lora.models.tokenizer import Continuation
-from mlx_lora.serving.engine import TextStream
 
 
 def spm_tokenizer() -> PreTrainedTokenizerFast:

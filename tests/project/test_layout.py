@@ -13,21 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lora.__main__ import COMMANDS, ELSEWHERE
+
 PACKAGE = Path(__file__).parents[2] / "mlx_lora"
 PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
-    "adapters", "api", "bench", "cli", "compat", "config", "data", "doctor", "evaluation", "exporters", "gguf", "kernels", "losses", "models",
-    "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
+    "adapters", "api", "bench", "cli", "compat", "config", "data", "engine", "evaluation", "exporters", "gguf", "kernels", "losses",
+    "models", "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
     "utils",
 }  # fmt: skip
+# What people start. Each may be deleted: nothing imports it but itself, and the lists of commands at the root.
+APPLICATIONS = {"bench", "cli", "serving", "studio", "training_server"}
 # A room imports these and itself; a room that is not named here may import all but the `ABOVE` ones.
 ONLY = {"compat": set(), "config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
 # Only these import the room: what a person calls stands on top.
 ABOVE = {
-    "cli": set(), "studio": {"cli"}, "doctor": {"cli"}, "bench": {"cli", "doctor"}, "api": {"cli", "doctor", "studio"},
-    "serving": {"api", "cli", "doctor", "evaluation", "studio", "training_server"}, "training_server": {"cli"},
+    **{name: set() for name in APPLICATIONS}, "api": APPLICATIONS, "engine": {*APPLICATIONS, "api", "evaluation"},
     "evaluation": {"api", "cli", "studio", "trainer"},
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
@@ -62,7 +65,8 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_the_rooms_are_those_of_the_map():
-    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))} == ROOMS
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))}
+    assert ROOMS - APPLICATIONS <= rooms <= ROOMS
     assert {p.stem for p in PACKAGE.glob("*.py")} == {"__init__", "__main__", "train"}
 
 
@@ -74,6 +78,16 @@ def test_imports_point_down():
         wrong += [(str(path), other) for other in used - allowed]
         wrong += [(str(path), other) for other in used if room and room not in ABOVE.get(other, ROOMS) | {other}]
     assert not wrong
+
+
+def test_only_a_command_leads_from_the_root_to_an_application():
+    """`import mlx_lora` and a run need none of them; the commands of one that was deleted are gone, and the others work."""
+    importing = {p.name: used for p in PACKAGE.glob("*.py") if (used := rooms_imported(p) & APPLICATIONS)}
+    assert importing == {"train.py": {"cli"}}  # python -m mlx_lora.train
+    homes = [ELSEWHERE.get(name, f"cli.{name}") for name in {*COMMANDS, *ELSEWHERE}]
+    assert {home.split(".")[0] for home in homes} == APPLICATIONS
+    here = [PACKAGE / f"{home.replace('.', '/')}.py" for home in homes if (PACKAGE / home.split(".")[0]).is_dir()]
+    assert [path for path in here if not path.is_file()] == []
 
 
 def test_data_settings_and_planner_need_no_mlx():

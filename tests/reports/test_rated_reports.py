@@ -8,8 +8,8 @@ import math
 import mlx.core as mx
 from run_cli import run
 
-from mlx_lora.serving.engine import Sampler, Sampling
-from mlx_lora.serving.schema import read_completion
+from mlx_lora.engine.engine import Sampler, Sampling
+from mlx_lora.engine.requests import read_completion
 
 
 def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):

@@ -18,12 +18,11 @@ from make_adapters import OWN_TEMPLATE, make_three
 from run_cli import Ran, run
 from serving_process import ROOT
 
-from mlx_lora.cli.chat import shown
+from mlx_lora.cli.chat import AnswerSettings, ChatSession, figures_together, shown
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource
+from mlx_lora.engine.engine import Engine, Limits, Sampling
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.conversation import AnswerSettings, ChatSession, figures_together
-from mlx_lora.serving.engine import Engine, Limits, Sampling
 from mlx_lora.utils.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"

@@ -20,17 +20,20 @@ from vision_rows import picture
 
 from mlx_lora.api.base import TextSettings
 from mlx_lora.api.image_answers import image_answer_pieces
+from mlx_lora.cli.chat import AnswerSettings, ChatSession
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images
 from mlx_lora.data.downloads import ImageDownloads
+from mlx_lora.engine.engine import Engine, Limits, Sampling
+from mlx_lora.engine.prompts import PictureReader, picture_prompt
+from mlx_lora.engine.requests import read_chat
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.app import make_app
-from mlx_lora.serving.conversation import AnswerLimits, AnswerSettings, ChatSession, PictureReader, picture_prompt
-from mlx_lora.serving.engine import Engine, Limits, Sampling
-from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.serving.schema import ApiError, read_chat
+from mlx_lora.serving.schema import AnswerLimits
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.guard import GuardLimits
+from mlx_lora.utils.http import ApiError
 
 pytest.importorskip("mlx_vlm")
 SERVED = [family for family in sorted(MAKERS) if not family.startswith("paligemma")]

@@ -17,15 +17,14 @@ from starlette.testclient import TestClient
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import sandbox
+from mlx_lora.engine.adapter_store import AdapterSource
+from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
-from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.app import Adapters, make_app
-from mlx_lora.serving.conversation import AnswerLimits
-from mlx_lora.serving.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
-from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.serving.schema import CompletionReply
+from mlx_lora.serving.schema import AnswerLimits, CompletionReply
 from mlx_lora.serving.scores import EmbeddingRequests
+from mlx_lora.utils.guard import GuardLimits
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 

@@ -11,10 +11,7 @@ from make_adapters import make_adapter
 from mlx.utils import tree_flatten
 
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.load import load_base
-from mlx_lora.models.tokenizer import spelling
-from mlx_lora.serving.adapter_store import (
+from mlx_lora.engine.adapter_store import (
     ROUTED,
     AdapterSource,
     AdapterStore,
@@ -26,7 +23,10 @@ from mlx_lora.serving.adapter_store import (
     route,
     unrouted_twin,
 )
-from mlx_lora.serving.engine import Sampler, Sampling, TextStream, TokenReport, sample_rows
+from mlx_lora.engine.engine import Sampler, Sampling, TextStream, TokenReport, sample_rows
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.load import load_base
+from mlx_lora.models.tokenizer import spelling
 from mlx_lora.serving.schema import ChatReply
 from mlx_lora.utils.errors import InputError
 

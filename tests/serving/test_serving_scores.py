@@ -19,11 +19,11 @@ from serving_process import Server
 
 import mlx_lora
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.engine import Engine, Limits
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.serving.scores import Scores, a_few_at_a_time
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.http import ApiError
 
 LABELS = ("cold", "hot", "mild")
 QUICK = ("--objective", "classify", "--learning-rate", "5e-3", "--batch-size", 12, "--kernels", "ours", "--rank", 4, "--val-batches", 0,

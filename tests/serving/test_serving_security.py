@@ -26,7 +26,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
 
 KEY = "correct horse"
 GOOD = {"model": "bard", "prompt": "x", "max_tokens": 1}

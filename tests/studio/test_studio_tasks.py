@@ -17,9 +17,9 @@ from run_cli import one_line, run
 from serving_process import ROOT, Server
 from studio_client import wait_for
 
-from mlx_lora.cli.studio import only_one
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.studio import tasks as tasks_module
+from mlx_lora.studio.command import only_one
 from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.tasks import Cancelled, Tasks
 from mlx_lora.utils.errors import InputError

@@ -18,13 +18,13 @@ from mlx_lora.config.load import recipe_names
 from mlx_lora.data.examples import Record
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
 from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
-from mlx_lora.serving.schema import ApiError, is_number
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import safe_name, walk
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import free_on_disk, sha256_of
+from mlx_lora.utils.http import ApiError, is_number
 
 UPLOAD = "/api/data/upload"
 UNFIT = dict.fromkeys(map(ord, ",=#"), "-")  # in a data file's name: --data reads them otherwise

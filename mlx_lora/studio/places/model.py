@@ -16,13 +16,13 @@ from huggingface_hub.utils import get_session
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import is_hub_model, safe_name
 from mlx_lora.studio.plans import refused_plan, shown_plan
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import json_route, text_of, whole_number
 from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import REQUEST_ERRORS
 from mlx_lora.utils.text import command_line
 

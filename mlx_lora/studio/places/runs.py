@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import stamps
 from mlx_lora.studio.run_folders import (
@@ -34,6 +33,7 @@ from mlx_lora.studio.run_folders import (
 )
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.text import command_line
 
 POLL_S = 0.5

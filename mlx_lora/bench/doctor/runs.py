@@ -41,12 +41,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
-from mlx_lora.bench.machine import describe_machine, describe_power
-from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
-from mlx_lora.bench.workloads import AFFINE, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, chat_rows
-from mlx_lora.config.fields import flag_of
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.doctor.check import (
+from mlx_lora.bench.doctor.check import (
     CheckFinding,
     Kit,
     KitCheck,
@@ -58,13 +53,18 @@ from mlx_lora.doctor.check import (
     tiny_folder,
     write_model,
 )
+from mlx_lora.bench.machine import describe_machine, describe_power
+from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
+from mlx_lora.bench.workloads import AFFINE, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, chat_rows
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource
+from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
-from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import GIB, package_versions
@@ -268,7 +268,7 @@ PROMPTS = ("O Romeo", "wherefore art thou, and why", "Deny thy father and refuse
 TOKENS = 16
 WAIT_S = 120.0
 SERVING_ADVICE = (
-    "serve one request at a time (--max-batch 1) and report it; mlx_lora/serving/engine.py makes the batches"
+    "serve one request at a time (--max-batch 1) and report it; mlx_lora/engine/engine.py makes the batches"
 )
 
 
@@ -596,7 +596,7 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
             continue
         steps.unlink(missing_ok=True)
         watch = Stopper(length.limit_s)
-        command = [sys.executable, "-m", "mlx_lora.doctor.peers", argument, str(kit.work / "job.json")]
+        command = [sys.executable, "-m", "mlx_lora.bench.doctor.peers", argument, str(kit.work / "job.json")]
         ended = run_process(command, kit.work / "peer.log", watch)
         lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
         if len(lines) == len(ends):

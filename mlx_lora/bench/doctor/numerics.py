@@ -30,9 +30,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_class, adapter_parameters, inject, select_targets
-from mlx_lora.config.presets import PRESETS
-from mlx_lora.data.batch import Batch
-from mlx_lora.doctor.check import (
+from mlx_lora.bench.doctor.check import (
     TINY,
     TINY_4BIT,
     CheckFinding,
@@ -50,6 +48,8 @@ from mlx_lora.doctor.check import (
     on_cpu,
     random_model,
 )
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.data.batch import Batch
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.measure import TOLERANCE, Kernel, ShapeClass
 from mlx_lora.kernels.quantized_matmul import dequantized_gather_mm, dequantized_matmul, packed_arrays

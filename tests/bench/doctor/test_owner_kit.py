@@ -18,11 +18,21 @@ import yaml
 from child_environment import child_environment
 from run_cli import run
 
+from mlx_lora.bench.doctor import kit as kit_module
+from mlx_lora.bench.doctor import runs
+from mlx_lora.bench.doctor.check import (
+    GROUPS,
+    CheckFinding,
+    Kit,
+    KitCheck,
+    apart,
+    bounded,
+    dtypes_of,
+    largest_apart,
+    on_cpu,
+)
+from mlx_lora.bench.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, kit_problems, run_kit
 from mlx_lora.bench.run import Ended
-from mlx_lora.doctor import kit as kit_module
-from mlx_lora.doctor import runs
-from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
-from mlx_lora.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, kit_problems, run_kit
 from mlx_lora.kernels import table as kernel_table
 from mlx_lora.utils import device
 
@@ -150,8 +160,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import mlx_lora
-from mlx_lora.doctor.check import CheckFinding, KitCheck
-from mlx_lora.doctor.kit import Asked, run_kit
+from mlx_lora.bench.doctor.check import CheckFinding, KitCheck
+from mlx_lora.bench.doctor.kit import Asked, run_kit
 
 def good(kit):
     yield CheckFinding("line", "ok", "fine")

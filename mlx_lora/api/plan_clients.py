@@ -1,10 +1,17 @@
-"""Predict whether a training server (`serve --training`) has room for so many clients, and how many it has room for."""
+"""Predict whether a training server (`serve --training`) has room for so many clients, and how many it has room for.
+
+The server takes from here what a client's model adapts, and how large a micro-batch may be.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.nn as nn
+
+from mlx_lora.adapters.inject import ALL_LINEAR, select_targets
 from mlx_lora.config.settings import AdapterSettings, ServeSettings
 from mlx_lora.models.head import find_head
 from mlx_lora.models.meta import outline_for
@@ -12,8 +19,6 @@ from mlx_lora.planner.fit import budget_of, largest_that_fits
 from mlx_lora.planner.memory import plan_clients
 from mlx_lora.planner.shapes import Rollout, RunShape
 from mlx_lora.trainer.fit import outlined_shape, with_caches, with_kernels
-from mlx_lora.training_server.models import ALPHA, LoraShape, chosen_paths, most_positions
-from mlx_lora.training_server.worker import MOST_RESIDENT
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
@@ -23,8 +28,62 @@ if TYPE_CHECKING:
     from mlx_lora.planner.shapes import Machine
 
 MOST_CLIENTS = 1024
+# Sets of weights in memory to sample from, beyond which the least recently used are written to files.
+MOST_RESIDENT = 8
+# Tinker's: the product of the factors counts alpha / rank.
+ALPHA = 32.0
+# Names of the modules that mix positions; the rest of a block is its MLP, experts included.
+ATTENTION = re.compile(r"attn|attention|mixer|conv|ssm", re.IGNORECASE)
+# Positions of a micro-batch, padding included: with a fused head, and where all logits are in memory, as float32, with their gradient.
+POSITIONS, LOGIT_BYTES = 4096, 2**30
 # What the plan has of a `MemoryPlan`.
 FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What a client asks for when it creates a model.
+
+    Attributes:
+        rank: of all layers.
+        seed: of the first factors.
+        attention, mlp, unembed: which layers are adapted.
+    """
+
+    rank: int
+    seed: int
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = True
+
+
+def most_positions(plain_loss: bool, vocabulary: int) -> int:
+    """Return the most positions of a micro-batch; fewer where all logits are in memory, unless one row is longer."""
+    return max(256, min(POSITIONS, LOGIT_BYTES // (12 * vocabulary))) if plain_loss else POSITIONS
+
+
+def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
+    """Return the layers that a client's model adapts.
+
+    Raises:
+        InputError: there are none, or the model's head cannot be adapted.
+    """
+    paths = []
+    if shape.attention or shape.mlp:
+        for path in select_targets(model, ALL_LINEAR).paths:
+            if shape.attention if ATTENTION.search(path) else shape.mlp:
+                paths.append(path)
+    if shape.unembed:
+        head = find_head(model, config)
+        if isinstance(head, str):
+            raise InputError(f"train_unembed: {head}, so it cannot be adapted; pass train_unembed=False")
+        by_identity = {id(module): path for path, module in model.named_modules()}
+        paths.append(by_identity[id(head.layer)])
+    if not paths:
+        raise InputError(
+            "lora_config: train_mlp, train_attn and train_unembed leave no layer; pass one of them as True"
+        )
+    return tuple(paths)
 
 
 def plan_training_server(settings: TrainSettings, clients: int, machine: Machine) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The speed of other trainers on the kit's rows: mlx_lm.lora's own, and torch with transformers and PEFT.
 
-python -m mlx_lora.doctor.peers mlx-lm JOB.json
-python -m mlx_lora.doctor.peers torch JOB.json
+python -m mlx_lora.bench.doctor.peers mlx-lm JOB.json
+python -m mlx_lora.bench.doctor.peers torch JOB.json
 
 mlx-lm's loop, loss, datasets, batches, layers and optimizer are unchanged. torch runs on a Mac's GPU (MPS), on CUDA, or on the CPU.
 Its model has the same shape, and random weights too; rows of similar length share a batch and are padded to the longest. It has no

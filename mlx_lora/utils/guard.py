@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import re
 import signal
@@ -29,9 +28,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mlx_lora.serving.schema import ApiError
-from mlx_lora.utils.sockets import listen
+from mlx_lora.utils import console
+from mlx_lora.utils.http import ApiError
+from mlx_lora.utils.sockets import is_local, listen
 
+SHUTDOWN_S = 5  # for unfinished answers when the server is asked to end
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -71,16 +72,6 @@ class GuardLimits:
     key_header: str | None = None
     binary: tuple[str, ...] = ()
     larger: Mapping[str, int] = field(default_factory=dict)
-
-
-def is_local(host: str) -> bool:
-    """Tell whether a host name or address can only be reached from this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:
@@ -254,6 +245,32 @@ def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
                 self.transport.close()
 
     return TimedProtocol
+
+
+def serve_engine(
+    app: Any, address: tuple[str, int], engine: Any, head_timeout_s: float, connections: int, words: str
+) -> None:
+    """Serve an application until interrupted, or until what computes its answers fails.
+
+    Args:
+        app, address, head_timeout_s, connections: as for `run_app`.
+        engine: what computes, a `ModelThread`.
+        words: what the address, {address}, is for.
+
+    Raises:
+        InputError: the address is not available.
+        RunError: the engine has failed.
+    """
+
+    def ready(server: uvicorn.Server, address: str) -> None:
+        use = words.replace("{address}", address)
+        console.echo(f"ready  {address} ({use}; Ctrl-C stops the server)")
+        engine.on_failure = lambda: setattr(server, "should_exit", True)
+
+    run_app(app, address, ready, head_timeout_s, SHUTDOWN_S, connections)
+    if engine.failure is not None:
+        raise engine.failed()
+    console.echo("ended")
 
 
 def run_app(

@@ -24,11 +24,9 @@ from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
-from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
-from mlx_lora.doctor.check import GROUPS, LARGEST, STATUSES, CheckFinding, Kit, KitCheck
-from mlx_lora.doctor.numerics import format_checks, kernel_checks, layer_checks, loss_checks
-from mlx_lora.doctor.runs import (
+from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, CheckFinding, Kit, KitCheck
+from mlx_lora.bench.doctor.numerics import format_checks, kernel_checks, layer_checks, loss_checks
+from mlx_lora.bench.doctor.runs import (
     decode_checks,
     gpu_problem,
     is_virtual,
@@ -39,6 +37,8 @@ from mlx_lora.doctor.runs import (
     speed_checks,
     virtual_words,
 )
+from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
+from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
 from mlx_lora.reports.charts import Bar, bar_chart, render_page
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, first_line

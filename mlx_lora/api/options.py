@@ -24,6 +24,7 @@ from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, 
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.sockets import is_local, listen
 from mlx_lora.utils.text import counted, gigabytes
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
@@ -80,22 +81,19 @@ class SettingsCommand(ShortCommand, console.LongCommand):
     listing = "--help-all"
 
 
-# What commands print of what they did, on several lines.
-TEXTS = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"), autoescape=False, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True,
-)  # fmt: skip
-TEXTS.filters |= {"gb": gigabytes, "counted": counted}
-
-
-def render(template: str, values: Mapping[str, Any], **more: Any) -> str:
-    """Return a text for the terminal.
+def render(template: Path, values: Mapping[str, Any], **more: Any) -> str:
+    """Return a text for the terminal, which has several lines.
 
     Args:
-        template: its name, without .txt.
+        template: its file; others of its folder may be named there.
         values, more: what it shows, by name.
     """
-    return TEXTS.get_template(f"{template}.txt").render(**values, **more).rstrip("\n")
+    texts = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent), autoescape=False, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    texts.filters |= {"gb": gigabytes, "counted": counted}
+    return texts.get_template(template.name).render(**values, **more).rstrip("\n")
 
 
 def look_at_flags(command: str, args: Sequence[str]) -> None:
@@ -111,7 +109,6 @@ def look_at_flags(command: str, args: Sequence[str]) -> None:
     from mlx_lora.data.files import look_at_data
     from mlx_lora.parallel.ranks import find_launch
     from mlx_lora.utils.hub import HUB_ID, find_model, no_adapter_folder
-    from mlx_lora.utils.sockets import listen
 
     if {"-h", "--help", "--help-all"} & {*args} or find_launch(dict(os.environ)) is not None:
         return  # each process of a launcher would say it; once they have met, one does
@@ -408,9 +405,6 @@ def server_key(command: str, host: str, given: str | None) -> str | None:
     """
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise InputError(f"{command}: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
-    # Imported here, because packages that it needs may not be installed.
-    from mlx_lora.serving.guard import is_local
-
     key = given or os.environ.get(KEY_VARIABLE) or None
     if not is_local(host) and not key:
         raise InputError(

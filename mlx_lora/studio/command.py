@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.sockets import listen
+from mlx_lora.utils.sockets import is_local, listen
 from mlx_lora.utils.text import parse_size
 
 SHUTDOWN_S = 2  # an open page keeps its event streams; they are cut
@@ -78,12 +78,12 @@ def main(
     listen(host, port)[0].close()  # a port in use is told before the imports below, which take long
     key = flags.server_key("studio", host, api_key)
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.guard import GuardLimits, is_local, run_app
     from mlx_lora.studio.app import make_studio
     from mlx_lora.studio.folders import Folders
     from mlx_lora.studio.places.data import UPLOAD
     from mlx_lora.studio.places.talk import MOST_TALK_BYTES, TALK
     from mlx_lora.trainer.run_folder import runs_file
+    from mlx_lora.utils.guard import GuardLimits, run_app
 
     found: dict[str, tuple[Path, ...]] = {}
     for option, names in more.items():

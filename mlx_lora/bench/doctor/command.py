@@ -24,8 +24,8 @@ from huggingface_hub import constants
 from packaging.version import Version
 
 from mlx_lora import BLAS
-from mlx_lora.cli import options as flags
-from mlx_lora.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
+from mlx_lora.api import options as flags
+from mlx_lora.bench.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
@@ -99,7 +99,11 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
         console.print_json(facts)
     else:
         facts = {"header": here.header(), "platform": platform.platform(), "versions": versions, "checks": checks}
-        click.echo(flags.render("doctor", facts, table=table_lines(table) if show_kernels else []))
+        click.echo(
+            flags.render(
+                Path(__file__).parent / "pages" / "doctor.txt", facts, table=table_lines(table) if show_kernels else []
+            )
+        )
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
@@ -118,8 +122,8 @@ def short_checks(here: device.Device, measured: list[Check], hub: bool) -> list[
 def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
-    from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
-    from mlx_lora.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, run_kit, show_issue, summary_line
+    from mlx_lora.bench.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
+    from mlx_lora.bench.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, run_kit, show_issue, summary_line
 
     folder, send, minutes = given.pop("out") or Path(FOLDER), given.pop("send"), given.pop("minutes") or Asked.minutes
     asked = Asked(folder, **given, minutes=minutes)

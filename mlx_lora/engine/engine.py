@@ -25,8 +25,9 @@ import queue
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -35,6 +36,16 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
+from mlx_lora.engine.adapter_store import (
+    AdapterSource,
+    AdapterStore,
+    NoRoom,
+    Resident,
+    Routing,
+    UnknownAdapter,
+    base_name,
+    check_names,
+)
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation, add_token, spelling
 from mlx_lora.rollouts.generator import (
@@ -46,9 +57,8 @@ from mlx_lora.rollouts.generator import (
     merge_rows,
     one_row_because,
 )
-from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, Routing, UnknownAdapter
 from mlx_lora.utils import device
-from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.errors import InputError, RunError, first_line
 
 # Tokens
 
@@ -438,12 +448,6 @@ class Stopped(Exception):
     """The engine takes no more requests."""
 
 
-def failed_words(failure: BaseException | None) -> str:
-    """Return what a user reads when the engine has ended because of an error."""
-    why = f" ({first_line(failure)})" if failure is not None else ""
-    return f"the engine failed{why}; start the command again, and report it if this happens again"
-
-
 @dataclass(frozen=True)
 class Request:
     """One generation.
@@ -456,7 +460,7 @@ class Request:
         stops: texts before which the answer ends.
         ignore_eos: continue after an end token (for measurements).
         continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
-        pictures: a PicturePrompt (conversation.py), with what is needed of its pictures; None: it has none.
+        pictures: a PicturePrompt (prompts.py), with what is needed of its pictures; None: it has none.
     """
 
     tokens: list[int]
@@ -592,6 +596,11 @@ class ModelThread:
     def alive(self) -> bool:
         """Whether requests are served."""
         return self._thread.is_alive() and not self._ending
+
+    def failed(self) -> RunError:
+        """Return what a user reads when it has ended because of an error."""
+        why = f" ({first_line(self.failure)})" if self.failure is not None else ""
+        return RunError(f"the engine failed{why}; start the command again, and report it if this happens again")
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Give up what runs and waits, and end the thread."""
@@ -877,3 +886,32 @@ class Engine(ModelThread):
         rows = [*self.batch.rows, *([self._prefill.row] if self._prefill is not None else [])]
         for ticket in [*(row.owner.ticket for row in rows), *self._waiting]:
             ticket.emit(Event(Piece(""), error=Stopped("the server is shutting down")))
+
+
+@contextmanager
+def opened_engine(
+    load: Callable[[], Base],
+    limits: Limits,
+    sources: Mapping[str, AdapterSource],
+    ignore_fingerprint: bool = False,
+    own: tuple[str, ...] = (),
+) -> Iterator[tuple[Engine, list[str]]]:
+    """Yield an engine with a base and adapters, and a line about each; it is closed afterwards.
+
+    Args:
+        load, limits, ignore_fingerprint: of the engine.
+        sources: the adapters by name.
+        own: names of the base, in addition to its model's.
+
+    Raises:
+        InputError, NoRoom: the base, or an adapter, cannot be used.
+    """
+    engine = Engine(load, limits, ignore_fingerprint)
+    try:
+        check_names("--adapter", sources, (*own, base_name(engine.base)))
+        cards = engine.call(lambda store: store.add(sources)).result()
+        lines = [f"base   {base_name(engine.base)}: {engine.base.describe()}"]
+        lines += [f"weights {engine.weights.describe()}"] if engine.weights else []
+        yield engine, [*lines, *(f"model  {card.name}: {card.describe()}" for card in cards)]
+    finally:
+        engine.close()

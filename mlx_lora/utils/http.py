@@ -1,0 +1,61 @@
+"""What all our servers share of HTTP, without a web framework: errors in OpenAI's format, and reading JSON bodies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any
+
+
+class ApiError(Exception):
+    """An error answer in OpenAI's format."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def read_json(raw: bytes) -> dict[str, Any]:
+    """Return a body's JSON object.
+
+    Raises:
+        ApiError: it is not a JSON object, or has text that is not valid Unicode.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
+        json.dumps(body, ensure_ascii=False).encode()  # refuses half a surrogate pair, which escapes can write
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8 ({error}); send a JSON object", "invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body is a JSON {type(body).__name__}; send an object", "invalid_json")
+    return body
+
+
+def read_fields(raw: bytes, known: Collection[str]) -> dict[str, Any]:
+    """Return a body's JSON object, which has no other fields than these.
+
+    Raises:
+        ApiError: it has, or is no JSON object.
+    """
+    body = read_json(raw)
+    if strange := body.keys() - known:
+        raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+    return body
+
+
+def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
+    """Tell whether a value of a body is a number, no truth value, in a range."""
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
