@@ -26,8 +26,7 @@ from mlx_lora.bench.results import (
     write_page,
     write_result,
 )
-from mlx_lora.bench.run import Length, measure_rates, run_workload
-from mlx_lora.bench.workloads import TIERS, Workload, choose_workloads
+from mlx_lora.bench.run import TIERS, Length, Workload, choose_workloads, measure_rates, run_workload
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable

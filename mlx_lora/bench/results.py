@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
+from mlx_lora.bench.run import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
 from mlx_lora.utils.errors import InputError, first_of
@@ -141,7 +141,7 @@ RATES = fields_of(
 )
 RESULT = fields_of(
     "results[].",
-    ("workload", "mapping", "the whole definition (mlx_lora/bench/workloads.py)"),
+    ("workload", "mapping", "the whole definition (mlx_lora/bench/run.py)"),
     ("workload.name", "text", "the value for `--workload`"),
     ("workload.version", "whole", "version of the definition"),
     ("workload.digest", "text", "hash of the definition, which shows whether it was edited"),

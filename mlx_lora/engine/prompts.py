@@ -1,4 +1,10 @@
-"""Turn conversations into the tokens of a prompt, with what a model's tower sees of their pictures.
+"""Read the requests of OpenAI's clients, and turn the engine's errors into answers.
+
+Every field is checked, and fields that would be ignored are refused.
+
+Source: OpenAI's API reference: chat/completions and completions.
+
+Turn conversations into the tokens of a prompt, with what a model's tower sees of their pictures.
 
     messages with marks -> PicturePrompt (tokens, pictures)         any thread, one at a time; no MLX
     PicturePrompt -> PicturePrefill -> keys and values              the engine's thread, which loads the tower once
@@ -12,8 +18,10 @@ A prompt is encoded in the same way as for `generate`: same template, same sandb
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +32,246 @@ from mlx_lora.data.chat_template import encode_chat
 from mlx_lora.data.downloads import is_on_web
 from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
-from mlx_lora.engine.adapter_store import Routing
-from mlx_lora.engine.engine import BatchRow, Prefill
-from mlx_lora.engine.requests import Ask
+from mlx_lora.data.images import mark
+from mlx_lora.engine.adapter_store import NoRoom, Routing, UnknownAdapter
+from mlx_lora.engine.engine import BatchRow, Prefill, QueueFull, Sampling, Stopped
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.http import ApiError
+from mlx_lora.utils.http import ApiError, is_number
+
+MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields that both endpoints, or one of them, read.
+_COMMON = {
+    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
+    "ignore_eos",
+}  # fmt: skip
+_CHAT = _COMMON | {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt"}
+# Fields that do not change an answer.
+_HARMLESS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+# Fields that are not supported, except with these values.
+_NEUTRAL = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": (None, ""), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to either endpoint.
+
+    Attributes:
+        model: id of the base or of an adapter; None: the base.
+        messages, tools: of a chat; None for a completion.
+        pictures: what the marks of pictures in the messages stand for: file names or data URLs.
+        prompt: text or token ids of a completion; None for a chat.
+        max_tokens: None: as many as allowed.
+        sampling, stops, ignore_eos: as in the engine's Request.
+        stream: send pieces as they come.
+        include_usage: end a stream with the token counts.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None
+    prompt: str | list[int] | None
+    max_tokens: int | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+    pictures: Mapping[str, str | bytes] = field(default_factory=dict)
+
+
+def read_chat(body: dict[str, Any]) -> Ask:
+    """Return the request of a chat/completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _CHAT)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _bad("messages", messages, "a list with at least one message")
+    wanted = _typed(body, "logprobs", bool, False)
+    top = _number(body, "top_logprobs", int, 0, MAX_TOP_LOGPROBS)
+    if top is not None and not wanted:
+        raise ApiError(
+            400, "top_logprobs without logprobs: nothing is reported; set logprobs to true", "invalid", "logprobs"
+        )
+    most = _number(body, "max_completion_tokens", int, 1, 10**9)
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise _bad("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    tools = _typed(body, "tools", list, []) if choice != "none" else []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
+    pictures: dict[str, str | bytes] = {}
+    return Ask(
+        messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
+        pictures=pictures,
+        tools=tools or None,
+        prompt=None,
+        **_common(body, most, (top or 0) if wanted else None),
+    )
+
+
+def read_completion(body: dict[str, Any]) -> Ask:
+    """Return the request of a completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _COMPLETION)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not is_number(prompt[0], -math.inf, math.inf, True):
+        prompt = prompt[0]
+    tokens = isinstance(prompt, list) and prompt and all(is_number(one, -math.inf, math.inf, True) for one in prompt)
+    if not (tokens or (isinstance(prompt, str) and prompt)):
+        raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
+    top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
+    return Ask(messages=None, tools=None, prompt=prompt, **_common(body, None, top, default_tokens=16))
+
+
+def _common(
+    body: dict[str, Any], most: int | None, top_logprobs: int | None, default_tokens: int | None = None
+) -> dict[str, Any]:
+    most = most or _number(body, "max_tokens", int, 1, 10**9) or default_tokens
+    options = _typed(body, "stream_options", dict, {})
+    stream = _typed(body, "stream", bool, False)
+    temperature, top_p = _number(body, "temperature", float, 0, 100), _number(body, "top_p", float, 0, 1)
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
+    return {
+        "model": _typed(body, "model", str, None),
+        "max_tokens": most,
+        "sampling": Sampling(
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,  # 0: the smallest nucleus, so greedy, as in llama.cpp
+            top_k=_number(body, "top_k", int, 0, 10**9) or 0,
+            seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
+            top_logprobs=top_logprobs,
+        ),
+        "stops": tuple(stops),
+        "ignore_eos": _typed(body, "ignore_eos", bool, False),
+        "stream": stream,
+        "include_usage": stream and bool(_typed(options, "include_usage", bool, False)),
+    }
+
+
+def _check_fields(body: dict[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or name in _HARMLESS or value is None:
+            continue
+        if name not in _NEUTRAL:
+            raise ApiError(400, f"{name}: not a field of this endpoint; leave it out", "unknown_parameter", name)
+        if value not in _NEUTRAL[name]:
+            raise ApiError(
+                400,
+                f"{name} {_shown(value)}: this server does not support that; leave it out",
+                "unsupported_parameter",
+                name,
+            )
+
+
+def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict[str, Any]:
+    """Return a message in the format of templates: content as one text, arguments of calls as objects.
+
+    A user's pictures become marks in the text; what they stand for is put into `pictures`.
+    """
+    name = f"messages[{index}]"
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        sees, texts = message["role"] == "user", []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            image = part.get("image_url") if kind in ("image_url", "input_image") and sees else None
+            text = part.get("text") if kind == "text" else image.get("url") if isinstance(image, dict) else image
+            if not isinstance(text, str) or not (text or kind == "text"):
+                kinds = "text, and of a user image_url with a url" if sees else "text"
+                raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
+            texts.append(text if kind == "text" else mark(text, pictures))
+        content = "".join(texts)
+    calls = message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
+        raise _bad(f"{name}.content", content, "a string or parts of type text")
+    role = "system" if message["role"] == "developer" else message["role"]
+    plain = {**message, "role": role, "content": content or ""}
+    if calls is None:
+        return plain
+    try:
+        functions = [call["function"] for call in calls]
+        read = [{**one, "arguments": json.loads(one.get("arguments") or "{}")} for one in functions]
+        return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
+
+
+def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
+    """Return a number after checking it, or None if it is not given."""
+    value = body.get(name)
+    if value is None:
+        return None
+    if not is_number(value, low, high, kind is int):
+        raise _bad(name, value, f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
+    return value % fold if fold else kind(value)
+
+
+def _typed(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        words = {bool: "true or false", str: "a string", dict: "an object", list: "a list"}
+        raise _bad(name, value, words[kind])
+    return value
+
+
+def _bad(name: str, value: Any, wanted: str) -> ApiError:
+    return ApiError(400, f"{name} {_shown(value)}: must be {wanted}", "invalid_value", name)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+RETRY_AFTER_S = 1
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return the error that a client gets for an error of the engine."""
+    if isinstance(error, UnknownAdapter):
+        words = f"no model or adapter {str(error)!r}; GET /v1/models lists them"
+        return ApiError(404, words, "model_not_found", "model")
+    if isinstance(error, QueueFull | NoRoom):
+        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "no_room")
+        return ApiError(status, f"{error}; try again later", code, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, Stopped):
+        return ApiError(503, f"{error}", "shutting_down")
+    if isinstance(error, (InputError, OSError)):
+        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
+    raise error
 
 
 class PictureReader:

@@ -104,9 +104,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, own: Fo
         RunError: the engine has failed.
     """
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.app import Adapters, make_app
-    from mlx_lora.serving.schema import AnswerLimits
-    from mlx_lora.serving.scores import EmbeddingRequests, Scores
+    from mlx_lora.serving.app import Adapters, AnswerLimits, EmbeddingRequests, Scores, make_app
     from mlx_lora.utils.guard import GuardLimits, serve_engine
 
     scores = Scores(engine, own[SCORES], settings.request_timeout)

@@ -57,8 +57,7 @@ from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.web import in_page_words
+from mlx_lora.studio.web import BackgroundTask, Tasks, in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replace_text, replacing_file, replacing_folder, sha256_of

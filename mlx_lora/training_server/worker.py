@@ -81,8 +81,14 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.generator import TokenSteps, one_row_because, rowless
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
-from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
-from mlx_lora.training_server.models import MicroBatch, ModelLimits, TokenRequest, TrainedModel
+from mlx_lora.training_server.models import (
+    CheckpointFolder,
+    MicroBatch,
+    ModelLimits,
+    Stored,
+    TokenRequest,
+    TrainedModel,
+)
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
 # Tokens of a prompt that are computed at once; with their log-probabilities, all logits of so many are in memory.

@@ -22,21 +22,14 @@ from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
 from mlx_lora.bench.results import RATES, field_problems, problems_of, read_result
 from mlx_lora.bench.run import (
-    POWER,
-    Ended,
-    EnergyMeter,
-    Length,
-    run_figures,
-    run_process,
-    run_workload,
-    spread,
-    train_command,
-)
-from mlx_lora.bench.workloads import (
     MODELS,
+    POWER,
     ROW_SHAPES,
     TIERS,
     WORKLOADS,
+    Ended,
+    EnergyMeter,
+    Length,
     batches_of,
     choose_workloads,
     digest_of,
@@ -46,6 +39,11 @@ from mlx_lora.bench.workloads import (
     predict,
     predict_chips,
     predict_sizes,
+    run_figures,
+    run_process,
+    run_workload,
+    spread,
+    train_command,
     typical_batches,
 )
 from mlx_lora.utils.errors import RunError

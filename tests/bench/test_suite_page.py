@@ -11,7 +11,7 @@ from run_cli import run
 
 from mlx_lora.bench import results as bench_page
 from mlx_lora.bench.results import read_results, write_page
-from mlx_lora.bench.workloads import WORKLOADS
+from mlx_lora.bench.run import WORKLOADS
 from mlx_lora.reports.charts import Bar, bar_chart
 
 EVIL = "<script>alert(1)</script> & \"'"

@@ -26,7 +26,7 @@ from mlx_lora.bench.results import (
     render_tables,
     write_result,
 )
-from mlx_lora.bench.workloads import WORKLOADS, digest_of
+from mlx_lora.bench.run import WORKLOADS, digest_of
 from mlx_lora.utils.errors import InputError
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"

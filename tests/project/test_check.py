@@ -53,5 +53,5 @@ def test_a_helper_a_test_and_a_page_find_theirs(tree):
 
 
 def test_every_room_has_tests_that_are_found(check):
-    for room in ("data/read", "objectives/table", "studio/tasks", "trainer/step", "kernels/table", "engine/engine"):
+    for room in ("data/read", "objectives/table", "studio/web", "trainer/step", "kernels/table", "engine/engine"):
         assert check.touched_tests([f"mlx_lora/{room}.py"])[1], room

@@ -16,7 +16,7 @@ import pytest
 import virtual_gpu
 import yaml
 
-from mlx_lora.cli import doctor
+from mlx_lora.bench.doctor import command as doctor
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))

@@ -9,7 +9,7 @@ import mlx.core as mx
 from run_cli import run
 
 from mlx_lora.engine.engine import Sampler, Sampling
-from mlx_lora.engine.requests import read_completion
+from mlx_lora.engine.prompts import read_completion
 
 
 def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):

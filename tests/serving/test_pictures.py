@@ -25,12 +25,10 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images
 from mlx_lora.data.downloads import ImageDownloads
 from mlx_lora.engine.engine import Engine, Limits, Sampling
-from mlx_lora.engine.prompts import PictureReader, picture_prompt
-from mlx_lora.engine.requests import read_chat
+from mlx_lora.engine.prompts import PictureReader, picture_prompt, read_chat
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.app import make_app
-from mlx_lora.serving.schema import AnswerLimits
+from mlx_lora.serving.app import AnswerLimits, make_app
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.guard import GuardLimits
 from mlx_lora.utils.http import ApiError

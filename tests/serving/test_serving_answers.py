@@ -21,9 +21,7 @@ from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
-from mlx_lora.serving.app import Adapters, make_app
-from mlx_lora.serving.schema import AnswerLimits, CompletionReply
-from mlx_lora.serving.scores import EmbeddingRequests
+from mlx_lora.serving.app import Adapters, AnswerLimits, CompletionReply, EmbeddingRequests, make_app
 from mlx_lora.utils.guard import GuardLimits
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}

@@ -27,7 +27,7 @@ from mlx_lora.engine.engine import Sampler, Sampling, TextStream, TokenReport, s
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import spelling
-from mlx_lora.serving.schema import ChatReply
+from mlx_lora.serving.app import ChatReply
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])

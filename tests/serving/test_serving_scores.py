@@ -21,7 +21,7 @@ import mlx_lora
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.engine import Engine, Limits
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.scores import Scores, a_few_at_a_time
+from mlx_lora.serving.app import Scores, a_few_at_a_time
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.http import ApiError
 

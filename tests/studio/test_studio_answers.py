@@ -16,8 +16,8 @@ from studio_real import studio as real_studio
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
 from mlx_lora.studio.places.talk import Talk
-from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking, words_of_measuring
-from mlx_lora.studio.tasks import Tasks
+from mlx_lora.studio.runs import MOST_SAID, run_id, words_of_asking, words_of_measuring
+from mlx_lora.studio.web import Tasks
 from mlx_lora.trainer.run_folder import note_run, runs_file
 from mlx_lora.utils.errors import InputError
 

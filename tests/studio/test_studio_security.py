@@ -15,7 +15,7 @@ from mlx_lora.config.fields import field_type
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.studio import previews
 from mlx_lora.studio.folders import WORDS
-from mlx_lora.studio.run_folders import run_id
+from mlx_lora.studio.runs import run_id
 from mlx_lora.studio.web import OWN, POLICY
 from mlx_lora.utils.errors import InputError
 
@@ -300,8 +300,8 @@ def started(monkeypatch, tmp_path):
         child.wait()
         return child
 
-    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
-    monkeypatch.setattr("mlx_lora.studio.tasks.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.web.start_child", start)
     return found
 
 

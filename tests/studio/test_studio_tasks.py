@@ -18,10 +18,10 @@ from serving_process import ROOT, Server
 from studio_client import wait_for
 
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.studio import tasks as tasks_module
+from mlx_lora.studio import web as tasks_module
 from mlx_lora.studio.command import only_one
 from mlx_lora.studio.places.talk import Talk
-from mlx_lora.studio.tasks import Cancelled, Tasks
+from mlx_lora.studio.web import Cancelled, Tasks
 from mlx_lora.utils.errors import InputError
 
 

@@ -54,8 +54,7 @@ from mlx_lora.bench.doctor.check import (
     write_model,
 )
 from mlx_lora.bench.machine import describe_machine, describe_power
-from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
-from mlx_lora.bench.workloads import AFFINE, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, chat_rows
+from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource

@@ -19,8 +19,7 @@ from starlette.routing import BaseRoute
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import is_hub_model, safe_name
 from mlx_lora.studio.plans import refused_plan, shown_plan
-from mlx_lora.studio.tasks import BackgroundTask
-from mlx_lora.studio.web import json_route, text_of, whole_number
+from mlx_lora.studio.web import BackgroundTask, json_route, text_of, whole_number
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import REQUEST_ERRORS

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import stamps
-from mlx_lora.studio.run_folders import (
+from mlx_lora.studio.runs import (
     FACTS,
     LOG_FILE,
     METRICS,
@@ -31,8 +31,7 @@ from mlx_lora.studio.run_folders import (
     words_of_asking,
     words_of_measuring,
 )
-from mlx_lora.studio.tasks import BackgroundTask
-from mlx_lora.studio.web import events, json_route, text_of, whole_number
+from mlx_lora.studio.web import BackgroundTask, events, json_route, text_of, whole_number
 from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.text import command_line
 

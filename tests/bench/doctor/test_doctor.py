@@ -12,9 +12,9 @@ from comparing import by_dtype
 from huggingface_hub import constants
 from run_cli import run
 
+from mlx_lora.bench.doctor import command as doctor
 from mlx_lora.bench.doctor import self_test
 from mlx_lora.bench.doctor.command import check_hub, check_repeats, check_versions
-from mlx_lora.cli import doctor
 
 A_CPUS_SIZES = pytest.mark.cpu(
     "doctor's products for a GPU take minutes here, and mlx's CPU adds 16-bit products in 16 bits"
