@@ -15,7 +15,7 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.bench.doctor.self_test import known_table
+from mlx_lora.bench.doctor.check import known_table
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Limits, Request, Sampling

@@ -5,7 +5,23 @@ computes in float32, from the same (rounded) inputs, so what remains is the devi
 without a GPU, both are the CPU, and what is compared are our functions and their definitions.
 
 The models have random weights, and are tiny or of published shapes: nothing is downloaded. Their tokenizer has a token for each
-byte, so every text can be encoded, and ids are below 261 whatever the vocabulary."""
+byte, so every text can be encoded, and ids are below 261 whatever the vocabulary.
+
+Test whether this machine computes a training step's products correctly, and list its measured kernels, for `doctor`.
+
+Small products are correct on machines where a model's shapes return garbage, so the test uses shapes with known faults:
+
+    mlx#3797   half-precision products with a long inner side, from M N = 2048^2 on (M5)
+    mlx#4411   float32 products with 11 bits (M5): two rows and more, never one
+    mlx#4201   a quantized product whose weight is not transposed: the backward pass of every quantized base
+    mlx#3586   a 6-bit product of 720 rows
+    mlx#3854   nvfp4 with few rows and a long inner side
+    mlx#3585   attention over more than eight positions
+
+A sample of each result's rows is compared with numpy in float64. Shapes: (M, K) by (K, N).
+
+The table of kernels has all candidates measured on this machine, with time, memory and error.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +29,29 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from mlx_lora.kernels.measure import TOLERANCE
+from mlx_lora.kernels.measure import TOLERANCE, Figures, ShapeClass, choose, read_figures, read_store
+from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
+from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.convert import build_model
 from mlx_lora.models.folder import save_tensors
+from mlx_lora.models.head import Head
+from mlx_lora.rollouts.generator import NAME as WEIGHTS
+from mlx_lora.rollouts.generator import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.utils import device
 from mlx_lora.utils.device import Device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 # Checks and findings
 
@@ -283,6 +306,10 @@ TINY_4BIT = {"group_size": 32, "bits": 4, "mode": "affine"}
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per byte, and ChatML's markers."""
+    # Imported here, because the short check needs none of it.
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -346,3 +373,174 @@ def tiny_folder(work: Path, packed: bool = False) -> Path:
 def other_tiny_folder(work: Path) -> Path:
     """Return the folder of a model of the same shape with other weights: a teacher."""
     return write_model(work / "tiny-teacher", TINY, seed=1)
+
+
+# Products
+
+SAMPLED_ROWS = 32
+# Relative to the largest exact number: a few roundings of the dtype. Float32 with 11 bits would reach 5e-4.
+PRODUCT_TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 2e-2, mx.float16: 3e-3}
+# Products above this many operations are for a GPU: mlx's CPU has no fast 16-bit kernel.
+MOST_CPU_OPERATIONS = 4e9
+MOST_CPU_HALF_OPERATIONS = 4e8
+
+
+LAYOUTS = ((4, 64, "affine"), (6, 64, "affine"), (8, 32, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4"))
+
+
+def self_test() -> Iterator[CheckFinding]:
+    """Yield all comparisons that this backend can make within seconds."""
+    on_cpu = device.current_device().backend == "cpu"
+    for m, k, n in ((8, 256, 1024), (720, 2048, 2048), (1024, 12288, 4096), (2048, 576, 1536)):
+        for dtype in (mx.float32, mx.bfloat16, mx.float16):
+            most = MOST_CPU_OPERATIONS if dtype == mx.float32 else MOST_CPU_HALF_OPERATIONS
+            if not on_cpu or 2 * m * k * n <= most:
+                yield _product(m, k, n, dtype)
+    rows = 64 if on_cpu else 720
+    for bits, group_size, mode in LAYOUTS:
+        for transpose in (True, False):
+            layout = {"bits": bits, "group_size": group_size, "mode": mode}
+            yield _quantized(rows, 2048 if not on_cpu else 512, layout, transpose)
+    yield _quantized(4, 4096 if not on_cpu else 1024, {"bits": 4, "group_size": 16, "mode": "nvfp4"}, True)
+    yield _attention()
+
+
+def _product(m: int, k: int, n: int, dtype: mx.Dtype) -> CheckFinding:
+    x, w = normal(m, k, seed=0, dtype=dtype), normal(n, k, seed=1, dtype=dtype)
+    what = f"{m} x {k} by {k} x {n}, {dtype_name(dtype)}"
+    return compare_rows(what, x @ w.T, lambda rows: host(x)[rows] @ host(w).T, PRODUCT_TOLERANCE[dtype])
+
+
+def _quantized(m: int, side: int, layout: dict[str, Any], transpose: bool) -> CheckFinding:
+    dtype = device.compute_dtype()
+    x, w = normal(m, side, seed=0, dtype=dtype), normal(side, side, seed=1, dtype=dtype)
+    packed = mx.quantize(w, **layout)
+    dense = mx.dequantize(*packed, **layout, dtype=dtype)
+    made = mx.quantized_matmul(x, *packed, transpose=transpose, **layout)
+    way = "forward" if transpose else "backward"
+    what = f"{m} x {side} by {side} x {side}, {layout['bits']}-bit {layout['mode']}, {way}"
+
+    def exact(rows: np.ndarray) -> np.ndarray:
+        return host(x)[rows] @ (host(dense).T if transpose else host(dense))
+
+    return compare_rows(what, made, exact, max(PRODUCT_TOLERANCE[dtype], 1e-4))
+
+
+def _attention(heads: int = 2, length: int = 128, width: int = 64) -> CheckFinding:
+    dtype = device.compute_dtype()
+    q, k, v = (normal(1, heads, length, width, seed=seed, dtype=dtype) for seed in range(3))
+    made = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width), mask="causal")
+
+    def exact(rows: np.ndarray) -> np.ndarray:
+        scores = host(q) @ host(k).swapaxes(-1, -2) / math.sqrt(width)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True) @ host(v)).reshape(-1, width)[rows]
+
+    what = f"causal attention over {length} positions, {dtype_name(dtype)}"
+    return compare_rows(what, made.reshape(-1, width), exact, PRODUCT_TOLERANCE[dtype])
+
+
+def compare_rows(what: str, made: mx.array, exact: Callable[[np.ndarray], np.ndarray], bound: float) -> CheckFinding:
+    """Return the largest error of a sample of an array's rows, relative to the largest exact number."""
+    rows = np.unique(np.linspace(0, len(made) - 1, SAMPLED_ROWS).astype(int))
+    wanted = exact(rows)
+    return bounded(what, float(np.abs(host(made)[rows] - wanted).max() / np.abs(wanted).max()), bound, what)
+
+
+def changing_gradients(rounds: int = 4) -> list[str]:
+    """Compute gradients that are summed by scattering several times, and return the names of those that vary.
+
+    Embeddings and experts add the gradients of many positions to one row. A GPU may add them in any order; two runs with
+    one seed then only agree up to rounding.
+    """
+    dtype = device.compute_dtype()
+    table, pulls = normal(64, 256, seed=1, dtype=dtype), normal(4096, 256, seed=2, dtype=dtype)
+    ids = mx.random.randint(0, 64, (4096,), key=mx.random.key(1))
+    experts, chosen = normal(4, 32, 256, seed=3, dtype=dtype), mx.sort(ids[:512] % 4)
+
+    def embedded(weight: mx.array) -> mx.array:
+        return (weight[ids] * pulls).astype(mx.float32).sum()
+
+    def mixed(weight: mx.array) -> mx.array:
+        states = pulls[:512, None, :32]  # (N, 1, in)
+        made = mx.gather_mm(states, weight, rhs_indices=chosen, sorted_indices=True)
+        return (made * pulls[:512, None]).astype(mx.float32).sum()
+
+    changing = []
+    for name, loss, weight in (("embeddings", embedded, table), ("experts", mixed, experts)):
+        gradients = [mx.grad(loss)(weight) for _ in range(rounds)]
+        mx.eval(gradients)
+        if not all(mx.array_equal(gradients[0], other).item() for other in gradients[1:]):
+            changing.append(name)
+    return changing
+
+
+# Table of kernels
+
+# The shapes that `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
+ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))
+ACTIVATION = (1536, 8192)
+HEAD = (49152, 576)
+PACKED = ((512, 512, 4, 64, "affine"), (2048, 2048, 4, 64, "affine"))  # weights while text is generated
+RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state space": (256, 24, 64, 1, 128)}
+
+
+def measure_usual() -> None:
+    """Measure kernels in common shapes, unless they were measured before."""
+    dtype, rows = device.compute_dtype(), {row.name: row for row in kernel_rows()}
+    calls = [
+        (rows["attention"], attention_class(heads, key_heads, width, width, keys))
+        for heads, key_heads, width, keys in ATTENTION
+    ]
+    calls += [(rows["gated activation"], activation_class(width)) for width in ACTIVATION]
+    calls += [(rows[name], shape) for name, shape in RECURRENT.items()]
+    choose_among(calls, "auto", dtype, measure=True)
+    head = nn.Embedding(*HEAD)
+    head.weight = head.weight.astype(dtype)
+    head.freeze()
+    mx.eval(head.weight)
+    loss_figures(Head(nn.Module(), head), dtype, measure=True)
+    for kind in PACKED:
+        product_figures(kind, TOKEN, dtype)
+
+
+def known_table() -> list[dict[str, Any]]:
+    """Return the measurements on this machine with this mlx: kernel, shape, dtype, choice, and each candidate's figures."""
+    before = f"{device.measured_on()}|"
+    words = {row.name: row.words for row in kernel_rows()} | {NAME: head_words, WEIGHTS: kind_words}
+    rules = {NAME: choose_kernel, WEIGHTS: choose_form}
+    table = []
+    for key in sorted(read_store("kernels")):
+        figures = read_figures(key) if key.startswith(before) else None
+        dtype, _, rest = key.removeprefix(before).partition("|")
+        kernel, _, of = rest.partition("|")
+        if not figures or kernel not in words:
+            continue
+        shape: ShapeClass = tuple(int(part) if part.isdecimal() else part for part in of.split(","))
+        table.append(
+            {
+                "kernel": kernel,
+                "shape": words[kernel](shape),
+                "dtype": dtype,
+                "chosen": rules.get(kernel, choose)(figures) or "none is right",
+                "candidates": {name: {**asdict(one), "correct": one.correct} for name, one in figures.items()},
+            }
+        )
+    return table
+
+
+def table_lines(table: list[dict[str, Any]]) -> list[str]:
+    """Return the table as text, one line per candidate, with the chosen one marked."""
+    lines = [f"{'':2}{'kernel and shape':<75}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
+    for row in table:
+        title = f"{row['kernel']}, {row['shape']}, {row['dtype']}"
+        for name, one in row["candidates"].items():
+            mark = "*" if name == row["chosen"] else " "
+            figures = Figures(**{key: value for key, value in one.items() if key != "correct"})
+            lines.append(
+                f"{mark} {title:<75}{name:<10}{figures.seconds * 1e3:>9.2f}{figures.kept_bytes / 1e6:>9.2f}"
+                f"{figures.peak_bytes / 1e6:>9.2f}{figures.error:>9.0e}{'' if figures.correct else '  wrong'}"
+            )
+            title = ""
+    return lines

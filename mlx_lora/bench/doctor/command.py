@@ -8,16 +8,13 @@ python -m mlx_lora doctor --full
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import shutil
 import tempfile
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 from huggingface_hub import constants
@@ -25,7 +22,16 @@ from packaging.version import Version
 
 from mlx_lora import BLAS
 from mlx_lora.api import options as flags
-from mlx_lora.bench.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
+from mlx_lora.bench.doctor.check import (
+    GROUPS,
+    CheckFinding,
+    KitCheck,
+    changing_gradients,
+    known_table,
+    measure_usual,
+    self_test,
+    table_lines,
+)
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
@@ -41,16 +47,6 @@ KNOWN_BAD = (
 ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit copy and checkpoints
 HUB_TIMEOUT_S = 5.0
 FOLDER = "mlx-lora-doctor"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: what was checked, its status, what was found, and advice."""
-
-    name: str
-    status: Literal["ok", "warning", "failed"]
-    found: str
-    advice: str = ""
 
 
 @click.command(cls=flags.ShortCommand)
@@ -94,7 +90,8 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
         facts = {
             "device": here.name, "backend": here.backend, "memory_bytes": here.memory_bytes,
             "working_set_bytes": here.working_set_bytes, "blas": BLAS.name, "versions": versions, "ceilings": rates,
-            "kernels": table, "checks": [dataclasses.asdict(check) for check in checks],
+            "kernels": table,
+            "checks": [{"name": one.name, "status": one.status, "found": one.words, "advice": one.advice} for one in checks],
         }  # fmt: skip
         console.print_json(facts)
     else:
@@ -107,14 +104,16 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
-def short_checks(here: device.Device, measured: list[Check], hub: bool) -> list[Check]:
+def short_checks(here: device.Device, measured: list[CheckFinding], hub: bool) -> list[CheckFinding]:
     """Return the checks of a call without `--full`; those of the speed are measured before."""
     words = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
-    memory, blas = Check("memory", "ok", words), Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
+    memory = CheckFinding("memory", "ok", words)
+    blas = CheckFinding("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, advice=BLAS.advice)
     if here.working_set_bytes < 4 * GIB:
-        memory = Check("memory", "warning", words, "enough for models up to 1B in 4 bits with --grad-checkpoint block")
+        advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
+        memory = CheckFinding("memory", "warning", words, advice=advice)
     if here.backend != "cpu":
-        blas = Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
+        blas = CheckFinding("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
     found = [*check_versions(installed_versions()), memory, blas, *check_arithmetic(), check_repeats()]
     return [*found, *measured, check_cache(), *([check_hub()] if hub else [])]
 
@@ -122,7 +121,6 @@ def short_checks(here: device.Device, measured: list[Check], hub: bool) -> list[
 def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
-    from mlx_lora.bench.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
     from mlx_lora.bench.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, run_kit, show_issue, summary_line
 
     folder, send, minutes = given.pop("out") or Path(FOLDER), given.pop("send"), given.pop("minutes") or Asked.minutes
@@ -130,12 +128,9 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     if unknown := [name for name in asked.groups if name not in GROUPS]:
         raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
 
-    def short(kit: Kit) -> Iterator[CheckFinding]:
-        for one in short_checks(kit.here, check_speed()[1], hub):
-            yield CheckFinding(one.name, one.status, one.found, advice=one.advice)
-
     check_writable(asked.folder, "--out", needed_bytes=10_000_000)
-    content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]))
+    short = KitCheck("machine", "short check", lambda kit: short_checks(kit.here, check_speed()[1], hub))
+    content, interrupted = run_kit(asked, all_checks([short]))
     console.echo(f"{summary_line(content)}\nWritten to {asked.folder / RESULT_FILE} and {asked.folder / PAGE_FILE}")
     if as_json:
         console.print_json(content)
@@ -146,39 +141,43 @@ def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     return 1 if content["summary"]["failed"] else 0
 
 
-def check_versions(versions: dict[str, str | None]) -> list[Check]:
+def check_versions(versions: dict[str, str | None]) -> list[CheckFinding]:
     """Check for versions that are known to give wrong results."""
     bad = [
-        Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
+        CheckFinding("versions", "failed", f"{name} {versions[name]}: {why}", advice=f"pip install -U {name}")
         for name, below, why in KNOWN_BAD
         if (found := versions[name]) and Version(found) < Version(below)
     ]
-    return bad or [Check("versions", "ok", "none is known to give wrong results")]
+    return bad or [CheckFinding("versions", "ok", "none is known to give wrong results")]
 
 
-def check_arithmetic() -> list[Check]:
+def check_arithmetic() -> list[CheckFinding]:
     """Run the self-test; each wrong product gets its own line."""
     findings = list(self_test())
-    worst = max(findings, key=lambda one: one.error / one.bound)
-    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.what}, error {worst.error:.1e}"
+    worst = max(findings, key=lambda one: (one.found or 0) / (one.wanted or 1))
+    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.words}, error {worst.found:.1e}"
     bad = [
-        f"{one.what}: off by {one.error:.1e} of the largest number, rounding explains {one.bound:.0e}"
+        f"{one.words}: off by {one.found:.1e} of the largest number, rounding explains {one.wanted:.0e}"
         for one in findings
-        if not one.good
+        if one.status == "failed"
     ]
     advice = "do not train here with that dtype or quantization; try another mlx version, and report this to mlx"
-    return [Check("arithmetic", "failed", words, advice) for words in bad] or [Check("arithmetic", "ok", good)]
+    return [CheckFinding("arithmetic", "failed", words, advice=advice) for words in bad] or [
+        CheckFinding("arithmetic", "ok", good)
+    ]
 
 
-def check_repeats() -> Check:
+def check_repeats() -> CheckFinding:
     """Check whether the same step gives the same bits each time."""
     if not (changing := changing_gradients()):
-        return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
+        return CheckFinding("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
     found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
-    return Check("repeats", "warning", found, "two runs with the same seed will agree up to rounding, not bit for bit")
+    return CheckFinding(
+        "repeats", "warning", found, advice="two runs with the same seed will agree up to rounding, not bit for bit"
+    )
 
 
-def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
+def check_speed() -> tuple[dict[str, dict[str, float]], list[CheckFinding]]:
     """Measure products per dtype and memory, and compare the dtype that runs use with the others."""
     measured = {name: measure_ceilings(name, rounds=3) for name in ("float32", "bfloat16", "float16")}
     rates = {
@@ -189,15 +188,15 @@ def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
     found = f"{products} GFLOP/s in products; memory {measured[taken].bytes_per_s / 1e9:.1f} GB/s; runs use {taken}"
     best = max(("float32", "bfloat16"), key=lambda name: measured[name].flops_per_s)
     if measured[best].flops_per_s <= 1.5 * measured[taken].flops_per_s:
-        return rates, [Check("speed", "ok", found)]
+        return rates, [CheckFinding("speed", "ok", found)]
     advice = f"--dtype {best} multiplies faster here, but changes the memory that a run needs"
-    return rates, [Check("speed", "warning", found, advice)]
+    return rates, [CheckFinding("speed", "warning", found, advice=advice)]
 
 
-def check_kernels(table: list[dict[str, Any]]) -> Check:
+def check_kernels(table: list[dict[str, Any]]) -> CheckFinding:
     """Return which training kernels were measured here, and which are used; wrong ones are not."""
     if not table:
-        return Check(
+        return CheckFinding(
             "kernels", "ok", "none measured here yet; the first training run measures them, and so does --kernels"
         )
     counts = Counter((row["kernel"], row["chosen"]) for row in table)
@@ -205,10 +204,10 @@ def check_kernels(table: list[dict[str, Any]]) -> Check:
     tried = [(row["kernel"], name, one["correct"]) for row in table for name, one in row["candidates"].items()]
     wrong = ", ".join(sorted({f"{kernel} {name}" for kernel, name, correct in tried if not correct}))
     advice = f"wrong here and not used: {wrong}" if wrong else ""
-    return Check("kernels", "warning" if wrong else "ok", f"shapes measured: {found}", advice)
+    return CheckFinding("kernels", "warning" if wrong else "ok", f"shapes measured: {found}", advice=advice)
 
 
-def check_cache() -> Check:
+def check_cache() -> CheckFinding:
     """Check whether downloads and converted models can be stored."""
     folder = cache_dir("models").parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -216,22 +215,23 @@ def check_cache() -> Check:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        return Check(
-            "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
-        )
+        words = f"{folder}: cannot write there ({error.strerror})"
+        return CheckFinding("disk", "failed", words, advice="set MLX_LORA_CACHE to a folder")
     free = shutil.disk_usage(existing).free
-    status, advice = ("ok", "") if free > ROOM_BYTES else ("warning", "a 7B model takes 20 GB in all")
-    return Check("disk", status, f"{folder}: {free / 1e9:.0f} GB free", advice)
+    words = f"{folder}: {free / 1e9:.0f} GB free"
+    if free > ROOM_BYTES:
+        return CheckFinding("disk", "ok", words)
+    return CheckFinding("disk", "warning", words, advice="a 7B model takes 20 GB in all")
 
 
-def check_hub() -> Check:
+def check_hub() -> CheckFinding:
     """Check whether the hub can be reached."""
     if constants.HF_HUB_OFFLINE:
-        return Check("hub", "warning", "HF_HUB_OFFLINE is set", "unset it to download models")
+        return CheckFinding("hub", "warning", "HF_HUB_OFFLINE is set", advice="unset it to download models")
     try:
         with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/gpt2", timeout=HUB_TIMEOUT_S):
-            return Check("hub", "ok", f"{constants.ENDPOINT} answers")
+            return CheckFinding("hub", "ok", f"{constants.ENDPOINT} answers")
     except (OSError, ValueError) as error:
         why = str(getattr(error, "reason", error)) or type(error).__name__
         advice = "models on this disk still work; check the connection, a proxy (HTTPS_PROXY) or HF_ENDPOINT"
-        return Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({why})", advice)
+        return CheckFinding("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({why})", advice=advice)
