@@ -41,7 +41,7 @@ from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.http import ApiError, is_number
+from mlx_lora.utils.http import ApiError, bad_value, is_number, read_number, read_typed, shown_value
 
 MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -106,22 +106,22 @@ def read_chat(body: dict[str, Any]) -> Ask:
     _check_fields(body, _CHAT)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise _bad("messages", messages, "a list with at least one message")
-    wanted = _typed(body, "logprobs", bool, False)
-    top = _number(body, "top_logprobs", int, 0, MAX_TOP_LOGPROBS)
+        raise bad_value("messages", messages, "a list with at least one message")
+    wanted = read_typed(body, "logprobs", bool, False)
+    top = read_number(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not wanted:
         raise ApiError(
             400, "top_logprobs without logprobs: nothing is reported; set logprobs to true", "invalid", "logprobs"
         )
-    most = _number(body, "max_completion_tokens", int, 1, 10**9)
+    most = read_number(body, "max_completion_tokens", 1, 10**9)
     choice = body.get("tool_choice")
     if choice not in (None, "none", "auto"):
-        raise _bad("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
-    tools = _typed(body, "tools", list, []) if choice != "none" else []
+        raise bad_value("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    tools = read_typed(body, "tools", list, []) if choice != "none" else []
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
+            raise bad_value("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
     pictures: dict[str, str | bytes] = {}
     return Ask(
         messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
@@ -144,36 +144,37 @@ def read_completion(body: dict[str, Any]) -> Ask:
         prompt = prompt[0]
     tokens = isinstance(prompt, list) and prompt and all(is_number(one, -math.inf, math.inf, True) for one in prompt)
     if not (tokens or (isinstance(prompt, str) and prompt)):
-        raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
-    top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
+        raise bad_value("prompt", prompt, "one string or one list of token ids, not empty")
+    top = read_number(body, "logprobs", 0, MAX_TOP_LOGPROBS)
     return Ask(messages=None, tools=None, prompt=prompt, **_common(body, None, top, default_tokens=16))
 
 
 def _common(
     body: dict[str, Any], most: int | None, top_logprobs: int | None, default_tokens: int | None = None
 ) -> dict[str, Any]:
-    most = most or _number(body, "max_tokens", int, 1, 10**9) or default_tokens
-    options = _typed(body, "stream_options", dict, {})
-    stream = _typed(body, "stream", bool, False)
-    temperature, top_p = _number(body, "temperature", float, 0, 100), _number(body, "top_p", float, 0, 1)
+    most = most or read_number(body, "max_tokens", 1, 10**9) or default_tokens
+    options = read_typed(body, "stream_options", dict, {})
+    stream = read_typed(body, "stream", bool, False)
+    seed = read_number(body, "seed", -(2**63), 2**63 - 1)
     stops = body.get("stop")
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
+        raise bad_value("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
     return {
-        "model": _typed(body, "model", str, None),
+        "model": read_typed(body, "model", str, None),
         "max_tokens": most,
         "sampling": Sampling(
-            temperature=1.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,  # 0: the smallest nucleus, so greedy, as in llama.cpp
-            top_k=_number(body, "top_k", int, 0, 10**9) or 0,
-            seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
+            temperature=read_number(body, "temperature", 0, 100, 1.0, whole=False),
+            # 0: the smallest nucleus, so greedy, as in llama.cpp
+            top_p=read_number(body, "top_p", 0, 1, 1.0, whole=False),
+            top_k=read_number(body, "top_k", 0, 10**9, 0),
+            seed=None if seed is None else seed % 2**63,
             top_logprobs=top_logprobs,
         ),
         "stops": tuple(stops),
-        "ignore_eos": _typed(body, "ignore_eos", bool, False),
+        "ignore_eos": read_typed(body, "ignore_eos", bool, False),
         "stream": stream,
-        "include_usage": stream and bool(_typed(options, "include_usage", bool, False)),
+        "include_usage": stream and bool(read_typed(options, "include_usage", bool, False)),
     }
 
 
@@ -186,7 +187,7 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
         if value not in _NEUTRAL[name]:
             raise ApiError(
                 400,
-                f"{name} {_shown(value)}: this server does not support that; leave it out",
+                f"{name} {shown_value(value)}: this server does not support that; leave it out",
                 "unsupported_parameter",
                 name,
             )
@@ -199,7 +200,7 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
     """
     name = f"messages[{index}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
+        raise bad_value(name, message, f"an object with a role of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
         sees, texts = message["role"] == "user", []
@@ -209,12 +210,12 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
             text = part.get("text") if kind == "text" else image.get("url") if isinstance(image, dict) else image
             if not isinstance(text, str) or not (text or kind == "text"):
                 kinds = "text, and of a user image_url with a url" if sees else "text"
-                raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
+                raise bad_value(f"{name}.content", content, f"a string or parts of type {kinds}")
             texts.append(text if kind == "text" else mark(text, pictures))
         content = "".join(texts)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
-        raise _bad(f"{name}.content", content, "a string or parts of type text")
+        raise bad_value(f"{name}.content", content, "a string or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
     if calls is None:
@@ -224,36 +225,7 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         read = [{**one, "arguments": json.loads(one.get("arguments") or "{}")} for one in functions]
         return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
     except (TypeError, KeyError, AttributeError, ValueError):
-        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
-
-
-def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
-    """Return a number after checking it, or None if it is not given."""
-    value = body.get(name)
-    if value is None:
-        return None
-    if not is_number(value, low, high, kind is int):
-        raise _bad(name, value, f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
-    return value % fold if fold else kind(value)
-
-
-def _typed(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        words = {bool: "true or false", str: "a string", dict: "an object", list: "a list"}
-        raise _bad(name, value, words[kind])
-    return value
-
-
-def _bad(name: str, value: Any, wanted: str) -> ApiError:
-    return ApiError(400, f"{name} {_shown(value)}: must be {wanted}", "invalid_value", name)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise bad_value(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
 
 
 RETRY_AFTER_S = 1

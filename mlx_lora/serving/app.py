@@ -41,7 +41,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import time
 import uuid
@@ -91,7 +90,7 @@ from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_or
 from mlx_lora.reports import charts
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.utils.http import ApiError, is_number, read_fields, read_json
+from mlx_lora.utils.http import ApiError, bad_value, is_number, read_fields, read_json, read_number
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
 
 
@@ -695,16 +694,6 @@ Score = Callable[[Sequence[Any]], tuple[np.ndarray, int]]
 M = TypeVar("M")
 
 
-def check_names(engine: Engine, folders: Mapping[str, Path]) -> None:
-    """Refuse an adapter that has the name of the base or of an adapter that generates.
-
-    Raises:
-        InputError: one has.
-    """
-    if twice := sorted({base_name(engine.base), *engine.store.cards} & set(folders)):
-        raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
-
-
 def named_model(models: Mapping[str, M], asked: Any, purpose: str, advice: str) -> tuple[str, M]:
     """Return the model that a request names, or the only one.
 
@@ -719,35 +708,54 @@ def named_model(models: Mapping[str, M], asked: Any, purpose: str, advice: str) 
     return asked, models[asked]
 
 
-class Scores:
-    """The adapters of a server that score texts, and their endpoints."""
+class TextModels:
+    """The models of a server that score texts or give their vectors, and their endpoints."""
 
-    def __init__(self, engine: Engine, folders: Mapping[str, Path], timeout_s: float):
+    def __init__(self, engine: Engine, scoring: Mapping[str, Path], embedding: Mapping[str, Path], timeout_s: float):
         """Load the adapters.
 
         Args:
             engine: holds the base.
-            folders: name -> folder.
+            scoring, embedding: name -> folder of the adapters that give scores, and of those that give vectors.
             timeout_s: for a whole request.
 
         Raises:
-            InputError: an adapter does not fit the base, or has the name of another model.
+            InputError: an adapter does not fit the base, or has the name of the base or of an adapter that generates.
         """
         self._engine, self._timeout_s = engine, timeout_s
-        check_names(engine, folders)
+        if twice := sorted({base_name(engine.base), *engine.store.cards} & {*scoring, *embedding}):
+            raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
         self._scorers = {
             name: engine.call(lambda store, folder=folder: load_scorer(engine, folder)).result()
-            for name, folder in folders.items()
+            for name, folder in scoring.items()
+        }
+        named: dict[str, Path | None] = {**embedding}
+        if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
+            named = {base_name(engine.base): None, **named}
+        settings = train_settings({"model": str(engine.base.folder), "objective": "embed"})
+
+        def open_one(folder: Path | None) -> TextEmbedder:
+            return open_embedder(settings, twin_of(engine.base), folder, engine.ignore_fingerprint)
+
+        self._embedders = {
+            name: engine.call(lambda store, folder=folder: open_one(folder)).result() for name, folder in named.items()
         }
 
     def describe(self) -> list[str]:
-        """Return a line about each adapter."""
-        return [f"scores {name}: {described(scorer.head)}" for name, scorer in self._scorers.items()]
+        """Return a line about each model."""
+        return [
+            *(f"scores {name}: {described(scorer.head)}" for name, scorer in self._scorers.items()),
+            *(
+                f"vectors {name}: {one.embedder.width} numbers, {one.embedder.pooling} pooling"
+                for name, one in self._embedders.items()
+            ),
+        ]
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        paths = {"/classify": self.classify, "/v1/classify": self.classify}
+        paths = dict.fromkeys(("/classify", "/v1/classify"), self.classify)
         paths |= dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), self.rerank)
+        paths |= dict.fromkeys(("/embeddings", "/v1/embeddings"), self.embeddings)
         return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
 
     def _of(self, objective: str, body: dict[str, Any]) -> tuple[str, TextScorer]:
@@ -797,9 +805,7 @@ class Scores:
             [one.get("text") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else given
         )
         documents = [one.text for one in texts_of(plain, "documents")]
-        top_n = len(documents) if body.get("top_n") is None else body["top_n"]
-        if not is_number(top_n, 1, math.inf, whole=True):
-            raise ApiError(400, f"top_n: found {top_n!r}; send a number of at least 1", "invalid_value", "top_n")
+        top_n = read_number(body, "top_n", 1, 10**9, len(documents))
         scores, tokens = await a_few_at_a_time(
             self._engine, self._timeout_s, lambda part: scorer.rank(query.text, part), documents
         )
@@ -815,6 +821,39 @@ class Scores:
                 ],
             }
         )
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """POST /v1/embeddings."""
+        body = read_fields(await request.body(), EMBED_FIELDS)
+        advice = "start the server with --adapter NAME=DIR of --objective embed"
+        name, embedder = named_model(self._embedders, body.get("model"), "embeddings", advice)
+        form = body.get("encoding_format")
+        if form not in (None, "float", "base64"):
+            raise bad_value("encoding_format", form, "float or base64")
+        dims = read_number(body, "dimensions", 1, embedder.embedder.width)
+        embedder = replace(embedder, how=replace(embedder.how, dims=dims))
+        given = body.get("input_type")
+        if given not in (None, *QUERY, *DOCUMENT):
+            raise bad_value("input_type", given, f"one of {', '.join((*QUERY, *DOCUMENT))}")
+        inputs = inputs_of(body.get("input"), embedder.base.token_rows)
+
+        def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
+            """Return the vectors of some inputs, and the number of their tokens."""
+            rows = rows_of(embedder, part, given in QUERY)
+            return embedder.of_rows(rows), sum(map(len, rows))
+
+        found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
+        rows = found.astype("<f4")
+        data = [
+            {
+                "object": "embedding",
+                "index": number,
+                "embedding": base64.b64encode(row.tobytes()).decode() if form == "base64" else row.tolist(),
+            }
+            for number, row in enumerate(rows)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
 
 async def a_few_at_a_time(
@@ -885,87 +924,6 @@ def described(head: Mapping[str, Any]) -> str:
 
 EMBED_FIELDS = frozenset(["model", "input", "encoding_format", "dimensions", "input_type", "user"])
 QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "passage")  # values of input_type
-OBJECTIVE = "embed"
-
-
-class EmbeddingRequests:
-    """The models of a server that give vectors, and their endpoint."""
-
-    def __init__(self, engine: Engine, folders: Mapping[str, Path], timeout_s: float):
-        """Load the adapters.
-
-        Args:
-            engine: holds the base.
-            folders: name -> folder.
-            timeout_s: for a whole request.
-
-        Raises:
-            InputError: an adapter does not fit the base, or has the name of another model.
-        """
-        self._engine, self._timeout_s = engine, timeout_s
-        check_names(engine, folders)
-        named: dict[str, Path | None] = {**folders}
-        if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
-            named = {base_name(engine.base): None, **named}
-        settings = train_settings({"model": str(engine.base.folder), "objective": OBJECTIVE})
-        self._embedders = {}
-        for name, folder in named.items():
-            opened = engine.call(
-                lambda store, folder=folder: open_embedder(
-                    settings, twin_of(engine.base), folder, engine.ignore_fingerprint
-                )
-            )
-            self._embedders[name] = opened.result()
-
-    def describe(self) -> list[str]:
-        """Return a line about each model."""
-        return [
-            f"vectors {name}: {one.embedder.width} numbers, {one.embedder.pooling} pooling"
-            for name, one in self._embedders.items()
-        ]
-
-    def routes(self) -> list[Route]:
-        """Return the routes."""
-        return [Route(path, self.embeddings, methods=["POST"]) for path in ("/v1/embeddings", "/embeddings")]
-
-    async def embeddings(self, request: HttpRequest) -> Response:
-        """POST /v1/embeddings."""
-        body = read_fields(await request.body(), EMBED_FIELDS)
-        advice = "start the server with --adapter NAME=DIR of --objective embed"
-        name, embedder = named_model(self._embedders, body.get("model"), "embeddings", advice)
-        form = body.get("encoding_format")
-        if form not in (None, "float", "base64"):
-            raise ApiError(
-                400, f"encoding_format: found {form!r}; send float or base64", "invalid_value", "encoding_format"
-            )
-        dims, width = body.get("dimensions"), embedder.embedder.width
-        if dims is not None and not is_number(dims, 1, width, whole=True):
-            message = f"dimensions: found {dims!r}; send a number from 1 to {width}"
-            raise ApiError(400, message, "invalid_value", "dimensions")
-        embedder = replace(embedder, how=replace(embedder.how, dims=dims))
-        given = body.get("input_type")
-        if given not in (None, *QUERY, *DOCUMENT):
-            known = ", ".join((*QUERY, *DOCUMENT))
-            raise ApiError(400, f"input_type: found {given!r}; send one of {known}", "invalid_value", "input_type")
-        inputs = inputs_of(body.get("input"), embedder.base.token_rows)
-
-        def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
-            """Return the vectors of some inputs, and the number of their tokens."""
-            rows = rows_of(embedder, part, given in QUERY)
-            return embedder.of_rows(rows), sum(map(len, rows))
-
-        found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
-        rows = found.astype("<f4")
-        data = [
-            {
-                "object": "embedding",
-                "index": number,
-                "embedding": base64.b64encode(row.tobytes()).decode() if form == "base64" else row.tolist(),
-            }
-            for number, row in enumerate(rows)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
 
 _token = partial(is_number, low=0, high=2**31 - 1, whole=True)

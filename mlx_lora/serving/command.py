@@ -104,12 +104,11 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, own: Fo
         RunError: the engine has failed.
     """
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.app import Adapters, AnswerLimits, EmbeddingRequests, Scores, make_app
+    from mlx_lora.serving.app import Adapters, AnswerLimits, TextModels, make_app
     from mlx_lora.utils.guard import GuardLimits, serve_engine
 
-    scores = Scores(engine, own[SCORES], settings.request_timeout)
-    vectors = EmbeddingRequests(engine, own[VECTORS], settings.request_timeout)
-    for line in (*scores.describe(), *vectors.describe()):
+    texts = TextModels(engine, own[SCORES], own[VECTORS], settings.request_timeout)
+    for line in texts.describe():
         console.echo(line)
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
     images = Path(settings.images_from).expanduser() if settings.images_from else None
@@ -121,7 +120,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, own: Fo
         GuardLimits(key, is_local(settings.host), origins, parse_size(settings.max_body), settings.read_timeout),
         AnswerLimits(settings.max_tokens, context, settings.request_timeout, images),
         int(time.time()),
-        [*adapters.routes(), *scores.routes(), *vectors.routes()],
+        [*adapters.routes(), *texts.routes()],
     )
     words = "open it in a browser to chat; OpenAI's API is under /v1"
     serve_engine(

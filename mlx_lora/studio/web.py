@@ -37,7 +37,7 @@ from mlx_lora.objectives.table import OBJECTIVES
 from mlx_lora.utils.console import finite_values, printable
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.guard import App, Message, Receive, Send, not_here
-from mlx_lora.utils.http import ApiError, is_number, read_json
+from mlx_lora.utils.http import ApiError, read_json
 from mlx_lora.utils.text import MODULE
 
 # The page's words
@@ -231,19 +231,6 @@ def text_of(body: dict[str, Any], field: str, most: int = 4096) -> str:
     value = body.get(field)
     if not isinstance(value, str) or not value.strip() or len(value) > most or "\0" in value:
         raise ApiError(400, f"{field}: must be text of 1 to {most} characters", "invalid_value", field)
-    return value
-
-
-def whole_number(value: Any, field: str, least: int, most: int, default: int) -> int:
-    """Return a whole number of a request.
-
-    Raises:
-        ApiError: 400, it is none, or out of range.
-    """
-    if value is None:
-        return default
-    if not is_number(value, least, most, whole=True):
-        raise ApiError(400, f"{field}: must be a whole number from {least} to {most}", "invalid_value", field)
     return value
 
 

@@ -59,3 +59,41 @@ def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
     """Tell whether a value of a body is a number, no truth value, in a range."""
     kinds = int if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+
+
+def read_number(
+    body: dict[str, Any], name: str, low: float, high: float, default: Any = None, whole: bool = True
+) -> Any:
+    """Return a number of a body, the default if it is not given.
+
+    Raises:
+        ApiError: 400, it is none, or out of range.
+    """
+    value = body.get(name)
+    if value is not None and not is_number(value, low, high, whole):
+        raise bad_value(name, value, f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g}")
+    return default if value is None else value
+
+
+def read_typed(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    """Return a value of a body that has a kind, the default if it is not given.
+
+    Raises:
+        ApiError: 400, it is of another kind.
+    """
+    value = body.get(name)
+    if value is not None and not isinstance(value, kind):
+        words = {bool: "true or false", str: "a string", dict: "an object", list: "a list"}
+        raise bad_value(name, value, words[kind])
+    return default if value is None else value
+
+
+def bad_value(name: str, value: Any, wanted: str) -> ApiError:
+    """Return the error of a field that has another value than it must have."""
+    return ApiError(400, f"{name} {shown_value(value)}: must be {wanted}", "invalid_value", name)
+
+
+def shown_value(value: Any) -> str:
+    """Return a value of a body for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

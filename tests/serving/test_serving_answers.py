@@ -21,7 +21,7 @@ from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
-from mlx_lora.serving.app import Adapters, AnswerLimits, CompletionReply, EmbeddingRequests, make_app
+from mlx_lora.serving.app import Adapters, AnswerLimits, CompletionReply, TextModels, make_app
 from mlx_lora.utils.guard import GuardLimits
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -131,5 +131,5 @@ def test_an_embedder_of_another_base_is_accepted_if_asked(folder, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "run.yaml").write_text("objective: embed\npooling: mean\n")
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits(), ignore_fingerprint=True)
-    assert EmbeddingRequests(engine, {"a": adapter}, 30.0).describe()
+    assert TextModels(engine, {}, {"a": adapter}, 30.0).describe()
     engine.close()

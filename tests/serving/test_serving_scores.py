@@ -21,7 +21,7 @@ import mlx_lora
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.engine import Engine, Limits
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.app import Scores, a_few_at_a_time
+from mlx_lora.serving.app import TextModels, a_few_at_a_time
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.http import ApiError
 
@@ -163,10 +163,10 @@ def test_a_classifier_of_another_base_is_accepted_if_asked(tiny_folder, folders,
     for ignored in (True, False):
         engine = Engine(lambda: load_base(ModelSettings(model=str(tiny_folder))), Limits(), ignore_fingerprint=ignored)
         if ignored:
-            assert Scores(engine, {"days": adapter}, 30.0).describe()
+            assert TextModels(engine, {"days": adapter}, {}, 30.0).describe()
         else:
             with pytest.raises(InputError, match="fingerprint"):
-                Scores(engine, {"days": adapter}, 30.0)
+                TextModels(engine, {"days": adapter}, {}, 30.0)
         engine.close()
 
 
