@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import click
 
@@ -41,6 +42,18 @@ ELSEWHERE = {
 }
 
 
+def load_command(name: str, args: Sequence[str] = ()) -> click.Command:
+    """Import a command.
+
+    Args:
+        name: one of COMMANDS.
+        args: what follows the name: `serve --training` is another application than `serve`.
+    """
+    training = [arg for arg in args if arg in ("--training", "--no-training")][-1:] == ["--training"]
+    home = ELSEWHERE.get("serve --training" if name == "serve" and training else name, f"cli.{name}")
+    return importlib.import_module(f"mlx_lora.{home}").main
+
+
 class LazyGroup(console.Group):
     """Imports a command's module only when it runs, so that --help is instant."""
 
@@ -56,15 +69,11 @@ class LazyGroup(console.Group):
             from mlx_lora.api.options import look_at_flags  # --version needs none of it
 
             look_at_flags(args[0], args[1:])
-        said = [arg for arg in args if arg in ("--training", "--no-training")]
-        ctx.meta["training"] = args[:1] == ["serve"] and said[-1:] == ["--training"]
+        ctx.meta["args"] = args[1:]
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        home = ELSEWHERE.get("serve --training" if ctx.meta.get("training") else name, f"cli.{name}")
-        return importlib.import_module(f"mlx_lora.{home}").main
+        return load_command(name, ctx.meta.get("args", ())) if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
