@@ -42,6 +42,13 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+def run_well(command: str, *arguments: object) -> Ran:
+    """Run a command that must succeed; see `run`."""
+    ran = run(command, *arguments)
+    assert ran.code == 0, ran.err
+    return ran
+
+
 def one_line(ran: Ran, *words: str) -> None:
     """Assert that a command refused its input in one line that holds these words."""
     assert ran.code == 2

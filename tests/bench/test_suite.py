@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_folder
 from made_results import made_entry, made_rates, made_result
-from run_cli import run
+from run_cli import run, run_well
 from tiers import by_default
 
 from mlx_lora.bench import machine
@@ -316,8 +316,7 @@ def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_pa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
     names = ["--workload", workload.name, "--workload", HUB.name]
-    ran = run("bench", "run", *names, "--steps", "4", "--out", tmp_path, "--json")
-    assert ran.code == 0, ran.err
+    ran = run_well("bench", "run", *names, "--steps", "4", "--out", tmp_path, "--json")
     (file,) = tmp_path.rglob("*.json")
     content = read_result(file).content
     assert json.loads(ran.out) == content
@@ -418,8 +417,7 @@ def test_the_load_of_a_workload_is_not_that_of_other_programs(tiny_folder, tmp_p
     monkeypatch.setattr(running, "run_process", busy)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: loads * 3)
     out = tmp_path / "mine.json"
-    ran = run("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
-    assert ran.code == 0, ran.err
+    run_well("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
     entries = read_result(out).content["results"]
     assert [entry["power_before"]["load_average"] for entry in entries] == [0.25, 0.25]
     assert [entry["power_after"]["load_average"] for entry in entries] == [9.0, 9.0]

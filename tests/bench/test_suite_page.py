@@ -7,7 +7,7 @@ import re
 import pytest
 from browser import look
 from made_results import made_entry, made_result, write
-from run_cli import run
+from run_cli import run, run_well
 
 from mlx_lora.bench import results as bench_page
 from mlx_lora.bench.results import read_results, write_page
@@ -62,8 +62,7 @@ def test_nothing_of_a_result_runs_and_nothing_comes_from_elsewhere(page):
 
 
 def test_report_command(page, tmp_path):
-    ran = run("bench", "report", page.parent / "results", "--out", tmp_path / "mine.html")
-    assert ran.code == 0
+    ran = run_well("bench", "report", page.parent / "results", "--out", tmp_path / "mine.html")
     assert "3 results in" in ran.err
     assert (tmp_path / "mine.html").read_text() == page.read_text()
     result = write(tmp_path / "result.json", made_result())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from made_results import made_entry, made_result, write
-from run_cli import run
+from run_cli import run, run_well
 
 from mlx_lora.bench.results import (
     FIGURES,
@@ -277,8 +277,7 @@ def test_compare_command(tmp_path):
     write(tmp_path / "a.json", made_result())
     write(tmp_path / "b.json", made_result("Apple M4", [made_entry(speed=2000.0)]))
     (tmp_path / "c.json").write_text("{")
-    ran = run("bench", "compare", tmp_path)
-    assert ran.code == 0
+    ran = run_well("bench", "compare", tmp_path)
     assert "2.00" in ran.out
     assert "M4, 16 GB" in ran.out
     assert "c.json: corrupt" in ran.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, run_well
 
 import mlx_lora
 from mlx_lora.utils.errors import InputError
@@ -22,8 +22,7 @@ def two_columns(tmp_path_factory):
 
 
 def trained(tiny_folder, data, folder, *flags):
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *SHORT, *flags)
-    assert ran.code == 0, ran.err
+    run_well("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *SHORT, *flags)
     return folder
 
 
@@ -80,12 +79,10 @@ def test_a_training_flag_without_effect_is_told(tiny_folder, chats, tmp_path):
         "--val-batches",
         0,
     )
-    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT, *flags)
-    assert ran.code == 0, ran.err
+    ran = run_well("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT, *flags)
     told = [line for line in ran.lines if "no effect" in line]
     assert [line.split()[1] for line in told] == ["--weight-decay", "--project-name", "--test-batches"]
-    again = run("train", "--config", tmp_path / "a" / "run.yaml", "--adapter-path", tmp_path / "b")
-    assert again.code == 0, again.err  # a file of these is not refused
+    run_well("train", "--config", tmp_path / "a" / "run.yaml", "--adapter-path", tmp_path / "b")
 
 
 def test_evaluate_counts_the_tokens_that_the_run_trained(tiny_folder, chats, tmp_path):
@@ -112,8 +109,7 @@ def test_answers_are_compared_with_the_column_that_the_run_trained(tiny_folder, 
         2,
         "--json",
     )
-    ran = run(*given, "--adapter", adapter)
-    assert ran.code == 0, ran.err
+    ran = run_well(*given, "--adapter", adapter)
     assert "--completion-column short" in ran.err
     assert '"S' in ran.out
     assert "long answer" not in ran.out

@@ -12,7 +12,7 @@ from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from make_adapters import OWN_TEMPLATE, TOKENS, make_adapter
 from resumed_runs import command
-from run_cli import one_line, run
+from run_cli import one_line, run, run_well
 from tiny_moe import tiny_moe
 
 import mlx_lora
@@ -67,10 +67,9 @@ def runs(tiny_folder, tmp_path_factory):
         data = root / f"{name}.jsonl"
         rows = [{"prompt": f"{name} {n}?", "completion": word * (1 + n % 3)} for n in range(30)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        ran = run(
+        run_well(
             *command(tiny_folder, data, root / name, "--iters", 12, "--learning-rate", 1e-2, "--valid-fraction", 0.2)
         )
-        assert ran.code == 0, ran.err
     return root
 
 
@@ -113,8 +112,7 @@ def test_a_merged_folder_works_in_every_command(how, two, tiny_folder, tmp_path)
     found = json.loads(run("evaluate", *given, "--data", rows, "--json").out)
     assert found["loss"] != pytest.approx(found["base_loss"], abs=1e-3)
     for to in ("peft", "mlx-lm"):
-        ran = run("export", *given, "--to", to, "--out", tmp_path / to)
-        assert ran.code == 0, ran.err
+        run_well("export", *given, "--to", to, "--out", tmp_path / to)
         assert np.allclose(logits(tiny_folder, tmp_path / to), expected, atol=CLOSE)
     assert run("fuse", *given, "--out", tmp_path / "f").code == 0
     assert np.allclose(logits(tmp_path / "f"), expected, atol=CLOSE)

@@ -21,7 +21,7 @@ from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
-from mlx_lora.serving.app import Adapters, AnswerLimits, CompletionReply, TextModels, make_app
+from mlx_lora.serving.app import Adapters, AnswerLimits, ChatReply, CompletionReply, TextModels, make_app
 from mlx_lora.utils.guard import GuardLimits
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
@@ -133,3 +133,12 @@ def test_an_embedder_of_another_base_is_accepted_if_asked(folder, tmp_path):
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits(), ignore_fingerprint=True)
     assert TextModels(engine, {}, {"a": adapter}, 30.0).describe()
     engine.close()
+
+
+def test_the_likeliest_of_tokens_with_one_text_is_kept():
+    report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
+    assert ChatReply("m")._logprobs([report])["content"][0]["bytes"] == [0xC3]
+    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [
+        [0xC3],
+        [0xA9],
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from make_adapters import make_three
-from run_cli import one_line, run
+from run_cli import one_line, run, run_well
 from serving_process import Server
 
 import mlx_lora
@@ -40,16 +40,14 @@ def folders(tiny_folder, tmp_path_factory):
     }
     for name, own in rows.items():
         (room / f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)))
-        ran = run(
+        run_well(
             "train", "--model", tiny_folder, "--data", room / f"{name}.jsonl", "--adapter-path", room / name, *QUICK
         )
-        assert ran.code == 0, ran.err
     searches = [{"query": f"q{n}", "positive": f"{n} yes!", "negatives": [f"{n} no", f"{n} no?"]} for n in range(24)]
     (room / "searches.jsonl").write_text("\n".join(map(json.dumps, searches)))
     more = ("--objective", "rerank", "--iters", 30, "--batch-size", 8)
     data = ("--data", room / "searches.jsonl", "--adapter-path", room / "order")
-    ran = run("train", "--model", tiny_folder, *data, *QUICK, *more)
-    assert ran.code == 0, ran.err
+    run_well("train", "--model", tiny_folder, *data, *QUICK, *more)
     return {name: room / name for name in (*rows, "order")}
 
 
@@ -59,9 +57,7 @@ def server(tiny_folder, folders, tmp_path_factory):
     named = [f for name, folder in {**folders, "bard": bard}.items() for f in ("--adapter", f"{name}={folder}")]
     with Server("--model", tiny_folder, *named, log=tmp_path_factory.mktemp("log") / "log") as server:
         yield server
-        assert server.stop() == 0, server.text
         assert "scores days: classify: cold, hot, mild" in server.text
-        assert "Traceback" not in server.text
 
 
 @pytest.fixture(scope="module")

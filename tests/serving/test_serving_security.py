@@ -58,8 +58,6 @@ def server(tiny_folder, adapters, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "log"
     with Server(*arguments, *limits, log=log, environment={"MLX_LORA_API_KEY": KEY}) as server:
         yield server
-        assert server.stop() == 0
-        assert "Traceback" not in server.text, server.text
 
 
 @pytest.fixture

@@ -268,8 +268,7 @@ def test_both_are_asked_from_the_page(tiny_folder, chats, home):
     words = ("--iters", 4, "--batch-size", 8, "--learning-rate", 1e-2, "--val-batches", 0, "--sample-tokens", 0)
     model, data, folder = home / "models" / "tiny", home / "data" / "chats.jsonl", home / "runs" / "loop"
     assert run("train", "--model", model, "--data", data, "--adapter-path", folder, *words).code == 0
-    with real_studio(home, tiny_folder.parent) as url, chromium() as browser:
-        watched = open_studio(browser, url)
+    with real_studio(home, tiny_folder.parent) as url, chromium() as browser, open_studio(browser, url) as watched:
         page = watched.page
         page.set_default_timeout(PATIENCE_MS)
         watched.go("runs", "loop")
@@ -290,6 +289,3 @@ def test_both_are_asked_from_the_page(tiny_folder, chats, home):
         assert table.get_by_role("row").count() == 21
         assert "Questions and answers" in (folder / "report.html").read_text()
         assert watched.complaints() == []
-        assert watched.problems == []
-        assert watched.forbidden() == []
-        page.close()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparing import by_dtype
 from huggingface_hub import constants
-from run_cli import run
+from run_cli import run, run_well
 
 from mlx_lora.bench.doctor import command as doctor
 from mlx_lora.bench.doctor.check import compare_rows, self_test
@@ -57,8 +57,7 @@ def test_json_is_one_object_with_all_that_was_promised(asked):
 
 @A_CPUS_SIZES
 def test_the_screen_fits_one(asked):
-    ran = run("doctor", "--no-hub")
-    assert ran.code == 0
+    ran = run_well("doctor", "--no-hub")
     assert len(ran.out.splitlines()) < 30
     assert "0 failed" in ran.out.splitlines()[-1]
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 import yaml
 from child_environment import child_environment
-from run_cli import run
+from run_cli import run, run_well
 
 from mlx_lora.bench.doctor import kit as kit_module
 from mlx_lora.bench.doctor import runs
@@ -258,8 +258,7 @@ def test_the_issue_is_prefilled_within_an_address(quick, monkeypatch):
     opened: list[str] = []
     for has_browser in (True, False):
         monkeypatch.setattr(webbrowser, "open", lambda url, has=has_browser: opened.append(url) or has)
-        ran = run("doctor", "--full", "--quick", "--group", "losses", "--out", folder, "--send")
-        assert ran.code == 0, ran.err
+        ran = run_well("doctor", "--full", "--quick", "--group", "losses", "--out", folder, "--send")
         assert opened[-1].startswith(f"{kit_module.ISSUES}/new?")
         assert (opened[-1] in ran.err) != has_browser
         assert RESULT_FILE in ran.err

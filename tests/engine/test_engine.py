@@ -6,13 +6,14 @@ import ctypes
 import json
 import shutil
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from architectures.build import write_architecture
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
-from run_cli import run
+from run_cli import run, run_well
 from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
 from mlx_lora.engine import adapter_store
@@ -21,7 +22,7 @@ from mlx_lora.engine.engine import QueueFull, Sampling, Stopped
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(
-    "texts are compared: where two tokens are nearly as likely, bfloat16 takes either (test_serving_rounding)"
+    "texts are compared: where two tokens are nearly as likely, bfloat16 takes either (test_engine_rounding)"
 )
 
 
@@ -53,6 +54,19 @@ def engine(folder, adapters):
     engine = started(folder, adapters)
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def start():
+    """Start an engine, which ends with the test; arguments as of `started`."""
+    with ExitStack() as ends:
+
+        def begun(*given, **limits):
+            engine = started(*given, **limits)
+            ends.callback(engine.close)
+            return engine
+
+        yield begun
 
 
 def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
@@ -141,9 +155,9 @@ def test_prompts_are_computed_once_for_each_adapter(engine):
     assert again.text == first.text
 
 
-def test_reload_and_removal_leave_rows_in_flight_alone(folder, adapters, tmp_path):
+def test_reload_and_removal_leave_rows_in_flight_alone(start, folder, adapters, tmp_path):
     shutil.copytree(adapters["four"], tmp_path / "moving")
-    engine = started(folder, {"moving": tmp_path / "moving"})
+    engine = start(folder, {"moving": tmp_path / "moving"})
     before, after = (Answer(engine, asked("moving", count=64)).text for _ in range(2))
     assert before == after
     running = Answer(engine, asked("moving", count=64)).first()
@@ -158,14 +172,13 @@ def test_reload_and_removal_leave_rows_in_flight_alone(folder, adapters, tmp_pat
     gone = Answer(engine, asked("moving")).wait()
     assert isinstance(gone.end.error, UnknownAdapter)
     assert (engine.store.nbytes, len(engine.prompt_cache)) == (0, 0)
-    engine.close()
 
 
-def test_the_least_recently_used_adapters_leave_when_memory_is_full(folder, adapters):
+def test_the_least_recently_used_adapters_leave_when_memory_is_full(start, folder, adapters):
     sizes = {name: card.nbytes for name, card in started_cards(folder, adapters).items()}
     budget = sizes["four"] + sizes["four-too"] + sizes["one-block"]
     names = ("four", "four-too", "one-block")
-    engine = started(folder, {name: adapters[name] for name in names}, adapter_bytes=budget)
+    engine = start(folder, {name: adapters[name] for name in names}, adapter_bytes=budget)
     meant = {name: generated(folder, adapters[name]) for name in names}
     Answer(engine, asked("four")).wait()
     engine.call(lambda store: store.add({"peft": AdapterSource(adapters["peft"])})).result(60)
@@ -178,7 +191,6 @@ def test_the_least_recently_used_adapters_leave_when_memory_is_full(folder, adap
     big = AdapterSource(blend=dict.fromkeys((*names, "peft"), 1.0))
     with pytest.raises(InputError, match="raise --adapter-memory"):
         engine.call(lambda store: store.add({"big": big})).result(60)
-    engine.close()
 
 
 def started_cards(folder, adapters):
@@ -187,9 +199,9 @@ def started_cards(folder, adapters):
     return engine.store.cards
 
 
-def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters, monkeypatch):
+def test_more_adapters_than_fit_wait_for_rows_to_end(start, folder, adapters, monkeypatch):
     names = ("four", "four-too", "peft")
-    engine = started(folder, adapter_bytes=started_cards(folder, {"four": adapters["four"]})["four"].nbytes)
+    engine = start(folder, adapter_bytes=started_cards(folder, {"four": adapters["four"]})["four"].nbytes)
     for name in names:
         engine.call(lambda store, name=name: store.add({name: AdapterSource(adapters[name])})).result(60)
     meant, reads = {name: generated(folder, adapters[name]) for name in names}, []
@@ -198,7 +210,6 @@ def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters, monkeypat
     answers = [(name, Answer(engine, asked(name))) for name in names * 2]
     assert [a.text for _, a in answers] == [meant[name] for name, _ in answers]
     assert len(reads) <= len(answers), "a row that waits does not read its files again at every step"
-    engine.close()
 
 
 def test_a_blend_adds_what_its_parts_add(engine, folder, adapters):
@@ -220,21 +231,19 @@ def test_a_blend_adds_what_its_parts_add(engine, folder, adapters):
             engine.call(lambda store, blend=blend: store.add({"bad": AdapterSource(blend=blend)})).result(60)
 
 
-def test_what_a_row_cannot_have_is_refused_with_a_reason(folder, tmp_path):
-    ran = run(
+def test_what_a_row_cannot_have_is_refused_with_a_reason(start, folder, tmp_path):
+    run_well(
         "train", "--model", folder, "--data", write_rows(tmp_path), "--adapter-path", tmp_path / "full",
         "--modules-to-save", "lm_head", "--iters", 1, "--batch-size", 1, "--val-batches", 0,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     make_adapter(folder, tmp_path / "dora", form="dora", targets="embed_tokens")
-    engine = started(folder)
+    engine = start(folder)
     for name, words in (("full", "trains 1 parameters in full"), ("dora", "DoRA over an embedding")):
         with pytest.raises(InputError, match=words):
             engine.call(lambda store, name=name: store.add({name: AdapterSource(tmp_path / name)})).result(60)
     with pytest.raises(InputError, match="letters, digits"):
         engine.call(lambda store: store.add({"../x": AdapterSource(tmp_path)})).result(60)
     assert not engine.store.cards
-    engine.close()
 
 
 def write_rows(tmp_path):
@@ -243,14 +252,13 @@ def write_rows(tmp_path):
     return path
 
 
-def test_a_canceled_request_frees_its_row(folder, adapters):
-    engine = started(folder, {"four": adapters["four"]}, max_batch=1)
+def test_a_canceled_request_frees_its_row(start, folder, adapters):
+    engine = start(folder, {"four": adapters["four"]}, max_batch=1)
     long = Answer(engine, asked("four", count=100_000, ignore_eos=True)).first()
     short = Answer(engine, asked("four", count=2))
     long.ticket.canceled.set()
     assert short.wait().end.finish == "length"
     assert (engine.counts.canceled, engine.unfinished) == (1, 0)
-    engine.close()
 
 
 def test_a_full_queue_refuses_and_the_end_tells_everyone(folder):
@@ -282,15 +290,14 @@ def test_a_defect_ends_the_engine_and_nobody_waits_for_ever(folder, monkeypatch)
     assert shown == [ZeroDivisionError], "with its traceback on standard error"
 
 
-def test_long_prompts_do_not_hold_up_running_rows(folder):
-    engine = started(folder, prefill_tokens=8)
+def test_long_prompts_do_not_hold_up_running_rows(start, folder):
+    engine = start(folder, prefill_tokens=8)
     running = Answer(engine, asked(None, count=1000, ignore_eos=True)).first()
     steps = engine.counts.steps
     late = Answer(engine, asked(None, prompt="x" * 300, count=1)).wait()
     assert late.end.finish == "length"
     assert engine.counts.steps - steps >= 300 // 8 - 1, "a step of the batch after every part of the prompt"
     running.ticket.canceled.set()
-    engine.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system's threads are in /proc on Linux")
@@ -311,9 +318,9 @@ def test_loading_fails_as_a_command_fails(tmp_path):
         started(tmp_path / "nothing")
 
 
-def test_a_blend_that_is_read_again_has_the_parts_it_was_made_of(folder, adapters):
-    size = started_size(folder, adapters["four"])
-    engine = started(folder, {"a": adapters["four"], "b": adapters["four-too"]}, adapter_bytes=int(4.5 * size))
+def test_a_blend_that_is_read_again_has_the_parts_it_was_made_of(start, folder, adapters):
+    size = started_cards(folder, {"four": adapters["four"]})["four"].nbytes
+    engine = start(folder, {"a": adapters["four"], "b": adapters["four-too"]}, adapter_bytes=int(4.5 * size))
     engine.call(lambda store: store.add({"mix": AdapterSource(blend={"a": 0.5, "b": 0.5})})).result(60)
     before = Answer(engine, asked("mix")).text
     engine.call(lambda store: store.add({"a": AdapterSource(adapters["one-block"])})).result(60)
@@ -324,18 +331,11 @@ def test_a_blend_that_is_read_again_has_the_parts_it_was_made_of(folder, adapter
     assert Answer(engine, asked("mix")).text == before
     with pytest.raises(InputError, match="'b', which is not loaded"):  # asked to blend anew, of what they are now
         engine.call(lambda store: store.reload("mix")).result(60)
-    engine.close()
 
 
-def started_size(folder, adapter) -> int:
-    engine = started(folder, {"a": adapter})
-    engine.close()
-    return engine.store.cards["a"].nbytes
-
-
-def test_an_adapter_that_cannot_be_read_never_ends_the_engine(folder, adapters, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_read_never_ends_the_engine(start, folder, adapters, tmp_path, monkeypatch):
     shutil.copytree(adapters["four"], tmp_path / "four")
-    engine = started(folder, {"four": tmp_path / "four"}, adapter_bytes=10**9)
+    engine = start(folder, {"four": tmp_path / "four"}, adapter_bytes=10**9)
     config = json.loads((tmp_path / "four" / "adapter_config.json").read_text())
     config["mlx_lora"]["alpha"] = None  # as if it were not there
     (tmp_path / "four" / "adapter_config.json").write_text(json.dumps(config))
@@ -352,23 +352,20 @@ def test_an_adapter_that_cannot_be_read_never_ends_the_engine(folder, adapters, 
     with pytest.raises(InputError, match="one of many"):
         engine.call(lambda store: store.reload("four")).result(60)
     assert Answer(engine, asked(None)).text
-    engine.close()
 
 
-def test_an_embedding_whose_weight_the_head_reads_takes_adapters(tmp_path):
+def test_an_embedding_whose_weight_the_head_reads_takes_adapters(start, tmp_path):
     folder = write_architecture(tmp_path / "base", "seed_oss", True)
     adapter = make_adapter(folder, tmp_path / "a", targets="embed_tokens,q_proj")
-    engine = started(folder, {"a": adapter})
+    engine = start(folder, {"a": adapter})
     for name, path in ((None, None), ("a", adapter)):
         assert Answer(engine, asked(name, count=6)).text == generated(folder, path, count=6)
-    engine.close()
 
 
-def test_experts_that_are_called_with_single_tokens_are_refused(tmp_path):
+def test_experts_that_are_called_with_single_tokens_are_refused(start, tmp_path):
     folder = write_architecture(tmp_path / "base", "dbrx")
     make_adapter(folder, tmp_path / "experts")
     make_adapter(folder, tmp_path / "attention", targets="Wqkv,out_proj")
-    engine = started(folder, {"attention": tmp_path / "attention"})
+    engine = start(folder, {"attention": tmp_path / "attention"})
     with pytest.raises(InputError, match="experts"):
         engine.call(lambda store: store.add({"a": AdapterSource(tmp_path / "experts")})).result(60)
-    engine.close()

@@ -27,7 +27,6 @@ from mlx_lora.engine.engine import Sampler, Sampling, TextStream, TokenReport, s
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import spelling
-from mlx_lora.serving.app import ChatReply
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
@@ -253,12 +252,3 @@ def test_a_token_is_spelled_with_its_own_bytes():
     assert b"".join(data for _, data in found[:2]).decode() == "\u00e9"
     assert found[2] == ("\ufffd", b"\xe2")
     assert [text for text, _ in found[3:]] == [" the", "the", " a"]
-
-
-def test_the_likeliest_of_tokens_with_one_text_is_kept():
-    report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
-    assert ChatReply("m")._logprobs([report])["content"][0]["bytes"] == [0xC3]
-    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [
-        [0xC3],
-        [0xA9],
-    ]
