@@ -16,9 +16,10 @@ import click
 
 from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import (
+    SCHEMA,
+    VERSION,
     compare,
     default_path,
-    new_result,
     number,
     read_results,
     render_tables,
@@ -81,7 +82,10 @@ def run_command(
     with tempfile.TemporaryDirectory(prefix="mlx-lora-bench-") as folder:
         console.echo("Micro-benchmarks")
         probe = measure_rates(Path(folder))
-        result = new_result(created, tiers, machine, describe_software(), probe)
+        result: dict[str, Any] = {
+            "schema": SCHEMA, "schema_version": VERSION, "created": created, "tiers": list(tiers), "machine": machine,
+            "device": probe["device"], "software": describe_software(), "rates": probe["rates"], "results": [],
+        }  # fmt: skip
         path = Path(out) if out.endswith(".json") else default_path(result, Path(out))
         check_out(path)  # a chip's folder may be another user's, if an earlier run measured energy as root
         try:

@@ -58,7 +58,7 @@ def test_nothing_of_a_result_runs_and_nothing_comes_from_elsewhere(page):
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", text)
-    assert "d.json: corrupt" in text
+    assert "d.json: not usable JSON" in text
 
 
 def test_report_command(page, tmp_path):

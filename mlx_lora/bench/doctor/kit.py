@@ -43,6 +43,7 @@ from mlx_lora.reports.charts import Bar, bar_chart, render_page
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted, format_duration, installed_versions
 
 RESULT_FILE, PAGE_FILE = "doctor.json", "doctor.html"
@@ -129,17 +130,10 @@ def open_state(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | Non
         InputError: there is a file that is not ours.
     """
     why, before = "", None
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        foreign = not isinstance(before, dict) or before.get("schema") != SCHEMA
-    except FileNotFoundError:
-        foreign = False
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give another folder with --out") from None
-    except ValueError:
-        foreign = True
-    if foreign:
-        raise InputError(f"{path}: not a result of the doctor; give another folder with --out")
+    if path.exists():
+        before = read_json(path, "give another folder with --out")
+        if before.get("schema") != SCHEMA:
+            raise InputError(f"{path}: not a result of the doctor; give another folder with --out")
     if before is not None and not kit_problems(before):  # else it was cut short
         changed = [name for name in {**before["key"], **key} if before["key"].get(name) != key.get(name)]
         if not changed:
