@@ -48,7 +48,7 @@ import mlx.core as mx
 
 import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
-from mlx_lora.config.fields import flag_of
+from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.models.meta import outline_of_config
@@ -659,8 +659,7 @@ def train_command(workload: Workload, model: str, data: Path, folder: Path, leng
         "steps_per_report": 1,
         **({"iters": length.steps} if length.steps is not None else {"epochs": 1 + workload.epochs}),
     }
-    words = [word for name, value in settings.items() for word in (flag_of(name), str(value))]
-    return [sys.executable, "-m", "mlx_lora.train", *words]
+    return [sys.executable, "-m", "mlx_lora.train", *flag_words(settings)]
 
 
 def run_workload(
@@ -845,10 +844,12 @@ class Ended:
     Attributes:
         code: exit code; negative if a signal ended it.
         log: everything that it printed.
+        stopped: because its time was over.
     """
 
     code: int
     log: str
+    stopped: bool = False
 
     @property
     def last_words(self) -> str:
@@ -867,14 +868,21 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
 
 
-def run_process(command: list[str], log: Path, watch: Callable[[subprocess.Popen], None] = lambda child: None) -> Ended:
+def run_process(
+    command: list[str],
+    log: Path,
+    watch: Callable[[subprocess.Popen], None] = lambda child: None,
+    limit_s: float = math.inf,
+) -> Ended:
     """Run a command until it ends.
 
     Args:
         command: program and arguments.
         log: the file for its standard output and error.
         watch: called every 20 ms with the process, to check what it wrote or to interrupt it.
+        limit_s: after which it is killed.
     """
+    begun, stopped = time.perf_counter(), False
     with log.open("w", encoding="utf-8") as output:
         # A new session, so that Ctrl-C does not reach the child directly as well.
         child = subprocess.Popen(
@@ -883,12 +891,15 @@ def run_process(command: list[str], log: Path, watch: Callable[[subprocess.Popen
         try:
             while child.poll() is None:
                 watch(child)
+                if not stopped and time.perf_counter() - begun > limit_s:
+                    stopped = True
+                    child.kill()
                 time.sleep(POLL_S)
         except BaseException:
             child.send_signal(signal.SIGKILL)
             child.wait()
             raise
-    return Ended(child.returncode, log.read_text(encoding="utf-8", errors="replace"))
+    return Ended(child.returncode, log.read_text(encoding="utf-8", errors="replace"), stopped)
 
 
 # Energy

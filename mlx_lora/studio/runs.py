@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.forgetting import badges
-from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
 from mlx_lora.config.objectives import WITH_SCORES
 from mlx_lora.config.settings import FIELDS
@@ -127,17 +127,8 @@ def train_words(settings: Mapping[str, Any], folder: Path) -> list[str]:
         settings: by name, checked.
         folder: of the run.
     """
-    words = ["train"]
-    first = [name for name in ("model", "data") if name in settings]
-    for name in (*first, *(name for name in settings if name not in first)):
-        value, flag = settings[name], flag_of(name)
-        if field_type(FIELDS[name]) is bool:
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif str(value).startswith("-"):
-            words.append(f"{flag}={value}")  # else it would be read as a flag
-        else:
-            words += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
-    return [*words, "--adapter-path", str(folder)]
+    first = {name: settings[name] for name in ("model", "data") if name in settings}
+    return ["train", *flag_words({**first, **settings}), "--adapter-path", str(folder)]
 
 
 def run_id(folder: Path) -> str:

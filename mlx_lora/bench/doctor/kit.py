@@ -18,27 +18,21 @@ import webbrowser
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, CheckFinding, Kit, KitCheck
-from mlx_lora.bench.doctor.numerics import format_checks, kernel_checks, layer_checks, loss_checks
-from mlx_lora.bench.doctor.runs import (
-    decode_checks,
-    gpu_problem,
-    is_virtual,
-    machine_checks,
-    memory_checks,
-    peer_versions,
-    run_checks,
-    speed_checks,
-    virtual_words,
-)
+from mlx_lora.bench.doctor import numerics, runs
+from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, TINY_4BIT, CheckFinding, Kit, KitCheck
+from mlx_lora.bench.doctor.runs import gpu_problem, is_virtual, peer_versions, virtual_words
 from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
+from mlx_lora.kernels.table import kernel_rows
+from mlx_lora.losses.fused import NAME
+from mlx_lora.losses.preference import PAIR_LOSSES
 from mlx_lora.reports.charts import Bar, bar_chart, render_page
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, first_line
@@ -403,10 +397,74 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
     Args:
         short: those of the short doctor, which belong to the group `machine`.
     """
+    rows = {row.name: row for row in kernel_rows()}
+    formats = [
+        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in numerics.GROUPS])
+        for bits in numerics.AFFINE_BITS
+    ]
+    formats += [
+        (mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in numerics.FLOATS.items()
+    ]
+    losses = {
+        "DPO's family": partial(numerics.check_pair_losses, PAIR_LOSSES),
+        "ORPO, SimPO, CPO": partial(numerics.check_pair_losses, numerics.OTHER_PAIR_LOSSES),
+        "KTO's family": numerics.check_rated_losses,
+        "reward model": numerics.check_reward_loss,
+        "GRPO's family and RLOO": numerics.check_policy_losses,
+        "distillation": numerics.check_divergences,
+        "a whole model": partial(numerics.check_model, None),
+        "a whole 4-bit model": partial(numerics.check_model, TINY_4BIT),
+    }
     made = [
-        *short, *machine_checks(), *kernel_checks(), *format_checks(), *layer_checks(), *loss_checks(), *run_checks(),
-        *decode_checks(), *memory_checks(), *speed_checks(),
-    ]  # fmt: skip
+        *short,
+        KitCheck("machine", "GPU", runs.check_gpu),
+        KitCheck("machine", "power and load", runs.check_power),
+        *(
+            KitCheck(
+                "kernels",
+                f"{name}, {rows[name].words(shape)}",
+                partial(numerics.check_kernel, name, shape),
+                number == 0,
+            )
+            for name, shapes in numerics.SHAPES.items()
+            for number, shape in enumerate(shapes)
+        ),
+        *(
+            KitCheck("kernels", f"{NAME}, {words}", partial(numerics.check_loss, make), number < 2)
+            for number, (words, make) in enumerate(numerics.HEADS.items())
+        ),
+        KitCheck("kernels", "exponentials", numerics.check_exponentials),
+        KitCheck("kernels", "tanh, power, sums", numerics.check_substitutes),
+        *(
+            KitCheck("formats", name, partial(numerics.check_layouts, layouts), name in ("4-bit affine", "mxfp4"))
+            for name, layouts in formats
+        ),
+        *(
+            KitCheck("formats", f"experts in {words}", partial(numerics.check_experts, layout), number == 0)
+            for number, (words, layout) in enumerate(numerics.EXPERT_LAYOUTS.items())
+        ),
+        *(KitCheck("adapters", case.words, partial(numerics.check_layer, case)) for case in numerics.CASES),
+        *(KitCheck("losses", name, check) for name, check in losses.items()),
+        *(
+            KitCheck("objectives", name, partial(runs.check_step, name), name in ("sft", "sft, 4-bit base", "dpo"))
+            for name in runs.OBJECTIVES
+        ),
+        *(
+            KitCheck("resume", name, partial(runs.check_resume, changes), number == 0)
+            for number, (name, changes) in enumerate(runs.RESUMED.items())
+        ),
+        KitCheck("decode", "float base", partial(runs.check_decode, False)),
+        KitCheck("decode", "4-bit base", partial(runs.check_decode, True), quick=False),
+        *(
+            KitCheck("memory", one.words, partial(runs.check_peak, one), number == 4)
+            for number, one in enumerate(runs.RUNS)
+        ),
+        *(
+            KitCheck("speed", f"model {number + 1} of {runs.MODELS}", partial(runs.check_speed, number), number == 0)
+            for number in range(runs.MODELS)
+        ),
+        KitCheck("speed", "steady load", runs.check_steady, quick=False),
+    ]
     return sorted(made, key=lambda check: list(GROUPS).index(check.group))
 
 

@@ -32,10 +32,8 @@ from mlx_lora.adapters.base import QUANTIZED, SWITCH, AdapterLayer, dense_weight
 from mlx_lora.adapters.inject import adapter_class, adapter_parameters, inject, select_targets
 from mlx_lora.bench.doctor.check import (
     TINY,
-    TINY_4BIT,
     CheckFinding,
     Kit,
-    KitCheck,
     apart,
     bounded,
     compare_passes,
@@ -69,7 +67,6 @@ from mlx_lora.losses.divergence import (
 from mlx_lora.losses.fused import NAME, HeadLosses, loss_kernels
 from mlx_lora.losses.policy import RATIO_OF, PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.losses.preference import (
-    PAIR_LOSSES,
     RATED_LOSSES,
     PairLoss,
     PairOptions,
@@ -102,23 +99,6 @@ SPACE: tuple[ShapeClass, ...] = ((64, 4, 64, 1, 128), (128, 8, 64, 2, 64))
 SHAPES = {"attention": ATTENTION, "gated activation": ACTIVATION, "gated delta": DELTA, "state space": SPACE}
 ADVICE = "training does not use it where it is wrong; with --kernels mlx it is never used; report it"
 ADVICE_FOR_MLX = "mlx's own kernel: try another mlx version, and report it to mlx"
-
-
-def kernel_checks() -> list[KitCheck]:
-    """Return a check for each kernel and shape, and for the loss and the exponentials."""
-    rows = {row.name: row for row in kernel_rows()}
-    checks = [
-        KitCheck("kernels", f"{name}, {rows[name].words(shape)}", partial(check_kernel, name, shape), quick=number == 0)
-        for name, shapes in SHAPES.items()
-        for number, shape in enumerate(shapes)
-    ]
-    for number, (words, make) in enumerate(HEADS.items()):
-        checks.append(KitCheck("kernels", f"{NAME}, {words}", partial(check_loss, make), quick=number < 2))
-    return [
-        *checks,
-        KitCheck("kernels", "exponentials", check_exponentials),
-        KitCheck("kernels", "tanh, power, sums", check_substitutes),
-    ]
 
 
 def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[CheckFinding]:
@@ -228,24 +208,6 @@ ROWS, WIDE, OUT = 70, 256, 128  # 70 rows: not a multiple of a tile
 EXPERTS = 4
 DENSE = "with --quantized-matmul packed it is never used; report it"
 PACKED = "with --quantized-matmul dense it is not used for training; try another mlx version, and report it to mlx"
-
-
-def format_checks() -> list[KitCheck]:
-    """Return a check for each number of bits of the affine format, for each other format, and for experts."""
-    kinds = [
-        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in GROUPS])
-        for bits in AFFINE_BITS
-    ]
-    kinds += [(mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in FLOATS.items()]
-    checks = [
-        KitCheck("formats", name, partial(check_layouts, layouts), quick=name in ("4-bit affine", "mxfp4"))
-        for name, layouts in kinds
-    ]
-    experts = [
-        KitCheck("formats", f"experts in {words}", partial(check_experts, layout), quick=number == 0)
-        for number, (words, layout) in enumerate(EXPERT_LAYOUTS.items())
-    ]
-    return [*checks, *experts]
 
 
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
@@ -379,11 +341,6 @@ CASES = (
 )
 
 
-def layer_checks() -> list[KitCheck]:
-    """Return a check for each case."""
-    return [KitCheck("adapters", case.words, partial(check_layer, case)) for case in CASES]
-
-
 def check_layer(case: Case, kit: Kit) -> Iterator[CheckFinding]:
     """Compare one layer with its definition in every dtype."""
     for dtype in dtypes_of(kit):
@@ -513,21 +470,6 @@ OTHER_PAIR_LOSSES: dict[str, PairLoss] = {
     "SimPO": pair_losses.simpo,
     "CPO": pair_losses.cpo,
 }
-
-
-def loss_checks() -> list[KitCheck]:
-    """Return a check for each family of losses, and for the loss of a model."""
-    families: dict[str, Callable[[Kit], Iterator[CheckFinding]]] = {
-        "DPO's family": partial(check_pair_losses, PAIR_LOSSES),
-        "ORPO, SimPO, CPO": partial(check_pair_losses, OTHER_PAIR_LOSSES),
-        "KTO's family": check_rated_losses,
-        "reward model": check_reward_loss,
-        "GRPO's family and RLOO": check_policy_losses,
-        "distillation": check_divergences,
-        "a whole model": partial(check_model, None),
-        "a whole 4-bit model": partial(check_model, TINY_4BIT),
-    }
-    return [KitCheck("losses", name, check) for name, check in families.items()]
 
 
 def _compare(name: str, function: Callable[..., mx.array], *arrays: mx.array) -> Iterator[CheckFinding]:

@@ -26,12 +26,9 @@ import json
 import math
 import queue
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +41,6 @@ from mlx_lora.api.train import train
 from mlx_lora.bench.doctor.check import (
     CheckFinding,
     Kit,
-    KitCheck,
     apart,
     bounded,
     dtype_name,
@@ -55,7 +51,7 @@ from mlx_lora.bench.doctor.check import (
 )
 from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
-from mlx_lora.config.fields import flag_of
+from mlx_lora.config.fields import flag_words
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
@@ -77,19 +73,6 @@ COMMON = {
     "cache_trunk": "off", "target_modules": "all-linear",
 }  # fmt: skip
 ADVICE = "do not train toward this objective here; report it with these numbers"
-
-
-def run_checks() -> list[KitCheck]:
-    """Return a check for each objective, and for resuming."""
-    steps = [
-        KitCheck("objectives", name, partial(check_step, name), quick=name in ("sft", "sft, 4-bit base", "dpo"))
-        for name in OBJECTIVES
-    ]
-    resume = [
-        KitCheck("resume", name, partial(check_resume, changes), quick=number == 0)
-        for number, (name, changes) in enumerate(RESUMED.items())
-    ]
-    return [*steps, *resume]
 
 
 SAMPLED = {"group_size": 2, "max_new_tokens": 8}
@@ -247,11 +230,7 @@ def train_child(
     folder = kit.work / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
-    words = []
-    for flag, value in ((flag_of(key), value) for key, value in asked.items()):
-        switch = [flag if value else f"--no-{flag.removeprefix('--')}"]
-        words += switch if isinstance(value, bool) else [flag, str(value)]
+    words = flag_words({"model": model, "data": data, "adapter_path": folder, **QUIET, **settings})
     watch = Watch(folder / "metrics.jsonl", seconds)
     ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
     if ended.code not in (0, INTERRUPTED):
@@ -269,14 +248,6 @@ WAIT_S = 120.0
 SERVING_ADVICE = (
     "serve one request at a time (--max-batch 1) and report it; mlx_lora/engine/engine.py makes the batches"
 )
-
-
-def decode_checks() -> list[KitCheck]:
-    """Return a check for a float base and one for a quantized one."""
-    return [
-        KitCheck("decode", "float base", partial(check_decode, False)),
-        KitCheck("decode", "4-bit base", partial(check_decode, True), quick=False),
-    ]
 
 
 def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
@@ -367,11 +338,6 @@ import mlx_lora, mlx.core as mx
 x = mx.random.normal((64, 64)).astype(mx.bfloat16)
 mx.eval(mx.grad(lambda w: mx.softmax(x @ w, axis=-1).square().sum())(x), mx.fast.rms_norm(x, x[0], 1e-5))
 """
-
-
-def machine_checks() -> list[KitCheck]:
-    """Return the checks of the machine itself; the short doctor has others."""
-    return [KitCheck("machine", "GPU", check_gpu), KitCheck("machine", "power and load", check_power)]
 
 
 def peer_versions() -> dict[str, str | None]:
@@ -477,13 +443,6 @@ RUNS = (
 )
 
 
-def memory_checks() -> list[KitCheck]:
-    """Return a check for each run."""
-    return [
-        KitCheck("memory", one.words, partial(check_peak, one), quick=number == 4) for number, one in enumerate(RUNS)
-    ]
-
-
 def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
     """Compare the planned with the measured peak of one run."""
     positions = 1024 if kit.as_fast_as_a_gpu else 256
@@ -551,15 +510,6 @@ class SpeedLength:
 ON_CPU, ON_GPU = SpeedLength(8, 1, (4, 14), 60.0), SpeedLength(16, 3, (60, 200), 120.0)
 
 
-def speed_checks() -> list[KitCheck]:
-    """Return a check for each model and one for the steady load."""
-    checks = [
-        KitCheck("speed", f"model {number + 1} of {MODELS}", partial(check_speed, number), quick=number == 0)
-        for number in range(MODELS)
-    ]
-    return [*checks, KitCheck("speed", "steady load", check_steady, quick=False)]
-
-
 def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
     """Compare our speed with the peers' on one model."""
     model, length = speed_models(kit)[number], ON_GPU if kit.as_fast_as_a_gpu else ON_CPU
@@ -594,9 +544,8 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
             yield CheckFinding(label, "skipped", words)
             continue
         steps.unlink(missing_ok=True)
-        watch = Stopper(length.limit_s)
         command = [sys.executable, "-m", "mlx_lora.bench.doctor.peers", argument, str(kit.work / "job.json")]
-        ended = run_process(command, kit.work / "peer.log", watch)
+        ended = run_process(command, kit.work / "peer.log", limit_s=length.limit_s)
         lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
         if len(lines) == len(ends):
             theirs = tokens / (float(lines[-1]) - float(lines[each - 1]))
@@ -607,7 +556,7 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
                 label, "warning" if slower else "ok", words, ours / theirs, None, "times as fast",
                 SLOWER if slower else "", {name: theirs},
             )  # fmt: skip
-        elif watch.stopped:
+        elif ended.stopped:
             words = f"stopped after {length.limit_s:.0f} s, start included, at step {len(lines)} of {len(ends)}"
             yield CheckFinding(label, "ok", f"{words}; mlx-lora's steps took {ends[-1]:.1f} s")
         else:
@@ -616,18 +565,6 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
 
 PEERS = {"mlx_lm.lora": "mlx-lm", "torch": "torch"}  # name -> argument of peers.py
 SLOWER = "run it again on a quiet machine (--again --group speed); report it with these numbers"
-
-
-class Stopper:
-    """Ends a process after some time."""
-
-    def __init__(self, seconds: float):
-        self._end, self.stopped = time.perf_counter() + seconds, False
-
-    def __call__(self, child: subprocess.Popen) -> None:
-        if not self.stopped and time.perf_counter() > self._end:
-            self.stopped = True
-            child.kill()
 
 
 def check_steady(kit: Kit) -> Iterator[CheckFinding]:

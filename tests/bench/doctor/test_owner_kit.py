@@ -325,7 +325,7 @@ def test_speeds_are_those_of_the_counted_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.SpeedModel, "write", lambda model, kit: kit.work)
     ends = {"mlx_lm.lora": (4.0, 8.0, 12.0, 16.0), "torch": (1.0, 2.0, 2.5, 3.0)}
 
-    def peer(command, log, watch):
+    def peer(command, log, limit_s):
         job = json.loads(Path(command[-1]).read_text())
         name = next(name for name, peer in runs.PEERS.items() if peer == command[3])
         Path(job["ends"]).write_text("".join(f"{end}\n" for end in ends[name]))
