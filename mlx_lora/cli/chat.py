@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSetting
     sources, limits = adapter_sources(named.adapters, named.blends), Limits(max_waiting=WAITING)
     with opened_engine(lambda: load_base(model), limits, sources, named.ignore_fingerprint, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
-        chat = ChatSession(engine, AnswerSettings(how.max_tokens, context, sampling), system_prompt)
+        chat = ChatSession(engine, how.max_tokens, context, sampling, system_prompt)
         chat.adapter = next(iter(engine.store.cards), None)
         if not any(chat.has_template(name) for name in chat.names):
             raise InputError("--model: has no chat template, and no --adapter has one; use mlx-lora generate")
@@ -286,21 +285,6 @@ class ChatLines:
 # The conversation: turns + question -> the adapter's chat template -> tokens -> engine -> ChatAnswer -> turns
 
 
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How answers are generated.
-
-    Attributes:
-        max_tokens: the most new tokens of one answer.
-        context: the most tokens of conversation and answer together.
-        sampling: how tokens are drawn.
-    """
-
-    max_tokens: int
-    context: int
-    sampling: Sampling
-
-
 class ChatAnswer:
     """One answer, which may not be complete yet.
 
@@ -404,14 +388,19 @@ class ChatSession:
     """The turns of one chat, with an engine that has any number of adapters.
 
     Attributes:
+        max_tokens: the most new tokens of one answer.
+        context: the most tokens of conversation and answer together.
+        sampling: how tokens are drawn.
         adapter: the adapter that answers next, None for the base.
         system: the system prompt, or None.
         turns: questions and answers, in the format of chat templates; pictures are marks in them.
         attached: marks of pictures that the next question will begin with.
     """
 
-    def __init__(self, engine: Engine, settings: AnswerSettings, system: str | None = None):
-        self.engine, self.settings, self.system = engine, settings, system
+    def __init__(self, engine: Engine, max_tokens: int, context: int, sampling: Sampling, system: str | None = None):
+        self.engine, self.max_tokens, self.context, self.sampling, self.system = (
+            engine, max_tokens, context, sampling, system,
+        )  # fmt: skip
         self.adapter: str | None = None
         self.turns: list[dict[str, str]] = []
         self.attached = ""
@@ -453,16 +442,16 @@ class ChatSession:
             RunError: the engine has failed.
         """
         tokens, pictures = self._tokens(self.attached + question, adapter)
-        room = self.settings.context - len(tokens)
+        room = self.context - len(tokens)
         if room < 1:
             raise InputError(
                 f"with this question, the conversation has {len(tokens)} tokens, and the model's context is "
-                f"{self.settings.context}; the question was not added, and /reset empties the conversation"
+                f"{self.context}; the question was not added, and /reset empties the conversation"
             )
-        most = min(self.settings.max_tokens, room)
-        request = Request(tokens, adapter, most, self.settings.sampling, pictures=pictures)
+        most = min(self.max_tokens, room)
+        request = Request(tokens, adapter, most, self.sampling, pictures=pictures)
         try:
-            return ChatAnswer(self.engine, request, cut_by_context=room < self.settings.max_tokens)
+            return ChatAnswer(self.engine, request, cut_by_context=room < self.max_tokens)
         except Stopped:
             raise self.engine.failed() from None
 

@@ -18,7 +18,7 @@ from make_adapters import OWN_TEMPLATE, make_three
 from run_cli import Ran, run
 from serving_process import ROOT
 
-from mlx_lora.cli.chat import AnswerSettings, ChatSession, figures_together, shown
+from mlx_lora.cli.chat import ChatSession, figures_together, shown
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Limits, Sampling
@@ -241,7 +241,7 @@ def test_a_base_without_a_template_leaves_the_chat_to_its_adapters(talk, said, t
 def chat(folder, adapters):
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits())
     engine.call(lambda store: store.add({"bard": AdapterSource(adapters["bard"])})).result(60)
-    yield ChatSession(engine, AnswerSettings(COUNT, 10_000, Sampling(temperature=0)))
+    yield ChatSession(engine, COUNT, 10_000, Sampling(temperature=0))
     engine.close()
 
 
@@ -285,7 +285,7 @@ def test_an_answer_stopped_before_its_first_word_is_not_kept(chat):
 
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(chat, said):
-    chat.settings = AnswerSettings(10**5, 10**6, Sampling(temperature=0))
+    chat.max_tokens, chat.context = 10**5, 10**6
     answer, pieces = chat.ask(FIRST, "bard"), []
     for piece in answer:
         pieces.append(piece)
@@ -295,7 +295,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(chat, said):
     chat.keep(FIRST, answer)
     part = "".join(pieces)
     assert chat.turns == [{"role": "user", "content": FIRST}, {"role": "assistant", "content": part}]
-    chat.settings = AnswerSettings(COUNT, 10**6, Sampling(temperature=0))
+    chat.max_tokens = COUNT
     assert finished(chat.ask(SECOND, "bard"))[0] == said("bard", FIRST, part, SECOND)
 
 

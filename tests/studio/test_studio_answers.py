@@ -201,11 +201,14 @@ def test_exports_take_the_revision_and_an_upload_is_tried_as_often_as_one_likes(
     assert len({words[words.index("--out") + 1] for words in begun}) == len(begun)
 
 
+OLD = "0" * 40  # a commit
+
+
 def test_a_model_of_the_hub_is_weighed_before_it_is_loaded_beside_a_run(tmp_path, monkeypatch):
     snapshots = tmp_path / "models--org--big" / "snapshots"
     (tmp_path / "models--org--big" / "refs").mkdir(parents=True)
     (tmp_path / "models--org--big" / "refs" / "main").write_text("new")
-    for name, numbers in (("new", 4 * 10**6), ("old", 10**6)):
+    for name, numbers in (("new", 4 * 10**6), (OLD, 10**6)):
         (snapshots / name).mkdir(parents=True)
         (snapshots / name / "config.json").write_text('{"model_type": "llama"}')
         header = json.dumps({"w": {"dtype": "BF16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}).encode()
@@ -220,7 +223,7 @@ def test_a_model_of_the_hub_is_weighed_before_it_is_loaded_beside_a_run(tmp_path
         return talk._memory_warning(ModelSettings(**{"model": "org/big", **settings})) is not None
 
     assert warned()
-    assert not warned(revision="old")
+    assert not warned(revision=OLD)
     assert not warned(bits=4)
     assert warned(model=str(snapshots / "new"))
     assert not warned(model="org/unknown")
