@@ -27,7 +27,7 @@ from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
 from mlx_lora.training_server.models import Example
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 from mlx_lora.utils.guard import GuardLimits, timed_protocol
-from mlx_lora.utils.sockets import listen
+from mlx_lora.utils.http import listen
 
 KEY = "tml-correct-horse"
 # For the tests of a file that uses the package: see `forget_clients`.

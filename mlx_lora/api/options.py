@@ -24,7 +24,7 @@ from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, 
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
-from mlx_lora.utils.sockets import is_local, listen
+from mlx_lora.utils.http import is_local, listen
 from mlx_lora.utils.text import counted, gigabytes
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"

@@ -31,7 +31,7 @@ from mlx_lora.exporters.adapter_folder import read_adapter_config, run_of
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.sockets import is_local
+from mlx_lora.utils.http import is_local
 from mlx_lora.utils.text import parse_size
 
 FOR_TRAINING = ("model_name", "checkpoints", "join_clients", "max_sessions", "session_timeout")

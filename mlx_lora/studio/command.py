@@ -18,7 +18,7 @@ from mlx_lora.api import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.sockets import is_local, listen
+from mlx_lora.utils.http import is_local, listen
 from mlx_lora.utils.text import parse_size
 
 SHUTDOWN_S = 2  # an open page keeps its event streams; they are cut

@@ -17,7 +17,7 @@ from mlx_lora.config.load import serve_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.sockets import is_local
+from mlx_lora.utils.http import is_local
 from mlx_lora.utils.text import parse_size
 
 KEY_PREFIX = "tml-"  # Tinker's client refuses other keys

@@ -29,8 +29,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_lora.utils import console
-from mlx_lora.utils.http import ApiError
-from mlx_lora.utils.sockets import is_local, listen
+from mlx_lora.utils.http import ApiError, is_local, listen
 
 SHUTDOWN_S = 5  # for unfinished answers when the server is asked to end
 Message = MutableMapping[str, Any]

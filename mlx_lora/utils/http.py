@@ -1,10 +1,14 @@
-"""What all our servers share of HTTP, without a web framework: errors in OpenAI's format, and reading JSON bodies."""
+"""What all our servers share without a web framework: the socket, errors in OpenAI's format, and reading JSON bodies."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 from collections.abc import Collection
 from typing import Any
+
+from mlx_lora.utils.errors import InputError
 
 
 class ApiError(Exception):
@@ -97,3 +101,37 @@ def shown_value(value: Any) -> str:
     """Return a value of a body for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# The address
+
+
+def is_local(host: str) -> bool:
+    """Tell whether a host name or address can only be reached from this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return an open listening socket and its URL; it is opened before the server says that it is ready, so a port in use is found.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for any free port.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return opened, f"http://{shown}:{opened.getsockname()[1]}"
