@@ -34,6 +34,8 @@ ABOVE = {
     "evaluation": {"api", "cli", "studio", "trainer"},
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
+# Names that the applications import from the core, all together; the plan is a facade of 47.
+MOST_NAMES = 511
 # Modules of ours that come with a module.
 MOST_WITH_IT = {"trainer.step": 22, "trainer.trainer": 25, "objectives.sft": 47}
 
@@ -88,6 +90,19 @@ def test_only_a_command_leads_from_the_root_to_an_application():
     assert {home.split(".")[0] for home in homes} == APPLICATIONS
     here = [PACKAGE / f"{home.replace('.', '/')}.py" for home in homes if (PACKAGE / home.split(".")[0]).is_dir()]
     assert [path for path in here if not path.is_file()] == []
+
+
+def test_applications_use_no_more_names_of_the_core_than_they_do():
+    used = {
+        (node.module, alias.name)
+        for path in FILES
+        if room_of(path) in APPLICATIONS
+        for node in ast.walk(trees()[path])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lora.")
+        for alias in node.names
+        if node.module.split(".")[1] not in APPLICATIONS
+    }
+    assert len(used) <= MOST_NAMES
 
 
 def test_data_settings_and_planner_need_no_mlx():
