@@ -230,11 +230,11 @@ def output_bytes(output: TokenRequest) -> bytes:
     for trailing, group in groupby(output.logprobs, lambda array: array.shape[1:]):
         arrays = [np.ascontiguousarray(array, np.float32) for array in group]
         record = message.loss_fn_outputs.add(num_datums=len(arrays))
-        field = record.fields["logprobs"]
-        field.data = b"".join(array.tobytes() for array in arrays)
-        field.offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64).tobytes()
-        field.dtype = pb.DTYPE_FLOAT32
-        field.trailing_shape.extend(trailing)
+        column = record.fields["logprobs"]
+        column.data = b"".join(array.tobytes() for array in arrays)
+        column.offsets = np.cumsum([0, *(array.nbytes for array in arrays)], dtype=np.int64).tobytes()
+        column.dtype = pb.DTYPE_FLOAT32
+        column.trailing_shape.extend(trailing)
     return message.SerializeToString()
 
 

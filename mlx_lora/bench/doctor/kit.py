@@ -445,10 +445,7 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
         ),
         *(KitCheck("adapters", case.words, partial(numerics.check_layer, case)) for case in numerics.CASES),
         *(KitCheck("losses", name, check) for name, check in losses.items()),
-        *(
-            KitCheck("objectives", name, partial(runs.check_step, name), name in ("sft", "sft, 4-bit base", "dpo"))
-            for name in runs.OBJECTIVES
-        ),
+        *(KitCheck("objectives", name, partial(runs.check_step, name), name in runs.QUICK) for name in runs.OBJECTIVES),
         *(
             KitCheck("resume", name, partial(runs.check_resume, changes), number == 0)
             for number, (name, changes) in enumerate(runs.RESUMED.items())

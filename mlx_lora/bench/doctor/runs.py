@@ -96,6 +96,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "distill, on policy": {"objective": "distill", "teacher": True, "on_policy": True, **SAMPLED},
 }
 
+QUICK = ("sft", "sft, 4-bit base", "dpo")  # of these, in the quick share
+
 
 def _rows(objective: str) -> list[dict[str, Any]]:
     """Return rows of the form that an objective reads."""
