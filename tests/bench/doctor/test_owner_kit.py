@@ -36,7 +36,7 @@ from mlx_lora.bench.run import Ended
 from mlx_lora.kernels import table as kernel_table
 from mlx_lora.utils import device
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IN_PROCESS = ("kernels", "formats", "adapters", "losses")
 
 
