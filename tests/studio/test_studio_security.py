@@ -369,7 +369,9 @@ def test_a_strangers_run_that_runs_code_is_asked_about_with_its_path(client, hom
     assert resume(client, folder, agreed=question).status_code == 200
     assert started[0][-1] == "--resume"
     assert client.get(f"/api/runs/{run_id(folder)}").json()["settings"][name] == coded[name]
-    (folder / "studio" / "started.json").unlink()
+    note = folder / "studio" / "started.json"
+    wait_for(lambda: json.loads(note.read_text())["code"] == 0, 30)  # the end is written down, not while it is removed
+    note.unlink()
     assert resume(client, folder).status_code == 200, "it is not asked about again"
     copy = shutil.copytree(folder, home / "runs" / "copied")
     (copy / "studio" / "started.json").unlink()
