@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import click
 
@@ -31,6 +32,26 @@ COMMANDS = {
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
+# The commands of other applications than cli.
+ELSEWHERE = {
+    "bench": "bench.command",
+    "doctor": "bench.doctor.command",
+    "serve": "serving.command",
+    "serve --training": "training_server.command",
+    "studio": "studio.command",
+}
+
+
+def load_command(name: str, args: Sequence[str] = ()) -> click.Command:
+    """Import a command.
+
+    Args:
+        name: one of COMMANDS.
+        args: what follows the name: `serve --training` is another application than `serve`.
+    """
+    training = [arg for arg in args if arg in ("--training", "--no-training")][-1:] == ["--training"]
+    home = ELSEWHERE.get("serve --training" if name == "serve" and training else name, f"cli.{name}")
+    return importlib.import_module(f"mlx_lora.{home}").main
 
 
 class LazyGroup(console.Group):
@@ -45,13 +66,14 @@ class LazyGroup(console.Group):
         elif args == ["version"]:
             args = ["--version"]
         elif args[1:] and args[0] in COMMANDS:
-            from mlx_lora.cli.options import look_at_flags  # --version needs none of it
+            from mlx_lora.api.options import look_at_flags  # --version needs none of it
 
             look_at_flags(args[0], args[1:])
+        ctx.meta["args"] = args[1:]
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return importlib.import_module(f"mlx_lora.cli.{name}").main if name in COMMANDS else None
+        return load_command(name, ctx.meta.get("args", ())) if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -25,13 +25,14 @@ PICTURE = ROOT / "docs" / "development" / "architecture.svg"
 # below its own; an arrow that does not point down is drawn in another color.
 LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
     ("What people call", [
-        {"cli": (2, "one file per command")},
-        {"studio": (1, "the local page"), "training_server": (2, "Tinker's protocol"), "doctor": (3, "checks of a machine")},
-        {"api": (1, "what Python users call"), "bench": (2, "benchmark suite")},
+        {"cli": (1, "one file per command"), "serving": (2, "OpenAI's protocol"), "training_server": (3, "Tinker's protocol")},
+        {"studio": (1, "the local page"), "bench": (2, "benchmarks, doctor")},
+        {"api": (2, "what Python users call")},
     ]),
     ("Training and answers", [
         {"trainer": (1, "loop, step, checkpoints")},
-        {"evaluation": (1, "tasks, answers, intervals"), "serving": (3, "many adapters, HTTP")},
+        {"evaluation": (1, "tasks, answers, intervals")},
+        {"engine": (3, "many adapters at once")},
         {"objectives": (1, "sft, dpo, grpo, ..."), "reports": (2, "pages about results")},
         {"rollouts": (3, "sampling, rewards")},
         {"exporters": (2, "adapter folders, PEFT"), "losses": (3, "functions of arrays")},

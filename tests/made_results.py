@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.run import spread
-from mlx_lora.bench.workloads import WORKLOADS, Workload
+from mlx_lora.bench.run import WORKLOADS, Workload, spread
 
 GIB = 1 << 30
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-
 import click
 
+from mlx_lora.__main__ import COMMANDS, load_command
 from mlx_lora.cli.evaluate import EvaluateCommand
 from mlx_lora.config.fields import read_value
 from mlx_lora.config.settings import FIELDS
@@ -21,9 +19,9 @@ def parse(words: tuple[str, ...]) -> click.Command:
     if words[0].startswith("-"):
         return click.Command("mlx-lora")
     name, rest = words[0], list(words[1:])
-    if importlib.util.find_spec(f"mlx_lora.cli.{name}") is None:
+    if name not in COMMANDS:
         raise click.UsageError(f"no command {name}")
-    command = importlib.import_module(f"mlx_lora.cli.{name}").main
+    command = load_command(name, rest)
     if isinstance(command, click.Group):
         command = command.commands[rest.pop(0)]
     if isinstance(command, EvaluateCommand):

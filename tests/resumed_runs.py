@@ -29,6 +29,8 @@ def command(model, data, folder, *extra) -> tuple:
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 GEMMA2 = {
     "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 from typing import NamedTuple
 
+import mlx_lora.__main__
+from mlx_lora.__main__ import load_command
 from mlx_lora.utils.supervise import last_given
 
 
@@ -29,12 +30,12 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
 
     An error nobody foresaw propagates: to a test that is a traceback.
     """
-    main = importlib.import_module("mlx_lora.__main__" if command == "__main__" else f"mlx_lora.cli.{command}").main
+    words = [str(a) for a in arguments]
+    main = mlx_lora.__main__.main if command == "__main__" else load_command(command, words)
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            words = [str(a) for a in arguments]
             main.main(words if exactly else last_given(words), prog_name=f"mlx-lora {command}")
         except SystemExit as end:
             code = end.code or 0

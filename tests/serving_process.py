@@ -40,8 +40,12 @@ class Server:
         self.process.kill()
         raise AssertionError(f"the server did not start: {self.text}")
 
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
+    def __exit__(self, failed: object, *_: object) -> None:
+        """End it, in order unless the test has failed, if it still runs."""
+        if self.process.poll() is None and failed is None:
+            assert self.stop() == 0, self.text
+            assert "Traceback" not in self.text, self.text
+        elif self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 

@@ -7,9 +7,9 @@ import queue
 from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource
+from mlx_lora.engine.engine import Engine, Limits, Request, Sampling
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.engine import Engine, Limits, Request, Sampling
 
 PROMPT = "O Romeo, wherefore art thou"
 GREEDY = Sampling(temperature=0)

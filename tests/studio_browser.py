@@ -77,10 +77,16 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
+@contextmanager
 def open_studio(
-    browser: Any, url: str, dark: bool = False, width: int = 1280, project: dict[str, Any] | None = None
-) -> Watched:
-    """Open the page in a window of its own, with a project that was chosen before."""
+    browser: Any,
+    url: str,
+    dark: bool = False,
+    width: int = 1280,
+    project: dict[str, Any] | None = None,
+    checked: bool = True,
+) -> Iterator[Watched]:
+    """Open the page in a window of its own, with a project that was chosen before; at the end, nothing may have gone wrong."""
     page = browser.new_page(
         viewport={"width": width, "height": 860}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
     )
@@ -92,7 +98,10 @@ def open_studio(
         page.add_init_script(f"localStorage.setItem({json.dumps(KEPT)}, {json.dumps(json.dumps(project))})")
     page.goto(url)
     page.locator("main h1").first.wait_for()
-    return watched
+    yield watched
+    if checked:
+        assert (watched.problems, watched.forbidden()) == ([], [])
+    page.close()
 
 
 def save_small(page: Any, path: Path, colors: int = 256) -> None:

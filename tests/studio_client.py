@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from starlette.testclient import TestClient
 
-from mlx_lora.serving.guard import GuardLimits
 from mlx_lora.studio.app import make_studio
 from mlx_lora.studio.folders import Folders
+from mlx_lora.utils.guard import GuardLimits
 
 ADDRESS = "http://127.0.0.1:8090"
 UPLOAD = "/api/data/upload"

@@ -23,10 +23,11 @@ from tinker import types
 from tinker.lib.internal_client_holder import _internal_client_holder_thread_singleton, sessionless_holder_cache
 from training_examples import loaded
 
-from mlx_lora.serving.guard import GuardLimits, listen, timed_protocol
 from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
 from mlx_lora.training_server.models import Example
 from mlx_lora.training_server.worker import Worker, WorkerSettings
+from mlx_lora.utils.guard import GuardLimits, timed_protocol
+from mlx_lora.utils.http import listen
 
 KEY = "tml-correct-horse"
 # For the tests of a file that uses the package: see `forget_clients`.

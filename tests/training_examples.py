@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.training_server.models import Example, LoraShape, ModelLimits, TrainedModel
+from mlx_lora.training_server.models import Example, ModelLimits, TrainedModel
 
 LIMITS = ModelLimits(288, 512)
 LENGTHS = (5, 9, 7)

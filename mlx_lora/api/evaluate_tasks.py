@@ -15,13 +15,13 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.run_data import with_settings_of_runs
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource, check_names, own_name
 from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
 from mlx_lora.evaluation.metrics import Metric, metric_of
 from mlx_lora.evaluation.models import BASE, Models
 from mlx_lora.evaluation.own_rows import answer_rows, expected_text, question_text, score_rows
 from mlx_lora.evaluation.paired import TaskResults
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.serving.adapter_store import AdapterSource, check_names, own_name
 from mlx_lora.trainer.ask import never
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter

@@ -1,1 +1,1 @@
-"""The benchmark suite: fixed workloads, what a run of them records, and the comparison of several machines."""
+"""The benchmark suite of fixed workloads, and `doctor`: what one machine computes and how fast, and how several compare."""

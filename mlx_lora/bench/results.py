@@ -25,11 +25,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
+from mlx_lora.bench.run import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
 
 SCHEMA, VERSION = "mlx-lora-bench", 1
@@ -141,7 +142,7 @@ RATES = fields_of(
 )
 RESULT = fields_of(
     "results[].",
-    ("workload", "mapping", "the whole definition (mlx_lora/bench/workloads.py)"),
+    ("workload", "mapping", "the whole definition (mlx_lora/bench/run.py)"),
     ("workload.name", "text", "the value for `--workload`"),
     ("workload.version", "whole", "version of the definition"),
     ("workload.digest", "text", "hash of the definition, which shows whether it was edited"),
@@ -345,7 +346,6 @@ def document() -> str:
 
 # Files
 
-MOST_BYTES = 10_000_000
 SHOWN_PROBLEMS = 3
 
 
@@ -373,31 +373,13 @@ def machine_name(content: dict[str, Any]) -> str:
     return (name or content["device"]["name"]).removeprefix("Apple ")
 
 
-def new_result(
-    created: str, tiers: Sequence[str], machine: dict[str, Any], software: dict[str, Any], probe: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a result without entries; `probe` holds `device` and `rates`."""
-    return {
-        "schema": SCHEMA,
-        "schema_version": VERSION,
-        "created": created,
-        "tiers": list(tiers),
-        "machine": machine,
-        "device": probe["device"],
-        "software": software,
-        "rates": probe["rates"],
-        "results": [],
-    }
-
-
 def write_result(path: Path, content: dict[str, Any]) -> None:
     """Write a result, completely or not at all.
 
     Raises:
         ValueError: it is not valid, which is a bug of ours.
     """
-    problems = problems_of(content)
-    if problems:
+    if problems := problems_of(content):
         raise ValueError("; ".join(problems))
     replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -419,24 +401,10 @@ def read_result(path: Path) -> ResultFile:
     Raises:
         InputError: it is not JSON, not ours, has another schema version, or has fields that are missing or wrong.
     """
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB, too large for a result file; left out")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); left out") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; left out") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: corrupt, not JSON ({str(error).splitlines()[0]}); left out") from None
-    problems = problems_of(content)
-    if problems:
+    content = read_json(path, "left out")
+    if problems := problems_of(content):
         raise InputError(f"{path}: {first_of(problems, SHOWN_PROBLEMS)}; left out")
     return ResultFile(path, content)
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
@@ -788,7 +756,7 @@ def write_page(
     tiers = []
     for tier in TIERS:
         columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
-        rows = [(chip.name, [_tier_cell(column[n]) for column in columns.values()]) for n, chip in enumerate(CHIPS)]
+        rows = [(chip.name, [column[n] for column in columns.values()]) for n, chip in enumerate(CHIPS)]
         name = tier if tier == "embedded" else f"{tier} GB"
         tiers.append({"name": name, "workloads": list(columns), "rows": rows})
     page = render_page(
@@ -809,14 +777,9 @@ def write_page(
         scaling=[_scaling(table, results) for table in measured if table.name in KNOWN],
         tiers=tiers,
         chips=CHIPS,
+        number=number,
     )
     replace_text(path, page)
-
-
-def _tier_cell(predicted: dict[str, Any]) -> str:
-    if not predicted["fits"]:
-        return "does not fit"
-    return f"{number(predicted['tokens_per_s'])} ({predicted['memory_gib']} GB)"
 
 
 def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:

@@ -20,7 +20,8 @@ from typing import Any
 import click
 from huggingface_hub import snapshot_download
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
+from mlx_lora.cli import PAGES
 from mlx_lora.parallel.hosts import hosts_of, probe_link, reachable
 from mlx_lora.parallel.ranks import SeveralRanks, find_launch, together
 from mlx_lora.utils import console, device
@@ -80,7 +81,7 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
         problems = problems_of(machines)
         facts = {"machines": machines, "link": rates and asdict(rates), "problems": problems}
         if ranks.leads:
-            console.print_json(facts) if as_json else click.echo(flags.render("cluster", facts))
+            console.print_json(facts) if as_json else click.echo(flags.render(PAGES / "cluster.txt", facts))
         ranks.meet()
     return 1 if problems else 0
 

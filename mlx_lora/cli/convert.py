@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli.options import ShortCommand, render
+from mlx_lora.api.options import ShortCommand, render
+from mlx_lora.cli import PAGES
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import train_settings
@@ -103,7 +104,7 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         trust_remote_code=trust,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
-    console.echo(render("convert", {"out": out, "made": conversion}))
+    console.echo(render(PAGES / "convert.txt", {"out": out, "made": conversion}))
     if text is not None:
         plain = learned.quantization if learned else None
         figures = result["perplexity"] = compare_on_text(source, out, text, trust, plain)

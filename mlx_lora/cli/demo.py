@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.demo import ITERS, OUT, Demo, DemoScreen, run_demo
-from mlx_lora.cli import options as flags
 
 
 @click.command(cls=flags.ShortCommand)

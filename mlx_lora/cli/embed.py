@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS

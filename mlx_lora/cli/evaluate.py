@@ -27,18 +27,20 @@ from typing import Any
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
 from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
 from mlx_lora.api.texts import measure_embeddings
-from mlx_lora.cli import options as flags
+from mlx_lora.cli import PAGES
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.data.report import UNITS
+from mlx_lora.engine.adapter_store import adapter_sources
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
@@ -52,7 +54,6 @@ from mlx_lora.reports.run_report import (
     write_evaluation_page,
 )
 from mlx_lora.reports.sweep_page import write_task_page
-from mlx_lora.serving.adapter_store import adapter_sources
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.header import MOST_SHOWN
@@ -361,5 +362,5 @@ def tasks_command(
     if page is not None:
         write_task_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")
-    console.print_json(facts) if as_json else click.echo(flags.render("scores", vars(found)))
+    console.print_json(facts) if as_json else click.echo(flags.render(PAGES / "scores.txt", vars(found)))
     return 0

@@ -18,9 +18,9 @@ from typing import Any
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.api.fuse import FADED, GainMeter, read_back
-from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.data.files import look_at_data

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.fuse import FADED, NOT_MEASURED, FuseSettings, Gain, fuse
-from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.data.files import find_sets

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.texts import MineOptions, mine
-from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import all_files
 from mlx_lora.data.pairs import passage_files, read_eval_pairs, read_passages

@@ -17,9 +17,11 @@ from typing import Any
 
 import click
 
+from mlx_lora.api import options as flags
 from mlx_lora.api.plan import choose_machine, plan_run
+from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
 from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
-from mlx_lora.cli import options as flags
+from mlx_lora.cli import PAGES
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import MEMORY, TrainSettings
@@ -27,7 +29,6 @@ from mlx_lora.config.sweep import BUDGET, read_budget
 from mlx_lora.parallel.hosts import macs_of
 from mlx_lora.planner.several_macs import Link
 from mlx_lora.planner.speed import find_chip
-from mlx_lora.training_server.plan import MOST_CLIENTS, plan_training_server
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
@@ -219,4 +220,4 @@ def time_words(hours: float) -> str:
 def render_plan(template: str, plan: dict[str, Any], **more: Any) -> str:
     """Return a plan as text for the terminal; see `flags.render`."""
     words = {"part_words": PART_WORDS, "phase_words": PHASE_WORDS, "lasting": time_words}
-    return flags.render(template, plan, **words, **more)
+    return flags.render(PAGES / f"{template}.txt", plan, **words, **more)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.wordings import read_questions

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import MODEL
 from mlx_lora.config.sweep import BUDGET, SET_BY_SWEEP, read_budget

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.cli import options as flags
+from mlx_lora.api import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.rules import check_options, idle_notes
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings

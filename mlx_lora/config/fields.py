@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -82,6 +83,20 @@ def field_type(f: Field) -> type:
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def flag_words(settings: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that give settings, by name, their values."""
+    words = []
+    for name, value in settings.items():
+        flag = flag_of(name)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif str(value).startswith("-"):
+            words.append(f"{flag}={value}")  # else it would be read as a flag
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
+    return words
 
 
 def read_value(f: Field, value: Any) -> Any:

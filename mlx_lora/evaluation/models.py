@@ -1,7 +1,7 @@
 """Score and write texts with a base and any number of adapters on it, all in the same batches.
 
     log-likelihoods    rows of all models beside each other; a context is computed once for all its continuations
-    texts              rows join and leave a running batch (serving/engine.py), each with its own model's prefix cache
+    texts              rows join and leave a running batch (engine/engine.py), each with its own model's prefix cache
 
 Each row of a batch has its own adapter (serving/adapter_store.py). A row with several continuations has the layout of
 models/prefix_attention.py:
@@ -31,6 +31,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_lora.data.chat_template import own_template
+from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, Routing, context_of
+from mlx_lora.engine.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.encoder import check_language_model
 from mlx_lora.models.head import Head, find_head
@@ -38,8 +40,6 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.models.tokenizer import Continuation
 from mlx_lora.rollouts.generator import ANSWERS, TokenSteps, check_rows, held_weights, one_row_because
-from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, Routing, context_of
-from mlx_lora.serving.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure
 from mlx_lora.utils.progress import long_task, tracked

@@ -1,4 +1,8 @@
-"""Serve OpenAI's completions, the models and adapters, health, metrics and the chat page over HTTP.
+"""Build answers in OpenAI's formats, complete or as chunks of a stream; no error tells clients the paths of the server's machine.
+
+Source: OpenAI's API reference: chat.completion, chat.completion.chunk, text_completion.
+
+Serve OpenAI's completions, the models and adapters, health, metrics and the chat page over HTTP.
 
     Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> EngineResponse -> client
 
@@ -6,9 +10,27 @@ Under /v1/adapters, adapters are listed, loaded and unloaded. A name is never a 
 the operator chose, after following links.
 
 The chat page shows two models side by side in a browser and uses the same endpoints as other clients. It is `pages/chat.html`,
-served as a single file, with its scripts `pages/markdown.js` and `pages/chat.js` and the common tokens.css inside. Its policy
+served as a single file, with its scripts `pages/chat.js` and reports/pages/markdown.js and the common tokens.css inside. Its policy
 only allows its own script and style to run, whatever a model writes. It has no secrets, so it is served without an API key;
 its requests to the server need the key.
+
+Serve adapters with a score head over HTTP: classifiers as vLLM does, and rerankers as clients of Jina and Cohere ask.
+
+    POST /classify, /v1/classify             {"model": NAME, "input": TEXT or [TEXT, ...]}
+    POST /rerank, /v1/rerank, /v2/rerank     {"model": NAME, "query": TEXT, "documents": [TEXT or {"text": TEXT}, ...],
+                                              "top_n": N, "return_documents": true}
+
+Each adapter is put on a copy of the base's modules, which shares the base's arrays. Texts are scored in the engine's thread, a few
+at a time, between two steps of the answers that are being generated.
+
+Serve vectors of texts over HTTP, as OpenAI's clients ask for them: by adapters of --objective embed, and by the base.
+
+    POST /v1/embeddings, /embeddings     {"model": NAME, "input": TEXT, [TEXT, ...], [TOKEN, ...] or [[TOKEN, ...], ...],
+                                          "encoding_format": "float" or "base64", "dimensions": N, "input_type": "query"}
+
+The vectors are those of `mlx-lora embed`: normalized, with the pooling and prompts that the adapter or the model was trained with.
+OpenAI's request has no word for queries; `input_type` is that of Cohere's, Voyage's and NVIDIA's. Tokens are taken as they
+are, without a prompt. The base is served if it is an encoder, or if its folder is sentence-transformers'.
 """
 
 from __future__ import annotations
@@ -16,20 +38,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
+import time
+import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 import mlx.core as mx
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -37,28 +63,186 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.models.encoder import is_encoder
-from mlx_lora.reports.charts import tokens_css
-from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.conversation import AnswerLimits, PicturePrompt, PictureReader, picture_prompt, prompt_tokens
-from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
-from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.serving.schema import (
-    ApiError,
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.chat_template import own_template, template_shows
+from mlx_lora.data.examples import Text
+from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
+from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped, TokenReport, Usage
+from mlx_lora.engine.prompts import (
     Ask,
-    ChatReply,
-    CompletionReply,
-    client_error,
-    is_number,
+    PicturePrompt,
+    PictureReader,
+    api_error,
+    chat_tokens,
+    picture_prompt,
     read_chat,
     read_completion,
-    read_fields,
-    read_json,
-    without_paths,
 )
+from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
+from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.load import Base
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices
+from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
+from mlx_lora.reports import charts
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.utils.http import ApiError, bad_value, is_number, read_fields, read_json, read_number
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """Limits for an answer.
+
+    Attributes:
+        max_tokens: the most new tokens.
+        max_context: the most tokens of prompt and answer together.
+        timeout_s: seconds until it must be complete.
+        images_from: folder below which clients may name files of pictures; None: they may name none.
+    """
+
+    max_tokens: int
+    max_context: int
+    timeout_s: float
+    images_from: Path | None = None
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
+    """Return the prompt's tokens.
+
+    Args:
+        tokenizer: the base's tokenizer.
+        ask: the request.
+        template: the adapter's own chat template, which replaces the base's, or None.
+        vocabulary: the number of token ids.
+
+    Raises:
+        ApiError: a chat has no template, the template refuses it or shows no tools, or a token id does not exist.
+    """
+    if ask.messages is not None:
+        template = template or own_template(tokenizer)
+        if not template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
+        try:
+            if ask.tools and not template_shows(tokenizer, ask.messages, template, ask.tools):
+                message = "tools: this model's chat template does not show them; leave them out"
+                raise ApiError(400, message, "no_tools", "tools")
+            return chat_tokens(tokenizer, ask.messages, template, vocabulary, ask.tools)
+        except InputError as error:
+            raise ApiError(400, f"messages: {error}", "template", "messages") from None
+    tokens = tokenizer.encode(ask.prompt) if isinstance(ask.prompt, str) else ask.prompt
+    if not tokens:
+        raise ApiError(400, "prompt: has no tokens; give some text", "invalid_value", "prompt")
+    if not all(0 <= token < vocabulary for token in tokens):
+        raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
+    return tokens
+
+
+class ChatReply:
+    """Builds the answers of chat/completions."""
+
+    PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str):
+        self._head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._opened = False
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """Return a chunk with the new text."""
+        choice = {**self._piece(event), "logprobs": self._logprobs(event.piece.reports)}
+        choices = [{"index": 0, **choice, "finish_reason": event.finish}]
+        return {**self._head, "object": self.CHUNK, "choices": choices}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Return the chunk that ends a stream with token counts."""
+        return {**self._head, "object": self.CHUNK, "choices": [], "usage": usage_object(usage)}
+
+    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        choice = {**self._all(text), "logprobs": self._logprobs(reports)}
+        choices = [{"index": 0, **choice, "finish_reason": end.finish}]
+        return {**self._head, "object": self.WHOLE, "choices": choices, "usage": usage_object(end.usage)}
+
+    def _piece(self, event: Event) -> dict[str, Any]:
+        """Return the new text; the first chunk also has the role."""
+        delta = {} if self._opened else {"role": "assistant"}
+        self._opened = True
+        return {"delta": {**delta, **({"content": event.piece.text} if event.piece.text or not event.last else {})}}
+
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        content = []
+        for report in reports:
+            every = [(report.text, report.logprob, report.data), *report.top]
+            own, *top = [{"token": text, "logprob": value, "bytes": list(data)} for text, value, data in every]
+            content.append({**own, "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+
+class CompletionReply(ChatReply):
+    """Builds the answers of completions."""
+
+    PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
+
+    def _piece(self, event: Event) -> dict[str, Any]:
+        return {"text": event.piece.text}
+
+    def _all(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        return {
+            "tokens": [report.text for report in reports],
+            "token_logprobs": [report.logprob for report in reports],
+            # Texts may be the same, of parts of a character, say: the likeliest of them is kept.
+            "top_logprobs": [{text: value for text, value, _ in reversed(report.top)} for report in reports],
+            "text_offset": [report.start for report in reports],
+        }
+
+
+def usage_object(usage: Any) -> dict[str, Any]:
+    """Return the object with token counts of a Usage, which a last event has."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
+def client_error(engine: Engine, error: Exception, folders: Iterable[Path] = ()) -> ApiError:
+    """Return the error that a client gets, without paths of this machine.
+
+    Args:
+        engine: whose base and adapters are known.
+        error: of the engine, or one that is an answer already.
+        folders: further ones that the text may name.
+    """
+    told = error if isinstance(error, ApiError) else api_error(error)
+    told.args = (without_paths(str(told), engine, folders),)
+    return told
+
+
+def without_paths(text: str, engine: Engine, folders: Iterable[Path] = ()) -> str:
+    """Return a text in which the folders of the base and the adapters, and further ones, are only their names."""
+    base = engine.base
+    known = [*folders, *engine.store.folders, base.folder]
+    names = {str(form): folder.name for folder in known for form in (folder, folder.resolve())}
+    name = base_name(base)
+    names[base.model_id] = Path(name).name if Path(name).is_absolute() else name  # a folder may be gone by now
+    for path in sorted((path for path, name in names.items() if name), key=len, reverse=True):
+        text = text.replace(path, names[path])
+    return text
 
 
 def make_app(
@@ -124,9 +308,9 @@ def make_app(
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type"],
     )
-    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
-    for name in SCRIPTS:
-        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", charts.tokens_css())
+    for script in SCRIPTS:
+        text = text.replace(f"// {script.name}\n", script.read_text(encoding="utf-8"))
     headers = {
         "Content-Security-Policy": policy(text),
         "X-Content-Type-Options": "nosniff",
@@ -357,7 +541,8 @@ async def _as_json(request: HttpRequest, error: Any) -> Response:
 # The chat page
 
 FOLDER = Path(__file__).parent / "pages"
-SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
+# Each stands in the page where a line names it.
+SCRIPTS = (charts.COMMON / "markdown.js", FOLDER / "chat.js")
 
 
 def policy(text: str) -> str:
@@ -391,7 +576,7 @@ KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters"
 
 # Adapters
 
-FIELDS = {"name", "path", "hub", "revision", "blend"}
+ADAPTER_FIELDS = {"name", "path", "hub", "revision", "blend"}
 MOST_OF_ID = 200  # characters of a hub id: its two names have at most 96 each
 
 
@@ -426,7 +611,7 @@ class Adapters:
 
     async def load(self, request: HttpRequest) -> Response:
         """POST /v1/adapters: load a new adapter, or reload a known one."""
-        body = read_fields(await request.body(), FIELDS)
+        body = read_fields(await request.body(), ADAPTER_FIELDS)
         name = body.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
             message = "name: must be at most 64 letters, digits, . _ or -, and not the base's name"
@@ -496,3 +681,286 @@ def _described(card: Card) -> dict[str, Any]:
     facts = {name: getattr(card, name) for name in ("name", "source", "method", "rank", "resident", "created")}
     own_template = card.chat_template is not None
     return {**facts, "object": "adapter", "bytes": card.nbytes, "own_chat_template": own_template}
+
+
+MOST_TEXTS = 2048  # in a request
+TOGETHER = 16  # texts that are scored before answers are generated again
+CLASSIFY_FIELDS = frozenset(["model", "input", "user"])
+# Those of Jina's, Cohere's and vLLM's clients; what is of no effect here is taken, so that they need no change.
+RERANK_FIELDS = frozenset(
+    ["model", "query", "documents", "top_n", "return_documents", "max_chunks_per_doc", "max_tokens_per_doc", "user"]
+)
+Score = Callable[[Sequence[Any]], tuple[np.ndarray, int]]
+M = TypeVar("M")
+
+
+def named_model(models: Mapping[str, M], asked: Any, purpose: str, advice: str) -> tuple[str, M]:
+    """Return the model that a request names, or the only one.
+
+    Raises:
+        ApiError: 404.
+    """
+    if asked is None and len(models) == 1:
+        asked = next(iter(models))
+    if not isinstance(asked, str) or asked not in models:
+        known = f"there are {', '.join(sorted(models))}" if models else advice
+        raise ApiError(404, f"no model {asked!r} for {purpose}; {known}", "model_not_found", "model")
+    return asked, models[asked]
+
+
+class TextModels:
+    """The models of a server that score texts or give their vectors, and their endpoints."""
+
+    def __init__(self, engine: Engine, scoring: Mapping[str, Path], embedding: Mapping[str, Path], timeout_s: float):
+        """Load the adapters.
+
+        Args:
+            engine: holds the base.
+            scoring, embedding: name -> folder of the adapters that give scores, and of those that give vectors.
+            timeout_s: for a whole request.
+
+        Raises:
+            InputError: an adapter does not fit the base, or has the name of the base or of an adapter that generates.
+        """
+        self._engine, self._timeout_s = engine, timeout_s
+        if twice := sorted({base_name(engine.base), *engine.store.cards} & {*scoring, *embedding}):
+            raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+        self._scorers = {
+            name: engine.call(lambda store, folder=folder: load_scorer(engine, folder)).result()
+            for name, folder in scoring.items()
+        }
+        named: dict[str, Path | None] = {**embedding}
+        if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
+            named = {base_name(engine.base): None, **named}
+        settings = train_settings({"model": str(engine.base.folder), "objective": "embed"})
+
+        def open_one(folder: Path | None) -> TextEmbedder:
+            return open_embedder(settings, twin_of(engine.base), folder, engine.ignore_fingerprint)
+
+        self._embedders = {
+            name: engine.call(lambda store, folder=folder: open_one(folder)).result() for name, folder in named.items()
+        }
+
+    def describe(self) -> list[str]:
+        """Return a line about each model."""
+        return [
+            *(f"scores {name}: {described(scorer.head)}" for name, scorer in self._scorers.items()),
+            *(
+                f"vectors {name}: {one.embedder.width} numbers, {one.embedder.pooling} pooling"
+                for name, one in self._embedders.items()
+            ),
+        ]
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        paths = dict.fromkeys(("/classify", "/v1/classify"), self.classify)
+        paths |= dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), self.rerank)
+        paths |= dict.fromkeys(("/embeddings", "/v1/embeddings"), self.embeddings)
+        return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
+
+    def _of(self, objective: str, body: dict[str, Any]) -> tuple[str, TextScorer]:
+        own = {name: one for name, one in self._scorers.items() if one.head["objective"] == objective}
+        return named_model(own, body.get("model"), objective, "start the server with --adapter NAME=DIR")
+
+    async def classify(self, request: HttpRequest) -> Response:
+        """POST /classify."""
+        body = read_fields(await request.body(), CLASSIFY_FIELDS)
+        name, scorer = self._of("classify", body)
+        given = body.get("input")
+        texts = texts_of([given] if isinstance(given, str) else given, "input")
+
+        def score(part: Sequence[Text]) -> tuple[np.ndarray, int]:
+            encoded, dropped = scorer.encode(part)
+            if dropped:
+                raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
+            return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
+
+        scores, tokens = await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
+        data = []
+        for number, answer in enumerate(scorer.answers(scores, {})):
+            if ERROR in answer:
+                raise ValueError(answer[ERROR])
+            # As vLLM has it; `labels` for several labels, `value` for a number.
+            chances = list(answer.get("probabilities", {}).values())
+            named = "value" if not chances else "labels" if isinstance(answer[PREDICTED], list) else "label"
+            data.append({"index": number, named: answer[PREDICTED], "probs": chances, "num_classes": len(chances)})
+        return JSONResponse(
+            {
+                "id": f"classify-{uuid.uuid4().hex}",
+                "object": "list",
+                "created": int(time.time()),
+                "model": name,
+                "data": data,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+    async def rerank(self, request: HttpRequest) -> Response:
+        """POST /v1/rerank."""
+        body = read_fields(await request.body(), RERANK_FIELDS)
+        name, scorer = self._of("rerank", body)
+        (query,) = texts_of([body.get("query")], "query")
+        given = body.get("documents")
+        plain = (
+            [one.get("text") if isinstance(one, dict) else one for one in given] if isinstance(given, list) else given
+        )
+        documents = [one.text for one in texts_of(plain, "documents")]
+        top_n = read_number(body, "top_n", 1, 10**9, len(documents))
+        scores, tokens = await a_few_at_a_time(
+            self._engine, self._timeout_s, lambda part: scorer.rank(query.text, part), documents
+        )
+        shown = body.get("return_documents") is True
+        return JSONResponse(
+            {
+                "id": f"rerank-{uuid.uuid4().hex}",
+                "model": name,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                "results": [
+                    {"index": i, "relevance_score": score} | ({"document": {"text": documents[i]}} if shown else {})
+                    for i, score in in_order(scores)[:top_n]
+                ],
+            }
+        )
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """POST /v1/embeddings."""
+        body = read_fields(await request.body(), EMBED_FIELDS)
+        advice = "start the server with --adapter NAME=DIR of --objective embed"
+        name, embedder = named_model(self._embedders, body.get("model"), "embeddings", advice)
+        form = body.get("encoding_format")
+        if form not in (None, "float", "base64"):
+            raise bad_value("encoding_format", form, "float or base64")
+        dims = read_number(body, "dimensions", 1, embedder.embedder.width)
+        embedder = replace(embedder, how=replace(embedder.how, dims=dims))
+        given = body.get("input_type")
+        if given not in (None, *QUERY, *DOCUMENT):
+            raise bad_value("input_type", given, f"one of {', '.join((*QUERY, *DOCUMENT))}")
+        inputs = inputs_of(body.get("input"), embedder.base.token_rows)
+
+        def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
+            """Return the vectors of some inputs, and the number of their tokens."""
+            rows = rows_of(embedder, part, given in QUERY)
+            return embedder.of_rows(rows), sum(map(len, rows))
+
+        found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
+        rows = found.astype("<f4")
+        data = [
+            {
+                "object": "embedding",
+                "index": number,
+                "embedding": base64.b64encode(row.tobytes()).decode() if form == "base64" else row.tolist(),
+            }
+            for number, row in enumerate(rows)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": name, "usage": usage})
+
+
+async def a_few_at_a_time(
+    engine: Engine, timeout_s: float, score: Score, texts: Sequence[Any]
+) -> tuple[np.ndarray, int]:
+    """Return what `score` finds of texts in the engine's thread, and the number of tokens that were read.
+
+    Raises:
+        ApiError: it took too long, a text cannot be used, or the engine has stopped.
+    """
+    found, tokens = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            for start in range(0, len(texts), TOGETHER):
+                part = texts[start : start + TOGETHER]
+                scores, count = await asyncio.wrap_future(engine.call(lambda store, part=part: score(part)))
+                found.append(scores)
+                tokens += count
+    except TimeoutError:
+        raise ApiError(504, f"the texts took longer than {timeout_s:g} s; send fewer of them", "timeout") from None
+    except Stopped as error:
+        raise api_error(error) from None
+    except InputError as error:
+        text = without_paths(" ".join(str(error).split()), engine)
+        raise ApiError(400, text, "invalid_value") from None
+    return np.concatenate(found), tokens
+
+
+def twin_of(base: Base) -> Base:
+    """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
+    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
+    return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
+
+
+def load_scorer(engine: Engine, folder: Path) -> TextScorer:
+    """Return an adapter over the engine's base.
+
+    Raises:
+        InputError: it does not fit the base.
+    """
+    twin = twin_of(engine.base)
+    info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
+    if info.chat_template:
+        twin.hf_tokenizer.chat_template = info.chat_template
+    return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
+
+
+def texts_of(given: Any, name: str) -> list[Text]:
+    """Return the texts of a field.
+
+    Raises:
+        ApiError: they are not texts, there are none or too many, or one is empty.
+    """
+    if not isinstance(given, list) or not all(isinstance(one, str) and one.strip() for one in given):
+        raise ApiError(400, f"{name}: must be a text or a list of texts, none of them empty", "invalid_value", name)
+    if not 0 < len(given) <= MOST_TEXTS:
+        raise ApiError(400, f"{name}: {len(given)} texts; send from 1 to {MOST_TEXTS}", "invalid_value", name)
+    return [Text(one, ends=False) for one in given]
+
+
+def described(head: Mapping[str, Any]) -> str:
+    """Return in a few words what the scores are."""
+    labels = head["labels"]
+    more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
+    of_number = ", a number" if head["objective"] == "classify" else ""
+    return f"{head['objective']}{': ' if labels else of_number}{', '.join(labels[:8])}{more}"
+
+
+EMBED_FIELDS = frozenset(["model", "input", "encoding_format", "dimensions", "input_type", "user"])
+QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "passage")  # values of input_type
+
+
+_token = partial(is_number, low=0, high=2**31 - 1, whole=True)
+
+
+def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
+    """Return the inputs of a request, each a text or its tokens.
+
+    Args:
+        given: as the request has it: one of them, or a list.
+        vocabulary: tokens that the model has; None: not known.
+
+    Raises:
+        ApiError: they are neither, there are none or too many, or one is empty.
+    """
+    alone = isinstance(given, str) or (isinstance(given, list) and all(map(_token, given)) and bool(given))
+    found: Any = [given] if alone else given
+    if not isinstance(found, list) or not all(
+        (isinstance(one, str) and bool(one.strip())) or (isinstance(one, list) and bool(one) and all(map(_token, one)))
+        for one in found
+    ):
+        message = (
+            "input: must be a text, a list of texts, a list of tokens, or a list of such lists, none of them empty"
+        )
+        raise ApiError(400, message, "invalid_value", "input")
+    if not 0 < len(found) <= MOST_TEXTS:
+        raise ApiError(400, f"input: {len(found)} inputs; send from 1 to {MOST_TEXTS}", "invalid_value", "input")
+    for one in found:
+        if not isinstance(one, str) and vocabulary is not None and max(one) >= vocabulary:
+            message = f"input: found the token {max(one)}; the model has {vocabulary} (send texts, or its own tokens)"
+            raise ApiError(400, message, "invalid_value", "input")
+    return found
+
+
+def rows_of(embedder: TextEmbedder, inputs: Sequence[str | list[int]], query: bool) -> list[np.ndarray]:
+    """Return the token ids of inputs in their order, at most as many as the model takes of a text."""
+    texts = [one for one in inputs if isinstance(one, str)]
+    encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, query) if texts else [])
+    most = embedder.form.max_length
+    return [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in inputs]

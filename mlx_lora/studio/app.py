@@ -22,26 +22,20 @@ from starlette.staticfiles import StaticFiles
 
 from mlx_lora import __version__
 from mlx_lora.reports import charts as page_template
-from mlx_lora.serving import app as chat_page
-from mlx_lora.serving.guard import Guard, GuardLimits
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio import places
-from mlx_lora.studio.control import RunControl
 from mlx_lora.studio.folders import Checker, Folders
 from mlx_lora.studio.model_stores import ModelStores
 from mlx_lora.studio.plans import Plans
-from mlx_lora.studio.run_folders import RunListing
-from mlx_lora.studio.tasks import Tasks
-from mlx_lora.studio.web import SafeHeaders, json_route, told
+from mlx_lora.studio.runs import RunControl, RunListing
+from mlx_lora.studio.web import SafeHeaders, Tasks, json_route, told
 from mlx_lora.utils.device import current_device
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.guard import Guard, GuardLimits
+from mlx_lora.utils.http import ApiError
 
 PAGES = Path(__file__).parent / "pages"
 # What other pages have too is served from where they have it.
-SHARED = {
-    "tokens.css": Path(page_template.__file__).parent / "pages" / "tokens.css",
-    "markdown.js": Path(chat_page.__file__).parent / "pages" / "markdown.js",
-}
+SHARED = {name: page_template.COMMON / name for name in ("tokens.css", "markdown.js")}
 
 
 @dataclass(frozen=True)

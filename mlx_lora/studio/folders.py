@@ -15,11 +15,11 @@ from mlx_lora.config.load import recipe_names
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.web import OWN
 from mlx_lora.trainer.run_folder import KnownRun, known_runs
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import CONFIG_AND_TOKENIZER, HUB_ID, SMALL_MODEL, SMOLLM2_GGUF
 
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_lora.gguf.arch import model_config
@@ -148,11 +148,10 @@ def files_of_model(model: str, revision: str | None = None) -> Path | None:
         return path
     if not found or found["pick"]:
         return None
-    cached = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}"
-    named = cached / "refs" / (revision or "main")
-    commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
-    snapshots = [path for path in cached.glob("snapshots/*") if commit in (path.name, None)]
-    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+    try:
+        return Path(snapshot_download(found["repo"], revision=revision, cache_dir=HF_HUB_CACHE, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def bytes_in_memory(path: Path, bits: int | None = None) -> float:

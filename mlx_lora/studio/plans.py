@@ -39,12 +39,11 @@ from mlx_lora.models.config import PARTS as INNER_CONFIGS
 from mlx_lora.models.meta import Outline
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.web import fields_in, in_page_words
+from mlx_lora.studio.web import BackgroundTask, Tasks, fields_in, in_page_words
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import format_duration, gigabytes
 

@@ -54,14 +54,13 @@ from mlx_lora.data.report import DroppedRow, row_pieces
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import with_pictures
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.tasks import BackgroundTask, Tasks
-from mlx_lora.studio.web import in_page_words
+from mlx_lora.studio.web import BackgroundTask, Tasks, in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, replace_text, replacing_file, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, evict, replace_text, replacing_file, replacing_folder, sha256_of
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
@@ -405,7 +404,7 @@ class Previews:
                 return {"task": task.public(), "total": None, "counts": None, **empty}
             with self._lock:
                 build_index(asked, folder)
-            _evict(folder.parent)
+            evict(folder.parent, most=KEPT_FOLDERS)
         with self._lock:
             return self._page(self._opened(folder), loaded, offset, limit, chosen)
 
@@ -428,7 +427,7 @@ class Previews:
         finally:
             shutil.rmtree(room, ignore_errors=True)
         self._tasks.change(task, done=task.total or 0, message="")
-        _evict(folder.parent)
+        evict(folder.parent, most=KEPT_FOLDERS)
 
     def _page(self, index: Index, tokenizer: Any, offset: int, limit: int, chosen: str) -> dict[str, Any]:
         meta, rows = index.meta, []
@@ -541,10 +540,3 @@ def _key(asked: dict[str, Any], tokenizer: Stamps, today: date | None) -> tuple[
     named = stamps_of_settings(asked)  # a template's, a teacher's prompt
     key = sha256_of(json.dumps([VERSION, sorted(asked.items()), data, named, tokenizer, today], default=str))
     return key[:32], sum(size for _, size, _ in data)
-
-
-def _evict(room: Path) -> None:
-    """Keep the newest indexes."""
-    folders = [path for path in room.iterdir() if (path / META).is_file()]
-    for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_FOLDERS:]:
-        shutil.rmtree(path, ignore_errors=True)

@@ -35,15 +35,34 @@ Adam is `torch.optim.AdamW`: with the gradient g, step t, and weights w,
 
     m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
     w = w - rate decay w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Write and read the checkpoints of clients' models, below one folder.
+
+    tinker://RUN/weights/NAME            ROOT/RUN/weights/NAME            the adapter, with moments and steps: training goes on exactly
+    tinker://RUN/sampler_weights/NAME    ROOT/RUN/sampler_weights/NAME    the adapter alone
+    tinker://RUN/external_weights/NAME   ROOT/RUN/external_weights/NAME   the adapter alone, for download
+
+    adapters.safetensors, adapter_config.json   an adapter folder, as `train` writes it: generate, serve, fuse and export read it
+    state.safetensors                           factors and moments by name, float32 (weights only)
+    state.json                                  what the model is, its steps, and a checksum of each file
+    about.json                                  time, expiry and the client's metadata, which may change later
+
+RUN is a model's id with a dot for each colon. Names never become paths unless they have the form that is checked here, so no request
+reaches a file outside ROOT. Folders are written under another name, flushed to disk and renamed: a kill leaves the earlier ones whole.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -51,18 +70,22 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.inject import ALL_LINEAR, Targets, adapt_layers, adapter_layers, select_targets, targets_of
-from mlx_lora.exporters.adapter_folder import AdapterInfo
+from mlx_lora import __version__
+from mlx_lora.adapters.inject import Targets, adapt_layers, adapter_layers, targets_of
+from mlx_lora.api.plan_clients import ALPHA, LoraShape, chosen_paths, most_positions
+from mlx_lora.engine.adapter_store import LayerFactors
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
 from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
-from mlx_lora.models.head import find_head
+from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.models.load import Base
-from mlx_lora.serving.adapter_store import LayerFactors
 from mlx_lora.trainer.optimizer import Masters, clip_scale
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import flush_to_disk, replace_text, replacing_folder, sha256_of
+from mlx_lora.utils.parsing import read_json
 
 Given = Mapping[str, mx.array]
 """What an example brings beside its targets, by the protocol's names: (P,) float32, and `datum`, (P,) int32, its number."""
@@ -333,32 +356,9 @@ def by_example(
 
 # A client's model
 
-# Tinker's: the product of the factors counts alpha / rank.
-ALPHA = 32.0
 MOST_RANK = 1024
-# Names of the modules that mix positions; the rest of a block is its MLP, experts included.
-ATTENTION = re.compile(r"attn|attention|mixer|conv|ssm", re.IGNORECASE)
-# Positions of a micro-batch, padding included: with a fused head, and where all logits are in memory, as float32, with their gradient.
-POSITIONS, LOGIT_BYTES = 4096, 2**30
 # Rows of these lengths decide which kernels are measured; those of other lengths are of the same classes, or get the assumed one.
 LENGTHS = (64, 256, 1024)
-
-
-@dataclass(frozen=True)
-class LoraShape:
-    """What a client asks for when it creates a model.
-
-    Attributes:
-        rank: of all layers.
-        seed: of the first factors.
-        attention, mlp, unembed: which layers are adapted.
-    """
-
-    rank: int
-    seed: int
-    attention: bool = True
-    mlp: bool = True
-    unembed: bool = True
 
 
 @dataclass(frozen=True)
@@ -407,35 +407,6 @@ class TokenRequest:
         mx.eval(loss_sum, logprobs, self.sums or {})
         self.loss_sum += loss_sum.item()
         by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
-
-
-def most_positions(plain_loss: bool, vocabulary: int) -> int:
-    """Return the most positions of a micro-batch; fewer where all logits are in memory, unless one row is longer."""
-    return max(256, min(POSITIONS, LOGIT_BYTES // (12 * vocabulary))) if plain_loss else POSITIONS
-
-
-def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
-    """Return the layers that a client's model adapts.
-
-    Raises:
-        InputError: there are none, or the model's head cannot be adapted.
-    """
-    paths = []
-    if shape.attention or shape.mlp:
-        for path in select_targets(model, ALL_LINEAR).paths:
-            if shape.attention if ATTENTION.search(path) else shape.mlp:
-                paths.append(path)
-    if shape.unembed:
-        head = find_head(model, config)
-        if isinstance(head, str):
-            raise InputError(f"train_unembed: {head}, so it cannot be adapted; pass train_unembed=False")
-        by_identity = {id(module): path for path, module in model.named_modules()}
-        paths.append(by_identity[id(head.layer)])
-    if not paths:
-        raise InputError(
-            "lora_config: train_mlp, train_attn and train_unembed leave no layer; pass one of them as True"
-        )
-    return tuple(paths)
 
 
 class TrainedModel:
@@ -634,3 +605,225 @@ def adamw(
     # A number without a gradient so far stays where it is, also with eps = 0.
     move = mx.where(root > 0, first / mx.where(root > 0, root, 1.0), 0.0)
     return value - numbers.learning_rate / (1 - numbers.beta1**step) * move, first, second
+
+
+WEIGHTS, SAMPLER, EXTERNAL = "weights", "sampler_weights", "external_weights"
+KINDS = (WEIGHTS, SAMPLER, EXTERNAL)
+SCHEME = "tinker://"
+# A model's id is SESSION:train:N, and a session's id is hexadecimal.
+RUN = re.compile(r"[0-9a-f]{32}:train:\d{1,6}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+STATE, ARRAYS, ABOUT = "state.json", "state.safetensors", "about.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint's name: the model that wrote it, its kind, and its own name; all checked."""
+
+    run: str
+    kind: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        """As clients write it."""
+        return f"{SCHEME}{self.run}/{self.kind}/{self.name}"
+
+    @classmethod
+    def of(cls, run: str, kind: str, name: str) -> Place:
+        """Check the three parts.
+
+        Raises:
+            InputError: one of them has another form.
+        """
+        if not RUN.fullmatch(run):
+            raise InputError(
+                f"training run {run[:80]!r}: no such run on this server; GET /api/v1/training_runs lists them"
+            )
+        if kind not in KINDS:
+            raise InputError(f"checkpoint {kind[:40]!r}/...: must be one of {', '.join(KINDS)}")
+        if not NAME.fullmatch(name):
+            raise InputError(f"checkpoint name {name[:80]!r}: must be at most 128 letters, digits, . _ or -")
+        return cls(run, kind, name)
+
+    @classmethod
+    def parse(cls, path: str) -> Place:
+        """Read tinker://RUN/KIND/NAME.
+
+        Raises:
+            InputError: it has another form.
+        """
+        parts = path.removeprefix(SCHEME).split("/")
+        if not path.startswith(SCHEME) or len(parts) != 3:
+            raise InputError(f"checkpoint {path[:120]!r}: write it as {SCHEME}RUN/weights/NAME, as a save returned it")
+        return cls.of(*parts)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint on disk.
+
+    Attributes:
+        place: its name.
+        shape: of the model.
+        base_model: the name that clients give the base.
+        fingerprint: of the base.
+        taken: optimizer steps.
+        sums: checksums by file name.
+        about: time, expiry and metadata.
+        size_bytes: of its files.
+        created, expires: UNIX times, None for never.
+    """
+
+    place: Place
+    shape: LoraShape
+    base_model: str
+    fingerprint: str
+    taken: int
+    sums: dict[str, str]
+    about: dict[str, Any]
+    size_bytes: int
+    created: float
+    expires: float | None
+
+
+class CheckpointFolder:
+    """All checkpoints of a server."""
+
+    def __init__(self, root: Path, base_model: str):
+        """Use a folder, which may not exist yet.
+
+        Args:
+            root: the folder.
+            base_model: the name that clients give the base.
+        """
+        self._root, self._base_model = root, base_model
+
+    def save(self, model: TrainedModel, place: Place, about: dict[str, Any], overwrite: bool = False) -> Stored:
+        """Write a checkpoint.
+
+        Args:
+            model: to save.
+            place: its name.
+            about: `expires` and `user_metadata`.
+            overwrite: replace an earlier one of the same name.
+
+        Raises:
+            InputError: the name is taken.
+            RunError: the disk is full.
+        """
+        folder = self._folder(place)
+        if folder.exists() and not overwrite:
+            raise InputError(f"{place.path}: exists already; choose another name, or pass overwrite=True")
+        with replacing_folder(folder) as temporary:
+            save_adapter(temporary, model.model, model.info())
+            if place.kind == WEIGHTS:
+                save_tensors(temporary / ARRAYS, model.state())
+            sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
+            state = {
+                "version": VERSION, "program": __version__, "base_model": self._base_model,
+                "base_fingerprint": model.info().base_fingerprint, "shape": asdict(model.shape), "taken": model.taken, "sha256": sums,
+            }  # fmt: skip
+            (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            (temporary / ABOUT).write_text(json.dumps({"created": time.time(), **about}) + "\n", encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                flush_to_disk(path)
+        flush_to_disk(folder.parent)
+        return self.read(place)
+
+    def read(self, place: Place) -> Stored:
+        """Return what a checkpoint is, without its arrays.
+
+        Raises:
+            InputError: there is none, or its state is damaged.
+        """
+        folder = self._folder(place)
+        if not (folder / STATE).is_file():
+            raise InputError(f"{place.path}: no such checkpoint on this server; list_checkpoints shows what there is")
+        state, about = (
+            read_json(folder / STATE, "use another checkpoint"),
+            read_json(folder / ABOUT, "use another checkpoint"),
+        )
+        try:
+            shape, taken = LoraShape(**state["shape"]), int(state["taken"])
+            sums = {str(key): str(value) for key, value in state["sha256"].items()}
+            base_model, fingerprint = str(state["base_model"]), str(state["base_fingerprint"])
+            created, expires = float(about.get("created", 0.0)), about.get("expires")
+            words = about.get("user_metadata") or {}
+            for moment in (created, 0.0 if expires is None else expires):
+                datetime.fromtimestamp(moment, UTC)
+            kinds = [type(value) for value in (*asdict(shape).values(), *words.values())]
+            if state["version"] != VERSION or kinds != [int, int, bool, bool, bool] + [str] * len(words):
+                raise ValueError("another version, or values of other types")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
+            raise InputError(
+                f"{place.path}: its {STATE} or {ABOUT} is damaged or of another version; use another checkpoint"
+            ) from None
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        return Stored(place, shape, base_model, fingerprint, taken, sums, about, size, created, expires)
+
+    def arrays(self, stored: Stored) -> dict[str, mx.array]:
+        """Return the arrays of a checkpoint from which training can go on, after checking the files.
+
+        Raises:
+            InputError: a file is damaged, or it is a checkpoint for sampling.
+        """
+        folder = self.checked(stored)
+        if ARRAYS not in stored.sums:
+            raise InputError(f"{stored.place.path}: is for sampling only; load one of save_state, under {WEIGHTS}/")
+        read_safetensors_header(folder / ARRAYS)
+        return mx.load(str(folder / ARRAYS))  # pyright: ignore[reportReturnType] # of a safetensors file: a dict
+
+    def checked(self, stored: Stored) -> Path:
+        """Return a checkpoint's folder, whose files are as they were written.
+
+        Raises:
+            InputError: a file is missing or damaged.
+        """
+        folder = self._folder(stored.place)
+        for name in {CONFIG_FILE, WEIGHTS_FILE, *stored.sums}:
+            path = folder / Path(name).name
+            if not path.is_file() or sha256_of(path) != stored.sums.get(name):
+                raise InputError(f"{stored.place.path}: {name} is missing or damaged; use another checkpoint")
+        return folder
+
+    def delete(self, place: Place) -> None:
+        """Delete a checkpoint.
+
+        Raises:
+            InputError: there is none.
+        """
+        self.read(place)
+        shutil.rmtree(self._folder(place))
+
+    def set_expiry(self, place: Place, expires: float | None) -> None:
+        """Set when a checkpoint may be deleted: UNIX time, None for never.
+
+        Raises:
+            InputError: there is none.
+        """
+        about = {**self.read(place).about, "expires": expires}
+        replace_text(self._folder(place) / ABOUT, json.dumps(about) + "\n")
+
+    def listed(self, run: str | None = None) -> list[Stored]:
+        """Return all whole checkpoints, of one run or of all, the newest first."""
+        found = []
+        for own in sorted(self._root.glob("*.train.*/*/*")):
+            try:
+                place = Place.of(own.parts[-3].replace(".", ":"), own.parts[-2], own.name)
+                if run in (None, place.run):
+                    found.append(self.read(place))
+            except InputError:
+                continue  # another program's folder, or a damaged one: loading it says so
+        return sorted(found, key=lambda one: -one.created)
+
+    def delete_expired(self, now: float) -> list[Place]:
+        """Delete the checkpoints whose time is over, as their clients asked, and return them."""
+        gone = [one.place for one in self.listed() if one.expires is not None and one.expires <= now]
+        for place in gone:
+            self.delete(place)
+        return gone
+
+    def _folder(self, place: Place) -> Path:
+        return self._root / place.run.replace(":", ".") / place.kind / place.name

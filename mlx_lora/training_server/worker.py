@@ -2,7 +2,7 @@
 
     SamplingJob -> prompt, computed once for all samples of a request -> rows of the running batch -> SampleTicket
 
-The rows are those of the serving engine (serving/engine.py): each has its own adapter and random stream, so an answer depends on its
+The rows are those of the serving engine (engine/engine.py): each has its own adapter and random stream, so an answer depends on its
 prompt, weights, settings and seed, and not on what else is sampled. Log-probabilities are those of the model, at temperature 1 and
 before top-k and top-p: the ones that a policy loss compares with. A token that ends an answer is its last token.
 
@@ -52,14 +52,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.adapters.stacked import Share, holders_of, parts_of, stack_adapters, unstackable
-from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import PLAIN
-from mlx_lora.models.folder import save_tensors
-from mlx_lora.models.head import find_head
-from mlx_lora.models.load import Base
-from mlx_lora.rollouts.generator import TokenSteps, one_row_because, rowless
-from mlx_lora.serving.adapter_store import (
+from mlx_lora.api.plan_clients import MOST_RESIDENT, POSITIONS, LoraShape
+from mlx_lora.engine.adapter_store import (
     DEFAULT_CONTEXT,
     LayerFactors,
     Routing,
@@ -69,7 +63,7 @@ from mlx_lora.serving.adapter_store import (
     route,
     unrouted_twin,
 )
-from mlx_lora.serving.engine import (
+from mlx_lora.engine.engine import (
     BatchRow,
     Likelihoods,
     ModelThread,
@@ -79,17 +73,28 @@ from mlx_lora.serving.engine import (
     Sampling,
     Stopped,
 )
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.folder import save_tensors
+from mlx_lora.models.head import find_head
+from mlx_lora.models.load import Base
+from mlx_lora.rollouts.generator import TokenSteps, one_row_because, rowless
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
-from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
-from mlx_lora.training_server.models import POSITIONS, LoraShape, MicroBatch, ModelLimits, TokenRequest, TrainedModel
+from mlx_lora.training_server.models import (
+    CheckpointFolder,
+    MicroBatch,
+    ModelLimits,
+    Stored,
+    TokenRequest,
+    TrainedModel,
+)
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
 # Tokens of a prompt that are computed at once; with their log-probabilities, all logits of so many are in memory.
 PROMPT_PART, SCORED_PART = 512, 128
 # The last tokens of an answer in which a stop text is searched, at least.
 STOP_WINDOW = 48
-# Sets of weights in memory, beyond which the least recently used are written to files.
-MOST_RESIDENT = 8
 
 # Requests
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_folder
 from made_results import made_entry, made_rates, made_result
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.bench import machine
@@ -22,21 +22,14 @@ from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
 from mlx_lora.bench.results import RATES, field_problems, problems_of, read_result
 from mlx_lora.bench.run import (
-    POWER,
-    Ended,
-    EnergyMeter,
-    Length,
-    run_figures,
-    run_process,
-    run_workload,
-    spread,
-    train_command,
-)
-from mlx_lora.bench.workloads import (
     MODELS,
+    POWER,
     ROW_SHAPES,
     TIERS,
     WORKLOADS,
+    Ended,
+    EnergyMeter,
+    Length,
     batches_of,
     choose_workloads,
     digest_of,
@@ -46,6 +39,11 @@ from mlx_lora.bench.workloads import (
     predict,
     predict_chips,
     predict_sizes,
+    run_figures,
+    run_process,
+    run_workload,
+    spread,
+    train_command,
     typical_batches,
 )
 from mlx_lora.utils.errors import RunError
@@ -314,12 +312,11 @@ def test_the_command_is_the_workload():
 @pytest.mark.parametrize("workload", by_default([CHAT, DPO], CHAT), ids=lambda one: one.form)
 def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
     names = ["--workload", workload.name, "--workload", HUB.name]
-    ran = run("bench", "run", *names, "--steps", "4", "--out", tmp_path, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("bench", "run", *names, "--steps", "4", "--out", tmp_path, "--json")
     (file,) = tmp_path.rglob("*.json")
     content = read_result(file).content
     assert json.loads(ran.out) == content
@@ -343,8 +340,8 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return made_entry(workload)
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", one)
     ran = run("bench", "run", "--workload", CHAT.name, "--workload", HUB.name, "--out", tmp_path / "mine.json")
     assert ran.code == 130
     assert [entry["workload"]["name"] for entry in read_result(tmp_path / "mine.json").content["results"]] == [
@@ -365,8 +362,8 @@ def test_a_result_is_written_after_each_workload(tmp_path, monkeypatch):
             raise ZeroDivisionError  # a bug of ours, in the third
         return made_entry(workload)
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", one)
     names = [word for workload in (CHAT, DPO, HUB) for word in ("--workload", workload.name)]
     with pytest.raises(ZeroDivisionError):
         run("bench", "run", *names, "--out", out)
@@ -378,7 +375,7 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch)
     def measure(work):
         raise AssertionError("it was measured")
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", measure)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", measure)
     (tmp_path / "notes").write_text("x")
     (tmp_path / "mine.json").write_text("{}")
     (tmp_path / "folder.json").mkdir()
@@ -389,8 +386,8 @@ def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch)
 
 
 def test_a_chips_folder_that_cannot_be_written_is_refused_before_the_workloads(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.cli.bench.run_one", lambda *rest: pytest.fail("it was measured"))
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.run_one", lambda *rest: pytest.fail("it was measured"))
     monkeypatch.setattr("mlx_lora.bench.results.machine_name", lambda content: "chip")
     (tmp_path / "chip").write_text("not a folder")
     assert run("bench", "run", "--workload", CHAT.name, "--out", tmp_path).code == 2
@@ -415,13 +412,12 @@ def test_the_load_of_a_workload_is_not_that_of_other_programs(tiny_folder, tmp_p
         loads[0] = 9.0
         return Ended(2, "Error: it did not fit")
 
-    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: busy() and PROBE)
+    monkeypatch.setattr("mlx_lora.bench.command.measure_rates", lambda work: busy() and PROBE)
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
     monkeypatch.setattr(running, "run_process", busy)
     monkeypatch.setattr(machine.os, "getloadavg", lambda: loads * 3)
     out = tmp_path / "mine.json"
-    ran = run("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
-    assert ran.code == 0, ran.err
+    succeeds("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
     entries = read_result(out).content["results"]
     assert [entry["power_before"]["load_average"] for entry in entries] == [0.25, 0.25]
     assert [entry["power_after"]["load_average"] for entry in entries] == [9.0, 9.0]

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.api.texts import ranks_of
@@ -29,11 +29,10 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(tiny_folder, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder") / "a"
-    ran = run(
+    succeeds(
         "train", "--objective", "embed", "--model", tiny_folder, "--data", data, "--adapter-path", folder, "--iters", 8,
         "--learning-rate", "5e-3", "--rank", 4, "--batch-size", 12, "--pooling", "mean", "--query-prompt", "Q: ",
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     return folder
 
 
@@ -41,8 +40,9 @@ def test_a_folder_of_notes_becomes_vectors_with_their_texts(tiny_folder, adapter
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text("# Cats\n\nOne.\n\n## Dogs\n\nTwo.")
     out = tmp_path / "v.npy"
-    ran = run("embed", tmp_path / "notes", "--model", tiny_folder, "--adapter-path", adapter, "--out", out, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "embed", tmp_path / "notes", "--model", tiny_folder, "--adapter-path", adapter, "--out", out, "--json"
+    )
     assert json.loads(ran.out) | {"model": ""} == {
         "texts": 2, "width": 64, "model": "", "out": str(out), "columns": [], "pooling": "mean", "adapter_path": str(adapter),
     }  # fmt: skip
@@ -79,8 +79,7 @@ def test_fewer_numbers_are_the_first_ones(tiny_folder):
 def test_a_table_has_vectors_beside_their_texts(tiny_folder, data, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     out = tmp_path / "v.parquet"
-    ran = run("embed", data, "--model", tiny_folder, "--text-column", "query", "--query", "--out", out)
-    assert ran.code == 0, ran.err
+    ran = succeeds("embed", data, "--model", tiny_folder, "--text-column", "query", "--query", "--out", out)
     assert "24 vectors of 64 numbers" in ran.out
     table = parquet.read_table(out).to_pydict()
     assert table["text"][3] == "Where is cat 3?"
@@ -100,8 +99,7 @@ def test_search_is_measured_for_base_and_adapter(tiny_folder, data, adapter, tmp
     corpus = tmp_path / "more.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"Another text, {n}."}) + "\n" for n in range(5)))
     common = ("evaluate", "--objective", "embed", "--model", tiny_folder, "--data", data)
-    ran = run(*common, "--adapter-path", adapter, "--corpus", corpus, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*common, "--adapter-path", adapter, "--corpus", corpus, "--json")
     found = json.loads(ran.out)
     assert (found["queries"], found["documents"], found["rows"]) == (24, 53, 24)
     assert found["mrr_at_10"] > found["base_mrr_at_10"]
@@ -128,8 +126,7 @@ def test_batches_hold_every_row_once():
 def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_path):
     out = tmp_path / "mined.jsonl"
     common = ("mine", "--model", tiny_folder, "--data", data, "--out", out, "--count", 3)
-    ran = run(*common, "--margin", 0, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*common, "--margin", 0, "--json")
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     counts = json.loads(ran.out)
     assert counts["negatives"] + counts["kept"] == sum(len(row["negatives"]) for row in rows) > 48
@@ -153,10 +150,9 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
         own, *others = cosines({**row, "negatives": row["negatives"][1:]})
         assert all(other <= own / 2 + 1e-5 for other in others)
     again = tmp_path / "b"
-    trained = run(
+    succeeds(
         "train", "--objective", "embed", "--model", tiny_folder, "--data", out, "--adapter-path", again, "--iters", 1,
     )  # fmt: skip
-    assert trained.code == 0, trained.err
 
 
 def test_mined_negatives_follow_those_of_each_pair(tiny_folder, tmp_path):
@@ -168,8 +164,7 @@ def test_mined_negatives_follow_those_of_each_pair(tiny_folder, tmp_path):
     ]
     file, out = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ran = run("mine", "--model", tiny_folder, "--data", file, "--out", out, "--count", 9, "--margin", 0, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("mine", "--model", tiny_folder, "--data", file, "--out", out, "--count", 9, "--margin", 0, "--json")
     found = {(row["query"], row["positive"]): row["negatives"] for row in map(json.loads, out.read_text().splitlines())}
     assert found["q", "a"][:3] == ["x", "y", "z"]
     assert found["q", "b"][0] == "x"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.config.load import train_settings
@@ -19,10 +19,10 @@ from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data import files
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.records import read_records
+from mlx_lora.engine.adapter_store import named_source
+from mlx_lora.engine.engine import ModelThread
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.run_report import Sample
-from mlx_lora.serving.adapter_store import named_source
-from mlx_lora.serving.engine import failed_words
 from mlx_lora.trainer.callbacks import Uses, next_commands
 from mlx_lora.utils import text as program
 from mlx_lora.utils.errors import InputError
@@ -48,8 +48,9 @@ def german_run(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write(folder / "de.jsonl", GERMAN)
     flags = ("--prompt-column", "frage", "--completion-column", "antwort", "--iters", 1, "--sample-tokens", 2)
-    ran = run("train", "--model", tiny_folder, "--data", folder / "de.jsonl", "--adapter-path", folder / "bard", *flags)
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "train", "--model", tiny_folder, "--data", folder / "de.jsonl", "--adapter-path", folder / "bard", *flags
+    )
     return folder / "bard", ran.err
 
 
@@ -60,8 +61,7 @@ def test_evaluate_reads_the_columns_of_the_run(german_run, tiny_folder, tmp_path
     folder, _ = german_run
     flags = ("--model", tiny_folder, "--adapter-path", folder, "--json")
     data = write(tmp_path / "de.jsonl", GERMAN)
-    ran = run("evaluate", *flags, "--data", data)
-    assert ran.code == 0, ran.err
+    ran = succeeds("evaluate", *flags, "--data", data)
     assert "--prompt-column frage, --completion-column antwort" in ran.err
     given = run("evaluate", *flags, "--data", data, "--prompt-column", "frage", "--completion-column", "antwort")
     assert json.loads(given.out) == json.loads(ran.out)
@@ -361,10 +361,7 @@ def test_gigabytes_and_formats_in_any_spelling(german_run, tiny_folder, tmp_path
     found = {run("plan", *flags, "--memory-gb", text).out for text in ("16", "16GB", "16 gb")}
     assert len(found) == 1
     assert json.loads(found.pop())["fits"]
-    ran = run(
-        "export", "--model", tiny_folder, "--adapter-path", german_run[0], "--to", "PEFT", "--out", tmp_path / "p"
-    )
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", tiny_folder, "--adapter-path", german_run[0], "--to", "PEFT", "--out", tmp_path / "p")
     assert (tmp_path / "p/adapter_model.safetensors").is_file()
 
 
@@ -385,8 +382,7 @@ def test_chat_takes_an_adapter_without_a_name(german_run, tiny_folder, monkeypat
     from types import SimpleNamespace
 
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b""), isatty=lambda: False))
-    ran = run("chat", "--model", tiny_folder, "--adapter", german_run[0])
-    assert ran.code == 0, ran.err
+    ran = succeeds("chat", "--model", tiny_folder, "--adapter", german_run[0])
     assert "bard answers" in ran.err
 
 
@@ -411,8 +407,7 @@ def test_the_prompt_to_try_is_a_question_where_rows_are_trained_from_their_first
     rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
     data, adapter = write(tmp_path / "rows.jsonl", rows), tmp_path / "a"
     flags = ("--no-mask-prompt", "--iters", 1, "--sample-tokens", 2, "--val-batches", 1)
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", adapter, *flags)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", adapter, *flags)
     prompt = next(shlex.split(line)[-1] for line in ran.err.splitlines() if " --prompt " in line)
     assert prompt in {f"Who is {n}?" for n in range(20)}
 
@@ -438,7 +433,9 @@ def test_the_runs_files_name_the_script(german_run):
 
 
 def test_a_failed_engine_speaks_no_python():
-    words = failed_words(RuntimeError("[metal] out of memory"))
+    failed = ModelThread.__new__(ModelThread)
+    failed.failure = RuntimeError("[metal] out of memory")
+    words = str(failed.failed())
     assert "[metal] out of memory" in words
     assert "RuntimeError" not in words
 

@@ -6,7 +6,7 @@ import importlib
 import json
 
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.config.fields import flag_of
@@ -30,8 +30,7 @@ def adapter_of_chats(tiny_folder, chats, tmp_path_factory):
 
 
 def trained(tiny_folder, data, folder, *flags):
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *SHORT, *flags)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *SHORT, *flags)
     return folder
 
 
@@ -122,12 +121,10 @@ def test_a_training_flag_without_effect_is_told(tiny_folder, chats, tmp_path):
         "--val-batches",
         0,
     )
-    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT, *flags)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT, *flags)
     told = [line for line in ran.lines if "no effect" in line]
     assert [line.split()[1] for line in told] == ["--weight-decay", "--project-name", "--test-batches"]
-    again = run("train", "--config", tmp_path / "a" / "run.yaml", "--adapter-path", tmp_path / "b")
-    assert again.code == 0, again.err  # a file of these is not refused
+    succeeds("train", "--config", tmp_path / "a" / "run.yaml", "--adapter-path", tmp_path / "b")
 
 
 def test_evaluate_counts_the_tokens_that_the_run_trained(tiny_folder, chats, tmp_path):
@@ -154,8 +151,7 @@ def test_answers_are_compared_with_the_column_that_the_run_trained(tiny_folder, 
         2,
         "--json",
     )
-    ran = run(*given, "--adapter", adapter)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*given, "--adapter", adapter)
     assert "--completion-column short" in ran.err
     assert '"S' in ran.out
     assert "long answer" not in ran.out

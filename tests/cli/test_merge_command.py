@@ -12,16 +12,16 @@ from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from make_adapters import OWN_TEMPLATE, TOKENS, make_adapter
 from resumed_runs import command
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiny_moe import tiny_moe
 
 import mlx_lora
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.merge import COMBINATIONS
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import blend_factors, read_factors
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import blend_factors, read_factors
 
 CLOSE, FAR = by_dtype((1e-4, 1e-2), (1e-1, 3e-1))  # of logits
 
@@ -67,10 +67,9 @@ def runs(tiny_folder, tmp_path_factory):
         data = root / f"{name}.jsonl"
         rows = [{"prompt": f"{name} {n}?", "completion": word * (1 + n % 3)} for n in range(30)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        ran = run(
+        succeeds(
             *command(tiny_folder, data, root / name, "--iters", 12, "--learning-rate", 1e-2, "--valid-fraction", 0.2)
         )
-        assert ran.code == 0, ran.err
     return root
 
 
@@ -113,8 +112,7 @@ def test_a_merged_folder_works_in_every_command(how, two, tiny_folder, tmp_path)
     found = json.loads(run("evaluate", *given, "--data", rows, "--json").out)
     assert found["loss"] != pytest.approx(found["base_loss"], abs=1e-3)
     for to in ("peft", "mlx-lm"):
-        ran = run("export", *given, "--to", to, "--out", tmp_path / to)
-        assert ran.code == 0, ran.err
+        succeeds("export", *given, "--to", to, "--out", tmp_path / to)
         assert np.allclose(logits(tiny_folder, tmp_path / to), expected, atol=CLOSE)
     assert run("fuse", *given, "--out", tmp_path / "f").code == 0
     assert np.allclose(logits(tmp_path / "f"), expected, atol=CLOSE)

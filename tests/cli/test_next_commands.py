@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import run, succeeds
 from tiny_moe import tiny_moe
 
 from mlx_lora.config.load import train_settings
@@ -98,8 +98,7 @@ CLASSIFY, EMBED, BITS = ("--objective", "classify"), ("--objective", "embed"), (
 def test_each_next_command_works(base, data, flags, request, tmp_path, monkeypatch):
     data = request.getfixturevalue(data)
     words = ("--model", request.getfixturevalue(base), "--data", data, "--adapter-path", tmp_path / "a")
-    ran = run("train", *words, *flags, *SHORT)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", *words, *flags, *SHORT)
     told = ran.lines[ran.lines.index("What to do next:") + 1 :]
     commands = [
         shlex.split(one[2])
@@ -116,8 +115,7 @@ def test_each_next_command_works(base, data, flags, request, tmp_path, monkeypat
         if name == "serve":
             continue
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"Hi\n"), isatty=lambda: False))
-        followed = run(name, *given)
-        assert followed.code == 0, (name, followed.err)
+        succeeds(name, *given)
 
 
 def test_a_folder_that_is_named_like_the_base_is_not_taken_for_it(tiny_folder, chats, tmp_path):

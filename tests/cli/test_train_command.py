@@ -14,7 +14,7 @@ import mlx.core as mx
 import pytest
 import yaml
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.config.load import train_settings
@@ -42,8 +42,7 @@ QUICK = (
 @pytest.fixture(scope="module")
 def trained(tiny_folder, chats, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "adapter"
-    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK, "--save-every", 5)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, *QUICK, "--save-every", 5)
     return out, ran
 
 
@@ -79,11 +78,10 @@ def test_run_folder_is_complete(trained):
 
 def test_counts_of_the_lines_add_up_to_the_run(tiny_folder, chats, tmp_path):
     def lines(name: str, *more: object) -> list[dict]:
-        ran = run(
+        succeeds(
             "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / name, *QUICK[2:6],
             "--max-seq-length", 128, "--iters", 7, *more,
         )  # fmt: skip
-        assert ran.code == 0, ran.err
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     # A validation at every second step falls into the middle of a report's window of three.
@@ -114,8 +112,7 @@ def test_what_is_printed_before_and_during_the_run(trained):
 def test_run_yaml_repeats_the_run(trained, tmp_path):
     out, _ = trained
     again = tmp_path / "again"
-    ran = run("train", "--config", out / "run.yaml", "--adapter-path", again)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--config", out / "run.yaml", "--adapter-path", again)
     assert yaml.safe_load((again / "run.yaml").read_text())["batch_tokens"] == 256
     first, second = (mx.load(str(f / "adapters.safetensors")) for f in (out, again))
     assert all(mx.array_equal(first[name], second[name]) for name in first)
@@ -169,8 +166,7 @@ def test_evaluate_and_generate_with_and_without_the_adapter(trained, tiny_folder
 
 
 def test_qlora_on_a_4bit_base_lowers_the_loss(tiny_4bit_folder, chats, tmp_path):
-    ran = run("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "q", *QUICK)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "q", *QUICK)
     vals = [json.loads(x)["val_loss"] for x in (tmp_path / "q/metrics.jsonl").read_text().splitlines()]
     vals = [v for v in vals if v is not None]
     assert vals[-1] < vals[0] * 0.95
@@ -183,8 +179,7 @@ def test_test_flag_measures_as_mlx_lm_does(trained, tiny_folder, chats, tmp_path
     rows = chats.read_text().splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(rows[:30]))
     (folder / "test.jsonl").write_text("".join(rows[30:]))
-    ran = run("train", "--model", tiny_folder, "--data", folder, "--adapter-path", out, "--test")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", folder, "--adapter-path", out, "--test")
     assert "Test loss" in ran.err
     assert "step 1" not in ran.err  # --test alone does not train
     ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--test")
@@ -193,12 +188,11 @@ def test_test_flag_measures_as_mlx_lm_does(trained, tiny_folder, chats, tmp_path
 
 
 def test_epochs_accumulation_checkpointing_and_rows(tiny_folder, chats, tmp_path):
-    ran = run(
+    succeeds(
         "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--epochs", 2, "--batch-size", 4,
         "--grad-accumulation-steps", 2, "--grad-checkpoint", "--fine-tune-type", "rslora", "--dropout", 0.1, "--num-layers", 1,
         "--target-modules", "q_proj,v_proj", "--optimizer", "adam",
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     last = json.loads((tmp_path / "a/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 10  # 38 training rows, 10 batches an epoch, 2 a step, 2 epochs
     assert last["epoch"] == 2.0
@@ -215,8 +209,7 @@ def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats
     assert run("export", *base, "--to", "peft", "--out", peft).code == 0
     for number, source in enumerate((out, peft, peft / "adapter_model.safetensors")):
         again = (*args[:4], "--adapter-path", tmp_path / f"again{number}", *args[6:])
-        ran = run("train", *again, "--resume-adapter-file", source)
-        assert ran.code == 0, ran.err
+        ran = succeeds("train", *again, "--resume-adapter-file", source)
         losses = [json.loads((tmp_path / f / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
                   for f in ("more", f"again{number}")]  # fmt: skip
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -357,8 +350,7 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
     # What a killed run left aside is the next one's to put back, or to replace.
     (out / "earlier-run").mkdir()
     (out / "adapters.safetensors").rename(out / "earlier-run" / "adapters.safetensors")
-    again = run(*arguments, "--seed", 1, "--force")
-    assert again.code == 0, again.err
+    succeeds(*arguments, "--seed", 1, "--force")
     after = contents(out)
     assert not [name for name in after if name.startswith("earlier-run")]
     assert sorted(name for name in after if "/" not in name) == sorted(name for name in before if "/" not in name)

@@ -13,9 +13,9 @@ from run_cli import one_line, run
 from tiers import by_default
 
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.evaluation.models import BASE, Models
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterSource
 
 pytest.importorskip("lm_eval", reason="the extra eval")
 harness = pytest.importorskip("mlx_lora.evaluation.harness")

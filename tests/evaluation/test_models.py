@@ -14,11 +14,11 @@ from make_adapters import make_adapter
 from tiers import by_default
 
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.evaluation import models as module
 from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.utils.errors import InputError
 
 KINDS = {

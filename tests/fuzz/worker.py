@@ -129,10 +129,10 @@ def run_case(command: Command, place: Path, root: Path, watch: Watch) -> dict[st
 
 def called(command: Command) -> tuple[int, str, str, str]:
     """Call a command's `main` as the program would; returns exit code, both outputs, and a traceback or nothing."""
-    import importlib
+    from mlx_lora.__main__ import load_command
 
     name, *arguments = command
-    main = settings if name == "settings" else importlib.import_module(f"mlx_lora.cli.{name}").main
+    main = settings if name == "settings" else load_command(name, arguments)
     out, err, trace, code = io.StringIO(), io.StringIO(), "", 0
     with redirect_stdout(out), redirect_stderr(err):
         try:

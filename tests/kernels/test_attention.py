@@ -393,7 +393,7 @@ def test_a_traced_block_with_a_window_grows_with_the_row():
 
 def a_row(vocabulary: int, positions: int) -> Batch:
     ids = np.random.default_rng(0).integers(0, vocabulary, (1, positions + 1)).astype(np.int32)
-    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, positions), bool), positions)
+    return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones((1, positions), bool))
 
 
 def measured(model, config, batch: Batch, in_tiles: bool) -> tuple[float, int]:

@@ -474,12 +474,12 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
 def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):
-        monkeypatch.setattr(f"mlx_lora.doctor.self_test.{name}", ())
-    monkeypatch.setattr("mlx_lora.doctor.self_test.RECURRENT", {})
-    monkeypatch.setattr("mlx_lora.doctor.self_test.HEAD", (300, 32))
+        monkeypatch.setattr(f"mlx_lora.bench.doctor.check.{name}", ())
+    monkeypatch.setattr("mlx_lora.bench.doctor.check.RECURRENT", {})
+    monkeypatch.setattr("mlx_lora.bench.doctor.check.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
-        monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)
+        monkeypatch.setattr(f"mlx_lora.bench.doctor.command.check_{slow}", lambda *here, found=found: found)
     ran = succeeds("doctor", "--no-hub", "--kernels", "--json")
     table = json.loads(ran.out)["kernels"]
     assert {(row["kernel"], row["chosen"]) for row in table} >= {("attention", MLX), ("cross-entropy", "tiles")}

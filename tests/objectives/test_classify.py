@@ -24,7 +24,7 @@ from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, class_measur
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.serving import scores as serving
+from mlx_lora.serving import app as serving
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 

@@ -19,6 +19,7 @@ from vision_rows import chats_of, picture, read_rows, write_rows
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
+from mlx_lora.engine.prompts import PictureReader
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, PositionsAndWindowMask
@@ -28,7 +29,6 @@ from mlx_lora.models.vision import arrays_of, load_tower
 from mlx_lora.objectives import vision_encoder as image_features
 from mlx_lora.objectives.pictures import BUFFERS, tower_targets
 from mlx_lora.objectives.vision_encoder import tower_key
-from mlx_lora.serving.conversation import PictureReader
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError

@@ -258,7 +258,7 @@ from mlx_lora.exporters.fuse import fuse_adapter
 from mlx_lora.gguf.write import write_gguf_adapter
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import read_factors
+from mlx_lora.engine.adapter_store import read_factors
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.utils.errors import InputError
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing

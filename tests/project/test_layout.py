@@ -13,24 +13,29 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lora.__main__ import COMMANDS, ELSEWHERE
+
 PACKAGE = Path(__file__).parents[2] / "mlx_lora"
 PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
-    "adapters", "api", "bench", "cli", "compat", "config", "data", "doctor", "evaluation", "exporters", "gguf", "kernels", "losses", "models",
-    "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
+    "adapters", "api", "bench", "cli", "compat", "config", "data", "engine", "evaluation", "exporters", "gguf", "kernels", "losses",
+    "models", "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
     "utils",
 }  # fmt: skip
+# What people start. Each may be deleted: nothing imports it but itself, and the lists of commands at the root.
+APPLICATIONS = {"bench", "cli", "serving", "studio", "training_server"}
 # A room imports these and itself; a room that is not named here may import all but the `ABOVE` ones.
 ONLY = {"compat": set(), "config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
 # Only these import the room: what a person calls stands on top.
 ABOVE = {
-    "cli": set(), "studio": {"cli"}, "doctor": {"cli"}, "bench": {"cli", "doctor"}, "api": {"cli", "doctor", "studio"},
-    "serving": {"api", "cli", "doctor", "evaluation", "studio", "training_server"}, "training_server": {"cli"},
+    **{name: set() for name in APPLICATIONS}, "api": APPLICATIONS, "engine": {*APPLICATIONS, "api", "evaluation"},
     "evaluation": {"api", "cli", "studio", "trainer"},
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
+# Names that the applications import from the core, all together; the plan is a facade of 47.
+MOST_NAMES = 511
 # Modules of ours that come with a module.
 MOST_WITH_IT = {"trainer.step": 22, "trainer.trainer": 23, "objectives.sft": 44}
 
@@ -85,19 +90,46 @@ def room_of(path: Path) -> str:
 
 
 def test_the_rooms_are_those_of_the_map():
-    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))} == ROOMS
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))}
+    assert ROOMS - APPLICATIONS <= rooms <= ROOMS
     assert {p.stem for p in PACKAGE.glob("*.py")} == {"__init__", "__main__", "train"}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(trees()[path]) if name.startswith("mlx_lora.")} & ROOMS
 
 
 def test_imports_point_down():
     wrong = []
-    for path, tree in trees().items():
-        room = room_of(path)
-        used = {name.split(".")[1] for name in imported(tree) if name.startswith("mlx_lora.")} & ROOMS
+    for path in FILES:
+        room, used = room_of(path), rooms_imported(path)
         allowed = ONLY.get(room, ROOMS) | {room}
         wrong += [(str(path), other) for other in used - allowed]
         wrong += [(str(path), other) for other in used if room and room not in ABOVE.get(other, ROOMS) | {other}]
     assert not wrong
+
+
+def test_only_a_command_leads_from_the_root_to_an_application():
+    """`import mlx_lora` and a run need none of them; the commands of one that was deleted are gone, and the others work."""
+    importing = {p.name: used for p in PACKAGE.glob("*.py") if (used := rooms_imported(p) & APPLICATIONS)}
+    assert importing == {"train.py": {"cli"}}  # python -m mlx_lora.train
+    homes = [ELSEWHERE.get(name, f"cli.{name}") for name in {*COMMANDS, *ELSEWHERE}]
+    assert {home.split(".")[0] for home in homes} == APPLICATIONS
+    here = [PACKAGE / f"{home.replace('.', '/')}.py" for home in homes if (PACKAGE / home.split(".")[0]).is_dir()]
+    assert [path for path in here if not path.is_file()] == []
+
+
+def test_applications_use_no_more_names_of_the_core_than_they_do():
+    used = {
+        (node.module, alias.name)
+        for path in FILES
+        if room_of(path) in APPLICATIONS
+        for node in ast.walk(trees()[path])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lora.")
+        for alias in node.names
+        if node.module.split(".")[1] not in APPLICATIONS
+    }
+    assert len(used) <= MOST_NAMES
 
 
 def test_data_settings_and_planner_need_no_mlx():

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.cli import doctor
+from mlx_lora.bench.doctor import command as doctor
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

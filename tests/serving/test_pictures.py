@@ -20,22 +20,23 @@ from vision_rows import picture
 
 from mlx_lora.api.base import TextSettings
 from mlx_lora.api.image_answers import image_answer_pieces
+from mlx_lora.cli.chat import ChatSession
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images
 from mlx_lora.data.downloads import ImageDownloads
+from mlx_lora.engine.engine import Engine, Limits, Sampling
+from mlx_lora.engine.prompts import PictureReader, picture_prompt, read_chat
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.app import make_app
-from mlx_lora.serving.conversation import AnswerLimits, AnswerSettings, ChatSession, PictureReader, picture_prompt
-from mlx_lora.serving.engine import Engine, Limits, Sampling
-from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.serving.schema import ApiError, read_chat
+from mlx_lora.serving.app import AnswerLimits, make_app
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.guard import GuardLimits
+from mlx_lora.utils.http import ApiError
 
 pytest.importorskip("mlx_vlm")
 SERVED = [family for family in sorted(MAKERS) if not family.startswith("paligemma")]
 FAMILIES = by_default(SERVED, "smolvlm", "qwen3_5", "gemma4_31b")
-GREEDY = AnswerSettings(6, 2048, Sampling(temperature=0.0))
+GREEDY = (6, 2048, Sampling(temperature=0.0))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,7 +59,7 @@ def generated(root, picture: str | Path) -> str:
 
 def test_a_chat_answers_about_pictures_as_generate_does(served):
     root, engine = served
-    chats = [ChatSession(engine, GREEDY) for _ in range(3)]
+    chats = [ChatSession(engine, *GREEDY) for _ in range(3)]
     for number in range(2):
         chats[number].attach(root / f"{number}.png")
     answers = [chat.ask("What?", None) for chat in chats]  # one batch, with a row of text
@@ -85,7 +86,7 @@ def test_a_picture_that_is_named_by_its_web_address_is_downloaded(served, monkey
         (tmp_path / "0.png").write_bytes(png(0))
         expected = generated(root, tmp_path / "0.png")
         assert generated(root, f"{web}0.png") == expected
-        chat = ChatSession(engine, GREEDY)
+        chat = ChatSession(engine, *GREEDY)
         chat.attach(f"{web}0.png")
         assert "".join(chat.ask("What?", None)) == expected
         for broken in ("none", "page"):
@@ -212,7 +213,7 @@ def test_a_model_of_text_refuses_a_picture_before_it_is_looked_at(tiny_folder, m
     with closing(Engine(lambda: base, Limits())) as engine:
         for url in ("http://localhost/a.png", "none.png"):
             with pytest.raises(InputError, match="sees no pictures"):
-                ChatSession(engine, GREEDY).attach(url)
+                ChatSession(engine, *GREEDY).attach(url)
     assert not looked
 
 

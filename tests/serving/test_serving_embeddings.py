@@ -12,7 +12,7 @@ from comparing import by_dtype
 from conftest import TINY, write_folder
 from make_adapters import make_three
 from mlx.utils import tree_flatten
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from serving_process import Server
 
 import mlx_lora
@@ -29,9 +29,8 @@ TEXTS = [
 def trained(model, folder, *flags):
     rows = [{"query": f"Where is cat {n}?", "positive": f"Cat {n} is by the river {n}."} for n in range(24)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    ran = run("train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path", folder / "search",
+    succeeds("train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path", folder / "search",
               "--iters", 4, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", "Q: ", "--max-seq-length", 24, *flags)  # fmt: skip
-    assert ran.code == 0, ran.err
     return folder / "search"
 
 
@@ -46,9 +45,7 @@ def client(tiny_folder, adapter, tmp_path_factory):
     named = ("--adapter", f"search={adapter}", "--adapter", f"bard={bard}")
     with Server("--model", tiny_folder, *named, log=tmp_path_factory.mktemp("log") / "log") as server:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        assert server.stop() == 0, server.text
         assert "vectors search: 64 numbers, mean pooling" in server.text
-        assert "Traceback" not in server.text
 
 
 def test_the_vectors_are_those_of_embed(client, tiny_folder, adapter):
@@ -146,4 +143,3 @@ def test_an_encoder_is_served_with_and_without_its_adapter(encoder, tmp_path):
         assert np.abs(ours - mlx_lora.embed(folder, TEXTS)).max() > 1e-3
         with pytest.raises(openai.BadRequestError, match="an encoder"):
             client.completions.create(model="encoder", prompt="a")
-        assert server.stop() == 0, server.text

@@ -45,8 +45,6 @@ def live(tmp_path_factory):
 def server(arguments, tmp_path_factory):
     with Server(*arguments, "--max-tokens", 10**5, log=tmp_path_factory.mktemp("log") / "log") as server:
         yield server
-        assert server.stop() == 0
-        assert "Traceback" not in server.text, server.text
 
 
 @pytest.fixture

@@ -27,13 +27,14 @@ def server() -> Iterator[StandIn]:
         yield one
 
 
-def open_settings(browser: Any, server: StandIn) -> Watched:
-    """Open Train with its settings shown."""
-    watched = open_studio(browser, server.url, project=PROJECT)
-    watched.go("train")
-    watched.page.get_by_text("Change settings").click()
-    watched.page.locator("#set-learning_rate").wait_for()
-    return watched
+@pytest.fixture
+def watched(browser, server) -> Iterator[Watched]:
+    """Train, with its settings shown."""
+    with open_studio(browser, server.url, project=PROJECT) as watched:
+        watched.go("train")
+        watched.page.get_by_text("Change settings").click()
+        watched.page.locator("#set-learning_rate").wait_for()
+        yield watched
 
 
 def settings_of(page: Any) -> dict[str, Any]:
@@ -64,26 +65,20 @@ def type_rate(watched: Watched, server: StandIn, delay_ms: int, rank: int) -> st
     return page.locator("#set-learning_rate").input_value()
 
 
-def test_a_rate_is_what_one_types_while_the_plan_is_made_again(browser, server):
-    watched = open_settings(browser, server)
+def test_a_rate_is_what_one_types_while_the_plan_is_made_again(watched, server):
     assert type_rate(watched, server, 80, 8) == "0.001"
     assert settings_of(watched.page) == {"rank": 8, "learning_rate": 0.001}
-    assert watched.problems == []
-    watched.page.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_ms", [80, 250])
-def test_a_rate_is_what_one_types_20_times(browser, server, delay_ms):
-    watched = open_settings(browser, server)
+def test_a_rate_is_what_one_types_20_times(watched, server, delay_ms):
     shown = [type_rate(watched, server, delay_ms, 4 + turn) for turn in range(20)]
     assert shown == ["0.001"] * 20
     assert settings_of(watched.page)["learning_rate"] == 0.001
-    watched.page.close()
 
 
-def test_what_is_not_complete_stays_is_told_and_stops_the_start(browser, server):
-    watched = open_settings(browser, server)
+def test_what_is_not_complete_stays_is_told_and_stops_the_start(watched):
     page, field = watched.page, watched.page.locator("#set-learning_rate")
     start = page.get_by_role("button", name="Start training")
     start.and_(page.locator(":enabled")).wait_for()
@@ -105,8 +100,6 @@ def test_what_is_not_complete_stays_is_told_and_stops_the_start(browser, server)
     field.press_sequentially("5")
     kept_soon(page, 2e-35)
     assert field.input_value() == "2e-35"
-    assert watched.problems == []
-    page.close()
 
 
 def test_other_columns_are_chosen_from_two_menus(browser, server):
@@ -116,23 +109,21 @@ def test_other_columns_are_chosen_from_two_menus(browser, server):
         "problems": [{"file": "faq.csv", "line": 2, "message": "found “Column of the prompt”"}], "set_rows": [0],
         "columns": ["Frage", "Antwort", "Nr"],
     }  # fmt: skip
-    watched = open_studio(browser, server.url, project=PROJECT)
-    page, asked = watched.page, []
+    with open_studio(browser, server.url, project=PROJECT) as watched:
+        page, asked = watched.page, []
 
-    def preview(route: Any) -> None:
-        asked.append(route.request.post_data_json["settings"])
-        route.fulfill(json=answer)
+        def preview(route: Any) -> None:
+            asked.append(route.request.post_data_json["settings"])
+            route.fulfill(json=answer)
 
-    page.route("**/api/data/preview", preview)
-    watched.go("data")
-    page.get_by_label("Question", exact=True).select_option("Frage")
-    assert page.get_by_text("Column of the prompt").locator("visible=true").count() == 0, "it is said once"
-    page.get_by_label("Answer", exact=True).select_option("Antwort")
-    while asked[-1] != {"prompt_column": "Frage", "completion_column": "Antwort"}:
-        page.wait_for_timeout(50)
-    assert asked[0] == {}
-    assert watched.problems == []
-    page.close()
+        page.route("**/api/data/preview", preview)
+        watched.go("data")
+        page.get_by_label("Question", exact=True).select_option("Frage")
+        assert page.get_by_text("Column of the prompt").locator("visible=true").count() == 0, "it is said once"
+        page.get_by_label("Answer", exact=True).select_option("Antwort")
+        while asked[-1] != {"prompt_column": "Frage", "completion_column": "Antwort"}:
+            page.wait_for_timeout(50)
+        assert asked[0] == {}
 
 
 def test_a_table_with_other_columns_opens_the_fields_that_its_error_names(browser, server):
@@ -144,39 +135,36 @@ def test_a_table_with_other_columns_opens_the_fields_that_its_error_names(browse
         "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None,
         "problems": [{"file": "/home/me/tutor.csv", "line": 2, "message": said}],
     }  # fmt: skip
-    watched = open_studio(browser, server.url, project=PROJECT)
-    page, asked = watched.page, []
+    with open_studio(browser, server.url, project=PROJECT) as watched:
+        page, asked = watched.page, []
 
-    def preview(route: Any) -> None:
-        asked.append(route.request.post_data_json["settings"])
-        route.fulfill(json=answer)
+        def preview(route: Any) -> None:
+            asked.append(route.request.post_data_json["settings"])
+            route.fulfill(json=answer)
 
-    page.route("**/api/data/preview", preview)
-    watched.go("data")
-    named = re.findall("“(.*?)”", said)
-    assert named[:2] == [label_of("prompt_column"), label_of("completion_column")]
-    for label in named:
-        page.get_by_label(label, exact=True).wait_for()  # seen, so not in a folded part of the page
-    assert "“Column of the prompt” frage" in said
-    page.get_by_label(label_of("speaker"), exact=True).fill("Lena")
-    page.keyboard.press("Tab")
-    page.wait_for_function("document.querySelector('#speaker').value === 'Lena'")
-    until = time.monotonic() + 20
-    while asked[-1].get("speaker") != "Lena":  # a chat is read again with the name
-        assert time.monotonic() < until, asked
-        page.wait_for_timeout(50)
-    assert watched.problems == []
-    page.close()
+        page.route("**/api/data/preview", preview)
+        watched.go("data")
+        named = re.findall("“(.*?)”", said)
+        assert named[:2] == [label_of("prompt_column"), label_of("completion_column")]
+        for label in named:
+            page.get_by_label(label, exact=True).wait_for()  # seen, so not in a folded part of the page
+        assert "“Column of the prompt” frage" in said
+        page.get_by_label(label_of("speaker"), exact=True).fill("Lena")
+        page.keyboard.press("Tab")
+        page.wait_for_function("document.querySelector('#speaker').value === 'Lena'")
+        until = time.monotonic() + 20
+        while asked[-1].get("speaker") != "Lena":  # a chat is read again with the name
+            assert time.monotonic() < until, asked
+            page.wait_for_timeout(50)
 
 
 def test_the_figures_of_a_card_stay_inside_it(browser, server):
-    watched = open_studio(browser, server.url, project=PROJECT)
-    watched.page.set_viewport_size({"width": 1280, "height": 900})
-    watched.go("train")
-    watched.page.locator(".run-card dd").first.wait_for()
-    room = "one => one.closest('.run-card').getBoundingClientRect().right - one.getBoundingClientRect().right"
-    assert min(watched.page.locator(".run-card dd").evaluate_all(f"all => all.map({room})")) >= 8
-    watched.page.close()
+    with open_studio(browser, server.url, project=PROJECT) as watched:
+        watched.page.set_viewport_size({"width": 1280, "height": 900})
+        watched.go("train")
+        watched.page.locator(".run-card dd").first.wait_for()
+        room = "one => one.closest('.run-card').getBoundingClientRect().right - one.getBoundingClientRect().right"
+        assert min(watched.page.locator(".run-card dd").evaluate_all(f"all => all.map({room})")) >= 8
 
 
 # The page's words

@@ -12,10 +12,9 @@ import pytest
 from studio_client import furnish, studio, wait_for, write_run
 
 from mlx_lora.cli.train import main as train
-from mlx_lora.studio.control import POLL_S, RunControl
 from mlx_lora.studio.folders import Checker, Folders
-from mlx_lora.studio.run_folders import RunListing, run_id
-from mlx_lora.studio.tasks import Tasks
+from mlx_lora.studio.runs import POLL_S, RunControl, RunListing, run_id
+from mlx_lora.studio.web import Tasks
 from mlx_lora.trainer.checkpoint import locked
 from mlx_lora.trainer.run_folder import KnownRun, known_runs, note_run, runs_file
 from mlx_lora.utils.hub import SMOLLM2_GGUF
@@ -77,8 +76,8 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
         child.wait()
         return child
 
-    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
-    monkeypatch.setattr("mlx_lora.studio.control.POLL_S", 60)  # the run is not read anew when its process has ended
+    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.runs.POLL_S", 60)  # the run is not read anew when its process has ended
     with studio(tmp_path / "home", known_runs=file, runs_folders=(project / "runs",)) as client:
         (adapter,) = client.get("/api/adapters").json()["adapters"]
         assert adapter["base"] == adapter["file"] == str(small)
@@ -108,7 +107,7 @@ def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_f
         child.wait()
         return child
 
-    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
     runs = {"runs_folders": (project / "runs",)} if listed == "in a runs folder" else {}
     with studio(tmp_path / "home", known_runs=file, **runs) as client:
         (run,) = client.get("/api/runs").json()["runs"]
@@ -126,9 +125,9 @@ def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkey
     note_run(folder)
     launched = []
     monkeypatch.setattr(
-        "mlx_lora.studio.control.RunControl._launch", lambda self, folder, *_, **__: launched.append(folder.name)
+        "mlx_lora.studio.runs.RunControl._launch", lambda self, folder, *_, **__: launched.append(folder.name)
     )
-    monkeypatch.setattr("mlx_lora.studio.control.train_settings", lambda *_: None)
+    monkeypatch.setattr("mlx_lora.studio.runs.train_settings", lambda *_: None)
     paused = write_run(tmp_path / "home" / "runs" / "paused", ended=False)
     order = {"settings": {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}, "card": "balanced"}
     with studio(tmp_path / "home", known_runs=file) as client:

@@ -38,13 +38,11 @@ def smooth(browser: Any, url: str, project: dict[str, Any], use: Callable[[Watch
     """
     seen: list[tuple[int, int]] = []
     while len(seen) < OPENINGS and not any(paint < FIRST_PAINT_MS and task < LONGEST_MS for paint, task in seen):
-        watched = open_studio(browser, url, project=project)
-        watched.page.set_default_timeout(PATIENCE_MS)
-        use(watched)
-        found = watched.page.evaluate("seen")
-        seen.append((found["paints"]["first-contentful-paint"], max(found["long"], default=0)))
-        assert watched.problems == []
-        watched.page.close()
+        with open_studio(browser, url, project=project) as watched:
+            watched.page.set_default_timeout(PATIENCE_MS)
+            use(watched)
+            found = watched.page.evaluate("seen")
+            seen.append((found["paints"]["first-contentful-paint"], max(found["long"], default=0)))
     print("(first contentful paint, longest task) in ms:", seen)
     return seen
 

@@ -58,8 +58,11 @@ def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_page_shows_a_new_place_in_its_order(tmp_path, monkeypatch):
     write_place(elsewhere(tmp_path, monkeypatch))
-    with StandIn(answers={"notes": {"notes": ["Try rank 32"]}}) as server, chromium() as browser:
-        studio = open_studio(browser, server.url)
+    with (
+        StandIn(answers={"notes": {"notes": ["Try rank 32"]}}) as server,
+        chromium() as browser,
+        open_studio(browser, server.url) as studio,
+    ):
         links = studio.page.locator("nav a").all_inner_texts()
         assert [" ".join(text.split()) for text in links] == ["Model", "Data", "Train", "Runs", "Talk & ship", "Notes"]
         studio.go("notes", "Try rank 32")

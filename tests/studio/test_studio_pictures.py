@@ -142,8 +142,11 @@ def test_a_model_is_asked_about_a_picture(home):
 def test_pictures_on_the_page(home, tmp_path):
     project = {"model": str(home / "models" / "tiny"), "sets": [{"path": str(home / "data" / "colors"), "weight": 1}],
                "settings": {"objective": "sft"}}  # fmt: skip
-    with chromium() as browser, real_studio(home, home / "models") as url:
-        watched = open_studio(browser, url, project=project)
+    with (
+        chromium() as browser,
+        real_studio(home, home / "models") as url,
+        open_studio(browser, url, project=project) as watched,
+    ):
         page = watched.page
         page.set_default_timeout(PATIENCE_MS)
         watched.go("data", "A color.")
@@ -164,6 +167,4 @@ def test_pictures_on_the_page(home, tmp_path):
             [{"name": "a.svg", "mimeType": "image/svg+xml", "buffer": b"no picture"}]
         )
         page.get_by_text("a.svg is no picture").wait_for()
-        assert watched.forbidden() == []
         assert watched.complaints() == []
-        assert watched.problems == []

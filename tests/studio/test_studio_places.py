@@ -24,8 +24,7 @@ from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.places.train import sweep_folder
 from mlx_lora.studio.plans import KeptParts, Plans
 from mlx_lora.studio.plans import _key as key_of_plan
-from mlx_lora.studio.tasks import Tasks
-from mlx_lora.studio.web import OWN, setting_groups
+from mlx_lora.studio.web import OWN, Tasks, setting_groups
 from mlx_lora.trainer.sweep import SweepState
 from mlx_lora.utils.console import finite_values
 

@@ -74,7 +74,7 @@ def pid_of(home, name):
 
 
 def test_a_run_of_the_page_is_the_run_of_its_command(home, tmp_path):
-    with opened(home, tmp_path) as (server, client):
+    with opened(home, tmp_path) as (_server, client):
         run, asked = begin(client, home, "one", iters=3, learning_rate=1e-3)
         shown = client.post("/api/train/plan", json={"settings": asked, "name": "one"}).json()
         found = until(client, run, "done", "failed", "killed")
@@ -83,7 +83,6 @@ def test_a_run_of_the_page_is_the_run_of_its_command(home, tmp_path):
         assert found["steps"] == 3
         assert [value for value in found["metrics"]["loss"] if value is not None]
         assert found["samples"]
-        assert server.stop() == 0
     folder = home / "runs" / "one"
     ours = (folder / "run.yaml").read_bytes()
     shutil.rmtree(folder)
@@ -127,12 +126,10 @@ def test_a_run_outlives_the_server_and_a_killed_run_is_resumed(home, tmp_path):
         client.post(f"/api/runs/{run}/stop", json={})
         assert until(client, run, "stopped", "killed", "paused")["state"] == "stopped"
         assert "Resuming from step" in (home / "runs" / "long" / "studio" / "output.log").read_text()
-        assert server.stop() == 0
-        assert "Traceback" not in server.text
 
 
 def test_the_queue_starts_the_next_run_and_talk_and_export_use_it(home, tmp_path):
-    with opened(home, tmp_path) as (server, client):
+    with opened(home, tmp_path) as (_server, client):
         begin(client, home, "first", iters=2)
         model, data = str(home / "models" / "tiny"), str(home / "data" / "chats.jsonl")
         asked = {"model": model, "data": data, **SETTINGS, "iters": 2, "learning_rate": 0.01}
@@ -167,5 +164,3 @@ def test_the_queue_starts_the_next_run_and_talk_and_export_use_it(home, tmp_path
         assert "layers fused" in ended[0]["message"]
         assert (home / "exports" / "whole" / "model.safetensors").is_file()
         assert client.post("/api/export", json=export | {"to": "fuse", "out": "bare", "adapter": ""}).status_code == 400
-        assert server.stop() == 0
-        assert "Traceback" not in server.text

@@ -15,7 +15,7 @@ from studio_client import metric, state_of, studio, write_run
 
 from mlx_lora.reports.run_report import elapsed_s
 from mlx_lora.studio.places.runs import RunNews
-from mlx_lora.studio.run_folders import (
+from mlx_lora.studio.runs import (
     MOST_POINTS,
     Started,
     Tail,
@@ -25,7 +25,7 @@ from mlx_lora.studio.run_folders import (
     run_id,
     samples_of,
 )
-from mlx_lora.studio.run_folders import state_of as state_of_folder
+from mlx_lora.studio.runs import state_of as state_of_folder
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, locked
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir

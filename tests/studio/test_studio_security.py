@@ -15,7 +15,7 @@ from mlx_lora.config.fields import field_type
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.studio import previews
 from mlx_lora.studio.folders import WORDS
-from mlx_lora.studio.run_folders import run_id
+from mlx_lora.studio.runs import run_id
 from mlx_lora.studio.web import OWN, POLICY
 from mlx_lora.utils.errors import InputError
 
@@ -300,8 +300,8 @@ def started(monkeypatch, tmp_path):
         child.wait()
         return child
 
-    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
-    monkeypatch.setattr("mlx_lora.studio.tasks.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
+    monkeypatch.setattr("mlx_lora.studio.web.start_child", start)
     return found
 
 
@@ -369,7 +369,9 @@ def test_a_strangers_run_that_runs_code_is_asked_about_with_its_path(client, hom
     assert resume(client, folder, agreed=question).status_code == 200
     assert started[0][-1] == "--resume"
     assert client.get(f"/api/runs/{run_id(folder)}").json()["settings"][name] == coded[name]
-    (folder / "studio" / "started.json").unlink()
+    note = folder / "studio" / "started.json"
+    wait_for(lambda: json.loads(note.read_text())["code"] == 0, 30)  # the end is written down, not while it is removed
+    note.unlink()
     assert resume(client, folder).status_code == 200, "it is not asked about again"
     copy = shutil.copytree(folder, home / "runs" / "copied")
     (copy / "studio" / "started.json").unlink()

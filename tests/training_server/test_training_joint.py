@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training_examples import examples, gradients, loaded, trained_model
 
-from mlx_lora.serving.engine import Stopped
+from mlx_lora.engine.engine import Stopped
 from mlx_lora.training_server.models import AdamNumbers
 from mlx_lora.training_server.worker import JointPass, TokenJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError

@@ -13,12 +13,12 @@ import pytest
 from mlx.utils import tree_flatten
 from training_examples import LIMITS, examples, factors, gradients, loaded, trained_model
 
+from mlx_lora.api.plan_clients import ALPHA, LoraShape
 from mlx_lora.data.batch import Batch
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import plain_loss
 from mlx_lora.trainer.step import Step
-from mlx_lora.training_server.checkpoints import CheckpointFolder, Place
-from mlx_lora.training_server.models import ALPHA, AdamNumbers, LoraShape, TrainedModel
+from mlx_lora.training_server.models import AdamNumbers, CheckpointFolder, Place, TrainedModel
 from mlx_lora.utils.errors import InputError
 
 RUN = f"{'0' * 31}a:train:0"

@@ -7,14 +7,14 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from run_cli import run
+from run_cli import succeeds
 
+from mlx_lora.api.plan_clients import LoraShape, plan_training_server
 from mlx_lora.config.load import train_settings
+from mlx_lora.engine.engine import Sampling
 from mlx_lora.models.load import load_base
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.serving.engine import Sampling
-from mlx_lora.training_server.models import AdamNumbers, Example, LoraShape
-from mlx_lora.training_server.plan import plan_training_server
+from mlx_lora.training_server.models import AdamNumbers, Example
 from mlx_lora.training_server.worker import SamplingJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
@@ -79,8 +79,7 @@ def test_more_clients_take_more_and_the_most_that_fit_are_counted(tiny_folder):
 
 
 def test_the_command_says_how_many_clients_fit(tiny_folder):
-    ran = run("plan", "--model", tiny_folder, "--clients", 2, "--rank", RANK, "--chip", "M1", "--memory-gb", 8)
-    assert ran.code == 0, ran.err
+    ran = succeeds("plan", "--model", tiny_folder, "--clients", 2, "--rank", RANK, "--chip", "M1", "--memory-gb", 8)
     assert "2 clients fits" in ran.out
 
 

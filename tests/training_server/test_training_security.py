@@ -16,8 +16,8 @@ import pytest
 from tinker_client import KEY, TrainingServer, wait_until
 from training_examples import loaded
 
+from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.training_server.app import SessionLimits
-from mlx_lora.training_server.models import LoraShape
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 

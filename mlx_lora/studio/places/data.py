@@ -18,13 +18,13 @@ from mlx_lora.config.load import recipe_names
 from mlx_lora.data.examples import Record
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
 from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
-from mlx_lora.serving.schema import ApiError, is_number
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import safe_name, walk
 from mlx_lora.studio.previews import Previews
-from mlx_lora.studio.web import json_route, whole_number
+from mlx_lora.studio.web import json_route
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import free_on_disk, sha256_of
+from mlx_lora.utils.http import ApiError, is_number, read_number
 
 UPLOAD = "/api/data/upload"
 UNFIT = dict.fromkeys(map(ord, ",=#"), "-")  # in a data file's name: --data reads them otherwise
@@ -134,8 +134,8 @@ def preview(studio: Studio, previews: Previews, request: Request, body: dict[str
         parts.append(path if weight == 1 else f"{path}={weight:g}")
     settings = studio.checker.settings(body.get("settings") or {})
     settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(",".join(parts))}
-    offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
-    limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
+    offset = read_number(body, "offset", 0, 10**9, 0)
+    limit = read_number(body, "limit", 1, MOST_PAGE, 50)
     page = previews.page(settings, offset, limit, body.get("filter") or "all")
     columns, rows = list[str](), list[int]()
     if page["counts"] is not None:

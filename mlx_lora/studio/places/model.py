@@ -16,13 +16,12 @@ from huggingface_hub.utils import get_session
 from starlette.requests import Request
 from starlette.routing import BaseRoute
 
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import is_hub_model, safe_name
 from mlx_lora.studio.plans import refused_plan, shown_plan
-from mlx_lora.studio.tasks import BackgroundTask
-from mlx_lora.studio.web import json_route, text_of, whole_number
+from mlx_lora.studio.web import BackgroundTask, json_route, text_of
 from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.http import ApiError, read_number
 from mlx_lora.utils.hub import REQUEST_ERRORS
 from mlx_lora.utils.text import command_line
 
@@ -102,7 +101,7 @@ def download(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str
 def convert(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/models/convert."""
     model, name = studio.checker.model(body.get("model")), safe_name(body.get("name"))
-    bits = whole_number(body.get("bits"), "bits", 2, 8, 4)
+    bits = read_number(body, "bits", 2, 8, 4)
     if bits not in BITS:
         raise ApiError(400, f"bits: must be one of {', '.join(map(str, BITS))}", "invalid_value", "bits")
     out = studio.folders.models / name

@@ -15,10 +15,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import stamps
-from mlx_lora.studio.run_folders import (
+from mlx_lora.studio.runs import (
     FACTS,
     LOG_FILE,
     METRICS,
@@ -32,8 +31,8 @@ from mlx_lora.studio.run_folders import (
     words_of_asking,
     words_of_measuring,
 )
-from mlx_lora.studio.tasks import BackgroundTask
-from mlx_lora.studio.web import events, json_route, text_of, whole_number
+from mlx_lora.studio.web import BackgroundTask, events, json_route, text_of
+from mlx_lora.utils.http import ApiError, read_number
 from mlx_lora.utils.text import command_line
 
 POLL_S = 0.5
@@ -54,7 +53,7 @@ def routes(studio: Studio) -> list[BaseRoute]:
         return json_route(f"/api/runs/{{id}}{path}", handle, method)
 
     def move(request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        return control.reorder(text_of(body, "run"), whole_number(body.get("to"), "to", 0, 10**6, 0))
+        return control.reorder(text_of(body, "run"), read_number(body, "to", 0, 10**6, 0))
 
     return [
         json_route("/api/queue", lambda request, body: control.queued()),
@@ -186,7 +185,7 @@ def tick_answer(studio: Studio, number: str, body: dict[str, Any]) -> dict[str, 
         ApiError: 404, there is no such answer; 400, the body says neither; 409, the run goes on.
     """
     _, folder = finished_run(studio, number)
-    index, right = whole_number(body.get("index", -1), "index", 0, 10**6, 0), body.get("right")
+    index, right = read_number({"index": -1, **body}, "index", 0, 10**6, 0), body.get("right")
     if not (right is None or isinstance(right, bool)):
         raise ApiError(400, "right: must be true, false or null", "invalid_value", "right")
     try:

@@ -28,20 +28,20 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import own_template
+from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
+from mlx_lora.engine.engine import Engine, Event, Limits, Request, Ticket
+from mlx_lora.engine.prompts import Ask, PicturePrompt, PictureReader, api_error, chat_tokens, picture_prompt, read_chat
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.models.vision import has_tower
-from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
-from mlx_lora.serving.conversation import PicturePrompt, PictureReader, chat_tokens, picture_prompt
-from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
-from mlx_lora.serving.schema import ApiError, Ask, api_error, is_number, read_chat, read_json
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
-from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
+from mlx_lora.studio.runs import OF_BASE, read_settings_of
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
+from mlx_lora.utils.http import ApiError, is_number, read_json
 from mlx_lora.utils.text import command_line, gigabytes, model_flags
 
 TALK = "/api/talk"

@@ -17,17 +17,16 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import PAGE_FILE, SET_BY_SWEEP, SWEEP_FILE
 from mlx_lora.reports.sweep_page import LOSS, advice
-from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
-from mlx_lora.studio.run_folders import train_words
-from mlx_lora.studio.tasks import SWEEP
-from mlx_lora.studio.web import json_route, setting_groups
+from mlx_lora.studio.runs import train_words
+from mlx_lora.studio.web import SWEEP, json_route, setting_groups
 from mlx_lora.trainer.sweep import SweepState, results_of
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.http import ApiError
 from mlx_lora.utils.hub import SMOLLM2_GGUF
 from mlx_lora.utils.text import command_line
 
