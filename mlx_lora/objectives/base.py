@@ -38,10 +38,8 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.losses.check import Compute
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.pictures import Pictures
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import ModelShape
-    from mlx_lora.rollouts.rollout import Rollouts
     from mlx_lora.trainer.guards import StepsDone
 
 
@@ -230,13 +228,13 @@ class Objective:
 
     Attributes:
         options: its settings, whose `row` has what is known of it without its code.
-        pictures: shows a batch's pictures to the model; None: rows have none.
-        rollouts: samples answers; None: nothing does, or the run has not got that far.
+        pictures: shows a batch's pictures to the model (`Pictures` in objectives/pictures.py); None: rows have none.
+        rollouts: samples answers (`Rollouts` in rollouts/rollout.py); None: nothing does, or the run has not got that far.
     """
 
     options: ObjectiveSettings
-    pictures: Pictures | None = field(default=None, init=False)
-    rollouts: Rollouts | None = field(default=None, init=False)
+    pictures: Any = field(default=None, init=False)
+    rollouts: Any = field(default=None, init=False)
 
     @property
     def head(self) -> ScoreHead | None:
@@ -339,12 +337,7 @@ class Objective:
         if self.pictures is not None:
             base = ctx.base
             return Seen(pictures=self.pictures.reader(base.folder, base.config, base.hf_tokenizer, data))
-        tools = None
-        if asked.has_episodes:
-            from mlx_lora.rollouts.make_environment import shown_tools  # few runs need it
-
-            tools = shown_tools(asked, ctx.functions)
-        return Seen(read_teacher_prompt(asked.teacher_prompt), tools)
+        return Seen(read_teacher_prompt(asked.teacher_prompt))
 
     def _with_targets(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
+from mlx_lora.data.load import DataSplits, Seen
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
@@ -53,6 +53,7 @@ from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import DataSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.guards import StepsDone
@@ -188,6 +189,9 @@ class Policy(SampledObjective):
         if more:
             self.reports = all_reports([reward.name for reward in self.rewards]) + more
         ctx.record.shared |= reward_files(asked)
+
+    def _seen(self, ctx: RunContext, data: DataSettings) -> Seen:
+        return replace(super()._seen(ctx, data), tools=shown_tools(ctx.settings.objective, ctx.functions))
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         splits = super().load_data(ctx)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +33,7 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.kernels.table import KernelChoice, long_row_kernels, training_kernels
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.losses.cross_entropy import Loss, TokenLosses
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.prefix_attention import unshareable
 from mlx_lora.objectives.base import RunContext
@@ -45,16 +45,26 @@ from mlx_lora.utils.files import cache_dir, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 
 if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.preference import BatchSums, Preference
 
 log = logging.getLogger(__name__)
 
 
+class Compared(Protocol):
+    """An objective whose answers have a log-probability under a reference."""
+
+    pictures: Any
+
+    def sums_of(self, tokens: TokenLosses) -> Callable[[nn.Module, Batch], Any]:
+        """Return what computes the sums of a batch's answers, of which `logps` are their log-probabilities."""
+        ...
+
+
 def row_log_probabilities(
     model: nn.Module,
-    sums: BatchSums,
+    sums: Callable[[nn.Module, Batch], Any],
     rows: EncodedSet,
     batch_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -113,7 +123,7 @@ def put_reference(ctx: RunContext) -> None:
 
 
 def with_reference(
-    objective: Preference,
+    objective: Compared,
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
@@ -153,7 +163,7 @@ def _load_reference(ctx: RunContext, folder: Path, given: str) -> AdapterInfo:
 
 
 def _logps_of(
-    objective: Preference,
+    objective: Compared,
     settings: TrainSettings,
     base: Base,
     rows: EncodedSet,
@@ -180,7 +190,7 @@ def _logps_of(
 
 
 def _compute(
-    objective: Preference,
+    objective: Compared,
     settings: TrainSettings,
     base: Base,
     rows: EncodedSet,
@@ -208,7 +218,7 @@ def _shares(settings: TrainSettings) -> bool:
 
 
 def _key(
-    objective: Preference, settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None
+    objective: Compared, settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None
 ) -> str:
     """Return a name for everything that the numbers depend on."""
     adapter, files = settings.adapter, []

@@ -692,8 +692,9 @@ class RunPage:
             fixed = [] if objective.rollouts is None else objective.rollouts.fixed_prompts(run.validation.rows, TEXTS)
         beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
         beginnings, pictures = with_pictures(objective, rows, beginnings)
-        if fixed and objective.pictures is not None:
-            pictures = [objective.pictures.of_row(prompt.fact.get("pictures")) for prompt in fixed]
+        if fixed:
+            of = objective.pictures
+            pictures = [None if of is None else of.of_row(prompt.fact.get("pictures")) for prompt in fixed]
         # An adapter to start from, or another model, is not the teacher.
         other = settings.adapter.resume_adapter_file or settings.objective.teacher
         teacher = None if other else rows.teacher

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
 from run_cli import one_line, run, succeeds
 
 import mlx_lora
+from mlx_lora.__main__ import load_command
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.rules import COMMANDS, Rule
 from mlx_lora.utils.errors import InputError
@@ -69,7 +69,7 @@ ALONE = {"doctor", "merge", "train"}  # commands that take no --model, or need n
 
 def words_of(command, name, wanted, file):
     """The words of a command line that give one of its options a value that a rule is about."""
-    main = importlib.import_module(f"mlx_lora.cli.{command}").main
+    main = load_command(command)
     flag = flag_of(name)
     option = next(one for one in main.params if flag in (*one.opts, *one.secondary_opts))
     if option.is_flag:

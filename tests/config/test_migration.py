@@ -542,7 +542,7 @@ def test_files_of_preference_training_are_read(text, wanted, tmp_path):
     found = settings.to_flat()
     assert {name: found[name] for name in wanted} == wanted
     if settings.objective.objective in OBJECTIVES:
-        assert objective_of(settings.objective).name == settings.objective.objective
+        assert objective_of(settings.objective).options.objective == settings.objective.objective
 
 
 TRL_FILE = "model_name_or_path: m\ndataset_name: d\n"

@@ -67,7 +67,7 @@ def test_an_option_is_refused_by_objectives_that_do_not_have_it(name):
 
 def test_the_objectives_of_the_rows_are_there():
     assert {owner for owners in OWNERS.values() for owner in owners} <= OBJECTIVES.keys()
-    assert objective_of(train_settings({"objective": "dpo", "beta": 0.2}).objective).name == "dpo"
+    assert objective_of(train_settings({"objective": "dpo", "beta": 0.2}).objective).options.objective == "dpo"
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.method])

@@ -127,7 +127,7 @@ def test_pairs_that_differ_by_rounding_are_not_counted_as_preferred(objective):
     """Two pairs: one whose answers differ by rounding only, and one whose answers differ."""
     given = objective_of(ObjectiveSettings(objective=objective))
     logps, zeros = mx.array([-80.0, -80.00001, -80.0, -81.0]), mx.zeros((4,))  # chosen, rejected, chosen, rejected
-    reference = mx.full((4,), -80.0) if given.reference else zeros
+    reference = mx.full((4,), -80.0) if given.options.row.reference else zeros
     sums = AnswerSums(logps, mx.full((4,), 10.0), zeros, reference, zeros, mx.ones((4,)), mx.array(0.0))
     assert given.loss(sums)[1]["accuracy"].tolist() == [0, 1]
 

@@ -419,7 +419,7 @@ def test_a_model_without_three_positions_asks_for_none():
 
 
 def test_a_model_that_sees_nothing_is_told(tiny_folder, colors, tmp_path):
-    one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out")), "llama")
+    one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out", "--images")), "llama")
 
 
 def test_runs_that_are_trained_together_see_their_pictures(model, colors, tmp_path):
