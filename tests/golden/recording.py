@@ -30,7 +30,7 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy-openblas32", "tokenizers", "transfo
 # A plan for a fixed Mac has nothing of this machine. One for this machine is compared without the keys below.
 CHIP, MACS = ("--chip", "M2 Pro", "--memory-gb", "16"), ("--macs", "M4 Pro:48,M2 Max:32")
 # Times, memory and speed in metrics.jsonl: they differ between two runs of the same tree.
-MEASURED = ("elapsed_s", "peak_memory_bytes", "process_peak_bytes", "rollout_share")
+MEASURED = ("disk_wait_share", "elapsed_s", "peak_memory_bytes", "process_peak_bytes", "rollout_share")
 MEASURED_ENDINGS = ("_per_s",)
 # Of a plan for this machine: its memory, what follows from it, and times from rates that are measured here.
 OF_MACHINE = (
