@@ -82,10 +82,10 @@ def loads_in_llamacpp(path: Path) -> None:
     assert found["choices"][0]["text"] is not None
 
 
-def test_the_whole_loop_on_a_tiny_model(browser, tiny_folder, chats, tmp_path):
-    """llama.cpp does not load its byte tokenizer, and export refuses to write it: SmolLM2 shows that."""
+def test_the_whole_loop_on_a_tiny_model(browser, long_context_folder, chats, tmp_path):
+    """Its answers do not end at once. llama.cpp does not load its byte tokenizer, and export refuses to write it: SmolLM2 shows that."""
     home = tmp_path / "home"
-    whole_loop(browser, home, tiny_folder.parent, tiny_folder.name, chats, "abc", {"PEFT": "shipped"})
+    whole_loop(browser, home, long_context_folder.parent, long_context_folder.name, chats, "abc", {"PEFT": "shipped"})
     assert (home / "exports" / "shipped" / "adapter_model.safetensors").is_file()
 
 
