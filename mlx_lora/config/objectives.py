@@ -133,8 +133,8 @@ class ObjectiveSettings:
         "classify: give each text its label, or a number; rerank: order documents by how well they answer a query; "
         "embed: give texts that belong together similar vectors, for search.",
         OBJECTIVE, common=True)
-    images: bool = setting(False, "Prompts may have pictures, and --model is a vision-language model. Needed where the first rows "
-        "of the data have none, and to plan without data.", OBJECTIVE, only=WITH_IMAGES)
+    images: bool = setting(False, "Prompts may have pictures, and --model is a vision-language model. Needed if only "
+        "later rows than the first 20 have pictures, if the data are on the Hub, and to plan without data.", OBJECTIVE, only=WITH_IMAGES)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
         "such as sigmoid,sft, which also imitates the chosen answers. "

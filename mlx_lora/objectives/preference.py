@@ -222,7 +222,7 @@ def _array_sums(model: nn.Module, tokens: TokenLosses, arrays: Arrays) -> Answer
 # Whole sets
 
 SUM_NAMES = ("logps", "tokens", "likelihood", "reference", "labels", "real")
-UNWEIGHTED = (1.0, 0.0)  # `Batch.shares` for sums whose likelihood is not yet divided by tokens
+UNWEIGHTED = (1.0, 0.0)  # the column `shares` of sums whose likelihood is not yet divided by tokens
 
 
 def whole_set(objective: Preference, tokens: TokenLosses) -> WholeSet:

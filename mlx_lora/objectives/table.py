@@ -70,7 +70,7 @@ def with_pictures(settings: TrainSettings, config: Mapping[str, Any] | None = No
     if needing:
         raise InputError(
             f"{flag_of(needing[0])}: the first rows of --data {data.data} have no pictures that {model.model} sees; leave it "
-            "out, or give --images if later rows have some"
+            "out, or give --images if later rows have some, or if the data are on the Hub"
         )
     return settings
 
