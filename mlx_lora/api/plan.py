@@ -34,6 +34,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import DataSplits, Seen, load_data
 from mlx_lora.data.prompts import read_teacher_prompt
+from mlx_lora.data.sampler import total_steps
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.kernels.quantized_matmul import MatmulPaths
@@ -102,7 +103,6 @@ from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
 from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.run import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
-from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config, resolve_model

@@ -20,6 +20,7 @@ same number of targets in each batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ import numpy as np
 from mlx_lora.data.batch import EMPTY, SLOTS_STEP, Batch, collate, rows_of
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.dataset import EncodedSet
 
 # The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1% of the result for all rows.
@@ -317,3 +319,45 @@ def deal(counts: np.ndarray, taken: np.ndarray, count: int, random: np.random.Ge
         dealt[i, fewest_first] = most_first
         sums[fewest_first] += counts[most_first]
     return dealt.T
+
+
+# The steps of a run
+
+
+def total_steps(plan: BatchPlan, settings: LoopSettings, updates: int = 1) -> int:
+    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take.
+
+    Args:
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches (`ObjectiveSettings.updates`).
+    """
+    if settings.iters is not None:
+        return settings.iters
+    return math.ceil(_most_batches(plan, settings, updates) / settings.grad_accumulation_steps)
+
+
+def _most_batches(plan: BatchPlan, settings: LoopSettings, updates: int) -> int:
+    """Return the micro-batches of all steps of --epochs, each as often as it is trained on."""
+    return max(1, math.ceil(len(plan) * updates * (settings.epochs or 1.0)))
+
+
+def rounds(plan: BatchPlan, settings: LoopSettings, updates: int, start: int = 0) -> Iterator[tuple[list[Batch], int]]:
+    """Yield the planned batches of each of an objective's rounds of `updates` steps, and the number of the first one.
+
+    With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
+    dropped, and none is taken from a further epoch.
+
+    Args:
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches.
+        start: micro-batches that are done, each as often as it was trained on; the end of a round.
+    """
+    a_step, end = settings.grad_accumulation_steps, _most_batches(plan, settings, updates)
+    begin = start
+    while settings.iters is not None or begin < end:
+        wanted = a_step if settings.iters is not None else min(a_step, end - begin)
+        first = begin // updates
+        yield [plan.batch(*divmod(first + place, len(plan))) for place in range(wanted)], first
+        begin += a_step * updates

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_lora.adapters.qat import begin_qat, end_qat, is_rounded
+from mlx_lora.data.sampler import total_steps
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
@@ -34,7 +35,6 @@ from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_chec
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
-from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted
 

@@ -213,6 +213,8 @@ class Agreement:
 # Where a run stands: its position, which a checkpoint keeps, and how it ends if it diverges
 
 LOSS, TASK = "loss", "task"  # what the best validation may be chosen by; others are numbers of the objective
+# This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
+MAX_SKIPPED_IN_A_ROW = 10
 VALIDATED = "validated_examples"  # in a run's identity: how many rows it validates on
 
 
@@ -268,6 +270,12 @@ class Position:
             self.best_loss, self.best_at = loss, self.taken
             self.best_score = score if metric != LOSS else None
         return better
+
+    def diverged(self, applied: bool) -> bool:
+        """Count an update that was skipped, and return whether so many came in a row that the run has diverged."""
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped += self.skipped_in_a_row > 0
+        return self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
     def compare_anew(self) -> None:
         """Forget the validations so far, because those from here on measure something else."""

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -29,7 +30,9 @@ from mlx_lora.utils.progress import QUIET_S, LongTask, long_task
 from mlx_lora.utils.text import counted, format_duration, words_of
 
 if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
     from mlx_lora.trainer.evaluate import RowLosses
+    from mlx_lora.trainer.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,38 @@ class Metrics:
         flat = asdict(replace(self, rows=None))
         del flat["rows"]
         return flat | flat.pop("reports")
+
+
+@dataclass
+class Window:
+    """The results since the last report; the scalars stay on the device until they are read."""
+
+    results: list[StepResult] = field(default_factory=list)
+    examples: int = 0
+    real_tokens: int = 0
+    supervised_tokens: int = 0
+    positions: int = 0
+    shapes: set[tuple[int, int]] = field(default_factory=set)
+    paused_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, batches: list[Batch], result: StepResult) -> None:
+        self.results.append(result)
+        self.examples += sum(b.examples for b in batches)
+        self.real_tokens += sum(b.real_tokens for b in batches)
+        self.supervised_tokens += sum(b.supervised_tokens for b in batches)
+        self.positions += sum(b.inputs.size for b in batches)
+        self.shapes |= {b.inputs.shape for b in batches}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time spent inside this context (validation, saving) in the window's throughput."""
+        start = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - start
+
+    def spent_s(self) -> float:
+        return max(time.perf_counter() - self.started_s - self.paused_s, 1e-9)
 
 
 class MetricsFile:

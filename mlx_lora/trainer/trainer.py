@@ -10,30 +10,28 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
+from mlx_lora.data.sampler import rounds, total_steps
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import Agreement, Diverged, MemoryGuard, Position, StepsDone
-from mlx_lora.trainer.progress import Metrics
+from mlx_lora.trainer.progress import Metrics, Window
 from mlx_lora.utils import text as process
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+    from mlx_lora.objectives.base import BoundObjective, RunContext
     from mlx_lora.trainer.held_out import HeldOutBatches
     from mlx_lora.trainer.step import Step, StepResult
 
 log = logging.getLogger(__name__)
 
-# This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
-MAX_SKIPPED_IN_A_ROW = 10
 # Without --steps-per-report: the number of reports in a run, and the most steps between two reports in a long run.
 REPORTS, MOST_BETWEEN_REPORTS = 20, 25
 
@@ -55,110 +53,9 @@ class Outcome:
     stopped_early: bool = False
 
 
-@dataclass
-class Window:
-    """The results since the last report; the scalars stay on the device until they are read."""
-
-    results: list[StepResult] = field(default_factory=list)
-    examples: int = 0
-    real_tokens: int = 0
-    supervised_tokens: int = 0
-    positions: int = 0
-    shapes: set[tuple[int, int]] = field(default_factory=set)
-    paused_s: float = 0.0
-    started_s: float = field(default_factory=time.perf_counter)
-
-    def add(self, batches: list[Batch], result: StepResult) -> None:
-        self.results.append(result)
-        self.examples += sum(b.examples for b in batches)
-        self.real_tokens += sum(b.real_tokens for b in batches)
-        self.supervised_tokens += sum(b.supervised_tokens for b in batches)
-        self.positions += sum(b.inputs.size for b in batches)
-        self.shapes |= {b.inputs.shape for b in batches}
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time spent inside this context (validation, saving) in the window's throughput."""
-        start = time.perf_counter()
-        yield
-        self.paused_s += time.perf_counter() - start
-
-    def spent_s(self) -> float:
-        return max(time.perf_counter() - self.started_s - self.paused_s, 1e-9)
-
-
-def diverged(at: Position, result: StepResult) -> bool:
-    """Count a skipped update, and say whether so many came in a row that the run has diverged."""
-    at.skipped_in_a_row = 0 if result.applied.item() else at.skipped_in_a_row + 1
-    at.skipped += at.skipped_in_a_row > 0
-    return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-
-
-def total_steps(plan: BatchPlan, settings: LoopSettings, updates: int = 1) -> int:
-    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take.
-
-    Args:
-        plan: the batches of an epoch.
-        settings: of the run.
-        updates: steps on the same batches (`ObjectiveSettings.updates`).
-    """
-    if settings.iters is not None:
-        return settings.iters
-    return math.ceil(_most_batches(plan, settings, updates) / settings.grad_accumulation_steps)
-
-
 def report_interval(total: int, settings: LoopSettings) -> int:
     """Return the steps between reports: --steps-per-report, or by the run's length, so that a short run shows its loss early."""
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
-
-
-def _most_batches(plan: BatchPlan, settings: LoopSettings, updates: int) -> int:
-    """Return the micro-batches of all steps of --epochs, each as often as it is trained on."""
-    return max(1, math.ceil(len(plan) * updates * (settings.epochs or 1.0)))
-
-
-def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
-    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs."""
-    for batches, _ in rounds(plan, settings, 1, start):
-        yield from batches
-
-
-def rounds(plan: BatchPlan, settings: LoopSettings, updates: int, start: int = 0) -> Iterator[tuple[list[Batch], int]]:
-    """Yield the planned batches of each of an objective's rounds of `updates` steps, and the number of the first one.
-
-    With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
-    dropped, and none is taken from a further epoch.
-
-    Args:
-        plan: the batches of an epoch.
-        settings: of the run.
-        updates: steps on the same batches.
-        start: micro-batches that are done, each as often as it was trained on; the end of a round.
-    """
-    a_step, end = settings.grad_accumulation_steps, _most_batches(plan, settings, updates)
-    begin = start
-    while settings.iters is not None or begin < end:
-        wanted = a_step if settings.iters is not None else min(a_step, end - begin)
-        first = begin // updates
-        yield [plan.batch(*divmod(first + place, len(plan))) for place in range(wanted)], first
-        begin += a_step * updates
-
-
-def _steps(
-    objective: Objective, plan: BatchPlan, settings: LoopSettings, at: Position, total: int
-) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each step, from where the run is; the model is read as each round begins."""
-    updates = objective.options.updates
-    size = settings.grad_accumulation_steps * updates
-    within = at.consumed % size if updates > 1 else 0  # of a round, which is begun again
-    begun = at.consumed - within
-    skipped = within // settings.grad_accumulation_steps
-    for batches, first in rounds(plan, settings, updates, begun):
-        done = StepsDone(first, at.taken - skipped, total, first / len(plan))
-        for number, chosen in enumerate(objective.steps(batches, done)):
-            if number >= skipped:
-                yield chosen
-        skipped = 0
 
 
 @dataclass(frozen=True)
@@ -240,7 +137,7 @@ class Trainer:
         self._saved_at = self.at.taken if self.at.taken else None
         self._told_idle = False
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
-        self._batches = _steps(self.ctx.objective, self.plan, self.settings, self.at, self.total)
+        self._batches = self._steps()
 
     def fit(self) -> Outcome:
         """Take all steps of the run.
@@ -276,6 +173,16 @@ class Trainer:
             return None
         planned, divide = next(self._batches), self._guard.divide
         return StepWanted(self, planned, self.strategy.split(planned, divide), self._interrupted.asked(), divide)
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step, from where the run is; the model is read as each round begins."""
+        at, updates, a_step = self.at, self.ctx.settings.objective.updates, self.settings.grad_accumulation_steps
+        within = at.consumed % (a_step * updates) if updates > 1 else 0  # of a round, which is begun again
+        skipped = within // a_step
+        for batches, first in rounds(self.plan, self.settings, updates, at.consumed - within):
+            done = StepsDone(first, at.taken - skipped, self.total, first / len(self.plan))
+            yield from islice(self.ctx.objective.steps(batches, done), skipped, None)
+            skipped = 0
 
     def end(self) -> Outcome:
         """Report and save what is left, and return how the run ended."""
@@ -328,14 +235,11 @@ class Trainer:
     def _diverged(self, result: StepResult) -> bool:
         """Return whether the run has diverged with a step; one without anything to train on says nothing of that."""
         if result.applied.item() or not result.idle:
-            return diverged(self.at, result)
+            return self.at.diverged(result.applied.item())
         if not self._told_idle:
             self._told_idle = True
-            why = (
-                ", because all of its answers were cut: raise --max-new-tokens"
-                if self.ctx.settings.objective.samples
-                else ""
-            )
+            sampled = self.ctx.settings.objective.samples
+            why = ", because all of its answers were cut: raise --max-new-tokens" if sampled else ""
             log.info(f"Note: a step trained no token and changed nothing{why}")
         return False
 

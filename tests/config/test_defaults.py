@@ -163,7 +163,7 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
     half = tmp_path / "half"
     asked = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", half, "--sample-tokens", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_lora.trainer.trainer.diverged", _fail_at(20))
+        patch.setattr("mlx_lora.trainer.guards.Position.diverged", _fail_at(20))
         with pytest.raises(RuntimeError):
             run(*asked, "--save-every", 10)
     # Another version may have other rules; the run goes on by those that it began with.
@@ -176,12 +176,14 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
 
 
 def _fail_at(step: int):
-    from mlx_lora.trainer.trainer import diverged
+    from mlx_lora.trainer.guards import Position
 
-    def stop(at, result):
+    diverged = Position.diverged
+
+    def stop(at, applied):
         if at.taken >= step:
             raise RuntimeError
-        return diverged(at, result)
+        return diverged(at, applied)
 
     return stop
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.adapter import adapt
-from mlx_lora.trainer.trainer import micro_batches
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 STEPS, BATCH, RATE, BAR = 30, 3, "2e-3", 1e-3
@@ -61,7 +59,7 @@ def beginnings(settings: TrainSettings) -> tuple[EncodedSet, list[Batch], dict[s
     )
     adapt(settings, base, objective, base.hf_tokenizer.chat_template)
     factors = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    return rows, list(islice(micro_batches(plan, loop), STEPS)), factors
+    return rows, [plan.batch(*divmod(step, len(plan))) for step in range(STEPS)], factors
 
 
 def trained_there(

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.adapter import adapt
-from mlx_lora.trainer.trainer import micro_batches
 from mlx_lora.utils import device
 from parity.double import in_double
 
@@ -174,7 +173,7 @@ def beginnings(settings: TrainSettings) -> tuple[list[Batch], dict[str, np.ndarr
     )
     adapt(settings, base, objective_of(settings.objective), base.hf_tokenizer.chat_template)
     factors = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    return list(islice(micro_batches(plan, loop), loop.iters)), factors
+    return [plan.batch(*divmod(step, len(plan))) for step in range(loop.iters)], factors
 
 
 def name_here(name: str) -> str:

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import types
+from itertools import chain
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,14 +28,15 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import LoopSettings, ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.sampler import BatchPlan, rounds, total_steps
 from mlx_lora.exporters.adapter_folder import load_adapter, load_factors
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.sft import SFT
+from mlx_lora.trainer.guards import MAX_SKIPPED_IN_A_ROW
 from mlx_lora.trainer.step import StepResult
-from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, LoopHooks, Trainer, micro_batches, total_steps
+from mlx_lora.trainer.trainer import LoopHooks, Trainer
 from mlx_lora.utils.errors import RunError
 
 SHORT = ("--iters", 2, "--batch-tokens", 128, "--max-seq-length", 96, "--learning-rate", "5e-3", "--val-batches", 1)
@@ -89,7 +91,7 @@ def test_epochs_train_every_batch_once_whatever_the_accumulation(epochs, window)
 # mlx-lm-lora: the iterator is made anew each step, so epochs are samples with replacement.
 def test_iters_go_through_whole_epochs_in_new_orders():
     plan = BatchPlan(rows_of([9] * 10), batch_tokens=1, batch_size=2, seed=0)
-    batches = micro_batches(plan, LoopSettings(iters=15))
+    batches = chain.from_iterable(batches for batches, _ in rounds(plan, LoopSettings(iters=15), 1))
     orders = [[int(row) for _ in range(5) for row in next(batches).inputs[:, 0]] for _ in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
