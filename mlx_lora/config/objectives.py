@@ -77,12 +77,12 @@ _OF_ANSWERS: dict[str, Any] = {"pictures": True, "together": True}
 # A new objective is a row here, and its file.
 OBJECTIVES = {
     "sft": ObjectiveRow("sft.SFT", imitates=True, pictures=True, together=True),
-    "dpo": ObjectiveRow("preference.dpo", reference=True, **_PREFERENCE, **_OF_ANSWERS),
-    "orpo": ObjectiveRow("preference.orpo", **_PREFERENCE, **_OF_ANSWERS),
-    "simpo": ObjectiveRow("preference.simpo", **_PREFERENCE, **_OF_ANSWERS),
-    "cpo": ObjectiveRow("preference.cpo", **_PREFERENCE, **_OF_ANSWERS),
-    "kto": ObjectiveRow("preference.kto", "rated", reference=True, group=2, trained=1, **_OF_ANSWERS),
-    "reward": ObjectiveRow("preference.reward", scores=True, **_PREFERENCE),
+    "dpo": ObjectiveRow("dpo.dpo", reference=True, **_PREFERENCE, **_OF_ANSWERS),
+    "orpo": ObjectiveRow("dpo.orpo", **_PREFERENCE, **_OF_ANSWERS),
+    "simpo": ObjectiveRow("dpo.simpo", **_PREFERENCE, **_OF_ANSWERS),
+    "cpo": ObjectiveRow("dpo.cpo", **_PREFERENCE, **_OF_ANSWERS),
+    "kto": ObjectiveRow("ratings.kto", "rated", reference=True, group=2, trained=1, **_OF_ANSWERS),
+    "reward": ObjectiveRow("ratings.reward", scores=True, **_PREFERENCE),
     "grpo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, pictures=True),
     "rloo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, leaves_one_out=True, pictures=True),
     "distill": ObjectiveRow("distill.distill", imitates=True, taught=True),

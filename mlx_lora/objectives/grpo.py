@@ -82,6 +82,10 @@ class SampledObjective(Objective):
     def _with_targets(self, rows: EncodedSet) -> EncodedSet:
         return rows.with_room(self.options.answers_per_prompt, self.options.max_new_tokens)
 
+    def open(self, ctx: RunContext) -> None:
+        check_groups(ctx.base.model, ctx.base.model_id)
+        super().open(ctx)
+
     def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
         """Let the answers to a prompt share its row where that saves work."""
         self.layout = lay_out(ctx, data.train)
@@ -94,7 +98,6 @@ class SampledObjective(Objective):
             raise ValueError("answers are sampled in a run without a memory plan")
         self.layout, memory = that_fits(self.layout, ctx.settings, shape, data.train, ctx.chosen.terms, ctx.memory)
         form, ctx.memory = form_that_fits(ctx, memory)
-        check_groups(ctx.base.model, ctx.base.model_id)
         self.rollouts = self.make_rollouts(ctx, ctx.chosen.loss, form)
         data = self.layout.of(data)
         self.prompts = data.train
@@ -116,7 +119,6 @@ class SampledObjective(Objective):
     def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
         if self.rollouts is None:  # a measurement
             group = self.options.answers_per_prompt
-            check_groups(ctx.base.model, ctx.base.model_id)
             form = choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks)
             self.rollouts = self.make_rollouts(ctx, loss, form)
         return replace(self.bind_sampled(ctx, loss), rates=self.rollouts.spent.read)
@@ -228,10 +230,11 @@ def all_reports(rewards: Sequence[str]) -> tuple[str, ...]:
 
 def policy(settings: ObjectiveSettings) -> Policy:
     name = settings.objective
-    loss = name if name == "rloo" else settings.grpo_loss
+    alone = settings.row.leaves_one_out
+    loss = name if alone else settings.grpo_loss
     high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
     # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
-    beta = 0.0 if name == "rloo" else settings.kl_beta
+    beta = 0.0 if alone else settings.kl_beta
     options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
     words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""

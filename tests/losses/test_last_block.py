@@ -28,7 +28,7 @@ from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models import head as heads
 from mlx_lora.models import head as last_block
 from mlx_lora.models.head import put_score_head
-from mlx_lora.objectives.preference import score_loss
+from mlx_lora.objectives.ratings import score_loss
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import compiled_over, differentiation

@@ -22,7 +22,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import rotate_by_token
-from mlx_lora.objectives.preference import batch_sums
+from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.objectives.table import objective_of

@@ -21,7 +21,8 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.preference import batch_sums, score_loss
+from mlx_lora.objectives.answer_sums import batch_sums
+from mlx_lora.objectives.ratings import score_loss
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE

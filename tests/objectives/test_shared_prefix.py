@@ -25,7 +25,7 @@ from mlx_lora.losses.check import choose_loss, probe
 from mlx_lora.losses.cross_entropy import PLAIN, token_arrays
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing
-from mlx_lora.objectives.preference import batch_sums
+from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.prefix_sharing import joined, saved_share, shared_tokens, sharing_problem
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing

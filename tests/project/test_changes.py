@@ -56,7 +56,8 @@ NEW = '''"""A margin between two answers (--objective margin)."""
 import mlx.core as mx
 
 from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.preference import AnswerSums, Preference
+from mlx_lora.objectives.answer_sums import AnswerSums
+from mlx_lora.objectives.dpo import Preference
 
 
 def margin(settings) -> Objective:
