@@ -101,7 +101,7 @@ from mlx_lora.trainer.fit import (
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
 from mlx_lora.trainer.held_out import choose_held_out
-from mlx_lora.trainer.run import check_request, check_test_split, wants_training
+from mlx_lora.trainer.request import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -35,7 +35,8 @@ from mlx_lora.config.sweep import (
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.reports.sweep_page import LOSS, SweepResults, advice, write_page
-from mlx_lora.trainer.run import check_request, train_run
+from mlx_lora.trainer.request import check_request
+from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import (

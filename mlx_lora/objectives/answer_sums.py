@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,6 @@ from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
-    from mlx_lora.objectives.dpo import Preference
     from mlx_lora.objectives.pictures import Pictures
 
 
@@ -66,6 +65,19 @@ LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]
 """AnswerSums -> ((E,) losses, name -> (E,) numbers to report as means)."""
 
 
+class LossIsOfAnswers(Protocol):
+    """What is needed of an objective here; see `Preference` of objectives/dpo.py."""
+
+    loss: LossOfAnswers
+    likelihood: str
+    divergence: bool
+
+    @property
+    def rated(self) -> bool:
+        """Whether an example is one rated answer, with a second row that only tells the divergence."""
+        ...
+
+
 # Binding
 
 FIRST, SECOND = 0, 1  # rows of an example
@@ -84,7 +96,7 @@ def batch_sums(tokens: TokenLosses, pictures: Pictures | None = None) -> BatchSu
 
 
 def prepared(
-    objective: Preference, sums: BatchSums, model: nn.Module, batches: list[Batch], strategy: Strategy
+    objective: LossIsOfAnswers, sums: BatchSums, model: nn.Module, batches: list[Batch], strategy: Strategy
 ) -> list[Batch]:
     """Compute what depends on the whole step, before the step is divided into parts and among ranks.
 
@@ -182,7 +194,7 @@ SUM_NAMES = ("logps", "tokens", "likelihood", "reference", "labels", "real")
 UNWEIGHTED = (1.0, 0.0)  # the column `shares` of sums whose likelihood is not yet divided by tokens
 
 
-def whole_set(objective: Preference, tokens: TokenLosses) -> WholeSet:
+def whole_set(objective: LossIsOfAnswers, tokens: TokenLosses) -> WholeSet:
     """Return how an objective is measured on a whole set, whose answers give a few numbers each.
 
     Args:

@@ -211,6 +211,17 @@ class RunContext:
         return self.untrained or self.base
 
     @property
+    def planned(self) -> MemoryPlan:
+        """The memory plan.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self.memory is None:
+            raise ValueError("a run without a memory plan")
+        return self.memory
+
+    @property
     def chosen(self) -> Compute:
         """What computes the numbers.
 

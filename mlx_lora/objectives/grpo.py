@@ -94,9 +94,7 @@ class SampledObjective(Objective):
 
     def finish_data(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
         """Choose what computes the answers, by the memory that is left."""
-        if ctx.memory is None:
-            raise ValueError("answers are sampled in a run without a memory plan")
-        self.layout, memory = that_fits(self.layout, ctx.settings, shape, data.train, ctx.chosen.terms, ctx.memory)
+        self.layout, memory = that_fits(self.layout, ctx.settings, shape, data.train, ctx.chosen.terms, ctx.planned)
         form, ctx.memory = form_that_fits(ctx, memory)
         self.rollouts = self.make_rollouts(ctx, ctx.chosen.loss, form)
         data = self.layout.of(data)

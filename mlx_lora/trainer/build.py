@@ -27,7 +27,7 @@ from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan, with_exa
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.guards import Position
-from mlx_lora.trainer.header import choices, describe_run
+from mlx_lora.trainer.header import choices, describe_run, shared_work
 from mlx_lora.trainer.held_out import choose_held_out, measured_batches
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.position_chunks import chunk_positions
@@ -36,15 +36,12 @@ from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, res
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.utils import device
-from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import BoundObjective, RunContext
-    from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.trainer.held_out import HeldOutBatches
 
 
@@ -74,17 +71,6 @@ class BuiltRun:
     words: list[str]
     trunk: KeptTrunk
     test: EncodedSet | None = None
-
-    @property
-    def memory(self) -> MemoryPlan:
-        """The memory plan.
-
-        Raises:
-            ValueError: there is none.
-        """
-        if self.ctx.memory is None:
-            raise ValueError("a run without a memory plan")
-        return self.ctx.memory
 
 
 def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
@@ -117,7 +103,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     ctx.settings, ctx.memory = fit_settings(ctx.settings, shape, laid_out, ctx.chosen, strategy, ctx.resumed)
     epochs = found.identity["price_epochs"] if found else ctx.settings.loop.epochs or 1.0
     fingerprint = data.train.fingerprint  # of a text in each row, so that a run may be resumed whatever shares a row
-    with _rounded_as_at_first(ctx, laid_out, epochs):
+    with _rounded_as_at_first(ctx, laid_out.train, epochs):
         data = objective.finish_data(ctx, data, shape)
     loop = ctx.settings.loop
     plan = training_plan(loop, data.train, epochs)
@@ -136,27 +122,32 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
         check_continuation(found, identity | of_trunk.identity | free)
     step, bound, trunk, details, about = make_step(ctx, plan, steps, of_trunk)
     identity |= trunk.identity
-    about = [one for one in (*about, *ctx.record.about, *shared_work(ctx, plan), trunk.words, strategy.words) if one]
     strategy.check_same(ctx.settings, identity | ctx.record.shared)
     take_first_ranks(strategy, step)
+    about = [*about, *ctx.record.about, *shared_work(ctx, plan), trunk.words, strategy.words]
     chosen = choices(asked, ctx.settings, shape, data, steps, per_epoch / loop.grad_accumulation_steps)
-    first, *rest = describe_run(ctx, adapted, plan, steps, details, about)
-    words = [first, *filter(None, [*ctx.record.lines, *chosen]), *rest[:1], *filter(None, [held_out.words]), *rest[1:]]
-    folder = RunFolder(
-        ctx.settings, info, identity, strategy, step, beginning(found, loop), lambda: about_head(objective)
-    )
+    of_adapter, of_run, of_step = describe_run(ctx, adapted, plan, steps, details, about)
+    words = list(filter(None, (of_adapter, *ctx.record.lines, *chosen, of_run, held_out.words, of_step)))
+    at = found.position if found else Position()
+    at.parts = max(at.parts, loop.batch_parts)
+    folder = RunFolder(ctx.settings, info, identity, strategy, step, at, lambda: about_head(objective))
     validation = measured_batches(objective, held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
 
 
 @contextmanager
-def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> Iterator[None]:
-    """Let a model that is the reference compute as at the first step: with --qat X it is not rounded there."""
+def _rounded_as_at_first(ctx: RunContext, rows: EncodedSet, epochs: float) -> Iterator[None]:
+    """Let a model that is the reference compute as at the first step: with --qat X it is not rounded there.
+
+    Args:
+        ctx: of the run.
+        rows: that are trained on.
+        epochs: see `training_plan`.
+    """
     adapter, loop, asked, model = ctx.settings.adapter, ctx.settings.loop, ctx.settings.objective, ctx.base.model
     later = asked.row.reference and is_rounded(model) and adapter.qat < 1
     if later:
-        plan = training_plan(loop, data.train, epochs)
-        later = bool(first_qat_step(adapter.qat, total_steps(plan, loop, asked.updates)))
+        later = bool(first_qat_step(adapter.qat, total_steps(training_plan(loop, rows, epochs), loop, asked.updates)))
     if later:
         end_qat(model)
     try:
@@ -164,30 +155,6 @@ def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> It
     finally:
         if later:
             begin_qat(model)
-
-
-def shared_work(ctx: RunContext, plan: BatchPlan) -> list[str]:
-    """Return what the header says of examples that are compared within a step, and of processes that sample answers together."""
-    asked, a_step, ranks = ctx.settings.objective, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks
-    examples = [a_step * rows // plan.rows.group for rows, _, _ in plan.shapes]
-    if asked.row.examples_per_step:
-        return [f"up to {counted(max(examples), 'example')} in a step, which are compared with one another"]
-    if not asked.samples or ranks.size == 1:
-        return []
-    words, waiting = f"prompts answered by {ranks.size} processes", ranks.size - min(examples)
-    if waiting > 0:
-        words += (
-            f", of which {counted(waiting, 'one')} may wait, because a step can have only "
-            f"{counted(min(examples), 'prompt')}; raise --batch-size or --grad-accumulation-steps"
-        )
-    return [words]
-
-
-def beginning(found: Checkpoint | None, loop: LoopSettings) -> Position:
-    """Return where the run goes on, or begins, in at least as many parts of a batch as are asked for."""
-    at = found.position if found else Position()
-    at.parts = max(at.parts, loop.batch_parts)
-    return at
 
 
 def make_step(

@@ -710,7 +710,7 @@ class RunPage:
                 adapter=run.words[0],
                 versions=f"mlx-lora {__version__}, {versions}",
                 data=data.report.to_dict(),
-                planned_peak_bytes=run.memory.peak_bytes,
+                planned_peak_bytes=run.ctx.planned.peak_bytes,
                 step=run.words[-1],
                 held_out=held_out is not None,
                 rounded_from=first_qat_step(settings.adapter.qat, run.steps),

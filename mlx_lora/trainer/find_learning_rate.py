@@ -26,7 +26,7 @@ from mlx_lora.models.load import Base, load_base
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.sweep_page import write_page
 from mlx_lora.trainer.evaluate import ROWS_FILE
-from mlx_lora.trainer.run import check_request
+from mlx_lora.trainer.request import check_request
 from mlx_lora.trainer.run_folder import CHECKPOINTS, remove_results
 from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import (

@@ -71,15 +71,32 @@ def choices(
     ]
 
 
+def shared_work(ctx: RunContext, plan: BatchPlan) -> list[str]:
+    """Return what the header says of examples that are compared within a step, and of processes that sample answers together."""
+    asked, a_step, ranks = ctx.settings.objective, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks
+    examples = [a_step * rows // plan.rows.group for rows, _, _ in plan.shapes]
+    if asked.row.examples_per_step:
+        return [f"up to {counted(max(examples), 'example')} in a step, which are compared with one another"]
+    if not asked.samples or ranks.size == 1:
+        return []
+    words, waiting = f"prompts answered by {ranks.size} processes", ranks.size - min(examples)
+    if waiting > 0:
+        words += (
+            f", of which {counted(waiting, 'one')} may wait, because a step can have only "
+            f"{counted(min(examples), 'prompt')}; raise --batch-size or --grad-accumulation-steps"
+        )
+    return [words]
+
+
 def describe_run(
     ctx: RunContext, adapted: Adapted, plan: BatchPlan, steps: int, details: list[str], about: list[str]
-) -> list[str]:
+) -> tuple[str, str, str]:
     """Return three lines on what will be trained: the adapter, the run, and what computes a step.
 
     Args:
         ctx, adapted, plan, steps: of the run.
         details: of what computes a step.
-        about: more on the run.
+        about: more on the run; some are empty.
     """
     base, settings, epoch_batches = ctx.base, ctx.settings, len(plan) * ctx.settings.objective.updates
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
@@ -93,10 +110,10 @@ def describe_run(
     )
     run = (
         f"Run: {counted(steps, 'step')}, {counted(epoch_batches, 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
-        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(about)}"
+        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(filter(None, about))}"
     )
     details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
-    return [what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
+    return what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])
 
 
 def loss_words(measured: Measured) -> str:

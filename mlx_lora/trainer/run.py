@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.models.load import Base, check_token_ids, load_base
@@ -26,12 +26,12 @@ from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_re
 from mlx_lora.trainer.guards import Diverged, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
+from mlx_lora.trainer.request import check_request, check_test_split, wants_training
+from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
-from mlx_lora.trainer.validation_task import check_task, scorer_of
+from mlx_lora.trainer.validation_task import scorer_of
 from mlx_lora.utils import console, device
-from mlx_lora.utils.errors import DoesNotFitError, InputError
-from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.progress import waiting
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NO_FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType({})
-
 
 def train_run(
     settings: TrainSettings,
@@ -51,7 +49,7 @@ def train_run(
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
-    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Outcome:
     """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
 
@@ -71,20 +69,6 @@ def train_run(
         return Outcome(0, None, False) if trainer is None else trainer.fit()
 
 
-class Caller(NamedTuple):
-    """What a run tells to whoever called it.
-
-    Attributes:
-        show: makes a live display from the number of steps; None: a line is logged for each report.
-        told: the callbacks.
-        signaled: tells whether the run is to end; None: a signal asks it to.
-    """
-
-    show: Callable[[int], Progress] | None
-    told: Callbacks
-    signaled: Callable[[], bool] | None
-
-
 @contextmanager
 def open_run(
     settings: TrainSettings,
@@ -92,7 +76,7 @@ def open_run(
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
-    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
     signaled: Callable[[], bool] | None = None,
 ) -> Iterator[Trainer | None]:
     """Yield the trainer of a run, which has to come to its end inside the context; None: nothing is trained.
@@ -101,16 +85,18 @@ def open_run(
         settings, ranks, show, base, callbacks, functions: as for `train_run`.
         signaled: tells whether the run is to end; None: a signal asks it to.
     """
-    caller = Caller(show, Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ()), signaled)
+    told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     check_request(settings, ranks, functions)
     settings = with_pictures(settings)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     fits = base is not None or not wants_training(settings)
     with waiting("Planning the run"):
         settings, strategy = choose_strategy(settings, ranks, fits)
+    reported = partial(_reported, show=show, told=told, signaled=signaled)
+    opened = partial(_opened, base=base, functions=functions, reported=reported)
     with ExitStack() as stack:
         try:
-            trainer = stack.enter_context(_opened(settings, strategy, base, functions, caller))
+            trainer = stack.enter_context(opened(settings, strategy))
             again = False
         except DoesNotFitError:  # with the batches of the data, which are read by now
             if fits or not may_read_base(settings, ranks):
@@ -120,8 +106,7 @@ def open_run(
             device.release_memory()
             log.info(READ_WORDS)
             settings = offloaded(settings)
-            strategy = strategy_of(settings, ranks)
-            trainer = stack.enter_context(_opened(settings, strategy, base, functions, caller, again=True))
+            trainer = stack.enter_context(opened(settings, strategy_of(settings, ranks), again=True))
         yield trainer
 
 
@@ -130,8 +115,8 @@ def _opened(
     settings: TrainSettings,
     strategy: Strategy,
     base: Base | None,
-    functions: Mapping[str, Callable[..., Any]],
-    caller: Caller,
+    functions: Mapping[str, Callable[..., Any]] | None,
+    reported: Callable[[BuiltRun, DataSplits], AbstractContextManager[Trainer]],
     again: bool = False,
 ) -> Iterator[Trainer | None]:
     """Load the model and the data, and build the run; see `open_run`.
@@ -140,7 +125,7 @@ def _opened(
         settings: of the run, with what its processes divide.
         strategy: of that.
         base, functions: see `open_run`.
-        caller: of the run.
+        reported: see `_reported`.
         again: whether the data were reported on before.
 
     Raises:
@@ -150,7 +135,7 @@ def _opened(
     if base is None:
         with waiting("Loading the model"):
             base = load_base(settings.model, read=not strategy.divides_base)
-    ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
+    ctx = RunContext(settings, objective, base, strategy, functions or {}, first_day(settings.loop, ranks), trains)
     check_kind(base.model, base.model_id, objective)
     if not trains:
         ctx.settings = with_reference_of_run(settings, Path(settings.loop.adapter_path))
@@ -166,7 +151,7 @@ def _opened(
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            with _reported(run, data, caller) as trainer:
+            with reported(run, data) as trainer:
                 yield trainer
             test, interrupted = run.test, trainer.outcome is None or trainer.outcome.interrupted
     else:
@@ -175,50 +160,6 @@ def _opened(
     if settings.loop.test and test is not None and not interrupted:
         found = held_out_loss(replace(ctx, settings=settings), test)  # with the batches of any measurement
         log.info(f"Test {loss_words(found)}")
-
-
-def wants_training(settings: TrainSettings) -> bool:
-    """Train unless only --test was asked for, as in mlx_lm.lora."""
-    return bool(settings.loop.train) or not settings.loop.test
-
-
-def check_request(
-    settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
-) -> None:
-    """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    objective_of(settings.objective).check(settings.objective, functions)
-    check_task(settings)
-    loop, trains = settings.loop, wants_training(settings)
-    needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
-    if settings.objective.row.taught:
-        del needed["--data"]  # without it, the model writes the prompts itself
-    missing = [flag for flag, value in needed.items() if not value]
-    single = {"--test without --train": not trains, "--max-restarts": loop.max_restarts, "--ask": settings.data.ask}
-    alone = [flag for flag, asked in single.items() if asked]
-    if alone and ranks.size > 1:
-        raise InputError(
-            f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
-        )
-    if missing:
-        raise InputError(
-            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
-        )
-    if not trains or not ranks.leads:
-        return
-    folder = Path(loop.adapter_path)
-    check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
-    if holds_adapter(folder) and not (loop.force or continues_here(loop)):
-        raise InputError(
-            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
-        )
-
-
-def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
-    """Refuse --test without a test split, before the training and not after it."""
-    if settings.loop.test and splits.test is None:
-        raise InputError(
-            f"--test: {splits.report.data} has no test split; add a test file to the folder, or leave --test out"
-        )
 
 
 def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
@@ -242,20 +183,29 @@ def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
 
 
 @contextmanager
-def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Trainer]:
+def _reported(
+    run: BuiltRun,
+    data: DataSplits,
+    show: Callable[[int], Progress] | None,
+    told: Callbacks,
+    signaled: Callable[[], bool] | None,
+) -> Iterator[Trainer]:
     """Yield the trainer of a run, report and save meanwhile, and leave its results.
 
     Args:
         run: over the adapted base.
         data: that it was built from.
-        caller: of the run.
+        show, signaled: see `open_run`.
+        told: the callbacks.
 
     Raises:
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
-    folder, base, memory, (show, told, signaled) = run.folder, run.ctx.base, run.memory, caller
+    folder, base, memory = run.folder, run.ctx.base, run.ctx.planned
     settings, strategy, step, at = folder.settings, folder.strategy, folder.step, folder.at
-    _bound_memory(run)
+    device.set_cache_limit(memory.budget_bytes)
+    device.wire_working_set()
+    strategy.bound_memory(memory.peak_bytes)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     score = scorer_of(run)
     page = None
@@ -298,10 +248,3 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
             log.info(told_after(page.report.verdict))
             log.info(page.closing_words(settings, folder.info, data))
     told.raise_failure(left_by(settings.loop, outcome))
-
-
-def _bound_memory(run: BuiltRun) -> None:
-    """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
-    device.set_cache_limit(run.memory.budget_bytes)
-    device.wire_working_set()
-    run.ctx.strategy.bound_memory(run.memory.peak_bytes)

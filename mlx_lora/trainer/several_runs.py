@@ -43,7 +43,8 @@ from mlx_lora.planner.memory import held_bytes, most_that_fit
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.fit import outlined_shape, shared_shapes, with_kernels
 from mlx_lora.trainer.guards import interrupt_flag
-from mlx_lora.trainer.run import check_request, open_run, wants_training
+from mlx_lora.trainer.request import check_request, wants_training
+from mlx_lora.trainer.run import open_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, holds_adapter
 from mlx_lora.trainer.stacked_step import StackedStep
 from mlx_lora.trainer.trainer import Outcome, StepWanted, Trainer

@@ -30,7 +30,7 @@ from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, t
 from mlx_lora.parallel.strategy import deal_rows
 from mlx_lora.trainer.evaluate import ROWS_FILE, read_rows_file
 from mlx_lora.trainer.guards import Agreement
-from mlx_lora.trainer.run import check_request
+from mlx_lora.trainer.request import check_request
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.utils.errors import InputError
 
