@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from refusing import refuses
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.migrate import migrate
-from mlx_lora.utils.errors import InputError
 
 AXOLOTL = "base_model: m\nadapter: lora\nlora_r: 8\nlora_alpha: 16\n"
 FACTORY = "model_name_or_path: m\nfinetuning_type: lora\nlora_rank: 8\n"
@@ -72,6 +72,5 @@ def test_what_is_computed_from_a_setting_follows_its_flag(text, flags, without, 
 
 def test_prompts_of_a_batch_need_not_be_in_the_file():
     text = GRPO + "num_generations: 3\n"
-    with pytest.raises(InputError, match="--batch-size"):
-        flat_of(text, {})
+    refuses("--batch-size", flat_of, text, {})
     assert flat_of(text, {"batch_size": 2})["batch_size"] == 2

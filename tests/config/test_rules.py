@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from refusing import refuses
 
 from mlx_lora.config.fields import flag_of, read_value
 from mlx_lora.config.load import train_settings
@@ -73,8 +74,7 @@ def test_the_objectives_of_the_rows_are_there():
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.method])
 def test_an_option_of_one_method_is_refused_with_others(name):
     value = value_for(name, given)
-    with pytest.raises(InputError, match=f"{flag_of(name)}.*--method {ROWS[name].method}"):
-        train_settings({name: value})
+    refuses(f"{flag_of(name)}.*--method {ROWS[name].method}", train_settings, {name: value})
     train_settings({name: value, "method": ROWS[name].method, "rank": 1})
 
 
@@ -94,8 +94,7 @@ def test_an_option_of_one_method_is_refused_with_others(name):
     ({"objective": "grpo", "updates_per_rollout": 4, "save_every": 6}, "--updates-per-rollout"),
 ])  # fmt: skip
 def test_what_no_row_can_say_is_refused(settings, flag):
-    with pytest.raises(InputError, match=flag):
-        train_settings(settings)
+    refuses(flag, train_settings, settings)
 
 
 @pytest.mark.parametrize("rule", IDLE, ids=lambda rule: rule.names[0])

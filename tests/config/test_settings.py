@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from refusing import refuses
 from run_cli import Ran, run
 
 from mlx_lora.config.fields import flag_of, read_value, row_of
@@ -80,8 +81,7 @@ def test_mlx_lms_spelling_of_the_method_is_a_spelling_only():
     command = importlib.import_module("mlx_lora.cli.train").main
     option = next(one for one in command.params if one.name == "method")
     assert option.opts == ["--method", "--fine-tune-type"]
-    with pytest.raises(InputError, match=r"--method 'lorax'"):
-        train_settings({"method": "lorax"})
+    refuses(r"--method 'lorax'", train_settings, {"method": "lorax"})
 
 
 def test_not_to_train_is_answered_with_evaluate():
@@ -113,8 +113,7 @@ def test_a_range_holds_its_ends_and_nothing_beyond(name):
         below = row.at_least - 1
     assert read_value(f, row.at_most) == row.at_most
     for value in (above, below, math.nan):
-        with pytest.raises(ValueError, match=r"must be (at least|more than)|not a whole number"):
-            read_value(f, value)
+        refuses(r"must be (at least|more than)|not a whole number", read_value, f, value, kind=ValueError)
     if f.default is not None:
         assert read_value(f, f.default) == f.default
 
@@ -201,8 +200,7 @@ def test_another_trainers_option_is_answered_with_ours(theirs):
     flag = f"--{theirs}" if theirs != "r" else "-r"
     assert one_line(run("train", flag, "1")) == f"Error: {flag}: no such option here; use {flag_of(ours)}"
     assert one_line(run("plan", flag, "1")).endswith(f"use {flag_of(ours)}")
-    with pytest.raises(InputError, match=f"^--config: unknown setting '{name}'; use '{ours}'$"):
-        train_settings({}, {name: 1})
+    refuses(f"^--config: unknown setting '{name}'; use '{ours}'$", train_settings, {}, {name: 1})
 
 
 def test_the_table_of_other_names_leads_to_settings_and_hides_none():

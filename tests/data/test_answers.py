@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from byte_tokenizer import byte_tokenizer
+from refusing import refuses
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Completion
@@ -17,7 +17,6 @@ from mlx_lora.data.read import encode_entries
 from mlx_lora.data.report import SplitReport
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.utils.errors import InputError
 
 
 def encoder(length: int = 200) -> Encoder:
@@ -168,7 +167,5 @@ def test_ratings_of_one_kind_are_noted(tmp_path, monkeypatch):
 def test_data_of_another_kind_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     file = write(tmp_path / "chats.jsonl", [{"prompt": "Q:", "completion": "a"}] * 3)
-    with pytest.raises(InputError, match="needs chosen and rejected"):
-        load_data(DataSettings(data=str(file)), byte_tokenizer(), 0, records="pairs")
-    with pytest.raises(InputError, match="rated answer needs"):
-        load_data(DataSettings(data=str(file)), byte_tokenizer(), 0, records="rated")
+    refuses("needs chosen and rejected", load_data, DataSettings(data=str(file)), byte_tokenizer(), 0, records="pairs")
+    refuses("rated answer needs", load_data, DataSettings(data=str(file)), byte_tokenizer(), 0, records="rated")

@@ -6,9 +6,9 @@ import json
 from datetime import date
 
 import numpy as np
-import pytest
 import yaml
 from byte_tokenizer import CHATML, byte_tokenizer
+from refusing import refuses
 from run_cli import run
 
 from mlx_lora.config.settings import DataSettings, LoopSettings
@@ -16,7 +16,6 @@ from mlx_lora.data import tokenize as encode
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.trainer import run_folder
-from mlx_lora.utils.errors import InputError
 
 DATED = "{{ 'On ' + strftime_now('%d %b %Y') + ': ' }}" + CHATML
 FIRST, NEXT = date(2026, 1, 5), date(2026, 1, 6)
@@ -68,8 +67,7 @@ def test_the_day_is_part_of_the_rows_and_of_the_cache_only_where_it_shows(tmp_pa
 
 def test_a_day_that_nothing_shows_or_that_is_none_is_refused(tmp_path):
     data = str(write_chats(tmp_path / "d.jsonl"))
-    with pytest.raises(InputError, match="--chat-date 2026-01-05: "):
-        load_data(DataSettings(data=data, chat_date="2026-01-05"), byte_tokenizer(), 0)
+    refuses("--chat-date 2026-01-05: ", load_data, DataSettings(data=data, chat_date="2026-01-05"), byte_tokenizer(), 0)
     ran = run("train", "--model", "m", "--data", data, "--adapter-path", tmp_path / "a", "--chat-date", "5 Jan")
     assert ran.code == 2
     assert "--chat-date '5 Jan': not a date" in ran.err

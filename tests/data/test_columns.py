@@ -8,6 +8,7 @@ from datetime import datetime
 from decimal import Decimal
 
 import pytest
+from refusing import refuses
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Record
@@ -46,8 +47,7 @@ def test_a_pairs_passage_and_system_text_come_before_its_question():
 
 
 def test_a_common_beginning_is_no_prompt_where_a_column_may_be_it():
-    with pytest.raises(FormatError, match="--prompt-column"):
-        parse_pairs({"trajectory": "Question number 2?", **PAIR})
+    refuses("--prompt-column", parse_pairs, {"trajectory": "Question number 2?", **PAIR}, kind=FormatError)
     [pair] = parse_pairs({"id": "7", **PAIR})
     assert pair.chosen.prompt == "The answer is"
     [pair] = parse_pairs({"source": "my forum", "chosen": "Q: x A: good", "rejected": "Q: x A: bad"})
@@ -131,8 +131,7 @@ def test_a_plain_completion_and_a_plain_text_stay_what_they_are():
     ],
 )
 def test_bad_answers_are_not_trained_as_good_ones(record):
-    with pytest.raises(FormatError, match="kto"):
-        parse_record(record)
+    refuses("kto", parse_record, record, kind=FormatError)
 
 
 def test_a_prompt_for_rewards_has_its_system_text_its_passage_and_its_tools():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from byte_tokenizer import byte_tokenizer
+from refusing import refuses
 from run_cli import one_line, run
 
 import mlx_lora.data
@@ -22,7 +23,6 @@ from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.read import SplitRows, parse_rows
 from mlx_lora.data.records import read_records
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.utils.errors import InputError
 
 ASKED = [{"Question": f"What is {n};{n}, in words?", "Answer": f"Number {n},\nör so."} for n in range(4)]
 SHORT = ("--iters", 1, "--batch-size", 2, "--val-batches", 0, "--sample-tokens", 0, "--rank", 2)
@@ -202,14 +202,11 @@ def test_sheets_are_named_and_numbers_become_text(written):
     assert one.splits["train"][0].sheet == "Zahlen, 2"
     broken = written["xlsx"].with_name("broken.xlsx")
     broken.write_bytes(written["xlsx"].read_bytes()[:300])
-    with pytest.raises(InputError, match=r"not a readable \.xlsx file"):
-        values(broken)
-    with pytest.raises(InputError, match=r"cannot read \.xls; save it as"):
-        values(Path(_touched(broken.with_name("old.xls"))))
-    with pytest.raises(
-        InputError, match=r"cannot read \.pdf; .*\.txt.*\.csv"
-    ):  # what to make of it, not only what is read
-        values(Path(_touched(broken.with_name("leaflet.pdf"))))
+    refuses(r"not a readable \.xlsx file", values, broken)
+    refuses(r"cannot read \.xls; save it as", values, Path(_touched(broken.with_name("old.xls"))))
+    refuses(
+        r"cannot read \.pdf; .*\.txt.*\.csv", values, Path(_touched(broken.with_name("leaflet.pdf")))
+    )  # what to make of it, not only what is read
 
 
 def _touched(path: Path) -> str:
@@ -266,8 +263,7 @@ def test_usual_names_are_recognized(record, turns):
     ],
 )  # fmt: skip
 def test_what_is_not_clear_is_refused_and_preferences_win(record, words):
-    with pytest.raises(ValueError, match=words):
-        messages(record)
+    refuses(words, messages, record, kind=ValueError)
 
 
 def test_named_columns_do_not_hide_what_a_row_compares():
@@ -279,8 +275,7 @@ def test_named_columns_do_not_hide_what_a_row_compares():
         == "q"
     )
     for more, words in (({"label": False}, "rated answer"), ({"chosen": "a", "rejected": "b"}, "preference row")):
-        with pytest.raises(ValueError, match=words):
-            read_named({**asked, **more}, **named)
+        refuses(words, read_named, {**asked, **more}, **named, kind=ValueError)
 
 
 def test_named_columns_make_each_kind_of_record():
@@ -314,8 +309,7 @@ def test_other_data_are_read_without_the_names_of_the_runs(tmp_path):
     general = Path(mlx_lora.data.__file__).parent / "general" / "chat.jsonl"
     named = DataSettings(prompt_column="frage", turn_names="role=wer", max_seq_length=4096)
     assert len(load_eval_set(str(general), without_names(named), byte_tokenizer())) == 48
-    with pytest.raises(InputError, match="--prompt-column frage is not there"):
-        load_eval_set(str(general), named, byte_tokenizer())
+    refuses("--prompt-column frage is not there", load_eval_set, str(general), named, byte_tokenizer())
 
 
 def test_named_columns_of_preferences():
@@ -328,8 +322,7 @@ def test_named_columns_of_preferences():
     named = NamedColumns.of(DataSettings(prompt_column="frage", completion_column="antwort"))
     (rated,) = parse_rated(named.renamed({"frage": "q", "antwort": "a", "label": False}, "rated")[1])
     assert (rated.answer.completion, rated.good) == ("a", False)
-    with pytest.raises(InputError, match="--turn-names 'sender=x': write role or content"):
-        train_settings({"turn_names": "sender=x"})
+    refuses("--turn-names 'sender=x': write role or content", train_settings, {"turn_names": "sender=x"})
 
 
 def test_records_may_come_from_anywhere():
@@ -364,8 +357,7 @@ def test_an_empty_note_is_counted_and_a_recipe_is_data(tmp_path):
     assert len(splits.train) == 1
     assert "b.md" in splits.report.render()
     assert find_splits("bard").keys() == {"train", "valid", "test"}
-    with pytest.raises(InputError, match="no such file"):
-        find_splits("brad")
+    refuses("no such file", find_splits, "brad")
 
 
 def numbered(path: Path, name: str, count: int) -> Path:
@@ -421,8 +413,9 @@ def test_a_sets_own_validation_counts_and_the_others_hold_out(tmp_path):
     assert (starts.count("v"), starts.count("a"), starts.count("b"), starts.count("O")) == (3, 2, 0, 1)
     assert splits.report.valid_source == "file and held out"
     assert splits.report.splits["train"].rows == 18 + 20 + 1
-    with pytest.raises(InputError, match="a weight is for training"):
-        load_eval_set(f"{tmp_path / 'a.jsonl'}=2", DataSettings(), byte_tokenizer(None))
+    refuses(
+        "a weight is for training", load_eval_set, f"{tmp_path / 'a.jsonl'}=2", DataSettings(), byte_tokenizer(None)
+    )
     assert (
         len(load_eval_set(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b/train.jsonl'}", DataSettings(), byte_tokenizer(None)))
         == 40
@@ -439,12 +432,9 @@ def test_names_with_the_signs_of_the_list_are_files(tmp_path, monkeypatch):
     assert named_sets("c=2") == [("c", 2.0)]
     assert named_sets("owner/name@v1=0.5,missing.jsonl") == [("owner/name@v1", 0.5), ("missing.jsonl", 1.0)]
     for wrong in ("d.jsonl=0", "d.jsonl=x", "d.jsonl=-1,c", "d.jsonl=1e9", "d.jsonl=nan"):
-        with pytest.raises(InputError, match="a weight must be a number above 0"):
-            named_sets(wrong)
-    with pytest.raises(InputError, match="names no file"):
-        named_sets(",")
-    with pytest.raises(InputError, match=r"--data missing.jsonl: no such file"):
-        find_sets("d.jsonl,missing.jsonl")
+        refuses("a weight must be a number above 0", named_sets, wrong)
+    refuses("names no file", named_sets, ",")
+    refuses(r"--data missing.jsonl: no such file", find_sets, "d.jsonl,missing.jsonl")
 
 
 def test_placeholders_are_noted_with_their_lines(tmp_path):

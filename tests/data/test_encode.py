@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
+from refusing import refuses
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.cli.generate import read_prompt
@@ -59,10 +60,8 @@ def test_a_text_too_long_for_the_tokenizer_is_refused_in_every_form(monkeypatch)
         lambda: Candidates.parse({"query": "a", "documents": ["b", long], "labels": [1, 0]}, DataSettings()),
         lambda: encoder(byte_tokenizer(), "chatml").prompt_tokens(Completion(long, "")),
     ):
-        with pytest.raises(FormatError, match="characters, the most is 20"):
-            parse()
-    with pytest.raises(InputError, match="21 characters"):
-        read_prompt(long)
+        refuses("characters, the most is 20", parse, kind=FormatError)
+    refuses("21 characters", read_prompt, long)
 
 
 def trained(tokenizer, encoded, row=0):
@@ -392,16 +391,19 @@ def test_offsets_trimmed_by_the_tokenizer_do_not_matter():
 
 def test_settings_that_cannot_work(tmp_path):
     tokenizer = byte_tokenizer(None, eos=None)
-    with pytest.raises(InputError, match="requires an end token"):
-        resolve_template(None, tokenizer)
-    with pytest.raises(InputError, match=r"no such file or built-in template; give a Jinja file, alpaca or chatml"):
-        resolve_template("chatlm", tokenizer)
+    refuses("requires an end token", resolve_template, None, tokenizer)
+    refuses(
+        r"no such file or built-in template; give a Jinja file, alpaca or chatml", resolve_template, "chatlm", tokenizer
+    )
     (tmp_path / "bad.jinja").write_text("{% for %}")
-    with pytest.raises(InputError, match=r"bad.jinja\), line 1: "):
-        resolve_template(str(tmp_path / "bad.jinja"), tokenizer)
+    refuses(r"bad.jinja\), line 1: ", resolve_template, str(tmp_path / "bad.jinja"), tokenizer)
     for bos in (False, True):  # the advice is the shortest length that is accepted
-        with pytest.raises(InputError, match=f"--max-seq-length {1 + bos} leaves no token to train; use {2 + bos} or"):
-            encoder(byte_tokenizer(CHATML, bos=bos), max_seq_length=1 + bos)
+        refuses(
+            f"--max-seq-length {1 + bos} leaves no token to train; use {2 + bos} or",
+            encoder,
+            byte_tokenizer(CHATML, bos=bos),
+            max_seq_length=1 + bos,
+        )
         encoder(byte_tokenizer(CHATML, bos=bos), max_seq_length=2 + bos)
     with pytest.raises(InputError, match="requires a fast tokenizer"):
         Encoder(object(), None, max_seq_length=9)
@@ -418,8 +420,7 @@ def test_where_a_template_comes_from(tmp_path):
     several.chat_template = {"default": CHATML, "rag": "x"}
     assert resolve_template(None, several) == (CHATML, "model")
     several.chat_template = {"rag": "x"}
-    with pytest.raises(InputError, match=r"several chat templates \(rag\)"):
-        resolve_template(None, several)
+    refuses(r"several chat templates \(rag\)", resolve_template, None, several)
 
 
 def test_prefix_tokens():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from refusing import refuses
 
 from mlx_lora.data.pairs import passages_of, read_passages
-from mlx_lora.utils.errors import InputError
 
 TEXT = """Before any heading.
 
@@ -67,8 +66,6 @@ def test_records_give_one_text_each(tmp_path):
     file.write_text('{"body": "one", "text": "two"}\n{"body": "three", "text": "four"}\n')
     assert [one.text for one in read_passages(str(file))] == ["two", "four"]
     assert [one.text for one in read_passages(str(file), "body")] == ["one", "three"]
-    with pytest.raises(InputError, match="--text-column"):
-        read_passages(str(file), "title")
+    refuses("--text-column", read_passages, str(file), "title")
     file.write_text('{"text": " "}\n')
-    with pytest.raises(InputError, match="line 1: text is empty"):
-        read_passages(str(file))
+    refuses("line 1: text is empty", read_passages, str(file))

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from refusing import refuses
 
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError
 from mlx_lora.data.preferences import parse_pairs, parse_rated
@@ -213,8 +214,7 @@ def test_scored_answers_give_the_best_against_the_worst_or_all_pairs():
     pairs = parse_pairs(record, all_pairs=True)
     assert [pair.margin for pair in pairs] == [5.0, 6.5, 1.5]
     tied = {**record, "completions": [{"response": text, "overall_score": 1} for text in "ab"]}
-    with pytest.raises(EmptyRecord, match="different scores"):
-        parse_pairs(tied)
+    refuses("different scores", parse_pairs, tied, kind=EmptyRecord)
 
 
 def test_margins_and_tools_are_kept():
@@ -222,8 +222,12 @@ def test_margins_and_tools_are_kept():
     [pair] = parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "margin": 2, "tools": [tool]})
     assert pair.margin == 2.0
     assert parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})[0].margin == 0.5  # of a table
-    with pytest.raises(FormatError, match="must be a number"):  # it would make the loss one that is none
-        parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")})
+    refuses(
+        "must be a number",
+        parse_pairs,
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")},
+        kind=FormatError,
+    )  # it would make the loss one that is none
     assert pair.chosen.tools[0]["function"]["name"] == "look"
     assert parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})[0].chosen.tools is None
 
@@ -287,8 +291,7 @@ PAIR = CHATS["TRL, explicit prompt"]
     ],
 )  # fmt: skip
 def test_bad_pairs_say_what_is_missing(record, words):
-    with pytest.raises(FormatError, match=words):
-        parse_pairs(record)
+    refuses(words, parse_pairs, record, kind=FormatError)
     assert parse_pairs(PAIR)
 
 
@@ -301,8 +304,7 @@ def test_bad_pairs_say_what_is_missing(record, words):
     ],
 )
 def test_bad_ratings_say_what_is_missing(record, words):
-    with pytest.raises(FormatError, match=words):
-        parse_rated(record)
+    refuses(words, parse_rated, record, kind=FormatError)
     assert parse_rated({"prompt": "a", "completion": "b", "label": 1})
 
 

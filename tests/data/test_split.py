@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
+from refusing import refuses
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Completion, Conversation, Text
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.mix import content_key, cut_text, joined_groups, prompt_key, split_by_group
-from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 
@@ -170,8 +170,7 @@ def test_files_of_a_folder_are_used_as_they_are(tmp_path):
     (tmp_path / "test.jsonl").unlink()
     assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 2
     (tmp_path / "valid.jsonl").unlink()
-    with pytest.raises(InputError, match="neither a test nor a validation file"):
-        load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)
+    refuses("neither a test nor a validation file", load_eval_set, str(tmp_path), DataSettings(), TOKENIZER)
     assert len(load_eval_set(str(tmp_path / "train.jsonl"), DataSettings(), TOKENIZER)) == 5
 
 
@@ -204,13 +203,16 @@ def test_cut_text_at_a_line_and_not_into_nothing():
 def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"messages": []}\nnot json\n{"question": "q"}\n{"text": ""}\n')
-    with pytest.raises(InputError, match=r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more"):
-        load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
+    refuses(
+        r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more",
+        load_data,
+        DataSettings(data=str(data)),
+        TOKENIZER,
+        seed=0,
+    )
     data.write_text("\n \n")
-    with pytest.raises(InputError, match="has no record"):
-        load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
-    with pytest.raises(InputError, match="no data given"):
-        load_data(DataSettings(), TOKENIZER, seed=0)
+    refuses("has no record", load_data, DataSettings(data=str(data)), TOKENIZER, seed=0)
+    refuses("no data given", load_data, DataSettings(), TOKENIZER, seed=0)
 
 
 def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):
@@ -220,8 +222,7 @@ def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):
         data.write_text("\n".join([*good, bad]))
         settings = {"data": str(data), "max_seq_length": 200}
         assert len(load_data(DataSettings(**settings), TOKENIZER, 0).report.dropped_rows) == 1
-        with pytest.raises(InputError, match=r"d.jsonl line 4: "):
-            load_data(DataSettings(**settings, strict=True), TOKENIZER, 0)
+        refuses(r"d.jsonl line 4: ", load_data, DataSettings(**settings, strict=True), TOKENIZER, 0)
 
 
 def test_base_models_get_alpaca_for_chats_only(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
+from refusing import refuses
 from tiers import by_default
 
 from mlx_lora.config.settings import DataSettings
@@ -18,7 +19,6 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import entry_folder, load_data, load_eval_set, read_entry, write_entry
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.utils import progress as long_task
-from mlx_lora.utils.errors import InputError
 
 
 @pytest.fixture
@@ -164,8 +164,7 @@ def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch, l
 def test_refused_data_leaves_no_entry(tmp_path, cache):
     settings = replace(write_chats(tmp_path / "a.jsonl"), strict=True)
     for _ in range(2):
-        with pytest.raises(InputError, match="line 42"):
-            load_data(settings, byte_tokenizer(), 0)
+        refuses("line 42", load_data, settings, byte_tokenizer(), 0)
     assert not cache.exists()
 
 

@@ -7,12 +7,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from refusing import refuses
 
 from mlx_lora.data import task_sets
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.prompts import parse_prompt
 from mlx_lora.rollouts.rewards import ready_reward
-from mlx_lora.utils.errors import InputError
 
 
 def made(name: str, size: int, seed: int) -> list[dict]:
@@ -50,8 +50,7 @@ def test_tasks_are_prompts_with_what_judges_answers(package):
     ("name", "words"), [("leg", "it has legs"), ("legs:x", "give a number of tasks"), ("legs:0", "give a number")]
 )
 def test_bad_names_are_one_line(name, words, package):
-    with pytest.raises(InputError, match=words):
-        find_sets(f"reasoning-gym:{name}")
+    refuses(words, find_sets, f"reasoning-gym:{name}")
 
 
 def test_tasks_that_cannot_be_made_are_one_line(package):
@@ -59,8 +58,7 @@ def test_tasks_that_cannot_be_made_are_one_line(package):
         raise AssertionError("Must specify at least one dataset\nand more")
 
     package.create_dataset = fails
-    with pytest.raises(InputError, match="AssertionError: Must specify at least one dataset"):
-        find_sets("reasoning-gym:legs")
+    refuses("AssertionError: Must specify at least one dataset", find_sets, "reasoning-gym:legs")
 
 
 def test_tasks_without_a_known_answer_and_with_tuples_are_judged(package):
@@ -74,15 +72,13 @@ def test_tasks_without_a_known_answer_and_with_tuples_are_judged(package):
     about = json.loads(json.dumps({"source_dataset": "cube", "moves": (1, 2)}))
     reward = ready_reward("reasoning-gym")
     assert reward(completions=["1 2", "2 1"], metadata=[about] * 2) == [1.0, 0.0]
-    with pytest.raises(ValueError, match="metadata"):
-        reward(completions=["1"], answer=["1"])
+    refuses("metadata", reward, completions=["1"], answer=["1"], kind=ValueError)
 
 
 def test_without_the_package_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     for call in (lambda: find_sets("reasoning-gym:legs"), lambda: ready_reward("reasoning-gym")):
-        with pytest.raises(InputError, match=r"needs reasoning-gym; pip install 'mlx-lora\[rewards\]'"):
-            call()
+        refuses(r"needs reasoning-gym; pip install 'mlx-lora\[rewards\]'", call)
 
 
 @pytest.mark.parametrize("name", ["leg_counting", "rearc", "spell_backward"])

@@ -17,13 +17,13 @@ from pathlib import Path
 import jinja2
 import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
+from refusing import refuses
 
 from mlx_lora.data import sandbox, template_worker
 from mlx_lora.data.examples import Conversation
 from mlx_lora.data.render import Renderer
 from mlx_lora.data.sandbox import is_known, render_chat
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import start_mark
 
 ROOT = Path(__file__).parents[2]
@@ -132,8 +132,7 @@ def test_a_worker_that_was_killed_is_started_again():
             time.sleep(0.3)
             sandbox.WORKER._process.kill()
             time.sleep(0.3)
-        with pytest.raises(InputError, match="takes more than"):
-            waiting.result(60)
+        refuses("takes more than", waiting.result, 60)
     assert shown() == "a"
 
 
@@ -145,8 +144,7 @@ def test_a_worker_that_cannot_work_is_an_error(monkeypatch):
     ):
         sandbox.WORKER.end()
         monkeypatch.setattr(sandbox, "COMMAND", command)
-        with pytest.raises(InputError, match=words):
-            shown()
+        refuses(words, shown)
     monkeypatch.undo()
     assert shown() == "a"
 
@@ -166,8 +164,7 @@ def test_an_interrupted_conversation_leaves_no_answer_for_the_next():
 def test_a_worker_that_was_stopped_is_given_up(monkeypatch):
     process().send_signal(signal.SIGSTOP)
     monkeypatch.setattr(sandbox, "PATIENCE_S", 0.5)
-    with pytest.raises(InputError, match="takes more than"):
-        shown()
+    refuses("takes more than", shown)
     monkeypatch.undo()
     assert shown() == "a"
 
@@ -180,8 +177,7 @@ def test_memory_is_looked_at_where_the_system_does_not_limit_it(monkeypatch):
     monkeypatch.setattr(sandbox, "RENDER_BYTES", 128 << 20)
     monkeypatch.setattr(sandbox, "LIMITS_MEMORY", False)
     start = time.monotonic()
-    with pytest.raises(InputError, match="128 MB"):
-        render_chat(byte_tokenizer(), TURNS, "{% set x = 'a' * 300000000 %}" + ENDLESS)
+    refuses("128 MB", render_chat, byte_tokenizer(), TURNS, "{% set x = 'a' * 300000000 %}" + ENDLESS)
     assert time.monotonic() - start < sandbox.RENDER_S
     sandbox.WORKER.end()
 

@@ -13,6 +13,7 @@ import sys
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 from conftest import tiny_model, write_folder
+from refusing import refuses
 from run_cli import run
 
 import mlx_lora
@@ -23,7 +24,6 @@ from mlx_lora.data.load import load_data
 from mlx_lora.data.notes import ToolsNotShown
 from mlx_lora.trainer.callbacks import held_out_prompts
 from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 TOOLS = [
@@ -161,17 +161,13 @@ def test_tools_are_read_and_shown_to_the_model_that_generates(tmp_path):
     assert read_tools(str(write(tmp_path, [*TALK, *CALLS]))) == TOOLS
     for name, content in (("a.json", "{"), ("b.json", "[]"), ("c.json", "[1]"), ("d.jsonl", json.dumps(TALK[0]))):
         (tmp_path / name).write_text(content)
-        with pytest.raises(InputError, match=rf"--tools .*{name}"):
-            read_tools(str(tmp_path / name))
-    with pytest.raises(InputError, match="--tools"):
-        read_tools(str(tmp_path / "nowhere.json"))
+        refuses(rf"--tools .*{name}", read_tools, str(tmp_path / name))
+    refuses("--tools", read_tools, str(tmp_path / "nowhere.json"))
     chatml, _ = resolve_template("chatml", TOKENIZER)
     row = load(write(tmp_path, CALLS[:1]), chat_template="chatml").train
     assert encode_prompt(TOKENIZER, "Do you have item 0?", chatml, tools=TOOLS) == held_out_prompts(row, 1)[0][1]
-    with pytest.raises(InputError, match=r"--tools.*chatml"):
-        encode_prompt(TOKENIZER, "x", CHATML, tools=TOOLS)
-    with pytest.raises(InputError, match="--tools"):
-        encode_prompt(TOKENIZER, "x", None, tools=TOOLS)
+    refuses(r"--tools.*chatml", encode_prompt, TOKENIZER, "x", CHATML, tools=TOOLS)
+    refuses("--tools", encode_prompt, TOKENIZER, "x", None, tools=TOOLS)
 
 
 def test_generate_hands_the_tools_to_the_template(tmp_path, tiny_folder):

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from refusing import refuses
 from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, TWO_KINDS, plain, write_environments
 
 from mlx_lora.config.load import train_settings
@@ -13,7 +14,6 @@ from mlx_lora.config.rules import is_verifiers
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.task_sets import make_environment, named, tasks_of
 from mlx_lora.rollouts.make_environment import check_environment
-from mlx_lora.utils.errors import InputError
 
 
 @pytest.fixture
@@ -49,8 +49,7 @@ def test_names():
     assert named("verifiers:a") == ("a", None)
     assert named("verifiers:dir/a.toml:20") == ("dir/a.toml", 20)
     for bad in ("verifiers:", "verifiers:a:0"):
-        with pytest.raises(InputError, match="name of an environment"):
-            named(bad)
+        refuses("name of an environment", named, bad)
 
 
 def test_the_data_are_the_environments_tasks_unless_a_number_of_them_is_asked_for():
@@ -58,8 +57,7 @@ def test_the_data_are_the_environments_tasks_unless_a_number_of_them_is_asked_fo
     assert train_settings(asked).data.data == "verifiers:a"
     assert train_settings({**asked, "data": "verifiers:a:20"}).data.data == "verifiers:a:20"
     for other in ("verifiers:b", "prompts.jsonl", "verifiers:ab"):
-        with pytest.raises(InputError, match="its own tasks; leave --data out"):
-            train_settings({**asked, "data": other})
+        refuses("its own tasks; leave --data out", train_settings, {**asked, "data": other})
     assert train_settings({**asked, "environment": "a.py:A", "data": "p.jsonl"}).data.data == "p.jsonl"
 
 
@@ -113,9 +111,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_an_environment_that_cannot_be_used_is_one_line(name, modules):
-    with pytest.raises(InputError, match=BAD[name]) as refused:
-        records(f"verifiers:{name}")
-    assert "\n" not in str(refused.value)
+    refuses(BAD[name], records, f"verifiers:{name}")
 
 
 def test_only_the_tasks_of_a_run_must_have_the_same_rewards(modules):
@@ -140,9 +136,7 @@ FILES = {
 def test_a_file_that_cannot_be_used_is_one_line(case, modules, tmp_path):
     text, words = FILES[case]
     (tmp_path / "bad.toml").write_text(text)
-    with pytest.raises(InputError, match=words) as refused:
-        records(f"verifiers:{tmp_path / 'bad.toml'}")
-    assert "\n" not in str(refused.value)
+    refuses(words, records, f"verifiers:{tmp_path / 'bad.toml'}")
 
 
 def test_without_the_package_it_is_one_line(monkeypatch):
@@ -150,5 +144,4 @@ def test_without_the_package_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "verifiers.v1", None)
     settings = train_settings({"model": "m", "objective": "grpo", "environment": "verifiers:a"})
     for call in (lambda: find_sets("verifiers:a"), lambda: check_environment(settings.objective)):
-        with pytest.raises(InputError, match=r"needs verifiers 0.4; pip install 'mlx-lora\[verifiers\]'"):
-            call()
+        refuses(r"needs verifiers 0.4; pip install 'mlx-lora\[verifiers\]'", call)

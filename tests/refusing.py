@@ -1,0 +1,25 @@
+"""A call that is refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlx_lora.utils.errors import InputError
+
+
+def refuses(
+    words: str, function: Callable[..., Any], *args: Any, kind: type[Exception] = InputError, **named: Any
+) -> None:
+    """Assert that a call ends with an error of one line in which a regular expression is found.
+
+    Args:
+        words: the expression.
+        function, args, named: the call.
+        kind: of the error.
+    """
+    with pytest.raises(kind, match=words) as refused:
+        function(*args, **named)
+    assert "\n" not in str(refused.value)
