@@ -1,14 +1,23 @@
-"""Records of each format become one form, or say why not."""
+"""Records of each format become one form, or say why not; no column that says something is lost without a word."""
 
 from __future__ import annotations
 
 import json
+import zipfile
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 from refusing import refuses
 
-from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Text
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Record, Text
+from mlx_lora.data.files import find_splits
 from mlx_lora.data.formats import parse_record
+from mlx_lora.data.preferences import parse_pairs
+from mlx_lora.data.prompts import parse_prompt
+from mlx_lora.data.read import SplitRows, parse_rows
+from mlx_lora.data.records import read_records
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"x": 1}}}
@@ -282,3 +291,202 @@ def test_rows_with_half_of_such_columns_are_not_preferences():
     # Naming the format says which columns are meant.
     compared = {"messages": [USER, ASSISTANT], "chosen": [ASSISTANT], "rejected": [USER]}
     assert parse_record(compared, "messages") == ("messages", Conversation([USER, ASSISTANT]))
+
+
+PAIR = {"chosen": "The answer is 2.", "rejected": "The answer is 3, or so."}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def texts(example) -> list[str]:
+    return [turn["content"] for turn in example.messages]
+
+
+@pytest.mark.parametrize("name", ["query", "problem", "Prompt", "Question", "context"])
+def test_a_pairs_question_is_read_under_any_usual_name(name):
+    [pair] = parse_pairs({name: "Question number 2?", **PAIR})
+    if name == "Prompt":  # a text before two texts
+        assert (pair.chosen.prompt, pair.chosen.completion) == ("Question number 2?", PAIR["chosen"])
+    else:
+        assert texts(pair.chosen) == ["Question number 2?", PAIR["chosen"]]
+        assert texts(pair.rejected) == ["Question number 2?", PAIR["rejected"]]
+
+
+def test_a_pairs_passage_and_system_text_come_before_its_question():
+    [pair] = parse_pairs({"system_prompt": "Be brief.", "context": "A text.", "question": "What?", **PAIR})
+    assert texts(pair.chosen) == ["Be brief.", "What?\nA text.", PAIR["chosen"]]
+    turns = {"prompt": [TURNS[0]], "chosen": [TURNS[1]], "rejected": [{**TURNS[1], "content": "b"}]}
+    [pair] = parse_pairs({"system": "Be brief.", **turns})
+    assert texts(pair.rejected) == ["Be brief.", "q", "b"]
+
+
+def test_a_common_beginning_is_no_prompt_where_a_column_may_be_it():
+    refuses("--prompt-column", parse_pairs, {"trajectory": "Question number 2?", **PAIR}, kind=FormatError)
+    [pair] = parse_pairs({"id": "7", **PAIR})
+    assert pair.chosen.prompt == "The answer is"
+    [pair] = parse_pairs({"source": "my forum", "chosen": "Q: x A: good", "rejected": "Q: x A: bad"})
+    assert pair.chosen.prompt == "Q: x A:"
+    dialogue = "\n\nHuman: Hi\n\nAssistant: {}"
+    [pair] = parse_pairs({"source": "hh", "chosen": dialogue.format("Hello"), "rejected": dialogue.format("No")})
+    assert pair.chosen.prompt == dialogue.format("")[:-1]
+
+
+def test_dialogues_beside_their_source_are_what_they_are():
+    chosen = [{"role": "user", "content": "Solve: 1 + 1"}, {"role": "assistant", "content": "2"}]
+    rejected = [chosen[0], {"role": "assistant", "content": "3"}]
+    [pair] = parse_pairs({"problem": "1 + 1", "chosen": chosen, "rejected": rejected})
+    assert texts(pair.chosen) == ["Solve: 1 + 1", "2"]
+
+
+@pytest.mark.parametrize(
+    "beside", [{"tools": "calculator"}, {"tools": ["search"]}, {"history": "some text"}, {"system": 3}]
+)
+def test_a_column_that_is_something_else_is_left_out_and_counted(beside):
+    for record in (
+        {"prompt": "q", "completion": "a", **beside},
+        {"prompt": TURNS[:1], "completion": TURNS[1:], **beside},
+    ):
+        rows = SplitRows()
+        parse_rows([Record(1, record, "line")], "x", DataSettings(), "examples", rows)
+        assert (len(rows.entries), rows.dropped) == (1, [])
+        assert set(rows.ignored) == set(beside)
+    assert isinstance(parse_prompt({"prompt": "q", **beside}).example, Completion)
+
+
+def test_columns_of_pairs_and_rated_answers_that_are_not_read_are_counted():
+    rows = SplitRows()
+    record = {"prompt": "q", "context": "c", "id": 1, "chosen_score": 3, **PAIR}
+    parse_rows([Record(1, record, "line")], "x", DataSettings(), "pairs", rows)
+    assert set(rows.ignored) == {"context", "chosen_score"}
+    rows = SplitRows()
+    record = {"question": "q", "answer": "a", "label": True, "length": 3}
+    parse_rows([Record(1, record, "line")], "x", DataSettings(), "rated", rows)
+    assert set(rows.ignored) == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"system": "S", "prompt": "q", "completion": "a"}, ["S", "q", "a"]),
+        ({"system_prompt": "S", "instruction": "q", "output": "a"}, ["S", "q", "a"]),
+        ({"system_prompt": "S", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ["S", "q", "a"]),
+        ({"system": "S", "messages": TURNS}, ["S", "q", "a"]),
+        ({"system": "S", "messages": [{"role": "system", "content": "T"}, *TURNS]}, ["T", "q", "a"]),
+        ({"system": "S", "prompt": TURNS[:1], "completion": TURNS[1:]}, ["S", "q", "a"]),
+        ({"prompt": "q", "completion": "a", "tools": TOOLS}, ["q", "a"]),
+        ({"question": "q", "answer": "a", "text": "q a"}, ["q", "a"]),
+        ({"Instruction": "q", "response": "a", "text": "q a"}, ["q", "a"]),
+        ({"instruction": "q", "output": "a", "history": ""}, ["q", "a"]),
+        ({"system": "S", "question": "q", "answer": "a"}, ["S", "q", "a"]),
+    ],
+)  # fmt: skip
+def test_an_examples_parts_are_found_wherever_they_stand(record, expected):
+    example = parse_record(record)[1]
+    assert isinstance(example, Conversation)
+    assert texts(example) == expected
+    assert bool(example.tools) == ("tools" in record)
+    rows = SplitRows()
+    parse_rows([Record(1, record, "line")], "x", DataSettings(), "examples", rows)
+    assert set(rows.ignored) <= {"text"} | ({"system"} if expected[0] == "T" else set())
+
+
+def test_a_plain_completion_and_a_plain_text_stay_what_they_are():
+    assert parse_record({"prompt": "q", "completion": "a", "system": "", "tools": []})[1] == Completion("q", "a")
+    assert parse_record({"text": "t", "question": "q"})[0] == "text"
+    assert parse_record({"text": "t", "question": "", "answer": ""})[0] == "text"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "input": "", "output": "bad", "kto_tag": False},
+        {"instruction": "q", "output": "bad", "label": "0"},
+        {"conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}], "kto_tag": False},
+    ],
+)
+def test_bad_answers_are_not_trained_as_good_ones(record):
+    refuses("kto", parse_record, record, kind=FormatError)
+
+
+def test_a_prompt_for_rewards_has_its_system_text_its_passage_and_its_tools():
+    assert texts(parse_prompt({"system_prompt": "S", "prompt": "q"}).example)[:2] == ["S", "q"]
+    assert texts(parse_prompt({"context": "C", "question": "q?"}).example)[0] == "q?\nC"
+    found = parse_prompt({"prompt": "q", "tools": TOOLS}).example
+    assert isinstance(found, Conversation)
+    assert found.tools == TOOLS
+    assert texts(parse_prompt({"system": "S", "prompt": [TURNS[0]]}).example)[:2] == ["S", "q"]
+    assert isinstance(parse_prompt({"prompt": "q"}).example, Completion)
+
+
+def test_parquet_rows_have_only_their_own_fields_and_dates_do_no_harm(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def row(name, arguments):
+        call = {"function": {"name": name, "arguments": arguments}}
+        return {
+            "messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}],
+            "timestamp": datetime(2026, 1, 2),
+            "price": Decimal("1.50"),
+            "embedding": b"\0\1",
+        }
+
+    rows = [row("weather", {"city": "Paris"}), row("stock", {"item": "pen"})]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [record.value for record in read_records(tmp_path / "a.parquet")]
+    calls = [value["messages"][1]["tool_calls"][0]["function"] for value in found]
+    assert [call["arguments"] for call in calls] == [{"city": "Paris"}, {"item": "pen"}]
+    assert [value["price"] for value in found] == ["1.50", "1.50"]
+    assert all(isinstance(parse_record(value)[1], Conversation) for value in found)
+    # A real null in JSON stays.
+    (tmp_path / "a.jsonl").write_text(json.dumps({"arguments": {"unit": None}}) + "\n")
+    assert [record.value for record in read_records(tmp_path / "a.jsonl")] == [{"arguments": {"unit": None}}]
+
+
+@pytest.mark.parametrize("claimed", [b"A1", b"A1:B3", b"A1:A9"])
+def test_a_sheet_is_read_whole_whatever_size_it_claims(claimed, tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["prompt", "completion", "note"])
+    for i in range(8):
+        book.active.append([f"q{i}", f"a{i}", "n" if i else None])
+    book.save(tmp_path / "whole.xlsx")
+    with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "small.xlsx", "w") as small:
+        for name in whole.namelist():
+            part = whole.read(name)
+            small.writestr(name, part.replace(b'dimension ref="A1:C9"', b'dimension ref="' + claimed + b'"'))
+    found = [record.value for record in read_records(tmp_path / "small.xlsx")]
+    assert found == [record.value for record in read_records(tmp_path / "whole.xlsx")]
+    assert len(found) == 8
+    assert found[0] == {"prompt": "q0", "completion": "a0", "note": None}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bread.md", "Requirements for the kitchen.md", "Notice period.md", "License plates.md"),
+        ("bread.md", "pizza.md", "training.md"),
+        ("bread.md", "test.md"),
+        ("bread.md", "pizza.md", "dev/new.md"),
+    ],
+)
+def test_a_note_is_read_whatever_its_name(names, tmp_path):
+    for name in (*names, "README.md", "LICENSE.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    splits = find_splits(str(tmp_path))
+    assert sorted(str(path.relative_to(tmp_path)) for path in splits["train"]) == sorted(names)
+    assert len(splits) == 1
+
+
+def test_notes_with_a_table_in_a_subfolder_are_read(tmp_path):
+    for name in ("a.md", "b.md", "att/table.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    assert [path.name for path in find_splits(str(tmp_path))["train"]] == ["a.md", "b.md"]
+
+
+def test_texts_in_splits_stay_splits(tmp_path):
+    for name in ("train.txt", "valid.txt", "notes.txt"):
+        (tmp_path / name).write_text("text\n")
+    assert {name: len(paths) for name, paths in find_splits(str(tmp_path)).items()} == {"train": 1, "valid": 1}
