@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config import defaults
 from mlx_lora.config.defaults import DataFacts, preset_settings, rows_per_step, with_learning_rate, with_length
@@ -121,8 +121,7 @@ def test_presets_are_points_of_one_rule():
 def by_default(tiny_folder, chats, tmp_path_factory):
     """A run with no flag but model, data and folder."""
     out = tmp_path_factory.mktemp("defaults") / "adapter"
-    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--sample-tokens", 0)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--sample-tokens", 0)
     return out, ran
 
 
@@ -152,8 +151,7 @@ def test_the_plan_says_what_the_run_does(by_default, tiny_folder, chats):
 
 def test_run_yaml_repeats_the_run(by_default, tmp_path):
     out, _ = by_default
-    ran = run("train", "--config", out / "run.yaml", "--adapter-path", tmp_path / "again")
-    assert ran.code == 0
+    ran = succeeds("train", "--config", out / "run.yaml", "--adapter-path", tmp_path / "again")
     assert "Chosen" not in ran.err
     assert (tmp_path / "again" / "adapters.safetensors").read_bytes() == (out / "adapters.safetensors").read_bytes()
 
@@ -170,8 +168,7 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
     monkeypatch.setattr(defaults, "FULL_RATE", 1e-6)
     monkeypatch.setattr(defaults, "UPDATES", 10)
     monkeypatch.setattr(defaults, "FEWEST_ROWS", 30)
-    ran = run(*asked, "--save-every", 10, "--resume")
-    assert ran.code == 0, ran.err
+    succeeds(*asked, "--save-every", 10, "--resume")
     assert (half / "adapters.safetensors").read_bytes() == (out / "adapters.safetensors").read_bytes()
 
 

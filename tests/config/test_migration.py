@@ -9,7 +9,7 @@ from types import MappingProxyType
 import pytest
 import yaml
 from refusing import refuses
-from run_cli import run
+from run_cli import succeeds
 
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
@@ -474,16 +474,14 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         f"lora_target_modules: [q_proj, v_proj]\nsequence_len: 320\nmicro_batch_size: 4\nmax_steps: 3\nlearning_rate: 1e-3\n"
         f"output_dir: {tmp_path / 'run'}\nlogging_steps: 1\nflash_attention: true\nval_set_size: 0.1\n"
     )
-    ran = run("train", "--config", file, "--learning-rate", "2e-3")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--config", file, "--learning-rate", "2e-3")
     assert f"{LEFT_OUT}change no result, left out: flash_attention" in ran.err
     assert ran.out == ""
     written = yaml.safe_load((tmp_path / "run/run.yaml").read_text())
     assert written["model"] == str(tiny_folder)
     assert (written["rank"], written["alpha"], written["iters"], written["learning_rate"]) == (4, 8.0, 3, 2e-3)
     assert written.keys() <= KNOWN
-    again = run("train", "--config", tmp_path / "run/run.yaml", "--adapter-path", tmp_path / "again")
-    assert again.code == 0, again.err
+    again = succeeds("train", "--config", tmp_path / "run/run.yaml", "--adapter-path", tmp_path / "again")
     assert "counterpart" not in again.err
     one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("run", "again"))
     assert one == two
@@ -588,8 +586,7 @@ def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
         f"model_name_or_path: {tiny_folder}\ndataset_name: p.jsonl\nuse_peft: true\nreward_funcs: [mine.own.f]\n"
         "num_generations: 4\nmax_completion_length: 4\nnum_iterations: 2\nmax_steps: 2\noutput_dir: out\n"
     )
-    ran = run("train", "--config", "c.yaml", "--sample-tokens", 0, "--allow-code")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--config", "c.yaml", "--sample-tokens", 0, "--allow-code")
     assert "groups of 4" in ran.err or "2 steps done" in ran.err
     written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
     assert (written["objective"], written["reward"], written["batch_size"]) == ("grpo", "mine/own.py:f", 2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
 import mlx_lora.data
@@ -86,11 +86,10 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tiny_4bit_folder
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     brief = ("--max-new-tokens", 8) if name == PERSONA else ()
-    ran = run(
+    succeeds(
         "train", "--config", f"recipes/{name}.yaml", "--model", tiny_4bit_folder if name == FOUR_BIT else tiny_folder, "--adapter-path", tmp_path / "a",
         "--iters", 2, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048, *brief,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
     assert settings.keys() >= {"rank", "alpha", "data"}
     for key in settings.keys() - {

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from byte_tokenizer import CHATML, byte_tokenizer
 from refusing import refuses
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.settings import DataSettings, LoopSettings
 from mlx_lora.data import tokenize as encode
@@ -88,16 +88,13 @@ def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypa
     common = ("train", "--model", tiny_folder, "--data", data, "--chat-template", tmp_path / "dated.jinja",
               "--batch-size", 2, "--steps-per-eval", 0, "--save-every", 2, "--lr-schedule", "constant", "--sample-tokens", 0)  # fmt: skip
     clock(monkeypatch, FIRST)
-    begun = run(*common, "--adapter-path", tmp_path / "a", "--iters", 2)
-    assert begun.code == 0, begun.err
+    succeeds(*common, "--adapter-path", tmp_path / "a", "--iters", 2)
     assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["chat_date"] == "2026-01-05"
     clock(monkeypatch, NEXT)
-    gone_on = run(*common, "--adapter-path", tmp_path / "a", "--iters", 4, "--resume")
-    assert gone_on.code == 0, gone_on.err
+    succeeds(*common, "--adapter-path", tmp_path / "a", "--iters", 4, "--resume")
     assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["chat_date"] == "2026-01-05"
     clock(monkeypatch, FIRST)
-    at_once = run(*common, "--adapter-path", tmp_path / "b", "--iters", 4)
-    assert at_once.code == 0
+    succeeds(*common, "--adapter-path", tmp_path / "b", "--iters", 4)
     factors = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in "ab"]
     assert factors[0] == factors[1]
     # The paired inequality: another day is another run.

@@ -10,13 +10,15 @@ import json
 import os
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from refusing import refuses
-from run_cli import one_line, run
+from row_files import loaded, row_texts, write_rows
+from run_cli import one_line, passed, run, succeeds
 
 import mlx_lora.data
 from mlx_lora.config.load import train_settings
@@ -25,7 +27,7 @@ from mlx_lora.data import records
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import find_sets, find_splits, named_sets
 from mlx_lora.data.formats import NamedColumns, parse_record, without_names
-from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.pairs import passages_of, read_passages
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.read import SplitRows, parse_rows
@@ -57,7 +59,7 @@ def ceilings(monkeypatch):
 
 
 def refused(ran, words: str) -> None:
-    """Assert that a command ends with one line that holds these words."""
+    """Assert that a command ends with a line that holds these words."""
     assert ran.code == 2
     assert words in ran.lines[-1]
 
@@ -141,8 +143,7 @@ def test_each_form_is_trained_by_the_command(written, tiny_folder, tmp_path):
     wrong = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *SHORT)
     one_line(wrong, "has no sheet 'Zahlen'", "Sheet, Zahlen, 2")
     data = data.rpartition(",")[0]
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *SHORT)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *SHORT)
     assert (tmp_path / "a" / "adapters.safetensors").exists()
     for path in written.values():
         assert f"{path}: 4 read, " in ran.err
@@ -168,13 +169,11 @@ output_dir: {out}
 
 @pytest.mark.parametrize("settings", [MLX_LM, AXOLOTL], ids=["mlx-lm", "axolotl"])
 def test_columns_that_another_programs_settings_name_are_trained(settings, tiny_folder, tmp_path):
-    rows = [{"frage": row["Question"], "antwort": row["Answer"]} for row in ASKED]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "d.jsonl", [{"frage": row["Question"], "antwort": row["Answer"]} for row in ASKED])
     (tmp_path / "c.yaml").write_text(
         settings.format(model=tiny_folder, data=tmp_path / "d.jsonl", out=tmp_path / "out")
     )
-    ran = run("train", "--config", tmp_path / "c.yaml", *SHORT)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--config", tmp_path / "c.yaml", *SHORT)
     assert "4 frage + antwort" in ran.err
     assert (tmp_path / "out" / "adapters.safetensors").exists()
 
@@ -192,10 +191,9 @@ def test_a_folder_of_notes_beside_named_columns_is_trained(tiny_folder, tmp_path
             "x 2",
         ),
     ):
-        Path("rows.jsonl").write_text("".join(json.dumps({"frage": f"q {n}", "antwort": "a"}) + "\n" for n in range(4)))
+        write_rows(Path("rows.jsonl"), [{"frage": f"q {n}", "antwort": "a"} for n in range(4)])
         out = f"runs/{data.replace(',', '-')}"
-        ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", out, *SHORT, *flags)
-        assert ran.code == 0, ran.err
+        ran = succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", out, *SHORT, *flags)
         assert words in ran.err
         assert Path(out, "adapters.safetensors").exists()
 
@@ -213,15 +211,13 @@ def test_sheets_are_named_and_numbers_become_text(written):
     broken = written["xlsx"].with_name("broken.xlsx")
     broken.write_bytes(written["xlsx"].read_bytes()[:300])
     refuses(r"not a readable \.xlsx file", values, broken)
-    refuses(r"cannot read \.xls; save it as", values, Path(_touched(broken.with_name("old.xls"))))
-    refuses(
-        r"cannot read \.pdf; .*\.txt.*\.csv", values, Path(_touched(broken.with_name("leaflet.pdf")))
-    )  # what to make of it, not only what is read
-
-
-def _touched(path: Path) -> str:
-    path.write_bytes(b"x")
-    return str(path)
+    # What to make of it, not only what is read.
+    for name, words in (
+        ("old.xls", r"cannot read \.xls; save it as"),
+        ("leaflet.pdf", r"cannot read \.pdf; .*\.txt.*\.csv"),
+    ):
+        broken.with_name(name).write_bytes(b"x")
+        refuses(words, values, broken.with_name(name))
 
 
 def test_one_object_may_be_one_record(tmp_path):
@@ -240,50 +236,12 @@ def test_one_object_may_be_one_record(tmp_path):
     assert (cut.why, cut.unit) == ("the viewer cut text short", "record")
 
 
-@pytest.mark.parametrize(
-    ("record", "turns"),
-    [
-        ({"question": "q", "answer": "a", "level": 3}, [("user", "q"), ("assistant", "a")]),
-        ({"Prompt": "q", "RESPONSE ": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"input": "q", "output": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"instruction": "q", "response": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, [("user", "q\nc"), ("assistant", "a")]),
-        ({"instruction": "q", "context": "", "response": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"query": "q", "response": 42}, [("user", "q"), ("assistant", "42")]),
-        ({"Instruction": "q", "Output": "a"}, [("user", "q"), ("assistant", "a")]),
-        ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
-        ({"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]},
-         [("user", "q"), ("assistant", "a")]),
-        ({"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]},
-         [("user", "q"), ("assistant", "a")]),
-    ],
-)  # fmt: skip
-def test_usual_names_are_recognized(record, turns):
-    assert messages(record) == turns
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        ({"question": "q", "answer": "a", "rejected": "b"}, "preference row"),
-        ({"Question": "q", "Chosen": "a", "Rejected": "b"}, "preference row"),
-        ({"question": "q", "answer": "a", "label": False}, "rated answer"),
-        ({"question": "q", "answer": "a", "response": "b"}, "found columns question, answer, response; name yours: --prompt"),
-        ({"frage": "q"}, "--completion-column, or --chat-column, or --text-column"),
-    ],
-)  # fmt: skip
-def test_what_is_not_clear_is_refused_and_preferences_win(record, words):
-    refuses(words, messages, record, kind=ValueError)
-
-
 def test_named_columns_do_not_hide_what_a_row_compares():
     named = {"prompt_column": "question", "completion_column": "answer"}
     asked = {"question": "q", "answer": "a"}
     assert read_named({**asked, "response": "b"}, **named).completion == "a"
-    assert (
-        read_named({"question": "q", "chosen": "a", "rejected": "b"}, **{**named, "completion_column": "chosen"}).prompt
-        == "q"
-    )
+    chosen = {"prompt_column": "question", "completion_column": "chosen"}
+    assert read_named({"question": "q", "chosen": "a", "rejected": "b"}, **chosen).prompt == "q"
     for more, words in (({"label": False}, "rated answer"), ({"chosen": "a", "rejected": "b"}, "preference row")):
         refuses(words, read_named, {**asked, **more}, **named, kind=ValueError)
 
@@ -311,8 +269,7 @@ def test_named_columns_make_each_kind_of_record():
         ({"chat_column": "chat"}, "--chat-column name others"),
         ({**both, "system_column": "role"}, "--system-column role is not there"),
     ):
-        with pytest.raises(ValueError, match=words):
-            NamedColumns.of(DataSettings(**wrong)).renamed(record | {"messages": 1}, "examples")
+        refuses(words, read_named, record | {"messages": 1}, **wrong, kind=ValueError)
 
 
 def test_other_data_are_read_without_the_names_of_the_runs(tmp_path):
@@ -363,7 +320,7 @@ def test_a_folder_of_documents_is_one_set_of_texts(tmp_path):
 def test_an_empty_note_is_counted_and_a_recipe_is_data(tmp_path):
     for name, text in (("a.md", "one\n"), ("b.md", ""), ("c.md", " \n")):
         (tmp_path / name).write_text(text)
-    splits = load_data(DataSettings(data=str(tmp_path), valid_fraction=0.0), byte_tokenizer(None), seed=0)
+    splits = loaded(tmp_path, tokenizer=byte_tokenizer(None))
     assert len(splits.train) == 1
     assert "b.md" in splits.report.render()
     assert find_splits("bard").keys() == {"train", "valid", "test"}
@@ -372,19 +329,16 @@ def test_an_empty_note_is_counted_and_a_recipe_is_data(tmp_path):
 
 def numbered(path: Path, name: str, count: int) -> Path:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(count)))
-    return path
+    return write_rows(path, [{"text": f"{name} {n}"} for n in range(count)])
 
 
-def counts(data: str, **settings: object) -> dict[str, int]:
+def texts_of(rows) -> list[str]:
+    return [text.removesuffix("<|im_end|>") for text in row_texts(rows)]
+
+
+def counts(data: str) -> Counter[str]:
     """How often each text is in an epoch."""
-    splits = load_data(DataSettings(data=data, **{"valid_fraction": 0.0, **settings}), byte_tokenizer(None), seed=0)
-    texts = [bytes_of(splits.train.row(i)[0]) for i in range(len(splits.train))]
-    return {text: texts.count(text) for text in texts}
-
-
-def bytes_of(tokens) -> str:
-    return byte_tokenizer(None).decode(tokens.tolist(), skip_special_tokens=True)
+    return Counter(texts_of(loaded(data, tokenizer=byte_tokenizer(None)).train))
 
 
 def test_sets_are_weighted_exactly(tmp_path, monkeypatch):
@@ -398,9 +352,8 @@ def test_sets_are_weighted_exactly(tmp_path, monkeypatch):
     assert counts("a.jsonl=2.5,b/=0.5") == found  # from the cache too
     assert counts("a.jsonl,b/") == {**{f"a {n}": 1 for n in range(10)}, **{f"b {n}": 1 for n in range(6)}}
     assert counts("b=2") == {f"b {n}": 2 for n in range(6)}
-    held = load_data(DataSettings(data="a.jsonl=3,b", valid_fraction=0.25), byte_tokenizer(None), seed=0)
-    valid = [bytes_of(held.valid.row(i)[0]) for i in range(len(held.valid))]
-    trained = [bytes_of(held.train.row(i)[0]) for i in range(len(held.train))]
+    held = loaded("a.jsonl=3,b", tokenizer=byte_tokenizer(None), valid_fraction=0.25)
+    valid, trained = texts_of(held.valid), texts_of(held.train)
     assert len(set(valid)) == len(valid) == 4
     assert not set(valid) & set(trained)
     assert {trained.count(text) for text in trained if text.startswith("a")} == {3}
@@ -408,7 +361,7 @@ def test_sets_are_weighted_exactly(tmp_path, monkeypatch):
     rows = sum(text.startswith("a") for text in set(trained))
     assert lines[0] == f"set        a.jsonl: 10 read, {rows} rows to train on x 3 = {3 * rows} per epoch"
     assert len(lines) == 2
-    assert "set " not in load_data(DataSettings(data="b"), byte_tokenizer(None), seed=0).report.render()
+    assert "set " not in loaded("b", tokenizer=byte_tokenizer(None)).report.render()
 
 
 def test_a_sets_own_validation_counts_and_the_others_hold_out(tmp_path):
@@ -417,30 +370,26 @@ def test_a_sets_own_validation_counts_and_the_others_hold_out(tmp_path):
     numbered(tmp_path / "b" / "valid.jsonl", "v", 3)
     (tmp_path / "long.txt").write_text("One line of a long text.\n" * 40)
     data = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b'},{tmp_path / 'long.txt'}"
-    splits = load_data(DataSettings(data=data, valid_fraction=0.1), byte_tokenizer(None), seed=0)
-    valid = [bytes_of(splits.valid.row(i)[0]) for i in range(len(splits.valid))]
-    starts = [text[0] for text in valid]
-    assert (starts.count("v"), starts.count("a"), starts.count("b"), starts.count("O")) == (3, 2, 0, 1)
+    splits = loaded(data, tokenizer=byte_tokenizer(None), valid_fraction=0.1)
+    assert Counter(text[0] for text in row_texts(splits.valid)) == {"v": 3, "a": 2, "O": 1}
     assert splits.report.valid_source == "file and held out"
     assert splits.report.splits["train"].rows == 18 + 20 + 1
-    refuses(
-        "a weight is for training", load_eval_set, f"{tmp_path / 'a.jsonl'}=2", DataSettings(), byte_tokenizer(None)
-    )
-    assert (
-        len(load_eval_set(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b/train.jsonl'}", DataSettings(), byte_tokenizer(None)))
-        == 40
-    )
+    one, both = tmp_path / "a.jsonl", f"{tmp_path / 'a.jsonl'},{tmp_path / 'b/train.jsonl'}"
+    refuses("a weight is for training", load_eval_set, f"{one}=2", DataSettings(), byte_tokenizer(None))
+    assert len(load_eval_set(both, DataSettings(), byte_tokenizer(None))) == 40
 
 
 def test_names_with_the_signs_of_the_list_are_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a,b.jsonl", "c=2", "d.jsonl", "c"):
         numbered(Path(name), "x", 1)
-    assert named_sets("a,b.jsonl") == [("a,b.jsonl", 1.0)]
-    assert named_sets("a,b.jsonl=3,d.jsonl, c=2") == [("a,b.jsonl", 3.0), ("d.jsonl", 1.0), ("c=2", 1.0)]
-    os.remove("c=2")
-    assert named_sets("c=2") == [("c", 2.0)]
-    assert named_sets("owner/name@v1=0.5,missing.jsonl") == [("owner/name@v1", 0.5), ("missing.jsonl", 1.0)]
+    for data, wanted in (
+        ("a,b.jsonl", [("a,b.jsonl", 1.0)]),
+        ("a,b.jsonl=3,d.jsonl, c=2", [("a,b.jsonl", 3.0), ("d.jsonl", 1.0), ("c=2", 1.0)]),
+        ("c=3", [("c", 3.0)]),
+        ("owner/name@v1=0.5,missing.jsonl", [("owner/name@v1", 0.5), ("missing.jsonl", 1.0)]),
+    ):
+        assert named_sets(data) == wanted
     for wrong in ("d.jsonl=0", "d.jsonl=x", "d.jsonl=-1,c", "d.jsonl=1e9", "d.jsonl=nan"):
         refuses("a weight must be a number above 0", named_sets, wrong)
     refuses("names no file", named_sets, ",")
@@ -457,34 +406,29 @@ def test_placeholders_are_noted_with_their_lines(tmp_path):
         {"prompt": "LaTeX", "completion": r"\frac{{aa}}{{bb}} and x_{max} and <p>{{ title }}</p>"},
         {"prompt": "JSON", "completion": '{"a": {"b": 1}} and const x = {name};'},
     ]
-    file = tmp_path / "d.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = load_data(DataSettings(data=str(file), valid_fraction=0.0), byte_tokenizer(), seed=0).report
-    (note,) = [note for note in report.notes if "placeholder" in note]
+    notes = loaded(write_rows(tmp_path / "d.jsonl", rows)).report.notes
+    (note,) = [note for note in notes if "placeholder" in note]
     assert note == (
         "3 rows have placeholders such as {{name}}, <insert your address here>, {first_name}: d.jsonl lines 1, 2, 3; "
         "fill them in, or remove the rows"
     )
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[3:]))
-    report = load_data(DataSettings(data=str(file), valid_fraction=0.0), byte_tokenizer(), seed=0).report
-    assert not [note for note in report.notes if "placeholder" in note]
+    assert "placeholder" not in "".join(loaded(write_rows(tmp_path / "e.jsonl", rows[3:])).report.notes)
 
 
 def test_a_weighted_run_resumes_exactly(tiny_folder, tmp_path):
     numbered(tmp_path / "a.jsonl", "a", 9)
     numbered(tmp_path / "b.jsonl", "b", 4)
     data = f"{tmp_path / 'a.jsonl'}=1.5,{tmp_path / 'b.jsonl'}=2"
-    common = ("--model", tiny_folder, "--batch-size", 4, "--val-batches", 0, "--sample-tokens", 0, "--rank", 2)
+    common = ("--model", tiny_folder, "--batch-size", 4, "--val-batches", 0, "--sample-tokens", 0, "--rank", 2,
+              "--lr-schedule", "constant")  # fmt: skip
 
     def train(folder: str, iters: int, *more: object, data: str = data):
         return run("train", *common, "--data", data, "--adapter-path", tmp_path / folder, "--iters", iters, *more)
 
-    constant = ("--lr-schedule", "constant")
-    assert train("whole", 4, *constant).code == 0
-    assert train("parts", 2, *constant).code == 0
-    other = train("parts", 4, *constant, "--resume", data=data.replace("=2", "=3"))
-    refused(other, "from another run")
-    assert train("parts", 4, *constant, "--resume").code == 0
+    passed(train("whole", 4))
+    passed(train("parts", 2))
+    refused(train("parts", 4, "--resume", data=data.replace("=2", "=3")), "from another run")
+    passed(train("parts", 4, "--resume"))
     whole, parts = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 
@@ -492,15 +436,14 @@ def test_a_weighted_run_resumes_exactly(tiny_folder, tmp_path):
 def test_a_dry_run_reports_and_plans_and_writes_nothing(tiny_folder, chats, tmp_path, monkeypatch, ceilings):
     monkeypatch.chdir(tmp_path)
     asked = ("--model", tiny_folder, "--data", chats, "--adapter-path", "a", "--rank", 2)
-    ran = run("train", *asked, "--dry-run")
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", *asked, "--dry-run")
     assert "rows read  40 (40 alpaca)" in ran.err
     assert list(tmp_path.iterdir()) == []
-    assert ran.out.splitlines()[1].startswith("Data: ")
-    planned = run("plan", *asked)
-    assert [line for line in ran.out.splitlines() if "Predicted" not in line] == [
-        line for line in planned.out.splitlines() if "Predicted" not in line
-    ]
+    said, planned = (
+        [line for line in one.out.splitlines() if "Predicted" not in line] for one in (ran, run("plan", *asked))
+    )
+    assert said == planned
+    assert said[1].startswith("Data: ")
     for more, words in (
         (("--memory-budget", 1e-4), "at its peak by the plan"),
         (("--test",), "nothing would be trained"),

@@ -55,67 +55,84 @@ def test_a_named_format_is_binding():
     assert parse_record(both, "text") == ("text", Text("t"))
 
 
-def test_alpaca_input_system_and_history():
-    record = {"instruction": "do", "input": "this", "output": "a", "system": "s", "history": [["q0", "a0"]]}
-    _, example = parse_record(record)
-    assert [(m["role"], m["content"]) for m in example.messages] == [
-        ("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "do\nthis"), ("assistant", "a")
-    ]  # fmt: skip
+# What OpenAI's Python library, chat templates and other programs write -> the turns that it becomes.
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+OLD_CALL = {"role": "assistant", "content": None, "function_call": {"name": "sum", "arguments": '{"x": 1}'}}
+RESULT = {"role": "tool", "content": "2", "name": "sum"}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [
+    {"id": f"c{name}", "type": "function", "function": {"name": name, "arguments": {}}} for name in "ab"]}  # fmt: skip
 
 
-def test_sharegpt_tools_calls_and_system():
-    record = {
-        "system": "s",
-        "conversations": [
-            {"from": "human", "value": "q"},
-            {"from": "function_call", "value": '{"name": "sum", "arguments": {"x": 1}}'},
-            {"from": "observation", "value": "2"},
-            {"from": "gpt", "value": "a"},
-        ],
-        "tools": '[{"name": "sum", "parameters": {}}]',
-    }
-    _, example = parse_record(record)
-    assert example.tools == [TOOL]
-    assert example.messages == [
-        {"role": "system", "content": "s"},
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "2", "name": "sum"},
-        ASSISTANT,
-    ]
-    as_list = {**record, "tools": [TOOL]}
-    assert parse_record(as_list)[1] == example
+def say(channel: str, content: str, **more: object) -> dict:
+    """Return a message of a harmony channel."""
+    return {"role": "assistant", "channel": channel, "content": content, **more}
 
 
-def test_messages_with_calls_parts_and_nulls():
-    text_call = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"x": 1}'}}
-    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]
-    record = {
-        "messages": [
-            {"role": "user", "content": parts, "name": None},
-            {"role": "assistant", "content": None, "tool_calls": [text_call]},
+TURNS_OF = {
+    "alpaca": (
+        {"instruction": "do", "input": "this", "output": "a", "system": "s", "history": [["q0", "a0"]]},
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"},
+         {"role": "user", "content": "do\nthis"}, ASSISTANT],
+    ),
+    "sharegpt": (
+        {
+            "system": "s",
+            "conversations": [
+                {"from": "human", "value": "q"}, {"from": "function_call", "value": '{"name": "sum", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "2"}, {"from": "gpt", "value": "a"},
+            ],
+            "tools": '[{"name": "sum", "parameters": {}}]',
+        },
+        [{"role": "system", "content": "s"}, USER, CALLED, RESULT, ASSISTANT],
+    ),
+    "parts and nulls": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"x": 1}'}}]},
             {"role": "tool", "content": "2", "tool_call_id": "c1"},
             {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": None},
-        ]
-    }
-    _, example = parse_record(record)
-    assert example.messages == [
-        {"role": "user", "content": "q!"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]},
-        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "sum"},
-        {"role": "assistant", "content": "a", "reasoning_content": "r"},
-    ]
+        ]},
+        [{"role": "user", "content": "q!"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]},
+         {**RESULT, "tool_call_id": "c1"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}],
+    ),
+    "lists as JSON text, of a table": ({"conversations": json.dumps(EXAMPLES[4][0]["conversations"]), "tools": ""}, [USER, ASSISTANT]),
+    "only the completion is trained": (
+        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        [{**turn, "weight": 0} for turn in (USER, ASSISTANT, USER)] + [ASSISTANT],
+    ),
+    "harmony's channels": (
+        {"messages": [
+            USER, say("analysis", "hm"), say("commentary", "I will add."), say("commentary", '{"x": 1}', recipient="functions.sum"),
+            {"role": "tool", "name": "functions.sum", "content": "2"}, say("analysis", "so"), say("analysis", "yes"),
+            say("final", "a", weight=0), USER, say("final", "b"),
+        ]},
+        [USER, {**CALLED, "content": "I will add.", "reasoning_content": "hm"}, RESULT,
+         {"role": "assistant", "content": "a", "reasoning_content": "so\nyes", "weight": 0}, USER, {"role": "assistant", "content": "b"}],
+    ),
+    "OpenAI's older functions": (
+        {"messages": [USER, OLD_CALL, {**RESULT, "role": "function"}, ASSISTANT], "functions": [TOOL["function"]]},
+        [USER, CALLED, RESULT, ASSISTANT],
+    ),
+    "results named by id": (
+        {"messages": [USER, CALLS, *({"role": "tool", "content": name, "tool_call_id": f"c{name}"} for name in "ba"), ASSISTANT]},
+        [USER, CALLS, *({"role": "tool", "content": name, "tool_call_id": f"c{name}", "name": name} for name in "ba"), ASSISTANT],
+    ),
+    "results named by place": (
+        {"messages": [USER, CALLS, *({"role": "tool", "content": name} for name in "xy"), ASSISTANT]},
+        [USER, CALLS, *({"role": "tool", "content": x, "name": name} for x, name in ("xa", "yb")), ASSISTANT],
+    ),
+}  # fmt: skip
 
 
-def test_lists_held_as_json_text_in_a_table():
-    _, example = parse_record({"conversations": json.dumps(EXAMPLES[4][0]["conversations"]), "tools": ""})
-    assert example == Conversation([USER, ASSISTANT])
-
-
-def test_only_the_completion_of_two_message_lists_is_trained():
-    _, example = parse_record({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
-    weights = [message.get("weight", 1) for message in example.messages]
-    assert weights == [0, 0, 0, 1]
+@pytest.mark.parametrize("name", TURNS_OF)
+def test_every_way_of_writing_a_chat_becomes_the_same_turns(name):
+    record, wanted = TURNS_OF[name]
+    example = parse_record(record)[1]
+    assert example.messages == wanted
+    assert example.tools == (
+        [TOOL] if record.keys() & {"tools", "functions"} and name != "lists as JSON text, of a table" else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,6 +161,22 @@ def test_only_the_completion_of_two_message_lists_is_trained():
         ({"conversations": [{"from": "alien", "value": "q"}]}, "from 'alien'; expected one of human"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "tool call is not valid JSON"),
         ({"prompt": "q", "completion": [ASSISTANT]}, "both be strings, or both lists"),
+        (
+            {"messages": [USER, {**ASSISTANT, "reasoning_content": "hm", "thinking": "ah"}]},
+            "message 2 has reasoning_content and thinking",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "thinking": ["hm"]}]}, "message 2: thinking is a list, not a string"),
+        ({"messages": [USER, say("analysis", "hm")]}, "channel analysis or commentary"),
+        ({"messages": [USER, say("commentary", "hm"), USER, say("final", "a")]}, "channel analysis or commentary"),
+        ({"messages": [USER, say("secret", "hm")]}, "message 2 has channel 'secret'; expected one of analysis"),
+        ({"question": "q", "answer": "a", "rejected": "b"}, "preference row"),
+        ({"Question": "q", "Chosen": "a", "Rejected": "b"}, "preference row"),
+        ({"question": "q", "answer": "a", "label": False}, "rated answer"),
+        (
+            {"question": "q", "answer": "a", "response": "b"},
+            "found columns question, answer, response; name yours: --prompt",
+        ),
+        ({"frage": "q"}, "--completion-column, or --chat-column, or --text-column"),
     ],
 )
 def test_reasons_on_one_line(record, message):
@@ -187,76 +220,10 @@ def test_thinking_has_several_names_and_one_here(name):
     refuses(r"message 2: \w+ is a list, not a string", assistant, **{name: ["hm"]}, kind=FormatError)
 
 
-def test_thinking_that_contradicts_itself_is_refused():
-    refuses(
-        "message 2 has reasoning_content and thinking",
-        assistant,
-        reasoning_content="hm",
-        thinking="ah",
-        kind=FormatError,
-    )
-
-
 def test_thinking_as_a_content_part():
     for thought in ("hm", [{"type": "text", "text": "hm"}]):
         parts = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": "a"}]
         assert assistant(content=parts).messages == assistant(thinking="hm").messages
-
-
-def test_harmonys_channels_become_one_turn():
-    def say(channel, content, **more):
-        return {"role": "assistant", "channel": channel, "content": content, **more}
-
-    asked = {"role": "tool", "name": "functions.sum", "content": "2"}
-    turns = [
-        USER,
-        say("analysis", "hm"),
-        say("commentary", "I will add."),
-        say("commentary", '{"x": 1}', recipient="functions.sum"),
-        asked,
-        say("analysis", "so"),
-        say("analysis", "yes"),
-        say("final", "a", weight=0),
-        USER,
-        say("final", "b"),
-    ]
-    example = parse_record({"messages": turns})[1]
-    assert example.messages == [
-        USER,
-        {"role": "assistant", "content": "I will add.", "reasoning_content": "hm", "tool_calls": [CALL]},
-        {"role": "tool", "content": "2", "name": "sum"},
-        {"role": "assistant", "content": "a", "reasoning_content": "so\nyes", "weight": 0},
-        USER,
-        {"role": "assistant", "content": "b"},
-    ]
-    for left_over in ([USER, say("analysis", "hm")], [USER, say("commentary", "hm"), USER, say("final", "a")]):
-        refuses("channel analysis or commentary", parse_record, {"messages": left_over}, kind=FormatError)
-    refuses(
-        "message 2 has channel 'secret'; expected one of analysis",
-        parse_record,
-        {"messages": [USER, say("secret", "hm")]},
-        kind=FormatError,
-    )
-
-
-def test_openais_older_functions():
-    call = {"role": "assistant", "content": None, "function_call": {"name": "sum", "arguments": '{"x": 1}'}}
-    result = {"role": "function", "name": "sum", "content": "2"}
-    old = parse_record({"messages": [USER, call, result, ASSISTANT], "functions": [TOOL["function"]]})[1]
-    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    new = parse_record({"messages": [USER, call, {**result, "role": "tool"}, ASSISTANT], "tools": [TOOL]})[1]
-    assert old == new
-
-
-def test_results_are_named_by_id_or_place():
-    calls = [{"id": f"c{n}", "type": "function", "function": {"name": n, "arguments": {}}} for n in "ab"]
-    asked = {"role": "assistant", "content": "", "tool_calls": calls}
-    by_id = [{"role": "tool", "content": name, "tool_call_id": f"c{name}"} for name in "ba"]
-    example = parse_record({"messages": [USER, asked, *by_id, ASSISTANT]})[1]
-    assert [m["name"] for m in example.messages[2:4]] == ["b", "a"]
-    by_place = [{"role": "tool", "content": name} for name in "xy"]
-    example = parse_record({"messages": [USER, asked, *by_place, ASSISTANT]})[1]
-    assert [m["name"] for m in example.messages[2:4]] == ["a", "b"]
 
 
 def test_what_is_not_read_is_named():
@@ -275,6 +242,9 @@ PREFERENCES = [
     {"prompt": [USER], "completion": [ASSISTANT], "label": True},
     {"prompt": "q", "completion": "a", "label": "False"},
     {"messages": [USER, ASSISTANT], "kto_tag": False},
+    {"instruction": "q", "input": "", "output": "bad", "kto_tag": False},
+    {"instruction": "q", "output": "bad", "label": "0"},
+    {"conversation": [USER, ASSISTANT], "kto_tag": False},
 ]  # fmt: skip
 
 
@@ -378,34 +348,34 @@ def test_columns_of_pairs_and_rated_answers_that_are_not_read_are_counted():
         ({"Instruction": "q", "response": "a", "text": "q a"}, ["q", "a"]),
         ({"instruction": "q", "output": "a", "history": ""}, ["q", "a"]),
         ({"system": "S", "question": "q", "answer": "a"}, ["S", "q", "a"]),
+        ({"question": "q", "answer": "a", "level": 3}, ["q", "a"]),
+        ({"Prompt": "q", "RESPONSE ": "a"}, ["q", "a"]),
+        ({"input": "q", "output": "a"}, ["q", "a"]),
+        ({"instruction": "q", "response": "a"}, ["q", "a"]),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, ["q\nc", "a"]),
+        ({"instruction": "q", "context": "", "response": "a"}, ["q", "a"]),
+        ({"query": "q", "response": 42}, ["q", "42"]),
+        ({"Instruction": "q", "Output": "a"}, ["q", "a"]),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, ["s", "q", "a"]),
+        ({"messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]}, ["q", "a"]),
+        ({"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]}, ["q", "a"]),
     ],
 )  # fmt: skip
-def test_an_examples_parts_are_found_wherever_they_stand(record, expected):
+def test_an_examples_parts_are_found_wherever_they_stand_and_under_usual_names(record, expected):
     example = parse_record(record)[1]
     assert isinstance(example, Conversation)
     assert texts(example) == expected
+    assert [turn["role"] for turn in example.messages] == ["system", "user", "assistant"][-len(expected) :]
     assert bool(example.tools) == ("tools" in record)
     rows = SplitRows()
     parse_rows([Record(1, record, "line")], "x", DataSettings(), "examples", rows)
-    assert set(rows.ignored) <= {"text"} | ({"system"} if expected[0] == "T" else set())
+    assert set(rows.ignored) <= {"text", "level", "category"} | ({"system"} if expected[0] == "T" else set())
 
 
 def test_a_plain_completion_and_a_plain_text_stay_what_they_are():
     assert parse_record({"prompt": "q", "completion": "a", "system": "", "tools": []})[1] == Completion("q", "a")
     assert parse_record({"text": "t", "question": "q"})[0] == "text"
     assert parse_record({"text": "t", "question": "", "answer": ""})[0] == "text"
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"instruction": "q", "input": "", "output": "bad", "kto_tag": False},
-        {"instruction": "q", "output": "bad", "label": "0"},
-        {"conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}], "kto_tag": False},
-    ],
-)
-def test_bad_answers_are_not_trained_as_good_ones(record):
-    refuses("kto", parse_record, record, kind=FormatError)
 
 
 def test_a_prompt_for_rewards_has_its_system_text_its_passage_and_its_tools():

@@ -20,7 +20,7 @@ import pytest
 from picture_server import picture_server, png
 from PIL import Image, ImageOps
 from refusing import refuses
-from run_cli import run
+from run_cli import succeeds
 from tiny_vision import write_model_here
 from vision_rows import picture
 
@@ -573,18 +573,15 @@ def test_a_run_fetches_pictures_only_with_the_flag(web, server, model, tmp_path)
     data = rows_of(web, tmp_path)
     asked = ("train", "--model", model, "--data", data, "--iters", 1, "--batch-size", 1, "--kernels",
              "mlx", "--valid-fraction", 0)  # fmt: skip
-    plain = run(*asked, "--adapter-path", tmp_path / "plain")
-    assert plain.code == 0, plain.err
+    plain = succeeds(*asked, "--adapter-path", tmp_path / "plain")
     assert "--fetch-images" in plain.err
     assert "1 picture" in plain.err
     assert not server.asked
-    fetched = run(*asked, "--adapter-path", tmp_path / "fetched", "--fetch-images")
-    assert fetched.code == 0, fetched.err
+    fetched = succeeds(*asked, "--adapter-path", tmp_path / "fetched", "--fetch-images")
     assert "3 pictures" in fetched.err
     assert "train.jsonl line 2" in fetched.err
     assert "404" in fetched.err
     assert sorted(server.asked) == ["0.png", "1.png", "none", "to-file"]
     server.asked.clear()
-    measured = run("evaluate", "--model", model, "--data", data, "--fetch-images", "--json")
-    assert measured.code == 0, measured.err
+    succeeds("evaluate", "--model", model, "--data", data, "--fetch-images", "--json")
     assert "0.png" not in server.asked

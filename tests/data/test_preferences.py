@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from refusing import refuses
+from row_files import loaded, row_texts, write_rows
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError
-from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.preferences import Pair, Rated, parse_pairs, parse_rated
 from mlx_lora.data.read import encode_entries
 from mlx_lora.data.report import SplitReport
@@ -332,8 +333,9 @@ def _words(answer):
     return (answer.completion if isinstance(answer, Completion) else answer.messages[-1]["content"]).split()
 
 
-def encoder(length: int = 200) -> Encoder:
-    return Encoder(byte_tokenizer(), None, max_seq_length=length, plain_completions=True)
+def encoded(entries, length: int = 200):
+    """Encode pairs or rated answers; `length` is the most tokens of a row."""
+    return encode_entries(Encoder(byte_tokenizer(), None, max_seq_length=length, plain_completions=True), entries)
 
 
 def pair(number: int, more: str = "") -> Pair:
@@ -341,78 +343,74 @@ def pair(number: int, more: str = "") -> Pair:
     return Pair(Completion(prompt, f" good{more}"), Completion(prompt, " bad"), float(number))
 
 
-def text_of(rows, number: int) -> tuple[str, str]:
-    tokens, mask = rows.row(number)
-    decode = byte_tokenizer().decode
-    return decode(tokens.tolist()), decode(tokens[mask].tolist())
+def rated(count: int, prompts: int) -> list[Rated]:
+    """Return answers to so many prompts, every second one good."""
+    return [Rated(Completion(f"Q{n * prompts // count}", f" answer {n}"), n % 2 == 0) for n in range(count)]
 
 
 def test_a_pair_is_two_rows_side_by_side():
-    encoded = encode_entries(encoder(), [pair(1), pair(2)])
-    rows = encoded.rows
-    assert (rows.group, rows.examples, len(rows)) == (2, 2, 4)
-    assert encoded.source.tolist() == [0, 1]
-    assert text_of(rows, 2)[1].startswith(" good")
-    assert text_of(rows, 3)[1].startswith(" bad")
-    assert text_of(rows, 2)[0].startswith("Question 2?")
+    found = encoded([pair(1), pair(2)])
+    rows = found.rows
+    assert (rows.group, rows.examples, len(rows), found.source.tolist()) == (2, 2, 4, [0, 1])
+    assert [text.removesuffix("<|im_end|>") for text in row_texts(rows, trained=True)] == [" good", " bad"] * 2
+    assert row_texts(rows)[2] == "Question 2? good<|im_end|>"
     assert rows.labels.tolist() == [1.0, 0.0, 2.0, 0.0]
     assert rows.fingerprint != rows.grouped(1).fingerprint
+    chosen = encoded([pair(n) for n in range(4)]).rows.select([3, 1])
+    assert chosen.labels.tolist() == [3.0, 0.0, 1.0, 0.0]
+    assert row_texts(chosen)[0].startswith("Question 3?")
 
 
 def test_a_pair_with_a_lost_answer_is_dropped_as_a_whole():
-    encoded = encode_entries(encoder(14), [pair(1), Pair(Completion("A long prompt 12", "x"), Completion("A", "y"))])
-    assert encoded.source.tolist() == [0]
-    assert encoded.dropped[1].startswith("chosen answer: no trained token")
+    found = encoded([pair(1), Pair(Completion("A long prompt 12", "x"), Completion("A", "y"))], 14)
+    assert found.source.tolist() == [0]
+    assert found.dropped[1].startswith("chosen answer: no trained token")
     equal = Pair(Completion("Question?", " same start, good"), Completion("Question?", " same start, bad"))
-    assert "the answers are equal" in encode_entries(encoder(16), [equal]).dropped[0]
-    assert not encode_entries(encoder(60), [equal]).dropped
+    assert "the answers are equal" in encoded([equal], 16).dropped[0]
+    assert not encoded([equal], 60).dropped
 
 
-def test_a_rated_answer_is_followed_by_anothers_answer_to_its_prompt():
-    rated = [Rated(Completion(f"Q{n}", f" answer {n}"), n % 2 == 0) for n in range(3)]
-    rows = encode_entries(encoder(), rated).rows
-    assert (rows.group, len(rows)) == (2, 6)
-    assert rows.labels.tolist() == [1.0, 0, 0, 0, 1.0, 0]
-    assert text_of(rows, 0)[0].startswith("Q0 answer 0")
-    assert text_of(rows, 1)[0].startswith("Q0 answer 1")
-    assert text_of(rows, 5)[0].startswith("Q2 answer 0")
-    assert text_of(rows, 5)[1].startswith(" answer 0")
-
-
-def test_the_other_answer_is_one_to_another_prompt():
-    rated = [Rated(Completion(f"Q{n // 2}", f" answer {n}"), n % 2 == 0) for n in range(6)]
-    rows = encode_entries(encoder(), rated).rows
-    assert [text_of(rows, 2 * n + 1)[1].strip()[:8] for n in range(6)] == [f"answer {n}" for n in (2, 2, 4, 4, 0, 0)]
-    same = encode_entries(encoder(), [Rated(Completion("Q", f" answer {n}"), True) for n in range(3)]).rows
-    assert [text_of(same, 2 * n + 1)[1].strip()[:8] for n in range(3)] == [f"answer {n}" for n in (1, 2, 0)]
+@pytest.mark.parametrize(
+    ("prompts", "others"),
+    [
+        (3, [1, 2, 0]),
+        pytest.param(6 // 2, [2, 2, 4, 4, 0, 0], id="two of each"),
+        pytest.param(1, [1, 2, 0], id="one prompt"),
+    ],
+)
+def test_a_rated_answer_is_followed_by_one_to_another_prompt(prompts, others):
+    """Or by any other, if there is one prompt."""
+    rows = encoded(rated(len(others), prompts)).rows
+    assert (rows.group, len(rows)) == (2, 2 * len(others))
+    assert rows.labels.tolist() == [value for n in range(len(others)) for value in (float(n % 2 == 0), 0.0)]
+    texts = row_texts(rows)
+    for n, other in enumerate(others):
+        prompt = f"Q{n * prompts // len(others)}"
+        assert texts[2 * n : 2 * n + 2] == [f"{prompt} answer {n}<|im_end|>", f"{prompt} answer {other}<|im_end|>"]
 
 
 def test_only_the_rated_answers_count_as_trained():
-    rated = [Rated(Completion(f"Q{n}", f" answer {n}"), n % 2 == 0) for n in range(3)]
-    rows = encode_entries(encoder(), rated).rows
+    rows = encoded(rated(3, 3)).rows
     own = sum(int(rows.row(number)[1].sum()) for number in (0, 2, 4))
-    assert rows.supervised_tokens == own
-    assert rows.supervised_tokens < rows.mask.sum()
+    assert rows.supervised_tokens == own < rows.mask.sum()
     assert rows.select([1, 2]).supervised_tokens < own
     assert SplitReport.of(rows).tokens == sum(rows.lengths[::2])
-    plan = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0)
-    batch = plan.batch(0, 0)
+    batch = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0).batch(0, 0)
     assert batch.supervised_tokens == own < batch.mask.sum()
     assert batch.take(np.arange(2), 64).supervised_tokens < own
-    pairs = encode_entries(encoder(), [pair(1), pair(2)]).rows
+    pairs = encoded([pair(1), pair(2)]).rows
     both = BatchPlan(pairs, batch_tokens=256, batch_size=2, seed=0).batch(0, 0)
     assert pairs.supervised_tokens == pairs.mask.sum() == both.supervised_tokens
 
 
 def test_batches_keep_pairs_together():
     random = np.random.default_rng(0)
-    rows = encode_entries(encoder(), [pair(n, "x" * int(random.integers(40))) for n in range(23)]).rows
+    rows = encoded([pair(n, "x" * int(random.integers(40))) for n in range(23)]).rows
     plan = BatchPlan(rows, batch_tokens=256, batch_size=None, seed=3)
     seen = []
-    for index in range(len(plan)):
-        batch = plan.batch(1, index)
+    for batch in (plan.batch(1, index) for index in range(len(plan))):
         assert batch.group == 2
-        assert len(batch.inputs) * batch.inputs.shape[1] <= 256
+        assert batch.inputs.size <= 256
         assert (*batch.inputs.shape, len(batch.positions)) in plan.shapes
         for number in range(0, len(batch.numbers), 2):
             first, second = batch.numbers[number : number + 2]
@@ -425,84 +423,60 @@ def test_batches_keep_pairs_together():
     assert 0 <= plan.padding_fraction < 1
 
 
-def test_selected_pairs_keep_their_labels():
-    rows = encode_entries(encoder(), [pair(n) for n in range(4)]).rows.select([3, 1])
-    assert rows.labels.tolist() == [3.0, 0.0, 1.0, 0.0]
-    assert text_of(rows, 0)[0].startswith("Question 3?")
-
-
-def write(path: Path, records: list[dict]) -> Path:
-    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
-    return path
-
-
-def test_preference_data_is_loaded_reported_and_cached(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    records = [{"prompt": f"Q{n}:", "chosen": f" yes {n}", "rejected": " no"} for n in range(40)]
-    records += [{"prompt": "Q:", "chosen": "a", "rejected": "a"}, {"prompt": "Q:", "chosen": "a"}]
-    file = write(tmp_path / "pairs.jsonl", records)
-    settings = DataSettings(data=str(file), valid_fraction=0.1)
-    splits = load_data(settings, byte_tokenizer(), 0, records="pairs")
-    again = load_data(settings, byte_tokenizer(), 0, records="pairs")
+def test_preference_data_is_loaded_reported_and_cached(tmp_path):
+    rows = [{"prompt": f"Q{n}:", "chosen": f" yes {n}", "rejected": " no"} for n in range(40)]
+    rows += [{"prompt": "Q:", "chosen": "a", "rejected": "a"}, {"prompt": "Q:", "chosen": "a"}]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    splits, again = (loaded(file, records="pairs", valid_fraction=0.1) for _ in range(2))
     assert again.train.fingerprint == splits.train.fingerprint
     assert (again.train.group, splits.valid.group) == (2, 2)
     assert splits.train.examples + splits.valid.examples == 40
     report = splits.report.render()
-    assert "pairs.jsonl line 41: the two answers are equal" in report
-    assert "a preference pair needs rejected" in report
-    assert f"{splits.train.examples} pairs" in report
-    assert "rejected:" in report
-    assert "⟦ no" in report
+    for words in (
+        "pairs.jsonl line 41: the two answers are equal", "a preference pair needs rejected",
+        f"{splits.train.examples} pairs", "rejected:", "⟦ no",
+    ):  # fmt: skip
+        assert words in report
     assert again.report.render() == report
 
 
-def test_answers_with_scores_give_one_pair_or_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+@pytest.mark.parametrize(("pairs", "examples"), [("best", 3), ("all", 9)])
+def test_answers_with_scores_give_one_pair_or_all(tmp_path, pairs, examples):
     answers = [{"response": f"answer {score}", "overall_score": score} for score in (1, 3, 2)]
-    file = write(tmp_path / "scored.jsonl", [{"instruction": f"Q{n}", "completions": answers} for n in range(3)])
-    for pairs, examples in (("best", 3), ("all", 9)):
-        settings = DataSettings(data=str(file), valid_fraction=0, chat_template="chatml", pairs=pairs)
-        assert load_data(settings, byte_tokenizer(), 0, records="pairs").train.examples == examples
+    rows = [{"instruction": f"Q{n}", "completions": answers} for n in range(3)]
+    file = write_rows(tmp_path / "scored.jsonl", rows)
+    assert loaded(file, records="pairs", chat_template="chatml", pairs=pairs).train.examples == examples
 
 
-def test_ratings_of_one_kind_are_noted(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    rows = [{"prompt": f"Q{n}:", "completion": f" a {n}", "label": True} for n in range(4)]
-    for name, records, noted in (("good", rows, True), ("both", [*rows[:3], {**rows[3], "label": 0}], False)):
-        settings = DataSettings(data=str(write(tmp_path / f"{name}.jsonl", records)), valid_fraction=0)
-        splits, again = (load_data(settings, byte_tokenizer(), 0, records="rated") for _ in range(2))
-        report = splits.report.render()
-        assert ("no answer is rated bad" in report) == noted
-        assert again.train.supervised_tokens == splits.train.supervised_tokens < splits.train.mask.sum()
-        assert again.report.render() == report
+@pytest.mark.parametrize("last", [True, 0])
+def test_ratings_of_one_kind_are_noted(tmp_path, last):
+    rows = [{"prompt": f"Q{n}:", "completion": f" a {n}", "label": n < 3 or last} for n in range(4)]
+    file = write_rows(tmp_path / "rated.jsonl", rows)
+    splits, again = (loaded(file, records="rated") for _ in range(2))
+    report = splits.report.render()
+    assert ("no answer is rated bad" in report) == bool(last)
+    assert again.train.supervised_tokens == splits.train.supervised_tokens < splits.train.mask.sum()
+    assert again.report.render() == report
 
 
-def test_data_of_another_kind_is_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    file = write(tmp_path / "chats.jsonl", [{"prompt": "Q:", "completion": "a"}] * 3)
-    refuses("needs chosen and rejected", load_data, DataSettings(data=str(file)), byte_tokenizer(), 0, records="pairs")
-    refuses("rated answer needs", load_data, DataSettings(data=str(file)), byte_tokenizer(), 0, records="rated")
+@pytest.mark.parametrize(
+    ("records", "words"), [("pairs", "needs chosen and rejected"), ("rated", "rated answer needs")]
+)
+def test_data_of_another_kind_is_refused_in_one_line(tmp_path, records, words):
+    refuses(
+        words, loaded, write_rows(tmp_path / "chats.jsonl", [{"prompt": "Q:", "completion": "a"}] * 3), records=records
+    )
 
 
+# Answers that begin with their prompt: cut where a whole set has full texts, and left alone elsewhere.
 GREETING = {"prompt": "Hi", "chosen": "Hi! How can I help you?", "rejected": "Hi."}
-
-
-def full(n):
-    return {"prompt": f"Q{n} is", "chosen": f"Q{n} is good.", "rejected": f"Q{n} is bad."}
-
-
-def apart(n):
-    return {"prompt": f"Q{n} is", "chosen": " good.", "rejected": " bad."}
-
-
-def write_of_full_texts(path, rows):
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return DataSettings(data=str(path), valid_fraction=0)
-
-
-def trained_of_full_texts(rows):
-    decode = byte_tokenizer().decode
-    return [decode(tokens[mask].tolist()) for tokens, mask in map(rows.row, range(0, len(rows), 1))]
+FULL, APART = (
+    [
+        {"prompt": f"Q{n} is", "chosen": f"{start.format(n)} good.", "rejected": f"{start.format(n)} bad."}
+        for n in range(50)
+    ]
+    for start in ("Q{} is", "")
+)
 
 
 def noted(splits, *words):
@@ -511,51 +485,38 @@ def noted(splits, *words):
 
 @pytest.mark.parametrize("records", ["pairs", "rated"])
 def test_an_answer_that_greets_back_is_trained_whole(tmp_path, records):
-    settings = write_of_full_texts(tmp_path / "d.jsonl", [*map(apart, range(9)), GREETING])
-    splits = load_data(settings, byte_tokenizer(), 0, records=records)
-    assert any(text.startswith("Hi! How can") for text in trained_of_full_texts(splits.train))
+    splits = loaded(write_rows(tmp_path / "d.jsonl", [*APART[:9], GREETING]), records=records)
+    assert any(text.startswith("Hi! How can") for text in row_texts(splits.train, trained=True))
     assert noted(splits, "1 of 10 rows", "d.jsonl line 10")
 
 
 @pytest.mark.parametrize("records", ["pairs", "rated"])
 def test_a_set_of_full_texts_has_the_prompt_cut(tmp_path, records):
-    rows = [full(n) for n in range(40)]
-    splits = load_data(
-        write_of_full_texts(tmp_path / "d.jsonl", [*rows, apart(40)]), byte_tokenizer(), 0, records=records
-    )
-    same = load_data(
-        write_of_full_texts(tmp_path / "e.jsonl", map(apart, range(41))), byte_tokenizer(), 0, records=records
+    splits, same, mixed = (
+        loaded(write_rows(tmp_path / f"{name}.jsonl", rows), records=records)
+        for name, rows in (("d", FULL[:40] + APART[40:41]), ("e", APART[:41]), ("f", FULL[:40] + APART[40:]))
     )
     assert splits.train.fingerprint == same.train.fingerprint
     assert noted(splits, "40 of 41 rows", "cut")
     assert not noted(same)
-    mixed = load_data(
-        write_of_full_texts(tmp_path / "f.jsonl", [*rows, *map(apart, range(40, 50))]),
-        byte_tokenizer(),
-        0,
-        records=records,
-    )
-    assert any(text.startswith("Q7 is good.") for text in trained_of_full_texts(mixed.train))
+    assert any(text.startswith("Q7 is good.") for text in row_texts(mixed.train, trained=True))
     assert noted(mixed, "40 of 50 rows")
 
 
 def test_each_set_decides_for_all_its_files(tmp_path):
-    folder = tmp_path / "one"
-    folder.mkdir()
-    write_of_full_texts(folder / "train.jsonl", map(apart, range(20)))
-    write_of_full_texts(folder / "valid.jsonl", [GREETING])
-    write_of_full_texts(tmp_path / "two.jsonl", map(full, range(20)))
-    data = DataSettings(data=f"{folder},{tmp_path / 'two.jsonl'}", valid_fraction=0)
-    splits = load_data(data, byte_tokenizer(), 0, records="pairs")
-    assert trained_of_full_texts(splits.valid)[0].startswith("Hi! How can")
-    assert not any(text.startswith("Q") for text in trained_of_full_texts(splits.train))
+    (tmp_path / "one").mkdir()
+    for name, rows in (("one/train", APART[:20]), ("one/valid", [GREETING]), ("two", FULL[:20])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    splits = loaded(f"{tmp_path / 'one'},{tmp_path / 'two.jsonl'}", records="pairs")
+    assert row_texts(splits.valid, trained=True)[0].startswith("Hi! How can")
+    assert not any(text.startswith("Q") for text in row_texts(splits.train, trained=True))
     assert noted(splits, "1 of 21 rows")
     assert noted(splits, "20 of 20 rows", "cut")
 
 
 def test_an_evaluation_says_so_too(tmp_path, logged):
-    settings = write_of_full_texts(tmp_path / "d.jsonl", map(full, range(8)))
+    settings = DataSettings(data=str(write_rows(tmp_path / "d.jsonl", FULL[:8])))
     for _ in range(2):  # the second time from the cache
         rows = load_eval_set(settings.data, settings, byte_tokenizer(), records="pairs")
-    assert trained_of_full_texts(rows)[0].startswith(" good.")
+    assert row_texts(rows, trained=True)[0].startswith(" good.")
     assert ["8 of 8 rows" in line for line in logged] == [True, True]

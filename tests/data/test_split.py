@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 from refusing import refuses
+from row_files import loaded, row_texts, write_rows
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import notes as near_duplicates
 from mlx_lora.data.examples import Completion, Conversation, Text
-from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.mix import content_key, cut_text, joined_groups, prompt_key, split_by_group
 from mlx_lora.data.notes import near_pairs
 from mlx_lora.data.report import DataReport
@@ -21,17 +22,8 @@ from mlx_lora.data.report import DataReport
 TOKENIZER = byte_tokenizer(CHATML)
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def alpaca(count, start=0):
     return [{"instruction": f"q{n}", "output": f"answer {n}"} for n in range(start, start + count)]
-
-
-def texts(rows):
-    return [TOKENIZER.decode(rows.row(i)[0].tolist()) for i in range(len(rows))]
 
 
 def hold_out(keys, fraction, seed):
@@ -59,10 +51,8 @@ def test_duplicates_stay_on_one_side(fraction):
 
 def test_small_and_equal_data():
     assert hold_out(["a", "b"], 0.05, 0).sum() == 1
-    assert not hold_out(["a"], 0.5, 0).any()
-    assert not hold_out(["a"] * 9, 0.5, 0).any()
-    assert not hold_out(["a", "b"], 0.0, 0).any()
-    assert not hold_out([], 0.5, 0).any()
+    for keys, fraction in ((["a"], 0.5), (["a"] * 9, 0.5), (["a", "b"], 0.0), ([], 0.5)):
+        assert not hold_out(keys, fraction, 0).any()
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
@@ -133,29 +123,27 @@ def test_the_key_is_of_the_content_not_the_format():
 
 def test_load_splits_disjoint_and_repeatable(tmp_path):
     data = write_rows(tmp_path / "d.jsonl", alpaca(40) + alpaca(3))
-    splits = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=0)
-    train, valid = texts(splits.train), texts(splits.valid)
+    splits, again = (loaded(data, valid_fraction=0.2) for _ in range(2))
+    train, valid = row_texts(splits.train), row_texts(splits.valid)
     assert len(train) + len(valid) == 43
     assert 8 <= len(valid) <= 11
     assert set(train).isdisjoint(valid)
-    again = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=0)
     assert again.train.fingerprint == splits.train.fingerprint
     assert again.valid.fingerprint == splits.valid.fingerprint
-    other = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=1)
+    other = loaded(data, valid_fraction=0.2, seed=1)
     assert other.valid.fingerprint != splits.valid.fingerprint
     assert splits.test is None
     assert splits.chat_template == CHATML
-    none = load_data(DataSettings(data=data, valid_fraction=0.0), TOKENIZER, seed=0)
+    none = loaded(data)
     assert none.valid is None
     assert len(none.train) == 43
 
 
 def test_a_row_that_is_refused_late_does_not_shift_the_split(tmp_path):
     rows = alpaca(20)
-    clean = load_data(DataSettings(data=write_rows(tmp_path / "a.jsonl", rows)), TOKENIZER, 0)
+    clean = loaded(write_rows(tmp_path / "a.jsonl", rows), valid_fraction=0.05)
     rows.insert(3, {"instruction": "x" * 400, "output": "cut off"})
-    settings = DataSettings(data=write_rows(tmp_path / "b.jsonl", rows), max_seq_length=300)
-    cut = load_data(settings, TOKENIZER, 0)
+    cut = loaded(write_rows(tmp_path / "b.jsonl", rows), valid_fraction=0.05, max_seq_length=300)
     assert cut.report.dropped == 1
     assert cut.report.dropped_rows[0].line == 4
     assert cut.valid.fingerprint == clean.valid.fingerprint
@@ -163,10 +151,9 @@ def test_a_row_that_is_refused_late_does_not_shift_the_split(tmp_path):
 
 
 def test_files_of_a_folder_are_used_as_they_are(tmp_path):
-    write_rows(tmp_path / "train.jsonl", alpaca(5))
-    write_rows(tmp_path / "valid.jsonl", alpaca(2, start=4))
-    write_rows(tmp_path / "test.jsonl", alpaca(3, start=50))
-    splits = load_data(DataSettings(data=str(tmp_path)), TOKENIZER, seed=0)
+    for name, rows in (("train", alpaca(5)), ("valid", alpaca(2, start=4)), ("test", alpaca(3, start=50))):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    splits = loaded(tmp_path)
     assert (len(splits.train), len(splits.valid), len(splits.test)) == (5, 2, 3)
     assert splits.report.valid_source == "file"
     assert splits.report.notes == ["1 valid row is also a training row; the valid loss will be too low"]
@@ -181,8 +168,7 @@ def test_files_of_a_folder_are_used_as_they_are(tmp_path):
 def test_the_end_of_one_long_text_is_held_out(tmp_path):
     text = "".join(f"Line number {n}.\n" for n in range(200))
     (tmp_path / "book.txt").write_text(text)
-    settings = DataSettings(data=str(tmp_path / "book.txt"), max_seq_length=64, valid_fraction=0.1)
-    splits = load_data(settings, TOKENIZER, seed=0)
+    splits = loaded(tmp_path / "book.txt", max_seq_length=64, valid_fraction=0.1)
     assert splits.chat_template is None
     joined = [
         "".join(TOKENIZER.decode(rows.row(i)[0][1:].tolist()) for i in range(len(rows)))
@@ -207,39 +193,29 @@ def test_cut_text_at_a_line_and_not_into_nothing():
 def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text('{"messages": []}\nnot json\n{"question": "q"}\n{"text": ""}\n')
-    refuses(
-        r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more",
-        load_data,
-        DataSettings(data=str(data)),
-        TOKENIZER,
-        seed=0,
-    )
+    refuses(r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more", loaded, data)
     data.write_text("\n \n")
-    refuses("has no record", load_data, DataSettings(data=str(data)), TOKENIZER, seed=0)
-    refuses("no data given", load_data, DataSettings(), TOKENIZER, seed=0)
+    refuses("has no record", loaded, data)
+    refuses("no data given", loaded, "")
 
 
 def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):
-    good = [json.dumps(row) for row in alpaca(3)]
-    for bad in ("{", '{"text": 3}', json.dumps({"instruction": "q" * 500, "output": "a"})):
-        data = tmp_path / "d.jsonl"
-        data.write_text("\n".join([*good, bad]))
-        settings = {"data": str(data), "max_seq_length": 200}
-        assert len(load_data(DataSettings(**settings), TOKENIZER, 0).report.dropped_rows) == 1
-        refuses(r"d.jsonl line 4: ", load_data, DataSettings(**settings, strict=True), TOKENIZER, 0)
+    for bad in ("{", {"text": 3}, {"instruction": "q" * 500, "output": "a"}):
+        data = write_rows(tmp_path / "d.jsonl", [*alpaca(3), bad])
+        assert len(loaded(data, max_seq_length=200).report.dropped_rows) == 1
+        refuses(r"d.jsonl line 4: ", loaded, data, max_seq_length=200, strict=True)
 
 
 def test_base_models_get_alpaca_for_chats_only(tmp_path):
     base = byte_tokenizer(None, eos="</s>")
-    chats = write_rows(tmp_path / "chats.jsonl", alpaca(4))
-    splits = load_data(DataSettings(data=chats), base, seed=0)
+    splits = loaded(write_rows(tmp_path / "chats.jsonl", alpaca(4)), tokenizer=base)
     assert "### Response:" in splits.chat_template
     assert splits.report.template == "built-in alpaca (the model has no chat template)"
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "2+2=", "completion": "4"}] * 2)
-    splits = load_data(DataSettings(data=pairs), base, seed=0)
+    splits = loaded(pairs, tokenizer=base)
     assert splits.chat_template is None
     assert base.decode(splits.train.row(0)[0].tolist()) == "2+2=4</s>"
-    asked = load_data(DataSettings(data=pairs, chat_template="alpaca"), base, seed=0)
+    asked = loaded(pairs, tokenizer=base, chat_template="alpaca")
     assert "### Response:\n4</s>" in base.decode(asked.train.row(0)[0].tolist())
 
 
@@ -254,9 +230,8 @@ ANSWERS = {  # several rows of one question, for every kind of records
 @pytest.mark.parametrize("records", ANSWERS)
 def test_the_rows_of_one_prompt_are_on_one_side(tmp_path, records):
     rows = [row for q in range(30) for row in ANSWERS[records](f"{q:02}")]
-    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.2)
-    splits = load_data(settings, TOKENIZER, seed=0, records=records)
-    train, valid = ({text[text.index("q") :][:3] for text in texts(part)} for part in (splits.train, splits.valid))
+    splits = loaded(write_rows(tmp_path / "d.jsonl", rows), records=records, valid_fraction=0.2)
+    train, valid = ({text[text.index("q") :][:3] for text in row_texts(part)} for part in (splits.train, splits.valid))
     assert len(train) + len(valid) == 30
     assert train.isdisjoint(valid)
     assert splits.valid.examples == 12
@@ -265,8 +240,7 @@ def test_the_rows_of_one_prompt_are_on_one_side(tmp_path, records):
 
 def test_a_prompt_that_all_rows_share_is_said(tmp_path):
     rows = [{"prompt": "Write a line.", "completion": f"line {n}"} for n in range(40)]
-    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.1)
-    splits = load_data(settings, TOKENIZER, seed=0)
+    splits = loaded(write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.1)
     assert splits.valid.examples == 4
     assert any("40 rows" in note and "d.jsonl" in note for note in splits.report.notes)
 
@@ -364,27 +338,16 @@ def test_a_large_set_is_sampled_and_still_found(monkeypatch):
     assert len(found.first) > 20
 
 
-def write(tmp_path, name, rows):
-    path = tmp_path / name
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
-    return path
-
-
-def load(path, **settings):
-    return load_data(DataSettings(data=str(path), **settings), TOKENIZER, seed=0)
-
-
-def sides(splits):
-    return [
-        {TOKENIZER.decode(part.row(i)[0].tolist()) for i in range(len(part))} for part in (splits.train, splits.valid)
-    ]
+def asked(rows):
+    """Return questions and answers as records."""
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in rows]
 
 
 def test_near_copies_are_on_one_side(tmp_path):
     rows = rows_of(60)
     both = [row for p, c in rows for row in ((p, c), (f"{p} Please.", c))]
-    splits = load(write(tmp_path, "d.jsonl", both), valid_fraction=0.2)
-    train, valid = ({text.split("?")[0] for text in side} for side in sides(splits))
+    splits = loaded(write_rows(tmp_path / "d.jsonl", asked(both)), valid_fraction=0.2)
+    train, valid = ({text.split("?")[0] for text in row_texts(part)} for part in (splits.train, splits.valid))
     assert train.isdisjoint(valid)
     assert len(train) + len(valid) == 60
     assert len(splits.valid) == 24
@@ -396,10 +359,10 @@ def test_near_copies_are_on_one_side(tmp_path):
 
 def test_a_valid_file_is_left_as_it_is_and_counted(tmp_path):
     rows = rows_of(40)
-    write(tmp_path, "train.jsonl", rows)
     held = [*rows_of(5, seed=9), (f"{rows[3][0]} Please.", rows[3][1]), rows[4], ("Well: " + rows[7][0], rows[7][1])]
-    write(tmp_path, "valid.jsonl", held)
-    splits = load(tmp_path)
+    write_rows(tmp_path / "train.jsonl", asked(rows))
+    write_rows(tmp_path / "valid.jsonl", asked(held))
+    splits = loaded(tmp_path)
     found = splits.report.near_duplicates
     assert (len(splits.train), len(splits.valid)) == (40, 8)
     assert (found.held_out_rows, found.exact, found.of_rows) == (3, 1, 8)
@@ -407,7 +370,7 @@ def test_a_valid_file_is_left_as_it_is_and_counted(tmp_path):
     (note,) = [note for note in splits.report.notes if "nearly" in note]
     assert "2 held-out rows" in note
     assert "valid.jsonl line 6 and train.jsonl line 4" in note
-    clean = load(write(tmp_path, "alone.jsonl", rows)).report
+    clean = loaded(write_rows(tmp_path / "alone.jsonl", asked(rows)), valid_fraction=0.05).report
     assert clean.near_duplicates.held_out_rows == 0
     assert not [note for note in clean.notes if "nearly" in note]
 
@@ -417,7 +380,7 @@ def test_if_most_rows_are_alike_they_are_split_row_by_row(tmp_path):
     words = [rng.choice(WORDS) for _ in range(500)]
     # Each row nearly repeats the next one, so that all hang together.
     chain = [(" ".join(words[6 * i : 6 * i + 40]), " ".join(words[6 * i + 1 : 6 * i + 41])) for i in range(70)]
-    splits = load(write(tmp_path, "d.jsonl", [*chain, *rows_of(20)]), valid_fraction=0.1)
+    splits = loaded(write_rows(tmp_path / "d.jsonl", asked([*chain, *rows_of(20)])), valid_fraction=0.1)
     assert len(splits.valid) == 9
     assert splits.report.near_duplicates.kept_together == 0
     assert splits.report.near_duplicates.held_out_rows > 0
