@@ -89,14 +89,10 @@ def test_what_is_given_stays():
 
 def test_a_run_ends_early_only_where_enough_is_held_out_and_its_length_was_open():
     few, many = length(60, held_out=3), length(600, held_out=30)
-    assert not few.early_stopping_patience
-    assert not few.keep_best
-    assert many.early_stopping_patience
-    assert many.keep_best
+    assert [bool(one.early_stopping_patience) and one.keep_best for one in (few, many)] == [False, True]
     assert many.steps_per_eval < defaults.STEPS_PER_EVAL
-    assert not length(600, held_out=30, epochs=3).early_stopping_patience
-    assert not length(600, held_out=30, method="adalora").early_stopping_patience
-    assert not length(600, held_out=30, early_stopping_patience=0).early_stopping_patience
+    for more in ({"epochs": 3}, {"method": "adalora"}, {"early_stopping_patience": 0}):
+        assert not length(600, held_out=30, **more).early_stopping_patience
 
 
 def test_rewards_keep_one_pass():
@@ -117,11 +113,16 @@ def test_presets_are_points_of_one_rule():
     assert [preset_settings(name, many).get("epochs") for name in ("quick", "balanced", "thorough")] == [0.5, None, 2.0]
 
 
+SHORT = 44  # updates of the runs here in place of 100
+
+
 @pytest.fixture(scope="module")
 def by_default(tiny_folder, chats, tmp_path_factory):
     """A run with no flag but model, data and folder."""
     out = tmp_path_factory.mktemp("defaults") / "adapter"
-    ran = succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--sample-tokens", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defaults, "UPDATES", SHORT)
+        ran = succeeds("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--sample-tokens", 0)
     return out, ran
 
 
@@ -129,8 +130,7 @@ def test_a_run_writes_what_it_chose(by_default):
     out, ran = by_default
     chosen = yaml.safe_load((out / "run.yaml").read_text())
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert chosen["learning_rate"]
-    assert chosen["epochs"]
+    assert min(chosen["learning_rate"], chosen["epochs"]) > 0
     assert chosen["batch_tokens"] < DEFAULT_BATCH_TOKENS
     assert last["step"] >= 40
     line = next(line for line in ran.err.splitlines() if line.startswith("Chosen"))
@@ -139,13 +139,16 @@ def test_a_run_writes_what_it_chose(by_default):
     assert "Warning" not in ran.err
 
 
-def test_the_plan_says_what_the_run_does(by_default, tiny_folder, chats):
+def test_the_plan_says_what_the_run_does(by_default, tiny_folder, chats, monkeypatch):
     out, _ = by_default
+    monkeypatch.setattr(defaults, "UPDATES", SHORT)
     planned = json.loads(run("plan", "--model", tiny_folder, "--data", chats, "--json").out)
     chosen = yaml.safe_load((out / "run.yaml").read_text())
     assert planned["steps"] == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    for name in ("learning_rate", "epochs", "batch_tokens"):
-        assert planned["settings"][name] == chosen[name]
+    assert (
+        planned["settings"].items()
+        >= {name: chosen[name] for name in ("learning_rate", "epochs", "batch_tokens")}.items()
+    )
     assert not planned["warnings"]
 
 
@@ -161,6 +164,7 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
     half = tmp_path / "half"
     asked = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", half, "--sample-tokens", 0)
     with monkeypatch.context() as patch:
+        patch.setattr(defaults, "UPDATES", SHORT)
         patch.setattr("mlx_lora.trainer.trainer.diverged", _fail_at(20))
         with pytest.raises(RuntimeError):
             run(*asked, "--save-every", 10)

@@ -461,8 +461,9 @@ def test_plan_refuses_the_data_that_train_refuses(tiny_folder, tmp_path, ceiling
     (tmp_path / "bad.jsonl").write_text('{"frage": 1}\n')
     (tmp_path / "empty.jsonl").write_text("")
     for name, words in (("bad.jsonl", "--prompt-column"), ("empty.jsonl", "is empty"), ("none.jsonl", "no such file")):
-        for command in (("plan",), ("train", "--adapter-path", tmp_path / "a")):
-            refused(run(*command, "--model", tiny_folder, "--data", tmp_path / name), words)
+        refused(
+            run("plan", "--model", tiny_folder, "--data", tmp_path / name), words
+        )  # as train: project/test_pages.py
     one_line(run("plan", "--model", tiny_folder / "config.json", "--data", tmp_path / "none.jsonl"), "no such file")
     assert run("plan", "--model", tiny_folder, "--data", "owner/name").code == 0  # on the hub, which is not asked
 
@@ -686,12 +687,13 @@ def play_archive(path, plays, speakers=3):
     return path
 
 
-def test_plays_are_laid_out_like_tiny_shakespeare(script, tmp_path):
+def test_plays_are_laid_out_like_tiny_shakespeare(script, tmp_path, monkeypatch):
     text = script.lay_out_plays(play_archive(tmp_path / "a.tar.gz", script.PLAYS))
     assert text.startswith("First Citizen:\nLine 0, said.\nMore.\n\nGLOSTER:\nWell.\nand on.\n\nFirst Citizen:\nLine 1")
     assert text.count("GLOSTER:") == 3 * len(script.PLAYS)
     assert not (tmp_path.parent / "evil").exists()
-    assert len(script.lay_out_plays(play_archive(tmp_path / "b.tar.gz", script.PLAYS, 9000))) <= shakespeare.N_BYTES
+    monkeypatch.setattr(script, "N_BYTES", len(text) // 2)
+    assert len(script.lay_out_plays(play_archive(tmp_path / "b.tar.gz", script.PLAYS))) <= len(text) // 2
 
 
 TEXT = b"First Citizen:\nSpeak.\n"

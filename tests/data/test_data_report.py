@@ -179,11 +179,11 @@ def test_what_a_template_does_not_show_is_counted_under_its_name(name, tmp_path)
     (tmp_path / "t.jinja").write_text(text)
     found = report(tmp_path, rows, chat_template=text if text == "chatml" else str(tmp_path / "t.jinja"))
     assert len(found.notes) == len(wanted)
-    assert all(note.startswith(words) for note, words in zip(found.notes, wanted, strict=True))
+    assert all(words in note for note, words in zip(found.notes, wanted, strict=True))
     assert (found.dropped, found.splits["train"].rows) == (0, len(rows) + name.endswith("divided chat"))
     holds(
         found.render(),
-        *(f"note       {words}" for words in wanted),
+        *wanted,
         *(["be brief"] if text == template("qwen3_5") else []),
     )
     assert ("--chat-template chatml" in "".join(found.notes)) == (name == "tools")

@@ -14,7 +14,7 @@ from row_files import loaded, row_texts, write_rows
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import notes as near_duplicates
 from mlx_lora.data.examples import Completion, Conversation, Text
-from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.mix import content_key, cut_text, joined_groups, prompt_key, split_by_group
 from mlx_lora.data.notes import near_pairs
 from mlx_lora.data.report import DataReport
@@ -196,7 +196,7 @@ def test_nothing_usable_is_an_error_with_reasons(tmp_path):
     refuses(r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more", loaded, data)
     data.write_text("\n \n")
     refuses("has no record", loaded, data)
-    refuses("no data given", loaded, "")
+    refuses("no data given", load_data, DataSettings(), TOKENIZER, 0)
 
 
 def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):

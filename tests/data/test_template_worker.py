@@ -17,6 +17,7 @@ from pathlib import Path
 import jinja2
 import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
+from child_environment import child_environment
 from refusing import refuses
 
 from mlx_lora.data import sandbox, template_worker
@@ -204,28 +205,26 @@ def test_a_forked_process_has_a_worker_of_its_own():
 
 PARENT = """
 import sys, os
-sys.path.insert(0, {tests!r})
 from byte_tokenizer import byte_tokenizer
 from mlx_lora.data import sandbox
-tokenizer, turns = byte_tokenizer(), [{{"role": "user", "content": "a"}}]
+{before}tokenizer, turns = byte_tokenizer(), [{{"role": "user", "content": "a"}}]
 print(sandbox.render_chat(tokenizer, turns, "{{{{ messages[0].content }}}}b"), sandbox.WORKER._process.pid, flush=True)
 if len(sys.argv) > 1:
     sandbox.render_chat(tokenizer, turns, sys.argv[1])
 """
 
 
-def started(*arguments: str, **options) -> subprocess.Popen[str]:
-    code = PARENT.format(tests=str(ROOT / "tests"))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    options = {"env": {**os.environ, "PYTHONPATH": path}, **options}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, **options)
+def started(*arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """Start a process that renders; `before` is what it does first."""
+    code = PARENT.format(before=before)
+    environment = child_environment(ROOT / "tests")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_the_worker_ends_with_its_parent():
-    with started() as parent:  # that ends by itself
-        text, number = parent.stdout.readline().split()
-    assert (text, parent.returncode) == ("ab", 0)
-    assert start_mark(int(number)) is None
+    """Also with one that was killed while the worker rendered."""
     with started(ENDLESS) as parent:
         number = int(parent.stdout.readline().split()[1])
         assert start_mark(number)
@@ -238,15 +237,11 @@ def test_the_worker_needs_neither_the_folder_nor_the_environment_of_its_parent(t
         (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
     place = tmp_path / "place"
     place.mkdir()
-    code = PARENT.format(tests=str(ROOT / "tests"))
-    code = code.replace(
-        "tokenizer, turns",
-        f"os.chdir({str(place)!r}); os.rmdir({str(place)!r}); os.environ['PYTHONPATH'] = {str(tmp_path)!r}\ntokenizer, turns",
-        1,
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert ran.stdout.startswith("ab "), ran.stderr
+    leaves = f"os.chdir({str(place)!r}); os.rmdir({str(place)!r}); os.environ['PYTHONPATH'] = {str(tmp_path)!r}\n"
+    with started(before=leaves) as parent:  # that ends by itself
+        text, number = parent.stdout.readline().split()
+    assert (text, parent.returncode) == ("ab", 0)
+    assert start_mark(int(number)) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -308,17 +303,20 @@ def test_slow_rows_are_not_rendered_ahead(monkeypatch):
     assert renderer.render(chats(1)[0]).rows[0].text == "q0a0"
 
 
-def test_long_texts_of_a_template_do_not_add_up():
+def test_long_texts_of_a_template_do_not_add_up(monkeypatch):
     """A template makes each short row long; what is beyond --max-seq-length is not kept."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 90000 }}"
+    monkeypatch.setattr("mlx_lora.data.tokenize.BATCH_CHARACTERS", 100_000)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 20000 }}"
     peaks = []
     encoder = Encoder(byte_tokenizer(), template, max_seq_length=8, mask_prompt=False)
     batch = encoder._render_batch
-    encoder._render_batch = lambda *given: (
-        made := batch(*given),
-        peaks.append(sum(len(one.text) for _, one in made[1])),
-    )[0]
-    found = encoder.encode(chats(200))
-    assert len(found.truncated) == 200
-    assert max(peaks) < 5_000_000
-    assert sum(peaks) > 200 * 90_000
+
+    def watched(*given):
+        made = batch(*given)
+        peaks.append(sum(len(one.text) for _, one in made[1]))
+        return made
+
+    encoder._render_batch = watched
+    assert len(encoder.encode(chats(60)).truncated) == 60
+    assert max(peaks) < 500_000
+    assert sum(peaks) > 60 * 20_000

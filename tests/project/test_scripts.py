@@ -83,6 +83,7 @@ def test_a_total_above_its_bar_is_told(house, monkeypatch, capsys):
         assert ("above the bar" in capsys.readouterr().out) == (value > bar)
 
 
+@pytest.mark.slow
 def test_a_plain_run_loads_few_modules(house, tiny_folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a?", "completion": "b"}\n' * 4 + '{"prompt": "c?", "completion": "d"}\n' * 4)
