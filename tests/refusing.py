@@ -11,7 +11,12 @@ from mlx_lora.utils.errors import InputError
 
 
 def refuses(
-    words: str, function: Callable[..., Any], *args: Any, kind: type[Exception] = InputError, **named: Any
+    words: str,
+    function: Callable[..., Any],
+    *args: Any,
+    kind: type[Exception] = InputError,
+    most: int = 2000,
+    **named: Any,
 ) -> None:
     """Assert that a call ends with an error of one line in which a regular expression is found.
 
@@ -19,7 +24,9 @@ def refuses(
         words: the expression.
         function, args, named: the call.
         kind: of the error.
+        most: characters of the line.
     """
     with pytest.raises(kind, match=words) as refused:
         function(*args, **named)
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < most

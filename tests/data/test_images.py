@@ -20,7 +20,8 @@ import pytest
 from picture_server import picture_server, png
 from PIL import Image, ImageOps
 from refusing import refuses
-from run_cli import succeeds
+from row_files import write_rows
+from run_cli import holds, succeeds
 from tiny_vision import write_model_here
 from vision_rows import picture
 
@@ -125,8 +126,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_record_whose_pictures_have_no_place_is_refused(name):
-    with pytest.raises(FormatError):
-        parsed(REFUSED[name])
+    refuses("", parsed, REFUSED[name], kind=FormatError)
 
 
 def test_a_record_without_pictures_is_text():
@@ -184,26 +184,20 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_there_are_more_than_forty_bad_pictures():
-    assert len(BAD_FILES) + len(BAD_NAMES) >= 40
+    assert len({*BAD_FILES, *BAD_NAMES}) == len(BAD_FILES) + len(BAD_NAMES) >= 40
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_refused_in_one_line(name, folder):
-    file = folder / f"{name}.png"
-    file.write_bytes(BAD_FILES[name])
-    for source in (file.name, BAD_FILES[name], f"data:;base64,{base64.b64encode(BAD_FILES[name]).decode()}"):
-        with pytest.raises(FormatError) as refused:
-            ImageFiles([folder]).open(source)
-        assert "\n" not in str(refused.value)
-        assert len(str(refused.value)) < 400
+def sources_of(name: str, content: bytes, folder: Path) -> tuple[str, bytes, str]:
+    """Write a picture, and return the three ways that a record may have it."""
+    (folder / name).write_bytes(content)
+    return name, content, f"data:;base64,{base64.b64encode(content).decode()}"
 
 
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_bad_name_is_refused_in_one_line(name, folder):
-    with pytest.raises(FormatError) as refused:
-        ImageFiles([folder]).open(BAD_NAMES[name])
-    assert "\n" not in str(refused.value)
-    assert len(str(refused.value)) < 400
+@pytest.mark.parametrize("name", [*BAD_FILES, *BAD_NAMES])
+def test_a_bad_picture_is_refused_in_one_line(name, folder):
+    sources = sources_of(f"{name}.png", BAD_FILES[name], folder) if name in BAD_FILES else [BAD_NAMES[name]]
+    for source in sources:
+        refuses("", ImageFiles([folder]).open, source, kind=FormatError, most=400)
 
 
 GOOD = {
@@ -218,8 +212,7 @@ GOOD = {
 @pytest.mark.parametrize("name", GOOD)
 def test_good_pictures_are_opened_in_rgb_whatever_their_name(name, folder):
     content, size = GOOD[name]
-    (folder / "wrong.txt").write_bytes(content)
-    for source in ("wrong.txt", content, f"data:image/x;base64,{base64.b64encode(content).decode()}"):
+    for source in sources_of("wrong.txt", content, folder):
         found = ImageFiles([folder]).open(source)
         image = found.pixels()
         assert (found.size, image.size, image.mode) == (size, size, "RGB")
@@ -267,11 +260,10 @@ def test_what_is_half_transparent_is_half_white():
 
 
 def test_a_picture_that_has_changed_is_told(folder):
-    file = folder / "changing.png"
-    file.write_bytes(WHOLE)
-    found = ImageFiles([folder]).open("changing.png")
+    name, *_ = sources_of("changing.png", WHOLE, folder)
+    found = ImageFiles([folder]).open(name)
     found.pixels()
-    file.write_bytes(as_bytes(noise(seed=5)))
+    (folder / name).write_bytes(as_bytes(noise(seed=5)))
     refuses("changed", found.pixels)
 
 
@@ -324,9 +316,7 @@ def test_what_a_server_does_wrong_is_one_line(web, name, monkeypatch):
 @pytest.mark.parametrize("url", ["http://", "http://[", "https://127.0.0.1:99999/a", "http://127.0.0.1:1/a", "file:///etc/passwd",
                                  "ftp://127.0.0.1/a", "http://no.such.host.invalid/a.png", "http://127.0.0.1\r\nHost: a/b"])  # fmt: skip
 def test_an_address_that_leads_nowhere_is_one_line(web, url):
-    with pytest.raises(FormatError) as refused:
-        download(url, seconds=5.0)
-    assert "\n" not in str(refused.value)
+    refuses("", download, url, seconds=5.0, kind=FormatError)
 
 
 # An IPv6 address that has an IPv4 address inside may be one of the local network, behind a gateway.
@@ -434,17 +424,14 @@ def silent():
 def test_a_public_server_may_not_lead_into_the_local_network(world, silent, where):
     port, was_asked = silent
     where = where.replace("PORT", str(port)).replace("HEX", f"http://127.0.0.1:{port}/0.png".encode().hex())
-    with pytest.raises(FormatError) as refused:
-        download(f"http://public.example/to?{where.encode().hex()}", seconds=5.0)
-    assert "\n" not in str(refused.value)
+    refuses("", download, f"http://public.example/to?{where.encode().hex()}", seconds=5.0, kind=FormatError)
     assert set(world) == {PUBLIC[0]}
     assert not was_asked()
 
 
 @pytest.mark.parametrize("url", ESCAPED)
 def test_a_servers_name_is_never_escaped(world, silent, url):
-    with pytest.raises(FormatError, match="no web address"):
-        download(url.replace("PORT", str(silent[0])), seconds=5.0)
+    refuses("no web address", download, url.replace("PORT", str(silent[0])), seconds=5.0, kind=FormatError)
     assert not world
 
 
@@ -556,31 +543,20 @@ def model(tmp_path_factory) -> Path:
 
 
 def rows_of(web: str, folder: Path) -> Path:
-    names = [web + "0.png", web + "none", "local.png", web + "to-file", web + "1.png"]
     Image.new("RGB", (20, 20)).save(folder / "local.png")
-    rows = []
-    for name in names:
-        parts = [{"type": "image_url", "image_url": {"url": name}}, {"type": "text", "text": "What?"}]
-        rows.append(
-            {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": f"It is {len(name)}."}]}
-        )
-    file = folder / "train.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return file
+    names = [web + "0.png", web + "none", "local.png", web + "to-file", web + "1.png"]
+    rows = [{"prompt": "<image>What?", "images": [name], "completion": f"It is {len(name)}."} for name in names]
+    return write_rows(folder / "train.jsonl", rows)
 
 
 def test_a_run_fetches_pictures_only_with_the_flag(web, server, model, tmp_path):
     data = rows_of(web, tmp_path)
     asked = ("train", "--model", model, "--data", data, "--iters", 1, "--batch-size", 1, "--kernels",
              "mlx", "--valid-fraction", 0)  # fmt: skip
-    plain = succeeds(*asked, "--adapter-path", tmp_path / "plain")
-    assert "--fetch-images" in plain.err
-    assert "1 picture" in plain.err
+    holds(succeeds(*asked, "--adapter-path", tmp_path / "plain").err, "--fetch-images", "1 picture")
     assert not server.asked
     fetched = succeeds(*asked, "--adapter-path", tmp_path / "fetched", "--fetch-images")
-    assert "3 pictures" in fetched.err
-    assert "train.jsonl line 2" in fetched.err
-    assert "404" in fetched.err
+    holds(fetched.err, "3 pictures", "train.jsonl line 2", "404")
     assert sorted(server.asked) == ["0.png", "1.png", "none", "to-file"]
     server.asked.clear()
     succeeds("evaluate", "--model", model, "--data", data, "--fetch-images", "--json")

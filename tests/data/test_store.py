@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 from refusing import refuses
+from row_files import write_rows
 from tiers import by_default
 
 from mlx_lora.config.settings import DataSettings
@@ -43,8 +43,7 @@ def encodes(monkeypatch):
 
 def write_chats(path, count=40, extra=""):
     rows = [{"instruction": f"say {i}", "output": f"here is {i}{extra} " * (1 + i % 7)} for i in range(count)]
-    path.write_text("\n".join(json.dumps(row) for row in [*rows, rows[0], {"what": 1}]), encoding="utf-8")
-    return DataSettings(data=str(path), valid_fraction=0.1)
+    return DataSettings(data=str(write_rows(path, [*rows, rows[0], {"what": 1}])), valid_fraction=0.1)
 
 
 def arrays(rows):
@@ -53,18 +52,14 @@ def arrays(rows):
 
 def test_a_hit_equals_a_miss(tmp_path, cache, encodes):
     settings = write_chats(tmp_path / "a.jsonl")
-    first = load_data(settings, byte_tokenizer(), 0)
-    second = load_data(settings, byte_tokenizer(), 0)
+    first, second = (load_data(settings, byte_tokenizer(), 0) for _ in range(2))
     assert encodes == [41]
     for name in ("train", "valid"):
         assert arrays(getattr(first, name)) == arrays(getattr(second, name))
-    assert first.test is None
-    assert second.test is None
-    assert second.report == first.report
-    assert second.report.duplicates == 1
-    assert second.report.dropped_rows[0].line == 42
+    assert first.test is second.test is None
+    assert (second.report, second.chat_template) == (first.report, first.chat_template)
+    assert (second.report.duplicates, second.report.dropped_rows[0].line) == (1, 42)
     assert second.report.render() == first.report.render()
-    assert second.chat_template == first.chat_template
     assert not second.train.tokens.flags.owndata  # mapped, not read into memory
     assert len(list(cache.iterdir())) == 1
 
@@ -173,8 +168,7 @@ def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path, cache, logged):
     cache.write_text("a file in the way", encoding="utf-8")
     splits = load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0)
     assert len(splits.train)
-    assert len(logged) == 1
-    assert "cannot be kept" in logged[0]
+    assert ["cannot be kept" in line for line in logged] == [True]
 
 
 def test_the_room_is_bounded_and_the_last_used_stay(tmp_path, monkeypatch):

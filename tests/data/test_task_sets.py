@@ -26,6 +26,11 @@ def made(name: str, size: int, seed: int) -> list[dict]:
     return [{"question": f"{n} legs?", "answer": str(n + seed), "metadata": about} for n in range(size)]
 
 
+def records(data: str) -> list[dict]:
+    [file] = find_sets(data)[0].splits["train"]
+    return [json.loads(line) for line in file.path.read_text().splitlines()]
+
+
 @pytest.fixture
 def package(monkeypatch, tmp_path):
     stand_in = SimpleNamespace(
@@ -39,16 +44,15 @@ def package(monkeypatch, tmp_path):
 
 
 def test_tasks_are_prompts_with_what_judges_answers(package):
-    [one] = find_sets("reasoning-gym:legs:3")
-    [file] = one.splits["train"]
-    records = [json.loads(line) for line in file.path.read_text().splitlines()]
-    prompt = parse_prompt(records[2])
+    before = find_sets("reasoning-gym:legs:3")[0].splits
+    found = records("reasoning-gym:legs:3")
+    prompt = parse_prompt(found[2])
     assert prompt.example.messages[0] == {"role": "user", "content": "2 legs?"}
     assert prompt.columns["answer"] == "2"
-    columns = {name: [record[name] for record in records] for name in ("answer", "metadata")}
+    columns = {name: [record[name] for record in found] for name in ("answer", "metadata")}
     assert ready_reward("reasoning-gym")(completions=["0", "9", " 2\n"], **columns) == [1.0, 0.5, 1.0]
     package.create_dataset = None  # they are made once
-    assert find_sets("reasoning-gym:legs:3")[0].splits == one.splits
+    assert find_sets("reasoning-gym:legs:3")[0].splits == before
 
 
 @pytest.mark.parametrize(
@@ -80,22 +84,14 @@ def test_tasks_without_a_known_answer_and_with_tuples_are_judged(package):
     refuses("metadata", reward, completions=["1"], answer=["1"], kind=ValueError)
 
 
-def test_without_the_package_it_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    for call in (lambda: find_sets("reasoning-gym:legs"), lambda: ready_reward("reasoning-gym")):
-        refuses(r"needs reasoning-gym; pip install 'mlx-lora\[rewards\]'", call)
-
-
 @pytest.mark.parametrize("name", ["leg_counting", "rearc", "spell_backward"])
 def test_the_package_itself(name, monkeypatch, tmp_path):
     gym = pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(task_sets, "cache_dir", lambda name: tmp_path / name)
-    [file] = find_sets(f"reasoning-gym:{name}:4")[0].splits["train"]
-    records = [json.loads(line) for line in file.path.read_text().splitlines()]
-    assert [one["prompt"][0]["content"] for one in records] == [
-        task["question"] for task in gym.create_dataset(name, size=4, seed=0)
-    ]
-    columns = {name: [record[name] for record in records] for name in ("answer", "metadata")}
+    found = records(f"reasoning-gym:{name}:4")
+    tasks = gym.create_dataset(name, size=4, seed=0)
+    assert [one["prompt"][0]["content"] for one in found] == [task["question"] for task in tasks]
+    columns = {name: [record[name] for record in found] for name in ("answer", "metadata")}
     right = ready_reward("reasoning-gym")(completions=columns["answer"], **columns)
     assert right == [1.0] * 4
     assert ready_reward("reasoning-gym")(completions=["-1"] * 4, **columns) != right
@@ -122,9 +118,7 @@ def modules(monkeypatch, tmp_path):
     return folder
 
 
-def records(data: str) -> list[dict]:
-    [file] = find_sets(data)[0].splits["train"]
-    return [json.loads(line) for line in file.path.read_text().splitlines()]
+ENVIRONMENT = {"model": "m", "objective": "grpo", "environment": "verifiers:a"}
 
 
 def test_names():
@@ -138,7 +132,7 @@ def test_names():
 
 
 def test_the_data_are_the_environments_tasks_unless_a_number_of_them_is_asked_for():
-    asked = {"model": "m", "objective": "grpo", "environment": "verifiers:a"}
+    asked = ENVIRONMENT
     assert train_settings(asked).data.data == "verifiers:a"
     assert train_settings({**asked, "data": "verifiers:a:20"}).data.data == "verifiers:a:20"
     for other in ("verifiers:b", "prompts.jsonl", "verifiers:ab"):
@@ -194,11 +188,6 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_an_environment_that_cannot_be_used_is_one_line(name, modules):
-    refuses(BAD[name], records, f"verifiers:{name}")
-
-
 def test_only_the_tasks_of_a_run_must_have_the_same_rewards(modules):
     assert len(records("verifiers:vt_kinds:2")) == 2
 
@@ -217,16 +206,23 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("case", FILES)
-def test_a_file_that_cannot_be_used_is_one_line(case, modules, tmp_path):
-    text, words = FILES[case]
+@pytest.mark.parametrize("case", [*BAD, *FILES])
+def test_an_environment_or_file_that_cannot_be_used_is_one_line(case, modules, tmp_path):
+    text, words = FILES.get(case) or ("", BAD[case])
     (tmp_path / "bad.toml").write_text(text)
-    refuses(words, records, f"verifiers:{tmp_path / 'bad.toml'}")
+    refuses(words, records, f"verifiers:{tmp_path / 'bad.toml' if text else case}")
 
 
-def test_without_the_package_it_is_one_line_of_verifiers_tasks(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verifiers", None)
-    monkeypatch.setitem(sys.modules, "verifiers.v1", None)
-    settings = train_settings({"model": "m", "objective": "grpo", "environment": "verifiers:a"})
-    for call in (lambda: find_sets("verifiers:a"), lambda: check_environment(settings.objective)):
-        refuses(r"needs verifiers 0.4; pip install 'mlx-lora\[verifiers\]'", call)
+@pytest.mark.parametrize(
+    ("package", "data", "call", "words"),
+    [
+        ("reasoning_gym", "reasoning-gym:legs", lambda: ready_reward("reasoning-gym"), r"reasoning-gym; pip install 'mlx-lora\[rewards\]'"),
+        ("verifiers", "verifiers:a", lambda: check_environment(train_settings(ENVIRONMENT).objective),
+         r"verifiers 0.4; pip install 'mlx-lora\[verifiers\]'"),
+    ],
+)  # fmt: skip
+def test_without_the_package_it_is_one_line(package, data, call, words, monkeypatch):
+    for name in (package, f"{package}.v1"):
+        monkeypatch.setitem(sys.modules, name, None)
+    refuses(f"needs {words}", find_sets, data)
+    refuses(f"needs {words}", call)
