@@ -97,8 +97,7 @@ def test_a_run_ends_early_only_where_enough_is_held_out_and_its_length_was_open(
 
 def test_rewards_keep_one_pass():
     loop = length(60, objective="grpo", reward="exact_match")
-    assert loop.epochs == 1
-    assert loop.batch_tokens == DEFAULT_BATCH_TOKENS
+    assert (loop.epochs, loop.batch_tokens) == (1, DEFAULT_BATCH_TOKENS)
 
 
 def test_presets_are_points_of_one_rule():
@@ -113,7 +112,7 @@ def test_presets_are_points_of_one_rule():
     assert [preset_settings(name, many).get("epochs") for name in ("quick", "balanced", "thorough")] == [0.5, None, 2.0]
 
 
-SHORT = 44  # updates of the runs here in place of 100
+SHORT = 48  # updates of the runs here in place of 100
 
 
 @pytest.fixture(scope="module")

@@ -368,8 +368,7 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
     flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
     with console.log_to(said.append):
         settings = from_file(file, flags)
-    assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
-    assert settings.adapter.method == "rslora"
+    assert (settings.loop.iters, settings.loop.epochs, settings.adapter.method) == (None, 2.0, "rslora")
     assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
     assert (settings.adapter.rank, settings.adapter.alpha) == (4, 8.0)
     defaults = next(line for line in said if "defaults" in line)

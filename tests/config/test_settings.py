@@ -204,8 +204,7 @@ def test_errors_point_to_the_help_that_has_the_option():
 
 
 def one_line(ran: Ran) -> str:
-    assert ran.code == 2
-    assert len(ran.lines) == 1
+    assert (ran.code, len(ran.lines)) == (2, 1)
     return ran.lines[0]
 
 
@@ -372,8 +371,7 @@ def test_an_idle_setting_is_told_if_it_was_given(rule):
 
 def test_a_range_has_equal_ratios_and_both_ends():
     values = read_vary(["learning_rate=5e-5..2e-3/12"])["learning_rate"]
-    assert len(values) == 12
-    assert (values[0], values[-1]) == (5e-5, 2e-3)
+    assert (len(values), values[0], values[-1]) == (12, 5e-5, 2e-3)
     ratios = [b / a for a, b in itertools.pairwise(values)]
     assert max(ratios) < 1.02 * min(ratios)
 

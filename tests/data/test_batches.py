@@ -107,8 +107,7 @@ def test_order_depends_on_seed_and_epoch_and_is_not_by_length():
 
 def test_one_row_and_one_long_row():
     one = BatchPlan(encoded([5]), batch_tokens=2, batch_size=None, seed=0)
-    assert len(one) == 1
-    assert one.batch(0, 0).inputs.shape == (1, 4)
+    assert (len(one), one.batch(0, 0).inputs.shape) == (1, (1, 4))
     long = BatchPlan(encoded([900, 3, 3, 3]), batch_tokens=64, batch_size=None, seed=0)
     assert sorted(b.inputs.shape for b in long.batches()) == [(1, 899), (3, 2)]
 

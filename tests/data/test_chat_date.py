@@ -122,8 +122,7 @@ class OtherRank:
 def test_every_rank_has_the_first_ones_day(tmp_path, monkeypatch):
     clock(monkeypatch, NEXT)
     loop = LoopSettings(adapter_path=str(tmp_path))
-    assert run_folder.first_day(loop) == NEXT
-    assert run_folder.first_day(loop, OtherRank()) == FIRST
+    assert (run_folder.first_day(loop), run_folder.first_day(loop, OtherRank())) == (NEXT, FIRST)
     (tmp_path / "run.yaml").write_text("chat_date: 2026-01-05\n")  # YAML reads a day without quotes as a date
     assert run_folder.first_day(loop) == NEXT  # a new run
     resumed = LoopSettings(adapter_path=str(tmp_path), resume="auto")

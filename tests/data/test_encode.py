@@ -113,8 +113,7 @@ def test_every_assistant_turn_and_its_end_is_trained(family):
 def test_one_bos_and_only_where_the_template_has_it(family):
     tokenizer = FAMILIES[family][0]()
     tokens = encoder(tokenizer).encode([chat("q", "a")]).rows.tokens.tolist()
-    assert tokens.count(tokenizer.bos_token_id) == 1
-    assert tokens[0] == tokenizer.bos_token_id
+    assert (tokens.count(tokenizer.bos_token_id), tokens[0]) == (1, tokenizer.bos_token_id)
     without = byte_tokenizer(CHATML, bos=True)
     assert without.bos_token_id not in encoder(without).encode([chat("q", "a")]).rows.tokens
 
@@ -145,8 +144,7 @@ def test_thinking_that_the_history_loses_is_trained_where_the_model_writes_it():
     assert trained(tokenizer, encoded, 1) == [thought + "two<|im_end|>"]
     assert "assistant\none<|im_end|>" in whole(tokenizer, encoded, 1)  # as context it has none
     assert whole(tokenizer, encoded, 1).count("hm") == 1
-    assert encoded.divided == [0]
-    assert encoded.source.tolist() == [0, 0]
+    assert (encoded.divided, encoded.source.tolist()) == ([0], [0, 0])
     apart = chat("q", "one", "q2", "two", reasoning_content="hm")
     apart.messages[1]["reasoning_content"] = "hm"
     assert encoder(tokenizer).encode([apart]).rows.fingerprint == encoded.rows.fingerprint
@@ -305,8 +303,7 @@ def test_long_chats_are_cut_on_the_right_and_counted():
     full = encoder(tokenizer).encode(rows).rows
     limit = int(full.lengths[0]) - 3  # loses "f", the end token and the line end
     encoded = encoder(tokenizer, max_seq_length=limit).encode(rows)
-    assert encoded.truncated == [0, 1]
-    assert list(encoded.dropped) == [1]
+    assert (encoded.truncated, list(encoded.dropped)) == ([0, 1], [1])
     assert "no trained token" in encoded.dropped[1]
     assert trained(tokenizer, encoded) == ["abcde"]
     assert trained(tokenizer, encoded, 1) == ["a<|im_end|>"]
@@ -361,8 +358,7 @@ def test_encoded_set_is_flat_and_has_an_identity():
     assert rows.fingerprint != other.fingerprint
     assert rows.select([1]).row(0)[0].tolist() == rows.row(1)[0].tolist()
     empty = encoder(tokenizer).encode([])
-    assert len(empty.rows) == 0
-    assert empty.rows.supervised_tokens == 0
+    assert (len(empty.rows), empty.rows.supervised_tokens) == (0, 0)
 
 
 def test_batches_of_rows_do_not_change_the_result(monkeypatch):

@@ -454,8 +454,7 @@ def test_a_proxy_is_asked_for_the_first_address_and_for_no_redirection(world, we
     monkeypatch.setenv("http_proxy", web.replace("://", "://me:a%20b@"))
     monkeypatch.setenv("https_proxy", web)
     assert download("http://one.example:8000/0.png?size=2") == png()
-    assert server.hosts == ["one.example:8000"]
-    assert server.keys == ["Basic bWU6YSBi"]
+    assert (server.hosts, server.keys) == (["one.example:8000"], ["Basic bWU6YSBi"])
     refuses("403", download, "https://one.example/0.png", kind=FormatError)
     assert server.hosts[1:] == ["one.example:443"]
     for where in (f"http://localhost:{silent[0]}/", f"http://both.example:{silent[0]}/", "http://%6cocalhost/0.png"):
@@ -504,8 +503,7 @@ def test_a_picture_is_downloaded_once(web, server):
         files.downloads = ImageDownloads()
         files.downloads.fetch_all([web + "0.png", web + "0.png", web + "none"])
         found = files.open(web + "0.png")
-        assert found.size == picture(0).size
-        assert found.pixels().tobytes() == picture(0).tobytes()
+        assert (found.size, found.pixels().tobytes()) == (picture(0).size, picture(0).tobytes())
         refuses("404", files.open, web + "none", kind=FormatError)
     assert sorted(server.asked) == ["0.png", "none", "none"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,14 +16,23 @@ from typing import Any
 import jinja2
 import pytest
 from byte_tokenizer import GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, byte_tokenizer, template
-from made_conversations import ASKED, CALL, HANDMADE, TOOLS, conversations, rows_of
-from mask_reference import Reference, unmarked
-from template_judge import REFUSED, rendered_by_both
+from made_conversations import (
+    ASKED,
+    CALL,
+    HANDMADE,
+    REFUSED,
+    TOOLS,
+    Reference,
+    conversations,
+    examples,
+    rendered_by_both,
+    rows_of,
+    unmarked,
+)
 from tiers import by_default
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.data.chat_template import resolve_template
-from mlx_lora.data.examples import EmptyRecord
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.tokenize import Encoder
 
@@ -72,16 +82,21 @@ def shown(tokenizer, row) -> str:
     )
 
 
+def trained_in(tokenizer, rows) -> list[str]:
+    """Return the trained texts of rows, one for each run of tokens."""
+    return [part.split("⟧")[0] for row in rows for part in shown(tokenizer, row).split("⟦")[1:]]
+
+
+def encoded_chat(encoder: Encoder, messages: list[dict], tools: list[dict] | None = TOOLS):
+    return encoder.encode([parse_record({"messages": messages, "tools": tools})[1]])
+
+
 @pytest.mark.parametrize("name", by_default(FAMILIES, "chatml", "qwen3_5"))
 def test_every_token_and_mask_is_the_references(name):
     tokenizer, encoder, reference = family(name)
     compared, divided, calls, thoughts, context = 0, 0, 0, 0, 0
     count = 64 if FAMILIES[name][-1] == 1 else 44  # a third has several calls in one turn, which not all show
-    for number, record in enumerate(conversations(7, count, always_ids=name == "mistral")):
-        try:
-            _, example = parse_record(record)
-        except EmptyRecord:  # every turn of it has weight 0
-            continue
+    for number, example in enumerate(examples(7, count, always_ids=name == "mistral")):
         expected = reference.rows(example.messages, example.tools)
         encoded = encoder.encode([example])
         if expected is None:
@@ -116,7 +131,7 @@ def test_no_trained_token_is_of_another_message(name):
         for row in rows_of(encoded):
             text = shown(tokenizer, row)
             assert "SECRET" in text
-            assert not any("SECRET" in part.split("⟧")[0] for part in text.split("⟦")[1:])
+            assert "SECRET" not in "".join(trained_in(tokenizer, [row]))
             rows += 1
     assert rows >= 12
 
@@ -142,10 +157,9 @@ def test_a_call_is_cut_where_the_tools_answer_begins():
     tokenizer, encoder, _ = family("gemma4")
     call = {"role": "assistant", "content": "I will add.", "tool_calls": [CALL]}
     messages = [ASKED, call, {"role": "tool", "content": "SECRET"}, {"role": "assistant", "content": "it is 7"}]
-    encoded = encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]])
+    encoded = encoded_chat(encoder, messages)
     (row,) = rows_of(encoded)
-    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
-    assert trained == ["<|tool_call>call:add{x:7}<tool_call|><|tool_response>", "it is 7<turn|>"]
+    assert trained_in(tokenizer, [row]) == ["<|tool_call>call:add{x:7}<tool_call|><|tool_response>", "it is 7<turn|>"]
     assert "SECRET" in shown(tokenizer, row)
     assert encoded.unshown == {"text beside a tool call": [0]}
 
@@ -163,8 +177,7 @@ def test_a_turn_that_changes_what_stands_before_it_begins_behind_the_tools_answe
     encoder = Encoder(tokenizer, text.replace(once, at_the_end), max_seq_length=10**6)
     call = {"role": "assistant", "content": "I will add.", "tool_calls": [CALL], "weight": weight}
     messages = [ASKED, call, {"role": "tool", "content": "SECRET"}, {"role": "assistant", "content": "it is 7"}]
-    (row,) = rows_of(encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]]))
-    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
+    trained = trained_in(tokenizer, rows_of(encoded_chat(encoder, messages)))
     assert trained == ["<|tool_call>call:add{x:7}<tool_call|><|tool_response>"] * weight + ["it is 7<turn|>"]
 
 
@@ -197,7 +210,7 @@ def test_calls_get_ids_of_the_kind_that_mistral_takes():
     without[1] = {**without[1], "tool_calls": [CALL]}
     without = [*without[:3], without[4]]
     for turns in (messages, without):
-        (row,) = rows_of(encoder.encode([parse_record({"messages": turns, "tools": TOOLS})[1]]))
+        (row,) = rows_of(encoded_chat(encoder, turns))
         text = shown(tokenizer, row)
         asked = re.findall(r'"id": "(\w{9})"', text)
         answered = re.findall(r'"call_id": "(\w{9})"', text)
@@ -212,19 +225,14 @@ def test_a_template_that_shows_the_first_of_several_calls_refuses_them():
     two = {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]}
     result = {"role": "tool", "content": "7"}
     messages = [ASKED, two, result, result, {"role": "assistant", "content": "7"}]
-    encoded = encoder.encode([parse_record({"messages": messages, "tools": TOOLS})[1]])
+    encoded = encoded_chat(encoder, messages)
     assert encoded.dropped == {0: "the chat template shows 1 of the 2 tool calls of message 2; write one call per turn"}
 
 
 def test_harmony_by_its_own_words():
     """The three channels, written out: earlier thinking is gone, and no turn is trained to end with <|end|>."""
     tokenizer, encoder, _ = family("harmony")
-    _, example = parse_record({"messages": HANDMADE[4], "tools": TOOLS})
-    trained = [
-        part.split("⟧")[0]
-        for row in rows_of(encoder.encode([example]))
-        for part in shown(tokenizer, row).split("⟦")[1:]
-    ]
+    trained = trained_in(tokenizer, rows_of(encoded_chat(encoder, HANDMADE[4])))
     to_add = " to=functions.add<|channel|>commentary json<|message|>"
     assert trained == [
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>7<|return|>",
@@ -233,8 +241,7 @@ def test_harmony_by_its_own_words():
         "<|channel|>analysis<|message|>so<|end|><|start|>assistant<|channel|>final<|message|>hm<|return|>",
     ]
     plain = [ASKED, {"role": "assistant", "content": "one"}, ASKED, {"role": "assistant", "content": "two"}]
-    (row,) = rows_of(encoder.encode([parse_record({"messages": plain})[1]]))
-    trained = [part.split("⟧")[0] for part in shown(tokenizer, row).split("⟦")[1:]]
+    trained = trained_in(tokenizer, rows_of(encoded_chat(encoder, plain, None)))
     assert trained == ["<|channel|>final<|message|>one", "<|channel|>final<|message|>two<|return|>"]
 
 
@@ -307,11 +314,7 @@ def test_each_turn_is_what_the_model_writes_behind_its_prompt(name):
     tokenizer = tokenizer_of(name)
     encoder = Encoder(tokenizer, tokenizer.chat_template, max_seq_length=10**6, day=DAY)
     counts = dict.fromkeys(("exact", "in part", "refused", "chats"), 0)
-    for record in conversations(11, 48):
-        try:
-            _, example = parse_record(record)
-        except EmptyRecord:
-            continue
+    for example in examples(11, 48):
         encoded = encoder.encode([example])
         if encoded.dropped:
             reason = encoded.dropped[0]
@@ -342,7 +345,7 @@ def test_each_turn_is_what_the_model_writes_behind_its_prompt(name):
                 # An answer that begins with line ends shares its first token with the prompt's.
                 assert any(last.rstrip().endswith(run.strip()) or (written or "").startswith(run) for _, run in texts)
                 own = "reasoning_content" in messages[number]
-                assert not (own and name in THINKS and written), (record, number)
+                assert not (own and name in THINKS and written), (example, number)
     assert counts["chats"] >= 20
     assert counts["exact"] >= counts["in part"] or name == "qwen3_5_nothink"  # its prompt closes the thinking
 
@@ -368,11 +371,7 @@ def test_openai_reads_in_our_trained_tokens_what_the_record_says(harmony):
     tokenizer = tokenizer_of("gptoss")
     encoder = Encoder(tokenizer, tokenizer.chat_template, max_seq_length=10**6, day=DAY)
     read = {"analysis": 0, "commentary": 0, "final": 0}
-    for record in conversations(5, 96):
-        try:
-            _, example = parse_record(record)
-        except EmptyRecord:
-            continue
+    for example in examples(5, 96):
         encoded = encoder.encode([example])
         if encoded.dropped:
             continue
@@ -453,11 +452,7 @@ def test_every_real_template_renders_as_in_transformers():
     files = sorted(place("chat_templates").glob("*.jinja"))
     for file in files:
         text = file.read_text(encoding="utf-8")
-        for record in conversations(19, 24):
-            try:
-                _, example = parse_record(record)
-            except EmptyRecord:
-                continue
+        for example in examples(19, 24):
             given = {"tools": example.tools, "add_generation_prompt": len(example.messages) % 2 == 0}
             ours, theirs = rendered_by_both(tokenizer, example.messages, text, **given)
             assert ours == theirs, file.name
@@ -471,13 +466,9 @@ def test_the_real_templates_say_the_same_of_an_unmarked_and_a_marked_form():
     """GPT-OSS's template with trl's marks renders as without them: what we read off is the published one."""
     tokenizer = tokenizer_of("gptoss")
     marked = place("chat_templates/gptoss_training.jinja").read_text(encoding="utf-8")
-    for record in conversations(3, 24):
-        try:
-            _, example = parse_record(record)
-            plain = tokenizer.apply_chat_template(example.messages, tools=example.tools, tokenize=False)
-        except (EmptyRecord, jinja2.TemplateError):
-            continue
-        assert plain == tokenizer.apply_chat_template(
-            example.messages, tools=example.tools, tokenize=False, chat_template=marked
-        )
+    for example in examples(3, 24):
+        given = {"tools": example.tools, "tokenize": False}
+        with contextlib.suppress(jinja2.TemplateError):
+            plain = tokenizer.apply_chat_template(example.messages, **given)
+            assert plain == tokenizer.apply_chat_template(example.messages, **given, chat_template=marked)
     assert all(token in tokenizer.get_vocab() for token in HARMONY)

@@ -77,8 +77,7 @@ def test_a_group_of_most_rows_is_split_row_by_row():
     assert 9 <= everything.held.sum() <= 12
     assert np.array_equal(everything.held[:10], everything.held[90:])
     half = split_by_group(["same"] * 50 + list(range(50)), [f"k{n}" for n in range(100)], 0.1, 0)
-    assert half.divided.tolist() == [True] * 50 + [False] * 50
-    assert half.held.sum() == 10
+    assert (half.divided.tolist(), half.held.sum()) == ([True] * 50 + [False] * 50, 10)
     assert 0 < half.held[:50].sum() < 10
     # Duplicates are never divided, and two rows of one question are.
     assert not split_by_group(["same"] * 9, ["k"] * 9, 0.5, 0).held.any()
@@ -144,8 +143,7 @@ def test_a_row_that_is_refused_late_does_not_shift_the_split(tmp_path):
     clean = loaded(write_rows(tmp_path / "a.jsonl", rows), valid_fraction=0.05)
     rows.insert(3, {"instruction": "x" * 400, "output": "cut off"})
     cut = loaded(write_rows(tmp_path / "b.jsonl", rows), valid_fraction=0.05, max_seq_length=300)
-    assert cut.report.dropped == 1
-    assert cut.report.dropped_rows[0].line == 4
+    assert (cut.report.dropped, cut.report.dropped_rows[0].line) == (1, 4)
     assert cut.valid.fingerprint == clean.valid.fingerprint
     assert cut.train.fingerprint == clean.train.fingerprint
 
@@ -381,8 +379,7 @@ def test_if_most_rows_are_alike_they_are_split_row_by_row(tmp_path):
     # Each row nearly repeats the next one, so that all hang together.
     chain = [(" ".join(words[6 * i : 6 * i + 40]), " ".join(words[6 * i + 1 : 6 * i + 41])) for i in range(70)]
     splits = loaded(write_rows(tmp_path / "d.jsonl", asked([*chain, *rows_of(20)])), valid_fraction=0.1)
-    assert len(splits.valid) == 9
-    assert splits.report.near_duplicates.kept_together == 0
+    assert (len(splits.valid), splits.report.near_duplicates.kept_together) == (9, 0)
     assert splits.report.near_duplicates.held_out_rows > 0
     assert any("row by row" in note for note in splits.report.notes)
 

@@ -156,8 +156,7 @@ def test_tasks_are_prompts(modules):
 def test_sampling_and_retries_of_a_package_are_the_runs(modules):
     agent = make_environment("vt_own", "it").config.agent
     assert agent.sampling is None
-    assert agent.retries.max_retries == 0
-    assert agent.max_turns == 6
+    assert (agent.retries.max_retries, agent.max_turns) == (0, 6)
 
 
 def test_a_file_configures_an_environment(modules, tmp_path):

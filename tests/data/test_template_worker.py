@@ -299,8 +299,7 @@ def test_slow_rows_are_not_rendered_ahead(monkeypatch):
     assert template_worker.answer(encoded, "xy", {}, "2026-01-05", 10.0) == ["xy"]
     renderer = Renderer(byte_tokenizer(), SHOWS + "{# #}")
     renderer.render_ahead(chats(3))
-    assert len(renderer._ahead) == 3
-    assert renderer.render(chats(1)[0]).rows[0].text == "q0a0"
+    assert (len(renderer._ahead), renderer.render(chats(1)[0]).rows[0].text) == (3, "q0a0")
 
 
 def test_long_texts_of_a_template_do_not_add_up(monkeypatch):

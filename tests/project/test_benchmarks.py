@@ -71,8 +71,7 @@ def test_our_metrics_become_steps_with_their_own_counts(module):
     }  # fmt: skip
     assert math.isnan(steps[1]["loss"])
     figures = module("_figures").run_figures(steps, first_step_s=1.0)
-    assert figures["supervised_tokens_per_s"] == pytest.approx(2 * 757 / 3)
-    assert figures["shapes"] == 2
+    assert (figures["supervised_tokens_per_s"], figures["shapes"]) == (pytest.approx(2 * 757 / 3), 2)
 
 
 def test_ratios_pair_rounds(module):
@@ -175,8 +174,7 @@ def torch_place(module, monkeypatch):
 )
 def test_torch_computes_where_and_in_what_ours_does(torch_place, gpus, asked, device, dtype):
     place = torch_place(Torch(*gpus), *asked)
-    assert (place.device, place.dtype) == (device, dtype)
-    assert place.facts()["device"] == device
+    assert (place.device, place.dtype, place.facts()["device"]) == (device, dtype, device)
     assert place.facts()["dtypes"] == [dtype]
     if dtype == "bfloat16":
         assert place.computing() == (device, "torch.bfloat16")
@@ -203,8 +201,7 @@ def test_pairs_are_counted_with_and_without_the_reference(module):
     assert figures["pairs_per_s"] == pytest.approx(5 / 8)
     assert figures["steady_pairs_per_s"] == pytest.approx(4 / 3)
     assert figures["pairs_per_s_with_reference"] == pytest.approx(40 / (64 + 16))
-    assert figures["whole_pairs_per_s"] == pytest.approx(7 / 20)
-    assert figures["counted_pairs"] == 5
+    assert (figures["whole_pairs_per_s"], figures["counted_pairs"]) == (pytest.approx(7 / 20), 5)
     in_steps = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
     assert in_steps["pairs_per_s_with_reference"] == pytest.approx(in_steps["pairs_per_s"])
 
@@ -685,8 +682,7 @@ def test_a_busy_machine_and_a_changed_tree_are_not_recorded(module, tmp_path, mo
     assert code == 0
     entry = module("history").read_history(path)[-1]
     assert bool(entry["unsound"]) == (words is not None)
-    assert entry["ratio"] == pytest.approx(2.025, abs=1e-3)
-    assert entry["by"] == "tokens_per_cpu_s"
+    assert (entry["ratio"], entry["by"]) == (pytest.approx(2.025, abs=1e-3), "tokens_per_cpu_s")
 
 
 def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):

@@ -427,8 +427,7 @@ def test_tests_run_before_and_after_and_what_broke_once_more(whole_run):
     both = ["tests/test_a.py::b", "tests/test_a.py::c"]
     assert ran == [("before", ["tests/test_a.py"]), ("after", ["tests/test_a.py"]), ("again", both)]
     assert (names(found["broke"]), names(found["unsteady"])) == (["b"], ["c"])
-    assert found["changed"] == {"mlx": ["1", "2"]}
-    assert found["asked"] == "mlx==2"
+    assert (found["changed"], found["asked"]) == ({"mlx": ["1", "2"]}, "mlx==2")
 
 
 def test_the_released_versions_run_once(whole_run):
