@@ -126,7 +126,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_record_whose_pictures_have_no_place_is_refused(name):
-    refuses("", parsed, REFUSED[name], kind=FormatError)
+    refuses(".", parsed, REFUSED[name], kind=FormatError)
 
 
 def test_a_record_without_pictures_is_text():
@@ -197,7 +197,7 @@ def sources_of(name: str, content: bytes, folder: Path) -> tuple[str, bytes, str
 def test_a_bad_picture_is_refused_in_one_line(name, folder):
     sources = sources_of(f"{name}.png", BAD_FILES[name], folder) if name in BAD_FILES else [BAD_NAMES[name]]
     for source in sources:
-        refuses("", ImageFiles([folder]).open, source, kind=FormatError, most=400)
+        refuses(".", ImageFiles([folder]).open, source, kind=FormatError, most=400)
 
 
 GOOD = {
@@ -316,7 +316,7 @@ def test_what_a_server_does_wrong_is_one_line(web, name, monkeypatch):
 @pytest.mark.parametrize("url", ["http://", "http://[", "https://127.0.0.1:99999/a", "http://127.0.0.1:1/a", "file:///etc/passwd",
                                  "ftp://127.0.0.1/a", "http://no.such.host.invalid/a.png", "http://127.0.0.1\r\nHost: a/b"])  # fmt: skip
 def test_an_address_that_leads_nowhere_is_one_line(web, url):
-    refuses("", download, url, seconds=5.0, kind=FormatError)
+    refuses(".", download, url, seconds=5.0, kind=FormatError)
 
 
 # An IPv6 address that has an IPv4 address inside may be one of the local network, behind a gateway.
@@ -424,7 +424,7 @@ def silent():
 def test_a_public_server_may_not_lead_into_the_local_network(world, silent, where):
     port, was_asked = silent
     where = where.replace("PORT", str(port)).replace("HEX", f"http://127.0.0.1:{port}/0.png".encode().hex())
-    refuses("", download, f"http://public.example/to?{where.encode().hex()}", seconds=5.0, kind=FormatError)
+    refuses(".", download, f"http://public.example/to?{where.encode().hex()}", seconds=5.0, kind=FormatError)
     assert set(world) == {PUBLIC[0]}
     assert not was_asked()
 

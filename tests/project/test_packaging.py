@@ -28,6 +28,7 @@ import pytest
 import virtual_gpu
 import yaml
 from packaging.requirements import Requirement
+from refusing import refuses
 from run_cli import run
 
 import mlx_lora
@@ -109,10 +110,8 @@ def test_release_notes_are_the_tags_own():
         ("v0.3.0", "0.3.0", "no section"),
         ("v0.1", "0.1", "no section"),
     ):
-        with pytest.raises(notes.NotReady, match=words):
-            notes.release_notes(tag, version, CHANGELOG)
-    with pytest.raises(notes.NotReady, match="no line"):
-        notes.package_version("__version__ = metadata.version('mlx-lora')\n")
+        refuses(words, notes.release_notes, tag, version, CHANGELOG, kind=notes.NotReady)
+    refuses("no line", notes.package_version, "__version__ = metadata.version('mlx-lora')\n", kind=notes.NotReady)
 
 
 def test_the_formula_is_filled_in_from_the_archive(tmp_path):
@@ -141,8 +140,7 @@ def test_the_formula_is_filled_in_from_the_archive(tmp_path):
         (archive("mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
         (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
     ):
-        with pytest.raises(render.Unusable, match=words):
-            render.render(wrong, template)
+        refuses(words, render.render, wrong, template, kind=render.Unusable)
     command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
     assert subprocess.run(command, check=False).returncode == 0
     assert (tmp_path / "f.rb").read_text() == formula
@@ -161,14 +159,29 @@ def test_a_package_that_is_changed_has_an_upper_limit(name):
     assert all(any(part.operator == "<" for part in one.specifier) for one in asked)
 
 
+FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
+FLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
+JOBS = [(flow, job) for flow, content in FLOWS.items() for job in content["jobs"]]
+# Everything that a job may write; whatever is not here only reads.
+WRITES = {("nightly", "report"): {"issues"}, ("release", "pypi"): {"id-token"}, ("release", "github"): {"contents"}}
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def job_of(flow: str, name: str) -> dict[str, Any]:
+    return FLOWS[flow]["jobs"][name]
+
+
+def commands(flow: str, name: str) -> list[str]:
+    """The lines that a job runs."""
+    return [line for step in job_of(flow, name)["steps"] for line in step.get("run", "").splitlines()]
+
+
 def test_the_release_workflow_publishes_only_what_was_built_and_checked():
-    flow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
-    assert flow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
-    jobs = flow["jobs"]
+    jobs = FLOWS["release"]["jobs"]
+    assert FLOWS["release"][True] == {"push": {"tags": ["v*"]}}
     assert (jobs["pypi"]["needs"], jobs["github"]["needs"]) == ("build", "pypi")
     assert jobs["pypi"]["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
-    commands = "\n".join(step.get("run", "") for step in jobs["build"]["steps"])
-    named = re.findall(r"(?:packaging|tests)/[\w/]+\.py", commands)
+    named = re.findall(r"(?:packaging|tests)/[\w/]+\.py", "\n".join(commands("release", "build")))
     assert len(named) == 3
     assert all((ROOT / name).is_file() for name in named)
 
@@ -198,25 +211,8 @@ def test_make_demo_installs_the_package_alone(tmp_path):
     assert plans["demo"].count("-m venv .venv") == plans["test"].count("-m venv .venv") == 1  # one environment
 
 
-FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
-FLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
-JOBS = [(flow, job) for flow, content in FLOWS.items() for job in content["jobs"]]
-# Everything that a job may write; whatever is not here only reads.
-WRITES = {("nightly", "report"): {"issues"}, ("release", "pypi"): {"id-token"}, ("release", "github"): {"contents"}}
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def job_of(flow: str, name: str) -> dict[str, Any]:
-    return FLOWS[flow]["jobs"][name]
-
-
-def commands(flow: str, name: str) -> list[str]:
-    """The lines that a job runs."""
-    return [line for step in job_of(flow, name)["steps"] for line in step.get("run", "").splitlines()]
-
-
 @pytest.mark.parametrize(("flow", "name"), JOBS)
-def test_a_job_ends_and_may_do_little(flow, name):
+def test_a_job_ends_may_do_little_and_calls_what_exists(flow, name):
     job = job_of(flow, name)
     assert 0 < job["timeout-minutes"] <= 180
     allowed = job.get("permissions", FLOWS[flow].get("permissions"))
@@ -231,9 +227,6 @@ def test_a_job_ends_and_may_do_little(flow, name):
         assert "github.event." not in step.get("run", "")
         assert "github.head_ref" not in step.get("run", "")
 
-
-@pytest.mark.parametrize(("flow", "name"), JOBS)
-def test_what_a_job_calls_exists(flow, name):
     for line in commands(flow, name):
         for target in re.findall(r"\bmake ([a-z-]+)", line):
             assert target in TARGETS
@@ -242,7 +235,8 @@ def test_what_a_job_calls_exists(flow, name):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_action_says_which_version_its_commit_is(path):
+def test_a_workflow_runs_known_code_and_no_strangers_with_our_rights(path):
+    assert "pull_request_target" not in FLOWS[path.stem][True]  # YAML 1.1 reads `on` as true
     used = re.findall(r"uses: (\S+)(.*)", path.read_text(encoding="utf-8"))
     assert used
     assert all(re.fullmatch(r" # v\d+\.\d+\.\d+", comment) for _, comment in used)
@@ -257,11 +251,6 @@ def test_what_is_published_is_built_by_tools_of_one_version_and_stored_before_th
     assert "python -m build --no-isolation" in commands("release", "build")
     tests = next(n for n, step in enumerate(steps) if "make setup" in step.get("run", ""))
     assert tests > max(n for n, step in enumerate(steps) if "upload-artifact" in step.get("uses", ""))
-
-
-def test_no_workflow_runs_a_strangers_code_with_our_rights():
-    for content in FLOWS.values():
-        assert "pull_request_target" not in content[True]  # YAML 1.1 reads `on` as true
 
 
 def test_both_systems_and_every_python_are_tried():
