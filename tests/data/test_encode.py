@@ -339,7 +339,7 @@ def test_text_ends_once_and_not_in_the_middle():
     assert trained(tokenizer, encoded, 3) == ["a</s>"]
 
 
-def test_windows_keep_unmasked_parts_unmchat():
+def test_windows_keep_unmasked_parts_unmasked():
     tokens, mask = np.arange(10, dtype=np.int32), np.arange(10) >= 6
     pieces = windows(tokens, mask, 4)
     assert np.concatenate([t[m] for t, m in pieces]).tolist() == [6, 7, 8, 9]

@@ -430,32 +430,27 @@ def test_a_sheet_is_read_whole_whatever_size_it_claims(claimed, tmp_path):
     assert found[0] == {"prompt": "q0", "completion": "a0", "note": None}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("bread.md", "Requirements for the kitchen.md", "Notice period.md", "License plates.md"),
-        ("bread.md", "pizza.md", "training.md"),
-        ("bread.md", "test.md"),
-        ("bread.md", "pizza.md", "dev/new.md"),
-    ],
-)
-def test_a_note_is_read_whatever_its_name(names, tmp_path):
-    for name in (*names, "README.md", "LICENSE.txt"):
+# Files of a folder -> those that are its splits.
+FOLDERS = [
+    *(
+        ((*names, "README.md", "LICENSE.txt"), {"train": names})
+        for names in (
+            ("bread.md", "Requirements for the kitchen.md", "Notice period.md", "License plates.md"),
+            ("bread.md", "pizza.md", "training.md"), ("bread.md", "test.md"), ("bread.md", "pizza.md", "dev/new.md"),
+        )
+    ),
+    (("a.md", "b.md", "att/table.csv"), {"train": ("a.md", "b.md")}),
+    (("train.txt", "valid.txt", "notes.txt"), {"train": ("train.txt",), "valid": ("valid.txt",)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "wanted"), FOLDERS)
+def test_a_note_is_read_whatever_its_name_and_splits_stay_splits(names, wanted, tmp_path):
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text\n")
-    splits = find_splits(str(tmp_path))
-    assert sorted(str(path.relative_to(tmp_path)) for path in splits["train"]) == sorted(names)
-    assert len(splits) == 1
-
-
-def test_notes_with_a_table_in_a_subfolder_are_read(tmp_path):
-    for name in ("a.md", "b.md", "att/table.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("text\n")
-    assert [path.name for path in find_splits(str(tmp_path))["train"]] == ["a.md", "b.md"]
-
-
-def test_texts_in_splits_stay_splits(tmp_path):
-    for name in ("train.txt", "valid.txt", "notes.txt"):
-        (tmp_path / name).write_text("text\n")
-    assert {name: len(paths) for name, paths in find_splits(str(tmp_path)).items()} == {"train": 1, "valid": 1}
+    found = {
+        split: sorted(str(p.relative_to(tmp_path)) for p in paths)
+        for split, paths in find_splits(str(tmp_path)).items()
+    }
+    assert found == {split: sorted(own) for split, own in wanted.items()}
