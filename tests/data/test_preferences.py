@@ -370,14 +370,7 @@ def test_a_pair_with_a_lost_answer_is_dropped_as_a_whole():
     assert not encoded([equal], 60).dropped
 
 
-@pytest.mark.parametrize(
-    ("prompts", "others"),
-    [
-        (3, [1, 2, 0]),
-        pytest.param(6 // 2, [2, 2, 4, 4, 0, 0], id="two of each"),
-        pytest.param(1, [1, 2, 0], id="one prompt"),
-    ],
-)
+@pytest.mark.parametrize(("prompts", "others"), [(3, [1, 2, 0]), (3, [2, 2, 4, 4, 0, 0]), (1, [1, 2, 0])])
 def test_a_rated_answer_is_followed_by_one_to_another_prompt(prompts, others):
     """Or by any other, if there is one prompt."""
     rows = encoded(rated(len(others), prompts)).rows
