@@ -299,36 +299,28 @@ DATA = [
 ]  # fmt: skip
 
 
-def parquet(rows: list[dict[str, Any]], **options: Any) -> bytes:
-    """Write rows as Parquet."""
+def parquet(content: list[dict[str, Any]] | dict[str, Any], **options: Any) -> bytes:
+    """Write rows, or columns, as Parquet."""
     import pyarrow
     import pyarrow.parquet
 
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out, **options)
+    table = pyarrow.Table.from_pylist(content) if isinstance(content, list) else pyarrow.table(content)
+    pyarrow.parquet.write_table(table, out, **options)
     return out.getvalue()
 
 
 def parquet_bomb(count: int, text: str) -> bytes:
     """One text, told `count` times: a few kilobytes that unpack to gigabytes."""
     import pyarrow
-    import pyarrow.parquet
 
     indices = pyarrow.array([0] * count, pyarrow.int32())
-    column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([text]))
-    out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), out, compression="zstd")
-    return out.getvalue()
+    return parquet({"text": pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([text]))}, compression="zstd")
 
 
 def parquet_columns(**columns: Any) -> bytes:
     """Write columns as Parquet, packed as tightly as it can."""
-    import pyarrow
-    import pyarrow.parquet
-
-    out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), out, compression="zstd", use_dictionary=["x.list.element"])
-    return out.getvalue()
+    return parquet(columns, compression="zstd", use_dictionary=["x.list.element"])
 
 
 def made(name: str, content: Callable[[], bytes]) -> Nasty:
