@@ -130,6 +130,7 @@ def test_a_run_writes_what_it_chose(by_default):
     chosen = yaml.safe_load((out / "run.yaml").read_text())
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert min(chosen["learning_rate"], chosen["epochs"]) > 0
+    assert chosen["chat_date"] is None  # the template shows no date
     assert chosen["batch_tokens"] < DEFAULT_BATCH_TOKENS
     assert last["step"] >= 40
     line = next(line for line in ran.err.splitlines() if line.startswith("Chosen"))

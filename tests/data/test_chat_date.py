@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from datetime import date
 
 import numpy as np
 import yaml
 from byte_tokenizer import CHATML, byte_tokenizer
 from refusing import refuses
+from row_files import write_rows
 from run_cli import run, succeeds
 
 from mlx_lora.config.settings import DataSettings, LoopSettings
@@ -27,9 +27,7 @@ def clock(monkeypatch, day):
 
 
 def write_chats(path, count=12):
-    rows = [{"instruction": f"say {n}", "output": "abc" * (1 + n % 5)} for n in range(count)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(path, [{"instruction": f"say {n}", "output": "abc" * (1 + n % 5)} for n in range(count)])
 
 
 def test_a_day_can_be_given_and_is_todays_otherwise():
@@ -87,14 +85,10 @@ def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypa
     data = write_chats(tmp_path / "d.jsonl", 30)
     common = ("train", "--model", tiny_folder, "--data", data, "--chat-template", tmp_path / "dated.jinja",
               "--batch-size", 2, "--steps-per-eval", 0, "--save-every", 2, "--lr-schedule", "constant", "--sample-tokens", 0)  # fmt: skip
-    clock(monkeypatch, FIRST)
-    succeeds(*common, "--adapter-path", tmp_path / "a", "--iters", 2)
-    assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["chat_date"] == "2026-01-05"
-    clock(monkeypatch, NEXT)
-    succeeds(*common, "--adapter-path", tmp_path / "a", "--iters", 4, "--resume")
-    assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["chat_date"] == "2026-01-05"
-    clock(monkeypatch, FIRST)
-    succeeds(*common, "--adapter-path", tmp_path / "b", "--iters", 4)
+    for day, name, iters, *resume in ((FIRST, "a", 2), (NEXT, "a", 4, "--resume"), (FIRST, "b", 4)):
+        clock(monkeypatch, day)
+        succeeds(*common, "--adapter-path", tmp_path / name, "--iters", iters, *resume)
+        assert yaml.safe_load((tmp_path / name / "run.yaml").read_text())["chat_date"] == "2026-01-05"
     factors = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in "ab"]
     assert factors[0] == factors[1]
     # The paired inequality: another day is another run.
@@ -102,11 +96,6 @@ def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypa
     another = run(*common, "--adapter-path", tmp_path / "a", "--iters", 6, "--resume", "--chat-date", "2026-01-06")
     assert another.code == 2
     assert "from another run: the rows" in another.err
-
-
-def test_a_template_without_a_date_leaves_none_in_the_settings(tiny_folder, chats, tmp_path):
-    run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1, "--steps-per-eval", 0)  # fmt: skip
-    assert yaml.safe_load((tmp_path / "a/run.yaml").read_text())["chat_date"] is None
 
 
 class OtherRank:
