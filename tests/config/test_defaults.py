@@ -89,7 +89,7 @@ def test_what_is_given_stays():
 
 def test_a_run_ends_early_only_where_enough_is_held_out_and_its_length_was_open():
     few, many = length(60, held_out=3), length(600, held_out=30)
-    assert [bool(one.early_stopping_patience) and one.keep_best for one in (few, many)] == [False, True]
+    assert [(bool(one.early_stopping_patience), one.keep_best) for one in (few, many)] == [(False, False), (True, True)]
     assert many.steps_per_eval < defaults.STEPS_PER_EVAL
     for more in ({"epochs": 3}, {"method": "adalora"}, {"early_stopping_patience": 0}):
         assert not length(600, held_out=30, **more).early_stopping_patience

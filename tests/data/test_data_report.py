@@ -150,16 +150,19 @@ def thinking(name: str) -> dict:
     return {"messages": [FIRST, {"role": "assistant", "content": "1", name: "hm"}]}
 
 
-# What a row has beside its texts -> rows, the template, and how the notes begin.
+# What a row has beside its texts -> rows, the template, and what the notes say.
 NOTED = {
-    "tools": ([{**CHAT, "tools": [{"name": "f"}]}, CHAT], CHATML, ["tools of 1 row"]),
+    "tools": ([{**CHAT, "tools": [{"name": "f"}]}, CHAT], CHATML, ["--chat-template chatml"]),
     "no tools": ([CHAT], CHATML, []),
     "tools that are shown": ([{**CHAT, "tools": [{"name": "f"}]}], "chatml", []),
     **{
         name: ([thinking(name), CHAT, thinking(name)], CHATML, [f"2 rows have {name}, which the chat template does not show; it is not"])
         for name in ("reasoning_content", "thinking", "reasoning")
     },
-    "thinking that is shown": ([thinking("reasoning"), CHAT], template("think_prompt"), []),
+    **{
+        f"{name} that is shown": ([thinking(name), CHAT], template("think_prompt"), [])
+        for name in ("reasoning_content", "thinking", "reasoning")
+    },
     "unread fields and a divided chat": (
         [{"messages": WITH_IDS}], template("qwen3_thinking"),
         ["fields of messages that are not read: id (1 row)", "1 chat gives several rows"],
@@ -181,12 +184,8 @@ def test_what_a_template_does_not_show_is_counted_under_its_name(name, tmp_path)
     assert len(found.notes) == len(wanted)
     assert all(words in note for note, words in zip(found.notes, wanted, strict=True))
     assert (found.dropped, found.splits["train"].rows) == (0, len(rows) + name.endswith("divided chat"))
-    holds(
-        found.render(),
-        *wanted,
-        *(["be brief"] if text == template("qwen3_5") else []),
-    )
-    assert ("--chat-template chatml" in "".join(found.notes)) == (name == "tools")
+    holds(found.render(), *wanted, *(["tools of 1 row"] if name == "tools" else []))
+    assert ("be brief" in found.render()) == (name == "instructions that are shown")
 
 
 def test_rows_with_tool_calls_name_a_template_that_has_tools_and_train_with_it(tmp_path):

@@ -85,6 +85,9 @@ TURNS_OF = {
         },
         [{"role": "system", "content": "s"}, USER, CALLED, RESULT, ASSISTANT],
     ),
+    "sharegpt, with a list of tools": (
+        {"conversations": EXAMPLES[4][0]["conversations"], "tools": [TOOL]}, [USER, ASSISTANT],
+    ),
     "parts and nulls": (
         {"messages": [
             {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}], "name": None},
@@ -130,9 +133,7 @@ def test_every_way_of_writing_a_chat_becomes_the_same_turns(name):
     record, wanted = TURNS_OF[name]
     example = parse_record(record)[1]
     assert example.messages == wanted
-    assert example.tools == (
-        [TOOL] if record.keys() & {"tools", "functions"} and name != "lists as JSON text, of a table" else None
-    )
+    assert example.tools == ([TOOL] if record.get("tools") or record.get("functions") else None)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,10 @@ def test_every_way_of_writing_a_chat_becomes_the_same_turns(name):
             {"messages": [USER, {**ASSISTANT, "reasoning_content": "hm", "thinking": "ah"}]},
             "message 2 has reasoning_content and thinking",
         ),
-        ({"messages": [USER, {**ASSISTANT, "thinking": ["hm"]}]}, "message 2: thinking is a list, not a string"),
+        *(
+            ({"messages": [USER, {**ASSISTANT, name: ["hm"]}]}, f"message 2: {name} is a list, not a string")
+            for name in ("reasoning_content", "thinking", "reasoning")
+        ),
         ({"messages": [USER, say("analysis", "hm")]}, "channel analysis or commentary"),
         ({"messages": [USER, say("commentary", "hm"), USER, say("final", "a")]}, "channel analysis or commentary"),
         ({"messages": [USER, say("secret", "hm")]}, "message 2 has channel 'secret'; expected one of analysis"),
