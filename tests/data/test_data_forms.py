@@ -292,10 +292,6 @@ def test_named_columns_of_preferences():
     refuses("--turn-names 'sender=x': write role or content", train_settings, {"turn_names": "sender=x"})
 
 
-def sizes_of(folder: Path) -> dict[str, int]:
-    return {name: len(files) for name, files in find_splits(str(folder)).items()}
-
-
 def test_records_may_come_from_anywhere():
     rows = SplitRows()
     source = [Record(1, {"question": "q", "answer": "a"}, "record"), BadRow(2, "no"), Record(3, {"x": 1}, "record")]
@@ -312,7 +308,10 @@ def test_a_folder_of_documents_is_one_set_of_texts(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / "split" / name).mkdir(parents=True)
         (tmp_path / "split" / name / "a.md").write_text("text\n")
-    assert sizes_of(tmp_path / "split") == {"train": 1, "valid": 1}
+    assert {name: len(files) for name, files in find_splits(str(tmp_path / "split")).items()} == {
+        "train": 1,
+        "valid": 1,
+    }
     (tmp_path / "notes" / "rows.jsonl").write_text("{}\n")  # then Markdown only describes it
     (tmp_path / "notes" / "b.txt").unlink()
     assert [file.name for file in find_splits(str(tmp_path / "notes"))["train"]] == ["rows.jsonl"]
