@@ -104,11 +104,19 @@ def read_imports(package: Path, rooms: Iterable[str]) -> dict[Arrow, list[str]]:
     for path in sorted(package.rglob("*.py")):
         file = path.relative_to(package)
         room = file.parts[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
             for other in {name.split(".")[1] for name in imported(node, package.name)} & rooms - {room}:
                 if room in rooms:
                     found[room, other].append(file.as_posix())
     return dict(found)
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements within a file, a function or a block, and theirs; what has no statements is not looked into."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for inner in getattr(node, part, ()):
+            yield inner
+            yield from statements(inner)
 
 
 def imported(node: ast.AST, package: str) -> Iterator[str]:

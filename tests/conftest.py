@@ -85,7 +85,7 @@ def pytest_configure(config):
 
 # The helpers that a test file imports say what kind of tests it holds: the first tier of which it has a helper.
 TIERS = {
-    "page": {"browser", "page_parsing", "studio_browser"},
+    "page": {"browser", "page_blocks", "studio_browser"},
     "integration": {
         "changed_package",
         "hub_stand_in",

@@ -111,7 +111,7 @@ NOT_RUN = {
     r"make (fuzz|gate|golden|soak|demo|test|rehearse)": "takes from minutes to an hour",
     r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
     r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
-    r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
+    r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_data_report.py has such rows",
     r"mlx-lora (train|evaluate) .*prices\.jsonl": "schemas of tools are longer than the tests' short rows; test_tool_run.py has them",
     r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_classify.py has others",
     r"mlx-lora train .*reasoning-gym:": "needs an extra; test_task_sets.py has a stand-in for it",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 
@@ -52,10 +51,3 @@ def test_its_package_has_an_upper_limit(package):
     found = re.findall(rf'"{package.replace("_", "-")}(?:\[\w+\])?>=[\d.]+(,<\d+(?:\.\d+)*)?', PROJECT)
     assert found
     assert all(found)
-
-
-def test_a_private_name_is_not_used_elsewhere(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    house = importlib.import_module("house")
-    assert list(house.foreign_privates()) == []
-    assert house.BARS["foreign private names and exchanged classes"][1] == 0

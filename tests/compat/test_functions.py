@@ -1,16 +1,34 @@
-"""Calls are taken in one thread, for one place or one instance, and only inside the block."""
+"""Calls are taken in one thread, for one place or one instance, and only inside the block: two threads compute what each computes alone."""
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
+from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from architectures.build import tiny_architecture
+from conftest import TINY, quantized, tiny_model
+from mlx_lm.models.cache import make_prompt_cache
+from tiny_steps import batch, factors
 
+from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.compat.functions import answering, exchanged, keeps_context, original
 from mlx_lora.compat.instances import classes_put_back, mix_in
+from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels.quantized_matmul import use_measured_matmul
+from mlx_lora.kernels.table import exchanging
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.folder import is_foreign
+from mlx_lora.models.load import embedding_rows
+from mlx_lora.rollouts.generator import TokenSteps
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step, StepOptions
 
 HERE = sys.modules[__name__]
 
@@ -114,3 +132,94 @@ def test_a_later_call_computes_with_what_was_exchanged():
     assert later(3) == (-3, 5)
     assert in_another_thread(later, 3) == (-3, 5)
     assert (double(3), layer(3)) == (6, 4)
+
+
+Work = Callable[[int], list[bytes]]
+TOKENS = 6
+
+
+def tiny_base(bits: int | None) -> nn.Module:
+    """Return the model that is trained, and that answers: each with modules of its own, and the same arrays."""
+    model = tiny_model()
+    if bits:
+        use_measured_matmul(quantized(model, bits), "dense")
+    mx.eval(model.parameters())
+    return model
+
+
+def training(base: nn.Module) -> Work:
+    """Return what trains the model, with checkpointed blocks and ours for kernels, loss and last block."""
+
+    def train(count: int) -> list[bytes]:
+        model = copy.deepcopy(base)
+        inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
+        model.train()
+        loss, tape = choose_loss(model, TINY, "ours"), apply_checkpointing(model, "block")
+        assert loss.part_of_last
+        settings = OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0)
+        step = Step(
+            model,
+            build_optimizer(settings, count),
+            loss.train,
+            1.0,
+            StepOptions(exchanging(tape.attend), compiled=False),
+        )
+        sums = [step([batch(2, 24, seed=number, share=0.3)]).loss_sum for number in range(count)]
+        return [factors(model).tobytes(), *(repr(one.item()).encode() for one in sums)]
+
+    return train
+
+
+def answers(base: nn.Module) -> Work:
+    """Return what answers prompts with a model, each token from the logits before."""
+
+    def answer(count: int) -> list[bytes]:
+        model, found = copy.deepcopy(base), []
+        for number in range(count):
+            assert embedding_rows(model, {}) == 288  # is found by watching the model's embedding
+            walk = BlockWalk(model, [mx.array([[number % 250, 2, 3]])])
+            assert [list(walk.step()) for _ in model.layers] == [[0]] * len(model.layers)
+            steps, cache = TokenSteps(model), make_prompt_cache(model)
+            tokens = mx.array([[number % 250, 7, 11, 3]])
+            for _ in range(TOKENS):
+                logits = steps(tokens, cache=cache)[:, -1]
+                found.append(bytes(memoryview(logits.astype(mx.float32))))
+                tokens = mx.argmax(logits, axis=-1)[None]
+        return found
+
+    return answer
+
+
+def another() -> nn.Module:
+    """Return a model of another architecture, which imports the same functions."""
+    model = tiny_architecture("qwen3")
+    mx.eval(model.parameters())
+    return model
+
+
+def together(*works: Work, count: int) -> list[list[bytes]]:
+    """Return what several threads find that work at the same time."""
+    found: list[list[bytes]] = [[] for _ in works]
+    begin = threading.Barrier(len(works))
+
+    def run(place: int) -> None:
+        begin.wait()
+        found[place] = works[place](count)
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("who", ["same", "quantized", "another"])
+def test_each_computes_what_it_computes_alone(who, count):
+    base = tiny_base(4 if who == "quantized" else None)
+    train, answer = training(base), answers(another() if who == "another" else base)
+    alone = [*together(train, count=count), *together(answer, count=count)]
+    assert together(train, answer, count=count) == alone
+    assert len(set(alone[0])) == count + 1  # each step has a loss of its own
+    assert len(set(alone[1])) == count * TOKENS

@@ -1,4 +1,4 @@
-"""The recipes: their files say what train understands, their rows are whole, and no split holds another's."""
+"""The data that come with the package: recipes that train, with whole rows and no split that holds another's; and the general held-out data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
+import mlx_lora.data
 from mlx_lora.config.load import RECIPES, names_recipe, read_settings, train_settings
 from mlx_lora.rollouts.rewards import rewards_for, rewards_of, summed
 
@@ -52,8 +53,7 @@ def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     named = read_settings("bard", {})
     assert Path(named["data"]) == RECIPES / "bard"
     file = read_settings(str(RECIPES / "bard.yaml"), {})
-    assert file["data"] == "recipes/bard"
-    assert {**named, "data": None} == {**file, "data": None}
+    assert file == {**named, "data": "recipes/bard"}
     (tmp_path / "tutor").mkdir()  # a folder of that name changes nothing
     assert Path(read_settings("tutor", {})["data"]) == RECIPES / "tutor"
     (tmp_path / "tutor").rmdir()
@@ -85,22 +85,16 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tiny_4bit_folder
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     brief = ("--max-new-tokens", 8) if name == PERSONA else ()
-    ran = run(
+    succeeds(
         "train", "--config", f"recipes/{name}.yaml", "--model", tiny_4bit_folder if name == FOUR_BIT else tiny_folder, "--adapter-path", tmp_path / "a",
-        "--iters", 2, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048, *brief,
+        "--iters", 1, "--val-batches", 1, "--max-seq-length", 2048, "--batch-tokens", 2048, *brief,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     written = yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())
     assert settings.keys() >= {"rank", "alpha", "data"}
-    for key in settings.keys() - {
-        "adapter_path",
-        "epochs",
-        "iters",
-        "batch_size",
-        "batch_tokens",
-        "max_new_tokens",
-    }:  # which the flags decide
-        assert written[key] == settings[key], key
+    by_flags = {"adapter_path", "epochs", "iters", "batch_size", "batch_tokens", "max_new_tokens"}
+    assert {key: written[key] for key in settings.keys() - by_flags} == {
+        key: settings[key] for key in settings.keys() - by_flags
+    }
     data = json.loads((tmp_path / "a" / "report.json").read_text())["data"]
     assert (data["dropped"], data["truncated"], data["empty"], data["duplicates"]) == (0, 0, 0, 0)
     known = sum(len(rows(Path(settings["data"]).name, split)) for split in SPLITS)
@@ -179,3 +173,69 @@ def test_answers_have_the_form_that_each_recipe_teaches():
             assert len(answers(row)[0].splitlines()) in (4, 6), row
         for row in rows("tutor", split):
             assert all(("?" in text) != text.startswith("You've got it!") for text in answers(row)), row
+
+
+FOLDER = Path(mlx_lora.data.__file__).parent / "general"
+CODE_STARTS = ("from collections", "// ", "CREATE TABLE", "<!DOCTYPE html>")
+
+
+GENERAL = {
+    name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("text", "chat", "probes")
+}
+
+
+def has_word(text: str, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def repeated_runs(texts: list[str], length: int = 8) -> set[tuple[str, ...]]:
+    """Runs of `length` words that stand in more than one text."""
+    seen, repeated = set(), set()
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        own = {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+        repeated |= own & seen
+        seen |= own
+    return repeated
+
+
+def test_passages_have_the_promised_number_and_length():
+    texts = [row["text"] for row in GENERAL["text"]]
+    code = [text for text in texts if text.startswith(CODE_STARTS)]
+    prose = [text for text in texts if text not in code]
+    assert (len(prose), len(code)) == (32, 4)
+    assert [text for text in prose if not 90 <= len(text.split()) <= 140] == []
+    assert [text for text in code if not 15 <= len(text.splitlines()) <= 25] == []
+
+
+def test_conversations_have_the_promised_turns_and_length():
+    chats = [row["messages"] for row in GENERAL["chat"]]
+    roles = [[message["role"] for message in chat] for chat in chats]
+    assert roles.count(["user", "assistant"]) == 40
+    assert roles.count(["user", "assistant"] * 2) == 8
+    assert len(chats) == 48
+    answers = [message["content"] for chat in chats for message in chat if message["role"] == "assistant"]
+    assert [answer for answer in answers if not 40 <= len(answer.split()) <= 110] == []
+
+
+@pytest.mark.parametrize("key", ["question", "completion"])
+def test_no_probe_gives_its_answer_away(key):
+    probes = GENERAL["probes"]
+    assert len({probe[key] for probe in probes}) == len(probes) == 24
+    assert all(probe["answers"] for probe in probes)
+    given = [(probe[key], answer) for probe in probes for answer in probe["answers"] if has_word(probe[key], answer)]
+    assert given == []
+
+
+def test_nothing_is_there_twice():
+    questions = [row["messages"][0]["content"] for row in GENERAL["chat"]]
+    assert len(set(questions)) == len(questions)
+    answers = [m["content"] for row in GENERAL["chat"] for m in row["messages"] if m["role"] == "assistant"]
+    assert repeated_runs([*(row["text"] for row in GENERAL["text"]), *answers]) == set()
+
+
+def test_the_checks_can_fail():
+    assert has_word("The sun is hot", "Sun")
+    assert not has_word("Sunday is hot", "Sun")
+    assert repeated_runs(["one two three four five six seven eight"] * 2)

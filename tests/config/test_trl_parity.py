@@ -10,7 +10,7 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import succeeds
 from safetensors.numpy import load_file
 
 from mlx_lora.adapters.inject import adapter_parameters
@@ -66,8 +66,7 @@ def rows_of(objective: str, longest: int) -> list[dict]:
 def ours(file: Path, objective: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Run `train --config`; return the initial and the final parameters."""
     out = file.with_name("ours")
-    ended = run("train", "--config", file, "--objective", objective, "--adapter-path", out)
-    assert ended.code == 0, ended.err
+    succeeds("train", "--config", file, "--objective", objective, "--adapter-path", out)
     settings = train_settings({}, read_settings(str(out / "run.yaml"), {}))
     base = load_base(settings.model)
     adapt(settings, base, objective_of(settings.objective), base.hf_tokenizer.chat_template)

@@ -7,15 +7,16 @@ from datetime import datetime
 
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
+from refusing import refuses
+from row_files import loaded, row_texts
 
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides
 from mlx_lora.data.chat_exports import DELETED, MEDIA, SYSTEM_LINE, chat_kind, read_chats
-from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.studio.previews import build_index
-from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 NNBSP, LRM = "\u202f", "\u200e"
@@ -73,9 +74,9 @@ def write(tmp_path, text, name="anything.txt"):
 
 def conversations(path, **settings):
     """The chats of a file as the model is shown them, without the template's marks, and the report."""
-    splits = load_data(DataSettings(data=str(path), valid_fraction=0.0, **settings), TOKENIZER, seed=0)
-    shown = [TOKENIZER.decode(splits.train.row(i)[0].tolist()) for i in range(len(splits.train))]
-    return [[part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:]] for text in shown], splits.report
+    splits = loaded(path, **settings)
+    texts = row_texts(splits.train)
+    return [[part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:]] for text in texts], splits.report
 
 
 @pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
@@ -256,8 +257,7 @@ def test_imessage_and_transcripts(tmp_path):
     chats, report = conversations(path, speaker="Me")
     assert chats == [["user\nAre you coming?", "assistant\nIn ten minutes\nKeys?", "user\nYes", "assistant\nGood"]]
     note = next(note for note in report.notes if "iMessage" in note)
-    assert "1 media message" in note
-    assert "1 system line" in note
+    assert all(words in note for words in ("1 media message", "1 system line"))
     text = "Ben: Hi\nMarta: Ho\nwith a second line\nBen: Bye\nMarta: See you\n\nBen: Back\nMarta: Good\n"
     chats, report = conversations(write(tmp_path, text, "t.txt"), speaker="Marta")
     assert chats == [
@@ -269,13 +269,9 @@ def test_imessage_and_transcripts(tmp_path):
 
 def test_without_a_speaker_one_line_lists_them(tmp_path):
     path = write(tmp_path, GERMAN)
-    with pytest.raises(InputError, match=r"Ben \(4\), Marta \(4\).*--speaker") as error:
-        conversations(path)
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="--speaker"):
-        load_eval_set(str(path), DataSettings(), TOKENIZER)
-    with pytest.raises(InputError, match=r"--speaker Marto.*Ben.*did you mean Marta"):
-        conversations(path, speaker="Marto")
+    refuses(r"Ben \(4\), Marta \(4\).*--speaker", conversations, path)
+    refuses("--speaker", load_eval_set, str(path), DataSettings(), TOKENIZER)
+    refuses(r"--speaker Marto.*Ben.*did you mean Marta", conversations, path, speaker="Marto")
     _, report = conversations(path, data_format="text")
     assert report.formats == {"text": 1}
     # A transcript without dates may be a play, so it is trained as before, with a note.
@@ -289,8 +285,7 @@ def test_a_first_name_is_enough_if_only_one_person_has_it(tmp_path):
     lines = [("Ann Lee", "a"), ("Marta Rossi", "b"), ("Marta Lee", "c"), ("Cem Öz", "d")]
     path = write(tmp_path, "".join(f"[12.03.24, 18:22:11] {name}: {text}\n" for name, text in lines))
     assert conversations(path, speaker="cem")[0] == [["user\nAnn Lee: a\nMarta Rossi: b\nMarta Lee: c", "assistant\nd"]]
-    with pytest.raises(InputError, match="Marta Rossi, Marta Lee"):
-        conversations(path, speaker="Marta")
+    refuses("Marta Rossi, Marta Lee", conversations, path, speaker="Marta")
 
 
 def test_other_text_is_no_chat(tmp_path):
@@ -306,8 +301,7 @@ def test_other_text_is_no_chat(tmp_path):
 
 def test_a_speaker_without_a_chat_is_refused(tmp_path):
     rows = write(tmp_path, '{"prompt": "a", "completion": "b"}\n' * 2, "rows.jsonl")
-    with pytest.raises(InputError, match=r"--speaker Marta.*no chat export"):
-        conversations(rows, speaker="Marta")
+    refuses(r"--speaker Marta.*no chat export", conversations, rows, speaker="Marta")
     chats, report = conversations(f"{rows},{write(tmp_path, GERMAN)}", speaker="Marta")
     assert len(chats) == 3
     assert report.formats["completions"] == 2
@@ -319,8 +313,7 @@ def test_the_studios_preview_shows_a_chat(tmp_path, tiny_folder):
     meta = json.loads((tmp_path / "index" / "meta.json").read_text())
     assert (meta["counts"]["rows"], meta["forms"]) == (1, ["conversations of a WhatsApp chat"])
     assert any("WhatsApp" in note for note in meta["notes"])
-    with pytest.raises(InputError, match="--speaker"):
-        build_index({**asked, "speaker": None}, tmp_path / "other")
+    refuses("--speaker", build_index, {**asked, "speaker": None}, tmp_path / "other")
 
 
 def test_evaluate_takes_the_speaker_of_the_run(tmp_path, logged):

@@ -1,4 +1,4 @@
-"""Preference records of TRL, LLaMA-Factory, OpenAI, UltraFeedback and HH, as their own sets write them."""
+"""Pairs and rated answers: from records of every form, as encoded rows, in batches, and without the prompt that full texts repeat."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from byte_tokenizer import byte_tokenizer
+from refusing import refuses
+from row_files import loaded, row_texts, write_rows
 
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError
-from mlx_lora.data.preferences import parse_pairs, parse_rated
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.preferences import Pair, Rated, parse_pairs, parse_rated
+from mlx_lora.data.read import encode_entries
+from mlx_lora.data.report import SplitReport
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.tokenize import Encoder
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "What color is the sky?"},
@@ -213,8 +223,7 @@ def test_scored_answers_give_the_best_against_the_worst_or_all_pairs():
     pairs = parse_pairs(record, all_pairs=True)
     assert [pair.margin for pair in pairs] == [5.0, 6.5, 1.5]
     tied = {**record, "completions": [{"response": text, "overall_score": 1} for text in "ab"]}
-    with pytest.raises(EmptyRecord, match="different scores"):
-        parse_pairs(tied)
+    refuses("different scores", parse_pairs, tied, kind=EmptyRecord)
 
 
 def test_margins_and_tools_are_kept():
@@ -222,8 +231,12 @@ def test_margins_and_tools_are_kept():
     [pair] = parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "margin": 2, "tools": [tool]})
     assert pair.margin == 2.0
     assert parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})[0].margin == 0.5  # of a table
-    with pytest.raises(FormatError, match="must be a number"):  # it would make the loss one that is none
-        parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")})
+    refuses(
+        "must be a number",
+        parse_pairs,
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")},
+        kind=FormatError,
+    )  # it would make the loss one that is none
     assert pair.chosen.tools[0]["function"]["name"] == "look"
     assert parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})[0].chosen.tools is None
 
@@ -287,8 +300,7 @@ PAIR = CHATS["TRL, explicit prompt"]
     ],
 )  # fmt: skip
 def test_bad_pairs_say_what_is_missing(record, words):
-    with pytest.raises(FormatError, match=words):
-        parse_pairs(record)
+    refuses(words, parse_pairs, record, kind=FormatError)
     assert parse_pairs(PAIR)
 
 
@@ -301,8 +313,7 @@ def test_bad_pairs_say_what_is_missing(record, words):
     ],
 )
 def test_bad_ratings_say_what_is_missing(record, words):
-    with pytest.raises(FormatError, match=words):
-        parse_rated(record)
+    refuses(words, parse_rated, record, kind=FormatError)
     assert parse_rated({"prompt": "a", "completion": "b", "label": 1})
 
 
@@ -320,3 +331,185 @@ def test_the_pairs_of_a_style_that_come_with_the_project_are_200_different_ones(
 
 def _words(answer):
     return (answer.completion if isinstance(answer, Completion) else answer.messages[-1]["content"]).split()
+
+
+def encoded(entries, length: int = 200):
+    """Encode pairs or rated answers; `length` is the most tokens of a row."""
+    return encode_entries(Encoder(byte_tokenizer(), None, max_seq_length=length, plain_completions=True), entries)
+
+
+def pair(number: int, more: str = "") -> Pair:
+    prompt = f"Question {number}?"
+    return Pair(Completion(prompt, f" good{more}"), Completion(prompt, " bad"), float(number))
+
+
+def rated(count: int, prompts: int) -> list[Rated]:
+    """Return answers to so many prompts, every second one good."""
+    return [Rated(Completion(f"Q{n * prompts // count}", f" answer {n}"), n % 2 == 0) for n in range(count)]
+
+
+def test_a_pair_is_two_rows_side_by_side():
+    found = encoded([pair(1), pair(2)])
+    rows = found.rows
+    assert (rows.group, rows.examples, len(rows), found.source.tolist()) == (2, 2, 4, [0, 1])
+    assert [text.removesuffix("<|im_end|>") for text in row_texts(rows, trained=True)] == [" good", " bad"] * 2
+    assert row_texts(rows)[2] == "Question 2? good<|im_end|>"
+    assert rows.labels.tolist() == [1.0, 0.0, 2.0, 0.0]
+    assert rows.fingerprint != rows.grouped(1).fingerprint
+    chosen = encoded([pair(n) for n in range(4)]).rows.select([3, 1])
+    assert chosen.labels.tolist() == [3.0, 0.0, 1.0, 0.0]
+    assert row_texts(chosen)[0].startswith("Question 3?")
+
+
+def test_a_pair_with_a_lost_answer_is_dropped_as_a_whole():
+    found = encoded([pair(1), Pair(Completion("A long prompt 12", "x"), Completion("A", "y"))], 14)
+    assert found.source.tolist() == [0]
+    assert found.dropped[1].startswith("chosen answer: no trained token")
+    equal = Pair(Completion("Question?", " same start, good"), Completion("Question?", " same start, bad"))
+    assert "the answers are equal" in encoded([equal], 16).dropped[0]
+    assert not encoded([equal], 60).dropped
+
+
+@pytest.mark.parametrize(("prompts", "others"), [(3, [1, 2, 0]), (3, [2, 2, 4, 4, 0, 0]), (1, [1, 2, 0])])
+def test_a_rated_answer_is_followed_by_one_to_another_prompt(prompts, others):
+    """Or by any other, if there is one prompt."""
+    rows = encoded(rated(len(others), prompts)).rows
+    assert (rows.group, len(rows)) == (2, 2 * len(others))
+    assert rows.labels.tolist() == [value for n in range(len(others)) for value in (float(n % 2 == 0), 0.0)]
+    texts = row_texts(rows)
+    for n, other in enumerate(others):
+        prompt = f"Q{n * prompts // len(others)}"
+        assert texts[2 * n : 2 * n + 2] == [f"{prompt} answer {n}<|im_end|>", f"{prompt} answer {other}<|im_end|>"]
+
+
+def test_only_the_rated_answers_count_as_trained():
+    rows = encoded(rated(3, 3)).rows
+    own = sum(int(rows.row(number)[1].sum()) for number in (0, 2, 4))
+    assert rows.supervised_tokens == own < rows.mask.sum()
+    assert rows.select([1, 2]).supervised_tokens < own
+    assert SplitReport.of(rows).tokens == sum(rows.lengths[::2])
+    batch = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=0).batch(0, 0)
+    assert batch.supervised_tokens == own < batch.mask.sum()
+    assert batch.take(np.arange(2), 64).supervised_tokens < own
+    pairs = encoded([pair(1), pair(2)]).rows
+    both = BatchPlan(pairs, batch_tokens=256, batch_size=2, seed=0).batch(0, 0)
+    assert pairs.supervised_tokens == pairs.mask.sum() == both.supervised_tokens
+
+
+def test_batches_keep_pairs_together():
+    random = np.random.default_rng(0)
+    rows = encoded([pair(n, "x" * int(random.integers(40))) for n in range(23)]).rows
+    plan = BatchPlan(rows, batch_tokens=256, batch_size=None, seed=3)
+    seen = []
+    for batch in (plan.batch(1, index) for index in range(len(plan))):
+        assert batch.group == 2
+        assert batch.inputs.size <= 256
+        assert (*batch.inputs.shape, len(batch.positions)) in plan.shapes
+        for number in range(0, len(batch.numbers), 2):
+            first, second = batch.numbers[number : number + 2]
+            assert (first < 0 and second < 0) or (first % 2 == 0 and second == first + 1)
+            assert batch.columns["labels"][number] == (rows.labels[first] if first >= 0 else 0)
+        seen += [n for n in batch.numbers if n >= 0]
+    assert sorted(seen) == list(range(46))
+    small = BatchPlan(rows, batch_tokens=256, batch_size=3, seed=3)
+    assert max(len(small.batch(0, i).inputs) for i in range(len(small))) == 6
+    assert 0 <= plan.padding_fraction < 1
+
+
+def test_preference_data_is_loaded_reported_and_cached(tmp_path):
+    rows = [{"prompt": f"Q{n}:", "chosen": f" yes {n}", "rejected": " no"} for n in range(40)]
+    rows += [{"prompt": "Q:", "chosen": "a", "rejected": "a"}, {"prompt": "Q:", "chosen": "a"}]
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    splits, again = (loaded(file, records="pairs", valid_fraction=0.1) for _ in range(2))
+    assert again.train.fingerprint == splits.train.fingerprint
+    assert (again.train.group, splits.valid.group) == (2, 2)
+    assert splits.train.examples + splits.valid.examples == 40
+    report = splits.report.render()
+    for words in (
+        "pairs.jsonl line 41: the two answers are equal", "a preference pair needs rejected",
+        f"{splits.train.examples} pairs", "rejected:", "⟦ no",
+    ):  # fmt: skip
+        assert words in report
+    assert again.report.render() == report
+
+
+@pytest.mark.parametrize(("pairs", "examples"), [("best", 3), ("all", 9)])
+def test_answers_with_scores_give_one_pair_or_all(tmp_path, pairs, examples):
+    answers = [{"response": f"answer {score}", "overall_score": score} for score in (1, 3, 2)]
+    rows = [{"instruction": f"Q{n}", "completions": answers} for n in range(3)]
+    file = write_rows(tmp_path / "scored.jsonl", rows)
+    assert loaded(file, records="pairs", chat_template="chatml", pairs=pairs).train.examples == examples
+
+
+@pytest.mark.parametrize("last", [True, 0])
+def test_ratings_of_one_kind_are_noted(tmp_path, last):
+    rows = [{"prompt": f"Q{n}:", "completion": f" a {n}", "label": n < 3 or last} for n in range(4)]
+    file = write_rows(tmp_path / "rated.jsonl", rows)
+    splits, again = (loaded(file, records="rated") for _ in range(2))
+    report = splits.report.render()
+    assert ("no answer is rated bad" in report) == bool(last)
+    assert again.train.supervised_tokens == splits.train.supervised_tokens < splits.train.mask.sum()
+    assert again.report.render() == report
+
+
+@pytest.mark.parametrize(
+    ("records", "words"), [("pairs", "needs chosen and rejected"), ("rated", "rated answer needs")]
+)
+def test_data_of_another_kind_is_refused_in_one_line(tmp_path, records, words):
+    refuses(
+        words, loaded, write_rows(tmp_path / "chats.jsonl", [{"prompt": "Q:", "completion": "a"}] * 3), records=records
+    )
+
+
+# Answers that begin with their prompt: cut where a whole set has full texts, and left alone elsewhere.
+GREETING = {"prompt": "Hi", "chosen": "Hi! How can I help you?", "rejected": "Hi."}
+FULL, APART = (
+    [
+        {"prompt": f"Q{n} is", "chosen": f"{start.format(n)} good.", "rejected": f"{start.format(n)} bad."}
+        for n in range(50)
+    ]
+    for start in ("Q{} is", "")
+)
+
+
+def noted(splits, *words):
+    return [note for note in splits.report.notes if "begin with the prompt" in note and all(w in note for w in words)]
+
+
+@pytest.mark.parametrize("records", ["pairs", "rated"])
+def test_an_answer_that_greets_back_is_trained_whole(tmp_path, records):
+    splits = loaded(write_rows(tmp_path / "d.jsonl", [*APART[:9], GREETING]), records=records)
+    assert any(text.startswith("Hi! How can") for text in row_texts(splits.train, trained=True))
+    assert noted(splits, "1 of 10 rows", "d.jsonl line 10")
+
+
+@pytest.mark.parametrize("records", ["pairs", "rated"])
+def test_a_set_of_full_texts_has_the_prompt_cut(tmp_path, records):
+    splits, same, mixed = (
+        loaded(write_rows(tmp_path / f"{name}.jsonl", rows), records=records)
+        for name, rows in (("d", FULL[:40] + APART[40:41]), ("e", APART[:41]), ("f", FULL[:40] + APART[40:]))
+    )
+    assert splits.train.fingerprint == same.train.fingerprint
+    assert noted(splits, "40 of 41 rows", "cut")
+    assert not noted(same)
+    assert any(text.startswith("Q7 is good.") for text in row_texts(mixed.train, trained=True))
+    assert noted(mixed, "40 of 50 rows")
+
+
+def test_each_set_decides_for_all_its_files(tmp_path):
+    (tmp_path / "one").mkdir()
+    for name, rows in (("one/train", APART[:20]), ("one/valid", [GREETING]), ("two", FULL[:20])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    splits = loaded(f"{tmp_path / 'one'},{tmp_path / 'two.jsonl'}", records="pairs")
+    assert row_texts(splits.valid, trained=True)[0].startswith("Hi! How can")
+    assert not any(text.startswith("Q") for text in row_texts(splits.train, trained=True))
+    assert noted(splits, "1 of 21 rows")
+    assert noted(splits, "20 of 20 rows", "cut")
+
+
+def test_an_evaluation_says_so_too(tmp_path, logged):
+    settings = DataSettings(data=str(write_rows(tmp_path / "d.jsonl", FULL[:8])))
+    for _ in range(2):  # the second time from the cache
+        rows = load_eval_set(settings.data, settings, byte_tokenizer(), records="pairs")
+    assert row_texts(rows, trained=True)[0].startswith(" good.")
+    assert ["8 of 8 rows" in line for line in logged] == [True, True]

@@ -1,4 +1,4 @@
-"""The process in which chat templates of strangers are rendered."""
+"""Chat templates: the process in which those of strangers are rendered, and one day for the whole of a run where a template shows today's date."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pytest
-from byte_tokenizer import TEMPLATES, byte_tokenizer
+import yaml
+from byte_tokenizer import CHATML, TEMPLATES, byte_tokenizer
+from child_environment import child_environment
+from refusing import refuses
+from row_files import write_rows
+from run_cli import run, succeeds
 
+from mlx_lora.config.settings import DataSettings, LoopSettings
 from mlx_lora.data import sandbox, template_worker
+from mlx_lora.data import tokenize as encode
 from mlx_lora.data.examples import Conversation
+from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.render import Renderer
 from mlx_lora.data.sandbox import is_known, render_chat
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.utils.errors import InputError
+from mlx_lora.trainer import run_folder
 from mlx_lora.utils.text import start_mark
 
 ROOT = Path(__file__).parents[2]
@@ -132,8 +142,7 @@ def test_a_worker_that_was_killed_is_started_again():
             time.sleep(0.3)
             sandbox.WORKER._process.kill()
             time.sleep(0.3)
-        with pytest.raises(InputError, match="takes more than"):
-            waiting.result(60)
+        refuses("takes more than", waiting.result, 60)
     assert shown() == "a"
 
 
@@ -145,8 +154,7 @@ def test_a_worker_that_cannot_work_is_an_error(monkeypatch):
     ):
         sandbox.WORKER.end()
         monkeypatch.setattr(sandbox, "COMMAND", command)
-        with pytest.raises(InputError, match=words):
-            shown()
+        refuses(words, shown)
     monkeypatch.undo()
     assert shown() == "a"
 
@@ -166,8 +174,7 @@ def test_an_interrupted_conversation_leaves_no_answer_for_the_next():
 def test_a_worker_that_was_stopped_is_given_up(monkeypatch):
     process().send_signal(signal.SIGSTOP)
     monkeypatch.setattr(sandbox, "PATIENCE_S", 0.5)
-    with pytest.raises(InputError, match="takes more than"):
-        shown()
+    refuses("takes more than", shown)
     monkeypatch.undo()
     assert shown() == "a"
 
@@ -180,8 +187,7 @@ def test_memory_is_looked_at_where_the_system_does_not_limit_it(monkeypatch):
     monkeypatch.setattr(sandbox, "RENDER_BYTES", 128 << 20)
     monkeypatch.setattr(sandbox, "LIMITS_MEMORY", False)
     start = time.monotonic()
-    with pytest.raises(InputError, match="128 MB"):
-        render_chat(byte_tokenizer(), TURNS, "{% set x = 'a' * 300000000 %}" + ENDLESS)
+    refuses("128 MB", render_chat, byte_tokenizer(), TURNS, "{% set x = 'a' * 300000000 %}" + ENDLESS)
     assert time.monotonic() - start < sandbox.RENDER_S
     sandbox.WORKER.end()
 
@@ -208,28 +214,26 @@ def test_a_forked_process_has_a_worker_of_its_own():
 
 PARENT = """
 import sys, os
-sys.path.insert(0, {tests!r})
 from byte_tokenizer import byte_tokenizer
 from mlx_lora.data import sandbox
-tokenizer, turns = byte_tokenizer(), [{{"role": "user", "content": "a"}}]
+{before}tokenizer, turns = byte_tokenizer(), [{{"role": "user", "content": "a"}}]
 print(sandbox.render_chat(tokenizer, turns, "{{{{ messages[0].content }}}}b"), sandbox.WORKER._process.pid, flush=True)
 if len(sys.argv) > 1:
     sandbox.render_chat(tokenizer, turns, sys.argv[1])
 """
 
 
-def started(*arguments: str, **options) -> subprocess.Popen[str]:
-    code = PARENT.format(tests=str(ROOT / "tests"))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    options = {"env": {**os.environ, "PYTHONPATH": path}, **options}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, **options)
+def started(*arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """Start a process that renders; `before` is what it does first."""
+    code = PARENT.format(before=before)
+    environment = child_environment(ROOT / "tests")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_the_worker_ends_with_its_parent():
-    with started() as parent:  # that ends by itself
-        text, number = parent.stdout.readline().split()
-    assert (text, parent.returncode) == ("ab", 0)
-    assert start_mark(int(number)) is None
+    """Also with one that was killed while the worker rendered."""
     with started(ENDLESS) as parent:
         number = int(parent.stdout.readline().split()[1])
         assert start_mark(number)
@@ -242,15 +246,11 @@ def test_the_worker_needs_neither_the_folder_nor_the_environment_of_its_parent(t
         (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
     place = tmp_path / "place"
     place.mkdir()
-    code = PARENT.format(tests=str(ROOT / "tests"))
-    code = code.replace(
-        "tokenizer, turns",
-        f"os.chdir({str(place)!r}); os.rmdir({str(place)!r}); os.environ['PYTHONPATH'] = {str(tmp_path)!r}\ntokenizer, turns",
-        1,
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert ran.stdout.startswith("ab "), ran.stderr
+    leaves = f"os.chdir({str(place)!r}); os.rmdir({str(place)!r}); os.environ['PYTHONPATH'] = {str(tmp_path)!r}\n"
+    with started(before=leaves) as parent:  # that ends by itself
+        text, number = parent.stdout.readline().split()
+    assert (text, parent.returncode) == ("ab", 0)
+    assert start_mark(int(number)) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -308,21 +308,136 @@ def test_slow_rows_are_not_rendered_ahead(monkeypatch):
     assert template_worker.answer(encoded, "xy", {}, "2026-01-05", 10.0) == ["xy"]
     renderer = Renderer(byte_tokenizer(), SHOWS + "{# #}")
     renderer.render_ahead(chats(3))
-    assert len(renderer._ahead) == 3
-    assert renderer.render(chats(1)[0]).rows[0].text == "q0a0"
+    assert (len(renderer._ahead), renderer.render(chats(1)[0]).rows[0].text) == (3, "q0a0")
 
 
-def test_long_texts_of_a_template_do_not_add_up():
+def test_long_texts_of_a_template_do_not_add_up(monkeypatch):
     """A template makes each short row long; what is beyond --max-seq-length is not kept."""
-    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 90000 }}"
+    monkeypatch.setattr("mlx_lora.data.tokenize.BATCH_CHARACTERS", 100_000)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' * 20000 }}"
     peaks = []
     encoder = Encoder(byte_tokenizer(), template, max_seq_length=8, mask_prompt=False)
     batch = encoder._render_batch
-    encoder._render_batch = lambda *given: (
-        made := batch(*given),
-        peaks.append(sum(len(one.text) for _, one in made[1])),
-    )[0]
-    found = encoder.encode(chats(200))
-    assert len(found.truncated) == 200
-    assert max(peaks) < 5_000_000
-    assert sum(peaks) > 200 * 90_000
+
+    def watched(*given):
+        made = batch(*given)
+        peaks.append(sum(len(one.text) for _, one in made[1]))
+        return made
+
+    encoder._render_batch = watched
+    assert len(encoder.encode(chats(60)).truncated) == 60
+    assert max(peaks) < 500_000
+    assert sum(peaks) > 60 * 20_000
+
+
+DATED = "{{ 'On ' + strftime_now('%d %b %Y') + ': ' }}" + CHATML
+FIRST, NEXT = date(2026, 1, 5), date(2026, 1, 6)
+
+
+def clock(monkeypatch, day):
+    """Let it be that day for a run that starts now."""
+    monkeypatch.setattr(run_folder, "date", type("Day", (date,), {"today": staticmethod(lambda: day)}))
+
+
+def write_chats(path, count=12):
+    return write_rows(path, [{"instruction": f"say {n}", "output": "abc" * (1 + n % 5)} for n in range(count)])
+
+
+def test_a_day_can_be_given_and_is_todays_otherwise():
+    turns = [{"role": "user", "content": "q"}]
+    text = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
+    assert render_chat(byte_tokenizer(), turns, text, day=FIRST) == "2026-01-05 00:00"
+    before = date.today()
+    assert render_chat(byte_tokenizer(), turns, text)[:10] in (before.isoformat(), date.today().isoformat())
+    assert render_chat(byte_tokenizer(), turns, text, day=NEXT) == "2026-01-06 00:00"
+
+
+def test_the_day_is_part_of_the_rows_and_of_the_cache_only_where_it_shows(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    settings = DataSettings(data=str(write_chats(tmp_path / "d.jsonl")))
+    encodes = []
+    inner = encode.Encoder.encode
+    monkeypatch.setattr(encode.Encoder, "encode", lambda self, *given: encodes.append(1) or inner(self, *given))
+
+    def load(template, day, **changed):
+        return load_data(DataSettings(**{**settings.__dict__, **changed}), byte_tokenizer(template), 0, today=day)
+
+    first, second = load(DATED, FIRST), load(DATED, NEXT)
+    assert first.train.fingerprint != second.train.fingerprint
+    assert first.train.fingerprint == load(DATED, NEXT, chat_date="2026-01-05").train.fingerprint
+    assert (first.chat_day, second.chat_day) == (FIRST, NEXT)
+    assert "On 05 Jan 2026: " in byte_tokenizer().decode(first.train.row(0)[0].tolist())
+    assert any("2026-01-05" in note for note in first.report.notes)
+    assert len(encodes) == 2  # the first day again is a hit
+    plain, again = load(CHATML, FIRST), load(CHATML, NEXT)
+    assert plain.train.fingerprint == again.train.fingerprint
+    assert plain.chat_day is again.chat_day is None
+    assert len(encodes) == 3  # one, of both days
+    assert not any("date" in note for note in plain.report.notes)
+
+
+def test_a_day_that_nothing_shows_or_that_is_none_is_refused(tmp_path):
+    data = str(write_chats(tmp_path / "d.jsonl"))
+    refuses("--chat-date 2026-01-05: ", load_data, DataSettings(data=data, chat_date="2026-01-05"), byte_tokenizer(), 0)
+    ran = run("train", "--model", "m", "--data", data, "--adapter-path", tmp_path / "a", "--chat-date", "5 Jan")
+    assert ran.code == 2
+    assert "--chat-date '5 Jan': not a date" in ran.err
+
+
+def test_an_evaluation_is_of_the_day_it_is_told(tmp_path):
+    data = str(write_chats(tmp_path / "d.jsonl"))
+    sets = [
+        load_eval_set(data, DataSettings(chat_date=day), byte_tokenizer(DATED))
+        for day in ("2026-01-05", "2026-01-06", "2026-01-05")
+    ]
+    assert sets[0].fingerprint == sets[2].fingerprint != sets[1].fingerprint
+
+
+def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "dated.jinja").write_text(DATED)
+    data = write_chats(tmp_path / "d.jsonl", 30)
+    common = ("train", "--model", tiny_folder, "--data", data, "--chat-template", tmp_path / "dated.jinja",
+              "--batch-size", 2, "--steps-per-eval", 0, "--save-every", 2, "--lr-schedule", "constant", "--sample-tokens", 0)  # fmt: skip
+    for day, name, iters, *resume in ((FIRST, "a", 2), (NEXT, "a", 4, "--resume"), (FIRST, "b", 4)):
+        clock(monkeypatch, day)
+        succeeds(*common, "--adapter-path", tmp_path / name, "--iters", iters, *resume)
+        assert yaml.safe_load((tmp_path / name / "run.yaml").read_text())["chat_date"] == "2026-01-05"
+    factors = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in "ab"]
+    assert factors[0] == factors[1]
+    # The paired inequality: another day is another run.
+    clock(monkeypatch, NEXT)
+    another = run(*common, "--adapter-path", tmp_path / "a", "--iters", 6, "--resume", "--chat-date", "2026-01-06")
+    assert another.code == 2
+    assert "from another run: the rows" in another.err
+
+
+class OtherRank:
+    """A rank whose clock is a day ahead, and whose first rank says what it says."""
+
+    leads = False
+
+    def from_first(self, value):
+        assert value == NEXT.isoformat()
+        return FIRST.isoformat()
+
+
+def test_every_rank_has_the_first_ones_day(tmp_path, monkeypatch):
+    clock(monkeypatch, NEXT)
+    loop = LoopSettings(adapter_path=str(tmp_path))
+    assert (run_folder.first_day(loop), run_folder.first_day(loop, OtherRank())) == (NEXT, FIRST)
+    (tmp_path / "run.yaml").write_text("chat_date: 2026-01-05\n")  # YAML reads a day without quotes as a date
+    assert run_folder.first_day(loop) == NEXT  # a new run
+    resumed = LoopSettings(adapter_path=str(tmp_path), resume="auto")
+    assert run_folder.first_day(resumed) == FIRST
+    named = LoopSettings(adapter_path="elsewhere", resume=str(tmp_path / "checkpoints/step-000002"))
+    assert run_folder.first_day(named) == FIRST
+    for broken in ("chat_date: soon\n", "[1]", "{", ""):
+        (tmp_path / "run.yaml").write_text(broken)
+        assert run_folder.first_day(resumed) == NEXT
+
+
+def test_arrays_differ_in_the_date_only(tmp_path):
+    settings = DataSettings(data=str(write_chats(tmp_path / "d.jsonl")), valid_fraction=0.0)
+    one, other = (load_data(settings, byte_tokenizer(DATED), 0, today=day).train for day in (FIRST, NEXT))
+    assert np.array_equal(one.mask, other.mask)
+    assert set((np.flatnonzero(one.tokens != other.tokens) - one.offsets[:-1]).tolist()) == {4}  # 5 or 6 in "On 05"

@@ -17,12 +17,18 @@ from typing import Any
 
 import yaml
 
-from fuzz import nasty_adapters, nasty_data, nasty_models
-from fuzz.gguf_pieces import read_pieces, spoiled_gguf
-from fuzz.mutate import json_bytes, spoiled_bytes, spoiled_json, spoiled_safetensors, spoiled_text, spoiled_tree
-from fuzz.nasty import Nasty, exported, on_copy, on_model, resumed
-from fuzz.nasty_data import evaluated, rendered
-from fuzz.nasty_models import converted
+from fuzz import nasty
+from fuzz.mutate import (
+    json_bytes,
+    read_pieces,
+    spoiled_bytes,
+    spoiled_gguf,
+    spoiled_json,
+    spoiled_safetensors,
+    spoiled_text,
+    spoiled_tree,
+)
+from fuzz.nasty import Nasty, converted, evaluated, exported, on_copy, on_model, rendered, resumed
 from fuzz.seeds import ROWS, SETTINGS, TEMPLATE, Seeds
 
 Command = tuple[object, ...]
@@ -53,7 +59,7 @@ def data_tables(place: Path, seeds: Seeds, rng: random.Random) -> Command:
     elif kind == "txt":
         content = spoiled_text("Some text.\nMore of it.\n" * 5, rng)
     else:
-        content = spoiled_bytes(nasty_data.parquet([{"prompt": "a", "completion": "b"}] * 5), rng)
+        content = spoiled_bytes(nasty.parquet([{"prompt": "a", "completion": "b"}] * 5), rng)
     return evaluated(put(place / "in" / f"d.{kind}", content), seeds)
 
 
@@ -155,18 +161,18 @@ def run_folder(place: Path, seeds: Seeds, rng: random.Random) -> Command:
 
 # Kind -> (mutation, hand-made ones, share of the cases).
 KINDS: dict[str, tuple[Callable[[Path, Seeds, random.Random], Command], list[Nasty], int]] = {
-    "data: json, jsonl": (data_json_lines, nasty_data.DATA, 14),
-    "data: csv, parquet, txt": (data_tables, nasty_data.TABLES, 8),
-    "model config": (model_config, nasty_models.CONFIGS, 14),
-    "model safetensors": (model_weights, nasty_models.WEIGHTS, 12),
-    "tokenizer files": (tokenizer_files, nasty_models.TOKENIZERS, 8),
-    "adapter folder": (adapter_folder, nasty_adapters.ADAPTERS, 12),
-    "PEFT folder": (peft_folder, nasty_adapters.PEFTS, 10),
-    "GGUF": (gguf_file, nasty_models.GGUFS, 12),
-    "settings YAML": (settings_file, nasty_data.SETTINGS, 12),
-    "checkpoint": (checkpoint, nasty_adapters.CHECKPOINTS, 6),
-    "chat template": (chat_template, nasty_data.TEMPLATES, 6),
-    "run folder": (run_folder, nasty_adapters.RUNS, 4),
+    "data: json, jsonl": (data_json_lines, nasty.DATA, 14),
+    "data: csv, parquet, txt": (data_tables, nasty.TABLES, 8),
+    "model config": (model_config, nasty.CONFIGS, 14),
+    "model safetensors": (model_weights, nasty.WEIGHTS, 12),
+    "tokenizer files": (tokenizer_files, nasty.TOKENIZERS, 8),
+    "adapter folder": (adapter_folder, nasty.ADAPTERS, 12),
+    "PEFT folder": (peft_folder, nasty.PEFTS, 10),
+    "GGUF": (gguf_file, nasty.GGUFS, 12),
+    "settings YAML": (settings_file, nasty.SETTINGS, 12),
+    "checkpoint": (checkpoint, nasty.CHECKPOINTS, 6),
+    "chat template": (chat_template, nasty.TEMPLATES, 6),
+    "run folder": (run_folder, nasty.RUNS, 4),
 }
 
 

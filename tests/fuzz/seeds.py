@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sentencepiece
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import succeeds
 from tiny_gguf import write_tiny_gguf
 from tiny_vocabularies import byte_level_vocabulary, spm_vocabulary
 
@@ -107,5 +107,4 @@ def small_spm() -> bytes:
 
 def done(command: str, *arguments: object) -> None:
     """Run a command that must succeed."""
-    ran = run(command, *arguments)
-    assert ran.code == 0, ran.err
+    succeeds(command, *arguments)

@@ -17,9 +17,8 @@ from typing import Any
 import click
 
 from golden.cases import CASES
-from golden.differences import described, differences, incomparable
+from golden.differences import ROOT, NoTreeError, base_commit, described, differences, incomparable, unpacked
 from golden.recording import PERTURBED, record
-from golden.trees import ROOT, NoTreeError, base_commit, unpacked
 
 
 def with_package(_: click.Context, __: click.Parameter, tree: Path) -> Path:

@@ -1,8 +1,12 @@
-"""Name what differs between two recordings: case, file and key."""
+"""The commit that the working tree is compared with, and what differs between two recordings: case, file and key."""
 
 from __future__ import annotations
 
+import subprocess
+import tarfile
 from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 ABSENT = "absent"
@@ -83,3 +87,34 @@ def described(found: list[Difference], cases: int, most: int = 6) -> str:
             lines.append(f"{case}: and {len(texts) - most} more of its {part}")
     differing = len({one.case for one in found})
     return "\n".join([*lines, f"{cases} cases, {differing} differ" if differing else f"{cases} cases, all equal"])
+
+
+ROOT = Path(__file__).parents[2]
+BASE = Path(__file__).with_name("BASE")
+
+
+class NoTreeError(Exception):
+    """The commit cannot be read: no git, no checkout, or one that is too shallow."""
+
+
+def base_commit() -> str:
+    """Return the commit in tests/golden/BASE; a change that is meant to change results names a newer one there."""
+    return BASE.read_text(encoding="utf-8").split()[0]
+
+
+def unpacked(commit: str, folder: Path) -> Path:
+    """Unpack the package of a commit into a folder and return it; the checkout itself stays as it is.
+
+    Raises:
+        NoTreeError: git or the commit is missing.
+    """
+    try:
+        archive = subprocess.run(["git", "archive", commit, "mlx_lora"], cwd=ROOT, capture_output=True, check=True)
+    except FileNotFoundError:
+        raise NoTreeError("git is not installed") from None
+    except subprocess.CalledProcessError as error:
+        words = error.stderr.decode(errors="replace").strip().splitlines()
+        raise NoTreeError(f"commit {commit} cannot be read: {words[-1] if words else error}") from None
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+    return folder

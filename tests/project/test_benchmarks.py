@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY, tiny_model
+from refusing import refuses
 
 from mlx_lora.adapters.inject import inject, select_targets
 
@@ -51,8 +52,7 @@ def test_first_step_and_retraces_are_kept_apart(module):
     assert figures["padding_fraction"] == pytest.approx(1 - 270 / 300)
     assert (figures["counted_steps"], figures["steady_steps"], figures["shapes"]) == (3, 2, 2)
     assert module("_figures").run_figures(steps[:3], 13.0)["steady_tokens_per_s"] is None  # of one steady step
-    with pytest.raises(ValueError, match="two steps"):
-        module("_figures").run_figures(steps[:1], 13.0)
+    refuses("two steps", module("_figures").run_figures, steps[:1], 13.0, kind=ValueError)
 
 
 def test_our_metrics_become_steps_with_their_own_counts(module):
@@ -71,8 +71,7 @@ def test_our_metrics_become_steps_with_their_own_counts(module):
     }  # fmt: skip
     assert math.isnan(steps[1]["loss"])
     figures = module("_figures").run_figures(steps, first_step_s=1.0)
-    assert figures["supervised_tokens_per_s"] == pytest.approx(2 * 757 / 3)
-    assert figures["shapes"] == 2
+    assert (figures["supervised_tokens_per_s"], figures["shapes"]) == (pytest.approx(2 * 757 / 3), 2)
 
 
 def test_ratios_pair_rounds(module):
@@ -118,8 +117,7 @@ def found(loss_sum: float, count: int = 100, same_ids: bool = True) -> dict:
 )
 def test_other_work_is_refused(module, other, words):
     versus = module("versus")
-    with pytest.raises(versus.Disagreement, match=words):
-        versus.check_agreement({"a": found(300.0), "b": other}, "a")
+    refuses(words, versus.check_agreement, {"a": found(300.0), "b": other}, "a", kind=versus.Disagreement)
 
 
 @pytest.mark.parametrize("coarse", ["bfloat16", "float16", "float32"])
@@ -128,15 +126,16 @@ def test_sixteen_bits_may_differ_more(module, coarse):
     exact = {**found(300.0), "facts": {"dtypes": ["float32"]}}
     other = {**found(300.0 * (1 + 2e-3)), "facts": {"dtypes": [coarse]}}
     if coarse == "float32":
-        with pytest.raises(versus.Disagreement):
-            versus.check_agreement({"a": exact, "b": other}, "a")
+        refuses("loss sum", versus.check_agreement, {"a": exact, "b": other}, "a", kind=versus.Disagreement)
         return
     assert versus.check_agreement({"a": exact, "b": other}, "a") == figures.TOLERANCE * figures.COARSER
     # But not as much as a factor that is lost, and not between two sides that compute in float32.
-    with pytest.raises(versus.Disagreement):
-        versus.check_agreement({"a": exact, "b": {**other, "loss_sum": 300.0 * 1.02}}, "a")
-    with pytest.raises(versus.Disagreement, match="c: loss sum"):
-        versus.check_agreement({"a": exact, "b": other, "c": {**other, "facts": exact["facts"]}}, "a")
+    lost, exact_too = {**other, "loss_sum": 300.0 * 1.02}, {**other, "facts": exact["facts"]}
+    for sides, words in (
+        ({"a": exact, "b": lost}, "loss sum"),
+        ({"a": exact, "b": other, "c": exact_too}, "c: loss sum"),
+    ):
+        refuses(words, versus.check_agreement, sides, "a", kind=versus.Disagreement)
 
 
 # --- where torch computes
@@ -175,8 +174,7 @@ def torch_place(module, monkeypatch):
 )
 def test_torch_computes_where_and_in_what_ours_does(torch_place, gpus, asked, device, dtype):
     place = torch_place(Torch(*gpus), *asked)
-    assert (place.device, place.dtype) == (device, dtype)
-    assert place.facts()["device"] == device
+    assert (place.device, place.dtype, place.facts()["device"]) == (device, dtype, device)
     assert place.facts()["dtypes"] == [dtype]
     if dtype == "bfloat16":
         assert place.computing() == (device, "torch.bfloat16")
@@ -186,8 +184,7 @@ def test_torch_computes_where_and_in_what_ours_does(torch_place, gpus, asked, de
 
 
 def test_a_device_that_torch_does_not_find_is_refused(torch_place):
-    with pytest.raises(ValueError, match=r"--torch-device mps.*cuda, cpu"):
-        torch_place(Torch("cuda"), "mps")
+    refuses(r"--torch-device mps.*cuda, cpu", torch_place, Torch("cuda"), "mps", kind=ValueError)
 
 
 # --- preferences
@@ -204,8 +201,7 @@ def test_pairs_are_counted_with_and_without_the_reference(module):
     assert figures["pairs_per_s"] == pytest.approx(5 / 8)
     assert figures["steady_pairs_per_s"] == pytest.approx(4 / 3)
     assert figures["pairs_per_s_with_reference"] == pytest.approx(40 / (64 + 16))
-    assert figures["whole_pairs_per_s"] == pytest.approx(7 / 20)
-    assert figures["counted_pairs"] == 5
+    assert (figures["whole_pairs_per_s"], figures["counted_pairs"]) == (pytest.approx(7 / 20), 5)
     in_steps = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
     assert in_steps["pairs_per_s_with_reference"] == pytest.approx(in_steps["pairs_per_s"])
 
@@ -228,16 +224,17 @@ def curve(*losses: float, chosen: float = -90.0, accuracy: float = 1.0) -> dict:
 )
 def test_other_steps_are_refused(module, other, words):
     figures = module("_figures")
-    with pytest.raises(figures.Disagreement, match=f"b: {words}"):
-        figures.check_curves({"a": curve(0.69315, 0.45), "b": other}, "a")
+    refuses(
+        f"b: {words}", figures.check_curves, {"a": curve(0.69315, 0.45), "b": other}, "a", kind=figures.Disagreement
+    )
 
 
 def test_our_reference_is_timed_from_what_the_run_says(module):
     sides = module("_sides")
     log = "Reference: 120 of 1,200 answers\nReference: 1,200 answers computed in 20.50 s\n"
     assert sides.reference_seconds(log + "Reference: 8 answers computed in 0.25 s\n") == 20.75
-    with pytest.raises(module("_harness").ChildFailed, match="computed the reference"):
-        sides.reference_seconds("Reference: 1,200 answers from an earlier run\n")
+    again = "Reference: 1,200 answers from an earlier run\n"
+    refuses("computed the reference", sides.reference_seconds, again, kind=module("_harness").ChildFailed)
 
 
 def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypatch):
@@ -283,9 +280,17 @@ def test_what_needs_pairs_is_told_apart(module):
 # --- the command line
 
 
+DPO = ["--objective", "dpo"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--check"], "--check: only with --quick"),
+        ([], "--model and --data are required"),
+        (["--quick", "--steps", "5"], "--steps: --quick fixes it"),
+        (["--quick", "--rounds", "1"], "a spread needs 2"),
+        (["--quick", "--record", "--ours=--rank 2"], "--ours with --record"),
         (["--sides", "mlx_lora,nothing"], "nothing"),
         (["--sides", "mlx_lora"], "--reference"),
         (["--steps", "1"], "--steps 1"),
@@ -301,8 +306,9 @@ def test_what_needs_pairs_is_told_apart(module):
     ],
 )
 def test_bad_arguments_are_refused(module, arguments, words, capsys):
+    data = [] if not arguments or {"--quick", "--check"} & set(arguments) else ["--model", "m", "--data", "d"]
     with pytest.raises(SystemExit, match="2"):
-        module("versus").arguments(["--model", "m", "--data", "d", *arguments])
+        module("versus").arguments([*data, *arguments])
     assert words in capsys.readouterr().err
 
 
@@ -320,23 +326,32 @@ def test_sides_that_cannot_run_say_why(module):
 # --- whole comparisons, in fresh processes
 
 
-def run_versus(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / "versus.py"), *map(str, arguments)]
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def last_line(name: str, *arguments: object) -> dict:
+    """Run a script that must succeed, and return the JSON that it prints last."""
+    ran = run_script(name, *arguments)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.strip().splitlines()[-1])
+
+
+def compared(*arguments: object, out: Path) -> dict:
+    """Compare sides in fresh processes, and return what is written."""
+    last = last_line("versus.py", "--rounds", 1, *arguments, "--out", out)
+    result = json.loads(out.read_text())
+    assert last["summary"] == result["summary"]
+    return result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "4bit", "text"])
 def test_compares_us_with_mlx_lm(kind, tiny_folder, tiny_4bit_folder, chats, tmp_path):
     model = tiny_4bit_folder if kind == "4bit" else tiny_folder
-    out = tmp_path / "out.json"
-    extra = ["--as-text"] if kind == "text" else []
-    common = ["--rounds", 1, "--steps", 3, "--batch-tokens", 256, "--rank", 4, "--out", out]
-    ran = run_versus("--model", model, "--data", chats, *common, *extra)
-    assert ran.returncode == 0, ran.stderr
-    last = json.loads(ran.stdout.strip().splitlines()[-1])
-    result = json.loads(out.read_text())
-    assert last["summary"] == result["summary"]
+    few = ["--steps", 3, "--batch-tokens", 256, "--rank", 4, *(["--as-text"] if kind == "text" else [])]
+    result = compared("--model", model, "--data", chats, *few, out=tmp_path / "out.json")
     assert {"versions", "commit", "date", "cores", "removed_variables", "arguments", "command_line"} <= set(result)
     assert {"prepared", "checks", "skipped", "regimes", "rounds", "tolerance"} <= set(result)
     ours, theirs = (result["checks"][name] for name in ("mlx_lora", "mlx-lm"))
@@ -376,13 +391,9 @@ def test_another_adapter_is_noticed(module, tiny_folder, chats, tmp_path):
 @pytest.mark.parity
 def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
     pytest.importorskip("peft")
-    out = tmp_path / "out.json"
     names = "mlx-lm,peft-padded,peft-packed,peft-grouped"
-    ran = run_versus(
-        "--model", tiny_folder, "--data", chats, "--sides", names, "--rounds", 1, "--steps", 2, "--out", out
-    )
-    assert ran.returncode == 0, ran.stderr
-    checks = json.loads(out.read_text())["checks"]
+    asked = ["--model", tiny_folder, "--data", chats, "--sides", names, "--steps", 2]
+    checks = compared(*asked, out=tmp_path / "out.json")["checks"]
     assert set(checks) == set(names.split(","))
     for check in checks.values():
         assert check["loss_sum"] == pytest.approx(checks["mlx-lm"]["loss_sum"], rel=1e-4)
@@ -392,11 +403,9 @@ def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
 @pytest.mark.parity
 def test_peft_in_bfloat16_computes_the_same_loss_within_its_rounding(tiny_folder, chats, tmp_path):
     pytest.importorskip("peft")
-    out = tmp_path / "out.json"
-    common = ["--model", tiny_folder, "--data", chats, "--rounds", 1, "--steps", 2, "--torch-device", "cpu"]
-    ran = run_versus(*common, "--sides", "mlx-lm,peft-padded", "--torch-dtype", "bfloat16", "--out", out)
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(out.read_text())
+    asked = ["--model", tiny_folder, "--data", chats, "--steps", 2, "--torch-device", "cpu"]
+    asked += ["--sides", "mlx-lm,peft-padded", "--torch-dtype", "bfloat16"]
+    result = compared(*asked, out=tmp_path / "out.json")
     facts = result["checks"]["peft-padded"]["facts"]
     assert (facts["device"], facts["dtypes"]) == ("cpu", ["bfloat16"])
     sums = [check["loss_sum"] for check in result["checks"].values()]
@@ -417,12 +426,10 @@ def preferences(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_compares_runs_of_ours_on_pairs(tiny_folder, preferences, tmp_path):
-    out = tmp_path / "out.json"
-    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
-    common += ["--sides", "mlx_lora,mlx_lora-pairs", "--max-seq-length", 400, "--out", out]
-    ran = run_versus(*common, "--rows", 8, "--passes", 2, "--variant", "block=--grad-checkpoint block")
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(out.read_text())
+    common = [*DPO, "--model", tiny_folder, "--data", preferences, "--rank", 4]
+    common += ["--sides", "mlx_lora,mlx_lora-pairs", "--max-seq-length", 400]
+    variant = ["--rows", 8, "--passes", 2, "--variant", "block=--grad-checkpoint block"]
+    result = compared(*common, *variant, out=tmp_path / "out.json")
     assert result["prepared"]["pairs"] == 8
     assert sum(result["prepared"]["left_out"].values()) == 3
     assert set(result["rounds"]) == {"mlx_lora", "mlx_lora-pairs", "mlx_lora-block"}
@@ -431,7 +438,7 @@ def test_compares_runs_of_ours_on_pairs(tiny_folder, preferences, tmp_path):
         assert only["pairs_per_s"] > only["pairs_per_s_with_reference"] > 0
         assert only["reference_s"] > 0
     assert {s["pairs"] for s in result["rounds"]["mlx_lora-pairs"][0]["steps"]} == {2}
-    wrong = run_versus(*common, "--steps", 2, "--variant", "wrong=--beta 0.5")
+    wrong = run_script("versus.py", *common, "--rounds", 1, "--steps", 2, "--variant", "wrong=--beta 0.5")
     assert wrong.returncode == 1
     assert "mlx_lora-wrong: losses" in wrong.stderr
 
@@ -440,11 +447,8 @@ def test_compares_runs_of_ours_on_pairs(tiny_folder, preferences, tmp_path):
 @pytest.mark.parity
 def test_trl_takes_the_same_steps(tiny_folder, preferences, tmp_path):
     pytest.importorskip("trl")
-    out = tmp_path / "out.json"
-    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
-    ran = run_versus(*common, "--sides", "mlx_lora,trl,trl-precomputed", "--steps", 2, "--out", out)
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(out.read_text())
+    asked = [*DPO, "--model", tiny_folder, "--data", preferences, "--rank", 4, "--steps", 2]
+    result = compared(*asked, "--sides", "mlx_lora,trl,trl-precomputed", out=tmp_path / "out.json")
     ours = result["checks"]["mlx_lora"]["losses"]
     for name in ("trl", "trl-precomputed"):
         assert result["checks"][name]["losses"] == pytest.approx(ours, abs=1e-4)
@@ -454,8 +458,7 @@ def test_trl_takes_the_same_steps(tiny_folder, preferences, tmp_path):
 @pytest.mark.slow
 def test_scaling_measures_its_curves(tmp_path):
     out = tmp_path / "scaling.json"
-    command = [sys.executable, BENCHMARKS / "scaling.py", "--vary", "rank", "--hidden", "128", "--layers", "1"]
-    ran = subprocess.run([*map(str, command), "--steps", "2", "--out", str(out)], capture_output=True, text=True)
+    ran = run_script("scaling.py", "--vary", "rank", "--hidden", 128, "--layers", 1, "--steps", 2, "--out", out)
     assert ran.returncode == 0, ran.stderr
     curve = json.loads(out.read_text())["curves"]["rank"]
     assert [row["rank"] for row in curve] == [4, 8, 32, 128]
@@ -483,12 +486,8 @@ def test_a_steps_operations_are_counted_by_hand(module):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_profile_times_and_counts_a_step(mode, tiny_folder):
-    command = [sys.executable, BENCHMARKS / "profile_step.py", "--model", tiny_folder, "--width", "70"]
-    ran = subprocess.run(
-        [*map(str, command), "--rounds", "2", "--checkpointing", mode], capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout.strip().splitlines()[-1])
+    asked = ["--model", tiny_folder, "--width", 70, "--rounds", 2, "--checkpointing", mode]
+    result = last_line("profile_step.py", *asked)
     assert result["step_s"] > 0 < result["peak_bytes"]
     assert result["counts"].keys() - result["parts_s"].keys() == {"residuals"}
     assert result["operations"]["Matmul"] > 2 * 7 * 4  # blocks, layers, products with weights and factors
@@ -683,8 +682,7 @@ def test_a_busy_machine_and_a_changed_tree_are_not_recorded(module, tmp_path, mo
     assert code == 0
     entry = module("history").read_history(path)[-1]
     assert bool(entry["unsound"]) == (words is not None)
-    assert entry["ratio"] == pytest.approx(2.025, abs=1e-3)
-    assert entry["by"] == "tokens_per_cpu_s"
+    assert (entry["ratio"], entry["by"]) == (pytest.approx(2.025, abs=1e-3), "tokens_per_cpu_s")
 
 
 def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):
@@ -710,23 +708,6 @@ def test_the_gate_is_shut_after_a_fall(module, tmp_path, monkeypatch):
     assert not quick.entry_of(made_result(SPEEDS, begun_at="abc"), 0.0)["unsound"]
     gpu = quick.entry_of(made_result(SPEEDS, backend="metal"), 0.0)
     assert (gpu["by"], gpu["cpu"], gpu["unsound"]) == ("supervised_tokens_per_s", "Apple M4", [])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--check"], "--check: only with --quick"),
-        ([], "--model and --data are required"),
-        (["--quick", "--steps", "5"], "--steps: --quick fixes it"),
-        (["--quick", "--rounds", "1"], "a spread needs 2"),
-        (["--quick", "--record", "--ours=--rank 2"], "--ours with --record"),
-    ],
-)
-def test_what_quick_fixes_is_refused(module, arguments, words, capsys, monkeypatch):
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-    with pytest.raises(SystemExit, match="2"):
-        module("versus").arguments(arguments)
-    assert words in capsys.readouterr().err
 
 
 def test_processor_time_is_that_of_the_child(module):

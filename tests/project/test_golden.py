@@ -15,9 +15,8 @@ import pytest
 from click.testing import CliRunner
 from golden.__main__ import main
 from golden.cases import CASES
-from golden.differences import described, differences, incomparable
+from golden.differences import ROOT, NoTreeError, base_commit, described, differences, incomparable, unpacked
 from golden.recording import read_case, record
-from golden.trees import ROOT, NoTreeError, base_commit, unpacked
 
 
 @pytest.fixture(scope="module")

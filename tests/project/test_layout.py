@@ -54,7 +54,8 @@ def statements(body: Iterable[ast.AST], at_import: bool) -> Iterator[ast.Import 
         elif at_import and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield from statements(node.orelse, at_import)
         elif not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-            yield from statements(ast.iter_child_nodes(node), at_import)
+            for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+                yield from statements(getattr(node, part, ()), at_import)
 
 
 def imported(tree: ast.Module, at_import: bool = False) -> set[str]:
@@ -143,6 +144,13 @@ def test_data_settings_and_planner_need_no_mlx():
     assert asking == ["planner/machine.py"]
 
 
+def test_the_package_can_be_used_without_matplotlib():
+    """It is an extra, which only figures need; at night, a test of the notebooks tries it."""
+    assert not [
+        path for path, tree in trees().items() if "matplotlib" in {n.split(".")[0] for n in imported(tree, True)}
+    ]
+
+
 def test_functions_take_few_arguments():
     """What belongs together is one object; the functions that Python users call, and those with mlx-lm's signature, take many."""
     many = []
@@ -166,13 +174,14 @@ NEWER = frozenset(
 def test_the_oldest_python_that_is_promised_has_all_that_is_used():
     newer = {}
     for path, tree in trees().items():
-        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) if node.arg}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                used |= {alias.name for alias in node.names}
-        newer[path] = used & NEWER
+        # Of an attribute, a name, an argument, and what is imported.
+        nodes = ast.walk(tree)
+        newer[path] = {
+            name
+            for node in nodes
+            for field in ("attr", "id", "arg", "name")
+            if (name := getattr(node, field, None)) in NEWER
+        }
     assert OLDEST == (3, 11)
     assert not {path: found for path, found in newer.items() if found}
 
@@ -190,8 +199,8 @@ def test_no_test_imports_another():
     root = Path(__file__).parents[1]
     tests = {path.stem for path in root.rglob("test_*.py")}
     assert "test_layout" in tests
-    files = {str(p.relative_to(root)): imported(ast.parse(p.read_text())) & tests for p in root.rglob("*.py")}
-    assert not {path: names for path, names in files.items() if names}
+    lines = {p: re.findall(r"^\s*(?:from|import) (test_\w+)", p.read_text(), re.MULTILINE) for p in root.rglob("*.py")}
+    assert not {path: names for path, names in lines.items() if tests & set(names)}
 
 
 def test_the_linter_sees_all_that_is_ours_and_nothing_else():

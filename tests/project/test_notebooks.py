@@ -107,6 +107,7 @@ def test_a_notebook_shows_our_figure_as_a_picture_without_pyplot():
     assert "image/png" not in shown[1]
 
 
+@pytest.mark.slow
 def test_the_package_can_be_used_without_matplotlib():
     """It is an extra, which only `plot` needs."""
     without = "import sys; sys.modules['matplotlib'] = None; import mlx_lora; print(mlx_lora.train, mlx_lora.evaluate)"

@@ -1,4 +1,4 @@
-"""What a release is made of, and GitHub's workflows: who may write, what is tried, and that what they call is there."""
+"""What a release is made of: the wheel, in a fresh environment and an empty folder, and GitHub's workflows: who may write, what is tried."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import json
+import os
 import re
 import shlex
+import shutil
+import site
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
+import urllib.request
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +28,7 @@ import pytest
 import virtual_gpu
 import yaml
 from packaging.requirements import Requirement
+from refusing import refuses
 from run_cli import run
 
 import mlx_lora
@@ -102,10 +110,8 @@ def test_release_notes_are_the_tags_own():
         ("v0.3.0", "0.3.0", "no section"),
         ("v0.1", "0.1", "no section"),
     ):
-        with pytest.raises(notes.NotReady, match=words):
-            notes.release_notes(tag, version, CHANGELOG)
-    with pytest.raises(notes.NotReady, match="no line"):
-        notes.package_version("__version__ = metadata.version('mlx-lora')\n")
+        refuses(words, notes.release_notes, tag, version, CHANGELOG, kind=notes.NotReady)
+    refuses("no line", notes.package_version, "__version__ = metadata.version('mlx-lora')\n", kind=notes.NotReady)
 
 
 def test_the_formula_is_filled_in_from_the_archive(tmp_path):
@@ -134,8 +140,7 @@ def test_the_formula_is_filled_in_from_the_archive(tmp_path):
         (archive("mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
         (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
     ):
-        with pytest.raises(render.Unusable, match=words):
-            render.render(wrong, template)
+        refuses(words, render.render, wrong, template, kind=render.Unusable)
     command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
     assert subprocess.run(command, check=False).returncode == 0
     assert (tmp_path / "f.rb").read_text() == formula
@@ -154,14 +159,29 @@ def test_a_package_that_is_changed_has_an_upper_limit(name):
     assert all(any(part.operator == "<" for part in one.specifier) for one in asked)
 
 
+FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
+FLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
+JOBS = [(flow, job) for flow, content in FLOWS.items() for job in content["jobs"]]
+# Everything that a job may write; whatever is not here only reads.
+WRITES = {("nightly", "report"): {"issues"}, ("release", "pypi"): {"id-token"}, ("release", "github"): {"contents"}}
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def job_of(flow: str, name: str) -> dict[str, Any]:
+    return FLOWS[flow]["jobs"][name]
+
+
+def commands(flow: str, name: str) -> list[str]:
+    """The lines that a job runs."""
+    return [line for step in job_of(flow, name)["steps"] for line in step.get("run", "").splitlines()]
+
+
 def test_the_release_workflow_publishes_only_what_was_built_and_checked():
-    flow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
-    assert flow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
-    jobs = flow["jobs"]
+    jobs = FLOWS["release"]["jobs"]
+    assert FLOWS["release"][True] == {"push": {"tags": ["v*"]}}
     assert (jobs["pypi"]["needs"], jobs["github"]["needs"]) == ("build", "pypi")
     assert jobs["pypi"]["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
-    commands = "\n".join(step.get("run", "") for step in jobs["build"]["steps"])
-    named = re.findall(r"(?:packaging|tests)/[\w/]+\.py", commands)
+    named = re.findall(r"(?:packaging|tests)/[\w/]+\.py", "\n".join(commands("release", "build")))
     assert len(named) == 3
     assert all((ROOT / name).is_file() for name in named)
 
@@ -191,25 +211,8 @@ def test_make_demo_installs_the_package_alone(tmp_path):
     assert plans["demo"].count("-m venv .venv") == plans["test"].count("-m venv .venv") == 1  # one environment
 
 
-FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
-FLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
-JOBS = [(flow, job) for flow, content in FLOWS.items() for job in content["jobs"]]
-# Everything that a job may write; whatever is not here only reads.
-WRITES = {("nightly", "report"): {"issues"}, ("release", "pypi"): {"id-token"}, ("release", "github"): {"contents"}}
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def job_of(flow: str, name: str) -> dict[str, Any]:
-    return FLOWS[flow]["jobs"][name]
-
-
-def commands(flow: str, name: str) -> list[str]:
-    """The lines that a job runs."""
-    return [line for step in job_of(flow, name)["steps"] for line in step.get("run", "").splitlines()]
-
-
 @pytest.mark.parametrize(("flow", "name"), JOBS)
-def test_a_job_ends_and_may_do_little(flow, name):
+def test_a_job_ends_may_do_little_and_calls_what_exists(flow, name):
     job = job_of(flow, name)
     assert 0 < job["timeout-minutes"] <= 180
     allowed = job.get("permissions", FLOWS[flow].get("permissions"))
@@ -224,9 +227,6 @@ def test_a_job_ends_and_may_do_little(flow, name):
         assert "github.event." not in step.get("run", "")
         assert "github.head_ref" not in step.get("run", "")
 
-
-@pytest.mark.parametrize(("flow", "name"), JOBS)
-def test_what_a_job_calls_exists(flow, name):
     for line in commands(flow, name):
         for target in re.findall(r"\bmake ([a-z-]+)", line):
             assert target in TARGETS
@@ -235,7 +235,8 @@ def test_what_a_job_calls_exists(flow, name):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_an_action_says_which_version_its_commit_is(path):
+def test_a_workflow_runs_known_code_and_no_strangers_with_our_rights(path):
+    assert "pull_request_target" not in FLOWS[path.stem][True]  # YAML 1.1 reads `on` as true
     used = re.findall(r"uses: (\S+)(.*)", path.read_text(encoding="utf-8"))
     assert used
     assert all(re.fullmatch(r" # v\d+\.\d+\.\d+", comment) for _, comment in used)
@@ -250,11 +251,6 @@ def test_what_is_published_is_built_by_tools_of_one_version_and_stored_before_th
     assert "python -m build --no-isolation" in commands("release", "build")
     tests = next(n for n, step in enumerate(steps) if "make setup" in step.get("run", ""))
     assert tests > max(n for n, step in enumerate(steps) if "upload-artifact" in step.get("uses", ""))
-
-
-def test_no_workflow_runs_a_strangers_code_with_our_rights():
-    for content in FLOWS.values():
-        assert "pull_request_target" not in content[True]  # YAML 1.1 reads `on` as true
 
 
 def test_both_systems_and_every_python_are_tried():
@@ -322,3 +318,164 @@ def test_what_a_virtual_gpu_cannot_run_is_skipped_with_its_reason():
     assert [name for name, _ in marked] == ["tests/test_a.py::test_two[x]", "tests/test_b.py::test_c"]
     assert "needs more memory" in marked[0][1]
     assert "metal" in marked[1][1]
+
+
+WAIT_S = 600
+
+
+class Installed:
+    """The wheel in an environment of its own, which borrows this one's other packages."""
+
+    def __init__(self, folder: Path):
+        self.wheel = build(folder)
+        self.bin = folder / "venv" / "bin"
+        self.home = folder / "empty"
+        self.home.mkdir()
+        python = self.bin / "python"
+        done(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
+        # Paths of a .pth file are searched last, and the .pth files in them are not read: no editable mlx_lora.
+        (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+        (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
+        pip = (sys.executable, "-m", "pip", "--python", python)
+        done(*pip, "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed", self.wheel)
+        # As a new user has it: no settings of the tests or of a checkout, and caches that are empty.
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLX_LORA_"))}
+        self.environment |= {"HOME": str(folder / "home")}
+        (folder / "home").mkdir()
+        self.environment["PATH"] = f"{self.bin}{os.pathsep}{self.environment['PATH']}"
+
+    def run(self, *words: object) -> str:
+        """Run a program in the empty folder and return its standard output."""
+        return done(self.bin / str(words[0]), *words[1:], cwd=self.home, env=self.environment)
+
+
+def done(*words: object, **options) -> str:
+    """Run a command to its end and return its standard output."""
+    ran = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=WAIT_S, check=False, **options)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def build(folder: Path) -> Path:
+    """Build the wheel from a copy of what git knows, so that the checkout stays clean."""
+    names = done("git", "ls-files", "-z", "mlx_lora", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", cwd=ROOT)
+    for name in names.rstrip("\0").split("\0"):
+        target = folder / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    done(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder / "dist", folder / "source")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(installed):
+    tracked = set(done("git", "ls-files", "mlx_lora", cwd=ROOT).split())
+    with zipfile.ZipFile(installed.wheel) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        facts = wheel.read(metadata).decode()
+    assert held == tracked
+    assert {"mlx_lora/py.typed", "mlx_lora/recipes/bard/train.jsonl", "mlx_lora/reports/pages/page.html"} <= held
+    assert {"mlx_lora/studio/pages/index.html", "mlx_lora/studio/pages/vendor/preact.module.js"} <= held
+    assert f"\nVersion: {mlx_lora.__version__}\n" in facts
+    assert "\nProject-URL: Homepage, https://" in facts
+
+
+@pytest.mark.slow
+def test_the_commands_work_from_the_wheel_in_an_empty_folder(installed, tiny_folder):
+    where = installed.run("python", "-c", "import mlx_lora; print(mlx_lora.__file__)").strip()
+    assert Path(where).is_relative_to(installed.bin.parent)
+    assert mlx_lora.__version__ in installed.run("mlx-lora", "--version")
+    installed.run("mlx-lora", "convert", "--model", tiny_folder, "--out", "model", "--no-quantize")
+    words = ("--model", "model", "--config", "bard", "--iters", 2, "--val-batches", 1)
+    installed.run("mlx-lora", "train", *words)
+    assert (installed.home / "runs" / "bard" / "report.html").is_file()
+    adapter = ("--model", "model", "--adapter-path", "runs/bard")
+    said = json.loads(installed.run("mlx-lora", "generate", *adapter, "--prompt", "Hi", "--max-tokens", 3, "--json"))
+    assert said["tokens"] == 3
+    assert "--force" in installed.run("mlx-lora", "demo", "--help")
+    assert "bard, code-style" in installed.run("mlx-lora", "train", "--help")
+
+
+FIVE_LINES = """
+import mlx_lora
+base = mlx_lora.load({model!r})
+records = [{{"prompt": f"Say {{n}}.", "completion": "abcabc"}} for n in range(40)]
+run = mlx_lora.train(base, records, rank=8, iters=30, learning_rate=1e-2, progress=False)
+print(mlx_lora.generate(base, "Say 1.", adapter=run.adapter, max_tokens=6))
+"""
+
+
+@pytest.mark.slow
+def test_five_lines_of_python_train_on_dicts_and_print_a_text(installed, tiny_folder):
+    """The page's first example, in an empty folder."""
+    lines = FIVE_LINES.format(model=str(tiny_folder))
+    before = set(installed.home.iterdir())
+    assert installed.run("python", "-c", lines).strip() == "abcabc"
+    assert set(installed.home.iterdir()) == before  # the run lies in the cache
+
+
+@pytest.fixture(scope="module")
+def uv(tmp_path_factory) -> Path:
+    """uv, in an environment of its own; skips without an index."""
+    folder = tmp_path_factory.mktemp("uv")
+    done(sys.executable, "-m", "venv", folder)
+    words = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "uv"]
+    ran = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=WAIT_S, check=False)
+    if ran.returncode:
+        pytest.skip(f"uv cannot be installed: {ran.stderr.strip().splitlines()[-1]}")
+    return folder / "bin" / "uv"
+
+
+@pytest.mark.slow
+def test_uvx_runs_the_wheel_file_with_its_own_dependencies(installed, uv, tiny_folder, tmp_path):
+    """Nothing is borrowed here: uv installs what the wheel asks for, as it does for a new user."""
+    environment = {
+        **installed.environment,
+        "UV_CACHE_DIR": str(uv.parents[1] / "cache"),
+        "UV_TOOL_DIR": str(tmp_path / "tools"),
+    }
+    words = (uv, "tool", "run", "--python", sys.executable, "--from", installed.wheel, "mlx-lora")
+    (tmp_path / "empty").mkdir()
+    here = {"cwd": tmp_path / "empty", "env": environment}
+    assert done(*words, "--version", **here).split()[-1] == mlx_lora.__version__
+    assert "Commands:" in done(*words, "--help", **here)
+    assert "Usage: mlx-lora train" in done(*words, "train", "--help", **here)
+    # The same packages, in an environment that had none: the page's first example.
+    python = (uv, "run", "--no-project", "--isolated", "--python", sys.executable, "--with", installed.wheel, "python")
+    assert done(*python, "-c", FIVE_LINES.format(model=str(tiny_folder)), **here).strip() == "abcabc"
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_serves(installed, tiny_folder):
+    log = installed.home / "serve.log"
+    words = ["serve", "--model", tiny_folder, "--port", 0]
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [installed.bin / "mlx-lora", *map(str, words)],
+            stdout=out, stderr=out, cwd=installed.home, env=installed.environment,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while not (ready := [line.split() for line in log.read_text().splitlines() if line.startswith("ready")]):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()  # noqa: PT018
+            time.sleep(0.2)
+        url = ready[0][1]
+        body = {"prompt": "Hi", "max_tokens": 3}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            assert json.load(reply)["usage"]["completion_tokens"] == 3
+        with urllib.request.urlopen(url, timeout=60) as page:
+            assert b"<html" in page.read()
+    finally:
+        server.kill()
+        server.wait()

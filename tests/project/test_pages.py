@@ -1,9 +1,11 @@
-"""The pages keep their word: flags exist, quoted errors occur, other trainers' keys mean what the tables say."""
+"""The pages keep their word: flags exist, quoted errors occur, other trainers' keys mean what the tables say, and every command runs."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -11,27 +13,32 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from gguf_families import write_folder_with_merges
+from make_adapters import make_adapter
 from page_blocks import NOT_RUN, PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of, reason_not_to_run
-from page_parsing import parse
-from run_cli import run
+from run_cli import run, succeeds
+from serving_process import Server
 
+from mlx_lora.__main__ import COMMANDS, load_command
+from mlx_lora.cli.evaluate import EvaluateCommand
 from mlx_lora.config.fields import read_value
 from mlx_lora.config.load import OTHER_NAMES
 from mlx_lora.config.migrate import DIALECTS
 from mlx_lora.config.settings import FIELDS
 
 DOCS = ROOT / "docs"
-COMMANDS = [command for block in all_blocks() for command in commands_of(block)]
+TYPED = [command for block in all_blocks() for command in commands_of(block)]
 SCRIPT = re.compile(r"^(benchmarks|scripts|data|tests)/\w+\.py$")
 
 
 def test_every_flag_of_every_command_exists():
-    ours = [command for command in COMMANDS if command.ours]
+    ours = [command for command in TYPED if command.ours]
     assert len(ours) > 70
     problems = []
     for command in ours:
@@ -53,7 +60,7 @@ def test_a_flag_that_does_not_exist_is_found(words):
 
 def test_scripts_of_the_pages_exist_with_their_flags():
     seen = 0
-    for command in COMMANDS:
+    for command in TYPED:
         for place, word in enumerate(command.words):
             if not SCRIPT.match(word):
                 continue
@@ -68,12 +75,12 @@ def test_scripts_of_the_pages_exist_with_their_flags():
 
 
 def test_a_command_that_is_not_run_has_its_reason():
-    without = [str(c) for c in COMMANDS if not c.ours and not reason_not_to_run(c) and c.words[0] != "curl"]
+    without = [str(c) for c in TYPED if not c.ours and not reason_not_to_run(c) and c.words[0] != "curl"]
     assert not without, "\n".join(without)
 
 
 def test_every_reason_has_a_command():
-    idle = [start for start in NOT_RUN if not any(re.match(start, shlex.join(c.words)) for c in COMMANDS)]
+    idle = [start for start in NOT_RUN if not any(re.match(start, shlex.join(c.words)) for c in TYPED)]
     assert not idle
 
 
@@ -105,11 +112,12 @@ def test_a_block_is_read_with_its_title_and_lines(tmp_path):
 # Quoted errors.
 
 
-def messages_of_the_package() -> list[str]:
-    """Return every string of the package, an f-string with a NUL for each value in it."""
+def messages_of_the_package(starts: set[str]) -> list[str]:
+    """Return every string of the files that have one of these beginnings, an f-string with a NUL for each value in it."""
     found = []
-    for path in (ROOT / "mlx_lora").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "mlx_lora").rglob("*.py"))
+    for text in (text for text in texts if any(start in text for start in starts)):
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
                 found.append("".join(str(part) for part in parts))
@@ -118,28 +126,25 @@ def messages_of_the_package() -> list[str]:
     return found
 
 
+def parts_of(quoted: str) -> list[str]:
+    """Return the parts of a quoted error between the dots, which stand for values."""
+    return [part for part in quoted.removeprefix("Error: ").split("...") if part.strip(" ;:,()")]
+
+
 def occurs(quoted: str, messages: list[str]) -> bool:
-    """Tell whether a message has all parts of a quoted error, in order; dots stand for values."""
-    parts = [part for part in quoted.split("...") if part.strip(" ;:,()")]
-    return any(in_order(parts, message) for message in messages if parts[0] in message)
+    """Tell whether a message has all parts of a quoted error, in order."""
+    first, *_ = parts = parts_of(quoted)
+    pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+    return any(first in message and pattern.search(message) for message in messages)
 
 
-def in_order(parts: list[str], message: str) -> bool:
-    """Tell whether the parts stand in a message one after the other."""
-    place = 0
-    for part in parts:
-        place = message.find(part, place)
-        if place < 0:
-            return False
-        place += len(part)
-    return True
+ERRORS = [block for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")]
 
 
 def test_every_quoted_error_occurs_in_the_package():
-    messages = messages_of_the_package()
-    blocks = [block for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")]
-    assert len(blocks) >= 25
-    gone = [str(b) + " " + b.text for b in blocks if not occurs(b.text.removeprefix("Error: "), messages)]
+    messages = messages_of_the_package({parts_of(block.text)[0][:10] for block in ERRORS})
+    assert len(ERRORS) >= 25
+    gone = [f"{block} {block.text}" for block in ERRORS if not occurs(block.text, messages)]
     assert not gone, "\n".join(gone)
     assert not occurs("--out ...: exists and is not empty; give a new folder, or two", messages)
 
@@ -174,10 +179,7 @@ def test_what_train_prints_is_on_the_page(mistake, tiny_folder, chats, tmp_path,
     ran = run("train", "--model", tiny_folder, *(chats if flag == "good" else flag for flag in flags))
     assert ran.code == 2
     printed = ran.lines[-1]
-    blocks = [
-        block.text.strip() for block in blocks_of(DOCS / "troubleshooting.md") if block.text.startswith("Error: ")
-    ]
-    quoted = [re.escape(text).replace(r"\.\.\.", ".*") for text in blocks]
+    quoted = [re.escape(block.text.strip()).replace(r"\.\.\.", ".*") for block in ERRORS]
     assert [text for text in quoted if re.match(text, printed)], printed
 
 
@@ -305,3 +307,199 @@ def test_the_table_of_what_fits_is_the_planners():
     ).stdout.strip()  # fmt: skip
     for page in (ROOT / "README.md", DOCS / "memory.md"):
         assert printed in page.read_text(), f"{page.name}: run python scripts/fits_table.py and put its table there"
+
+
+def parse(words: tuple[str, ...]) -> click.Command:
+    """Parse `mlx-lora` arguments, flags and values, without running anything.
+
+    Raises:
+        click.UsageError, ValueError: an option does not exist, or its value is not allowed.
+    """
+    if words[0].startswith("-"):
+        return click.Command("mlx-lora")
+    name, rest = words[0], list(words[1:])
+    if name not in COMMANDS:
+        raise click.UsageError(f"no command {name}")
+    command = load_command(name, rest)
+    if isinstance(command, click.Group):
+        command = command.commands[rest.pop(0)]
+    if isinstance(command, EvaluateCommand):
+        command = command.chosen(rest)
+    values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
+    for setting, value in values.items():
+        if setting in FIELDS and isinstance(value, str):
+            read_value(FIELDS[setting], value)
+    return command
+
+
+ADDRESS = "127.0.0.1:8080"
+GGUF = "tiny.gguf"
+# A name of the pages, as a regular expression of a whole word of a command -> what stands for it here.
+STAND_INS = {
+    r"(Qwen|HuggingFaceTB|meta-llama)/[\w.-]+": "smollm2",
+    r"QuantFactory/[\w.:-]+": GGUF,
+    r"~/\.cache/mlx_lora/models/[\w.-]+\.gguf": GGUF,
+    r"model(\.Q4_K_M)?\.gguf": GGUF,
+    r"config\.json": "smollm2/config.json",
+    r"someone/their-adapter": "my-adapter",
+    r"checkpoints/RUN/weights/\w+": "runs/bard",
+    r"tinyshakespeare\.txt": "data/text/train.txt",
+    r"report\.html": "report.html",
+}
+MODELS = ("smollm2", "smollm2-f32")
+ADAPTERS = {"my-adapter": 1, "runs/bard": 1, "runs/tutor": 2, "runs/bard-full": 3}
+# What makes a run short: two steps on short rows. It takes the place of the page's own values.
+SHORT = ("--iters", "2", "--batch-tokens", "256", "--max-seq-length", "128", "--sample-tokens", "0")
+FEW = {"generate": ("--max-tokens", "4"), "chat": ("--max-tokens", "4"), "doctor": ("--no-hub",)}
+LONGEST = "128"  # tokens of a row where a command measures
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Path:
+    """The folder that each page's folder is a copy of."""
+    folder = tmp_path_factory.mktemp("stock")
+    write_folder_with_merges(folder / "smollm2")
+    shutil.copytree(folder / "smollm2", folder / "smollm2-f32")
+    for name, seed in ADAPTERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        make_adapter(folder / "smollm2", folder / name, seed=seed)
+    succeeds("export", "--model", folder / "smollm2", "--to", "gguf", "--out", folder / GGUF)
+    shutil.copytree(ROOT / "data", folder / "data")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    # What continues it needs the settings of its run.
+    (folder / "my-adapter" / "run.yaml").write_text("model: smollm2\ndata: chats.jsonl\nrank: 4\n")
+    for name in ("chats.jsonl", "more.jsonl", "new-questions.jsonl"):
+        shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / name)
+    (folder / "benchmarks").mkdir()
+    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
+    for name in ("model.gguf", "FILE.gguf"):
+        shutil.copy(folder / GGUF, folder / name)
+    return folder
+
+
+class Reader:
+    """A reader who types what a page says, in the page's own folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.names, self.stack, self.address = (
+            folder,
+            {"__name__": "page"},
+            contextlib.ExitStack(),
+            ADDRESS,
+        )
+        self.ran: list[str] = []
+        self.own = {path.name for path in folder.iterdir()} | set(ADAPTERS)
+
+    def take(self, block: Block) -> None:
+        """Write, run or skip a block."""
+        if block.title:
+            path = self.folder / block.title
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.text + "\n", encoding="utf-8")
+        elif block.language == "python":
+            self.python(block)
+        for command in commands_of(block):
+            if reason_not_to_run(command) is None:
+                self.run(command)
+
+    def python(self, block: Block) -> None:
+        """Run a Python block; blocks of one page share their names."""
+        text = block.text.replace(ADDRESS, self.address)
+        exec(compile(text, str(block), "exec"), self.names)
+        self.ran.append(str(block))
+
+    def run(self, command: Command) -> None:
+        """Run one command, in this process where it ends by itself."""
+        if command.words[0] == "curl":
+            words = [word.replace(ADDRESS, self.address) for word in command.words]
+            subprocess.run([*words, "--fail", "--silent"], check=True, stdout=subprocess.PIPE)
+            return
+        name, *words = [stand_in(word) for word in command.ours]
+        if name.startswith("-"):
+            return
+        words = shortened(name, words)
+        self.make_room(name, words)
+        if name in ("serve", "studio"):
+            flags = without(words, "--port", "--host")
+            flags += ["--home", self.folder / "studio", "--no-browser"] if name == "studio" else []
+            server = Server(*flags, log=self.folder / f"{name}.log", cwd=self.folder, command=name)
+            self.address = self.stack.enter_context(server).url.removeprefix("http://").rstrip("/")
+            self.ran.append(str(command))
+            return
+        if name == "chat":
+            typed = b"Hello\n/compare Hello\n/quit\n"
+            self.stack.enter_context(typing(typed))
+        ran = run(name, *words)
+        assert ran.code == 0, f"{command}\n{' '.join(words)}\n{ran.err}"
+        self.ran.append(str(command))
+
+    def make_room(self, name: str, words: list[str]) -> None:
+        """Remove what the stock holds where this command writes; a page's own results stay, as they would for a reader."""
+        flag = "--adapter-path" if name == "train" else "--out"
+        places = [words[place + 1] for place, word in enumerate(words) if word == flag]
+        if name == "train" and "--config" in words and not places:
+            places = [f"runs/{words[words.index('--config') + 1]}"]
+        for place in places:
+            if place in self.own and "--resume" not in words:
+                self.own.discard(place)
+                shutil.rmtree(self.folder / place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def typing(text: bytes) -> Iterator[None]:
+    """Put text on standard input."""
+    before = sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(text))
+    try:
+        yield
+    finally:
+        sys.stdin = before
+
+
+def stand_in(word: str) -> str:
+    """Return what stands for a word of a page."""
+    return next((there for name, there in STAND_INS.items() if re.fullmatch(name, word)), word)
+
+
+def without(words: list[str], *flags: str) -> list[str]:
+    """Return the words without flags and their values."""
+    kept = list(words)
+    for flag in flags:
+        while flag in kept:
+            place = kept.index(flag)
+            del kept[place : place + 2]
+    return kept
+
+
+def beaten(words: list[str], by: tuple[str, ...]) -> list[str]:
+    """Return the words with flags that beat those of the page; a command refuses an option that is given twice."""
+    return [*without(words, *(word for word in by if word.startswith("--"))), *by]
+
+
+def shortened(name: str, words: list[str]) -> list[str]:
+    """Return a command's words with what makes it short."""
+    if name == "train" and "--resume" not in words:
+        fewer = ("--num-layers", "1") if "--num-layers" in words else ()  # the tiny model has two
+        return beaten(without(words, "--epochs", "--batch-size"), (*SHORT, *fewer))
+    if name == "train":
+        return beaten(words, ("--iters", "3"))
+    if name == "evaluate":
+        return beaten(words, ("--max-seq-length", LONGEST))
+    return beaten(words, FEW.get(name, ()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_of_a_page_runs(page, stock, tmp_path, monkeypatch):
+    blocks = blocks_of(page)
+    if not any(commands_of(block) or block.language == "python" for block in blocks):
+        pytest.skip("the page has no command")
+    folder = tmp_path / "here"
+    shutil.copytree(stock, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    reader = Reader(folder)
+    with reader.stack:
+        for block in blocks:
+            reader.take(block)
+    print(f"{page.name}: {len(reader.ran)} run")

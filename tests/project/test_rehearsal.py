@@ -161,9 +161,15 @@ REFUSED = {
 }  # fmt: skip
 
 
-def plain_environment() -> dict[str, str]:
-    """Return this process's environment, of a rehearsal in float32 too, without that choice."""
-    return {name: value for name, value in os.environ.items() if name != "MLX_LORA_REHEARSE_FLOAT32"}
+def rehearsed(code: str, *words: object, **variables: str) -> str:
+    """Run a program of a rehearsed test, and return what it prints; it does not know whether this process is in float32."""
+    own = {name: value for name, value in os.environ.items() if name != "MLX_LORA_REHEARSE_FLOAT32"}
+    paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
+    environment = {**own, "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **variables}
+    command = [sys.executable, "-c", code, *words]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +178,7 @@ def planted(tmp_path_factory):
     file = folder / "mlx_lora" / "planted.py"
     file.parent.mkdir()
     file.write_text(PLANTED)
-    paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
-    environment = {**plain_environment(), "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths}
-    ran = subprocess.run(
-        [sys.executable, "-c", RUN, file, folder], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    return json.loads(rehearsed(RUN, file, folder))
 
 
 def test_every_planted_fault_is_found(planted):
@@ -193,17 +193,10 @@ def test_a_program_of_a_rehearsed_test_believes_that_it_runs_on_a_mac(planted):
     assert planted["packed_in_16_bits"] == ["passed", 512.0]
 
 
-def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs(tmp_path):
-    paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
+def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs():
     program = "from mlx_lora.utils import device; print(*map(device.compute_dtype, ('auto', 'bfloat16')))"
-    said = []
-    for marked in ({}, {"MLX_LORA_REHEARSE_FLOAT32": "1"}):
-        environment = {**plain_environment(), "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **marked}
-        ran = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-        )
-        said.append(ran.stdout.split())
-    assert said == [["mlx.core.bfloat16", "mlx.core.bfloat16"], ["mlx.core.float32", "mlx.core.bfloat16"]]
+    assert rehearsed(program).split() == ["mlx.core.bfloat16", "mlx.core.bfloat16"]
+    assert rehearsed(program, MLX_LORA_REHEARSE_FLOAT32="1").split() == ["mlx.core.float32", "mlx.core.bfloat16"]
 
 
 def test_a_metal_kernel_of_mlx_lm_has_no_gradient():

@@ -83,6 +83,7 @@ def test_a_total_above_its_bar_is_told(house, monkeypatch, capsys):
         assert ("above the bar" in capsys.readouterr().out) == (value > bar)
 
 
+@pytest.mark.slow
 def test_a_plain_run_loads_few_modules(house, tiny_folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a?", "completion": "b"}\n' * 4 + '{"prompt": "c?", "completion": "d"}\n' * 4)
@@ -176,32 +177,43 @@ def run_of(results: ModuleType, error: str | None = None, mlx: str = "1", **outc
     return results.Run({"mlx": mlx, "mlx-lm": "5 (abc)", "numpy": "2"}, tests, 3.0, error)
 
 
-def names(rows: list[dict[str, str]]) -> list[str]:
-    return [row["test"].rpartition("::")[2] for row in rows]
+def names(rows: list[dict[str, str] | str]) -> list[str]:
+    """Return the names of tests, of which some lists have more than the id."""
+    return [(row if isinstance(row, str) else row["test"]).rpartition("::")[2] for row in rows]
 
 
-def test_what_broke_is_what_passed_before(results):
-    before = run_of(results, a="passed", b="passed", c="failed", d="failed", e="passed", f="passed", g="skipped")
-    after = run_of(
-        results, mlx="2", a="passed", b="failed", c="failed", d="passed", e="skipped", g="skipped", new="error"
-    )
-    found = results.compare(before, after)
-    assert not found["green"]
-    assert names(found["broke"]) == ["b", "new"]
-    assert names(found["failed_before"]) == ["c"]
-    assert names(found["gone"]) == ["e", "f"]
-    assert [name[-1] for name in found["mended"]] == ["d"]
+# Outcomes before, after, and of what broke once more -> what is found.
+COMPARED = {
+    "what broke passed before": (
+        {"a": "passed", "b": "passed", "c": "failed", "d": "failed", "e": "passed", "f": "passed", "g": "skipped"},
+        {"a": "passed", "b": "failed", "c": "failed", "d": "passed", "e": "skipped", "g": "skipped", "new": "error"}, None,
+        {"green": False, "broke": ["b", "new"], "failed_before": ["c"], "gone": ["e", "f"], "mended": ["d"]},
+    ),
+    "the same versions break nothing": (
+        {"b": "failed", "c": "failed"}, {"b": "failed", "c": "failed"}, None,
+        {"green": True, "broke": [], "failed_before": ["b", "c"]},
+    ),
+    "what passes the second time is unsteady": (
+        {"a": "passed", "b": "passed"}, {"a": "failed", "b": "failed"}, {"a": "passed", "b": "failed"},
+        {"green": False, "unsteady": ["a"], "broke": ["b"]},
+    ),
+    "all pass the second time": (
+        {"a": "passed", "b": "passed"}, {"a": "failed", "b": "failed"}, {"a": "passed", "b": "passed"}, {"green": True},
+    ),
+    # They were not lost, they were not run.
+    "a run without results": ({"a": "passed"}, {"error": "took longer"}, None, {"green": False, "gone": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_runs_are_compared(name, results):
+    before, after, again, wanted = COMPARED[name]
+    repeated = None if again is None else run_of(results, **again)
+    found = results.compare(run_of(results, **before), run_of(results, mlx="2", **after), again=repeated)
     assert found["changed"] == {"mlx": ["1", "2"]}
-    only = results.compare(after, after)  # the same versions break nothing
-    assert only["green"]
-    assert names(only["failed_before"]) == ["b", "c", "new"]
-
-
-def test_what_passes_the_second_time_is_unsteady(results):
-    before, after = run_of(results, a="passed", b="passed"), run_of(results, a="failed", b="failed")
-    found = results.compare(before, after, again=run_of(results, a="passed", b="failed"))
-    assert (names(found["unsteady"]), names(found["broke"])) == (["a"], ["b"])
-    assert results.compare(before, after, again=run_of(results, a="passed", b="passed"))["green"]
+    assert {
+        key: names(found[key]) if isinstance(value, list) else found[key] for key, value in wanted.items()
+    } == wanted
 
 
 def test_a_file_that_cannot_be_imported_broke_once(results):
@@ -210,12 +222,6 @@ def test_a_file_that_cannot_be_imported_broke_once(results):
     found = results.compare(before, results.Run(before.packages, lost, 1.0))
     assert [row["test"] for row in found["broke"]] == ["tests/test_a.py"]
     assert found["gone"] == []
-
-
-def test_a_run_without_results_is_not_green(results):
-    found = results.compare(run_of(results, a="passed"), run_of(results, error="took longer"))
-    assert not found["green"]
-    assert found["gone"] == []  # they were not lost, they were not run
 
 
 def night(results: ModuleType, *broke: str, line: str = "assert 1 == 2", **more: Any) -> dict[str, Any]:
@@ -426,8 +432,7 @@ def test_tests_run_before_and_after_and_what_broke_once_more(whole_run):
     both = ["tests/test_a.py::b", "tests/test_a.py::c"]
     assert ran == [("before", ["tests/test_a.py"]), ("after", ["tests/test_a.py"]), ("again", both)]
     assert (names(found["broke"]), names(found["unsteady"])) == (["b"], ["c"])
-    assert found["changed"] == {"mlx": ["1", "2"]}
-    assert found["asked"] == "mlx==2"
+    assert (found["changed"], found["asked"]) == ({"mlx": ["1", "2"]}, "mlx==2")
 
 
 def test_the_released_versions_run_once(whole_run):

@@ -268,7 +268,7 @@ ELSEWHERE = {
         "test_faults.py",
     ),
     "label_column": "test_classify.py: labels of another column",
-    "fetch_images": "test_downloads.py: rows with pictures on the web are used",
+    "fetch_images": "test_images.py: rows with pictures on the web are used",
     "max_pixels": "test_vision_run.py: fewer tokens of a picture",
     **dict.fromkeys(("train_connector", "train_vision"), "test_vision_run.py: other parameters are trained"),
     "qat": "test_merges.py: other weights, and the loss of the fused model",

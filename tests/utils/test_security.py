@@ -13,10 +13,8 @@ from pathlib import Path
 import jinja2
 import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
-from made_conversations import conversations
-from mask_reference import unmarked
+from made_conversations import REFUSED, conversations, rendered_by_both, unmarked
 from run_cli import one_line, run
-from template_judge import REFUSED, rendered_by_both
 from transformers.utils import chat_template_utils
 
 from mlx_lora.config.fields import flag_of
