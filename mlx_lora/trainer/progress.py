@@ -248,29 +248,47 @@ def display_here() -> Callable[[int], Progress] | None:
     return LiveProgress if sys.stderr.isatty() else None
 
 
+class Pace:
+    """Tells how long a run still takes, by the steps of this process alone: a resumed run begins with others behind it."""
+
+    def __init__(self, total_steps: int):
+        self._total, self._start, self._before = total_steps, time.perf_counter(), 0
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def step(self, step: int) -> None:
+        """Take the number of a step that was taken."""
+        self._before = self._before or step - 1
+
+    def left_s(self, step: int) -> float:
+        """Return about how many seconds the steps after this one take."""
+        return self.spent_s / max(step - self._before, 1) * (self._total - step)
+
+
 class PlainProgress:
     """Prints one line per report on standard error."""
 
     def __init__(self, total_steps: int):
-        self._total, self._start = total_steps, time.perf_counter()
+        self._total, self._pace = total_steps, Pace(total_steps)
         self._reported = False
         self._first = LongTask("First step, with everything that MLX compiles for it", 0, "", live=False)
 
     def step(self, step: int) -> None:
         """Say once how long a step takes, because the first report may come many slow steps later."""
         self._first.end()
+        self._pace.step(step)
         # The second step is under way, so the first is done.
         if step == 2 and self._total > 2 and not self._reported:
-            spent = time.perf_counter() - self._start
-            log.info(f"step 1/{self._total} done {format_duration(spent)} after the start")
+            log.info(f"step 1/{self._total} done {format_duration(self._pace.spent_s)} after the start")
 
     def report(self, metrics: Metrics) -> None:
         self._reported = self._reported or metrics.loss is not None
         if self._reported:
             self._first.end()
-        spent = time.perf_counter() - self._start
-        left = spent / max(metrics.step, 1) * (self._total - metrics.step)
-        log.info(format_metrics(metrics, self._total, left))
+        log.info(format_metrics(metrics, self._total, self._pace.left_s(metrics.step)))
 
     def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yield a validation's batches, and say now and then how many of them are measured."""
@@ -339,17 +357,17 @@ class NotebookProgress:
 
         self._html, self._total, self._step, self._line = HTML, total_steps, 0, "first step"
         self._records: list[dict[str, Any]] = []
-        self._start = self._shown = time.perf_counter()
+        self._pace, self._shown = Pace(total_steps), time.perf_counter()
         self._handle: Any = display(HTML(self._text()), display_id=True)
 
     def step(self, step: int) -> None:
         self._step = step
+        self._pace.step(step)
         if time.perf_counter() - self._shown > EVERY_S:
             self._update()
 
     def report(self, metrics: Metrics) -> None:
-        left_s = (time.perf_counter() - self._start) / max(metrics.step, 1) * (self._total - metrics.step)
-        self._step, self._line = metrics.step, format_metrics(metrics, self._total, left_s)
+        self._step, self._line = metrics.step, format_metrics(metrics, self._total, self._pace.left_s(metrics.step))
         self._records.append(metrics.to_flat())
         self._update()
 
@@ -364,7 +382,7 @@ class NotebookProgress:
         self._line = before
 
     def close(self) -> None:
-        self._line += f", {format_duration(time.perf_counter() - self._start)} in all"
+        self._line += f", {format_duration(self._pace.spent_s)} in all"
         self._update()
 
     def _update(self) -> None:

@@ -9,7 +9,7 @@ import click
 import pytest
 from rich.console import Console
 
-from mlx_lora.trainer.progress import LiveProgress, Metrics, PlainProgress, format_metrics
+from mlx_lora.trainer.progress import LiveProgress, Metrics, Pace, PlainProgress, format_metrics
 from mlx_lora.utils import console, hub
 from mlx_lora.utils import progress as long_task
 from mlx_lora.utils.progress import tracked
@@ -201,6 +201,15 @@ def test_the_first_step_is_told_only_before_the_first_report(logged):
             progress.report(metrics(2, 2.0))
         assert len(logged) == lines
         assert any("after the start" in line for line in logged) is not reported
+
+
+def test_a_resumed_run_tells_its_time_by_its_own_steps(monkeypatch):
+    resumed = Pace(100)
+    monkeypatch.setattr(Pace, "spent_s", 20.0)
+    resumed.step(81)
+    resumed.step(82)
+    assert resumed.left_s(82) == 20 / 2 * 18
+    assert resumed.left_s(90) == 20 / 10 * 10
 
 
 @pytest.mark.parametrize("color", ["", "\x1b[32m"])
