@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     NO_DATA,
+    Batches,
     DataLimits,
     Fitted,
     Prompts,
@@ -158,22 +159,11 @@ def plan(
     return plan_run(train_settings(given), chip, memory_gb, all_chips)
 
 
-class PlanParts:
-    """Makes what a plan is computed from; a caller that plans often may keep it, because this is most of the work."""
-
-    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
-        """Return the machine to plan for, and its ceilings."""
-        return choose_machine(settings, chip, memory_gb)
-
-    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
-        """Return the outline of the model, in a dtype, and its shape with the adapter of the settings."""
-        outline = outline_for(settings.model, device.compute_dtype(dtype))
-        return outline, outlined_shape(outline, _of_dtype(settings, dtype), kernels)
-
-
-def _of_dtype(settings: TrainSettings, dtype: str) -> TrainSettings:
-    """Return the settings with the dtype of what stands beside the language model."""
-    return replace(settings, model=replace(settings.model, dtype=dtype))
+def adapted_outline(settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+    """Return the outline of a run's model, in a dtype, and its shape with the adapter of the settings."""
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    typed = replace(settings, model=replace(settings.model, dtype=dtype))
+    return outline, outlined_shape(outline, typed, kernels)
 
 
 def plan_run(
@@ -183,7 +173,7 @@ def plan_run(
     all_chips: bool = False,
     read: Callable[[Outline, Objective], DataSplits | None] | None = None,
     identity: Mapping[str, Any] | None = None,
-    parts: PlanParts | None = None,
+    outlined: Callable[[TrainSettings, str, KernelChoice | None], tuple[Outline, ModelShape]] = adapted_outline,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -192,7 +182,7 @@ def plan_run(
         chip, memory_gb, all_chips: as for `plan`.
         read: returns the data for the model with this outline; None: what is on this disk is read.
         identity: of the checkpoint that the run goes on from, if it does.
-        parts: makes machine and shape; None: they are made anew.
+        outlined: `adapted_outline`, or what keeps its results for a caller that plans often; that is most of the work.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -202,19 +192,19 @@ def plan_run(
     settings = with_pictures(settings)
     objective = objective_of(settings.objective)  # refuses what `train` would
     settings, asked = offloaded(settings) if settings.loop.offload_base == "on" else settings, settings
-    parts = parts or PlanParts()
-    machine, ceilings = parts.machine(settings, chip, memory_gb)
+    machine, ceilings = choose_machine(settings, chip, memory_gb)
+    here = chip is None and memory_gb is None
     # A GPU computes with 16 bits, even if this machine does not.
     dtype = settings.model.dtype
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
     # Kernels of another machine cannot be measured here: those asked for, or ours.
-    elsewhere = KernelChoice(settings.loop.kernels)
-    kernels = None if chip is None and memory_gb is None else elsewhere
-    outline, shape = parts.shape(settings, dtype, kernels)
+    kernels = None if here else KernelChoice(settings.loop.kernels)
+    outline, shape = outlined(settings, dtype, kernels)
+    typed = replace(settings.model, dtype=dtype)  # of what stands beside the language model, too
     check_kind(outline.model, str(settings.model.model), objective)
     machine = with_kernels(settings, shape, machine, kernels)
-    splits = (read or partial(local_data, settings))(outline, objective)
+    splits = read(outline, objective) if read else local_data(settings, outline, objective)
     size = None
     if splits is None and 0 < shape.most_tokens < settings.data.max_seq_length:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.most_tokens))
@@ -227,67 +217,59 @@ def plan_run(
         settings, size = measure_data(settings, splits, outline, shape)
         longest = int(size.rows.lengths.max(initial=2))
         settings = replace(settings, data=replace(settings.data, max_seq_length=longest))
-        # Of other models and towers, the objective that read the data says what its pictures take.
-        shape = _with_data(shape, _of_dtype(settings, dtype), size, objective, outline)
+        shape = _with_data(shape, replace(settings, model=typed), size, objective, outline)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
-    offloads = settings.loop.offload_base == "on"
-    folder = Path(settings.model.model or "") if chip is None and memory_gb is None else None
-    reading = reading_of(outline, shape, folder) if offloads else None
+    reading = None
+    if settings.loop.offload_base == "on":
+        reading = reading_of(outline, shape, Path(settings.model.model or "") if here else None)
     planned = MachinePlan(settings, shape, machine, ceilings, size, reading)
     result = planned.to_dict()
     result["runs_at_once"] = runs_at_once(shape, settings.optimizer.optimizer, planned.fitted.memory, MOST_AT_ONCE)
     result["steps"], result["validation"] = settings.loop.iters, None
     if size is not None:
-        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, size, identity)
-        problems.append(length_problem(settings, result["steps"], per_epoch))
+        loop, updates = planned.chosen.loop, planned.chosen.objective.updates
+        plan = training_plan(loop, size.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
+        result["steps"] = total_steps(plan, loop, updates)
+        found = choose_held_out(size.valid, loop, plan, result["steps"], identity, updates)
+        result["validation"] = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
+        problems.append(length_problem(settings, result["steps"], len(plan) * updates / loop.grad_accumulation_steps))
     result["warnings"] = [problem for problem in problems if problem]
-    may_read = (
-        asked.loop.offload_base == AUTO and not all_chips and not problems_with(asked.to_flat(), "offload_base", "on")
-    )
-    if not result["fits"] and may_read:
-        from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
+    may_read = asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on")
+    if not result["fits"] and may_read and not all_chips:
+        from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, outlined)
         if from_disk["fits"]:
             return from_disk
     if not result["fits"]:
-        of_base = replace(settings, model=replace(settings.model, dtype=dtype))
+        of_base = replace(settings, model=typed)
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
         limits = DataLimits(len(size.rows), size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        ways = [settings]
-        if asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on"):
-            ways.append(offloaded(settings))
-        data = None if size is None else (size, objective)
-        result["chips"] = chip_rows([of_macs(way, parts, data, planned) for way in ways])
+        # As with --chip: in 16 bits if --dtype is open, with kernels that were not measured.
+        dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
+        ways = []
+        for way in [settings, offloaded(settings)] if may_read else [settings]:
+            # An outline of its own, since a block's graph is only read when it is asked for.
+            outline, shape = outlined(way, dtype, KernelChoice(way.loop.kernels))
+            reading = reading_of(outline, shape, None) if way.loop.offload_base == "on" else None
+            typed = replace(way, model=replace(way.model, dtype=dtype))
+            shape = shape if size is None else _with_data(shape, typed, size, objective, outline)
+            ways.append(replace(planned, settings=way, shape=shape, reading=reading))
+        result["chips"] = chip_rows(ways)
     return result
 
 
 def _with_data(
     shape: ModelShape, settings: TrainSettings, size: PlannedData, objective: Objective, outline: Outline
 ) -> ModelShape:
-    """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
+    """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures.
+
+    Of other models and towers, the objective that read the data says what its pictures take.
+    """
     others = other_models_bytes(settings, objective)
     shape = replace(shape, trained_share=trained_share(settings.objective, size.rows), beside_bytes=others)
     return shape if objective.pictures is None else objective.pictures.added_to(shape, settings, outline.model)
-
-
-def of_macs(
-    settings: TrainSettings, parts: PlanParts, data: tuple[PlannedData, Objective] | None, here: MachinePlan
-) -> MachinePlan:
-    """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
-
-    Args:
-        settings: of the run.
-        parts: makes an outline of its own, since a block's graph is only read when it is asked for.
-        data: their size, and the objective that read them; None: they were not read.
-        here: the run on this machine.
-    """
-    dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
-    outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
-    reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
-    shape = shape if data is None else _with_data(shape, _of_dtype(settings, dtype), *data, outline)
-    return replace(here, settings=settings, shape=shape, reading=reading)
 
 
 def chip_rows(ways: list[MachinePlan]) -> list[dict[str, Any]]:
@@ -373,7 +355,7 @@ class MachinePlan:
             hidden = hidden_from(self.reading, self.settings, self.shape, self.machine, self.ceilings, self.width)
         tokens = batch_tokens_for(self.settings, size and size.facts, hidden)
         limits = (
-            DataLimits(len(size.rows), size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+            DataLimits(len(size.rows), size.prompts, tokens, size.batches) if size else DataLimits(most_tokens=tokens)
         )
         return fit(self.settings, self.shape, self.machine, self.width, limits)
 
@@ -572,7 +554,7 @@ class PlannedData:
         measured_tokens: what a reference, or a teacher, measures before the first step: those of all rows; 0 without one.
         prompts: that answers are sampled to, as `fit` takes them.
         facts: what the defaults follow.
-        batches: tokens of a batch -> into how many batches the rows are divided, and their shapes.
+        batches: that the rows are divided into.
     """
 
     rows: EncodedSet
@@ -580,11 +562,7 @@ class PlannedData:
     measured_tokens: int
     prompts: Prompts
     facts: DataFacts
-    batches: Callable[[int], tuple[int, list[tuple[int, int, int]]]]
-
-    def shapes(self, tokens: int) -> list[tuple[int, int, int]]:
-        """Return the shapes of batches of so many tokens."""
-        return self.batches(tokens)[1]
+    batches: Batches
 
 
 def measure_data(
@@ -606,24 +584,6 @@ def measure_data(
     facts = data_facts(rows, splits.valid)
     prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
     return settings, PlannedData(rows, valid, measured, prompts, facts, batches)
-
-
-def steps_and_validation(
-    settings: TrainSettings, data: PlannedData, identity: Mapping[str, Any] | None
-) -> tuple[int, dict[str, Any], float]:
-    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
-
-    Args:
-        settings: of the run with nothing open.
-        data: of the run.
-        identity: as for `plan_run`.
-    """
-    loop, updates = settings.loop, settings.objective.updates
-    plan = training_plan(loop, data.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
-    steps = total_steps(plan, loop, updates)
-    found = choose_held_out(data.valid, loop, plan, steps, identity, updates)
-    validation = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
-    return steps, validation, len(plan) * updates / loop.grad_accumulation_steps
 
 
 def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:

@@ -6,11 +6,12 @@ The plan is for Macs that share the base; beside it stands what the other ways t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings, shard_parts
 from mlx_lora.kernels.table import KernelChoice
@@ -26,7 +27,6 @@ from mlx_lora.planner.several_macs import (
     least_tokens,
     memory_shares,
     plan_macs,
-    split_by_rows,
 )
 from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
 from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
@@ -101,12 +101,6 @@ class SharedModel:
     shape: ModelShape
     units: Units
 
-    def with_batch(self, max_seq_length: int, **size: int) -> SharedModel:
-        """Return the same with other batches; `size` is of batch_tokens or batch_size."""
-        data = replace(self.settings.data, max_seq_length=max_seq_length)
-        loop = replace(self.settings.loop, **size)
-        return replace(self, settings=replace(self.settings, data=data, loop=loop))
-
 
 @lru_cache(maxsize=8)
 def shared_model(settings: TrainSettings) -> SharedModel:
@@ -153,10 +147,10 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     """Return a model's plan on some Macs, as JSON values, with each way to divide the run; one of them is `best`."""
     settings, units, first_trained = model.settings, model.units, model.shape.first_trained
     chosen, run, shares = _asked(model, macs)
-    found = plan_macs(model.shape, units, run, chosen, shares, link)
+    found = plan_macs(model.shape, run, chosen, link, units, shares)
     # Why the processes of the run cannot share its base, as `train` would say.
     problem = next(iter(problems_with(settings.to_flat(), "shard_base", split_of(settings))), "")
-    splits = [Split(True, problem=problem) if problem else found, split_by_rows(model.shape, run, chosen, link)]
+    splits = [Split(True, problem=problem) if problem else found, plan_macs(model.shape, run, chosen, link)]
     computing_s, fastest = max(found.computing_s), best(splits)
     step_s = found.sending.step_s(computing_s)
     return {
@@ -239,8 +233,30 @@ def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], RunS
 def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> tuple[str, SharedModel] | None:
     """Return the settings nearest to the asked ones with which a run fits, None if none of those that are tried does.
 
-    They come as flags, with what to do on the Macs, and as the model with these settings. First with the memory that macOS gives the GPU by default, then with all but a few GB.
+    They come as flags, with what to do on the Macs, and as the model with these settings. What is tried is parts by memory,
+    smaller adapters, and a row for each Mac, of the asked length and shorter; first with the memory that macOS gives the GPU by
+    default, then with all but a few GB.
     """
+    settings, count = model.settings, len(macs)
+    split = "" if split_of(settings) == "memory" else "--shard-base memory "
+    by_memory = replace(settings, loop=replace(settings.loop, shard_base="memory"))
+    adapters: list[tuple[str, dict[str, Any]]] = [("", {})]
+    adapters += [(f"--rank {rank} ", {"rank": rank}) for rank in RANKS if rank < settings.adapter.rank]
+    if any(layer.experts > 1 and layer.rank for block in model.shape.blocks for layer in block.layers):
+        adapters.append((f"--target-modules {ATTENTION} ", {"target_modules": ATTENTION}))
+    longest, by_examples = settings.data.max_seq_length, settings.loop.batch_size is not None
+    smaller = []
+    for words, fields in adapters:
+        adapted = replace(by_memory, adapter=replace(settings.adapter, **fields))
+        one = shared_model(adapted) if fields else model
+        for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
+            name, size = "batch_tokens", count * (length - 1)
+            if by_examples:  # which --batch-tokens does not change
+                name, size = "batch_size", max(1, count // settings.objective.rows_per_example)
+            data = replace(settings.data, max_seq_length=length)
+            other = replace(adapted, data=data, loop=replace(by_memory.loop, **{name: size}))
+            flags = f"{words}{'' if length == longest else f'--max-seq-length {length} '}{flag_of(name)} {size}"
+            smaller.append((split + flags, replace(one, settings=other)))
     raised = [
         replace(mac, working_set_bytes=max(mac.memory_gb - FOR_MACOS_GB, 1) * GIB)
         if mac.working_set_bytes is None and mac.memory_gb > 2 * FOR_MACOS_GB
@@ -250,46 +266,12 @@ def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> tuple[
     limits = {mac.memory_gb: more.working_set_bytes for mac, more in zip(macs, raised, strict=True) if mac != more}
     sizes = " or ".join(f"{limit >> 20} with {memory} GB" for memory, limit in sorted(limits.items()) if limit)
     command = f"`sudo sysctl iogpu.wired_limit_mb=N` on each Mac, N = {sizes}; then "
-    smaller = [
-        (f"{words}{flags}", other)
-        for words, adapted in _smaller_adapters(model)
-        for flags, other in _shorter_rows(adapted, len(macs))
-    ]
     for given, first in ((macs, ""), (raised, command)):
         for words, other in smaller:
             chosen, run, shares = _asked(other, given)
-            if plan_macs(other.shape, other.units, run, chosen, shares, link).fits:
+            if plan_macs(other.shape, run, chosen, link, other.units, shares).fits:
                 return first + words, other
     return None
-
-
-def _smaller_adapters(model: SharedModel) -> Iterator[tuple[str, SharedModel]]:
-    """Yield the model with its parts by memory and adapters that take less and less memory, with their flags."""
-    settings = model.settings
-    split = "" if split_of(settings) == "memory" else "--shard-base memory "
-    by_memory = replace(settings, loop=replace(settings.loop, shard_base="memory"))
-    yield split, replace(model, settings=by_memory)
-    smaller: list[tuple[str, dict[str, Any]]] = [
-        (f"--rank {rank} ", {"rank": rank}) for rank in RANKS if rank < settings.adapter.rank
-    ]
-    if any(layer.experts > 1 and layer.rank for block in model.shape.blocks for layer in block.layers):
-        smaller.append((f"--target-modules {ATTENTION} ", {"target_modules": ATTENTION}))
-    for words, fields in smaller:
-        adapter = replace(settings.adapter, **fields)
-        yield split + words, shared_model(replace(by_memory, adapter=adapter))
-
-
-def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedModel]]:
-    """Yield the model with a row for each of `count` Macs, of the asked length and shorter, with the flags."""
-    longest, by_examples = model.settings.data.max_seq_length, model.settings.loop.batch_size is not None
-    examples = max(1, count // model.settings.objective.rows_per_example)
-    for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
-        words = "" if length == longest else f"--max-seq-length {length} "
-        if by_examples:  # which --batch-tokens does not change
-            yield f"{words}--batch-size {examples}", model.with_batch(length, batch_size=examples)
-        else:
-            tokens = count * (length - 1)
-            yield f"{words}--batch-tokens {tokens}", model.with_batch(length, batch_tokens=tokens)
 
 
 def split_of(settings: TrainSettings) -> str:

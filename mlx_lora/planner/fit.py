@@ -25,8 +25,8 @@ FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
 LONGEST_SEQUENCE = 1 << 20
 
 
-Shapes = Callable[[int], Sequence[tuple[int, int, int]]]
-"""Tokens of a batch -> (rows, width, slots for trained targets) of the batches that the data are divided into."""
+Batches = Callable[[int], tuple[int, Sequence[tuple[int, int, int]]]]
+"""Tokens of a batch -> into how many batches the data are divided, and their (rows, width, slots for trained targets)."""
 Prompts = Sequence[tuple[int, int]]
 """Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
 
@@ -39,13 +39,13 @@ class DataLimits:
         most_rows: the number of rows in the data; None: not known.
         prompts: that answers are sampled to; without any, that of the longest row.
         most_tokens: of a batch that suits the data (config/defaults.py).
-        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
+        batches: that the data are divided into; None: not known, so that a batch is taken to be full of the longest row.
     """
 
     most_rows: int | None = None
     prompts: Prompts = ()
     most_tokens: int = DEFAULT_BATCH_TOKENS
-    shapes: Shapes | None = None
+    batches: Batches | None = None
 
 
 NO_DATA = DataLimits()
@@ -188,12 +188,12 @@ def _batches(data: DataLimits, width: int, settings: TrainSettings, tokens: int)
     None has both fewer positions and a shorter row than another.
     """
     largest = (*largest_batch(width, settings, tokens, data.most_rows), None)
-    if data.shapes is None or settings.objective.samples:
+    if data.batches is None or settings.objective.samples:
         return [largest]
     objective, wide = settings.objective, 0
     trained = [
         (rows // objective.rows_per_example * objective.trained_rows_per_example, columns, slots)
-        for rows, columns, slots in data.shapes(tokens)
+        for rows, columns, slots in data.batches(tokens)[1]
     ]
     found = []
     for rows, columns, slots in sorted(trained, key=lambda one: (one[0] * one[1], one[1], one[2]), reverse=True):

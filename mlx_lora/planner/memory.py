@@ -40,7 +40,6 @@ from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
 from mlx_lora.planner.shapes import (
     Block,
-    BlockMemory,
     LayerCache,
     Machine,
     ModelShape,
@@ -206,7 +205,7 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
         records = run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
         activations["records"] = records
-    ahead = _backward_window(shape, run, machine)
+    ahead = int(max((_window(block, run, machine) for block in shape.blocks), default=0))
     one_block = int(max((kept_by(block, run, machine) for block in shape.blocks), default=0))
     check, check_gradients, logits = _check_parts(shape, machine)
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
@@ -251,29 +250,28 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
 
 def kept_by(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
-    case = run.rows, run.width, machine.backend != "cpu"
-    memory = _memory(block, run)
-    if memory is not None:
-        at_one = None if block.at_one is None else block.at_one.at(*case).kept
-        return _at_trained(block, run, memory.at(*case).kept, at_one)
+    kept = _traced(block, run, machine, "kept")
+    if kept is not None:
+        return kept
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
 
 
-def _at_trained(block: Block, run: RunShape, whole: float, at_one: float | None) -> float:
-    """Return a block's bytes where only trained positions are computed beyond attention, which is the last block of some models.
+def _traced(block: Block, run: RunShape, machine: Machine, name: str) -> float | None:
+    """Return a figure of `BlockBytes` as this run computes the block; None: its graph was not read.
 
-    Args:
-        block, run: of them.
-        whole: its bytes if all positions are computed.
-        at_one: if only one is; the rest grows with the trained positions. None: all of them are.
+    Where only trained positions are computed beyond attention, as in the last block of some models, it grows with these from
+    what a single one takes.
     """
-    return whole if at_one is None else at_one + max(0.0, whole - at_one) * run.slots / run.positions
-
-
-def _memory(block: Block, run: RunShape) -> BlockMemory | None:
-    """Return the memory of a block as this run computes it."""
-    return block.chunked if run.checkpointing == "block" and not run.dropout and block.chunked else block.memory
+    chunks = run.checkpointing == "block" and not run.dropout and block.chunked
+    memory, case = block.chunked if chunks else block.memory, (run.rows, run.width, machine.backend != "cpu")
+    if memory is None:
+        return None
+    whole = getattr(memory.at(*case), name)
+    if block.at_one is None:
+        return whole
+    at_one = getattr(block.at_one.at(*case), name)
+    return at_one + max(0.0, whole - at_one) * run.slots / run.positions
 
 
 def _ends(block: Block, run: RunShape, machine: Machine) -> float:
@@ -388,18 +386,11 @@ def offloaded_bytes(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     return int(sum(_ends(block, run, machine) for block in blocks))
 
 
-def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
-    """Return the bytes that a block's backward pass allocates at a time, in addition to what the blocks keep."""
-    return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
-
-
 def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) -> float:
     """Return the bytes that a block's backward pass, or its beginning, allocates at a time, in addition to what it keeps."""
-    memory = _memory(block, run)
-    if memory is not None:
-        case, name = (run.rows, run.width, machine.backend != "cpu"), "early" if early else "window"
-        at_one = None if block.at_one is None else getattr(block.at_one.at(*case), name)
-        return _at_trained(block, run, getattr(memory.at(*case), name), at_one)
+    ahead = _traced(block, run, machine, "early" if early else "window")
+    if ahead is not None:
+        return ahead
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     own = machine.kernels.scores(run.width)
@@ -479,7 +470,8 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
         return int(kept), of_tower + int((gradients - of_tower) * share), _check_bytes(shape, machine, tokens)
     run = RunShape(1, CHECK_TOKENS, checkpointing="block")
     kept = _kept_by_blocks(shape, run, machine)
-    block = int(max((again for _, again in kept), default=0)) + _backward_window(shape, run, machine)
+    ahead = int(max((_window(block, run, machine) for block in shape.blocks), default=0))
+    block = int(max((again for _, again in kept), default=0)) + ahead
     return _together(kept, run), gradients, max(_check_bytes(shape, machine, tokens), block)
 
 

@@ -35,7 +35,7 @@ from mlx_lora.planner.speed import (
     step_seconds,
     working_set,
 )
-from mlx_lora.trainer.fit import batch_shapes, fit_settings, outlined_shape, training_plan, with_block_memory
+from mlx_lora.trainer.fit import batches_by_tokens, fit_settings, outlined_shape, training_plan, with_block_memory
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
@@ -343,19 +343,19 @@ def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
     settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
     longest = fit(settings, SHAPE, M2, 466)
     shapes = {835: [(1, 466, 466), (5, 152, 760), (7, 100, 700)]}
-    found = fit(settings, SHAPE, M2, 466, DataLimits(shapes=shapes.__getitem__))
+    found = fit(settings, SHAPE, M2, 466, DataLimits(batches=lambda tokens: (0, shapes[tokens])))
     assert (longest.rows, longest.width) == (1, 466)
     assert (found.rows, found.width) == (5, 152)
     assert found.memory.peak_bytes > longest.memory.peak_bytes
     # With pairs, a shape has the rows of both answers.
     pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
-    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200, 800)])).rows == 4
+    assert fit(pairs, SHAPE, M2, 466, DataLimits(batches=lambda tokens: (1, [(4, 200, 800)]))).rows == 4
 
 
 def test_the_shapes_are_those_of_the_run():
     rows = EncodedSet.from_rows([(np.arange(n), np.arange(n) > n // 2) for n in (467, 153, 150, 140, 120, 101)])
     settings = train_settings({"batch_tokens": 835, "epochs": 2.0})
-    found = batch_shapes(settings, rows, None)(835)
+    _, found = batches_by_tokens(settings, rows, None)(835)
     plan = training_plan(settings.loop, rows, 2.0)
     batches = [plan.batch(0, n) for n in range(len(plan))]
     assert sorted(found) == sorted({(*batch.inputs.shape, len(batch.positions)) for batch in batches})

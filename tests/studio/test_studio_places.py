@@ -22,7 +22,7 @@ from mlx_lora.data import sandbox
 from mlx_lora.studio import previews
 from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.places.train import sweep_folder
-from mlx_lora.studio.plans import KeptParts, Plans
+from mlx_lora.studio.plans import Plans, kept_outline
 from mlx_lora.studio.plans import _key as key_of_plan
 from mlx_lora.studio.web import OWN, Tasks, setting_groups
 from mlx_lora.trainer.sweep import SweepState
@@ -380,9 +380,8 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
 
 
 def test_a_kept_shape_is_not_that_of_a_base_that_is_read_from_its_files(tiny_folder):
-    parts = KeptParts()
     memory, disk = (
-        parts.shape(train_settings({"model": str(tiny_folder), "offload_base": given}), "float32", None)[1]
+        kept_outline(train_settings({"model": str(tiny_folder), "offload_base": given}), "float32", None)[1]
         for given in ("off", "on")
     )
     assert disk.shared
