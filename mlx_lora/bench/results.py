@@ -570,19 +570,16 @@ def compare(results: Sequence[ResultFile], across_versions: bool = False) -> lis
 
 def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     """Return how the work of two entries with one name differs, a few words per difference."""
-    found = []
     ours, theirs = entry["workload"], reference["workload"]
-    if ours["version"] != theirs["version"]:
-        found.append(f"workload version {ours['version']} against {theirs['version']}")
-    elif ours["digest"] != theirs["digest"]:
-        found.append("another definition of the workload")
-    if entry["data_sha256"] != reference["data_sha256"]:
-        found.append("other training data")
-    if (entry["base"] or {}).get("fingerprint") != (reference["base"] or {}).get("fingerprint"):
-        found.append("other weights")
-    if entry["shortened"] or reference["shortened"]:
-        found.append("not run at the workload's length")
-    return found
+    same_version = ours["version"] == theirs["version"]
+    found = {
+        f"workload version {ours['version']} against {theirs['version']}": not same_version,
+        "another definition of the workload": same_version and ours["digest"] != theirs["digest"],
+        "other training data": entry["data_sha256"] != reference["data_sha256"],
+        "other weights": (entry["base"] or {}).get("fingerprint") != (reference["base"] or {}).get("fingerprint"),
+        "not run at the workload's length": entry["shortened"] or reference["shortened"],
+    }
+    return [words for words, differs in found.items() if differs]
 
 
 def software_differs(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -610,20 +607,19 @@ def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Return notes on a run: what may have slowed it down, and what else a reader should know."""
     if entry["status"] != "measured":
         return [f"{entry['status']}: {entry['reason']}"]
-    notes = ["not run at the workload's length"] if entry["shortened"] else []
     moments = [entry["power_before"], entry["power_after"] or {}]
-    if any(moment.get("source") == "battery" for moment in moments):
-        notes.append("on battery")
-    if any(moment.get("low_power_mode") for moment in moments):
-        notes.append("low-power mode")
     states = {moment.get("thermal_state") for moment in moments} - {None, "nominal"}
-    notes += [f"thermal state {state}" for state in sorted(states)]
     cores, load = content["machine"]["cpu_cores"] or 1, entry["power_before"]["load_average"]
-    if load > BUSY_LOAD * cores:
-        notes.append(f"other programs ran (load {load:g} on {cores} cores)")
-    if entry["figures"]["skipped_steps"]:
-        notes.append(f"{entry['figures']['skipped_steps']} updates were not finite")
-    return notes
+    skipped = entry["figures"]["skipped_steps"]
+    notes = {
+        "not run at the workload's length": entry["shortened"],
+        "on battery": any(moment.get("source") == "battery" for moment in moments),
+        "low-power mode": any(moment.get("low_power_mode") for moment in moments),
+        **{f"thermal state {state}": True for state in sorted(states)},
+        f"other programs ran (load {load:g} on {cores} cores)": load > BUSY_LOAD * cores,
+        f"{skipped} updates were not finite": skipped,
+    }
+    return [words for words, holds in notes.items() if holds]
 
 
 # Tables as text (aligned for a terminal, or Markdown) and as JSON

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from run_cli import run
 
-from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
+from mlx_lora.api.plan import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
 from mlx_lora.parallel.sharded_base import shares_of
 from mlx_lora.planner.several_macs import (

@@ -16,7 +16,7 @@ import tempfile
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,79 +44,25 @@ RESULT_FILE, PAGE_FILE = "doctor.json", "doctor.html"
 MOST_ATTEMPTS = 2
 
 
-class KitState:
-    """What is known so far.
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file, with a new summary.
 
-    Attributes:
-        path: of the file.
-        content: of the file.
+    Raises:
+        ValueError: the content is not what the schema says, which is a mistake in a check.
     """
-
-    def __init__(self, path: Path, content: dict[str, Any]):
-        """Take the content of a file that exists, or will."""
-        self.path, self.content = path, content
-
-    def entry(self, check: KitCheck) -> dict[str, Any] | None:
-        """Return a check's entry, None if it was never begun."""
-        name = check.group, check.name
-        return next((one for one in self.content["checks"] if (one["group"], one["name"]) == name), None)
-
-    def is_done(self, check: KitCheck) -> bool:
-        """Return whether a check has ended."""
-        entry = self.entry(check)
-        return entry is not None and entry["done"]
-
-    def begin(self, check: KitCheck) -> dict[str, Any]:
-        """Note that a check begins, and return its entry: `attempts` counts how often it was begun, now included."""
-        entry = self.entry(check)
-        if entry is None:
-            entry = {
-                "group": check.group, "name": check.name, "done": False, "attempts": 0, "seconds": None, "findings": [],
-            }  # fmt: skip
-            self.content["checks"].append(entry)
-        entry["attempts"] += 1
-        self.write()
-        return entry
-
-    def end(self, entry: dict[str, Any], findings: Sequence[CheckFinding], seconds: float) -> None:
-        """Keep what a check found, as JSON values; what a user's folders are called stays here."""
-        made = [asdict(one) for one in findings]
-        for one in made:
-            for name in ("found", "wanted"):  # JSON has no infinity, and the schema no negative number
-                if one[name] is not None:
-                    one[name] = min(max(one[name], 0.0), LARGEST) if math.isfinite(one[name]) else LARGEST
-            for name in ("name", "words", "unit", "advice"):
-                one[name] = one[name].replace(str(Path.home()), "~") or None
-        entry |= {"done": True, "seconds": round(seconds, 3), "findings": made}
-        self.write()
-
-    def forget(self, checks: Sequence[KitCheck]) -> None:
-        """Drop the entries of checks that are to run again."""
-        names = {(check.group, check.name) for check in checks}
-        self.content["checks"] = [one for one in self.content["checks"] if (one["group"], one["name"]) not in names]
-
-    def write(self) -> None:
-        """Write the file, with a new summary.
-
-        Raises:
-            ValueError: the content is not what the schema says, which is a mistake in a check.
-        """
-        findings = [one["status"] for entry in self.content["checks"] for one in entry["findings"]]
-        seconds = sum(entry["seconds"] or 0.0 for entry in self.content["checks"])
-        self.content["summary"] = {status: findings.count(status) for status in STATUSES} | {
-            "seconds": round(seconds, 3)
-        }
-        if problems := kit_problems(self.content):
-            raise ValueError(f"{self.path.name}: {'; '.join(problems[:3])}")
-        text = json.dumps(self.content, indent=1, ensure_ascii=False, allow_nan=False)
-        replace_text(self.path, text + "\n")
+    findings = [one["status"] for entry in content["checks"] for one in entry["findings"]]
+    seconds = sum(entry["seconds"] or 0.0 for entry in content["checks"])
+    content["summary"] = {status: findings.count(status) for status in STATUSES} | {"seconds": round(seconds, 3)}
+    if problems := kit_problems(content):
+        raise ValueError(f"{path.name}: {'; '.join(problems[:3])}")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_state(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | None]) -> tuple[KitState, str]:
-    """Return the state of a result file, and why it starts anew where there was another; empty if it does not.
+def read_content(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | None]) -> tuple[dict[str, Any], str]:
+    """Return the content of a result file, and why it starts anew where there was another; empty if it does not.
 
     Args:
-        path: of the file.
+        path: of the file, which need not be there.
         facts: `machine`, `device`, `software`, `peers` and `power_before` of now.
         key: what the results depend on, with the `share`.
 
@@ -131,13 +77,13 @@ def open_state(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | Non
     if before is not None and not kit_problems(before):  # else it was cut short
         changed = [name for name in {**before["key"], **key} if before["key"].get(name) != key.get(name)]
         if not changed:
-            return KitState(path, before), ""
+            return before, ""
         why = "; ".join(f"{name} was {before['key'].get(name)} and is {key.get(name)}" for name in changed[:3])
     content = {
         "schema": SCHEMA, "schema_version": VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "share": key["share"], "finished": False, "key": dict(key), **facts, "power_after": None, "summary": {}, "checks": [],
     }  # fmt: skip
-    return KitState(path, content), why
+    return content, why
 
 
 # Schema
@@ -495,7 +441,8 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
         **facts["peers"],
         "commit": software["commit"],
     }
-    state, why = open_state(asked.folder / RESULT_FILE, facts, key)
+    path = asked.folder / RESULT_FILE
+    content, why = read_content(path, facts, key)
     if why:
         log.info(f"Starting anew: {why}")
     wanted = [
@@ -504,8 +451,10 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
         if (check.quick or not asked.quick) and (not asked.groups or check.group in asked.groups)
     ]
     if asked.again:
-        state.forget(wanted)
-    left = [check for check in wanted if not state.is_done(check)]
+        names = {(check.group, check.name) for check in wanted}
+        content["checks"] = [one for one in content["checks"] if (one["group"], one["name"]) not in names]
+    entries = {(one["group"], one["name"]): one for one in content["checks"]}
+    left = [check for check in wanted if not entries.get((check.group, check.name), {}).get("done")]
     if len(left) < len(wanted):
         log.info(
             f"Going on: {len(wanted) - len(left)} of {counted(len(wanted), 'check')} are done (--again repeats them)"
@@ -522,20 +471,33 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
         try:
             for number, check in enumerate(wanted, 1):
                 if check in left:
-                    _run_one(state, check, kit, unfit, f"[{number}/{len(wanted)}]")
+                    if (check.group, check.name) not in entries:
+                        entry = {
+                            "group": check.group, "name": check.name, "done": False, "attempts": 0, "seconds": None,
+                            "findings": [],
+                        }  # fmt: skip
+                        content["checks"].append(entry)
+                        entries[check.group, check.name] = entry
+                    entry = entries[check.group, check.name]
+                    _run_one(check, entry, kit, unfit, partial(write_content, path, content))
+                    _log_findings(entry, f"[{number}/{len(wanted)}]")
         except KeyboardInterrupt:
             interrupted = True
-    state.content["finished"] = all(state.is_done(check) for check in wanted)
-    state.content["power_after"] = describe_power()
-    state.write()
-    write_kit_page(asked.folder / PAGE_FILE, state.content)
-    return state.content, interrupted
+    done = {(one["group"], one["name"]) for one in content["checks"] if one["done"]}
+    content["finished"] = all((check.group, check.name) in done for check in wanted)
+    content["power_after"] = describe_power()
+    write_content(path, content)
+    write_kit_page(asked.folder / PAGE_FILE, content)
+    return content, interrupted
 
 
-def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str], place: str) -> None:
-    """Run one check, and keep what it finds."""
+def _run_one(
+    check: KitCheck, entry: dict[str, Any], kit: Kit, unfit: Mapping[str, str], write: Callable[[], None]
+) -> None:
+    """Run one check, and keep in its entry what it finds, as JSON values; what a user's folders are called stays here."""
     start, findings = time.perf_counter(), []
-    entry = state.begin(check)
+    entry["attempts"] += 1
+    write()
     if entry["attempts"] > MOST_ATTEMPTS:
         words = f"the process ended {MOST_ATTEMPTS} times while this check ran"
         advice = "see the system's crash report for python; report it with the name of this check"
@@ -550,26 +512,36 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
                     findings.append(finding)
         except KeyboardInterrupt:
             entry["attempts"] -= 1  # it did not end the process
-            state.write()
+            write()
             raise
         except Exception as error:  # whatever it is, the owner wants to know it, and what the other checks find
             words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")[:500]
             advice = "report it; the other checks are not affected"
             findings.append(CheckFinding("raised an error", "failed", words, advice=advice))
-    seconds = time.perf_counter() - start
-    state.end(entry, findings, seconds)
-    counts = Counter(finding.status for finding in findings)
-    found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
-    log.info(f"{place} {check.group}: {check.name}: {found} ({seconds:.1f} s)")
-    for finding in findings:
-        if finding.status in ("failed", "warning"):
-            log.info(f"    {MARKS[finding.status]}  {finding_line(finding)}")
+    made = [asdict(one) for one in findings]
+    for one in made:
+        for name in ("found", "wanted"):  # JSON has no infinity, and the schema no negative number
+            if one[name] is not None:
+                one[name] = min(max(one[name], 0.0), LARGEST) if math.isfinite(one[name]) else LARGEST
+        for name in ("name", "words", "unit", "advice"):
+            one[name] = one[name].replace(str(Path.home()), "~") or None
+    entry |= {"done": True, "seconds": round(time.perf_counter() - start, 3), "findings": made}
+    write()
     mx.clear_cache()
 
 
-def finding_line(finding: CheckFinding | Mapping[str, Any]) -> str:
+def _log_findings(entry: Mapping[str, Any], place: str) -> None:
+    """Say what a check found, with its red lines and its warnings."""
+    counts = Counter(finding["status"] for finding in entry["findings"])
+    found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
+    log.info(f"{place} {entry['group']}: {entry['name']}: {found} ({entry['seconds']:.1f} s)")
+    for finding in entry["findings"]:
+        if finding["status"] in URGENT:
+            log.info(f"    {MARKS[finding['status']]}  {finding_line(finding)}")
+
+
+def finding_line(one: Mapping[str, Any]) -> str:
     """Return a finding as one line, with its numbers."""
-    one = finding if isinstance(finding, Mapping) else vars(finding)
     numbers = ""
     if one["found"] is not None and one["wanted"] is not None:
         found = "not finite" if one["found"] >= LARGEST else f"{one['found']:.3g}"

@@ -39,13 +39,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
 from mlx_lora.bench.doctor.check import (
+    TINY,
     CheckFinding,
     Kit,
     apart,
     bounded,
     dtype_name,
     on_cpu,
-    other_tiny_folder,
     tiny_folder,
     write_model,
 )
@@ -125,7 +125,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
     path = "packed" if packed else "auto"
     base = load(tiny_folder(kit.work, packed), dtype=asked.pop("dtype", "auto"), quantized_matmul=path)
     if asked.pop("teacher", False):
-        asked["teacher"] = str(other_tiny_folder(kit.work))
+        asked["teacher"] = str(write_model(kit.work / "tiny-teacher", TINY, seed=1))
     if asked.get("reward") == "letters":
         asked["reward"] = letters
     run = train(base, _rows(asked.get("objective", "sft")), folder, iters=steps, **asked)
@@ -456,26 +456,22 @@ def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
         **({"objective": "dpo"} if dpo else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
         "batch_size": one.rows, "iters": 3, "grad_checkpoint": one.checkpointing, "max_seq_length": positions + 1,
     }  # fmt: skip
-    planned, measured = _peaks(kit, one, model, data, settings)
-    if planned is not None and abs(planned / measured - 1) > BOUND:
-        # The first run of a shape on a machine also measures kernels, and the plan is for the run alone.
-        planned, measured = _peaks(kit, one, model, data, settings)
+    # The first run of a shape on a machine also measures kernels, and the plan is for the run alone: it may be repeated.
+    planned, measured, good = None, 0, False
+    for _ in range(2):
+        if not good:
+            records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
+            planned, measured = facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in records)
+            good = planned is None or abs(planned / measured - 1) <= BOUND
     if planned is None:
         yield CheckFinding("peak", "failed", "the run was not planned", advice=PLAN_ADVICE)
         return
     ratio = planned / measured
-    good = abs(ratio - 1) <= BOUND
     words = f"planned {planned / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {ratio:.3f} times"
     yield CheckFinding(
         "peak", "ok" if good else "warning", words, abs(ratio - 1), BOUND, "of the measured peak",
         "" if good else PLAN_ADVICE, {"planned GB": planned / 1e9, "measured GB": measured / 1e9},
     )  # fmt: skip
-
-
-def _peaks(kit: Kit, one: PlannedRun, model: Path, data: Path, settings: dict[str, Any]) -> tuple[int | None, int]:
-    """Return the planned and the measured peak of one run, in bytes."""
-    records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
-    return facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in records)
 
 
 def _data(work: Path, one: PlannedRun, positions: int) -> Path:
@@ -499,37 +495,26 @@ STEADY = 1.10  # first speed over last
 MODELS = 4
 
 
-@dataclass(frozen=True)
-class SpeedLength:
-    """How much is run: rows, passes that are counted after the first, words of an answer, and a peer's longest time."""
-
-    rows: int
-    passes: int
-    words: tuple[int, int]
-    limit_s: float
-
-
-ON_CPU, ON_GPU = SpeedLength(8, 1, (4, 14), 60.0), SpeedLength(16, 3, (60, 200), 120.0)
-
-
 def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
     """Compare our speed with the peers' on one model."""
-    model, length = speed_models(kit)[number], ON_GPU if kit.as_fast_as_a_gpu else ON_CPU
+    # Rows, passes that are counted after the first, words of an answer, and a peer's longest time in seconds.
+    rows, passes, words, limit_s = (16, 3, (60, 200), 120.0) if kit.as_fast_as_a_gpu else (8, 1, (4, 14), 60.0)
+    model = speed_models(kit)[number]
     folder, data = model.write(kit), kit.work / "speed.jsonl"
-    data.write_text(chat_rows(length.rows, (3, 6), length.words, 0), encoding="utf-8")
+    data.write_text(chat_rows(rows, (3, 6), words, 0), encoding="utf-8")
     settings = {
         "batch_size": BATCH,
         "rank": RANK,
         "alpha": 2.0 * RANK,
         "max_seq_length": 2048,
-        "epochs": 1 + length.passes,
+        "epochs": 1 + passes,
     }
     records, _ = train_child(kit, f"speed-{number}", folder, data, {**settings, "grad_checkpoint": "none"})
-    each = length.rows // BATCH
+    each = rows // BATCH
     ends = [record["elapsed_s"] for record in records]
     tokens = sum(record["real_tokens"] for record in records[each:])
-    if len(ends) != each * (1 + length.passes):
-        raise RunError(f"{len(ends)} steps were reported, not {each * (1 + length.passes)}")
+    if len(ends) != each * (1 + passes):
+        raise RunError(f"{len(ends)} steps were reported, not {each * (1 + passes)}")
     ours = tokens / (ends[-1] - ends[each - 1])
     yield CheckFinding(
         f"{model.words}: mlx-lora", "ok", f"{ours:,.0f} tokens/s", ours, None, "tokens/s", values={"mlx-lora": ours}
@@ -547,7 +532,7 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
             continue
         steps.unlink(missing_ok=True)
         command = [sys.executable, "-m", "mlx_lora.bench.doctor.peers", argument, str(kit.work / "job.json")]
-        ended = run_process(command, kit.work / "peer.log", limit_s=length.limit_s)
+        ended = run_process(command, kit.work / "peer.log", limit_s=limit_s)
         lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
         if len(lines) == len(ends):
             theirs = tokens / (float(lines[-1]) - float(lines[each - 1]))
@@ -559,7 +544,7 @@ def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
                 SLOWER if slower else "", {name: theirs},
             )  # fmt: skip
         elif ended.stopped:
-            words = f"stopped after {length.limit_s:.0f} s, start included, at step {len(lines)} of {len(ends)}"
+            words = f"stopped after {limit_s:.0f} s, start included, at step {len(lines)} of {len(ends)}"
             yield CheckFinding(label, "ok", f"{words}; mlx-lora's steps took {ends[-1]:.1f} s")
         else:
             yield CheckFinding(label, "warning", f"it ended with code {ended.code}: {ended.last_words}"[:300])
