@@ -424,7 +424,7 @@ def _loss_window(shape: ModelShape, run: RunShape, machine: Machine, gradient: b
         compared = TOP_K_ARRAYS if run.teacher_top_k else 0.0 if run.teacher_top_k is None else ALL_TOKENS_ARRAYS
         window = max(ROW_ARRAYS * logits + dense, compared * logits)
         return int(window + 2 * slots * shape.width * size)
-    rows, columns = tile_shape(slots, shape.slice_rows, machine.tile_bytes)
+    rows, columns = tile_shape(slots, shape.head_rows or shape.vocabulary, machine.tile_bytes)
     tiles = -(-slots // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
@@ -440,7 +440,7 @@ def _loss_window(shape: ModelShape, run: RunShape, machine: Machine, gradient: b
 def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
     """Return the bytes of the plain loss of some tokens and its gradient: whole logits twice, and slices of a quantized head."""
     size = machine.number_bytes
-    rows = min(shape.slice_rows, int(PACKED_TILES_AHEAD[0] * MAX_SLICE))
+    rows = min(shape.head_rows or shape.vocabulary, int(PACKED_TILES_AHEAD[0] * MAX_SLICE))
     dense = rows * shape.width * size * machine.dense_copies if shape.head_packed else 0
     logits = 2 * tokens * shape.vocabulary * (SINGLE + (size if size < SINGLE else 0))
     # Slice by slice, the last one is dequantized while there are no whole logits yet.

@@ -298,11 +298,6 @@ class ModelShape:
     most_tokens: int = 0
     tower: TowerShape | None = None
 
-    @property
-    def slice_rows(self) -> int:
-        """The rows of the head that are at hand at a time."""
-        return self.head_rows or self.vocabulary
-
 
 @dataclass(frozen=True)
 class KernelTerms:
