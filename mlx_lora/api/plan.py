@@ -93,13 +93,13 @@ from mlx_lora.planner.speed import (
     step_seconds,
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
-from mlx_lora.trainer.choose_strategy import settled_offload
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
     outlined_shape,
     prompts_of,
     quantized_shape,
+    settled_offload,
     trained_share,
     training_plan,
     with_examples,

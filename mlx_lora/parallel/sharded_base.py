@@ -32,7 +32,7 @@ Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.1127
 
 The strategies in which a process keeps only a part of the frozen base.
 
-Another way to keep a part is another class and a line in `strategy_of` (trainer/choose_strategy.py); parallel/offloaded_base.py
+Another way to keep a part is another class and a line in `strategy_of` (trainer/fit.py); parallel/offloaded_base.py
 is one for a single process.
 """
 

@@ -1,4 +1,4 @@
-"""How the processes of a run divide its work: one class per way, chosen once (trainer/choose_strategy.py) and carried by the run.
+"""How the processes of a run divide its work: one class per way, chosen once (trainer/fit.py) and carried by the run.
 
     Strategy         one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch

@@ -305,9 +305,8 @@ def test_a_run_that_measures_losses_without_a_gradient_has_more_tiles_ahead_than
 
 def test_the_trained_slots_of_a_plan_are_those_of_the_batches():
     settings = train_settings({"grad_checkpoint": "none", "objective": "kto"})
-    limits = DataLimits(
-        shapes=lambda tokens: [(10, 98, 616)]
-    )  # five of these rows are trained, with as many slots as fit
+    # Five of these rows are trained, with as many slots as fit.
+    limits = DataLimits(batches=lambda tokens: (1, [(10, 98, 616)]))
     few = replace(SHAPE, trained_share=0.1)
     found = fit(settings, few, CPU, 98, limits).memory.phases["loss"]
     assert found == plan_memory(few, run_of(settings, 5, 98, "none", 490), CPU).phases["loss"]
