@@ -75,9 +75,8 @@ from mlx_lora.planner.fit import (
     runs_at_once,
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
-from mlx_lora.planner.memory import offloaded_bytes, plan_memory
+from mlx_lora.planner.memory import KernelTerms, Machine, ModelShape, RunShape, offloaded_bytes, plan_memory
 from mlx_lora.planner.several_macs import Link, Mac, Split, Units, best, least_tokens, memory_shares, plan_macs
-from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
     ASSUMED_BYTES_PER_S,
     ASSUMED_COPIED_PER_S,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 
 # Bring an objective onto a model: its loss over whole answers in a step, and its mean over a held-out set.

@@ -68,7 +68,7 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 ALIGNMENT = 16  # bytes; of each array in a message
 # Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.

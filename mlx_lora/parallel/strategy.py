@@ -38,7 +38,7 @@ from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 
 DISK_WAIT = "disk_wait_share"  # in reports: of a step's time, waiting for a base that is read from its files

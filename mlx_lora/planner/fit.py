@@ -12,8 +12,17 @@ from functools import partial
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
-from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, held_bytes, most_that_fit, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
+from mlx_lora.planner.memory import (
+    ROLLOUT,
+    Machine,
+    MemoryPlan,
+    ModelShape,
+    Rollout,
+    RunShape,
+    held_bytes,
+    most_that_fit,
+    plan_memory,
+)
 from mlx_lora.planner.speed import Ceilings, Reading, forward_seconds, step_seconds
 from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.text import gigabytes

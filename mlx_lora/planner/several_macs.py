@@ -21,8 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import SINGLE, Machine, MemoryPlan, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import Ceilings, step_seconds
 from mlx_lora.utils.text import gigabytes
 

@@ -25,8 +25,17 @@ from dataclasses import dataclass, replace
 from math import ceil, isfinite
 
 from mlx_lora.config.settings import checkpoint_every
-from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities, tile_queries
-from mlx_lora.planner.shapes import Block, Machine, ModelShape, Numbers, RunShape
+from mlx_lora.planner.memory import (
+    SINGLE,
+    TILE_QUERIES,
+    Block,
+    Machine,
+    ModelShape,
+    Numbers,
+    RunShape,
+    probabilities,
+    tile_queries,
+)
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
 

@@ -37,7 +37,7 @@ from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.config import PARTS as INNER_CONFIGS
 from mlx_lora.models.meta import Outline
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.planner.memory import ModelShape
 from mlx_lora.studio.folders import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.web import BackgroundTask, Tasks, fields_in, in_page_words

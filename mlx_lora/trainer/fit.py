@@ -60,8 +60,16 @@ from mlx_lora.planner.fit import (
     run_of,
 )
 from mlx_lora.planner.machine import measure_ceilings, this_machine
-from mlx_lora.planner.memory import MemoryPlan, position_chunks
-from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown, RunShape
+from mlx_lora.planner.memory import (
+    BlockBytes,
+    KernelTerms,
+    Machine,
+    MemoryPlan,
+    ModelShape,
+    NotKnown,
+    RunShape,
+    position_chunks,
+)
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device

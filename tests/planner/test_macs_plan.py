@@ -11,6 +11,7 @@ from run_cli import run
 from mlx_lora.api.plan import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
 from mlx_lora.parallel.sharded_base import shares_of
+from mlx_lora.planner.memory import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.several_macs import (
     Link,
     Mac,
@@ -23,7 +24,6 @@ from mlx_lora.planner.several_macs import (
     rank_part,
     sending,
 )
-from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
 from mlx_lora.utils.errors import InputError
 

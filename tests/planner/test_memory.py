@@ -22,8 +22,7 @@ from mlx_lora.models.meta import model_shape, outline_for
 from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.planner.fit import DataLimits, advice, fit, run_of
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import Block, KernelTerms, Layer, Machine, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,

@@ -35,7 +35,7 @@ from mlx_lora.objectives import reference
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.planner.memory import ModelShape
 from mlx_lora.planner.speed import CHIPS, find_chip
 from mlx_lora.trainer import build as composition
 from mlx_lora.trainer.fit import outlined_shape
