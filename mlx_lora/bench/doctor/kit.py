@@ -25,9 +25,9 @@ from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.doctor import numerics, runs
+from mlx_lora.bench.doctor import checks
 from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, TINY_4BIT, CheckFinding, Kit, KitCheck
-from mlx_lora.bench.doctor.runs import gpu_problem, is_virtual, peer_versions, virtual_words
+from mlx_lora.bench.doctor.checks import gpu_problem, is_virtual, peer_versions, virtual_words
 from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
 from mlx_lora.kernels.table import kernel_rows
@@ -345,68 +345,73 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
     """
     rows = {row.name: row for row in kernel_rows()}
     formats = [
-        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in numerics.GROUPS])
-        for bits in numerics.AFFINE_BITS
+        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in checks.GROUPS])
+        for bits in checks.AFFINE_BITS
     ]
     formats += [
-        (mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in numerics.FLOATS.items()
+        (mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in checks.FLOATS.items()
     ]
     losses = {
-        "DPO's family": partial(numerics.check_pair_losses, PAIR_LOSSES),
-        "ORPO, SimPO, CPO": partial(numerics.check_pair_losses, numerics.OTHER_PAIR_LOSSES),
-        "KTO's family": numerics.check_rated_losses,
-        "reward model": numerics.check_reward_loss,
-        "GRPO's family and RLOO": numerics.check_policy_losses,
-        "distillation": numerics.check_divergences,
-        "a whole model": partial(numerics.check_model, None),
-        "a whole 4-bit model": partial(numerics.check_model, TINY_4BIT),
+        "DPO's family": partial(checks.check_pair_losses, PAIR_LOSSES),
+        "ORPO, SimPO, CPO": partial(checks.check_pair_losses, checks.OTHER_PAIR_LOSSES),
+        "KTO's family": checks.check_rated_losses,
+        "reward model": checks.check_reward_loss,
+        "GRPO's family and RLOO": checks.check_policy_losses,
+        "distillation": checks.check_divergences,
+        "a whole model": partial(checks.check_model, None),
+        "a whole 4-bit model": partial(checks.check_model, TINY_4BIT),
     }
     made = [
         *short,
-        KitCheck("machine", "GPU", runs.check_gpu),
-        KitCheck("machine", "power and load", runs.check_power),
+        KitCheck("machine", "GPU", checks.check_gpu),
+        KitCheck("machine", "power and load", checks.check_power),
         *(
             KitCheck(
                 "kernels",
                 f"{name}, {rows[name].words(shape)}",
-                partial(numerics.check_kernel, name, shape),
+                partial(checks.check_kernel, name, shape),
                 number == 0,
             )
-            for name, shapes in numerics.SHAPES.items()
+            for name, shapes in checks.SHAPES.items()
             for number, shape in enumerate(shapes)
         ),
         *(
-            KitCheck("kernels", f"{NAME}, {words}", partial(numerics.check_loss, make), number < 2)
-            for number, (words, make) in enumerate(numerics.HEADS.items())
+            KitCheck("kernels", f"{NAME}, {words}", partial(checks.check_loss, make), number < 2)
+            for number, (words, make) in enumerate(checks.HEADS.items())
         ),
-        KitCheck("kernels", "exponentials", numerics.check_exponentials),
-        KitCheck("kernels", "tanh, power, sums", numerics.check_substitutes),
+        KitCheck("kernels", "exponentials", checks.check_exponentials),
+        KitCheck("kernels", "tanh, power, sums", checks.check_substitutes),
         *(
-            KitCheck("formats", name, partial(numerics.check_layouts, layouts), name in ("4-bit affine", "mxfp4"))
+            KitCheck("formats", name, partial(checks.check_layouts, layouts), name in ("4-bit affine", "mxfp4"))
             for name, layouts in formats
         ),
         *(
-            KitCheck("formats", f"experts in {words}", partial(numerics.check_experts, layout), number == 0)
-            for number, (words, layout) in enumerate(numerics.EXPERT_LAYOUTS.items())
+            KitCheck("formats", f"experts in {words}", partial(checks.check_experts, layout), number == 0)
+            for number, (words, layout) in enumerate(checks.EXPERT_LAYOUTS.items())
         ),
-        *(KitCheck("adapters", case.words, partial(numerics.check_layer, case)) for case in numerics.CASES),
+        *(KitCheck("adapters", case.words, partial(checks.check_layer, case)) for case in checks.CASES),
         *(KitCheck("losses", name, check) for name, check in losses.items()),
-        *(KitCheck("objectives", name, partial(runs.check_step, name), name in runs.QUICK) for name in runs.OBJECTIVES),
         *(
-            KitCheck("resume", name, partial(runs.check_resume, changes), number == 0)
-            for number, (name, changes) in enumerate(runs.RESUMED.items())
-        ),
-        KitCheck("decode", "float base", partial(runs.check_decode, False)),
-        KitCheck("decode", "4-bit base", partial(runs.check_decode, True), quick=False),
-        *(
-            KitCheck("memory", one.words, partial(runs.check_peak, one), number == 4)
-            for number, one in enumerate(runs.RUNS)
+            KitCheck("objectives", name, partial(checks.check_step, name), name in checks.QUICK)
+            for name in checks.OBJECTIVES
         ),
         *(
-            KitCheck("speed", f"model {number + 1} of {runs.MODELS}", partial(runs.check_speed, number), number == 0)
-            for number in range(runs.MODELS)
+            KitCheck("resume", name, partial(checks.check_resume, changes), number == 0)
+            for number, (name, changes) in enumerate(checks.RESUMED.items())
         ),
-        KitCheck("speed", "steady load", runs.check_steady, quick=False),
+        KitCheck("decode", "float base", partial(checks.check_decode, False)),
+        KitCheck("decode", "4-bit base", partial(checks.check_decode, True), quick=False),
+        *(
+            KitCheck("memory", one.words, partial(checks.check_peak, one), number == 4)
+            for number, one in enumerate(checks.RUNS)
+        ),
+        *(
+            KitCheck(
+                "speed", f"model {number + 1} of {checks.MODELS}", partial(checks.check_speed, number), number == 0
+            )
+            for number in range(checks.MODELS)
+        ),
+        KitCheck("speed", "steady load", checks.check_steady, quick=False),
     ]
     return sorted(made, key=lambda check: list(GROUPS).index(check.group))
 
