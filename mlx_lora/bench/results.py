@@ -361,14 +361,9 @@ class ResultFile:
     path: Path
     content: dict[str, Any]
 
-    @property
-    def chip(self) -> str:
-        """The chip's name, without `Apple`."""
-        return machine_name(self.content)
-
 
 def machine_name(content: dict[str, Any]) -> str:
-    """Return a result's chip: the GPU's name on a Mac and with CUDA, the processor's on a CPU."""
+    """Return a result's chip, without `Apple`: the GPU's name on a Mac and with CUDA, the processor's on a CPU."""
     name = content["machine"]["chip"] if content["device"]["backend"] == "cpu" else content["device"]["name"]
     return (name or content["device"]["name"]).removeprefix("Apple ")
 
@@ -496,7 +491,7 @@ def labels_of(results: Sequence[ResultFile]) -> list[str]:
     machines also get the date, or the part of the path that differs.
     """
     memory = [round(one.content["machine"]["memory_bytes"] / 2**30) for one in results]
-    parts = [[one.chip, f"{size} GB"] for one, size in zip(results, memory, strict=True)]
+    parts = [[machine_name(one.content), f"{size} GB"] for one, size in zip(results, memory, strict=True)]
     for kind in ("GPU", "CPU"):
         cores = [one.content["machine"][f"{kind.lower()}_cores"] for one in results]
         for alike in _alike([", ".join(part) for part in parts]):
@@ -748,7 +743,7 @@ def write_page(
     tables = compare(results, across_versions)
     measured = [table for table in tables if table.reference]
     speeds = [row.speed["median"] for table in measured for row in table.rows if row.measured]
-    macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
+    macs = {machine_name(one.content) for one in results if one.content["device"]["backend"] == "metal"}
     tiers = []
     for tier in TIERS:
         columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
@@ -824,7 +819,7 @@ def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
     measured.append(_chart(table, "measured", "peak memory", memory, " GB"))
     predicted = []
     if workload := KNOWN.get(table.name):
-        seen = {one.chip for one in results for row in rows if row.file == str(one.path)}
+        seen = {machine_name(one.content) for one in results for row in rows if row.file == str(one.path)}
         speed = [
             Bar(
                 one["chip"],

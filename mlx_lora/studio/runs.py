@@ -198,14 +198,11 @@ class RunListing:
         """Return the folders of all runs, by id."""
         found: dict[str, Path] = {}
         for root in self._folders.all_runs:
-            try:
-                entries = sorted(root.iterdir())
-            except OSError:
-                continue
-            for folder in entries[:MOST_RUNS]:
-                is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
-                if is_run and not folder.is_symlink():
-                    found[run_id(folder)] = folder
+            with contextlib.suppress(OSError):
+                for folder in sorted(root.iterdir())[:MOST_RUNS]:
+                    is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
+                    if is_run and not folder.is_symlink():
+                        found[run_id(folder)] = folder
         return found | {run_id(folder): folder for folder in self._folders.runs_elsewhere()}
 
     def elsewhere(self, folder: Path) -> bool:
@@ -411,18 +408,14 @@ def _sample(step: int | None, one: dict[str, Any], text: Any, facts: dict[str, A
     # Who speaks is told where it is not simply the user's question.
     prompt = "\n\n".join(content if role in ("", "User") else f"{role}: {content}" for role, content in turns)
     said = without_markers(str(text or ""), specials) or "(empty text)"
-    more = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
-    return {"step": step, "prompt": _cut(prompt), "text": _cut(said), **more, **pictures_of_text(one, facts)}
-
-
-def pictures_of_text(one: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the pictures of a text's prompt as the report keeps them, small JPEGs as data URLs; nothing else is shown."""
+    more: dict[str, Any] = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
+    # The pictures of the prompt as the report keeps them, small JPEGs as data URLs; nothing else is shown.
     kept, digests = facts.get("pictures"), one.get("pictures")
-    if not isinstance(kept, dict) or not isinstance(digests, list):
-        return {}
-    urls = [kept[digest] for digest in digests[:MOST_PICTURES] if isinstance(digest, str) and digest in kept]
-    found = [url for url in urls if isinstance(url, str) and url.startswith("data:image/jpeg;base64,")]
-    return {"pictures": found} if found else {}
+    if isinstance(kept, dict) and isinstance(digests, list):
+        urls = [kept[digest] for digest in digests[:MOST_PICTURES] if isinstance(digest, str) and digest in kept]
+        found = [url for url in urls if isinstance(url, str) and url.startswith("data:image/jpeg;base64,")]
+        more |= {"pictures": found} if found else {}
+    return {"step": step, "prompt": _cut(prompt), "text": _cut(said), **more}
 
 
 def _steps_said(folder: Path) -> int | None:

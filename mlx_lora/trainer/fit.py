@@ -165,12 +165,14 @@ def adapted_shape(
     others = other_models_bytes(settings, objective_of(settings.objective))
     rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
-    choice = known_kernels(settings, shape) if kernels is None else kernels
+    # Without kernels that were chosen, those that a run would use by this machine's measurements; ours if there are none.
+    dtype = device.compute_dtype(settings.model.dtype)
+    choice = planned_kernels(shape, loop.kernels, dtype) if kernels is None else kernels
     lag = BOUNDED_LAG if loop.offload_base == "on" or loop.shard_base != "off" else AHEAD
     shape = with_block_memory(shape, model, dict(config), choice, lag)
     teacher = None
     if name := settings.objective.teacher:  # from its files' headers; the base itself takes no more memory
-        outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
+        outline = outline_of(name, None, dtype)
         outline.model.freeze()
         teacher = model_shape(outline.model, outline.config, outline.cast_bytes)
         teacher = without_read_parts(teacher, outline.model) if loop.offload_base == "on" else teacher
@@ -236,17 +238,13 @@ def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
         return replace(shape, not_known=(*shape.not_known, str(error)))
 
 
-def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
-    """Return the kernels that a run would use by this machine's measurements, ours if there are none."""
-    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
-
-
 def with_kernels(
     settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
 ) -> Machine:
     """Return a machine with the memory of `kernels`; None: chosen from this machine's measurements."""
     if kernels is None:
-        return replace(machine, kernels=known_kernels(settings, shape).terms())
+        dtype = device.compute_dtype(settings.model.dtype)
+        return replace(machine, kernels=planned_kernels(shape, settings.loop.kernels, dtype).terms())
     return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
 
 

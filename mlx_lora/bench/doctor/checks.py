@@ -997,53 +997,47 @@ MODEL_ON_CPU = {**SMOLLM2.config, "num_hidden_layers": 6}
 MODEL_ON_GPU = {**LLAMA_1B.config, "num_hidden_layers": 8}
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run: rank, rows per step, --grad-checkpoint, method, whether the base is in 4 bits, and the objective."""
-
-    rank: int
-    rows: int
-    checkpointing: str
-    method: str = "lora"
-    packed: bool = False
-    objective: str = "sft"
-
-    @property
-    def words(self) -> str:
-        """Its name in the result."""
-        kind = "dpo" if self.objective == "dpo" else self.method
-        base = "4-bit" if self.packed else "float"
-        return f"{kind}, {base} base, rank {self.rank}, {self.rows} rows, checkpointing {self.checkpointing}"
-
-
-RUNS = (
-    PlannedRun(8, 2, "none"),
-    PlannedRun(64, 2, "none"),
-    PlannedRun(8, 2, "block"),
-    PlannedRun(16, 4, "block"),
-    PlannedRun(16, 4, "none", packed=True),
-    PlannedRun(16, 4, "block", "dora", packed=True),
-    PlannedRun(8, 2, "none", objective="dpo"),
-    PlannedRun(8, 4, "block", packed=True, objective="dpo"),
+# Settings of each run, and whether its base is in 4 bits.
+RUNS: tuple[dict[str, Any], ...] = (
+    {"rank": 8, "batch_size": 2, "grad_checkpoint": "none"},
+    {"rank": 64, "batch_size": 2, "grad_checkpoint": "none"},
+    {"rank": 8, "batch_size": 2, "grad_checkpoint": "block"},
+    {"rank": 16, "batch_size": 4, "grad_checkpoint": "block"},
+    {"rank": 16, "batch_size": 4, "grad_checkpoint": "none", "packed": True},
+    {"rank": 16, "batch_size": 4, "grad_checkpoint": "block", "method": "dora", "packed": True},
+    {"rank": 8, "batch_size": 2, "grad_checkpoint": "none", "objective": "dpo"},
+    {"rank": 8, "batch_size": 4, "grad_checkpoint": "block", "objective": "dpo", "packed": True},
 )
 
 
-def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
+def planned_run_words(one: Mapping[str, Any]) -> str:
+    """Return a run's name in the result."""
+    kind, base = one.get("objective") or one.get("method", "lora"), "4-bit" if one.get("packed") else "float"
+    return f"{kind}, {base} base, rank {one['rank']}, {one['batch_size']} rows, checkpointing {one['grad_checkpoint']}"
+
+
+def check_peak(one: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Compare the planned with the measured peak of one run."""
     positions = 1024 if kit.as_fast_as_a_gpu else 256
-    folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
+    settings, path, dpo = dict(one), kit.work / "memory.jsonl", "objective" in one
+    packed = settings.pop("packed", False)
+    folder = kit.work / f"memory{'-4bit' if packed else ''}"
     config = MODEL_ON_GPU if kit.as_fast_as_a_gpu else MODEL_ON_CPU
-    model = write_model(folder, config, device.compute_dtype(), AFFINE if one.packed else None)
-    data, dpo = _data(kit.work, one, positions), one.objective == "dpo"
-    settings = {
-        **({"objective": "dpo"} if dpo else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
-        "batch_size": one.rows, "iters": 3, "grad_checkpoint": one.checkpointing, "max_seq_length": positions + 1,
-    }  # fmt: skip
+    model = write_model(folder, config, device.compute_dtype(), AFFINE if packed else None)
+    # Texts that each fill a row, or pairs of answers that nearly do; a token is a byte.
+    if dpo:
+        words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
+        path.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
+    else:
+        rows = [json.loads(line) for line in chat_rows(16, (4, 5), (positions, positions), 0).splitlines()]
+        texts = [json.dumps({"text": row["messages"][1]["content"][:positions]}) for row in rows]
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    settings |= {"iters": 3, "max_seq_length": positions + 1} | ({} if dpo else {"mask_prompt": False})
     # The first run of a shape on a machine also measures kernels, and the plan is for the run alone: it may be repeated.
     planned, measured, good = None, 0, False
     for _ in range(2):
         if not good:
-            records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
+            records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, path, settings)
             planned, measured = facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in records)
             good = planned is None or abs(planned / measured - 1) <= BOUND
     if planned is None:
@@ -1055,19 +1049,6 @@ def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
         "peak", "ok" if good else "warning", words, abs(ratio - 1), BOUND, "of the measured peak",
         "" if good else PLAN_ADVICE, {"planned GB": planned / 1e9, "measured GB": measured / 1e9},
     )  # fmt: skip
-
-
-def _data(work: Path, one: PlannedRun, positions: int) -> Path:
-    """Write texts that each fill a row, or pairs of answers that nearly do; a token is a byte."""
-    path = work / f"memory-{one.objective}.jsonl"
-    if one.objective == "dpo":
-        words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
-        path.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
-    else:
-        rows = [json.loads(line) for line in chat_rows(16, (4, 5), (positions, positions), 0).splitlines()]
-        texts = [json.dumps({"text": row["messages"][1]["content"][:positions]}) for row in rows]
-        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return path
 
 
 # Speed

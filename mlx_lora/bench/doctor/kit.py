@@ -402,7 +402,7 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
         KitCheck("decode", "float base", partial(checks.check_decode, False)),
         KitCheck("decode", "4-bit base", partial(checks.check_decode, True), quick=False),
         *(
-            KitCheck("memory", one.words, partial(checks.check_peak, one), number == 4)
+            KitCheck("memory", checks.planned_run_words(one), partial(checks.check_peak, one), number == 4)
             for number, one in enumerate(checks.RUNS)
         ),
         *(
