@@ -16,7 +16,7 @@ import tempfile
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -163,110 +163,39 @@ def kit_problems(content: Any) -> list[str]:
 
 PAGES = Path(__file__).parent / "pages"
 PLANNED = "planned GB"
-URGENT = ("failed", "warning")  # that are shown first
+URGENT = ("failed", "warning")
 
 
 def write_kit_page(path: Path, content: Mapping[str, Any]) -> None:
     """Write the page of a result."""
-    summary, machine, here, software = (content[name] for name in ("summary", "machine", "device", "software"))
-    failed, warned = summary["failed"], summary["warning"]
-    title = f"{failed} {'line is' if failed == 1 else 'lines are'} red"
-    if not failed:
-        title = (
-            f"No line is red, {warned} {'is a warning' if warned == 1 else 'are warnings'}" if warned else "All is well"
-        )
-    versions = [f"{name} {version}" for name, version in (software["versions"] | content["peers"]).items() if version]
-    versions += [f"commit {software['commit']}"] if software["commit"] else []
-    cores = [f"{machine['gpu_cores']} GPU cores" if machine["gpu_cores"] else "", f"{machine['cpu_cores']} CPU cores"]
-    usable = f"of which a run may use {here['working_set_bytes'] / 2**30:.1f}"
-    facts = [
-        ("machine", ", ".join(filter(None, [machine["chip"], machine["model"], *cores]))),
-        ("device", f"{here['name']}, {here['backend']}, computes in {here['compute_dtype']}"),
-        ("memory", f"{here['memory_bytes'] / 2**30:.0f} GiB, {usable}"),
-        ("system", f"{machine['system']} {machine['system_version'] or ''}, Python {software['python']}"),
-        ("versions", ", ".join(versions)),
-        *((f"power {when}", _power(power)) for when in ("before", "after") if (power := content[f"power_{when}"])),
-    ]
+    charts, groups = {"memory": _memory_charts, "speed": _speed_charts}, []
+    for name, asks in GROUPS.items():
+        checks = [check for check in content["checks"] if check["group"] == name]
+        lines = [(check["name"], finding) for check in checks for finding in check["findings"]]
+        skipped: dict[str, list[str]] = {}  # why something was skipped -> what it holds for
+        for check, line in lines:
+            if line["status"] == "skipped":
+                label = check if line["name"] == check else f"{check}: {line['name']}"
+                skipped.setdefault(line["words"], []).append(label)
+        if checks:
+            groups.append({
+                "name": name, "asks": asks, "checks": checks, "statuses": [line["status"] for _, line in lines],
+                "skipped": skipped, "charts": charts[name](checks) if name in charts else [],
+            })  # fmt: skip
     page = render_page(
-        PAGES,
-        "doctor.html",
-        title=title,
-        good=not failed,
-        finished=content["finished"],
-        share=content["share"],
-        date=content["created"][:10],
-        tiles=[
-            ("good", str(summary["ok"])),
-            ("red", str(failed)),
-            ("warnings", str(warned)),
-            ("time", format_duration(summary["seconds"])),
-        ],
-        facts=facts,
-        urgent=_by_check([line for status in URGENT for line in _lines(content["checks"], status)], True),
-        groups=[group for name, asks in GROUPS.items() if (group := _group(name, asks, content["checks"]))],
+        PAGES, "doctor.html", **content, groups=groups, shown=SHOWN, numbers=_numbers, lasting=format_duration
     )
     replace_text(path, page)
 
 
-def _power(power: Mapping[str, Any]) -> str:
-    mode = power["low_power_mode"]
-    words = [
-        {"ac": "on the charger", "battery": "on battery"}.get(power["source"] or "", "source not known"),
-        "low-power mode not known" if mode is None else f"low-power mode {'on' if mode else 'off'}",
-        f"heat {power['thermal_state']}" if power["thermal_state"] else "",
-        f"{power['temperature_c']:.0f} °C" if power["temperature_c"] is not None else "",
-        f"load {power['load_average']:g}",
+def _numbers(finding: Mapping[str, Any]) -> str:
+    """Return a finding's number, and how it stands to its bound."""
+    shown = [
+        "not finite" if value >= LARGEST else f"{value:,.0f}" if value >= 1000 else f"{value:.2g}"
+        for value in (finding["found"], finding["wanted"])
+        if value is not None and finding["found"] is not None
     ]
-    return ", ".join(filter(None, words))
-
-
-def _lines(checks: Iterable[Mapping[str, Any]], *statuses: str) -> list[dict[str, str]]:
-    """Return the findings with one of these statuses as rows of a table."""
-    lines = []
-    for check in checks:
-        for finding in check["findings"]:
-            shown = [
-                "not finite" if value >= LARGEST else f"{value:,.0f}" if value >= 1000 else f"{value:.2g}"
-                for value in (finding["found"], finding["wanted"])
-                if value is not None and finding["found"] is not None
-            ]
-            line = {"group": check["group"], "check": check["name"], "advice": finding["advice"] or ""}
-            line |= {name: finding[name] for name in ("status", "name", "words")}
-            line["numbers"] = (" ≤ " if len(shown) > 1 and finding["found"] <= finding["wanted"] else " > ").join(shown)
-            lines += [line] if finding["status"] in statuses else []
-    return lines
-
-
-def _by_check(lines: Iterable[dict[str, str]], with_group: bool) -> list[dict[str, Any]]:
-    """Return lines under their check's name, for urgent ones with that of the group."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
-        found.setdefault(f"{line['group']}: {line['check']}" if with_group else line["check"], []).append(line)
-    return [{"title": title, "lines": own} for title, own in found.items()]
-
-
-def _group(name: str, asks: str, checks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return a group for the page, None if it was not run."""
-    own = [check for check in checks if check["group"] == name]
-    if not own:
-        return None
-    lines = _lines(own, *STATUSES)
-    counts = Counter(line["status"] for line in lines)
-    words = [f"{counts[status]} {word}" for status, word in SHOWN.items() if counts[status]]
-    seconds = sum(check["seconds"] or 0.0 for check in own)
-    reasons: dict[str, list[str]] = {}  # why something was skipped -> what it holds for
-    for line in lines:
-        if line["status"] == "skipped":
-            label = line["check"] if line["name"] == line["check"] else f"{line['check']}: {line['name']}"
-            reasons.setdefault(line["words"], []).append(label)
-    return {
-        "name": name,
-        "asks": asks,
-        "counts": ", ".join([*words, f"{len(own)} checks in {format_duration(seconds)}"]),
-        "charts": CHARTS[name](own) if name in CHARTS else [],
-        "skipped": list(reasons.items()),
-        "lines": _by_check([line for line in lines if line["status"] != "skipped"], False),
-    }
+    return (" ≤ " if len(shown) > 1 and finding["found"] <= finding["wanted"] else " > ").join(shown)
 
 
 def _memory_charts(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -303,9 +232,6 @@ def _speed_charts(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             svg = bar_chart(f"{title}: tokens per second", bars)
             charts.append({"title": f"{title}: tokens/s", "svg": svg, "keys": []})
     return charts
-
-
-CHARTS = {"memory": _memory_charts, "speed": _speed_charts}
 
 
 SHOWN = {"ok": "good", "failed": "red", "warning": "with a warning", "skipped": "skipped"}
