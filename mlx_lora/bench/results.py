@@ -744,12 +744,7 @@ def write_page(
     measured = [table for table in tables if table.reference]
     speeds = [row.speed["median"] for table in measured for row in table.rows if row.measured]
     macs = {machine_name(one.content) for one in results if one.content["device"]["backend"] == "metal"}
-    tiers = []
-    for tier in TIERS:
-        columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
-        rows = [(chip.name, [column[n] for column in columns.values()]) for n, chip in enumerate(CHIPS)]
-        name = tier if tier == "embedded" else f"{tier} GB"
-        tiers.append({"name": name, "workloads": list(columns), "rows": rows})
+    tiers = {tier: {one.name: _chips(one) for one in WORKLOADS if one.tier == tier} for tier in TIERS}
     page = render_page(
         PAGES,
         "bench.html",
@@ -761,7 +756,7 @@ def write_page(
             ("fastest, tokens/s", number(max(speeds)) if speeds else "–"),
         ],
         problems=problems,
-        machines=_machines(results),
+        machines=[(label, one.content) for label, one in zip(labels_of(results), results, strict=True)],
         columns=COLUMNS,
         sections=[_section(table, results) for table in measured],
         missing=[(table.name, remarks_of(table)) for table in tables if not table.reference],
@@ -771,33 +766,6 @@ def write_page(
         number=number,
     )
     replace_text(path, page)
-
-
-def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
-    """Return the rows of the table of machines."""
-    found = []
-    for label, one in zip(labels_of(results), results, strict=True):
-        content = one.content
-        machine, rates, software = content["machine"], content["rates"], content["software"]
-        flops = rates["gemm_flops_per_s"]
-        power = [entry["power_before"] for entry in content["results"]]
-        found.append(
-            {
-                "machine": label,
-                "date": content["created"][:10],
-                "backend": content["device"]["backend"],
-                "GPU cores": _or_dash(machine["gpu_cores"]),
-                "CPU cores": _or_dash(machine["cpu_cores"]),
-                "system": f"{machine['system']} {(machine['system_version'] or '').partition('-')[0]}",  # no build of a Linux kernel
-                "power": _or_dash(", ".join(sorted({one["source"] for one in power if one["source"]})) or None),
-                **{f"{name} TFLOPS": f"{rate / 1e12:.2g}" for name, rate in flops.items()},
-                "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
-                "mlx": _or_dash(software["versions"].get("mlx")),
-                "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
-            }
-        )
-    columns = dict.fromkeys(key for row in found for key in row)
-    return [{key: row.get(key, "–") for key in columns} for row in found]
 
 
 def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
@@ -839,23 +807,9 @@ def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
         predicted = [_chart(table, "predicted", "tokens per second", speed)]
         predicted.append(_chart(table, "predicted", "peak memory", memory, " GB"))
     return {
-        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted, "measured": measured,
+        "table": table, "workload": table.rows[0].entry["workload"], "predicted": predicted, "measured": measured,
         "cells": [cells_of(row) for row in table.rows], "remarks": remarks_of(table),
     }  # fmt: skip
-
-
-def words_of(definition: dict[str, Any]) -> str:
-    """Return a description of a workload."""
-    base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
-    rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
-    rows["dpo"] = "DPO on pairs of short answers"
-    sizes = (
-        f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
-        if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()
-        else ""
-    )
-    words = [f"{definition['model']}, {base}", rows.get(definition["form"], definition["form"]), sizes]
-    return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 
 def _chart(table: Table, kind: str, what: str, bars: Sequence[Bar], unit: str = "") -> dict[str, Any]:
@@ -889,7 +843,3 @@ def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
 @cache
 def _chips(workload: Workload) -> list[dict[str, Any]]:
     return predict_chips(workload)
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else str(value)
