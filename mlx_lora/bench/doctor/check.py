@@ -523,18 +523,3 @@ def known_table() -> list[dict[str, Any]]:
             }
         )
     return table
-
-
-def table_lines(table: list[dict[str, Any]]) -> list[str]:
-    """Return the table as text, one line per candidate, with the chosen one marked."""
-    lines = [f"{'':2}{'kernel and shape':<75}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
-    for row in table:
-        title = f"{row['kernel']}, {row['shape']}, {row['dtype']}"
-        for name, one in row["candidates"].items():
-            mark = "*" if name == row["chosen"] else " "
-            lines.append(
-                f"{mark} {title:<75}{name:<10}{one['seconds'] * 1e3:>9.2f}{one['kept_bytes'] / 1e6:>9.2f}"
-                f"{one['peak_bytes'] / 1e6:>9.2f}{one['error']:>9.0e}{'' if one['correct'] else '  wrong'}"
-            )
-            title = ""
-    return lines

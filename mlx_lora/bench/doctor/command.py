@@ -30,7 +30,6 @@ from mlx_lora.bench.doctor.check import (
     known_table,
     measure_usual,
     self_test,
-    table_lines,
 )
 from mlx_lora.config.rules import check_options
 from mlx_lora.planner.machine import measure_ceilings
@@ -93,9 +92,7 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     else:
         facts = {"header": here.header(), "platform": platform.platform(), "versions": versions, "checks": checks}
         click.echo(
-            flags.render(
-                Path(__file__).parent / "pages" / "doctor.txt", facts, table=table_lines(table) if show_kernels else []
-            )
+            flags.render(Path(__file__).parent / "pages" / "doctor.txt", facts, table=table if show_kernels else [])
         )
     return 1 if any(check.status == "failed" for check in checks) else 0
 
