@@ -929,10 +929,3 @@ def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> tuple[
 def split_of(settings: TrainSettings) -> str:
     """Return the --shard-base that a plan is for; without one, parts follow each Mac's memory."""
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
-
-
-def splits_line(splits: Sequence[dict[str, Any]]) -> str:
-    """Return the ways to divide a run in a line of text, the best one last."""
-    told = "; ".join(f"{split['name']} {split['verdict']}" for split in splits)
-    chosen = next(split["name"] for split in splits if split["best"])
-    return f"Ways to divide it (--parallel): {told}. Best: {chosen}"

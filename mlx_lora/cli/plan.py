@@ -27,7 +27,6 @@ from mlx_lora.api.plan import (
     parse_macs,
     plan_on_macs,
     plan_run,
-    splits_line,
 )
 from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
 from mlx_lora.cli import PAGES
@@ -176,8 +175,7 @@ def plan_several(
             link, source = Link(**measured), "the link's rate as `mlx-lora cluster` measured it"
     planned = plan_on_macs(settings, given, link)
     lacking = max(mac["needed_bytes"] - mac["budget_bytes"] for mac in planned["macs"])
-    ways = splits_line(planned["splits"])
-    return planned, render_plan("macs", planned, link=source, lacking_bytes=lacking, splits_line=ways)
+    return planned, render_plan("macs", planned, link=source, lacking_bytes=lacking)
 
 
 # The plan as text
