@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +225,7 @@ def _quantized(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
         mx.eval(x)
         # The packed kernel takes a second for 1,024 rows on a CPU; fewer rows give the same rate.
         few = x[:64] if rows > 1 and device.current_device().backend == "cpu" else x
-        make = partial(mx.quantized_matmul, few, *packed, transpose=True, **LAYOUT)
+        make = lambda x=few: [mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT)]  # noqa: E731
         [spent] = best_s([make], rounds, math.inf)
         rates[str(rows)] = 2 * len(few) * side**2 / spent
     [spent] = best_s([lambda x=x: [x @ mx.dequantize(*packed, **LAYOUT).T]], rounds, math.inf)
