@@ -449,12 +449,6 @@ def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     assert chosen("own", "--batch-tokens", 128, "--grad-checkpoint", "block") == (128, "block")
 
 
-def test_a_plan_of_a_quantized_base_needs_less(big):
-    config = {**LLAMA_8B, "quantization": {"bits": 4, "group_size": 64}}
-    shapes = [outlined_shape(outline_of_config(c, mx.bfloat16), settings_of()) for c in (LLAMA_8B, config)]
-    assert 0.25 < shapes[1].base_bytes / shapes[0].base_bytes < 0.32
-
-
 def test_hub_ids_are_planned_without_their_weights(tmp_path):
     folder = tmp_path / "model"
     write_folder(folder, tiny_model())

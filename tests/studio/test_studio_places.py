@@ -24,7 +24,7 @@ from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.places.train import sweep_folder
 from mlx_lora.studio.plans import Plans, kept_outline
 from mlx_lora.studio.plans import _key as key_of_plan
-from mlx_lora.studio.web import OWN, Tasks, setting_groups
+from mlx_lora.studio.web import OWN, Tasks
 from mlx_lora.trainer.sweep import SweepState
 from mlx_lora.utils.console import finite_values
 
@@ -88,7 +88,7 @@ def test_every_setting_is_there_with_its_help(client):
     groups = client.get("/api/settings").json()["groups"]
     rows = {row["name"]: row for group in groups for row in group["settings"]}
     assert rows.keys() | OWN == FIELDS.keys()
-    assert rows["learning_rate"]["range"] == [0, 1000]
+    assert [rows["learning_rate"][name] for name in ("type", "word", "range")] == ["float", "auto", [0, 1000]]
     assert rows["learning_rate"]["exclusive"]
     assert "dpo" in rows["objective"]["choices"]
     assert rows["mask_prompt"]["type"] == "bool"
@@ -435,11 +435,6 @@ def test_what_an_export_needs(client):
 
 
 # The search of a learning rate
-
-
-def test_the_word_that_a_number_may_be_is_told_to_the_page():
-    rate = next(one for group in setting_groups() for one in group["settings"] if one["name"] == "learning_rate")
-    assert (rate["type"], rate["word"]) == ("float", "auto")
 
 
 def test_auto_is_planned_with_the_default_rate(tmp_path, tiny_folder, chats):

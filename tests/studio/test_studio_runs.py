@@ -114,17 +114,6 @@ def test_the_reason_of_a_failure_is_the_commands_own_line(home):
         assert detail["metrics"] == {}
 
 
-def test_a_process_that_ended_has_no_start(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    assert start_mark(child.pid)
-    time.sleep(0.5)
-    while start_mark(child.pid):
-        time.sleep(0.1)  # until it has ended; its parent has not asked for its result
-    child.wait()
-    assert start_mark(2**22 + 1) is None
-    assert start_mark(os.getpid()) == start_mark(os.getpid())
-
-
 def test_a_long_history_is_thinned_with_its_validations(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as file:
