@@ -320,25 +320,22 @@ def _nearest(
     settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
 ) -> list[str] | None:
     """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
-    limits = DataLimits(data.most_rows, data.prompts if settings.objective.samples else ())
+    asked, limits = settings.loop, DataLimits(data.most_rows, data.prompts if settings.objective.samples else ())
     for eased, columns in _easier(settings, shape, machine, width, limits):
         found = fit(eased, shape, machine, columns, limits)
         if not found.memory.fits:
             continue
-        flags = []
-        if settings.loop.grad_checkpoint not in ("auto", found.checkpointing):
-            flags.append(f"--grad-checkpoint {found.checkpointing}")
-        if settings.loop.batch_size != eased.loop.batch_size:
-            flags.append(f"--batch-size {eased.loop.batch_size}")
-        if settings.loop.batch_tokens != eased.loop.batch_tokens:
-            flags.append(f"--batch-tokens {found.batch_tokens}")
-        if columns < width and not settings.objective.samples:
-            flags.append(f"--max-seq-length {columns + 1}")
-        for name in ("max_new_tokens", "group_size"):
-            now = getattr(eased.objective, name)
-            if now != getattr(settings.objective, name):
-                flags.append(f"--{name.replace('_', '-')} {now}")
-        return flags
+        loop, objective = eased.loop, eased.objective
+        changed = {
+            f"--grad-checkpoint {found.checkpointing}": asked.grad_checkpoint not in ("auto", found.checkpointing),
+            f"--batch-size {loop.batch_size}": asked.batch_size != loop.batch_size,
+            f"--batch-tokens {found.batch_tokens}": asked.batch_tokens != loop.batch_tokens,
+            f"--max-seq-length {columns + 1}": columns < width and not objective.samples,
+            f"--max-new-tokens {objective.max_new_tokens}": objective.max_new_tokens
+            != settings.objective.max_new_tokens,
+            f"--group-size {objective.group_size}": objective.group_size != settings.objective.group_size,
+        }
+        return [flag for flag, differs in changed.items() if differs]
     return None
 
 

@@ -936,11 +936,6 @@ def is_virtual(here: device.Device) -> bool:
     return here.backend != "cpu" and "virtual" in here.name.lower()
 
 
-def virtual_words(here: device.Device) -> str:
-    """Return what is said of a virtual GPU."""
-    return f"a virtual GPU ({here.name})"
-
-
 def gpu_problem(kit: Kit) -> str:
     """Return why the GPU cannot compute, empty if it can; asked in a process of its own, which it may end."""
     ended = run_process([sys.executable, "-c", PROBE], kit.work / "probe.log")
@@ -950,7 +945,7 @@ def gpu_problem(kit: Kit) -> str:
 def check_gpu(kit: Kit) -> Iterator[CheckFinding]:
     """Say which device computes, and whether it is a real one."""
     if is_virtual(kit.here):
-        words = f"{virtual_words(kit.here)}: its memory and speed are not those of a chip, so they are left out"
+        words = f"a virtual GPU ({kit.here.name}): its memory and speed are not those of a chip, so they are left out"
         yield CheckFinding("device", "warning", words, advice="run this on a Mac itself for memory and speed")
     elif kit.on_gpu:
         cores = describe_machine()["gpu_cores"]

@@ -27,7 +27,7 @@ import mlx.core as mx
 
 from mlx_lora.bench.doctor import checks
 from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, TINY_4BIT, CheckFinding, Kit, KitCheck
-from mlx_lora.bench.doctor.checks import gpu_problem, is_virtual, peer_versions, virtual_words
+from mlx_lora.bench.doctor.checks import gpu_problem, is_virtual, peer_versions
 from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
 from mlx_lora.kernels.table import kernel_rows
@@ -398,7 +398,7 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
             problem = gpu_problem(kit)
             why = f"which does not compute: {problem}" if problem else "whose numbers say nothing about a chip"
             groups = [group for group in GROUPS if group != "machine"] if problem else NOT_VIRTUAL
-            unfit = dict.fromkeys(groups, f"{virtual_words(here)}, {why}")
+            unfit = dict.fromkeys(groups, f"a virtual GPU ({here.name}), {why}")
         try:
             for number, check in enumerate(wanted, 1):
                 if check in left:
