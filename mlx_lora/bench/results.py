@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.api.options import render
 from mlx_lora.bench.run import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
@@ -664,29 +665,10 @@ def remarks_of(table: Table) -> list[str]:
     return found
 
 
-ESCAPED = "\\|"  # in a cell of a Markdown table
-
-
 def render_tables(tables: Sequence[Table], markdown: bool) -> str:
     """Return all tables as text."""
-    parts = []
-    for table in tables:
-        title = f"{table.name} (ratios to {table.reference})" if table.reference else f"{table.name} (not measured)"
-        rows = [list(COLUMNS), *(cells_of(row) for row in table.rows)]
-        remarks = remarks_of(table)
-        if markdown:
-            lines = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in row)} |" for row in rows]
-            lines = [f"### {title}", "", lines[0], f"|{'---|' * len(COLUMNS)}", *lines[1:]]
-            lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
-        else:
-            widths = [max(len(row[n]) for row in rows) for n in range(len(COLUMNS))]
-            lines = [title]
-            for first, *others in rows:
-                cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
-                lines.append("  ".join(cells).rstrip())
-            lines += [f"  {remark}" for remark in remarks]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    shown = [(table, [COLUMNS, *map(cells_of, table.rows)], remarks_of(table)) for table in tables]
+    return render(PAGES / "compare.txt", {"tables": shown, "markdown": markdown})
 
 
 def to_json(tables: Sequence[Table]) -> dict[str, Any]:
