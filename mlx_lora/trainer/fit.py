@@ -1,4 +1,7 @@
-"""Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible."""
+"""Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible.
+
+With it goes what the processes of a run divide, and whether its base is read from files.
+"""
 
 from __future__ import annotations
 

@@ -61,8 +61,13 @@ def big(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_plan_holds_what_scripts_read(tiny_folder):
-    plan = planned("--model", tiny_folder)
+@pytest.fixture(scope="module")
+def plan(tiny_folder) -> dict:
+    """The plan of the tiny model without further flags."""
+    return planned("--model", tiny_folder)
+
+
+def test_the_plan_holds_what_scripts_read(plan):
     assert plan["fits"] is True
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert {"base", "adapter", "optimizer"} <= plan["parts"].keys()
@@ -73,9 +78,8 @@ def test_the_plan_holds_what_scripts_read(tiny_folder):
     assert plan["predicted"]["ceilings"] == "measured here"
 
 
-def test_a_config_alone_plans_what_its_folder_does(tiny_folder):
-    alone, whole = planned("--model", tiny_folder / "config.json"), planned("--model", tiny_folder)
-    assert alone["parts"] == whole["parts"]
+def test_a_config_alone_plans_what_its_folder_does(tiny_folder, plan):
+    assert planned("--model", tiny_folder / "config.json")["parts"] == plan["parts"]
 
 
 def test_planning_a_large_model_takes_no_memory(big):
@@ -223,8 +227,8 @@ def test_what_a_method_keeps_beside_its_factors_counts():
     assert shape(method="full").trained > 2 * lora.trained
 
 
-def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder):
-    ran, facts = run("plan", "--model", tiny_folder), planned("--model", tiny_folder)
+def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder, plan):
+    ran, facts = run("plan", "--model", tiny_folder), plan
     assert facts["phases"].keys() == PHASE_WORDS.keys() - {"rollout", "teacher"}  # of other runs
     lines = ran.out.splitlines()
     moment = next(place for place, line in enumerate(lines) if line.startswith("The most memory is in use "))
@@ -364,19 +368,22 @@ def test_bad_flags_are_one_line(flags, words, tiny_folder):
     one_line(run("plan", "--model", tiny_folder, *flags), words)
 
 
+def test_a_plan_needs_a_model():
+    one_line(run("plan"), "--model")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "llama"}'])
 def test_a_config_that_is_none_is_one_line(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     one_line(run("plan", "--model", path))
-    one_line(run("plan"), "--model")
 
 
-def test_hours_follow_iters_and_a_data_file(tiny_folder, chats):
+def test_hours_follow_iters_and_a_data_file(tiny_folder, chats, plan):
     iters = [planned("--model", tiny_folder, "--iters", n)["predicted"] for n in (10, 1000)]
     assert all(p["hours"] == pytest.approx(n * p["step_s"] / 3600) for p, n in zip(iters, (10, 1000), strict=True))
     assert planned("--model", tiny_folder, "--data", chats)["predicted"]["hours"] > 0
-    assert planned("--model", tiny_folder)["predicted"]["hours"] is None
+    assert plan["predicted"]["hours"] is None
 
 
 def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):

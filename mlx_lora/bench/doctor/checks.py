@@ -1,38 +1,34 @@
-"""Check kernels, quantized formats, adapter layers, losses and a whole model against exact numbers on the CPU.
+"""The checks of `doctor --full`: functions against exact numbers on the CPU, and whole runs.
 
 Of kernels, output and gradients are compared. The training run does the same before it takes a kernel, and does not take a
 wrong one; here each is named, in shapes that published models have. Of formats, packing, unpacking, and both products of a
-quantized weight are compared, forward and backward, with the same packed weight, unpacked.
+quantized weight are compared, forward and backward, with the same packed weight, unpacked. The definition of a layer uses the
+adapted weight as a whole, in float32 on the CPU: y = x (W + D)^T, and for DoRA the rows of W + D at their trained lengths. The
+layers never make that weight. Losses of whole answers take float32 numbers whatever the model computes in, and are compared with
+float64. The whole model computes in the dtype of runs.
 
-Shapes: x (N, in), weight (out, in); experts (E, out, in), N rows in the experts' order; P positions, V vocabulary.
-
-The definition of a layer uses the adapted weight as a whole, in float32 on the CPU: y = x (W + D)^T, and for DoRA the rows of
-W + D at their trained lengths. The layers never make that weight. Losses of whole answers take float32 numbers whatever the model
-computes in, and are compared with float64. The whole model computes in the dtype of runs, with mlx's own kernels: ours have their
-own lines.
-
-Shapes: x (N, in), tokens (N,), experts' x (N, 1, in); E pairs or answers, P tokens, V vocabulary.
-
-Check whole runs: a step of each objective, an exact resume, text generation with what a run trained, memory, and speed.
-
-A run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have
-their own lines: a line here is red for what is wrong in the run itself. The checks of memory and speed train in a process of
-its own, with `train_child`.
+Whole runs take a step of each objective, resume exactly, generate text with what they trained, and are measured: memory, speed. A
+run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have their own
+lines: a line here is red for what is wrong in the run itself. The checks of memory and speed train in a process of its own, with
+`train_child`.
 
 Of generation, a row in a batch must get the numbers that it gets alone, with and without an adapter. Logits are compared while
-both decode the same tokens, so that a rounding that turns one token does not make the rest differ. In float32 the served texts must
-be equal, too: there, nothing is near enough to a tie.
+both decode the same tokens, so that a rounding that turns one token does not make the rest differ. In float32 the served texts
+must be equal, too: there, nothing is near enough to a tie.
 
 What may slow this machine down or change its numbers is told, too: power, heat, other programs, a virtual GPU.
 
-The planner is checked with eight runs: their peak memory as planned before the run and as measured by MLX's allocator. Each run
-is `mlx-lora train` in a process of its own, on a model of random weights, with rows that are full.
+The planner is checked with eight runs: their peak memory as planned before the run and as measured by MLX's allocator. The models
+have random weights, and the rows are full.
 
 The speed of training is compared with that of mlx_lm.lora's trainer and torch on the same rows, and with that after some minutes
 of load. Each program runs in a process of its own, one after the other. The first pass over the rows, which compiles, is not
 counted. Seconds of the counted passes are compared; tokens per second are theirs, without padding. The models have the widths of
 published ones, and no more blocks than take seconds. Ratios between programs are those of the model; tokens per second are not,
 because blocks are left out.
+
+Shapes: x (N, in), weight (out, in), tokens (N,); experts (E, out, in), N rows in the experts' order; E pairs or answers, P positions
+or tokens, V vocabulary.
 """
 
 from __future__ import annotations
