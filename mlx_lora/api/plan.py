@@ -2,16 +2,20 @@
 
 A plan needs the model's config.json, and no weights. If the data and the tokenizer are on this disk, the data is read and
 measured: lengths, steps, validations. `dry_run` plans as `train` would begin it, and refuses what `train` would refuse.
+
+Of several Macs, the plan says whether the run fits, and whether their link or their chips decide the speed. It is for Macs that
+share the base; beside it stands what the other ways to divide the run would do.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,10 @@ from mlx_lora.config.defaults import (
     with_learning_rate,
     with_length,
 )
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import problems_with
-from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, ROWS, TrainSettings, shard_parts
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import DataSplits, Seen, load_data
@@ -56,6 +61,7 @@ from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     NO_DATA,
+    Batches,
     DataLimits,
     Fitted,
     Prompts,
@@ -70,8 +76,8 @@ from mlx_lora.planner.fit import (
     runs_at_once,
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
-from mlx_lora.planner.memory import offloaded_bytes, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import KernelTerms, Machine, ModelShape, RunShape, offloaded_bytes, plan_memory
+from mlx_lora.planner.several_macs import Link, Mac, Split, Units, best, least_tokens, memory_shares, plan_macs
 from mlx_lora.planner.speed import (
     ASSUMED_BYTES_PER_S,
     ASSUMED_COPIED_PER_S,
@@ -87,13 +93,13 @@ from mlx_lora.planner.speed import (
     step_seconds,
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
-from mlx_lora.trainer.choose_strategy import settled_offload
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
     outlined_shape,
     prompts_of,
     quantized_shape,
+    settled_offload,
     trained_share,
     training_plan,
     with_examples,
@@ -107,7 +113,7 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config, resolve_model
 from mlx_lora.utils.progress import waiting
-from mlx_lora.utils.text import gigabytes
+from mlx_lora.utils.text import GIB, gigabytes
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +126,18 @@ CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a dat
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MOST_AT_ONCE = 256  # runs that a plan counts
 MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
+
+# Thunderbolt 5 is sold as 80 Gbit/s; half of it is assumed for messages of a block's size, and was not measured.
+LINK_GBIT = 40.0
+MOST_GB = 4096
+# What macOS needs in addition to the GPU's memory, where the limit for the GPU is raised by hand.
+FOR_MACOS_GB = 4
+LATENCY_S = 5e-5  # assumed, of a message
+EQUAL_MACS = re.compile(r"(?P<count>\d{1,3})\s*[xX]\s*(?P<rest>.+)")
+MAC_FACTS = ("fits", "peak_bytes", "needed_bytes", "budget_bytes", "parts", "phase")  # of one of several Macs
+# What takes less memory, in the order in which it is tried.
+RANKS, LENGTHS = (16, 8, 4), (2048, 1024, 512)
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
 @speaks_python()
@@ -158,22 +176,11 @@ def plan(
     return plan_run(train_settings(given), chip, memory_gb, all_chips)
 
 
-class PlanParts:
-    """Makes what a plan is computed from; a caller that plans often may keep it, because this is most of the work."""
-
-    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
-        """Return the machine to plan for, and its ceilings."""
-        return choose_machine(settings, chip, memory_gb)
-
-    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
-        """Return the outline of the model, in a dtype, and its shape with the adapter of the settings."""
-        outline = outline_for(settings.model, device.compute_dtype(dtype))
-        return outline, outlined_shape(outline, _of_dtype(settings, dtype), kernels)
-
-
-def _of_dtype(settings: TrainSettings, dtype: str) -> TrainSettings:
-    """Return the settings with the dtype of what stands beside the language model."""
-    return replace(settings, model=replace(settings.model, dtype=dtype))
+def adapted_outline(settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+    """Return the outline of a run's model, in a dtype, and its shape with the adapter of the settings."""
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    typed = replace(settings, model=replace(settings.model, dtype=dtype))
+    return outline, outlined_shape(outline, typed, kernels)
 
 
 def plan_run(
@@ -183,7 +190,7 @@ def plan_run(
     all_chips: bool = False,
     read: Callable[[Outline, Objective], DataSplits | None] | None = None,
     identity: Mapping[str, Any] | None = None,
-    parts: PlanParts | None = None,
+    outlined: Callable[[TrainSettings, str, KernelChoice | None], tuple[Outline, ModelShape]] = adapted_outline,
 ) -> dict[str, Any]:
     """Return the plan of a run with these settings.
 
@@ -192,7 +199,7 @@ def plan_run(
         chip, memory_gb, all_chips: as for `plan`.
         read: returns the data for the model with this outline; None: what is on this disk is read.
         identity: of the checkpoint that the run goes on from, if it does.
-        parts: makes machine and shape; None: they are made anew.
+        outlined: `adapted_outline`, or what keeps its results for a caller that plans often; that is most of the work.
 
     Raises:
         InputError: there is no such chip or model, or the objective's settings exclude each other.
@@ -202,19 +209,19 @@ def plan_run(
     settings = with_pictures(settings)
     objective = objective_of(settings.objective)  # refuses what `train` would
     settings, asked = offloaded(settings) if settings.loop.offload_base == "on" else settings, settings
-    parts = parts or PlanParts()
-    machine, ceilings = parts.machine(settings, chip, memory_gb)
+    machine, ceilings = choose_machine(settings, chip, memory_gb)
+    here = chip is None and memory_gb is None
     # A GPU computes with 16 bits, even if this machine does not.
     dtype = settings.model.dtype
     if dtype == "auto":
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
     # Kernels of another machine cannot be measured here: those asked for, or ours.
-    elsewhere = KernelChoice(settings.loop.kernels)
-    kernels = None if chip is None and memory_gb is None else elsewhere
-    outline, shape = parts.shape(settings, dtype, kernels)
+    kernels = None if here else KernelChoice(settings.loop.kernels)
+    outline, shape = outlined(settings, dtype, kernels)
+    typed = replace(settings.model, dtype=dtype)  # of what stands beside the language model, too
     check_kind(outline.model, str(settings.model.model), objective)
     machine = with_kernels(settings, shape, machine, kernels)
-    splits = (read or partial(local_data, settings))(outline, objective)
+    splits = read(outline, objective) if read else local_data(settings, outline, objective)
     size = None
     if splits is None and 0 < shape.most_tokens < settings.data.max_seq_length:
         settings = replace(settings, data=replace(settings.data, max_seq_length=shape.most_tokens))
@@ -227,67 +234,59 @@ def plan_run(
         settings, size = measure_data(settings, splits, outline, shape)
         longest = int(size.rows.lengths.max(initial=2))
         settings = replace(settings, data=replace(settings.data, max_seq_length=longest))
-        # Of other models and towers, the objective that read the data says what its pictures take.
-        shape = _with_data(shape, _of_dtype(settings, dtype), size, objective, outline)
+        shape = _with_data(shape, replace(settings, model=typed), size, objective, outline)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
-    offloads = settings.loop.offload_base == "on"
-    folder = Path(settings.model.model or "") if chip is None and memory_gb is None else None
-    reading = reading_of(outline, shape, folder) if offloads else None
+    reading = None
+    if settings.loop.offload_base == "on":
+        reading = reading_of(outline, shape, Path(settings.model.model or "") if here else None)
     planned = MachinePlan(settings, shape, machine, ceilings, size, reading)
     result = planned.to_dict()
     result["runs_at_once"] = runs_at_once(shape, settings.optimizer.optimizer, planned.fitted.memory, MOST_AT_ONCE)
     result["steps"], result["validation"] = settings.loop.iters, None
     if size is not None:
-        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, size, identity)
-        problems.append(length_problem(settings, result["steps"], per_epoch))
+        loop, updates = planned.chosen.loop, planned.chosen.objective.updates
+        plan = training_plan(loop, size.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
+        result["steps"] = total_steps(plan, loop, updates)
+        found = choose_held_out(size.valid, loop, plan, result["steps"], identity, updates)
+        result["validation"] = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
+        problems.append(length_problem(settings, result["steps"], len(plan) * updates / loop.grad_accumulation_steps))
     result["warnings"] = [problem for problem in problems if problem]
-    may_read = (
-        asked.loop.offload_base == AUTO and not all_chips and not problems_with(asked.to_flat(), "offload_base", "on")
-    )
-    if not result["fits"] and may_read:
-        from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
+    may_read = asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on")
+    if not result["fits"] and may_read and not all_chips:
+        from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, outlined)
         if from_disk["fits"]:
             return from_disk
     if not result["fits"]:
-        of_base = replace(settings, model=replace(settings.model, dtype=dtype))
+        of_base = replace(settings, model=typed)
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
         limits = DataLimits(len(size.rows), size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        ways = [settings]
-        if asked.loop.offload_base == AUTO and not problems_with(asked.to_flat(), "offload_base", "on"):
-            ways.append(offloaded(settings))
-        data = None if size is None else (size, objective)
-        result["chips"] = chip_rows([of_macs(way, parts, data, planned) for way in ways])
+        # As with --chip: in 16 bits if --dtype is open, with kernels that were not measured.
+        dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
+        ways = []
+        for way in [settings, offloaded(settings)] if may_read else [settings]:
+            # An outline of its own, since a block's graph is only read when it is asked for.
+            outline, shape = outlined(way, dtype, KernelChoice(way.loop.kernels))
+            reading = reading_of(outline, shape, None) if way.loop.offload_base == "on" else None
+            typed = replace(way, model=replace(way.model, dtype=dtype))
+            shape = shape if size is None else _with_data(shape, typed, size, objective, outline)
+            ways.append(replace(planned, settings=way, shape=shape, reading=reading))
+        result["chips"] = chip_rows(ways)
     return result
 
 
 def _with_data(
     shape: ModelShape, settings: TrainSettings, size: PlannedData, objective: Objective, outline: Outline
 ) -> ModelShape:
-    """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
+    """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures.
+
+    Of other models and towers, the objective that read the data says what its pictures take.
+    """
     others = other_models_bytes(settings, objective)
     shape = replace(shape, trained_share=trained_share(settings.objective, size.rows), beside_bytes=others)
     return shape if objective.pictures is None else objective.pictures.added_to(shape, settings, outline.model)
-
-
-def of_macs(
-    settings: TrainSettings, parts: PlanParts, data: tuple[PlannedData, Objective] | None, here: MachinePlan
-) -> MachinePlan:
-    """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
-
-    Args:
-        settings: of the run.
-        parts: makes an outline of its own, since a block's graph is only read when it is asked for.
-        data: their size, and the objective that read them; None: they were not read.
-        here: the run on this machine.
-    """
-    dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
-    outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
-    reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
-    shape = shape if data is None else _with_data(shape, _of_dtype(settings, dtype), *data, outline)
-    return replace(here, settings=settings, shape=shape, reading=reading)
 
 
 def chip_rows(ways: list[MachinePlan]) -> list[dict[str, Any]]:
@@ -373,7 +372,7 @@ class MachinePlan:
             hidden = hidden_from(self.reading, self.settings, self.shape, self.machine, self.ceilings, self.width)
         tokens = batch_tokens_for(self.settings, size and size.facts, hidden)
         limits = (
-            DataLimits(len(size.rows), size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+            DataLimits(len(size.rows), size.prompts, tokens, size.batches) if size else DataLimits(most_tokens=tokens)
         )
         return fit(self.settings, self.shape, self.machine, self.width, limits)
 
@@ -572,7 +571,7 @@ class PlannedData:
         measured_tokens: what a reference, or a teacher, measures before the first step: those of all rows; 0 without one.
         prompts: that answers are sampled to, as `fit` takes them.
         facts: what the defaults follow.
-        batches: tokens of a batch -> into how many batches the rows are divided, and their shapes.
+        batches: that the rows are divided into.
     """
 
     rows: EncodedSet
@@ -580,11 +579,7 @@ class PlannedData:
     measured_tokens: int
     prompts: Prompts
     facts: DataFacts
-    batches: Callable[[int], tuple[int, list[tuple[int, int, int]]]]
-
-    def shapes(self, tokens: int) -> list[tuple[int, int, int]]:
-        """Return the shapes of batches of so many tokens."""
-        return self.batches(tokens)[1]
+    batches: Batches
 
 
 def measure_data(
@@ -606,24 +601,6 @@ def measure_data(
     facts = data_facts(rows, splits.valid)
     prompts, batches = prompts_of(settings.objective, rows), batches_by_tokens(settings, rows, facts)
     return settings, PlannedData(rows, valid, measured, prompts, facts, batches)
-
-
-def steps_and_validation(
-    settings: TrainSettings, data: PlannedData, identity: Mapping[str, Any] | None
-) -> tuple[int, dict[str, Any], float]:
-    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
-
-    Args:
-        settings: of the run with nothing open.
-        data: of the run.
-        identity: as for `plan_run`.
-    """
-    loop, updates = settings.loop, settings.objective.updates
-    plan = training_plan(loop, data.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
-    steps = total_steps(plan, loop, updates)
-    found = choose_held_out(data.valid, loop, plan, steps, identity, updates)
-    validation = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
-    return steps, validation, len(plan) * updates / loop.grad_accumulation_steps
 
 
 def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:
@@ -718,3 +695,237 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
             f"{gigabytes(result['budget_bytes'])}; {result['advice']}, or --no-memory-check to try it anyway"
         )
     return result
+
+
+# Several Macs
+
+
+@dataclass(frozen=True)
+class MacSpec:
+    """One Mac as it is given.
+
+    Attributes:
+        chip: its name.
+        memory_gb: as Apple sells it.
+        working_set_bytes: that a run may use, as the Mac itself says; None: about two thirds or three quarters.
+    """
+
+    chip: str
+    memory_gb: int
+    working_set_bytes: int | None = None
+
+
+def parse_macs(text: str) -> list[MacSpec]:
+    """Return each Mac in `M4 Pro:48,M2 Max:32` or `2 x M4 Pro:48`; `M2 Max:32:28` has 28 GB for the GPU.
+
+    Raises:
+        InputError: it is written otherwise, or names one Mac only.
+    """
+    macs = []
+    for part in text.split(","):
+        several = EQUAL_MACS.fullmatch(part.strip())
+        count = int(several["count"]) if several else 1
+        chip, *sizes = (several["rest"] if several else part).split(":")
+        numbers = [int(size) for size in sizes if size.strip().isdecimal() and len(size) < 6]
+        if len(numbers) != len(sizes) or not 1 <= len(sizes) <= 2 or not min(numbers) >= 1 or not 1 <= count <= 256:
+            raise InputError(f'--macs {text!r}: write chip and memory of each Mac, as in "M4 Pro:48,M2 Max:32"')
+        memory_gb, *wired = numbers
+        if memory_gb > MOST_GB or max(wired, default=0) > memory_gb:
+            raise InputError(
+                f"--macs {part.strip()}: no Mac has {max(numbers)} GB of {memory_gb} for its GPU; write at most {MOST_GB}"
+            )
+        macs += [MacSpec(find_chip(chip).name, memory_gb, wired[0] * GIB if wired else None)] * count
+    if len(macs) < 2:
+        raise InputError(f"--macs {text!r}: one Mac; use --chip and --memory-gb, or name two or more")
+    return macs
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """A model whose base Macs share, with its adapter.
+
+    Attributes:
+        settings: of the run.
+        shape, units: of the model.
+    """
+
+    settings: TrainSettings
+    shape: ModelShape
+    units: Units
+
+
+@lru_cache(maxsize=8)
+def shared_model(settings: TrainSettings) -> SharedModel:
+    """Return a model, from its config alone.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    shape = outlined_shape(outline, settings, KernelChoice(settings.loop.kernels))
+    return SharedModel(settings, shape, units_of(outline.model))
+
+
+def plan_on_macs(settings: TrainSettings, macs: Sequence[MacSpec], link: Link) -> dict[str, Any]:
+    """Return the plan of a run on several Macs that share its base, as JSON values.
+
+    Args:
+        settings: of the run; each row counts as --max-seq-length tokens, and a batch is that of all Macs together.
+        macs: what it runs on.
+        link: between them.
+
+    Raises:
+        InputError: there is no such chip or model, or the parts do not fit the Macs.
+    """
+    model = shared_model(settings)
+    planned = planned_on(model, macs, link)
+    found = None if planned["fits"] or planned["problem"] else suggested(model, macs, link)
+    return {**planned, "suggested": found and found[0]}
+
+
+def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str, Any]]:
+    """Return a plan for `count` equal Macs of every chip and memory size.
+
+    Raises:
+        InputError: there is no such model, or the parts do not fit the Macs.
+    """
+    model = shared_model(settings)
+    sizes = [MacSpec(chip.name, memory) for chip in CHIPS for memory in chip.memory_gib]
+    return [planned_on(model, [mac] * count, link) for mac in sizes]
+
+
+def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[str, Any]:
+    """Return a model's plan on some Macs, as JSON values, with each way to divide the run; one of them is `best`."""
+    settings, units, first_trained = model.settings, model.units, model.shape.first_trained
+    chosen, run, shares = _asked(model, macs)
+    found = plan_macs(model.shape, run, chosen, link, units, shares)
+    # Why the processes of the run cannot share its base, as `train` would say.
+    problem = next(iter(problems_with(settings.to_flat(), "shard_base", split_of(settings))), "")
+    splits = [Split(True, problem=problem) if problem else found, plan_macs(model.shape, run, chosen, link)]
+    computing_s, fastest = max(found.computing_s), best(splits)
+    step_s = found.sending.step_s(computing_s)
+    return {
+        "fits": found.fits and not problem,
+        "problem": problem or None,
+        "macs": [
+            {
+                "name": mac.machine.name,
+                "share": share,
+                "computing_s": own_s,
+                **{name: getattr(memory, name) for name in MAC_FACTS},
+            }
+            for mac, share, memory, own_s in zip(chosen, shares, found.memory, found.computing_s, strict=True)
+        ],
+        "shard_base": split_of(settings),
+        "rank": settings.adapter.rank,
+        "batch_tokens": run.positions,
+        "batch_size": settings.loop.batch_size,
+        "max_seq_length": run.width + 1,
+        "grad_checkpoint": run.checkpointing,
+        "units": {
+            "blocks": len(units.blocks),
+            "largest_bytes": max((*units.blocks, *units.tables)),
+            "bytes": units.bytes,
+        },
+        "sent_bytes_per_step": found.sending.sent_bytes,
+        "link_gbit_per_s": link.bytes_per_s * 8 / 1e9,
+        "predicted": {
+            "note": "predicted, not measured",
+            "step_s": step_s,
+            "computing_s": computing_s,
+            "link_s": found.sending.link_s,
+            "waiting_s": step_s - computing_s,
+            "gradients_s": found.sending.sum_s,
+            "decides": "link" if found.sending.link_s > computing_s else "chips",
+            "tokens_per_s": run.positions / step_s,
+            "sent_of_base": sum(size for size, _ in units.in_order(first_trained)) / max(1, units.bytes),
+        },
+        "least_batch_tokens": least_tokens(model.shape, units, run, chosen, shares, link),
+        "splits": [
+            {
+                "name": split.words,
+                "fits": not split.problem and split.fits,
+                "tokens_per_s": split.tokens_per_s,
+                "needed_bytes": split.most_needed_bytes,
+                "verdict": split.verdict,
+                "best": split is fastest,
+            }
+            for split in splits
+        ],
+        "whole_base_bytes": model.shape.base_bytes,
+    }
+
+
+def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], RunShape, list[float]]:
+    """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them.
+
+    A Mac may use what its system allows, and no more than --memory-budget.
+    """
+    settings, asked, chosen = model.settings, split_of(model.settings), []
+    number_bytes = 4 if settings.model.dtype == "float32" else 2
+    for mac in macs:
+        chip = find_chip(mac.chip)
+        machine = chip.machine(mac.memory_gb, number_bytes)
+        usable = mac.working_set_bytes or machine.working_set_bytes
+        if settings.loop.memory_budget is not None:
+            usable = min(usable, int(settings.loop.memory_budget * 1e9))
+        machine = replace(machine, kernels=KernelTerms(), working_set_bytes=usable)
+        chosen.append(Mac(machine, listed_ceilings(chip, number_bytes)))
+    parts = [1.0] * len(chosen) if asked == "even" else shard_parts(asked)
+    if parts is not None and len(parts) != len(chosen):
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(chosen)} Macs; give one for each")
+    shares = [part / sum(parts) for part in parts] if parts else memory_shares([mac.machine for mac in chosen])
+    mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
+    return chosen, run_of(settings, max(rows, len(macs)), width, mode), shares
+
+
+def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> tuple[str, SharedModel] | None:
+    """Return the settings nearest to the asked ones with which a run fits, None if none of those that are tried does.
+
+    They come as flags, with what to do on the Macs, and as the model with these settings. What is tried is parts by memory,
+    smaller adapters, and a row for each Mac, of the asked length and shorter; first with the memory that macOS gives the GPU by
+    default, then with all but a few GB.
+    """
+    settings, count = model.settings, len(macs)
+    split = "" if split_of(settings) == "memory" else "--shard-base memory "
+    by_memory = replace(settings, loop=replace(settings.loop, shard_base="memory"))
+    adapters: list[tuple[str, dict[str, Any]]] = [("", {})]
+    adapters += [(f"--rank {rank} ", {"rank": rank}) for rank in RANKS if rank < settings.adapter.rank]
+    if any(layer.experts > 1 and layer.rank for block in model.shape.blocks for layer in block.layers):
+        adapters.append((f"--target-modules {ATTENTION} ", {"target_modules": ATTENTION}))
+    longest, by_examples = settings.data.max_seq_length, settings.loop.batch_size is not None
+    smaller = []
+    for words, fields in adapters:
+        adapted = replace(by_memory, adapter=replace(settings.adapter, **fields))
+        one = shared_model(adapted) if fields else model
+        for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
+            name, size = "batch_tokens", count * (length - 1)
+            if by_examples:  # which --batch-tokens does not change
+                name, size = "batch_size", max(1, count // settings.objective.rows_per_example)
+            data = replace(settings.data, max_seq_length=length)
+            other = replace(adapted, data=data, loop=replace(by_memory.loop, **{name: size}))
+            flags = f"{words}{'' if length == longest else f'--max-seq-length {length} '}{flag_of(name)} {size}"
+            smaller.append((split + flags, replace(one, settings=other)))
+    raised = [
+        replace(mac, working_set_bytes=max(mac.memory_gb - FOR_MACOS_GB, 1) * GIB)
+        if mac.working_set_bytes is None and mac.memory_gb > 2 * FOR_MACOS_GB
+        else mac
+        for mac in macs
+    ]
+    limits = {mac.memory_gb: more.working_set_bytes for mac, more in zip(macs, raised, strict=True) if mac != more}
+    sizes = " or ".join(f"{limit >> 20} with {memory} GB" for memory, limit in sorted(limits.items()) if limit)
+    command = f"`sudo sysctl iogpu.wired_limit_mb=N` on each Mac, N = {sizes}; then "
+    for given, first in ((macs, ""), (raised, command)):
+        for words, other in smaller:
+            chosen, run, shares = _asked(other, given)
+            if plan_macs(other.shape, run, chosen, link, other.units, shares).fits:
+                return first + words, other
+    return None
+
+
+def split_of(settings: TrainSettings) -> str:
+    """Return the --shard-base that a plan is for; without one, parts follow each Mac's memory."""
+    return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base

@@ -16,16 +16,13 @@ from mlx_lora.config.settings import AdapterSettings, ServeSettings
 from mlx_lora.models.head import find_head
 from mlx_lora.models.meta import outline_for
 from mlx_lora.planner.fit import budget_of, largest_that_fits
-from mlx_lora.planner.memory import plan_clients
-from mlx_lora.planner.shapes import Rollout, RunShape
+from mlx_lora.planner.memory import Machine, MemoryPlan, Rollout, RunShape, plan_clients
 from mlx_lora.trainer.fit import outlined_shape, with_caches, with_kernels
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
-    from mlx_lora.planner.memory import MemoryPlan
-    from mlx_lora.planner.shapes import Machine
 
 MOST_CLIENTS = 1024
 # Sets of weights in memory to sample from, beyond which the least recently used are written to files.

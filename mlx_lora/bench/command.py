@@ -16,6 +16,7 @@ import click
 
 from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import (
+    BUSY_LOAD,
     SCHEMA,
     VERSION,
     compare,
@@ -34,7 +35,6 @@ from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.text import counted
 
 RESULTS = Path("benchmarks/results")
-BUSY_LOAD = 1.0  # per core
 
 
 @click.group(cls=console.Group)

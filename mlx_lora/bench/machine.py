@@ -17,7 +17,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_lora
+from mlx_lora.kernels.measure import best_s
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import device
 from mlx_lora.utils.text import package_versions
@@ -60,7 +60,8 @@ def answer(*command: str, timeout_s: float = 10) -> str | None:
 
 def describe_machine() -> dict[str, Any]:
     """Return facts about the hardware and the operating system."""
-    common = {"architecture": platform.machine(), "cpu_cores": os.cpu_count(), "memory_bytes": memory_bytes()}
+    common: dict[str, Any] = {"architecture": platform.machine(), "cpu_cores": os.cpu_count()}
+    common["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
         cores = re.search(r'"gpu-core-count" = (\d+)', answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or "")
         return {
@@ -86,11 +87,6 @@ def describe_machine() -> dict[str, Any]:
         "system_version": platform.release(),
         "system_build": None,
     }
-
-
-def memory_bytes() -> int:
-    """Return the machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def describe_power(system: Path = Path("/sys")) -> dict[str, Any]:
@@ -212,7 +208,7 @@ def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:
     for side in sides:
         a, b = (mx.random.normal((side, side), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
         mx.eval(a, b)
-        spent = _best_s(lambda a=a, b=b: a @ b, rounds)
+        [spent] = best_s([lambda a=a, b=b: [a @ b]], rounds, math.inf)
         best = max(best, 2 * side**3 / spent)
         if spent > ENOUGH_S:
             break
@@ -229,9 +225,10 @@ def _quantized(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
         mx.eval(x)
         # The packed kernel takes a second for 1,024 rows on a CPU; fewer rows give the same rate.
         few = x[:64] if rows > 1 and device.current_device().backend == "cpu" else x
-        spent = _best_s(lambda x=few: mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT), rounds)
+        make = lambda x=few: [mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT)]  # noqa: E731
+        [spent] = best_s([make], rounds, math.inf)
         rates[str(rows)] = 2 * len(few) * side**2 / spent
-    spent = _best_s(lambda x=x: x @ mx.dequantize(*packed, **LAYOUT).T, rounds)
+    [spent] = best_s([lambda x=x: [x @ mx.dequantize(*packed, **LAYOUT).T]], rounds, math.inf)
     rates["dequantize_then_gemm"] = 2 * len(x) * side**2 / spent
     return rates
 
@@ -240,17 +237,7 @@ def _pass(make: Callable, passes: int, dtype: mx.Dtype, rounds: int, pass_bytes:
     """Return the bytes per second of an elementwise operation over `pass_bytes`."""
     a, b = (mx.random.normal((pass_bytes // dtype.size,), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
     mx.eval(a, b)
-    return passes * a.nbytes / _best_s(lambda: make(a, b), rounds)
-
-
-def _best_s(make: Callable[[], mx.array], rounds: int) -> float:
-    mx.eval(make())  # pays for compilation
-    best = math.inf
-    for _ in range(rounds):
-        start = time.perf_counter()
-        mx.eval(make())
-        best = min(best, time.perf_counter() - start)
-    return best
+    return passes * a.nbytes / best_s([lambda: [make(a, b)]], rounds, math.inf)[0]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.api.options import render
 from mlx_lora.bench.run import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
@@ -361,14 +362,9 @@ class ResultFile:
     path: Path
     content: dict[str, Any]
 
-    @property
-    def chip(self) -> str:
-        """The chip's name, without `Apple`."""
-        return machine_name(self.content)
-
 
 def machine_name(content: dict[str, Any]) -> str:
-    """Return a result's chip: the GPU's name on a Mac and with CUDA, the processor's on a CPU."""
+    """Return a result's chip, without `Apple`: the GPU's name on a Mac and with CUDA, the processor's on a CPU."""
     name = content["machine"]["chip"] if content["device"]["backend"] == "cpu" else content["device"]["name"]
     return (name or content["device"]["name"]).removeprefix("Apple ")
 
@@ -496,7 +492,7 @@ def labels_of(results: Sequence[ResultFile]) -> list[str]:
     machines also get the date, or the part of the path that differs.
     """
     memory = [round(one.content["machine"]["memory_bytes"] / 2**30) for one in results]
-    parts = [[one.chip, f"{size} GB"] for one, size in zip(results, memory, strict=True)]
+    parts = [[machine_name(one.content), f"{size} GB"] for one, size in zip(results, memory, strict=True)]
     for kind in ("GPU", "CPU"):
         cores = [one.content["machine"][f"{kind.lower()}_cores"] for one in results]
         for alike in _alike([", ".join(part) for part in parts]):
@@ -570,19 +566,16 @@ def compare(results: Sequence[ResultFile], across_versions: bool = False) -> lis
 
 def work_differs(entry: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     """Return how the work of two entries with one name differs, a few words per difference."""
-    found = []
     ours, theirs = entry["workload"], reference["workload"]
-    if ours["version"] != theirs["version"]:
-        found.append(f"workload version {ours['version']} against {theirs['version']}")
-    elif ours["digest"] != theirs["digest"]:
-        found.append("another definition of the workload")
-    if entry["data_sha256"] != reference["data_sha256"]:
-        found.append("other training data")
-    if (entry["base"] or {}).get("fingerprint") != (reference["base"] or {}).get("fingerprint"):
-        found.append("other weights")
-    if entry["shortened"] or reference["shortened"]:
-        found.append("not run at the workload's length")
-    return found
+    same_version = ours["version"] == theirs["version"]
+    found = {
+        f"workload version {ours['version']} against {theirs['version']}": not same_version,
+        "another definition of the workload": same_version and ours["digest"] != theirs["digest"],
+        "other training data": entry["data_sha256"] != reference["data_sha256"],
+        "other weights": (entry["base"] or {}).get("fingerprint") != (reference["base"] or {}).get("fingerprint"),
+        "not run at the workload's length": entry["shortened"] or reference["shortened"],
+    }
+    return [words for words, differs in found.items() if differs]
 
 
 def software_differs(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -610,20 +603,19 @@ def notes_of(content: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Return notes on a run: what may have slowed it down, and what else a reader should know."""
     if entry["status"] != "measured":
         return [f"{entry['status']}: {entry['reason']}"]
-    notes = ["not run at the workload's length"] if entry["shortened"] else []
     moments = [entry["power_before"], entry["power_after"] or {}]
-    if any(moment.get("source") == "battery" for moment in moments):
-        notes.append("on battery")
-    if any(moment.get("low_power_mode") for moment in moments):
-        notes.append("low-power mode")
     states = {moment.get("thermal_state") for moment in moments} - {None, "nominal"}
-    notes += [f"thermal state {state}" for state in sorted(states)]
     cores, load = content["machine"]["cpu_cores"] or 1, entry["power_before"]["load_average"]
-    if load > BUSY_LOAD * cores:
-        notes.append(f"other programs ran (load {load:g} on {cores} cores)")
-    if entry["figures"]["skipped_steps"]:
-        notes.append(f"{entry['figures']['skipped_steps']} updates were not finite")
-    return notes
+    skipped = entry["figures"]["skipped_steps"]
+    notes = {
+        "not run at the workload's length": entry["shortened"],
+        "on battery": any(moment.get("source") == "battery" for moment in moments),
+        "low-power mode": any(moment.get("low_power_mode") for moment in moments),
+        **{f"thermal state {state}": True for state in sorted(states)},
+        f"other programs ran (load {load:g} on {cores} cores)": load > BUSY_LOAD * cores,
+        f"{skipped} updates were not finite": skipped,
+    }
+    return [words for words, holds in notes.items() if holds]
 
 
 # Tables as text (aligned for a terminal, or Markdown) and as JSON
@@ -673,29 +665,10 @@ def remarks_of(table: Table) -> list[str]:
     return found
 
 
-ESCAPED = "\\|"  # in a cell of a Markdown table
-
-
 def render_tables(tables: Sequence[Table], markdown: bool) -> str:
     """Return all tables as text."""
-    parts = []
-    for table in tables:
-        title = f"{table.name} (ratios to {table.reference})" if table.reference else f"{table.name} (not measured)"
-        rows = [list(COLUMNS), *(cells_of(row) for row in table.rows)]
-        remarks = remarks_of(table)
-        if markdown:
-            lines = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in row)} |" for row in rows]
-            lines = [f"### {title}", "", lines[0], f"|{'---|' * len(COLUMNS)}", *lines[1:]]
-            lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
-        else:
-            widths = [max(len(row[n]) for row in rows) for n in range(len(COLUMNS))]
-            lines = [title]
-            for first, *others in rows:
-                cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
-                lines.append("  ".join(cells).rstrip())
-            lines += [f"  {remark}" for remark in remarks]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    shown = [(table, [COLUMNS, *map(cells_of, table.rows)], remarks_of(table)) for table in tables]
+    return render(PAGES / "compare.txt", {"tables": shown, "markdown": markdown})
 
 
 def to_json(tables: Sequence[Table]) -> dict[str, Any]:
@@ -752,13 +725,8 @@ def write_page(
     tables = compare(results, across_versions)
     measured = [table for table in tables if table.reference]
     speeds = [row.speed["median"] for table in measured for row in table.rows if row.measured]
-    macs = {one.chip for one in results if one.content["device"]["backend"] == "metal"}
-    tiers = []
-    for tier in TIERS:
-        columns = {one.name: _chips(one) for one in WORKLOADS if one.tier == tier}
-        rows = [(chip.name, [column[n] for column in columns.values()]) for n, chip in enumerate(CHIPS)]
-        name = tier if tier == "embedded" else f"{tier} GB"
-        tiers.append({"name": name, "workloads": list(columns), "rows": rows})
+    macs = {machine_name(one.content) for one in results if one.content["device"]["backend"] == "metal"}
+    tiers = {tier: {one.name: _chips(one) for one in WORKLOADS if one.tier == tier} for tier in TIERS}
     page = render_page(
         PAGES,
         "bench.html",
@@ -770,7 +738,7 @@ def write_page(
             ("fastest, tokens/s", number(max(speeds)) if speeds else "–"),
         ],
         problems=problems,
-        machines=_machines(results),
+        machines=[(label, one.content) for label, one in zip(labels_of(results), results, strict=True)],
         columns=COLUMNS,
         sections=[_section(table, results) for table in measured],
         missing=[(table.name, remarks_of(table)) for table in tables if not table.reference],
@@ -780,33 +748,6 @@ def write_page(
         number=number,
     )
     replace_text(path, page)
-
-
-def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
-    """Return the rows of the table of machines."""
-    found = []
-    for label, one in zip(labels_of(results), results, strict=True):
-        content = one.content
-        machine, rates, software = content["machine"], content["rates"], content["software"]
-        flops = rates["gemm_flops_per_s"]
-        power = [entry["power_before"] for entry in content["results"]]
-        found.append(
-            {
-                "machine": label,
-                "date": content["created"][:10],
-                "backend": content["device"]["backend"],
-                "GPU cores": _or_dash(machine["gpu_cores"]),
-                "CPU cores": _or_dash(machine["cpu_cores"]),
-                "system": f"{machine['system']} {(machine['system_version'] or '').partition('-')[0]}",  # no build of a Linux kernel
-                "power": _or_dash(", ".join(sorted({one["source"] for one in power if one["source"]})) or None),
-                **{f"{name} TFLOPS": f"{rate / 1e12:.2g}" for name, rate in flops.items()},
-                "copy GB/s": f"{rates['copy_bytes_per_s'] / 1e9:.3g}",
-                "mlx": _or_dash(software["versions"].get("mlx")),
-                "mlx-lora": f"{software['versions'].get('mlx-lora') or '–'} {(software['commit'] or '')[:7]}",
-            }
-        )
-    columns = dict.fromkeys(key for row in found for key in row)
-    return [{key: row.get(key, "–") for key in columns} for row in found]
 
 
 def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
@@ -828,7 +769,7 @@ def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
     measured.append(_chart(table, "measured", "peak memory", memory, " GB"))
     predicted = []
     if workload := KNOWN.get(table.name):
-        seen = {one.chip for one in results for row in rows if row.file == str(one.path)}
+        seen = {machine_name(one.content) for one in results for row in rows if row.file == str(one.path)}
         speed = [
             Bar(
                 one["chip"],
@@ -848,23 +789,9 @@ def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
         predicted = [_chart(table, "predicted", "tokens per second", speed)]
         predicted.append(_chart(table, "predicted", "peak memory", memory, " GB"))
     return {
-        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted, "measured": measured,
+        "table": table, "workload": table.rows[0].entry["workload"], "predicted": predicted, "measured": measured,
         "cells": [cells_of(row) for row in table.rows], "remarks": remarks_of(table),
     }  # fmt: skip
-
-
-def words_of(definition: dict[str, Any]) -> str:
-    """Return a description of a workload."""
-    base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
-    rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
-    rows["dpo"] = "DPO on pairs of short answers"
-    sizes = (
-        f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
-        if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()
-        else ""
-    )
-    words = [f"{definition['model']}, {base}", rows.get(definition["form"], definition["form"]), sizes]
-    return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 
 def _chart(table: Table, kind: str, what: str, bars: Sequence[Bar], unit: str = "") -> dict[str, Any]:
@@ -898,7 +825,3 @@ def _scaling(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
 @cache
 def _chips(workload: Workload) -> list[dict[str, Any]]:
     return predict_chips(workload)
-
-
-def _or_dash(value: Any) -> str:
-    return "–" if value is None else str(value)

@@ -53,8 +53,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import run_of
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.memory import Machine, ModelShape, plan_memory
 from mlx_lora.planner.speed import CHIPS, Ceilings, count_step, known_chip, listed_ceilings, step_seconds
 from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils.errors import InputError, RunError, first_line

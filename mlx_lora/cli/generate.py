@@ -21,7 +21,7 @@ from mlx_lora.data.files import read_tools
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, with_limits_of_run
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
-from mlx_lora.trainer.choose_strategy import strategy_of
+from mlx_lora.trainer.fit import strategy_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

@@ -18,9 +18,17 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.plan import choose_machine, plan_run
+from mlx_lora.api.plan import (
+    LATENCY_S,
+    LINK_GBIT,
+    MacSpec,
+    choose_machine,
+    equal_macs,
+    parse_macs,
+    plan_on_macs,
+    plan_run,
+)
 from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
-from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
 from mlx_lora.cli import PAGES
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.rules import check_options
@@ -167,8 +175,7 @@ def plan_several(
             link, source = Link(**measured), "the link's rate as `mlx-lora cluster` measured it"
     planned = plan_on_macs(settings, given, link)
     lacking = max(mac["needed_bytes"] - mac["budget_bytes"] for mac in planned["macs"])
-    ways = splits_line(planned["splits"])
-    return planned, render_plan("macs", planned, link=source, lacking_bytes=lacking, splits_line=ways)
+    return planned, render_plan("macs", planned, link=source, lacking_bytes=lacking)
 
 
 # The plan as text

@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx_lora.utils.files import cache_dir
 
 if TYPE_CHECKING:
-    from mlx_lora.planner.shapes import KernelTerms
+    from mlx_lora.planner.memory import KernelTerms
 
 # `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"

@@ -38,7 +38,7 @@ from mlx_lora.kernels.state_space import (
 )
 
 if TYPE_CHECKING:
-    from mlx_lora.planner.shapes import KernelTerms
+    from mlx_lora.planner.memory import KernelTerms
 
 # Replacements
 

@@ -57,8 +57,7 @@ from mlx_lora.kernels.measure import (
 from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
-from mlx_lora.planner.memory import tile_queries
-from mlx_lora.planner.shapes import KernelTerms, ModelShape
+from mlx_lora.planner.memory import KernelTerms, ModelShape, tile_queries
 from mlx_lora.utils import device
 from mlx_lora.utils.progress import long_task
 

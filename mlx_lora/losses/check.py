@@ -53,7 +53,7 @@ from mlx_lora.models.meta import few_blocks
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
-from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS, KernelTerms
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import KernelTerms
 
 # The loss and the kernels
 

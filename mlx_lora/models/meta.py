@@ -44,7 +44,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, read_safet
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
 from mlx_lora.models.side_files import of_tower
-from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
+from mlx_lora.planner.memory import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 

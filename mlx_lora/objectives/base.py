@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.losses.check import Compute
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.memory import MemoryPlan
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import MemoryPlan, ModelShape
     from mlx_lora.trainer.guards import StepsDone
 
 

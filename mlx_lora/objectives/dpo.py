@@ -44,7 +44,7 @@ from mlx_lora.utils.text import unknown_name
 if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")

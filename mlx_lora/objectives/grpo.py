@@ -27,7 +27,7 @@ from mlx_lora.losses.policy import PolicyOptions
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
-from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
+from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, ModelShape
 from mlx_lora.rollouts.generator import SAMPLED_BY, SamplingForm, check_groups, choose_sampling
 from mlx_lora.rollouts.make_environment import (
     check_environment,
@@ -55,7 +55,6 @@ from mlx_lora.utils import device
 if TYPE_CHECKING:
     from mlx_lora.config.settings import DataSettings
     from mlx_lora.data.batch import Batch
-    from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.guards import StepsDone
 
 

@@ -65,7 +65,7 @@ from mlx_lora.objectives.vision_encoder import (
     put_template,
     tower_key,
 )
-from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
+from mlx_lora.planner.memory import ModelShape, NotKnown, TowerBytes, TowerShape
 from mlx_lora.rollouts.rewards import reward_folders
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -51,14 +51,13 @@ from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
 from mlx_lora.planner.fit import budget_of, largest_batch, run_of
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import MemoryPlan, plan_memory
+from mlx_lora.planner.memory import KernelTerms, MemoryPlan, ModelShape, plan_memory
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import gigabytes
 
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.objectives.base import RunContext
-    from mlx_lora.planner.shapes import KernelTerms, ModelShape
 
 # Rows of a set
 

@@ -73,7 +73,7 @@ from mlx_lora.utils.errors import InputError, RunError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 PIECE_BYTES = 1 << 24  # of one call to the system
 

@@ -32,7 +32,7 @@ Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.1127
 
 The strategies in which a process keeps only a part of the frozen base.
 
-Another way to keep a part is another class and a line in `strategy_of` (trainer/choose_strategy.py); parallel/offloaded_base.py
+Another way to keep a part is another class and a line in `strategy_of` (trainer/fit.py); parallel/offloaded_base.py
 is one for a single process.
 """
 
@@ -68,7 +68,7 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 ALIGNMENT = 16  # bytes; of each array in a message
 # Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.

@@ -1,4 +1,4 @@
-"""How the processes of a run divide its work: one class per way, chosen once (trainer/choose_strategy.py) and carried by the run.
+"""How the processes of a run divide its work: one class per way, chosen once (trainer/fit.py) and carried by the run.
 
     Strategy         one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch
@@ -38,7 +38,7 @@ from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.models.load import Base
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
 
 
 DISK_WAIT = "disk_wait_share"  # in reports: of a step's time, waiting for a base that is read from its files

@@ -12,8 +12,17 @@ from functools import partial
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
-from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, held_bytes, most_that_fit, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
+from mlx_lora.planner.memory import (
+    ROLLOUT,
+    Machine,
+    MemoryPlan,
+    ModelShape,
+    Rollout,
+    RunShape,
+    held_bytes,
+    most_that_fit,
+    plan_memory,
+)
 from mlx_lora.planner.speed import Ceilings, Reading, forward_seconds, step_seconds
 from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.text import gigabytes
@@ -25,8 +34,8 @@ FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
 LONGEST_SEQUENCE = 1 << 20
 
 
-Shapes = Callable[[int], Sequence[tuple[int, int, int]]]
-"""Tokens of a batch -> (rows, width, slots for trained targets) of the batches that the data are divided into."""
+Batches = Callable[[int], tuple[int, Sequence[tuple[int, int, int]]]]
+"""Tokens of a batch -> into how many batches the data are divided, and their (rows, width, slots for trained targets)."""
 Prompts = Sequence[tuple[int, int]]
 """Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
 
@@ -39,13 +48,13 @@ class DataLimits:
         most_rows: the number of rows in the data; None: not known.
         prompts: that answers are sampled to; without any, that of the longest row.
         most_tokens: of a batch that suits the data (config/defaults.py).
-        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
+        batches: that the data are divided into; None: not known, so that a batch is taken to be full of the longest row.
     """
 
     most_rows: int | None = None
     prompts: Prompts = ()
     most_tokens: int = DEFAULT_BATCH_TOKENS
-    shapes: Shapes | None = None
+    batches: Batches | None = None
 
 
 NO_DATA = DataLimits()
@@ -188,12 +197,12 @@ def _batches(data: DataLimits, width: int, settings: TrainSettings, tokens: int)
     None has both fewer positions and a shorter row than another.
     """
     largest = (*largest_batch(width, settings, tokens, data.most_rows), None)
-    if data.shapes is None or settings.objective.samples:
+    if data.batches is None or settings.objective.samples:
         return [largest]
     objective, wide = settings.objective, 0
     trained = [
         (rows // objective.rows_per_example * objective.trained_rows_per_example, columns, slots)
-        for rows, columns, slots in data.shapes(tokens)
+        for rows, columns, slots in data.batches(tokens)[1]
     ]
     found = []
     for rows, columns, slots in sorted(trained, key=lambda one: (one[0] * one[1], one[1], one[2]), reverse=True):
@@ -311,25 +320,22 @@ def _nearest(
     settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
 ) -> list[str] | None:
     """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
-    limits = DataLimits(data.most_rows, data.prompts if settings.objective.samples else ())
+    asked, limits = settings.loop, DataLimits(data.most_rows, data.prompts if settings.objective.samples else ())
     for eased, columns in _easier(settings, shape, machine, width, limits):
         found = fit(eased, shape, machine, columns, limits)
         if not found.memory.fits:
             continue
-        flags = []
-        if settings.loop.grad_checkpoint not in ("auto", found.checkpointing):
-            flags.append(f"--grad-checkpoint {found.checkpointing}")
-        if settings.loop.batch_size != eased.loop.batch_size:
-            flags.append(f"--batch-size {eased.loop.batch_size}")
-        if settings.loop.batch_tokens != eased.loop.batch_tokens:
-            flags.append(f"--batch-tokens {found.batch_tokens}")
-        if columns < width and not settings.objective.samples:
-            flags.append(f"--max-seq-length {columns + 1}")
-        for name in ("max_new_tokens", "group_size"):
-            now = getattr(eased.objective, name)
-            if now != getattr(settings.objective, name):
-                flags.append(f"--{name.replace('_', '-')} {now}")
-        return flags
+        loop, objective = eased.loop, eased.objective
+        changed = {
+            f"--grad-checkpoint {found.checkpointing}": asked.grad_checkpoint not in ("auto", found.checkpointing),
+            f"--batch-size {loop.batch_size}": asked.batch_size != loop.batch_size,
+            f"--batch-tokens {found.batch_tokens}": asked.batch_tokens != loop.batch_tokens,
+            f"--max-seq-length {columns + 1}": columns < width and not objective.samples,
+            f"--max-new-tokens {objective.max_new_tokens}": objective.max_new_tokens
+            != settings.objective.max_new_tokens,
+            f"--group-size {objective.group_size}": objective.group_size != settings.objective.group_size,
+        }
+        return [flag for flag, differs in changed.items() if differs]
     return None
 
 

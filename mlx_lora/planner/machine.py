@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_lora.kernels import activations
 from mlx_lora.kernels.measure import read_store, write_store
-from mlx_lora.planner.shapes import Machine
+from mlx_lora.planner.memory import Machine
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.utils import device
 from mlx_lora.utils.device import compiles_from_steps, compute_dtype, current_device

@@ -21,8 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import SINGLE, Machine, MemoryPlan, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import Ceilings, step_seconds
 from mlx_lora.utils.text import gigabytes
 
@@ -165,20 +164,16 @@ class Sending:
         return computed + self.sum_s
 
 
-def sending(
-    units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link, beside: bool = True
-) -> Sending:
+def sending(shape: ModelShape, units: Units, shares: Sequence[float], link: Link, beside: bool = True) -> Sending:
     """Return what goes over the link in a step of one micro-batch.
 
     Args:
-        units: of the model.
-        first_trained: the first block with an adapter.
-        gradient_bytes: of all adapters, in float32.
+        shape, units: of the model; the gradients of its adapter are float32.
         shares: each Mac's part of the base, which add up to 1.
         link: between the Macs.
         beside: see `Sending`.
     """
-    messages, count = units.in_order(first_trained), len(shares)
+    messages, count, gradient_bytes = units.in_order(shape.first_trained), len(shares), SINGLE * shape.trained
     base = sum(sent_of_unit(size, shares) for size, _ in messages)
     return Sending(
         tuple((link.gather_s(size, shares), size * products) for size, products in messages),
@@ -266,38 +261,31 @@ def best(splits: Sequence[Split]) -> Split:
     return min(possible, key=lambda split: split.most_needed_bytes)
 
 
-def split_by_rows(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
-    """Return what is predicted of rows that are dealt, with the whole base on each Mac.
-
-    Args:
-        shape: of the whole model.
-        batch: of all Macs.
-        macs, link: what it runs on.
-    """
-    own = replace(batch, rows=-(-batch.rows // len(macs)))
-    memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
-    sent = Sending(sum_s=link.sum_s(SINGLE * shape.trained, len(macs)))
-    return Split(False, batch.positions, memory, _computing(shape, own, macs), sent)
-
-
 def plan_macs(
-    shape: ModelShape, units: Units, run: RunShape, macs: Sequence[Mac], shares: Sequence[float], link: Link
+    shape: ModelShape,
+    run: RunShape,
+    macs: Sequence[Mac],
+    link: Link,
+    units: Units | None = None,
+    shares: Sequence[float] = (),
 ) -> Split:
-    """Return what is predicted of rows that are dealt, with a part of the base on each Mac.
+    """Return what is predicted of rows that are dealt.
 
     Args:
         shape: the whole model with its adapter.
-        units: of it.
         run: the largest batch of all Macs together; its rows are dealt evenly.
         macs, link: what it runs on.
+        units: of the model, of whose base each Mac has a part; None: each Mac has the whole base.
         shares: each Mac's part of every unit of the base, which add up to 1.
     """
-    own = _own_part(run, len(macs))
-    memory = tuple(
-        plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
-    )
-    sent = _sent_in_step(shape, units, macs, shares, link)
-    return Split(True, run.positions, memory, _computing(shape, own, macs), sent)
+    own, parts = _own_part(run, len(macs)), [shape] * len(macs)
+    sent = Sending(sum_s=link.sum_s(SINGLE * shape.trained, len(macs)))
+    if units is not None:
+        parts = [rank_part(shape, units, share) for share in shares]
+        sent = _sent_in_step(shape, units, macs, shares, link)
+    memory = tuple(plan_memory(part, own, mac.machine) for part, mac in zip(parts, macs, strict=True))
+    computing_s = tuple(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
+    return Split(units is not None, run.positions, memory, computing_s, sent)
 
 
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
@@ -328,15 +316,9 @@ def _own_part(run: RunShape, count: int) -> RunShape:
     return replace(run, rows=-(-run.rows // count), trained_positions=slots)
 
 
-def _computing(shape: ModelShape, own: RunShape, macs: Sequence[Mac]) -> tuple[float, ...]:
-    """Return each Mac's seconds of computing its own part of a step."""
-    return tuple(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
-
-
 def _sent_in_step(shape: ModelShape, units: Units, macs: Sequence[Mac], shares: Sequence[float], link: Link) -> Sending:
     """Return what these Macs send in a step."""
-    beside = all(mac.machine.backend != "cpu" for mac in macs)
-    return sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
+    return sending(shape, units, shares, link, beside=all(mac.machine.backend != "cpu" for mac in macs))
 
 
 def least_tokens(
@@ -353,7 +335,8 @@ def least_tokens(
     def hidden(rows: int) -> bool:
         trained = run.slots * rows * width // run.positions
         larger = replace(run, rows=rows, width=width, trained_positions=trained)
-        computing_s = max(_computing(shape, _own_part(larger, len(macs)), macs))
+        own = _own_part(larger, len(macs))
+        computing_s = max(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
         return sent.step_s(computing_s) <= HIDDEN * computing_s
 
     low, high = 0, len(macs)

@@ -25,8 +25,17 @@ from dataclasses import dataclass, replace
 from math import ceil, isfinite
 
 from mlx_lora.config.settings import checkpoint_every
-from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities, tile_queries
-from mlx_lora.planner.shapes import Block, Machine, ModelShape, Numbers, RunShape
+from mlx_lora.planner.memory import (
+    SINGLE,
+    TILE_QUERIES,
+    Block,
+    Machine,
+    ModelShape,
+    Numbers,
+    RunShape,
+    probabilities,
+    tile_queries,
+)
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
 
@@ -59,8 +68,11 @@ class Chip:
 
     def machine(self, memory_gib: int | None = None, number_bytes: int = 2) -> Machine:
         """Return a machine with this chip and memory (by default the smallest size sold)."""
-        memory = (memory_gib or self.memory_gib[0]) * GIB
-        return Machine(f"{self.name}, {memory // GIB} GB", "metal", memory, working_set(memory), number_bytes)
+        gib = memory_gib or self.memory_gib[0]
+        # About what macOS lets the GPU wire by default: it allows 65% to 75%, depending on the size, and Metal's
+        # `recommendedMaxWorkingSetSize` is exact.
+        working_set = int(gib * GIB * (2 / 3 if gib <= 36 else 3 / 4))
+        return Machine(f"{self.name}, {gib} GB", "metal", gib * GIB, working_set, number_bytes)
 
 
 CHIPS = (
@@ -86,25 +98,14 @@ CHIPS = (
 )
 
 
-def working_set(memory_bytes: int) -> int:
-    """Return the bytes that macOS lets the GPU wire by default: about two thirds up to 36 GiB, three quarters above.
-
-    This is an estimate (Metal's `recommendedMaxWorkingSetSize` is exact): macOS allows 65% to 75%, depending on the size.
-    """
-    share = 2 / 3 if memory_bytes <= 36 * GIB else 3 / 4
-    return int(memory_bytes * share)
-
-
 def find_chip(name: str) -> Chip:
     """Return a chip by name, regardless of spaces and case, with or without `Apple`.
 
     Raises:
         InputError: there is no such chip; the message has similar names.
     """
-    wanted = _plain(name)
-    for chip in CHIPS:
-        if _plain(chip.name) == wanted:
-            return chip
+    if chip := known_chip(name):
+        return chip
     names = [chip.name for chip in CHIPS]
     near = difflib.get_close_matches(name.removeprefix("Apple ").title(), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -189,12 +190,12 @@ def step_seconds(
 ) -> tuple[float, dict[str, float]]:
     """Return the predicted seconds of a step and of each part."""
     parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
-    if ceilings.launch_s:
-        parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
-    # The host launches operations while the device computes: only the time by which launching takes longer counts.
-    hidden = parts.pop("launches", 0.0)
     total = sum(parts.values())
-    return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
+    # The host launches operations while the device computes: only the time by which launching takes longer counts.
+    launching = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
+    if launching > total:
+        parts["waiting for launches"] = launching - total
+    return max(total, launching), parts
 
 
 def forward_seconds(shape: ModelShape, run: RunShape, machine: Machine, ceilings: Ceilings) -> float:
@@ -331,11 +332,6 @@ class TrunkPlan:
         """The seconds by which the run is shorter; below 0 if it is longer."""
         return max(0.0, self.epochs - 1) * (self.epoch_s - self.later_s) - self.write_s
 
-    @property
-    def run_s(self) -> float:
-        """The run's seconds if everything is computed in every epoch."""
-        return self.epochs * self.epoch_s
-
     def problem(self, asked: str) -> str | None:
         """Return in a few words why nothing should be kept, None if it should.
 
@@ -351,8 +347,9 @@ class TrunkPlan:
             return None
         if self.disk_bytes > MOST_OF_FREE * self.free_bytes:
             return f"{need}, more than {MOST_OF_FREE:.0%} of the {gigabytes(self.free_bytes)} free on the cache's disk"
-        if self.saved_s < LEAST_SAVED * self.run_s:
-            return f"it would save {max(0.0, self.saved_s / self.run_s):.0%} of the run's time"
+        run_s = self.epochs * self.epoch_s  # if everything is computed in every epoch
+        if self.saved_s < LEAST_SAVED * run_s:
+            return f"it would save {max(0.0, self.saved_s / run_s):.0%} of the run's time"
         return None
 
     def words(self) -> str:

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.plan import PlanParts, plan_run
+from mlx_lora.api.plan import adapted_outline, plan_run
 from mlx_lora.config.defaults import DataFacts, learning_rate_for, preset_settings, rows_per_step, with_length
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, TrainSettings
@@ -37,8 +37,7 @@ from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.config import PARTS as INNER_CONFIGS
 from mlx_lora.models.meta import Outline
-from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings
+from mlx_lora.planner.memory import ModelShape
 from mlx_lora.studio.folders import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.web import BackgroundTask, Tasks, fields_in, in_page_words
@@ -60,32 +59,24 @@ USUAL_CARD = "balanced"
 ABOUT_TOKENS = 100  # of a row that was not read yet; only the ratio of rows to a batch counts here
 
 
-class KeptParts(PlanParts):
-    """Keeps the machine, and the shapes of the last models and adapters: a change of length, batch or steps is quick then."""
+KEPT_SHAPES: OrderedDict[str, tuple[Outline, ModelShape]] = OrderedDict()
 
-    def __init__(self):
-        self._machines: dict[str, tuple[Machine, Ceilings]] = {}
-        self._shapes: OrderedDict[str, tuple[Outline, ModelShape]] = OrderedDict()
 
-    def machine(self, settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
-        """Return this machine, measured once for each dtype; there is no other in the studio."""
-        dtype = settings.model.dtype
-        if dtype not in self._machines:
-            self._machines[dtype] = super().machine(settings, chip, memory_gb)
-        return self._machines[dtype]
+def kept_outline(settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
+    """Return what `adapted_outline` returns, kept for all settings that do not change it.
 
-    def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
-        """Return outline and shape, kept for all settings that do not change them."""
-        loop = settings.loop
-        depends = [settings.model, settings.adapter, settings.objective, settings.optimizer]
-        depends += [loop.kernels, loop.seed, loop.offload_base]
-        key = repr([*depends, dtype, kernels, stamps_at(Path(settings.model.model or "").expanduser())])
-        if key not in self._shapes:
-            self._shapes[key] = super().shape(settings, dtype, kernels)
-        self._shapes.move_to_end(key)
-        while len(self._shapes) > SHAPES:
-            self._shapes.popitem(last=False)
-        return self._shapes[key]
+    A change of length, batch or steps is quick then.
+    """
+    loop = settings.loop
+    depends = [settings.model, settings.adapter, settings.objective, settings.optimizer]
+    depends += [loop.kernels, loop.seed, loop.offload_base]
+    key = repr([*depends, dtype, kernels, stamps_at(Path(settings.model.model or "").expanduser())])
+    if key not in KEPT_SHAPES:
+        KEPT_SHAPES[key] = adapted_outline(settings, dtype, kernels)
+    KEPT_SHAPES.move_to_end(key)
+    while len(KEPT_SHAPES) > SHAPES:
+        KEPT_SHAPES.popitem(last=False)
+    return KEPT_SHAPES[key]
 
 
 class Plans:
@@ -195,13 +186,12 @@ def _begin_process(wanted: Connection) -> None:
     threading.Thread(target=end_when_told, daemon=True).start()
 
 
-PARTS = KeptParts()  # of this process, between plans
-
-
 def _plan(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a plan, of the file itself for a model of the hub's cache."""
     model = settings.get("model")
-    return plan_run(train_settings({**settings, **({"model": local_model(model)} if model else {})}), parts=PARTS)
+    return plan_run(
+        train_settings({**settings, **({"model": local_model(model)} if model else {})}), outlined=kept_outline
+    )
 
 
 def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:

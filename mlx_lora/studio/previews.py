@@ -66,10 +66,7 @@ from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from mlx_lora.config.settings import TrainSettings
-    from mlx_lora.data.image_tokens import ImageReader, ImageTable
+    from mlx_lora.data.image_tokens import ImageTable
 
 SPLITS = ("train", "valid", "test")
 BARS = 40
@@ -103,11 +100,18 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
         report: told how many records are parsed, of None, and then how many are encoded, and of how many.
 
     Raises:
-        InputError: the data cannot be read, or has no usable row at all, as `train` would say.
+        InputError: the data cannot be read, or has no usable row at all, as `train` would say; or the model sees no pictures.
     """
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
-    tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
-    seen = reader_for(settings, Path(asked["tokenizer"]), tokenizer)
+    model = Path(asked["tokenizer"])
+    tokenizer, config = _load_tokenizer(model), read_json(model / "config.json", "download the model again")
+    pictured, seen = replace(settings, model=replace(settings.model, model=str(model))), None
+    if with_pictures(pictured, config).objective.images:
+        from mlx_lora.objectives.pictures import Pictures
+
+        # The tokenizer gets the template that shows pictures.
+        reader = Pictures(settings.objective).reader(model, config, tokenizer, settings.data)
+        seen = reader.fetching(settings.data.fetch_images)
     parts, repeated = _read(settings.data, settings.objective.records, seen is not None, report)
     joined = SplitRows()
     for one in parts.values():
@@ -236,28 +240,6 @@ def _examples(
         keys[split] = list(known.values())
     named = [{"name": name, "unit": unit} for name, unit in files]
     return np.array(examples, np.int32).reshape(-1, 6), named, keys
-
-
-def reader_for(settings: TrainSettings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
-    """Return what reads the pictures of a run's data; None if the run has none.
-
-    Args:
-        settings: of the run.
-        folder: of the model, with config.json and its image processor.
-        tokenizer: gets the template that shows pictures.
-
-    Raises:
-        InputError: the model sees no pictures.
-    """
-    if not (folder / "config.json").is_file():
-        return None
-    config = read_json(folder / "config.json", "download the model again")
-    if not with_pictures(replace(settings, model=replace(settings.model, model=str(folder))), config).objective.images:
-        return None
-    from mlx_lora.objectives.pictures import Pictures
-
-    reader = Pictures(settings.objective).reader(folder, config, tokenizer, settings.data)
-    return reader.fetching(settings.data.fetch_images)
 
 
 def write_pictures(folder: Path, numbers: np.ndarray, table: ImageTable, token: int) -> None:

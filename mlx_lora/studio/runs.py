@@ -190,7 +190,7 @@ class RunListing:
     def __init__(self, folders: Folders):
         self._folders = folders
         self._kept: dict[Path, dict[str, Any]] = {}
-        self._clocks: dict[Path, RunClock] = {}
+        self._numbers: dict[Path, RunNumbers] = {}
         self._noted: tuple[Any, dict[Path, KnownRun]] = (None, {})
         self._lock = threading.Lock()
 
@@ -198,14 +198,11 @@ class RunListing:
         """Return the folders of all runs, by id."""
         found: dict[str, Path] = {}
         for root in self._folders.all_runs:
-            try:
-                entries = sorted(root.iterdir())
-            except OSError:
-                continue
-            for folder in entries[:MOST_RUNS]:
-                is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
-                if is_run and not folder.is_symlink():
-                    found[run_id(folder)] = folder
+            with contextlib.suppress(OSError):
+                for folder in sorted(root.iterdir())[:MOST_RUNS]:
+                    is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
+                    if is_run and not folder.is_symlink():
+                        found[run_id(folder)] = folder
         return found | {run_id(folder): folder for folder in self._folders.runs_elsewhere()}
 
     def elsewhere(self, folder: Path) -> bool:
@@ -255,7 +252,7 @@ class RunListing:
         with self._lock:
             for gone in self._kept.keys() - set(found.values()):
                 del self._kept[gone]
-                self._clocks.pop(gone, None)
+                self._numbers.pop(gone, None)
         lines = [self.summary(folder, number in queued) for number, folder in found.items()]
         return sorted(lines, key=lambda line: line["started"] or 0, reverse=True)
 
@@ -278,7 +275,9 @@ class RunListing:
         return {**line, "state": state, "reason": reason and in_page_words(reason), "steps": steps, "ending": ending}
 
     def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        settings, last, facts = self.settings_of(folder, started), last_values(folder / METRICS), read_facts(folder)
+        with self._lock:
+            numbers = self._numbers.setdefault(folder, RunNumbers(folder / METRICS))
+        settings, last, facts = self.settings_of(folder, started), numbers.read(), read_facts(folder)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
         step, epoch, epochs = last.get("step") or 0, last.get("epoch") or 0, settings.get("epochs")
         # A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point, so rounding
@@ -286,14 +285,11 @@ class RunListing:
         if not steps and epoch and isinstance(epochs, int | float):
             whole = step * epochs / epoch
             steps = round(whole) if whole * 0.00005 / epoch < 0.5 else None
-        with self._lock:
-            clock = self._clocks.setdefault(folder, RunClock(folder / METRICS))
-        seconds, step_s = clock.read()
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder), "step": step, "steps": steps or None,
-            **{name: last.get(name) for name in ("loss", "val_loss", "val_step", "peak_bytes", "tokens_per_s")},
+            **{name: last.get(name) for name in ("loss", "val_loss", "val_step", "peak_bytes", "tokens_per_s", "seconds", "step_s")},
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
-            "objective": settings.get("objective") or "sft", "seconds": seconds, "step_s": step_s,
+            "objective": settings.get("objective") or "sft",
             "started": started.created if started else _time(folder / SETTINGS),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
             "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
@@ -412,18 +408,14 @@ def _sample(step: int | None, one: dict[str, Any], text: Any, facts: dict[str, A
     # Who speaks is told where it is not simply the user's question.
     prompt = "\n\n".join(content if role in ("", "User") else f"{role}: {content}" for role, content in turns)
     said = without_markers(str(text or ""), specials) or "(empty text)"
-    more = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
-    return {"step": step, "prompt": _cut(prompt), "text": _cut(said), **more, **pictures_of_text(one, facts)}
-
-
-def pictures_of_text(one: dict[str, Any], facts: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the pictures of a text's prompt as the report keeps them, small JPEGs as data URLs; nothing else is shown."""
+    more: dict[str, Any] = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
+    # The pictures of the prompt as the report keeps them, small JPEGs as data URLs; nothing else is shown.
     kept, digests = facts.get("pictures"), one.get("pictures")
-    if not isinstance(kept, dict) or not isinstance(digests, list):
-        return {}
-    urls = [kept[digest] for digest in digests[:MOST_PICTURES] if isinstance(digest, str) and digest in kept]
-    found = [url for url in urls if isinstance(url, str) and url.startswith("data:image/jpeg;base64,")]
-    return {"pictures": found} if found else {}
+    if isinstance(kept, dict) and isinstance(digests, list):
+        urls = [kept[digest] for digest in digests[:MOST_PICTURES] if isinstance(digest, str) and digest in kept]
+        found = [url for url in urls if isinstance(url, str) and url.startswith("data:image/jpeg;base64,")]
+        more |= {"pictures": found} if found else {}
+    return {"step": step, "prompt": _cut(prompt), "text": _cut(said), **more}
 
 
 def _steps_said(folder: Path) -> int | None:
@@ -521,7 +513,6 @@ MOST_POINTS = 2000  # of a curve
 TAIL_BYTES = 64 << 10
 MOST_AT_ONCE = 1 << 20  # bytes of new lines that are read at a time
 NOT_CURVES = ("shapes",)
-STEP, ELAPSED = re.compile(r'"step":\s*(\d+)'), re.compile(r'"elapsed_s":\s*([\d.eE+-]+)')
 MARK_BYTES = 200  # of the last line, by which it is seen whether a file was replaced
 
 
@@ -565,27 +556,6 @@ def parsed(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def last_values(path: Path) -> dict[str, Any]:
-    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl.
-
-    The validation before the first step is of the base, and no result of the run: it is left out.
-    """
-    found: dict[str, Any] = {}
-    for line in tail_lines(path, TAIL_BYTES):
-        record = parsed(line)
-        if record is None:
-            continue
-        found["step"] = record["step"]
-        if record.get("val_loss") is not None and record["step"] > 0:
-            found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
-        for name in ("loss", "tokens_per_s", "epoch", "reward", "accuracy"):
-            if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
-                found[name] = record[name]
-        peak = record.get("peak_memory_bytes")
-        found["peak_bytes"] = max(found.get("peak_bytes") or 0, peak if isinstance(peak, int) else 0) or None
-    return found
-
-
 class Tail:
     """Gives the lines that are added to a file; holds a position, and the bytes before it, by which it sees a new file.
 
@@ -625,29 +595,45 @@ class Tail:
         return data[:end].decode("utf-8", "replace").splitlines()
 
 
-class RunClock:
-    """The time of a run over all its processes; reads each line once."""
+class RunNumbers:
+    """The last values of a run, and its time over all its processes; reads each line of metrics.jsonl once."""
 
     def __init__(self, path: Path):
         self._tail, self._lock = Tail(path, from_end=False), threading.Lock()
-        self._earlier_s = 0.0  # of the processes before the last one
-        self._step_s: float | None = None
-        # Step and time of the last process's first line, and of its last one.
-        self._first: tuple[int, float] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._earlier_s, self._step_s = 0.0, None  # of the processes before the last one; of a step of the last one
+        self._first: tuple[int, float] | None = None  # step and time of the last process's first line
         self._last: tuple[int, float] | None = None
 
-    def read(self) -> tuple[float | None, float | None]:
-        """Return the seconds of the whole run so far, and those of a step in its last process; None: not known."""
+    def read(self) -> dict[str, Any]:
+        """Return the last step, losses and speed, the largest peak, the seconds of the whole run, and those of a step.
+
+        The validation before the first step is of the base, and no result of the run: it is left out.
+        """
         with self._lock:
             while lines := self._tail.new_lines():
                 if self._tail.anew:
-                    self._earlier_s, self._step_s, self._first, self._last = 0.0, None, None, None
-                for line in lines:
-                    if (step := STEP.search(line)) and (elapsed := ELAPSED.search(line)):
-                        self._count(int(step[1]), float(elapsed[1]))
-        return (None if self._last is None else self._earlier_s + self._last[1]), self._step_s
+                    self._forget()
+                for record in filter(None, map(parsed, lines)):
+                    self._count(record)
+            seconds = None if self._last is None else self._earlier_s + self._last[1]
+            return {**self._values, "seconds": seconds, "step_s": self._step_s}
 
-    def _count(self, step: int, elapsed: float) -> None:
+    def _count(self, record: dict[str, Any]) -> None:
+        values, step, elapsed = self._values, record["step"], record.get("elapsed_s")
+        values["step"] = step
+        if record.get("val_loss") is not None and step > 0:
+            values["val_loss"], values["val_step"] = record["val_loss"], step
+        for name in ("loss", "tokens_per_s", "epoch"):
+            if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
+                values[name] = record[name]
+        peak = record.get("peak_memory_bytes")
+        values["peak_bytes"] = max(values.get("peak_bytes") or 0, peak if isinstance(peak, int) else 0) or None
+        if not isinstance(elapsed, int | float):
+            return
         if self._last is not None and elapsed < self._last[1]:
             self._earlier_s += self._last[1]
             self._first = None

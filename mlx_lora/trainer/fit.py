@@ -1,4 +1,7 @@
-"""Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible."""
+"""Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible.
+
+With it goes what the processes of a run divide, and whether its base is read from files.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -21,7 +25,8 @@ from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.compat.functions import answering
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
-from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS
+from mlx_lora.config.rules import problems_with
+from mlx_lora.config.settings import AUTO, DATA, DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.kernels.attention import Tiles, Windows, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
@@ -42,23 +47,43 @@ from mlx_lora.models.meta import (
 )
 from mlx_lora.models.quantize import choose_quantization
 from mlx_lora.objectives.table import objective_of, other_models_bytes
-from mlx_lora.planner.fit import SMALLEST_BATCH, DataLimits, Fitted, Prompts, Shapes, answer_room, check_fits, fit
-from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import position_chunks
-from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
+from mlx_lora.parallel.ranks import Ranks, SeveralRanks
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, Strategy, dividing_flag, offloaded
+from mlx_lora.planner.fit import (
+    SMALLEST_BATCH,
+    Batches,
+    DataLimits,
+    Fitted,
+    Prompts,
+    answer_room,
+    budget_of,
+    check_fits,
+    fit,
+    largest_batch,
+    run_of,
+)
+from mlx_lora.planner.machine import measure_ceilings, this_machine
+from mlx_lora.planner.memory import (
+    BlockBytes,
+    KernelTerms,
+    Machine,
+    MemoryPlan,
+    ModelShape,
+    NotKnown,
+    RunShape,
+    position_chunks,
+)
+from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
-    from mlx_lora.config.settings import LoopSettings, TrainSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.losses.check import Compute
     from mlx_lora.models.load import Base
-    from mlx_lora.parallel.strategy import Strategy
-    from mlx_lora.planner.memory import MemoryPlan
 
 
 # Describe a model with its adapter to the planner, and read from each block's graph what it keeps for the backward pass.
@@ -121,8 +146,12 @@ def adapted_shape(
         settings: of the run.
         source_bytes: see `ModelShape`.
         kernels: the kernels that it trains with; None: chosen from this machine's measurements.
+
+    Raises:
+        InputError: there is no such --teacher, or mlx-lm does not have its architecture.
     """
-    shared, loop = _SHARED.get(), settings.loop
+    loop, known = settings.loop, _SHARED.get()
+    known = {} if known is None else known
     case = (
         settings.model,
         settings.adapter,
@@ -132,11 +161,27 @@ def adapted_shape(
         loop.offload_base,
         source_bytes,
     )
-    if shared is None:
-        return _adapted_shape(model, config, settings, source_bytes, kernels)
-    if case not in shared:
-        shared[case] = _adapted_shape(model, config, settings, source_bytes, kernels)
-    return shared[case]
+    if case in known:
+        return known[case]
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
+    plain_loss = shape.plain_loss or loop.kernels == MLX
+    others = other_models_bytes(settings, objective_of(settings.objective))
+    rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
+    # Without kernels that were chosen, those that a run would use by this machine's measurements; ours if there are none.
+    dtype = device.compute_dtype(settings.model.dtype)
+    choice = planned_kernels(shape, loop.kernels, dtype) if kernels is None else kernels
+    lag = BOUNDED_LAG if loop.offload_base == "on" or loop.shard_base != "off" else AHEAD
+    shape = with_block_memory(shape, model, dict(config), choice, lag)
+    teacher = None
+    if name := settings.objective.teacher:  # from its files' headers; the base itself takes no more memory
+        outline = outline_of(name, None, dtype)
+        outline.model.freeze()
+        teacher = model_shape(outline.model, outline.config, outline.cast_bytes)
+        teacher = without_read_parts(teacher, outline.model) if loop.offload_base == "on" else teacher
+    shape = replace(shape, teacher=teacher, teacher_stays=settings.objective.on_policy)
+    known[case] = with_caches(shape, model) if settings.objective.samples else shape
+    return known[case]
 
 
 _SHARED: ContextVar[dict[Any, ModelShape] | None] = ContextVar("shapes of the adapters on one base", default=None)
@@ -151,26 +196,6 @@ def shared_shapes() -> Iterator[None]:
         yield
     finally:
         _SHARED.reset(token)
-
-
-def _adapted_shape(
-    model: nn.Module,
-    config: Mapping[str, Any],
-    settings: TrainSettings,
-    source_bytes: int,
-    kernels: KernelChoice | None,
-) -> ModelShape:
-    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
-    plain_loss = shape.plain_loss or settings.loop.kernels == MLX
-    others = other_models_bytes(settings, objective_of(settings.objective))
-    rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
-    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
-    choice = known_kernels(settings, shape) if kernels is None else kernels
-    walked, shared = settings.loop.offload_base == "on", settings.loop.shard_base != "off"
-    lag = BOUNDED_LAG if walked or shared else AHEAD
-    shape = with_block_memory(shape, model, dict(config), choice, lag)
-    shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
-    return with_caches(shape, model) if settings.objective.samples else shape
 
 
 def outlined_shape(outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None) -> ModelShape:
@@ -208,21 +233,6 @@ def without_read_parts(shape: ModelShape, model: nn.Module) -> ModelShape:
     return replace(shape, base_bytes=shape.base_bytes - read, source_bytes=0, shared=True, head_rows=units.head_rows)
 
 
-def teacher_shape(settings: TrainSettings) -> ModelShape | None:
-    """Return the shape of --teacher, from its files' headers; None if there is none: the base itself takes no more memory.
-
-    Raises:
-        InputError: there is no such model, or mlx-lm does not have its architecture.
-    """
-    name = settings.objective.teacher
-    if not name:
-        return None
-    outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
-    outline.model.freeze()
-    shape = model_shape(outline.model, outline.config, outline.cast_bytes)
-    return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
-
-
 def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
     """Return the shape with what the model's layers keep while answers are sampled."""
     try:
@@ -231,17 +241,13 @@ def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
         return replace(shape, not_known=(*shape.not_known, str(error)))
 
 
-def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
-    """Return the kernels that a run would use by this machine's measurements, ours if there are none."""
-    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
-
-
 def with_kernels(
     settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
 ) -> Machine:
     """Return a machine with the memory of `kernels`; None: chosen from this machine's measurements."""
     if kernels is None:
-        return replace(machine, kernels=known_kernels(settings, shape).terms())
+        dtype = device.compute_dtype(settings.model.dtype)
+        return replace(machine, kernels=planned_kernels(shape, settings.loop.kernels, dtype).terms())
     return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
 
 
@@ -261,8 +267,10 @@ class TracedBlock:
     call: Callable[[int, int, bool], BlockBytes]
     widths: tuple[int, ...] = ()
     chunked: ChunkedBlock | None = None
-    _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
     _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.call = cache(self.call)
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Return the block's memory for a batch; answers are kept, because a search for settings asks repeatedly.
@@ -277,44 +285,34 @@ class TracedBlock:
         """
         case = (rows, width, on_gpu)
         if case not in self._answers:
-            self._answers[case] = self._of_rows(*case)
+            found = self._between(1, width, on_gpu)
+            if rows > 1:
+                # Count what does not grow with the rows (dense copies of packed weights) once.
+                further = self._between(2, width, on_gpu).minus(found)
+                found = found.plus(further.times(rows - 1))
+            self._answers[case] = found
         return self._answers[case]
-
-    def _of_rows(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        one = self._between(1, width, on_gpu)
-        if rows == 1:
-            return one
-        # Count what does not grow with the rows (dense copies of packed weights) once.
-        further = self._between(2, width, on_gpu).minus(one)
-        return one.plus(further.times(rows - 1))
 
     def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
-        widths = self.widths or self._all_widths(on_gpu)
+        widths = self.widths
+        if not widths:
+            short, long = LOOP_WIDTHS
+            nodes = self.call(1, long, on_gpu).nodes
+            # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
+            loops = nodes > LOOP_NODES and nodes - self.call(1, short, on_gpu).nodes >= long - short
+            widths = LOOP_WIDTHS if loops else WIDTHS
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
-        first = self._read(rows, low, on_gpu)
+        first = self.call(rows, low, on_gpu)
         if width == low:
             return first
-        last = self._read(rows, high, on_gpu)
+        last = self.call(rows, high, on_gpu)
         share = (width - low) / (high - low)
         at_low, at_high = first.times(1 / low), last.times(1 / high)
         if share > 1:
             return _beyond(at_low, at_high, share - 1).times(width)
         return at_low.times(1 - share).plus(at_high.times(share)).times(width)
-
-    def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
-        short, long = LOOP_WIDTHS
-        found = self._read(1, long, on_gpu).nodes
-        # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
-        loops = found > LOOP_NODES and found - self._read(1, short, on_gpu).nodes >= long - short
-        return LOOP_WIDTHS if loops else WIDTHS
-
-    def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        case = (rows, width, on_gpu)
-        if case not in self._known:
-            self._known[case] = self.call(*case)
-        return self._known[case]
 
 
 @dataclass
@@ -405,7 +403,8 @@ def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
         return x
 
     try:
-        with _calls_through(model.layers, count), device.uncompiled():
+        counted = answering(*((block, partial(count, number)) for number, block in enumerate(model.layers)))
+        with counted, device.uncompiled():
             (head.hidden if isinstance(head, Head) else model)(mx.zeros((1, LOOP_WIDTHS[0]), mx.int32))
     except FOREIGN_ERRORS:
         return 1  # blocks that take or return more than hidden states; looped models of this kind are not known
@@ -547,8 +546,17 @@ class _Calls:
     def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
         """Return block `number`'s arguments for a batch of token ids (rows, width)."""
         if (rows, width) not in self._found:
+            found: dict[int, tuple[tuple, dict]] = {}
+
+            def record(index: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                found[index] = (args, kwargs)
+                if found.keys() >= set(range(self.last + 1)):
+                    raise _EnoughRecorded
+                return own(*args, **kwargs)
+
+            recorded = answering(*((block, partial(record, index)) for index, block in enumerate(self.model.layers)))
             kernels = training_kernels(self.model, windows=self.windows)
-            with kernels, _recorded(self.model.layers, self.last) as found, device.uncompiled():
+            with kernels, suppress(_EnoughRecorded), recorded, device.uncompiled():
                 self.run(mx.zeros((rows, width), mx.int32))
             self._found[rows, width] = {index: tree_map(self._zeros, call) for index, call in found.items()}
         if number not in self._found[rows, width]:
@@ -568,26 +576,6 @@ class _EnoughRecorded(Exception):
     """Ends a model's call when the arguments of all blocks that are asked for are known."""
 
 
-@contextmanager
-def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tuple, dict]]]:
-    """Record each block's arguments inside this context, which ends with the call of block `last`."""
-    found: dict[int, tuple[tuple, dict]] = {}
-
-    def record(number: int, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        found[number] = (args, kwargs)
-        if found.keys() >= set(range(last + 1)):
-            raise _EnoughRecorded
-        return own(*args, **kwargs)
-
-    with suppress(_EnoughRecorded), _calls_through(blocks, record):
-        yield found
-
-
-def _calls_through(blocks: list[nn.Module], through: Callable[..., Any]) -> AbstractContextManager:
-    """Let each call of a block return `through(its number, the block's own call, *args, **kwargs)` inside this context."""
-    return answering(*((block, partial(through, number)) for number, block in enumerate(blocks)))
-
-
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
@@ -595,40 +583,6 @@ def _is_float(leaf: Any) -> bool:
 # Fit a run into memory: choose what is open, and refuse what cannot fit, before anything is downloaded or read if possible
 
 log = logging.getLogger(__name__)
-
-
-def fit_run(
-    settings: TrainSettings,
-    shape: ModelShape,
-    rows: EncodedSet,
-    kernels: KernelTerms,
-    ranks: int = 1,
-    facts: DataFacts | None = None,
-    hidden_from: int = 0,
-) -> Fitted:
-    """Choose the settings that the user did not give, and refuse a run that does not fit in memory.
-
-    Args:
-        settings: of the run.
-        shape: the adapted model.
-        rows: training data; its longest row and its number of rows bound a batch.
-        kernels: the memory of the chosen kernels.
-        ranks: processes that share each batch's rows.
-        facts: about the data, for the size of a batch; None: as much as fits, up to the default.
-        hidden_from: see `batch_tokens_for`.
-
-    Raises:
-        InputError: see `check_fits`.
-    """
-    machine = replace(this_machine(settings.model.dtype), kernels=kernels)
-    width = longest(rows)
-    prompts = prompts_of(settings.objective, rows)
-    shape = replace(shape, trained_share=trained_share(settings.objective, rows))
-    shapes, tokens = batch_shapes(settings, rows, facts), batch_tokens_for(settings, facts, hidden_from)
-    limits = DataLimits(len(rows), prompts, tokens, shapes)
-    fitted = fit(settings, shape, machine, width, limits, ranks)
-    check_fits(settings, fitted, shape, machine, width, data=limits)
-    return fitted
 
 
 def fit_settings(
@@ -649,17 +603,34 @@ def fit_settings(
     Raises:
         InputError: the run does not fit.
     """
-    asked = with_learning_rate(as_begun(asked, begun), shape.model_type, shape.width)
-    facts = data_facts(splits.train, splits.valid)
-    width, open_batch = longest(splits.train), asked.loop.batch_tokens is None and asked.loop.batch_size is None
+    if begun is not None:
+        rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
+        rate = begun.get("learning_rate") if rate in (None, AUTO) else rate
+        tokens = begun.get("batch_tokens") if tokens is None else tokens
+        optimizer, loop = replace(asked.optimizer, learning_rate=rate), replace(asked.loop, batch_tokens=tokens)
+        asked = replace(asked, optimizer=optimizer, loop=loop)
+    asked = with_learning_rate(asked, shape.model_type, shape.width)
+    rows, facts = splits.train, data_facts(splits.train, splits.valid)
+    width = max(1, int(rows.lengths.max(initial=2)) - 1)
+    open_batch = asked.loop.batch_tokens is None and asked.loop.batch_size is None
     hidden_from = strategy.hidden_from(asked, shape, width) if open_batch else 0
-    size = strategy.ranks.size
-    fitted = fit_run(asked, shape, splits.train, chosen.terms, size, facts, hidden_from)
+    machine = replace(this_machine(asked.model.dtype), kernels=chosen.terms)
+    shape = replace(shape, trained_share=trained_share(asked.objective, rows))
+
+    def fit_rows(asked: TrainSettings, hidden_from: int) -> Fitted:
+        """Choose checkpointing, and the batch if it is open, for this rank's memory; or refuse the run."""
+        tokens, batches = batch_tokens_for(asked, facts, hidden_from), batches_by_tokens(asked, rows, facts)
+        limits = DataLimits(len(rows), prompts_of(asked.objective, rows), tokens, batches)
+        found = fit(asked, shape, machine, width, limits, strategy.ranks.size)
+        check_fits(asked, found, shape, machine, width, data=limits)
+        return found
+
+    fitted = fit_rows(asked, hidden_from)
     # A batch is that of all ranks, so the one with the least memory decides.
     least = min(strategy.everyone(fitted.batch_tokens))
     if open_batch and least < fitted.batch_tokens:
         asked = replace(asked, loop=replace(asked.loop, batch_tokens=least))
-        fitted = fit_run(asked, shape, splits.train, chosen.terms, size, facts)
+        fitted = fit_rows(asked, 0)
     if hidden_from and fitted.batch_tokens > batch_tokens_for(asked, facts):
         log.info(
             f"Batches: larger than usual for these data, because from {hidden_from:,} tokens on no step waits for the disk"
@@ -670,34 +641,11 @@ def fit_settings(
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
-def longest(rows: EncodedSet) -> int:
-    """Return the positions of the longest row."""
-    return max(1, int(rows.lengths.max(initial=2)) - 1)
-
-
-def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:
-    """Return the settings with the rate and the batch that the run was begun with, where they are open."""
-    if begun is None:
-        return asked
-    rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
-    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate in (None, AUTO) else rate)
-    loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
-    return replace(asked, optimizer=optimizer, loop=loop)
-
-
-def batch_shapes(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None) -> Shapes:
-    """Return what gives the shapes of the batches that some rows are divided into.
+def batches_by_tokens(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None) -> Batches:
+    """Return what gives, by the tokens of a batch, how many batches some rows are divided into, and their shapes.
 
     Short rows may take more memory together than the longest one: a batch of them is fuller.
     """
-    planned = batches_by_tokens(settings, rows, facts)
-    return lambda tokens: planned(tokens)[1]
-
-
-def batches_by_tokens(
-    settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None
-) -> Callable[[int], tuple[int, list[tuple[int, int, int]]]]:
-    """Return what gives, by the tokens of a batch, how many batches some rows are divided into, and their shapes."""
 
     def planned(tokens: int) -> tuple[int, list[tuple[int, int, int]]]:
         loop = with_length(settings, tokens, facts).loop
@@ -787,3 +735,171 @@ def quantized_shape(
     quantization = choose_quantization(4, None, None)
     quantized = with_quantization(outline, quantization, device.compute_dtype(settings.model.dtype))
     return outlined_shape(quantized, settings, kernels)
+
+
+# What the processes of a run divide, and whether its base is read from files, where the settings leave it open
+#
+# With --parallel auto, the link of the processes is measured for some seconds, and then plans are compared for what they could
+# divide. The data have not been read by then, so a batch is assumed to have a row for every process. Memory and time are the
+# planner's; the link, and each machine's peak rates, are measured.
+
+PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
+READ_WORDS = "Base: does not fit in memory, so its blocks are read from its files when they are used (--offload-base)"
+
+
+def choose_strategy(settings: TrainSettings, ranks: Ranks, fits: bool = False) -> tuple[TrainSettings, Strategy]:
+    """Return the settings with what the processes divide, or read from files, and the strategy of that.
+
+    Args:
+        settings: of the run.
+        ranks: of the run; every one must call this.
+        fits: whether the base is in memory already, or is not trained.
+
+    Raises:
+        InputError: a single process is to divide its base, the model cannot be read or does not fit, or its adapter does not
+            fit it.
+    """
+    if settings.loop.parallel == AUTO:
+        if isinstance(ranks, SeveralRanks):
+            settings = choose_split(settings, ranks)
+        else:
+            settings = replace(settings, loop=replace(settings.loop, parallel=DATA))
+    settings = settings if fits else settled_offload(settings, ranks)
+    return settings, strategy_of(settings, ranks)
+
+
+def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
+    """Return the strategy that the settings name for these processes.
+
+    Args:
+        settings: of the run; --parallel is not `auto`.
+        ranks: its processes.
+
+    Raises:
+        InputError: a single process is to divide its base.
+    """
+    loop = settings.loop
+    if loop.offload_base == "on":
+        if ranks.size > 1:
+            raise InputError(
+                f"--offload-base on in {ranks.size} processes: works in a single process; share the base instead (--shard-base)"
+            )
+        from mlx_lora.parallel.offloaded_base import (
+            OffloadedBase,  # a run with the whole base in memory loads none of these
+        )
+
+        return OffloadedBase(
+            loop.seed, activations=Path(settings.loop.adapter_path) if loop.offload_activations else None
+        )
+    if not dividing_flag(loop):
+        return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
+    if not isinstance(ranks, SeveralRanks):
+        raise InputError(
+            f"--shard-base {loop.shard_base}: this run is a single process; start several with mlx.launch, or leave it out"
+        )
+    from mlx_lora.parallel.sharded_base import ShardedBase
+
+    return ShardedBase(ranks, loop.seed)
+
+
+def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
+    """Return the settings with whether the base is read from files: only if it does not fit otherwise.
+
+    An outline decides, whose weights need not be read or downloaded in vain.
+
+    Args:
+        settings: of the run; what its processes divide is known by now.
+        ranks: of the run.
+
+    Raises:
+        InputError: it does not fit in either way.
+    """
+    on = offloaded(settings)
+    if settings.loop.offload_base == "on":
+        settings = on
+    if not may_read_base(settings, ranks):
+        check_base_fits(settings)
+        return settings
+    try:
+        check_base_fits(settings)
+    except InputError as problem:
+        try:
+            check_base_fits(on)
+        except InputError:
+            raise problem from None
+        log.info(READ_WORDS)
+        return on
+    return settings
+
+
+def may_read_base(settings: TrainSettings, ranks: Ranks) -> bool:
+    """Return whether it is open whether the base is read from files, and a run can."""
+    may = settings.loop.offload_base == AUTO and ranks.size == 1
+    return may and not problems_with(settings.to_flat(), "offload_base", "on")
+
+
+def choose_split(settings: TrainSettings, ranks: SeveralRanks) -> TrainSettings:
+    """Return the settings with what the processes divide, and log the choice with its reasons.
+
+    Args:
+        settings: of the run; --parallel is `auto`.
+        ranks: of the run; every one must call this.
+
+    Raises:
+        InputError: the model cannot be read, or its adapter does not fit it.
+    """
+    # A single process loads no planner of several Macs.
+    from mlx_lora.parallel.hosts import probe_link
+    from mlx_lora.parallel.sharded_base import units_of
+    from mlx_lora.planner.several_macs import Link, Mac, Split, best, memory_shares, plan_macs
+
+    rates = probe_link(ranks, PROBE_BYTES)
+    turns = ranks.size - 1
+    measured = ranks.everyone([rates.latency_s / turns, rates.bytes_per_s])
+    link = Link(min(rate for _, rate in measured), max(latency for latency, _ in measured))
+    machine = this_machine(settings.model.dtype)
+    own = [budget_of(settings.loop, machine), asdict(measure_ceilings(settings.model.dtype, rounds=3))]
+    macs = [
+        Mac(replace(machine, working_set_bytes=budget, kernels=KernelTerms()), Ceilings(**ceilings))
+        for budget, ceilings in ranks.everyone(own)
+    ]
+    smallest = min((mac.machine for mac in macs), key=lambda one: one.working_set_bytes)
+    outline = outline_for(settings.model, device.compute_dtype(settings.model.dtype))
+    whole = outlined_shape(outline, settings)
+    splits = [plan_macs(whole, _batch(settings, len(macs), (whole, smallest)), macs, link)]
+    if problems := problems_with(settings.to_flat(), "shard_base", "memory"):
+        splits.append(Split(True, problem=problems[0]))
+    else:
+        shares = memory_shares([mac.machine for mac in macs])
+        batch = _batch(settings, len(macs))
+        splits.append(plan_macs(whole, batch, macs, link, units_of(outline.model), shares))
+    chosen = best(splits)
+    reasons = (
+        f"Parallel: {chosen.words}, by the measured link ({link.bytes_per_s * 8 / 1e9:.2g} Gbit/s each way, "
+        f"{link.latency_s * 1e6:,.0f} us for a small message); predicted: "
+        f"{'; '.join(f'{split.words} {split.verdict}' for split in splits)}"
+    )
+    shared, words = ranks.from_first([chosen.shared, reasons])
+    mx.clear_cache()
+    mx.reset_peak_memory()  # the measurements' peak is not the run's
+    log.info(words)
+    return replace(settings, loop=replace(settings.loop, parallel=DATA, shard_base="memory" if shared else "off"))
+
+
+def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> RunShape:
+    """Return a batch of all ranks, with a row for each at least.
+
+    Args:
+        settings: of the run.
+        count: of ranks.
+        of: the shape and the machine that checkpointing, and tokens if they are open, must fit; None: blocks are computed
+            again, and the tokens are the default.
+    """
+    loop, longest = settings.loop, settings.data.max_seq_length - 1
+    tokens, mode = loop.batch_tokens or DEFAULT_BATCH_TOKENS, "block"
+    width = longest if loop.batch_size else max(1, min(longest, tokens // count))
+    if of is not None:
+        fitted = fit(settings, *of, width)
+        tokens, mode = fitted.batch_tokens, fitted.checkpointing
+    rows, width = largest_batch(width, settings, tokens)
+    return run_of(settings, max(rows, count), width, mode)

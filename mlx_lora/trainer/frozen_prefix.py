@@ -47,7 +47,7 @@ from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
-from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS, ModelShape
 from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import BoundObjective
-    from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.checkpoint import Checkpoint
     from mlx_lora.trainer.step_variant import StepVariant
 

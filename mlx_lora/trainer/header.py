@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import RunContext
-    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.planner.memory import ModelShape
     from mlx_lora.trainer.evaluate import Measured
     from mlx_lora.trainer.trainer import Outcome
 

@@ -22,7 +22,7 @@ from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, RunPage, leave_card, logger_callbacks, reporting
 from mlx_lora.trainer.checkpoint import take_first_ranks
-from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_read_base, strategy_of
+from mlx_lora.trainer.fit import READ_WORDS, choose_strategy, may_read_base, strategy_of
 from mlx_lora.trainer.guards import Diverged, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss

@@ -39,8 +39,7 @@ from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.planner.memory import TILE_QUERIES, tile_queries
-from mlx_lora.planner.shapes import RunShape
+from mlx_lora.planner.memory import TILE_QUERIES, RunShape, tile_queries
 from mlx_lora.planner.speed import count_step, find_chip
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.fit import trace_blocks

@@ -51,8 +51,7 @@ from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreemen
 from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import Block, KernelTerms, Layer, Machine, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils import device

@@ -39,7 +39,7 @@ from mlx_lora.parallel import offloaded_base as stored_tables
 from mlx_lora.parallel.block_walk import Mode
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
 from mlx_lora.planner.memory import MAX_SLICE
-from mlx_lora.trainer import choose_strategy
+from mlx_lora.trainer import fit as trainer_fit
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
@@ -320,7 +320,7 @@ def test_rows_that_do_not_fit_beside_the_base_are_trained_with_a_base_that_is_re
     whole = run("plan", *asked, "--grad-checkpoint", "block", "--offload-base", "off", "--json")
     asked = (*asked, "--memory-budget", 0.9 * json.loads(whole.out)["peak_bytes"] / 1e9)
     assert json.loads(run("plan", *asked, "--json").out)["predicted"]["reading"]
-    monkeypatch.setattr(choose_strategy, "check_base_fits", lambda settings: None)  # as a short row would
+    monkeypatch.setattr(trainer_fit, "check_base_fits", lambda settings: None)  # as a short row would
     more = (
         "--iters",
         1,

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from run_cli import run
 
-from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
+from mlx_lora.api.plan import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
 from mlx_lora.parallel.sharded_base import shares_of
+from mlx_lora.planner.memory import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.several_macs import (
     Link,
     Mac,
@@ -22,9 +23,7 @@ from mlx_lora.planner.several_macs import (
     plan_macs,
     rank_part,
     sending,
-    split_by_rows,
 )
-from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
 from mlx_lora.utils.errors import InputError
 
@@ -52,12 +51,12 @@ def test_a_base_that_fits_no_mac_alone_fits_two():
     shape, units = model(blocks=150)
     run_of_all = RunShape(2, 512, checkpointing="block")
     macs = [mac("M4", 16)] * 2
-    alone = plan_macs(shape, units, run_of_all, macs[:1], [1.0], Link(5e9))
-    both = plan_macs(shape, units, run_of_all, macs, [0.5, 0.5], Link(5e9))
+    alone = plan_macs(shape, run_of_all, macs[:1], Link(5e9), units, [1.0])
+    both = plan_macs(shape, run_of_all, macs, Link(5e9), units, [0.5, 0.5])
     assert (alone.fits, both.fits) == (False, True)
     assert both.memory[0].parts["base"] == rank_part(shape, units, 0.5).base_bytes
     assert (
-        plan_macs(shape, units, run_of_all, macs, [0.9, 0.1], Link(5e9)).memory[1].peak_bytes
+        plan_macs(shape, run_of_all, macs, Link(5e9), units, [0.9, 0.1]).memory[1].peak_bytes
         < both.memory[1].peak_bytes
     )
 
@@ -67,8 +66,8 @@ def test_a_whole_base_is_best_where_it_fits():
     batch = RunShape(2, 512, checkpointing="block")
     for gb, shared_is_best in ((64, False), (16, True)):
         macs, link = [mac("M4", gb)] * 2, Link(5e9)
-        shared = plan_macs(shape, units, batch, macs, [0.5, 0.5], link)
-        whole = split_by_rows(shape, batch, macs, link)
+        shared = plan_macs(shape, batch, macs, link, units, [0.5, 0.5])
+        whole = plan_macs(shape, batch, macs, link)
         assert best([whole, shared]).shared == shared_is_best
         assert ("does not fit (needs " in whole.verdict) == shared_is_best
         assert best([Split(True, problem="no"), whole]) is whole
@@ -76,12 +75,11 @@ def test_a_whole_base_is_best_where_it_fits():
 
 def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():
     shape, units = model()
-    plan = plan_macs(shape, units, RunShape(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
+    batch, macs, link = RunShape(2, 512), [mac("M4", 32)] * 2, Link(1e9, 0)
+    plan = plan_macs(shape, batch, macs, link, units, [0.5, 0.5])
     assert plan.sending.link_s == pytest.approx((2 * 40 * 70e6 + 2 * 80e6) / 2 / 1e9)
-    frozen = replace(shape, first_trained=30)
-    assert plan_macs(
-        frozen, units, RunShape(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)
-    ).sending.link_s == pytest.approx((50 * 70e6 + 2 * 80e6) / 2 / 1e9)
+    frozen = plan_macs(replace(shape, first_trained=30), batch, macs, link, units, [0.5, 0.5])
+    assert frozen.sending.link_s == pytest.approx((50 * 70e6 + 2 * 80e6) / 2 / 1e9)
 
 
 def test_a_larger_batch_hides_the_link():
@@ -90,7 +88,7 @@ def test_a_larger_batch_hides_the_link():
     least = least_tokens(shape, units, RunShape(2, 128), macs, shares, link)
     assert least
     small, large = (
-        plan_macs(shape, units, RunShape(tokens // 128, 128), macs, shares, link) for tokens in (least // 2, least)
+        plan_macs(shape, RunShape(tokens // 128, 128), macs, link, units, shares) for tokens in (least // 2, least)
     )
     assert small.sending.link_s > max(small.computing_s)
     assert large.sending.link_s <= max(large.computing_s)
@@ -125,7 +123,7 @@ def test_a_step_is_a_pipeline_of_sending_and_computing():
     units = Units((100, 100, 100))
     equal = [0.5, 0.5]
     link = Link(50.0, 0)  # a second for each unit
-    sent = sending(units, 0, 0, equal, link)
+    sent = sending(replace(model(3)[0], trained=0), units, equal, link)
     assert [seconds for seconds, _ in sent.units] == [1.0] * 6
     assert sent.step_s(0.0) == pytest.approx(6.0)
     # Nine products of a hundred seconds each; only the first unit is waited for.

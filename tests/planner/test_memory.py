@@ -22,8 +22,7 @@ from mlx_lora.models.meta import model_shape, outline_for
 from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.planner.fit import DataLimits, advice, fit, run_of
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import Block, KernelTerms, Layer, Machine, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -33,9 +32,8 @@ from mlx_lora.planner.speed import (
     known_chip,
     listed_ceilings,
     step_seconds,
-    working_set,
 )
-from mlx_lora.trainer.fit import batch_shapes, fit_settings, outlined_shape, training_plan, with_block_memory
+from mlx_lora.trainer.fit import batches_by_tokens, fit_settings, outlined_shape, training_plan, with_block_memory
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
@@ -164,9 +162,10 @@ def test_known_models_fit_where_they_are_known_to():
 
 
 def test_the_working_set_grows_with_memory_and_stays_below_it():
-    sets = [working_set(size * GIB) for size in (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)]
+    sizes = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+    sets = [find_chip("M2").machine(size).working_set_bytes for size in sizes]
     assert all(a < b for a, b in pairwise(sets))
-    assert all(0.6 < working_set(size * GIB) / (size * GIB) < 0.8 for size in (8, 36, 48, 512))
+    assert all(0.6 < most / (size * GIB) < 0.8 for size, most in zip(sizes, sets, strict=True))
 
 
 @pytest.mark.parametrize("name", ["M2 Pro", "m2 pro", "Apple M2 Pro", "M2Pro", "m2-pro"])
@@ -305,9 +304,8 @@ def test_a_run_that_measures_losses_without_a_gradient_has_more_tiles_ahead_than
 
 def test_the_trained_slots_of_a_plan_are_those_of_the_batches():
     settings = train_settings({"grad_checkpoint": "none", "objective": "kto"})
-    limits = DataLimits(
-        shapes=lambda tokens: [(10, 98, 616)]
-    )  # five of these rows are trained, with as many slots as fit
+    # Five of these rows are trained, with as many slots as fit.
+    limits = DataLimits(batches=lambda tokens: (1, [(10, 98, 616)]))
     few = replace(SHAPE, trained_share=0.1)
     found = fit(settings, few, CPU, 98, limits).memory.phases["loss"]
     assert found == plan_memory(few, run_of(settings, 5, 98, "none", 490), CPU).phases["loss"]
@@ -343,19 +341,19 @@ def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
     settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
     longest = fit(settings, SHAPE, M2, 466)
     shapes = {835: [(1, 466, 466), (5, 152, 760), (7, 100, 700)]}
-    found = fit(settings, SHAPE, M2, 466, DataLimits(shapes=shapes.__getitem__))
+    found = fit(settings, SHAPE, M2, 466, DataLimits(batches=lambda tokens: (0, shapes[tokens])))
     assert (longest.rows, longest.width) == (1, 466)
     assert (found.rows, found.width) == (5, 152)
     assert found.memory.peak_bytes > longest.memory.peak_bytes
     # With pairs, a shape has the rows of both answers.
     pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
-    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200, 800)])).rows == 4
+    assert fit(pairs, SHAPE, M2, 466, DataLimits(batches=lambda tokens: (1, [(4, 200, 800)]))).rows == 4
 
 
 def test_the_shapes_are_those_of_the_run():
     rows = EncodedSet.from_rows([(np.arange(n), np.arange(n) > n // 2) for n in (467, 153, 150, 140, 120, 101)])
     settings = train_settings({"batch_tokens": 835, "epochs": 2.0})
-    found = batch_shapes(settings, rows, None)(835)
+    _, found = batches_by_tokens(settings, rows, None)(835)
     plan = training_plan(settings.loop, rows, 2.0)
     batches = [plan.batch(0, n) for n in range(len(plan))]
     assert sorted(found) == sorted({(*batch.inputs.shape, len(batch.positions)) for batch in batches})

@@ -35,7 +35,7 @@ from mlx_lora.objectives import reference
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.planner.memory import ModelShape
 from mlx_lora.planner.speed import CHIPS, find_chip
 from mlx_lora.trainer import build as composition
 from mlx_lora.trainer.fit import outlined_shape
@@ -61,8 +61,13 @@ def big(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_plan_holds_what_scripts_read(tiny_folder):
-    plan = planned("--model", tiny_folder)
+@pytest.fixture(scope="module")
+def plan(tiny_folder) -> dict:
+    """The plan of the tiny model without further flags."""
+    return planned("--model", tiny_folder)
+
+
+def test_the_plan_holds_what_scripts_read(plan):
     assert plan["fits"] is True
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert {"base", "adapter", "optimizer"} <= plan["parts"].keys()
@@ -73,9 +78,8 @@ def test_the_plan_holds_what_scripts_read(tiny_folder):
     assert plan["predicted"]["ceilings"] == "measured here"
 
 
-def test_a_config_alone_plans_what_its_folder_does(tiny_folder):
-    alone, whole = planned("--model", tiny_folder / "config.json"), planned("--model", tiny_folder)
-    assert alone["parts"] == whole["parts"]
+def test_a_config_alone_plans_what_its_folder_does(tiny_folder, plan):
+    assert planned("--model", tiny_folder / "config.json")["parts"] == plan["parts"]
 
 
 def test_planning_a_large_model_takes_no_memory(big):
@@ -223,8 +227,8 @@ def test_what_a_method_keeps_beside_its_factors_counts():
     assert shape(method="full").trained > 2 * lora.trained
 
 
-def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder):
-    ran, facts = run("plan", "--model", tiny_folder), planned("--model", tiny_folder)
+def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder, plan):
+    ran, facts = run("plan", "--model", tiny_folder), plan
     assert facts["phases"].keys() == PHASE_WORDS.keys() - {"rollout", "teacher"}  # of other runs
     lines = ran.out.splitlines()
     moment = next(place for place, line in enumerate(lines) if line.startswith("The most memory is in use "))
@@ -364,19 +368,22 @@ def test_bad_flags_are_one_line(flags, words, tiny_folder):
     one_line(run("plan", "--model", tiny_folder, *flags), words)
 
 
+def test_a_plan_needs_a_model():
+    one_line(run("plan"), "--model")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "llama"}'])
 def test_a_config_that_is_none_is_one_line(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
     one_line(run("plan", "--model", path))
-    one_line(run("plan"), "--model")
 
 
-def test_hours_follow_iters_and_a_data_file(tiny_folder, chats):
+def test_hours_follow_iters_and_a_data_file(tiny_folder, chats, plan):
     iters = [planned("--model", tiny_folder, "--iters", n)["predicted"] for n in (10, 1000)]
     assert all(p["hours"] == pytest.approx(n * p["step_s"] / 3600) for p, n in zip(iters, (10, 1000), strict=True))
     assert planned("--model", tiny_folder, "--data", chats)["predicted"]["hours"] > 0
-    assert planned("--model", tiny_folder)["predicted"]["hours"] is None
+    assert plan["predicted"]["hours"] is None
 
 
 def test_the_rows_of_the_data_are_planned_and_no_more(tiny_folder, tmp_path):
@@ -447,12 +454,6 @@ def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     tight = chosen("tight", "--memory-budget", none["peak_bytes"] * 0.8 / 1e9)
     assert tight != free
     assert chosen("own", "--batch-tokens", 128, "--grad-checkpoint", "block") == (128, "block")
-
-
-def test_a_plan_of_a_quantized_base_needs_less(big):
-    config = {**LLAMA_8B, "quantization": {"bits": 4, "group_size": 64}}
-    shapes = [outlined_shape(outline_of_config(c, mx.bfloat16), settings_of()) for c in (LLAMA_8B, config)]
-    assert 0.25 < shapes[1].base_bytes / shapes[0].base_bytes < 0.32
 
 
 def test_hub_ids_are_planned_without_their_weights(tmp_path):

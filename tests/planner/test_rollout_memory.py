@@ -27,8 +27,18 @@ from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.pictures import TracedTower, outlined_tower, tower_targets, with_tower
 from mlx_lora.planner.fit import DataLimits, fit, largest_rollout, run_of
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import phase_parts, plan_memory, rollout_parts
-from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, RunShape, TowerBytes, TowerShape
+from mlx_lora.planner.memory import (
+    LayerCache,
+    Machine,
+    ModelShape,
+    Rollout,
+    RunShape,
+    TowerBytes,
+    TowerShape,
+    phase_parts,
+    plan_memory,
+    rollout_parts,
+)
 from mlx_lora.rollouts.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.text import GIB
 

@@ -303,7 +303,7 @@ from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.speed import find_chip
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import RunShape
+from mlx_lora.planner.memory import RunShape
 
 # Flags are checked before the model, which is not there.
 said = [run("plan", "--model", "/no/such/model", "--optimizer", name).err for name in ("lion", "lioness")]

@@ -26,6 +26,21 @@ def file(tmp_path, monkeypatch):
     return runs_file()
 
 
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """The words of the commands that the studio starts, each with how; none of them runs."""
+    found = []
+
+    def start(words, log, **how):
+        found.append((words, how))
+        child = subprocess.Popen(["true"])
+        child.wait()
+        return child
+
+    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
+    return found
+
+
 def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_path, file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(tiny_folder)
@@ -57,11 +72,11 @@ def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path, file, monkeypatch, noted):
+def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path, file, started, monkeypatch, noted):
     small = tmp_path / "cache" / "models" / SMOLLM2_GGUF.file_name
     small.parent.mkdir(parents=True)
     small.write_bytes(b"GGUF")
-    project, started = (tmp_path / "project").resolve(), []
+    project = (tmp_path / "project").resolve()
     data = tmp_path / "home" / "data" / "a.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text('{"text": "a"}\n')
@@ -70,13 +85,6 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
     if noted:
         note_run(folder)
 
-    def start(words, log, **how):
-        started.append(words)
-        child = subprocess.Popen(["true"])
-        child.wait()
-        return child
-
-    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
     monkeypatch.setattr("mlx_lora.studio.runs.POLL_S", 60)  # the run is not read anew when its process has ended
     with studio(tmp_path / "home", known_runs=file, runs_folders=(project / "runs",)) as client:
         (adapter,) = client.get("/api/adapters").json()["adapters"]
@@ -88,12 +96,12 @@ def test_a_run_of_the_small_model_is_talked_to_and_resumed_by_its_name(tmp_path,
         assert client.post(f"/api/runs/{run_id(folder)}/resume", json={}).status_code == 200
         (project / "smollm2").mkdir()  # a folder of that name is another model, and in none of the studio's folders
         assert client.post("/api/talk", json={"model": "smollm2", "columns": []}).status_code == 403
-    assert "--resume" in started[0]
+    assert "--resume" in started[0][0]
 
 
 @pytest.mark.parametrize("listed", ["in a runs folder", "by its note alone"])
-def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_folder, monkeypatch, listed):
-    project, started = (tmp_path / "project").resolve(), []
+def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_folder, started, monkeypatch, listed):
+    project = (tmp_path / "project").resolve()
     folder = write_run(project / "runs" / "mine", ended=False, model="base")
     (project / "base").symlink_to(tiny_folder)
     monkeypatch.chdir(project)
@@ -101,13 +109,6 @@ def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_f
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()  # another model of that name, where the studio is started
 
-    def start(words, log, **how):
-        started.append(how["cwd"])
-        child = subprocess.Popen(["true"])
-        child.wait()
-        return child
-
-    monkeypatch.setattr("mlx_lora.studio.runs.start_child", start)
     runs = {"runs_folders": (project / "runs",)} if listed == "in a runs folder" else {}
     with studio(tmp_path / "home", known_runs=file, **runs) as client:
         (run,) = client.get("/api/runs").json()["runs"]
@@ -117,7 +118,7 @@ def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_f
         ask = {"model": adapter["base"], "columns": []}
         assert client.post("/api/talk", json=ask).status_code == 400, "it may be talked to"
         assert client.post(f"/api/runs/{run['id']}/resume", json={}).status_code == 200
-    assert started == [str(project)]
+    assert [how["cwd"] for _, how in started] == [str(project)]
 
 
 def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkeypatch):

@@ -22,9 +22,9 @@ from mlx_lora.data import sandbox
 from mlx_lora.studio import previews
 from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.places.train import sweep_folder
-from mlx_lora.studio.plans import KeptParts, Plans
+from mlx_lora.studio.plans import Plans, kept_outline
 from mlx_lora.studio.plans import _key as key_of_plan
-from mlx_lora.studio.web import OWN, Tasks, setting_groups
+from mlx_lora.studio.web import OWN, Tasks
 from mlx_lora.trainer.sweep import SweepState
 from mlx_lora.utils.console import finite_values
 
@@ -88,7 +88,7 @@ def test_every_setting_is_there_with_its_help(client):
     groups = client.get("/api/settings").json()["groups"]
     rows = {row["name"]: row for group in groups for row in group["settings"]}
     assert rows.keys() | OWN == FIELDS.keys()
-    assert rows["learning_rate"]["range"] == [0, 1000]
+    assert [rows["learning_rate"][name] for name in ("type", "word", "range")] == ["float", "auto", [0, 1000]]
     assert rows["learning_rate"]["exclusive"]
     assert "dpo" in rows["objective"]["choices"]
     assert rows["mask_prompt"]["type"] == "bool"
@@ -380,9 +380,8 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
 
 
 def test_a_kept_shape_is_not_that_of_a_base_that_is_read_from_its_files(tiny_folder):
-    parts = KeptParts()
     memory, disk = (
-        parts.shape(train_settings({"model": str(tiny_folder), "offload_base": given}), "float32", None)[1]
+        kept_outline(train_settings({"model": str(tiny_folder), "offload_base": given}), "float32", None)[1]
         for given in ("off", "on")
     )
     assert disk.shared
@@ -436,11 +435,6 @@ def test_what_an_export_needs(client):
 
 
 # The search of a learning rate
-
-
-def test_the_word_that_a_number_may_be_is_told_to_the_page():
-    rate = next(one for group in setting_groups() for one in group["settings"] if one["name"] == "learning_rate")
-    assert (rate["type"], rate["word"]) == ("float", "auto")
 
 
 def test_auto_is_planned_with_the_default_rate(tmp_path, tiny_folder, chats):

@@ -17,9 +17,9 @@ from mlx_lora.reports.run_report import elapsed_s
 from mlx_lora.studio.places.runs import RunNews
 from mlx_lora.studio.runs import (
     MOST_POINTS,
+    RunNumbers,
     Started,
     Tail,
-    last_values,
     read_columns,
     read_started,
     run_id,
@@ -112,17 +112,6 @@ def test_the_reason_of_a_failure_is_the_commands_own_line(home):
         assert (detail["state"], detail["reason"]) == ("failed", "“Data” x: no such file")
         assert detail["log"][-1].startswith("Error")
         assert detail["metrics"] == {}
-
-
-def test_a_process_that_ended_has_no_start(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "pass"])
-    assert start_mark(child.pid)
-    time.sleep(0.5)
-    while start_mark(child.pid):
-        time.sleep(0.1)  # until it has ended; its parent has not asked for its result
-    child.wait()
-    assert start_mark(2**22 + 1) is None
-    assert start_mark(os.getpid()) == start_mark(os.getpid())
 
 
 def test_a_long_history_is_thinned_with_its_validations(tmp_path):
@@ -304,10 +293,11 @@ def test_the_loss_before_training_is_no_result(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [metric(0, loss=None, val_loss=3.5), metric(1), metric(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert last_values(path).get("val_loss") is None
+    numbers = RunNumbers(path)
+    assert numbers.read().get("val_loss") is None
     with path.open("a") as file:
         file.write(json.dumps(metric(2, loss=None, val_loss=1.5)) + "\n" + json.dumps(metric(3)) + "\n")
-    found = last_values(path)
+    found = numbers.read()
     assert (found["val_loss"], found["val_step"], found["step"]) == (1.5, 2, 3)
 
 

@@ -19,8 +19,16 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.models.head import ARCHITECTURES
 from mlx_lora.models.meta import model_shape
-from mlx_lora.planner.memory import CHUNK_BYTES, CHUNKED_FROM_BYTES, kept_by, plan_memory, position_chunks
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.planner.memory import (
+    CHUNK_BYTES,
+    CHUNKED_FROM_BYTES,
+    Machine,
+    ModelShape,
+    RunShape,
+    kept_by,
+    plan_memory,
+    position_chunks,
+)
 from mlx_lora.trainer.fit import with_block_memory
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.position_chunks import InChunks, chunk_positions, parts_of, position_numbers

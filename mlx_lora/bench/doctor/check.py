@@ -38,7 +38,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.kernels.measure import TOLERANCE, Figures, ShapeClass, choose, read_figures, read_store
+from mlx_lora.kernels.measure import TOLERANCE, ShapeClass, choose, read_figures, read_store
 from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
 from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.convert import build_model
@@ -370,11 +370,6 @@ def tiny_folder(work: Path, packed: bool = False) -> Path:
     return write_model(work / f"tiny{'-4bit' if packed else ''}", TINY, layout=TINY_4BIT if packed else None)
 
 
-def other_tiny_folder(work: Path) -> Path:
-    """Return the folder of a model of the same shape with other weights: a teacher."""
-    return write_model(work / "tiny-teacher", TINY, seed=1)
-
-
 # Products
 
 SAMPLED_ROWS = 32
@@ -528,19 +523,3 @@ def known_table() -> list[dict[str, Any]]:
             }
         )
     return table
-
-
-def table_lines(table: list[dict[str, Any]]) -> list[str]:
-    """Return the table as text, one line per candidate, with the chosen one marked."""
-    lines = [f"{'':2}{'kernel and shape':<75}{'candidate':<10}{'ms':>9}{'kept MB':>9}{'peak MB':>9}{'error':>9}"]
-    for row in table:
-        title = f"{row['kernel']}, {row['shape']}, {row['dtype']}"
-        for name, one in row["candidates"].items():
-            mark = "*" if name == row["chosen"] else " "
-            figures = Figures(**{key: value for key, value in one.items() if key != "correct"})
-            lines.append(
-                f"{mark} {title:<75}{name:<10}{figures.seconds * 1e3:>9.2f}{figures.kept_bytes / 1e6:>9.2f}"
-                f"{figures.peak_bytes / 1e6:>9.2f}{figures.error:>9.0e}{'' if figures.correct else '  wrong'}"
-            )
-            title = ""
-    return lines

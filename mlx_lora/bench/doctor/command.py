@@ -9,8 +9,6 @@ python -m mlx_lora doctor --full
 from __future__ import annotations
 
 import platform
-import shutil
-import tempfile
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -30,13 +28,12 @@ from mlx_lora.bench.doctor.check import (
     known_table,
     measure_usual,
     self_test,
-    table_lines,
 )
 from mlx_lora.config.rules import check_options
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, check_writable
+from mlx_lora.utils.files import cache_dir, check_writable, free_on_disk
 from mlx_lora.utils.text import GIB, installed_versions
 
 # Package, first good version, and the fault of earlier ones. The self-test also finds faults of unlisted versions.
@@ -93,9 +90,7 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     else:
         facts = {"header": here.header(), "platform": platform.platform(), "versions": versions, "checks": checks}
         click.echo(
-            flags.render(
-                Path(__file__).parent / "pages" / "doctor.txt", facts, table=table_lines(table) if show_kernels else []
-            )
+            flags.render(Path(__file__).parent / "pages" / "doctor.txt", facts, table=table if show_kernels else [])
         )
     return 1 if any(check.status == "failed" for check in checks) else 0
 
@@ -103,11 +98,10 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
 def short_checks(here: device.Device, measured: list[CheckFinding], hub: bool) -> list[CheckFinding]:
     """Return the checks of a call without `--full`; those of the speed are measured before."""
     words = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
-    memory = CheckFinding("memory", "ok", words)
+    small = here.working_set_bytes < 4 * GIB
+    advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block" if small else ""
+    memory = CheckFinding("memory", "warning" if small else "ok", words, advice=advice)
     blas = CheckFinding("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, advice=BLAS.advice)
-    if here.working_set_bytes < 4 * GIB:
-        advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
-        memory = CheckFinding("memory", "warning", words, advice=advice)
     if here.backend != "cpu":
         blas = CheckFinding("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
     found = [*check_versions(installed_versions()), memory, blas, *check_arithmetic(), check_repeats()]
@@ -206,18 +200,15 @@ def check_kernels(table: list[dict[str, Any]]) -> CheckFinding:
 def check_cache() -> CheckFinding:
     """Check whether downloads and converted models can be stored."""
     folder = cache_dir("models").parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        words = f"{folder}: cannot write there ({error.strerror})"
-        return CheckFinding("disk", "failed", words, advice="set MLX_LORA_CACHE to a folder")
-    free = shutil.disk_usage(existing).free
-    words = f"{folder}: {free / 1e9:.0f} GB free"
-    if free > ROOM_BYTES:
-        return CheckFinding("disk", "ok", words)
-    return CheckFinding("disk", "warning", words, advice="a 7B model takes 20 GB in all")
+        check_writable(folder, "MLX_LORA_CACHE", needed_bytes=0)
+    except InputError as error:
+        return CheckFinding("disk", "failed", str(error))
+    free = free_on_disk(folder)
+    small, words = free <= ROOM_BYTES, f"{folder}: {free / 1e9:.0f} GB free"
+    return CheckFinding(
+        "disk", "warning" if small else "ok", words, advice="a 7B model takes 20 GB in all" if small else ""
+    )
 
 
 def check_hub() -> CheckFinding:

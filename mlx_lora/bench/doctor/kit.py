@@ -16,7 +16,7 @@ import tempfile
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.doctor import numerics, runs
+from mlx_lora.bench.doctor import checks
 from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, TINY_4BIT, CheckFinding, Kit, KitCheck
-from mlx_lora.bench.doctor.runs import gpu_problem, is_virtual, peer_versions, virtual_words
+from mlx_lora.bench.doctor.checks import gpu_problem, is_virtual, peer_versions
 from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
 from mlx_lora.kernels.table import kernel_rows
@@ -44,79 +44,25 @@ RESULT_FILE, PAGE_FILE = "doctor.json", "doctor.html"
 MOST_ATTEMPTS = 2
 
 
-class KitState:
-    """What is known so far.
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write a result file, with a new summary.
 
-    Attributes:
-        path: of the file.
-        content: of the file.
+    Raises:
+        ValueError: the content is not what the schema says, which is a mistake in a check.
     """
-
-    def __init__(self, path: Path, content: dict[str, Any]):
-        """Take the content of a file that exists, or will."""
-        self.path, self.content = path, content
-
-    def entry(self, check: KitCheck) -> dict[str, Any] | None:
-        """Return a check's entry, None if it was never begun."""
-        name = check.group, check.name
-        return next((one for one in self.content["checks"] if (one["group"], one["name"]) == name), None)
-
-    def is_done(self, check: KitCheck) -> bool:
-        """Return whether a check has ended."""
-        entry = self.entry(check)
-        return entry is not None and entry["done"]
-
-    def begin(self, check: KitCheck) -> dict[str, Any]:
-        """Note that a check begins, and return its entry: `attempts` counts how often it was begun, now included."""
-        entry = self.entry(check)
-        if entry is None:
-            entry = {
-                "group": check.group, "name": check.name, "done": False, "attempts": 0, "seconds": None, "findings": [],
-            }  # fmt: skip
-            self.content["checks"].append(entry)
-        entry["attempts"] += 1
-        self.write()
-        return entry
-
-    def end(self, entry: dict[str, Any], findings: Sequence[CheckFinding], seconds: float) -> None:
-        """Keep what a check found, as JSON values; what a user's folders are called stays here."""
-        made = [asdict(one) for one in findings]
-        for one in made:
-            for name in ("found", "wanted"):  # JSON has no infinity, and the schema no negative number
-                if one[name] is not None:
-                    one[name] = min(max(one[name], 0.0), LARGEST) if math.isfinite(one[name]) else LARGEST
-            for name in ("name", "words", "unit", "advice"):
-                one[name] = one[name].replace(str(Path.home()), "~") or None
-        entry |= {"done": True, "seconds": round(seconds, 3), "findings": made}
-        self.write()
-
-    def forget(self, checks: Sequence[KitCheck]) -> None:
-        """Drop the entries of checks that are to run again."""
-        names = {(check.group, check.name) for check in checks}
-        self.content["checks"] = [one for one in self.content["checks"] if (one["group"], one["name"]) not in names]
-
-    def write(self) -> None:
-        """Write the file, with a new summary.
-
-        Raises:
-            ValueError: the content is not what the schema says, which is a mistake in a check.
-        """
-        findings = [one["status"] for entry in self.content["checks"] for one in entry["findings"]]
-        seconds = sum(entry["seconds"] or 0.0 for entry in self.content["checks"])
-        self.content["summary"] = {status: findings.count(status) for status in STATUSES} | {
-            "seconds": round(seconds, 3)
-        }
-        if problems := kit_problems(self.content):
-            raise ValueError(f"{self.path.name}: {'; '.join(problems[:3])}")
-        text = json.dumps(self.content, indent=1, ensure_ascii=False, allow_nan=False)
-        replace_text(self.path, text + "\n")
+    findings = [one["status"] for entry in content["checks"] for one in entry["findings"]]
+    seconds = sum(entry["seconds"] or 0.0 for entry in content["checks"])
+    content["summary"] = {status: findings.count(status) for status in STATUSES} | {"seconds": round(seconds, 3)}
+    if problems := kit_problems(content):
+        raise ValueError(f"{path.name}: {'; '.join(problems[:3])}")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def open_state(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | None]) -> tuple[KitState, str]:
-    """Return the state of a result file, and why it starts anew where there was another; empty if it does not.
+def read_content(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | None]) -> tuple[dict[str, Any], str]:
+    """Return the content of a result file, and why it starts anew where there was another; empty if it does not.
 
     Args:
-        path: of the file.
+        path: of the file, which need not be there.
         facts: `machine`, `device`, `software`, `peers` and `power_before` of now.
         key: what the results depend on, with the `share`.
 
@@ -131,13 +77,13 @@ def open_state(path: Path, facts: Mapping[str, Any], key: Mapping[str, str | Non
     if before is not None and not kit_problems(before):  # else it was cut short
         changed = [name for name in {**before["key"], **key} if before["key"].get(name) != key.get(name)]
         if not changed:
-            return KitState(path, before), ""
+            return before, ""
         why = "; ".join(f"{name} was {before['key'].get(name)} and is {key.get(name)}" for name in changed[:3])
     content = {
         "schema": SCHEMA, "schema_version": VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "share": key["share"], "finished": False, "key": dict(key), **facts, "power_after": None, "summary": {}, "checks": [],
     }  # fmt: skip
-    return KitState(path, content), why
+    return content, why
 
 
 # Schema
@@ -217,110 +163,39 @@ def kit_problems(content: Any) -> list[str]:
 
 PAGES = Path(__file__).parent / "pages"
 PLANNED = "planned GB"
-URGENT = ("failed", "warning")  # that are shown first
+URGENT = ("failed", "warning")
 
 
 def write_kit_page(path: Path, content: Mapping[str, Any]) -> None:
     """Write the page of a result."""
-    summary, machine, here, software = (content[name] for name in ("summary", "machine", "device", "software"))
-    failed, warned = summary["failed"], summary["warning"]
-    title = f"{failed} {'line is' if failed == 1 else 'lines are'} red"
-    if not failed:
-        title = (
-            f"No line is red, {warned} {'is a warning' if warned == 1 else 'are warnings'}" if warned else "All is well"
-        )
-    versions = [f"{name} {version}" for name, version in (software["versions"] | content["peers"]).items() if version]
-    versions += [f"commit {software['commit']}"] if software["commit"] else []
-    cores = [f"{machine['gpu_cores']} GPU cores" if machine["gpu_cores"] else "", f"{machine['cpu_cores']} CPU cores"]
-    usable = f"of which a run may use {here['working_set_bytes'] / 2**30:.1f}"
-    facts = [
-        ("machine", ", ".join(filter(None, [machine["chip"], machine["model"], *cores]))),
-        ("device", f"{here['name']}, {here['backend']}, computes in {here['compute_dtype']}"),
-        ("memory", f"{here['memory_bytes'] / 2**30:.0f} GiB, {usable}"),
-        ("system", f"{machine['system']} {machine['system_version'] or ''}, Python {software['python']}"),
-        ("versions", ", ".join(versions)),
-        *((f"power {when}", _power(power)) for when in ("before", "after") if (power := content[f"power_{when}"])),
-    ]
+    charts, groups = {"memory": _memory_charts, "speed": _speed_charts}, []
+    for name, asks in GROUPS.items():
+        checks = [check for check in content["checks"] if check["group"] == name]
+        lines = [(check["name"], finding) for check in checks for finding in check["findings"]]
+        skipped: dict[str, list[str]] = {}  # why something was skipped -> what it holds for
+        for check, line in lines:
+            if line["status"] == "skipped":
+                label = check if line["name"] == check else f"{check}: {line['name']}"
+                skipped.setdefault(line["words"], []).append(label)
+        if checks:
+            groups.append({
+                "name": name, "asks": asks, "checks": checks, "statuses": [line["status"] for _, line in lines],
+                "skipped": skipped, "charts": charts[name](checks) if name in charts else [],
+            })  # fmt: skip
     page = render_page(
-        PAGES,
-        "doctor.html",
-        title=title,
-        good=not failed,
-        finished=content["finished"],
-        share=content["share"],
-        date=content["created"][:10],
-        tiles=[
-            ("good", str(summary["ok"])),
-            ("red", str(failed)),
-            ("warnings", str(warned)),
-            ("time", format_duration(summary["seconds"])),
-        ],
-        facts=facts,
-        urgent=_by_check([line for status in URGENT for line in _lines(content["checks"], status)], True),
-        groups=[group for name, asks in GROUPS.items() if (group := _group(name, asks, content["checks"]))],
+        PAGES, "doctor.html", **content, groups=groups, shown=SHOWN, numbers=_numbers, lasting=format_duration
     )
     replace_text(path, page)
 
 
-def _power(power: Mapping[str, Any]) -> str:
-    mode = power["low_power_mode"]
-    words = [
-        {"ac": "on the charger", "battery": "on battery"}.get(power["source"] or "", "source not known"),
-        "low-power mode not known" if mode is None else f"low-power mode {'on' if mode else 'off'}",
-        f"heat {power['thermal_state']}" if power["thermal_state"] else "",
-        f"{power['temperature_c']:.0f} °C" if power["temperature_c"] is not None else "",
-        f"load {power['load_average']:g}",
+def _numbers(finding: Mapping[str, Any]) -> str:
+    """Return a finding's number, and how it stands to its bound."""
+    shown = [
+        "not finite" if value >= LARGEST else f"{value:,.0f}" if value >= 1000 else f"{value:.2g}"
+        for value in (finding["found"], finding["wanted"])
+        if value is not None and finding["found"] is not None
     ]
-    return ", ".join(filter(None, words))
-
-
-def _lines(checks: Iterable[Mapping[str, Any]], *statuses: str) -> list[dict[str, str]]:
-    """Return the findings with one of these statuses as rows of a table."""
-    lines = []
-    for check in checks:
-        for finding in check["findings"]:
-            shown = [
-                "not finite" if value >= LARGEST else f"{value:,.0f}" if value >= 1000 else f"{value:.2g}"
-                for value in (finding["found"], finding["wanted"])
-                if value is not None and finding["found"] is not None
-            ]
-            line = {"group": check["group"], "check": check["name"], "advice": finding["advice"] or ""}
-            line |= {name: finding[name] for name in ("status", "name", "words")}
-            line["numbers"] = (" ≤ " if len(shown) > 1 and finding["found"] <= finding["wanted"] else " > ").join(shown)
-            lines += [line] if finding["status"] in statuses else []
-    return lines
-
-
-def _by_check(lines: Iterable[dict[str, str]], with_group: bool) -> list[dict[str, Any]]:
-    """Return lines under their check's name, for urgent ones with that of the group."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
-        found.setdefault(f"{line['group']}: {line['check']}" if with_group else line["check"], []).append(line)
-    return [{"title": title, "lines": own} for title, own in found.items()]
-
-
-def _group(name: str, asks: str, checks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return a group for the page, None if it was not run."""
-    own = [check for check in checks if check["group"] == name]
-    if not own:
-        return None
-    lines = _lines(own, *STATUSES)
-    counts = Counter(line["status"] for line in lines)
-    words = [f"{counts[status]} {word}" for status, word in SHOWN.items() if counts[status]]
-    seconds = sum(check["seconds"] or 0.0 for check in own)
-    reasons: dict[str, list[str]] = {}  # why something was skipped -> what it holds for
-    for line in lines:
-        if line["status"] == "skipped":
-            label = line["check"] if line["name"] == line["check"] else f"{line['check']}: {line['name']}"
-            reasons.setdefault(line["words"], []).append(label)
-    return {
-        "name": name,
-        "asks": asks,
-        "counts": ", ".join([*words, f"{len(own)} checks in {format_duration(seconds)}"]),
-        "charts": CHARTS[name](own) if name in CHARTS else [],
-        "skipped": list(reasons.items()),
-        "lines": _by_check([line for line in lines if line["status"] != "skipped"], False),
-    }
+    return (" ≤ " if len(shown) > 1 and finding["found"] <= finding["wanted"] else " > ").join(shown)
 
 
 def _memory_charts(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -357,9 +232,6 @@ def _speed_charts(checks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             svg = bar_chart(f"{title}: tokens per second", bars)
             charts.append({"title": f"{title}: tokens/s", "svg": svg, "keys": []})
     return charts
-
-
-CHARTS = {"memory": _memory_charts, "speed": _speed_charts}
 
 
 SHOWN = {"ok": "good", "failed": "red", "warning": "with a warning", "skipped": "skipped"}
@@ -399,68 +271,73 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
     """
     rows = {row.name: row for row in kernel_rows()}
     formats = [
-        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in numerics.GROUPS])
-        for bits in numerics.AFFINE_BITS
+        (f"{bits}-bit affine", [{"bits": bits, "group_size": group, "mode": "affine"} for group in checks.GROUPS])
+        for bits in checks.AFFINE_BITS
     ]
     formats += [
-        (mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in numerics.FLOATS.items()
+        (mode, [{"bits": bits, "group_size": group, "mode": mode}]) for mode, (bits, group) in checks.FLOATS.items()
     ]
     losses = {
-        "DPO's family": partial(numerics.check_pair_losses, PAIR_LOSSES),
-        "ORPO, SimPO, CPO": partial(numerics.check_pair_losses, numerics.OTHER_PAIR_LOSSES),
-        "KTO's family": numerics.check_rated_losses,
-        "reward model": numerics.check_reward_loss,
-        "GRPO's family and RLOO": numerics.check_policy_losses,
-        "distillation": numerics.check_divergences,
-        "a whole model": partial(numerics.check_model, None),
-        "a whole 4-bit model": partial(numerics.check_model, TINY_4BIT),
+        "DPO's family": partial(checks.check_pair_losses, PAIR_LOSSES),
+        "ORPO, SimPO, CPO": partial(checks.check_pair_losses, checks.OTHER_PAIR_LOSSES),
+        "KTO's family": checks.check_rated_losses,
+        "reward model": checks.check_reward_loss,
+        "GRPO's family and RLOO": checks.check_policy_losses,
+        "distillation": checks.check_divergences,
+        "a whole model": partial(checks.check_model, None),
+        "a whole 4-bit model": partial(checks.check_model, TINY_4BIT),
     }
     made = [
         *short,
-        KitCheck("machine", "GPU", runs.check_gpu),
-        KitCheck("machine", "power and load", runs.check_power),
+        KitCheck("machine", "GPU", checks.check_gpu),
+        KitCheck("machine", "power and load", checks.check_power),
         *(
             KitCheck(
                 "kernels",
                 f"{name}, {rows[name].words(shape)}",
-                partial(numerics.check_kernel, name, shape),
+                partial(checks.check_kernel, name, shape),
                 number == 0,
             )
-            for name, shapes in numerics.SHAPES.items()
+            for name, shapes in checks.SHAPES.items()
             for number, shape in enumerate(shapes)
         ),
         *(
-            KitCheck("kernels", f"{NAME}, {words}", partial(numerics.check_loss, make), number < 2)
-            for number, (words, make) in enumerate(numerics.HEADS.items())
+            KitCheck("kernels", f"{NAME}, {words}", partial(checks.check_loss, make), number < 2)
+            for number, (words, make) in enumerate(checks.HEADS.items())
         ),
-        KitCheck("kernels", "exponentials", numerics.check_exponentials),
-        KitCheck("kernels", "tanh, power, sums", numerics.check_substitutes),
+        KitCheck("kernels", "exponentials", checks.check_exponentials),
+        KitCheck("kernels", "tanh, power, sums", checks.check_substitutes),
         *(
-            KitCheck("formats", name, partial(numerics.check_layouts, layouts), name in ("4-bit affine", "mxfp4"))
+            KitCheck("formats", name, partial(checks.check_layouts, layouts), name in ("4-bit affine", "mxfp4"))
             for name, layouts in formats
         ),
         *(
-            KitCheck("formats", f"experts in {words}", partial(numerics.check_experts, layout), number == 0)
-            for number, (words, layout) in enumerate(numerics.EXPERT_LAYOUTS.items())
+            KitCheck("formats", f"experts in {words}", partial(checks.check_experts, layout), number == 0)
+            for number, (words, layout) in enumerate(checks.EXPERT_LAYOUTS.items())
         ),
-        *(KitCheck("adapters", case.words, partial(numerics.check_layer, case)) for case in numerics.CASES),
+        *(KitCheck("adapters", case.words, partial(checks.check_layer, case)) for case in checks.CASES),
         *(KitCheck("losses", name, check) for name, check in losses.items()),
-        *(KitCheck("objectives", name, partial(runs.check_step, name), name in runs.QUICK) for name in runs.OBJECTIVES),
         *(
-            KitCheck("resume", name, partial(runs.check_resume, changes), number == 0)
-            for number, (name, changes) in enumerate(runs.RESUMED.items())
-        ),
-        KitCheck("decode", "float base", partial(runs.check_decode, False)),
-        KitCheck("decode", "4-bit base", partial(runs.check_decode, True), quick=False),
-        *(
-            KitCheck("memory", one.words, partial(runs.check_peak, one), number == 4)
-            for number, one in enumerate(runs.RUNS)
+            KitCheck("objectives", name, partial(checks.check_step, name), name in checks.QUICK)
+            for name in checks.OBJECTIVES
         ),
         *(
-            KitCheck("speed", f"model {number + 1} of {runs.MODELS}", partial(runs.check_speed, number), number == 0)
-            for number in range(runs.MODELS)
+            KitCheck("resume", name, partial(checks.check_resume, changes), number == 0)
+            for number, (name, changes) in enumerate(checks.RESUMED.items())
         ),
-        KitCheck("speed", "steady load", runs.check_steady, quick=False),
+        KitCheck("decode", "float base", partial(checks.check_decode, False)),
+        KitCheck("decode", "4-bit base", partial(checks.check_decode, True), quick=False),
+        *(
+            KitCheck("memory", checks.planned_run_words(one), partial(checks.check_peak, one), number == 4)
+            for number, one in enumerate(checks.RUNS)
+        ),
+        *(
+            KitCheck(
+                "speed", f"model {number + 1} of {checks.MODELS}", partial(checks.check_speed, number), number == 0
+            )
+            for number in range(checks.MODELS)
+        ),
+        KitCheck("speed", "steady load", checks.check_steady, quick=False),
     ]
     return sorted(made, key=lambda check: list(GROUPS).index(check.group))
 
@@ -495,7 +372,8 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
         **facts["peers"],
         "commit": software["commit"],
     }
-    state, why = open_state(asked.folder / RESULT_FILE, facts, key)
+    path = asked.folder / RESULT_FILE
+    content, why = read_content(path, facts, key)
     if why:
         log.info(f"Starting anew: {why}")
     wanted = [
@@ -504,8 +382,10 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
         if (check.quick or not asked.quick) and (not asked.groups or check.group in asked.groups)
     ]
     if asked.again:
-        state.forget(wanted)
-    left = [check for check in wanted if not state.is_done(check)]
+        names = {(check.group, check.name) for check in wanted}
+        content["checks"] = [one for one in content["checks"] if (one["group"], one["name"]) not in names]
+    entries = {(one["group"], one["name"]): one for one in content["checks"]}
+    left = [check for check in wanted if not entries.get((check.group, check.name), {}).get("done")]
     if len(left) < len(wanted):
         log.info(
             f"Going on: {len(wanted) - len(left)} of {counted(len(wanted), 'check')} are done (--again repeats them)"
@@ -518,24 +398,37 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
             problem = gpu_problem(kit)
             why = f"which does not compute: {problem}" if problem else "whose numbers say nothing about a chip"
             groups = [group for group in GROUPS if group != "machine"] if problem else NOT_VIRTUAL
-            unfit = dict.fromkeys(groups, f"{virtual_words(here)}, {why}")
+            unfit = dict.fromkeys(groups, f"a virtual GPU ({here.name}), {why}")
         try:
             for number, check in enumerate(wanted, 1):
                 if check in left:
-                    _run_one(state, check, kit, unfit, f"[{number}/{len(wanted)}]")
+                    if (check.group, check.name) not in entries:
+                        entry = {
+                            "group": check.group, "name": check.name, "done": False, "attempts": 0, "seconds": None,
+                            "findings": [],
+                        }  # fmt: skip
+                        content["checks"].append(entry)
+                        entries[check.group, check.name] = entry
+                    entry = entries[check.group, check.name]
+                    _run_one(check, entry, kit, unfit, partial(write_content, path, content))
+                    _log_findings(entry, f"[{number}/{len(wanted)}]")
         except KeyboardInterrupt:
             interrupted = True
-    state.content["finished"] = all(state.is_done(check) for check in wanted)
-    state.content["power_after"] = describe_power()
-    state.write()
-    write_kit_page(asked.folder / PAGE_FILE, state.content)
-    return state.content, interrupted
+    done = {(one["group"], one["name"]) for one in content["checks"] if one["done"]}
+    content["finished"] = all((check.group, check.name) in done for check in wanted)
+    content["power_after"] = describe_power()
+    write_content(path, content)
+    write_kit_page(asked.folder / PAGE_FILE, content)
+    return content, interrupted
 
 
-def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str], place: str) -> None:
-    """Run one check, and keep what it finds."""
+def _run_one(
+    check: KitCheck, entry: dict[str, Any], kit: Kit, unfit: Mapping[str, str], write: Callable[[], None]
+) -> None:
+    """Run one check, and keep in its entry what it finds, as JSON values; what a user's folders are called stays here."""
     start, findings = time.perf_counter(), []
-    entry = state.begin(check)
+    entry["attempts"] += 1
+    write()
     if entry["attempts"] > MOST_ATTEMPTS:
         words = f"the process ended {MOST_ATTEMPTS} times while this check ran"
         advice = "see the system's crash report for python; report it with the name of this check"
@@ -550,26 +443,36 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
                     findings.append(finding)
         except KeyboardInterrupt:
             entry["attempts"] -= 1  # it did not end the process
-            state.write()
+            write()
             raise
         except Exception as error:  # whatever it is, the owner wants to know it, and what the other checks find
             words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")[:500]
             advice = "report it; the other checks are not affected"
             findings.append(CheckFinding("raised an error", "failed", words, advice=advice))
-    seconds = time.perf_counter() - start
-    state.end(entry, findings, seconds)
-    counts = Counter(finding.status for finding in findings)
-    found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
-    log.info(f"{place} {check.group}: {check.name}: {found} ({seconds:.1f} s)")
-    for finding in findings:
-        if finding.status in ("failed", "warning"):
-            log.info(f"    {MARKS[finding.status]}  {finding_line(finding)}")
+    made = [asdict(one) for one in findings]
+    for one in made:
+        for name in ("found", "wanted"):  # JSON has no infinity, and the schema no negative number
+            if one[name] is not None:
+                one[name] = min(max(one[name], 0.0), LARGEST) if math.isfinite(one[name]) else LARGEST
+        for name in ("name", "words", "unit", "advice"):
+            one[name] = one[name].replace(str(Path.home()), "~") or None
+    entry |= {"done": True, "seconds": round(time.perf_counter() - start, 3), "findings": made}
+    write()
     mx.clear_cache()
 
 
-def finding_line(finding: CheckFinding | Mapping[str, Any]) -> str:
+def _log_findings(entry: Mapping[str, Any], place: str) -> None:
+    """Say what a check found, with its red lines and its warnings."""
+    counts = Counter(finding["status"] for finding in entry["findings"])
+    found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
+    log.info(f"{place} {entry['group']}: {entry['name']}: {found} ({entry['seconds']:.1f} s)")
+    for finding in entry["findings"]:
+        if finding["status"] in URGENT:
+            log.info(f"    {MARKS[finding['status']]}  {finding_line(finding)}")
+
+
+def finding_line(one: Mapping[str, Any]) -> str:
     """Return a finding as one line, with its numbers."""
-    one = finding if isinstance(finding, Mapping) else vars(finding)
     numbers = ""
     if one["found"] is not None and one["wanted"] is not None:
         found = "not finite" if one["found"] >= LARGEST else f"{one['found']:.3g}"

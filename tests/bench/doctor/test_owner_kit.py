@@ -18,8 +18,8 @@ import yaml
 from child_environment import child_environment
 from run_cli import run, succeeds
 
+from mlx_lora.bench.doctor import checks as kit_checks
 from mlx_lora.bench.doctor import kit as kit_module
-from mlx_lora.bench.doctor import runs
 from mlx_lora.bench.doctor.check import (
     GROUPS,
     CheckFinding,
@@ -299,45 +299,45 @@ def planned_run(planned: int, *peaks: int):
 
 def test_a_plan_that_is_off_is_a_warning(tmp_path, monkeypatch):
     kit = Kit(device.current_device(), False, tmp_path, 1.0)
-    monkeypatch.setattr(runs, "write_model", lambda folder, *args: folder)
+    monkeypatch.setattr(kit_checks, "write_model", lambda folder, *args: folder)
     cases = {(105, 100): "ok", (89, 100, 100): "warning", (111, 100, 100): "warning", (89, 100, 90): "ok"}
     for (planned, *peaks), status in cases.items():
-        monkeypatch.setattr(runs, "train_child", planned_run(planned, *peaks))
-        [finding] = runs.check_peak(runs.RUNS[0], kit)
+        monkeypatch.setattr(kit_checks, "train_child", planned_run(planned, *peaks))
+        [finding] = kit_checks.check_peak(kit_checks.RUNS[0], kit)
         assert finding.status == status, (planned, peaks)
 
 
 def test_speeds_are_those_of_the_counted_passes(tmp_path, monkeypatch):
     kit = Kit(device.Device("cpu", "a CPU", 2**34, 2**33, ""), False, tmp_path, 1.0)
     steps = [{"elapsed_s": end, "real_tokens": 400} for end in (5.0, 9.0, 10.0, 11.0)]  # two of a pass, two counted
-    monkeypatch.setattr(runs, "train_child", lambda *args, **named: (steps, {}))
-    monkeypatch.setattr(runs.SpeedModel, "write", lambda model, kit: kit.work)
+    monkeypatch.setattr(kit_checks, "train_child", lambda *args, **named: (steps, {}))
+    monkeypatch.setattr(kit_checks.SpeedModel, "write", lambda model, kit: kit.work)
     ends = {"mlx_lm.lora": (4.0, 8.0, 12.0, 16.0), "torch": (1.0, 2.0, 2.5, 3.0)}
 
     def peer(command, log, limit_s):
         job = json.loads(Path(command[-1]).read_text())
-        name = next(name for name, peer in runs.PEERS.items() if peer == command[3])
+        name = next(name for name, peer in kit_checks.PEERS.items() if peer == command[3])
         Path(job["ends"]).write_text("".join(f"{end}\n" for end in ends[name]))
         return Ended(0, "")
 
-    monkeypatch.setattr(runs, "run_process", peer)
-    monkeypatch.setattr(runs, "peer_versions", lambda: {"torch": "2", "peft": "1"})
-    ours, mlx_lm, torch = runs.check_speed(0, kit)
+    monkeypatch.setattr(kit_checks, "run_process", peer)
+    monkeypatch.setattr(kit_checks, "peer_versions", lambda: {"torch": "2", "peft": "1"})
+    ours, mlx_lm, torch = kit_checks.check_speed(0, kit)
     assert ours.found == pytest.approx(800 / 2)
     assert (mlx_lm.status, mlx_lm.found) == ("ok", pytest.approx(4.0))
     assert (torch.status, torch.found) == ("warning", pytest.approx(0.5))
-    monkeypatch.setattr(runs, "peer_versions", lambda: {"torch": None, "peft": "1"})
-    *_, torch = runs.check_speed(0, kit)
+    monkeypatch.setattr(kit_checks, "peer_versions", lambda: {"torch": None, "peft": "1"})
+    *_, torch = kit_checks.check_speed(0, kit)
     assert (torch.status, "torch" in torch.words) == ("skipped", True)
 
 
 def test_a_load_that_gets_slower_shows():
     steps = [{"elapsed_s": float(second), "real_tokens": 100} for second in range(1, 61)]
     steps += [{"elapsed_s": 60.0 + 2 * number, "real_tokens": 100} for number in range(1, 61)]  # half as fast
-    first, last = runs.steady_speeds(steps, 180)
+    first, last = kit_checks.steady_speeds(steps, 180)
     assert first == pytest.approx(100, rel=0.02)
     assert last == pytest.approx(50, rel=0.02)
-    first, last = runs.steady_speeds(steps[:60], 60)
+    first, last = kit_checks.steady_speeds(steps[:60], 60)
     assert first == pytest.approx(last, rel=0.02)
 
 
