@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings, shard_parts
-from mlx_lora.kernels.table import KernelChoice
+from mlx_lora.kernels.choose import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import largest_batch, run_of

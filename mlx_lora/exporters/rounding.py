@@ -49,7 +49,7 @@ from mlx_lora.adapters.base import LINEAR, AdapterLayer, exact_weight, float_dty
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat.functions import answering
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
-from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.models.gptq import Curvature, Grid, round_weight
 from mlx_lora.models.quantize import AFFINE, QuantFormat, quantized_like
 from mlx_lora.utils.errors import InputError

@@ -2,7 +2,7 @@
 
 mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
 S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
-is measured (kernels/table.py). The one here takes a tile of queries at a time, with only the keys that they may
+is measured (kernels/choose.py). The one here takes a tile of queries at a time, with only the keys that they may
 see: those before them, and with a sliding window only those in it, so that time is linear in the row. For long rows it keeps
 no scores, and the backward pass computes each tile's probabilities again:
 
@@ -298,7 +298,7 @@ class Windows:
 
     mlx-lm gives a layer with a sliding window a bool array with a number for every query and key, (T, S), which does not say
     that most of it is False. All architectures get it from one function, `create_attention_mask`. While a step is traced, that
-    function is replaced by one that also notes the window of the array that it returns (kernels/table.py). An array that a model
+    function is replaced by one that also notes the window of the array that it returns (kernels/choose.py). An array that a model
     makes or changes by itself is not noted, and is then read as it is.
     """
 

@@ -6,7 +6,7 @@ several ranks all divide once, at the end.
 Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. A fused loss uses the
 hidden states of the supervised positions only and never holds their logits (losses/fused.py); where the model allows it, the
 last block computes only these positions too (models/head.py). It is used if it agrees with plain on a few tokens of this
-model (losses/check.py); otherwise plain, or the whole block, is used, and the run header says why.
+model (losses/agree.py); otherwise plain, or the whole block, is used, and the run header says why.
 
 Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """

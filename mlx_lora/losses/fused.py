@@ -47,18 +47,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels.choose import polynomial_candidates
 from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
     ShapeClass,
     TimingInputs,
     choose,
+    figures_key,
     keep_figures,
     may_measure,
     measure,
     read_figures,
 )
-from mlx_lora.kernels.table import figures_key, polynomial_candidates
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches

@@ -3,7 +3,7 @@
 mlx-lm's models return logits of every position. A loss without logits needs the hidden states instead, and must
 apply what each family does after the head: scale (Cohere, Granite), soft cap (Gemma 2), bias. The tables below list the
 names of the parts and the settings that hold the factors. If a family is missing or wrong there, only memory is lost:
-the split is checked against the model's own logits before it is used (losses/check.py).
+the split is checked against the model's own logits before it is used (losses/agree.py).
 
 The last block may be computed only at the positions that the loss reads. No block follows it, so it needs a position without
 a trained target for its key and its value alone:
@@ -16,7 +16,7 @@ attention gets. The second run is on the chosen positions, and its call of atten
 over all. So a block may do anything with a position's own numbers: norms before or after its branches, parallel
 branches, scaled residuals, experts. This is right for a block that mixes positions in its attention only, if attention ends
 with its output projection and the model with a norm. ARCHITECTURES lists those that were read and are tested. On the model to
-train, loss and gradient are also compared with those of the whole block before the run (losses/check.py).
+train, loss and gradient are also compared with those of the whole block before the run (losses/agree.py).
 
 The score head gives a text some numbers, from the hidden state of its last token: one for a reward model, one for each label of
 a classifier. It is transformers' head for sequence classification: a linear layer without a bias, after the model's last norm. It

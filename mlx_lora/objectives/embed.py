@@ -36,8 +36,8 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSe
 from mlx_lora.data.pairs import TextForm, load_pairs
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of, vectors_of_start
 from mlx_lora.exporters.sentence_transformers import EmbeddingForm
-from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.check import choose_compute
+from mlx_lora.kernels.choose import training_kernels
+from mlx_lora.losses.agree import choose_compute
 from mlx_lora.losses.contrastive import (
     COSENT,
     INFONCE,

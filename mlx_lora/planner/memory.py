@@ -455,7 +455,7 @@ def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
     # Slice by slice, the last one is dequantized while there are no whole logits yet.
     if shape.shared:
         return max(dense + logits // 2, logits)
-    # It is compared with the run's own loss, at three in four of the tokens (losses/check.py).
+    # It is compared with the run's own loss, at three in four of the tokens (losses/agree.py).
     fused = 0 if shape.plain_loss else _loss_window(shape, RunShape(1, tokens, tokens * 3 // 4), machine)
     return max(dense + logits, fused)
 

@@ -306,7 +306,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelTerms:
-    """The properties of a run's kernels that decide memory; the default is our kernels (kernels/table.py).
+    """The properties of a run's kernels that decide memory; the default is our kernels (kernels/choose.py).
 
     Attributes:
         attention: (keys, kept, ahead) for each row length that mlx's attention is chosen for, in arrays of scores with a

@@ -16,8 +16,8 @@ from mlx_lora.adapters.qat import begin_qat, end_qat, is_rounded
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import assumed, exchanging
-from mlx_lora.losses.check import choose_compute
+from mlx_lora.kernels.choose import assumed, exchanging
+from mlx_lora.losses.agree import choose_compute, choose_step_variant
 from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
@@ -33,7 +33,6 @@ from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
-from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted

@@ -24,16 +24,16 @@ from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_
 from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.kernels.attention import Tiles, Windows, attend
+from mlx_lora.kernels.choose import Choose, KernelChoice, assumed, planned_kernels, training_kernels
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
-from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
+from mlx_lora.models.blocks import block_kind
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.graph import AHEAD, as_on_gpu, count_memory, gradient_graph, uncollected
 from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.meta import (
     Outline,
-    block_kind,
     layer_caches,
     model_shape,
     outline_for,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import LoopSettings, TrainSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.losses.check import Compute
+    from mlx_lora.losses.agree import Compute
     from mlx_lora.models.load import Base
     from mlx_lora.parallel.strategy import Strategy
     from mlx_lora.planner.memory import MemoryPlan

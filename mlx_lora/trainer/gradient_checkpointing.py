@@ -278,7 +278,7 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
         products: keep the outputs of linear layers (selective).
 
     Returns:
-        The tape, whose `attend` the model must use for attention (kernels/table.py).
+        The tape, whose `attend` the model must use for attention (kernels/choose.py).
     """
     tape = Tape(products)
     for block in blocks:

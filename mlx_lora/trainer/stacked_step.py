@@ -30,8 +30,9 @@ from mlx_lora.adapters.base import is_exactly
 from mlx_lora.adapters.stacked import Apart, Share, StackedLinear, holders_of, parts_of, stack_adapters
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import assumed, exchanging
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import assumed, exchanging
+from mlx_lora.losses.agree import TRIAL_TOKENS, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN, TOKEN_ARRAYS, Arrays, Loss
 from mlx_lora.models.head import MOST_PICKED, find_head
 from mlx_lora.models.prefix_attention import rotate_by_token
@@ -39,11 +40,10 @@ from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.memory import activation_bytes
 from mlx_lora.trainer.gradient_checkpointing import PRODUCTS, Checkpointed, Kept, Tape, mix_in
 from mlx_lora.trainer.step import StepSums
-from mlx_lora.trainer.step_variant import TRIAL_TOKENS, choose_step_variant
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
-    from mlx_lora.losses.check import Compute
+    from mlx_lora.losses.agree import Compute
     from mlx_lora.models.load import Base
     from mlx_lora.trainer.trainer import StepWanted, Trainer
 

@@ -66,7 +66,7 @@ class StepSums(NamedTuple):
 
 
 Kernels = Callable[[nn.Module], AbstractContextManager]
-"""model -> the context in which it computes with other kernels than its own (kernels/table.py)."""
+"""model -> the context in which it computes with other kernels than its own (kernels/choose.py)."""
 
 
 def own_kernels(model: nn.Module) -> AbstractContextManager:
@@ -103,7 +103,7 @@ class StepOptions:
     """How a step is computed.
 
     Attributes:
-        kernels: exchanges the model's kernels (`exchanging` of kernels/table.py).
+        kernels: exchanges the model's kernels (`exchanging` of kernels/choose.py).
         compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
         wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
         rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.

@@ -16,10 +16,10 @@ from tiny_steps import batch, factors
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels.choose import exchanging
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import exchanging
-from mlx_lora.losses.check import choose_loss
-from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.losses.agree import choose_loss
+from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing

@@ -25,8 +25,8 @@ from resumed_runs import STEPS, WIDE, base_of_blocks, command, stopped_after, we
 from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures, read_store, write_store
-from mlx_lora.losses.check import check_arrays
+from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures
+from mlx_lora.losses.agree import check_arrays
 from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.folder import stored_tensors
@@ -43,6 +43,7 @@ from mlx_lora.trainer import choose_strategy
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
+from mlx_lora.utils.files import read_store, write_store
 
 OTHERS = [pytest.param(one, marks=pytest.mark.slow) for one in ("mixture", "gemma2", "float", "mxfp4")]
 

@@ -15,8 +15,8 @@ from tiers import by_default
 
 from mlx_lora.adapters.inject import adapt_model, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.kernels.choose import training_kernels
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import training_kernels
 from mlx_lora.models.head import ARCHITECTURES
 from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.memory import CHUNK_BYTES, CHUNKED_FROM_BYTES, kept_by, plan_memory, position_chunks

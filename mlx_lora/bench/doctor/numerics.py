@@ -49,9 +49,9 @@ from mlx_lora.bench.doctor.check import (
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels.choose import activation_class, attention_class, kernel_rows
 from mlx_lora.kernels.measure import TOLERANCE, Kernel, ShapeClass
 from mlx_lora.kernels.quantized_matmul import dequantized_gather_mm, dequantized_matmul, packed_arrays
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.cross_entropy import Arrays, log_sum_exp, plain_loss, token_arrays
 from mlx_lora.losses.divergence import (
