@@ -32,11 +32,13 @@ from mlx_lora.adapters.lora import (
     LoRAEmbedding,
     LoRALinear,
     LoRASwitchLinear,
+    QALoRAEmbedding,
+    QALoRALinear,
+    QALoRASwitchLinear,
 )
-from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
 from mlx_lora.config.presets import PRESETS, Method
 from mlx_lora.config.settings import AdapterSettings, parse_pattern
-from mlx_lora.models.side_files import of_tower
+from mlx_lora.models.folder import of_tower
 from mlx_lora.utils.errors import InputError
 
 # Choose the layers that a run adapts or trains in full, by name, pattern and depth, and the class, rank and alpha of each.

@@ -65,12 +65,10 @@ from mlx_lora.exporters.adapter_config import (
     template_beside,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PREFIX, TOWERS, PeftAdapter, is_peft, read_peft
-from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark, write_json
+from mlx_lora.models.folder import of_tower, read_safetensors_header, save_tensors, without_mark, write_json
 from mlx_lora.models.head import LAST_OF_HEAD, SCORE, SCORE_WEIGHT, check_whole_head, put_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import QuantFormat
-from mlx_lora.models.side_files import of_tower
-from mlx_lora.models.vision import open_tower
 from mlx_lora.utils.errors import InputError, Problems, first_of
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.parsing import parse_yaml, read_json
@@ -256,6 +254,8 @@ def load_adapter(
     config = read_adapter_config(folder)
     check_use(config, folder, scores)
     if trains_tower(folder) and isinstance(base.config.get("vision_config"), dict):
+        from mlx_lora.models.vision import open_tower
+
         open_tower(base)
     if is_peft(config):
         if is_reward_model(config):

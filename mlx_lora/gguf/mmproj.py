@@ -41,9 +41,9 @@ from mlx_lora.data.image_tokens import ImageProcessor
 from mlx_lora.gguf.arch import text_model
 from mlx_lora.gguf.mapping import rope_order
 from mlx_lora.gguf.write import TYPES, PlannedTensor, TensorSource, add_metadata, merged_parameters, write_tensors
+from mlx_lora.models.folder import of_tower
 from mlx_lora.models.image_inputs import text_body
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.models.vision import ATTACHED, stored_tower
 from mlx_lora.utils.errors import InputError, Problems
 from mlx_lora.utils.files import check_writable, replacing_file

@@ -33,18 +33,17 @@ from gguf import GGUFWriter, LlamaFileType
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, exact_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.tokenizer import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
-from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
+from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark, of_tower
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, QuantFormat
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked

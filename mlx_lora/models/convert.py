@@ -26,8 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.models.config import architecture_of, check_rotation, translate_config
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import architecture_of, check_rotation, is_encoder, translate_config
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     TYPES,
@@ -41,7 +40,6 @@ from mlx_lora.models.folder import (
     write_json,
 )
 from mlx_lora.models.quantize import AFFINE, QuantFormat, choose_quantization, dequantize_model, quantize_model
-from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -294,6 +292,8 @@ def _convert_folder(
     config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
+    from mlx_lora.models.side_files import copy_side_files  # a run that loads a model copies none
+
     copy_side_files(source.path, folder)
     return conversion
 

@@ -32,12 +32,11 @@ from mlx_lora.adapters.qat import FakeQuantized
 from mlx_lora.compat.functions import original
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.convert import FLOATS, build_model, cast_model, has_bits, quantization_entries
-from mlx_lora.models.encoder import Model as Encoder
-from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, read_safetensors_header, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, of_tower, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -256,7 +255,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         plain_loss=not whole,
         source_bytes=source_bytes,
         parameters=count_parameters(model),
-        most_tokens=model.args.longest if isinstance(model, Encoder) else 0,
+        most_tokens=model.args.longest if is_encoder(model) else 0,
     )
 
 

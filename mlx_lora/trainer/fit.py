@@ -46,7 +46,7 @@ from mlx_lora.planner.fit import SMALLEST_BATCH, DataLimits, Fitted, Prompts, Sh
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import position_chunks
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
-from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
+from mlx_lora.trainer.gradient_checkpointing import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 

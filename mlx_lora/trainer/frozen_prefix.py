@@ -41,7 +41,7 @@ from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.losses.agree import disagreement, package_sum, probe
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.blocks import output_of, start_at
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of

@@ -17,8 +17,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import block_walk
 from mlx_lora.parallel import block_walk as activation_files
-from mlx_lora.parallel.block_walk import ActivationFiles
-from mlx_lora.parallel.offloaded_base import OffloadedBase
+from mlx_lora.parallel.offloaded_base import ActivationFiles, OffloadedBase
 from mlx_lora.planner.memory import OFFLOADED_ENDS
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing

@@ -36,8 +36,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import offloaded_base
 from mlx_lora.parallel import offloaded_base as base_reader
 from mlx_lora.parallel import offloaded_base as stored_tables
-from mlx_lora.parallel.block_walk import Mode
-from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
+from mlx_lora.parallel.offloaded_base import BaseFiles, Mode, OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
 from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.trainer import choose_strategy
 from mlx_lora.trainer.adapter import adapt
@@ -212,7 +211,7 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypatch):
     trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 2)
-    for home in ("planner.memory", "trainer.position_chunks"):
+    for home in ("planner.memory", "trainer.gradient_checkpointing"):
         monkeypatch.setattr(f"mlx_lora.{home}.CHUNKED_FROM_BYTES", 10_000)
     ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 2)
     assert "in chunks" in ran.err

@@ -22,8 +22,13 @@ from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.memory import CHUNK_BYTES, CHUNKED_FROM_BYTES, kept_by, plan_memory, position_chunks
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.trainer.fit import with_block_memory
-from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.position_chunks import InChunks, chunk_positions, parts_of, position_numbers
+from mlx_lora.trainer.gradient_checkpointing import (
+    InChunks,
+    apply_checkpointing,
+    chunk_positions,
+    parts_of,
+    position_numbers,
+)
 
 pytestmark = pytest.mark.usefixtures("all_chunks_traced")
 NAMES = sorted(name.rpartition(".")[2] for name in ARCHITECTURES)
