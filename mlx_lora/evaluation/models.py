@@ -4,7 +4,7 @@
     texts              rows join and leave a running batch (engine/engine.py), each with its own model's prefix cache
 
 Each row of a batch has its own adapter (serving/adapter_store.py). A row with several continuations has the layout of
-kernels/attention.py:
+models/prefix_attention.py:
 
     context p p p p, continuations "a a a" and "b b"        p p p | p a a | p b
 
@@ -33,11 +33,11 @@ import mlx.core as mx
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, Routing, context_of
 from mlx_lora.engine.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
-from mlx_lora.kernels.attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.config import check_language_model
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
+from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.models.tokenizer import Continuation
 from mlx_lora.rollouts.generator import ANSWERS, TokenSteps, check_rows, held_weights, one_row_because
 from mlx_lora.utils import device

@@ -42,7 +42,7 @@ from mlx_lm.models import activations, base
 from mlx_lora.compat.foreign import RECURRENCES, Foreign
 from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
-from mlx_lora.kernels.attention import AttentionCall, SharedPrefix, Tiles, Windows, attend, shared_caches
+from mlx_lora.kernels.attention import AttentionCall, Tiles, Windows, attend
 from mlx_lora.kernels.measure import (
     MLX,
     POLYNOMIAL,
@@ -61,6 +61,7 @@ from mlx_lora.kernels.measure import (
     size_class,
 )  # fmt: skip
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
 from mlx_lora.planner.memory import tile_queries
 from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.utils import device

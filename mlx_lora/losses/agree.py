@@ -37,7 +37,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import Dropout
-from mlx_lora.kernels.attention import shared_caches
 from mlx_lora.kernels.choose import (
     AUTO,
     OURS,
@@ -57,6 +56,7 @@ from mlx_lora.models.blocks import few_blocks
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import embedding_rows
+from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS

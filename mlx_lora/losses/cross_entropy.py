@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.kernels.attention import shared_caches
+from mlx_lora.models.prefix_attention import shared_caches
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch

@@ -47,7 +47,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.kernels import activations as exponentials
-from mlx_lora.kernels.attention import shared_caches
 from mlx_lora.kernels.choose import polynomial_candidates
 from mlx_lora.kernels.measure import (
     POLYNOMIAL,
@@ -63,6 +62,7 @@ from mlx_lora.kernels.measure import (
 )
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
+from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import MAX_SLICE, chunk_rows, tile_shape
 from mlx_lora.utils import device

@@ -40,9 +40,9 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.base import EMBEDDING, AdapterLayer, base_dims
 from mlx_lora.adapters.inject import path_key
 from mlx_lora.compat.functions import answering
-from mlx_lora.kernels.attention import shared_caches
 from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.config import is_encoder
+from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.models.quantize import QuantFormat
 from mlx_lora.utils.errors import InputError
 
@@ -131,7 +131,7 @@ class Head:
 
         Args:
             inputs: token ids.
-            caches: `cache`, if the rows hold several answers (kernels/attention.py).
+            caches: `cache`, if the rows hold several answers (models/prefix_attention.py).
         """
         if not self.inner:
             return self._run(inputs, caches)

@@ -13,7 +13,7 @@ such rows differs from one of text in up to five places, depending on the family
 
 The model's own code runs. Its parts are changed for the duration of the context: the classes of these instances get another
 `__call__`, and blocks get positions and mask through the cache argument that they have for generation, as with shared
-prompts (kernels/attention.py).
+prompts (models/prefix_attention.py).
 
 Shapes: B rows, T columns, F embeddings of all pictures of a batch, D width, L blocks that get more, d rotated features.
 Source: M-RoPE is arXiv 2409.12191 (section 2.1), DeepStack arXiv 2406.04334; Gemma's masks are transformers'.

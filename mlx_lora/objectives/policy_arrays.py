@@ -13,11 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.kernels.attention import answers_at, shared_caches
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, token_arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.losses.policy import PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.prefix_attention import answers_at, shared_caches
 from mlx_lora.planner.machine import loss_tile_bytes
 
 if TYPE_CHECKING:

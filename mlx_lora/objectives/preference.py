@@ -19,7 +19,6 @@ import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.kernels.attention import answers_at
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses, token_arrays
 from mlx_lora.losses.preference import (
@@ -34,6 +33,7 @@ from mlx_lora.losses.preference import (
     preferred,
 )
 from mlx_lora.models.head import body_of, scores_at, with_last_block
+from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext, WholeSet
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out
 from mlx_lora.objectives.reference import put_reference, with_reference

@@ -13,9 +13,9 @@ which an answer's last token is missing, because it is only a target:
               p p p b               starts          2       5
 
 The prompt's last token is repeated, because it is the one that predicts an answer's first token, and each answer needs that
-prediction. kernels/attention.py computes such rows.
+prediction. models/prefix_attention.py computes such rows.
 
-Before a run joins rows, the model's structure is checked (kernels/attention.py). Then a random pair is computed both
+Before a run joins rows, the model's structure is checked (models/prefix_attention.py). Then a random pair is computed both
 ways, with the run's own loss and kernels; the results may differ only by rounding.
 
 Shapes: E examples or prompts, K rows or answers of each; R rows of a set; B rows of a batch (E K, or E where they are
@@ -42,13 +42,13 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.batch import EMPTY, SIZES, SLOTS_STEP, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.attention import rotate_by_token, unshareable
 from mlx_lora.kernels.choose import KernelChoice, training_kernels
 from mlx_lora.losses.agree import Probe, choose_compute, disagreement, probe
 from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import model_shape
+from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
 from mlx_lora.planner.fit import budget_of, largest_batch, run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import MemoryPlan, plan_memory

@@ -19,9 +19,9 @@ import numpy as np
 
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.labeled import GRADES, ROWS
-from mlx_lora.kernels.attention import answers_at
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.losses.ranking import LISTWISE, best_first, random_mrr, ranking_loss, ranking_measures
+from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import BoundObjective, RunContext, ScoreHead, WholeSet
 from mlx_lora.objectives.scored_texts import ScoredTexts, as_share
 from mlx_lora.utils.text import counted

@@ -81,7 +81,6 @@ from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.compat.foreign import LENGTH
 from mlx_lora.compat.functions import exchanged, original
 from mlx_lora.compat.instances import become, mixed
-from mlx_lora.kernels.attention import Rotation
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,
@@ -92,6 +91,7 @@ from mlx_lora.kernels.quantized_matmul import (
     shape_class,
 )
 from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
@@ -438,7 +438,7 @@ class TokenSteps:
             module
         ) in modules:  # layers of positions get another class, and a name for what makes two of them one function
             kind = type(module)
-            # Without the mixin that lets it take a position for each token (kernels/attention.py).
+            # Without the mixin that lets it take a position for each token (models/prefix_attention.py).
             own = kind.__bases__[1] if issubclass(kind, Rotation) else kind
             if own in TURNING:
                 become(module, TURNING[own] if own is kind else mixed(Rotation, TURNING[own]))

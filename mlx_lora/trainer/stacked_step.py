@@ -29,12 +29,13 @@ from mlx.utils import tree_map
 from mlx_lora.adapters.base import is_exactly
 from mlx_lora.adapters.stacked import Apart, Share, StackedLinear, holders_of, parts_of, stack_adapters
 from mlx_lora.config.settings import checkpoint_every
-from mlx_lora.kernels.attention import attend, rotate_by_token
+from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import assumed, exchanging
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.losses.agree import TRIAL_TOKENS, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN, TOKEN_ARRAYS, Arrays, Loss
 from mlx_lora.models.head import MOST_PICKED, find_head
+from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.memory import activation_bytes
 from mlx_lora.trainer.gradient_checkpointing import PRODUCTS, Checkpointed, Kept, Tape, mix_in

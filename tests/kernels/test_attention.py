@@ -23,7 +23,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels import attention as kernel
 from mlx_lora.kernels import choose as long_rows
 from mlx_lora.kernels.activations import lean_swiglu, usable
-from mlx_lora.kernels.attention import AttentionCall, Tiles, attend, rotate_by_token, shared_caches, tiled_attention
+from mlx_lora.kernels.attention import AttentionCall, Tiles, attend, tiled_attention
 from mlx_lora.kernels.choose import (
     LONG_ROW,
     attention_class,
@@ -37,6 +37,7 @@ from mlx_lora.kernels.measure import MLX, POLYNOMIAL
 from mlx_lora.losses.agree import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.meta import model_shape
+from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.memory import TILE_QUERIES, tile_queries
 from mlx_lora.planner.shapes import RunShape

@@ -25,12 +25,12 @@ from mlx_lora.data.batch import EMPTY, Batch, split_rows
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.attention import rotate_by_token
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain
 from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape
+from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
 from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_batch, slots_of, sums_of_answers, work_of
 from mlx_lora.objectives.table import objective_of

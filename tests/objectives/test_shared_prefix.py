@@ -19,10 +19,11 @@ from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data.batch import EMPTY
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.attention import SharedPrefix, attend, rotate_by_token, unshareable
+from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import assumed, training_kernels
 from mlx_lora.losses.agree import choose_loss, probe
 from mlx_lora.losses.cross_entropy import PLAIN, token_arrays
+from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing
 from mlx_lora.objectives.preference import batch_sums
 from mlx_lora.objectives.prefix_sharing import joined, saved_share, shared_tokens, sharing_problem
