@@ -450,7 +450,6 @@ PROBES = (
     "a\nb\n c\n\nd \ne\n\n\nf   g\n    h\t\n",
     "word\u00a0nbsp em\u2003space\u3000wide",
 )
-_MOST_ENDS = 2  # eot and eom, in addition to eos
 
 
 def tokenizer_vocabulary(
@@ -526,7 +525,7 @@ def tokenizer_vocabulary(
     )
     known = vocabulary.end_ids()  # llama.cpp also recognizes most of them by their text
     others = [i for i in end_ids if i not in known and i < n_rows]
-    special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
+    special.update(zip(("eot", "eom"), others, strict=False))
     _check_ids(tokenizer, vocabulary)
     return vocabulary
 

@@ -83,13 +83,14 @@ class Tiles:
         edges = [queries * i // count for i in range(count + 1)]
         causal = isinstance(self.mask, str) or self.backward or self.window is not None
         return [
-            Span(a, b, self._first_key(keys - queries + a), keys - queries + b if causal else keys)
+            Span(
+                a,
+                b,
+                0 if self.window is None else max(0, keys - queries + a - self.window + 1),
+                keys - queries + b if causal else keys,
+            )
             for a, b in pairwise(edges)
         ]
-
-    def _first_key(self, own: int) -> int:
-        """Return the first key that a query sees whose own key is number `own`."""
-        return 0 if self.window is None else max(0, own - self.window + 1)
 
     def tile_mask(self, span: Span, own: mx.array, k: mx.array) -> mx.array | None:
         """Return the mask of a tile, broadcasting to (B, N, G, t, keys of the tile).

@@ -536,6 +536,7 @@ def has_halves(model: nn.Module) -> bool:
 
 STORE = "passed_checks"
 MOST = 500  # checks that are remembered, the latest ones
+SETTINGS = (bool, int, float, str, mx.Dtype)  # of a module
 
 
 def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *compared: Any) -> str:
@@ -553,13 +554,14 @@ def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *co
     if not may_measure() or strategy.lockstep:
         return ""
     settings = [
-        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))
+        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if isinstance(v, SETTINGS)))
         for path, module in model.named_modules()
     ]
     arrays = [(name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters())]
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     modules = {type(module).__module__ for module in model.modules()}
-    sources = sorted((name, _source_sum(Path(sys.modules[name].__file__ or ""))) for name in modules)
+    files = {name: Path(sys.modules[name].__file__ or "") for name in sorted(modules)}
+    sources = [(name, zlib.crc32(file.read_bytes()) if file.is_file() else 0) for name, file in files.items()]
     facts = (
         device.measured_on(),
         device.compiles(),
@@ -593,10 +595,6 @@ def keep_passed(name: str, words: str) -> None:
         write_store(STORE, dict([*known.items()][-MOST:]))
 
 
-def _is_setting(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, mx.Dtype))
-
-
 @cache
 def package_sum() -> int:
     """Return a check sum of this package's source: its version alone does not change with each change of it."""
@@ -605,8 +603,3 @@ def package_sum() -> int:
     for path in sorted(package.rglob("*.py")):
         total = zlib.crc32(path.read_bytes(), total)
     return total
-
-
-@cache
-def _source_sum(path: Path) -> int:
-    return zlib.crc32(path.read_bytes()) if path.is_file() else 0

@@ -498,10 +498,9 @@ class StoredTensor:
 
     def rows(self, rows: slice) -> mx.array:
         """Read rows, and return them in their stored dtype."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.size
-        count = rows.stop - rows.start
-        content = np.fromfile(self.file, np.uint8, count * row_bytes, offset=self.begin + rows.start * row_bytes)
-        return mx.array(content).view(self.dtype).reshape(count, *self.shape[1:])
+        at = self.part(rows)
+        content = np.fromfile(self.file, np.uint8, at.bytes, offset=at.begin)
+        return mx.array(content).view(self.dtype).reshape(at.shape)
 
 
 class Watched:

@@ -49,9 +49,9 @@ from mlx_lora.losses.contrastive import (
     losses_of,
     normalized,
     retrieval,
-    spearman,
 )
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
+from mlx_lora.losses.scores import spearman
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import Base, check_token_ids

@@ -25,8 +25,8 @@ from mlx_lora.data.examples import Conversation, Text
 from mlx_lora.data.labeled import encode_texts, query_with
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
+from mlx_lora.losses.scores import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import SCORE, body_of, scores_at, with_last_block
 from mlx_lora.models.load import Base

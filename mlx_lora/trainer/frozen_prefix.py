@@ -275,10 +275,13 @@ def _key(of: TrunkAsked, variant: StepVariant, blocks: int, record: StoredOutput
     """Return a text of everything that decides the bytes of a row, besides the rows."""
     own = {id(a) for block in of.base.model.layers[blocks:] for _, a in tree_flatten(block.parameters())}
     trained = {id(a) for _, a in tree_flatten(of.base.model.trainable_parameters())}
-    choice = variant.choose
+    choice, frozen = variant.choose, {id(block) for block in of.base.model.layers[:blocks]}
+    paths = tuple(f"{path}." for path, module in of.base.model.named_modules() if id(module) in frozen)
+    # Of an array that is not in memory, but read from the base's files.
+    in_files = {path: at.check_sum() for path, at in of.base.stored.items() if path.startswith(paths)}
     parts = {
         "blocks": blocks,
-        "weights": parameter_sums(of.base.model, own | trained) | _sums_in_files(of.base, blocks),
+        "weights": parameter_sums(of.base.model, own | trained) | in_files,
         "config": of.base.config,
         "record": [record.shape, str(record.dtype)],
         "kernels": [sorted(choice.classes.items()) if isinstance(choice, KernelChoice) else "", variant.attend is None],
@@ -289,13 +292,6 @@ def _key(of: TrunkAsked, variant: StepVariant, blocks: int, record: StoredOutput
         "code": package_sum(),
     }
     return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _sums_in_files(base: Base, count: int) -> dict[str, int]:
-    """Return a check sum of each of the trunk's arrays that is not in memory, but read from the base's files."""
-    blocks = {id(block) for block in base.model.layers[:count]}
-    paths = tuple(f"{path}." for path, module in base.model.named_modules() if id(module) in blocks)
-    return {path: at.check_sum() for path, at in base.stored.items() if path.startswith(paths)}
 
 
 def key_of_rows(key: str, plan: BatchPlan) -> str:
@@ -334,7 +330,12 @@ def trunk_problem(
     if any(KEPT_SHARE.of(m) < 1 for m in dropping):
         return "its frozen blocks have dropout"
     recurrent = variant.attend is None and has_recurrence(model)
-    arrays = token_arrays(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
+    most = (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS
+    # The first rows, cut so that one has padding; all of it is trained.
+    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(CHECKED_ROWS)]
+    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
+    plan = BatchPlan(cut, batch_tokens=CHECKED_ROWS * most, batch_size=CHECKED_ROWS, seed=0)
+    arrays = token_arrays(plan.batch(0, 0))
     try:
         with training_kernels(model, variant.attend, variant.choose):
             whole = probe(model, lambda model: variant.loss.tokens(model, arrays), strategy=strategy)
@@ -357,13 +358,6 @@ def trunk_problem(
     if not difference * NEARER <= wrong or not wrong:
         return "this model's losses do not depend on it, or rounding is too large to tell"
     return StoredOutput.of(output)
-
-
-def _cut_rows(rows: EncodedSet, most: int) -> Batch:
-    """Return a batch of the first rows, cut to `most` positions and less, so that one has padding; all of it is trained."""
-    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(CHECKED_ROWS)]
-    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
-    return BatchPlan(cut, batch_tokens=CHECKED_ROWS * most, batch_size=CHECKED_ROWS, seed=0).batch(0, 0)
 
 
 # Rows

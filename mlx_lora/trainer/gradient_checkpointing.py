@@ -417,31 +417,19 @@ class InChunks(nn.Module):
         def run_vjp(primals: Any, cotangents: Any, _: Any) -> list[mx.array]:
             *own, x = primals if isinstance(primals, list | tuple) else [primals]
             [d] = cotangents if isinstance(cotangents, list | tuple) else [cotangents]
-            return gradients_in_chunks(lambda *arrays: [function(*arrays)], own, x, d, edges)
+            sums = [mx.zeros(array.shape, mx.float32) for array in own]
+            parts: list[mx.array] = []
+            for begin, end in pairwise(edges):
+                # The first chunk also waits: otherwise compiling may merge it with the forward pass's chunk, and keep that.
+                waited = [parts[-1], *sums] if parts else [d]
+                part, d_part = mx.depends([x[:, begin:end], d[:, begin:end]], waited)
+                *of_own, of_x = mx.vjp(lambda *arrays: [function(*arrays)], [*own, part], [d_part])[1]
+                sums = [total + found.astype(mx.float32) for total, found in zip(sums, of_own, strict=True)]
+                parts.append(of_x)
+            of_own = [total.astype(array.dtype) for total, array in zip(sums, own, strict=True)]
+            return [*of_own, mx.concatenate(parts, axis=1)]
 
         return run(*primals)[0]
-
-
-def gradients_in_chunks(
-    function: Any, own: Sequence[mx.array], x: mx.array, d: mx.array, edges: Sequence[int]
-) -> list[mx.array]:
-    """Return the cotangents of a module's parameters and of its input.
-
-    Args:
-        function: of the parameters and some positions of the input.
-        own: the parameters.
-        x, d: (B, T, D), the input and the output's cotangent.
-        edges: the first position of each chunk, and T.
-    """
-    sums = [mx.zeros(array.shape, mx.float32) for array in own]
-    parts: list[mx.array] = []
-    for begin, end in pairwise(edges):
-        # The first chunk also waits: otherwise compiling may merge it with the forward pass's chunk, and keep that.
-        part, d_part = mx.depends([x[:, begin:end], d[:, begin:end]], [parts[-1], *sums] if parts else [d])
-        *of_own, of_x = mx.vjp(function, [*own, part], [d_part])[1]
-        sums = [total + found.astype(mx.float32) for total, found in zip(sums, of_own, strict=True)]
-        parts.append(of_x)
-    return [*(total.astype(array.dtype) for total, array in zip(sums, own, strict=True)), mx.concatenate(parts, axis=1)]
 
 
 def drops(module: nn.Module) -> bool:
