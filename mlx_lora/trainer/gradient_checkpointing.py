@@ -43,7 +43,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import LINEAR, SWITCH, base_dims, is_exactly
+from mlx_lora.adapters.base import LINEAR, SWITCH, AdapterLayer, base_dims, is_exactly
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat import instances
 from mlx_lora.compat.functions import keeps_context
@@ -281,14 +281,14 @@ class Segment:
         return _with_arrays(self._shape, outputs)
 
 
-def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:
-    """Checkpoint the model's blocks as `mode` says (`none`, `selective`, `block` or n) and return their tape."""
+def apply_checkpointing(model: nn.Module, mode: str, owners: Mapping[type, type] | None = None) -> Tape | None:
+    """Checkpoint the model's blocks as `mode` says (`none`, `selective`, `block` or n) and return their tape; `owners` as below."""
     if mode == "none":
         return None
-    return checkpoint_blocks(model.layers[:: checkpoint_every(mode)], products=mode == "selective")
+    return checkpoint_blocks(model.layers[:: checkpoint_every(mode)], mode == "selective", owners)
 
 
-def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
+def checkpoint_blocks(blocks: list[nn.Module], products: bool, owners: Mapping[type, type] | None = None) -> Tape:
     """Make these block instances recompute in the backward pass.
 
     mlx-lm patches the block's class, which affects every model of the process and nests when repeated. Here each
@@ -297,17 +297,19 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
     Args:
         blocks: of one model, with its adapters.
         products: keep the outputs of linear layers (selective).
+        owners: class of layers -> mixin by which they are kept, with all that is in them; None: adapter layers.
 
     Returns:
         The tape, whose `attend` the model must use for attention (kernels/choose.py).
     """
-    tape = Tape(products)
+    tape, owners = Tape(products), owners or {AdapterLayer: KeptAdapter}
     for block in blocks:
-        adapters = list(adapter_layers(block).values())
-        inside = {id(part) for layer in adapters for part in layer.modules()}
-        for layer in adapters:
-            mix_in(KeptAdapter, layer, tape)
-        for layer in block.modules():
+        layers = list(block.modules())
+        own = [(layer, mixin) for layer in layers for kind, mixin in owners.items() if isinstance(layer, kind)]
+        inside = {id(part) for layer, _ in own for part in layer.modules()}
+        for layer, mixin in own:
+            mix_in(mixin, layer, tape)
+        for layer in layers:
             if id(layer) not in inside and (isinstance(layer, Kept) or is_exactly(layer, PRODUCTS)):
                 mix_in(Kept, layer, tape)
         mix_in(Checkpointed, block, tape)
