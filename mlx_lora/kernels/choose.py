@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType
@@ -48,6 +48,7 @@ from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
     Kernel,
+    Kernels,
     Outputs,
     ShapeClass,
     TimingInputs,
@@ -86,8 +87,6 @@ POSITIONWISE = frozenset({ATTENTION, ACTIVATION})
 ROWS = (ATTENTION, ACTIVATION, "gated delta", "state space")
 Choose = Callable[[Kernel, ShapeClass], str]
 """(row of the table, shape class of a call) -> name of the candidate that takes the call."""
-Kernels = Callable[[nn.Module], AbstractContextManager]
-"""model -> the context in which it computes with other kernels than its own."""
 
 
 # Table

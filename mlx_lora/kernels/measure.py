@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ TOO_LONG_S = 1.5
 MODULE_OWN = vars(nn.Module()).keys()
 ShapeClass = tuple[Any, ...]  # of numbers and words
 Outputs = Callable[..., list[mx.array]]
+Kernels = Callable[[nn.Module], AbstractContextManager]
+"""model -> the context in which it computes with other kernels than its own."""
 
 
 @dataclass(frozen=True)

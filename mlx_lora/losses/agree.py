@@ -50,7 +50,17 @@ from mlx_lora.kernels.choose import (
     training_kernels,
 )
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure
-from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
+from mlx_lora.losses.cross_entropy import (
+    PLAIN,
+    PLAIN_LOGITS,
+    ROWS,
+    TILES,
+    Arrays,
+    Loss,
+    compiled_over,
+    differentiation,
+    plain,
+)
 from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
 from mlx_lora.models.blocks import few_blocks
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
@@ -60,7 +70,6 @@ from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
-from mlx_lora.trainer.step import compiled_over, differentiation
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import read_store, write_store
