@@ -342,10 +342,9 @@ def _outputs(header: dict[str, Any]) -> int:
 
 def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
     """Prepare a model for loading parameters trained in full: make their modules dense and the parameters trainable."""
-    modules = dict(model.named_modules())
-    train_in_full(model, tuple({path for path, _, leaf in (n.rpartition(".") for n in names) if leaf == "weight"}))
-    for name in names:
-        path, _, leaf = name.rpartition(".")
+    modules, places = dict(model.named_modules()), [name.rpartition(".") for name in names]
+    train_in_full(model, tuple({path for path, _, leaf in places if leaf == "weight"}))
+    for path, _, leaf in places:
         if leaf != "weight":
             modules[path].unfreeze(keys=[leaf], recurse=False)
 

@@ -71,11 +71,6 @@ class Tiles:
     backward: bool = False
     window: int | None = None
 
-    @property
-    def ours(self) -> bool:
-        """Whether this file computes the attention."""
-        return self.kernel != "mlx"
-
     def spans(self, q: mx.array, k: mx.array) -> list[Span]:
         """Return the tiles, which are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
@@ -118,7 +113,7 @@ class Tiles:
 
 def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
     """Return attention, computed by the kernel that `tiles` names; shapes as in `tiled_attention`."""
-    if tiles.ours:
+    if tiles.kernel != "mlx":
         return tiled_attention(q, k, v, tiles, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=tiles.scale, mask=tiles.mask, sinks=sinks)
 
@@ -128,7 +123,7 @@ def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, 
 
     Our kernel starts from the output; mlx's computes the output again, since nothing else was kept.
     """
-    if tiles.ours:
+    if tiles.kernel != "mlx":
         return attention_gradient(tiles, primals, d_out, out)
 
     def again(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> list[mx.array]:

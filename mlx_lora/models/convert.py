@@ -377,25 +377,6 @@ def cast_model(model: nn.Module, dtype: mx.Dtype, *, keep_float32: bool = False)
     model.update(tree_unflatten(cast))
 
 
-def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Return a source's model with float weights, as the reference that a conversion is compared with."""
-    if source.kind == "gguf":
-        from mlx_lora.gguf.arch import model_config, weight_map
-        from mlx_lora.gguf.reader import read_gguf
-        from mlx_lora.gguf.weights import import_weights
-
-        file = read_gguf(source.path)
-        config = model_config(file)
-        model = build_model(config)
-        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
-        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
-        return model
-    model, config = load_weights(source.path, trust_remote_code)
-    model, _ = dequantize_model(model, config)
-    cast_model(model, dtype)
-    return model
-
-
 # The cost of a conversion
 
 REPORT_TOKENS = 2048
@@ -433,7 +414,20 @@ def compare_on_text(
     result = measure_text_loss(converted, ids, bos_id)
     del converted
     mx.clear_cache()
-    model = load_float_model(source, device.compute_dtype(), trust_remote_code)
+    if source.kind == "gguf":  # as floats, which the conversion is compared with
+        from mlx_lora.gguf.arch import model_config, weight_map
+        from mlx_lora.gguf.reader import read_gguf
+        from mlx_lora.gguf.weights import import_weights
+
+        file = read_gguf(source.path)
+        config = model_config(file)
+        model = build_model(config)
+        imported = import_weights(file.tensors, weight_map(file, config), "float", device.compute_dtype())
+        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
+    else:
+        model, config = load_weights(source.path, trust_remote_code)
+        model, _ = dequantize_model(model, config)
+        cast_model(model, device.compute_dtype())
     reference = measure_text_loss(model, ids, bos_id)
     found = {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
     if rounded is not None:
