@@ -43,7 +43,7 @@ from mlx_lora.utils.errors import InputError
 
 # Choose the layers that a run adapts or trains in full, by name, pattern and depth, and the class, rank and alpha of each.
 #
-# A variant of LoRA is a class in a file of its own, and a row of `_CLASSES`.
+# A variant of LoRA is a class for each kind of base (adapters/lora.py, or a file of its own), and rows of `_CLASSES`.
 
 _CLASSES = (
     LoRALinear,

@@ -28,7 +28,8 @@ Mixtures of experts choose experts for each position, so they are chunked in the
 A batch that is not larger than a bound is computed as a whole (planner/memory.py has the bound, which the planner follows).
 With dropout, chunks would drop other features, so the MLP stays whole; so it does if ranks have parts of it, and send their sums.
 
-Shapes: B rows, T positions of a row, D width. Source: sequence tiling of ALST, arXiv 2506.13996 section 3.1; Blockwise Parallel Transformers, arXiv 2305.19370.
+Shapes: B rows, T positions of a row, D width.
+Source: sequence tiling of ALST, arXiv 2506.13996 section 3.1; Blockwise Parallel Transformers, arXiv 2305.19370.
 """
 
 from __future__ import annotations
