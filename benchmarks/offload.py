@@ -27,8 +27,8 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import OptimizerSettings, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import exchanging
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.kernels.choose import exchanging
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
-from mlx_lora.kernels.table import exchanging
+from mlx_lora.kernels.choose import exchanging
 from mlx_lora.planner.machine import loss_tile_bytes
 
 import mlx.core as mx  # isort: skip
@@ -41,7 +41,7 @@ from mlx_lora.config.settings import ModelSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
-from mlx_lora.kernels.measure import POLYNOMIAL, Kernel, ShapeClass
+from mlx_lora.kernels.choose import POLYNOMIAL, Kernel, ShapeClass
 from mlx_lora.losses.cross_entropy import TILES, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head

@@ -157,7 +157,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Kernel, "__init__", made)
     if of_loss in LOSS_KERNELS:
-        patch.setattr("mlx_lora.losses.check.choose_kernel", lambda figures: of_loss)
+        patch.setattr("mlx_lora.losses.agree.choose_kernel", lambda figures: of_loss)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -208,7 +208,7 @@ def remembered_checks(request):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_lora.losses.check.may_measure", lambda: True)
+        patch.setattr("mlx_lora.losses.agree.may_measure", lambda: True)
         yield
 
 

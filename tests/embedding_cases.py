@@ -9,7 +9,7 @@ from bound import bind
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.objectives.table import objective_of
 
 VOCABULARY = 288

@@ -10,8 +10,7 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mlx_lora.models.encoder import Model, ModelArgs
-from mlx_lora.models.head import STORED_NAMES, Pooler
+from mlx_lora.models.encoder import STORED_NAMES, Model, ModelArgs, Pooler
 
 WIDTH = 32
 SIZES = {

@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.choose import training_kernels
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer

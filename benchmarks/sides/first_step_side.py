@@ -38,12 +38,12 @@ PHASES = {
         "choose_step_variant": "try to differentiate", "choose_trunk": "frozen blocks", "Step": "make the step",
         "check_same": "agree with other ranks", "take_first_ranks": "agree with other ranks",
     },
-    "mlx_lora.losses.check": {
+    "mlx_lora.losses.agree": {
         "choose_loss": "compare the loss", "choose_model_kernels": "choose kernels", "check_kernels": "compare kernels",
     },
     "mlx_lora.objectives.base": {"load_data": "read and tokenize the data"},
     "mlx_lora.losses.fused": {"loss_figures": "measure losses"},
-    "mlx_lora.kernels.table": {"measured_now": "measure kernels"},
+    "mlx_lora.kernels.choose": {"measured_now": "measure kernels"},
     "mlx_lora.trainer.callbacks": {"RunPage._write_first_texts": "texts before training"},
     "mlx_lora.trainer.trainer": {"mean_loss": "validation before training"},
     "mlx_lora.trainer.step": {"Step.__call__": "the first step"},

@@ -32,16 +32,18 @@ from mlx_lora.adapters.lora import (
     LoRAEmbedding,
     LoRALinear,
     LoRASwitchLinear,
+    QALoRAEmbedding,
+    QALoRALinear,
+    QALoRASwitchLinear,
 )
-from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
 from mlx_lora.config.presets import PRESETS, Method
 from mlx_lora.config.settings import AdapterSettings, parse_pattern
-from mlx_lora.models.side_files import of_tower
+from mlx_lora.models.folder import of_tower
 from mlx_lora.utils.errors import InputError
 
 # Choose the layers that a run adapts or trains in full, by name, pattern and depth, and the class, rank and alpha of each.
 #
-# A variant of LoRA is a class in a file of its own, and a row of `_CLASSES`.
+# A variant of LoRA is a class for each kind of base (adapters/lora.py, or a file of its own), and rows of `_CLASSES`.
 
 _CLASSES = (
     LoRALinear,
@@ -289,22 +291,6 @@ def kaiming_factors(
     return lora_a, mx.zeros((rank, out_width))
 
 
-def normal_factors(
-    path: str, in_width: int, out_width: int, rank: int, seed: int, experts: int | None = None
-) -> tuple[mx.array, mx.array]:
-    """Return both factors, normal with standard deviation 0.02, for a layer whose gains start at zero.
-
-    Arguments and shapes as in kaiming_factors.
-
-    Source: AdaLoRA, arXiv 2303.10512, section 3.1; the standard deviation is from its code and PEFT.
-    """
-    a_key, b_key = mx.random.split(path_key(path, seed))
-    shapes = ((in_width, rank), (rank, out_width))
-    if experts is not None:
-        shapes = ((experts, rank, in_width), (experts, out_width, rank))
-    return 0.02 * mx.random.normal(shapes[0], key=a_key), 0.02 * mx.random.normal(shapes[1], key=b_key)
-
-
 def principal_factors(matrix: mx.array, rank: int, scale: float, key: mx.array) -> tuple[mx.array, mx.array]:
     """Return factors whose product is the best approximation of `matrix` with this rank:
 
@@ -483,20 +469,8 @@ def adapt_layers(
     unfit = [path for path in shapes if adapter_class(modules[path], layer_type) is None]
     if unfit:
         raise InputError(f"--method {layer_type}: cannot adapt {', '.join(unfit)}; leave it out of --target-modules")
-    _refuse_bases(modules, shapes, layer_type)
-    wrapped = []
-    for path, shape in shapes.items():
-        layer = _adapted(modules[path], path, shape, dropout, seed, layer_type, init)
-        layer.freeze()
-        layer.unfreeze(keys=layer.trained, recurse=False)
-        wrapped.append((path, layer))
-    model.update_modules(tree_unflatten(wrapped))
-
-
-def _refuse_bases(modules: Mapping[str, nn.Module], paths: Iterable[str], layer_type: str) -> None:
-    """Refuse bases that a type of layer cannot wrap although it wraps others of their kind."""
-    refusals: dict[str, list[str]] = {}
-    for path in paths:
+    refusals: dict[str, list[str]] = {}  # of bases that this type cannot wrap although it wraps others of their kind
+    for path in shapes:
         made = adapter_class(modules[path], layer_type)
         if made is not None and (reason := made.refusal(modules[path])):
             refusals.setdefault(reason, []).append(path)
@@ -504,6 +478,13 @@ def _refuse_bases(modules: Mapping[str, nn.Module], paths: Iterable[str], layer_
         reason, refused = max(refusals.items(), key=lambda item: len(item[1]))
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise InputError(f"--method {layer_type}: {refused[0]}{more} {reason}")
+    wrapped = []
+    for path, shape in shapes.items():
+        layer = _adapted(modules[path], path, shape, dropout, seed, layer_type, init)
+        layer.freeze()
+        layer.unfreeze(keys=layer.trained, recurse=False)
+        wrapped.append((path, layer))
+    model.update_modules(tree_unflatten(wrapped))
 
 
 def _adapted(
@@ -519,7 +500,15 @@ def _adapted(
         gain = made.initial_gain(base)
         return wrap(base, (a if gain == 1 else a * gain, b), scale, dropout)
     if init == "svd":
-        layer = wrap(base, normal_factors(path, *dims, rank, seed, experts), scale, dropout)
+        # Gains start at zero; factors as in AdaLoRA's code and PEFT (arXiv 2303.10512, section 3.1).
+        keys, (inputs, outputs) = mx.random.split(path_key(path, seed)), dims
+        sizes = (
+            [(inputs, rank), (rank, outputs)]
+            if experts is None
+            else [(experts, rank, inputs), (experts, outputs, rank)]
+        )
+        a, b = (0.02 * mx.random.normal(size, key=key) for size, key in zip(sizes, keys, strict=True))
+        layer = wrap(base, (a, b), scale, dropout)
         layer.lora_e = mx.zeros((rank,) if experts is None else (experts, rank))
         return layer
     if rank > min(dims):

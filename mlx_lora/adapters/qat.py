@@ -154,8 +154,9 @@ class FakeQuantized(AdapterLayer):
         if held := self._held:
             return held[0](x, *args, **kwargs)
         if self.OVER is EMBEDDING:
-            y = self._looked_up(x)
-            return _straight_through(y, super().__call__(x, *args, **kwargs))
+            # Rows of the fused weight, in which nothing gets a gradient.
+            arrays = {name: mx.stop_gradient(mx.depends(array, x)) for name, array in tree_flatten(self.parameters())}
+            return _straight_through(_fused_weight(self, arrays)[0][x], super().__call__(x, *args, **kwargs))
         kwargs.pop("key", None)  # there is no dropout
         affine, fixed = self.base.mode == AFFINE, mx.stop_gradient(x)
         if self.OVER is SWITCH:
@@ -163,7 +164,13 @@ class FakeQuantized(AdapterLayer):
             return y if affine else _straight_through(y, super().__call__(fixed, *args, **kwargs))
         y = self._with_dense(PLAIN, x)
         y = y + self.base.bias if "bias" in self.base else y
-        return y if affine else _straight_through(y, self._update(fixed))
+        if affine:
+            return y
+        if self.LAYER_TYPE != "lora":
+            return _straight_through(y, super().__call__(fixed))
+        # The factors have the same gradient without the product with the base, which has none here.
+        a, b = self.effective_factors()
+        return _straight_through(y, (fixed @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype))
 
     def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return the output of the fused experts; arguments as of LoRASwitchLinear."""
@@ -178,19 +185,6 @@ class FakeQuantized(AdapterLayer):
             return held[0].as_linear(x)
         y = self._with_dense(PLAIN, x, fitted=False)
         return _straight_through(y, super().as_linear(mx.stop_gradient(x)))  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
-
-    def _update(self, x: mx.array) -> mx.array:
-        """Return something of which the factors have the same gradient as of the layer's output."""
-        if self.LAYER_TYPE != "lora":
-            return super().__call__(x)
-        a, b = self.effective_factors()  # without the product with the base, which has no gradient here
-        return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
-
-    def _looked_up(self, tokens: mx.array) -> mx.array:
-        """Return rows of the fused weight of an embedding; nothing gets a gradient here."""
-        names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
-        frozen = (mx.stop_gradient(mx.depends(array, tokens)) for array in arrays)
-        return _fused_weight(self, dict(zip(names, frozen, strict=True)))[0][tokens]
 
     def _with_dense(self, product: Product, x: mx.array, *, fitted: bool = True) -> mx.array:
         """Return the product with the fused weight, which the backward pass computes again.

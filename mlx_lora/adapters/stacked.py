@@ -35,8 +35,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR, SWITCH, AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.lora import DoRALinear, DoRASwitchLinear, LoRALinear, LoRASwitchLinear
-from mlx_lora.adapters.qa_lora import QALoRALinear, QALoRASwitchLinear
+from mlx_lora.adapters.lora import (
+    DoRALinear,
+    DoRASwitchLinear,
+    LoRALinear,
+    LoRASwitchLinear,
+    QALoRALinear,
+    QALoRASwitchLinear,
+)
 from mlx_lora.adapters.qat import FakeQuantized
 from mlx_lora.utils import device
 

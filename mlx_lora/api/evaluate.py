@@ -27,7 +27,7 @@ from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.notes import seen_rows
 from mlx_lora.exporters.adapter_folder import run_of
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import check_kind, objective_of, with_pictures

@@ -33,7 +33,7 @@ from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.mmproj import Mmproj, mmproj_of, mmproj_path
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
-from mlx_lora.models.encoder import ENCODERS
+from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base

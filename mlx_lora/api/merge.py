@@ -28,9 +28,8 @@ from mlx_lora.data.files import find_sets
 from mlx_lora.exporters.adapter_config import remove_earlier
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo, load_adapter, run_of, save_adapter
 from mlx_lora.exporters.card import CardFacts, write_card
-from mlx_lora.models.folder import write_json
+from mlx_lora.models.folder import of_tower, write_json
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.objectives.embed import kept_choices
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.files import check_writable, replacing_file

@@ -42,8 +42,8 @@ from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.sampler import total_steps
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
+from mlx_lora.kernels.choose import AUTO, KernelChoice
 from mlx_lora.kernels.quantized_matmul import MatmulPaths
-from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.load import Base as LoadedBase

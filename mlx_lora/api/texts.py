@@ -27,7 +27,8 @@ from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
-from mlx_lora.losses.contrastive import retrieval, spearman
+from mlx_lora.losses.contrastive import retrieval
+from mlx_lora.losses.scores import spearman
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.embed import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.objectives.scored_texts import ERROR, TextScorer, in_order

@@ -26,6 +26,11 @@ class Foreign:
     name: str
     why: str
 
+    @property
+    def qualified(self) -> str:
+        """The name as a function tells it: module, class and name."""
+        return f"{self.owner.replace(':', '.')}.{self.name}"
+
     def of(self, instance: Any = None) -> Any:
         """Return what has this name in an instance; None: in the owner.
 
@@ -64,3 +69,19 @@ CLASSIFIERS = Foreign(
 INTERCEPTION = Foreign(
     "verifiers.v1", "_interception", "an environment's calls of a model are answered here"
 )  # of one that is served
+
+# The recurrences that kernels/recurrent.py replaces while a model is trained. An architecture's module need not be loaded.
+GATED_DELTA = Foreign("mlx_lm.models.gated_delta", "gated_delta_update", "the gated delta rule has other kernels")
+STATE_SPACE = Foreign(
+    "mlx_lm.models.ssm", "ssm_update", "Mamba-2, Falcon-H1, Nemotron-H and PLaMo 2 have other kernels"
+)
+MAMBA = Foreign("mlx_lm.models.mamba:MambaBlock", "_process_sequence", "Mamba's tokens are projected together")
+JAMBA = Foreign("mlx_lm.models.jamba:JambaMambaMixer", "ssm_step", "Jamba's scan keeps no states")
+LIGHTNING = Foreign("mlx_lm.models.bailing_moe_linear", "recurrent_gla", "lightning attention keeps no states")
+LIGHTNING_HYBRID = Foreign("mlx_lm.models.bailing_hybrid", "recurrent_gla", "lightning attention keeps no states")
+GATED_SCAN = Foreign("mlx_lm.models.recurrent_gemma", "rnn_scan", "RecurrentGemma's scan keeps no states")
+GATED_LAYER = Foreign("mlx_lm.models.recurrent_gemma:RGLRU", "__call__", "RecurrentGemma's gates are float32")
+WKV = Foreign("mlx_lm.models.rwkv7:Rwkv7TimeMixing", "_wkv7", "RWKV-7's recurrence keeps no states")
+RECURRENCES = (
+    GATED_DELTA, STATE_SPACE, MAMBA, JAMBA, LIGHTNING, LIGHTNING_HYBRID, GATED_SCAN, GATED_LAYER, WKV,
+)  # fmt: skip

@@ -34,7 +34,7 @@ from mlx_lora.data.chat_template import own_template
 from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, Routing, context_of
 from mlx_lora.engine.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
 from mlx_lora.losses.cross_entropy import log_sum_exp
-from mlx_lora.models.encoder import check_language_model
+from mlx_lora.models.config import check_language_model
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable

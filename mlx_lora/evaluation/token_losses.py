@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.batch import Batch
-from mlx_lora.kernels.table import long_row_kernels
+from mlx_lora.kernels.choose import long_row_kernels
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.compat.foreign import CLASSIFIERS
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.models.encoder import ENCODERS
+from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base

@@ -65,12 +65,10 @@ from mlx_lora.exporters.adapter_config import (
     template_beside,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PREFIX, TOWERS, PeftAdapter, is_peft, read_peft
-from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark, write_json
+from mlx_lora.models.folder import of_tower, read_safetensors_header, save_tensors, without_mark, write_json
 from mlx_lora.models.head import LAST_OF_HEAD, SCORE, SCORE_WEIGHT, check_whole_head, put_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import QuantFormat
-from mlx_lora.models.side_files import of_tower
-from mlx_lora.models.vision import open_tower
 from mlx_lora.utils.errors import InputError, Problems, first_of
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.parsing import parse_yaml, read_json
@@ -256,6 +254,8 @@ def load_adapter(
     config = read_adapter_config(folder)
     check_use(config, folder, scores)
     if trains_tower(folder) and isinstance(base.config.get("vision_config"), dict):
+        from mlx_lora.models.vision import open_tower
+
         open_tower(base)
     if is_peft(config):
         if is_reward_model(config):
@@ -342,10 +342,9 @@ def _outputs(header: dict[str, Any]) -> int:
 
 def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
     """Prepare a model for loading parameters trained in full: make their modules dense and the parameters trainable."""
-    modules = dict(model.named_modules())
-    train_in_full(model, tuple({path for path, _, leaf in (n.rpartition(".") for n in names) if leaf == "weight"}))
-    for name in names:
-        path, _, leaf = name.rpartition(".")
+    modules, places = dict(model.named_modules()), [name.rpartition(".") for name in names]
+    train_in_full(model, tuple({path for path, _, leaf in places if leaf == "weight"}))
+    for path, _, leaf in places:
         if leaf != "weight":
             modules[path].unfreeze(keys=[leaf], recurse=False)
 

@@ -29,14 +29,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, exact_weight
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.config.rules import check_options
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.peft import own_path, peft_path
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens, choose_bits, compensated_layers, rounded_layer
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base

@@ -75,12 +75,11 @@ from mlx_lora.adapters.base import (
     joined_experts,
 )
 from mlx_lora.adapters.inject import adapter_class, adapter_layers
-from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.lora import group_update
 from mlx_lora.exporters.adapter_config import SEQ_CLS, classifier_of, peft_problems
-from mlx_lora.models.folder import read_safetensors_header, save_tensors
+from mlx_lora.models.folder import of_tower, read_safetensors_header, save_tensors
 from mlx_lora.models.head import SCORE_WEIGHT, tied_embedding
 from mlx_lora.models.quantize import relative_error
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.utils.errors import InputError, Problems, first_of
 from mlx_lora.utils.files import replacing_file
 

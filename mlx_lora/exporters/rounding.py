@@ -36,7 +36,6 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -45,11 +44,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.adapters.base import LINEAR, AdapterLayer, exact_weight, float_dtype, with_weight
+from mlx_lora.adapters.base import LINEAR, exact_weight, float_dtype, with_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.compat.functions import answering
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
-from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.models.gptq import Curvature, Grid, round_weight
 from mlx_lora.models.quantize import AFFINE, QuantFormat, quantized_like
 from mlx_lora.utils.errors import InputError
@@ -186,12 +185,18 @@ def compensated_layers(
             for quantization, paths in together.items():
                 wholes = [layers[path].fuse() for path in paths]
                 weight = mx.concatenate([layers[path].merged() for path in paths])
-                grids = _grids(weight, quantization, [stored[path] for path in paths])
-                rounded = round_weight(weight, curvature, grids)
+                # A new grid, and the one with the old weights in it if the new bits have it.
+                bases = [stored[path] for path in paths]
+                dtypes, own = {float_dtype(base) for base in bases}, [QuantFormat.of(base) for base in bases]
+                grids = [Grid.of_weight(weight, quantization, dtypes.pop() if len(dtypes) == 1 else mx.float32)]
+                if all((one.group_size, one.mode) == (quantization.group_size, quantization.mode) for one in own):
+                    old = [Grid.of_layer(base.scales, base.get("biases"), QuantFormat.of(base)) for base in bases]
+                    grids.append(Grid.joined([grid.refined(quantization.bits) for grid in old]))
+                packed, error = round_weight(weight, curvature, grids)
                 plain = quantization.quantize(weight).dequantize()
-                shares.append(rounded.error.sum().item() / max(curvature.error(weight - plain).sum().item(), 1e-30))
+                shares.append(error.sum().item() / max(curvature.error(weight - plain).sum().item(), 1e-30))
                 ends = np.cumsum([len(whole.weight) for whole in wholes])[:-1].tolist()
-                parts = zip(*(mx.split(array, ends) for array in rounded.packed.arrays), strict=True)
+                parts = zip(*(mx.split(array, ends) for array in packed.arrays), strict=True)
                 for path, whole, arrays in zip(paths, wholes, parts, strict=True):
                     layer = whole.to_quantized(**quantization.layout)
                     for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
@@ -199,17 +204,6 @@ def compensated_layers(
                     mx.eval(layer.parameters())
                     found[path] = layer
     return Compensated(found, float(np.mean(shares)) if shares else 1.0)
-
-
-def _grids(weight: mx.array, quantization: QuantFormat, bases: list[Any]) -> list[Grid]:
-    """Return the grids to round on: a new one, and the one with the old weights in it if the new bits have it."""
-    dtypes = {float_dtype(base) for base in bases}
-    grids = [Grid.of_weight(weight, quantization, dtypes.pop() if len(dtypes) == 1 else mx.float32)]
-    own = [QuantFormat.of(base) for base in bases]
-    if all(one.group_size == quantization.group_size and one.mode == quantization.mode for one in own):
-        refined = [Grid.of_layer(base.scales, base.get("biases"), one) for base, one in zip(bases, own, strict=True)]
-        grids.append(Grid.joined([grid.refined(quantization.bits) for grid in refined]))
-    return grids
 
 
 def layer_inputs(model: nn.Module, tokens: CalibrationTokens, paths: Iterable[str]) -> Iterator[list[LayerInputs]]:
@@ -229,7 +223,8 @@ def layer_inputs(model: nn.Module, tokens: CalibrationTokens, paths: Iterable[st
         layers = {p: m for p, m in layers.items() if p not in own}
         if not own and not layers:
             return
-        with _watched(own) as seen:
+        seen = _Seen()
+        with answering(*((layer, partial(seen.called, path)) for path, layer in own.items())):
             for batch in walk.step():
                 seen.begin(tokens.real[batch])
         yield seen.found
@@ -253,8 +248,12 @@ class _Seen:
         mx.eval([entry.hessian for entry in self.found])
         self._read, self._real = [], real
 
-    def add(self, path: str, x: mx.array) -> None:
-        """Add a layer's input, (B, T, I)."""
+    def called(self, path: str, own: Callable[..., Any], x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        """Add a layer's input, (B, T, I), and compute the layer."""
+        self._add(path, x)
+        return own(x, *args, **kwargs)
+
+    def _add(self, path: str, x: mx.array) -> None:
         for array, entry in self._read:
             if array is x and entry is self._entry.get(path, entry):
                 if path not in entry.paths:
@@ -270,19 +269,6 @@ class _Seen:
         if x.shape[:2] == self._real.shape and x.ndim == 3:
             flat = flat * self._real.reshape(-1, 1)
         entry.hessian = entry.hessian + flat.T @ flat
-
-
-@contextmanager
-def _watched(layers: dict[str, AdapterLayer]) -> Iterator[_Seen]:
-    """Record what layers read inside the block."""
-    seen = _Seen()
-
-    def record(path: str, own: Callable[..., Any], x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        seen.add(path, x)
-        return own(x, *args, **kwargs)
-
-    with answering(*((layer, partial(record, path)) for path, layer in layers.items())):
-        yield seen
 
 
 log = logging.getLogger(__name__)

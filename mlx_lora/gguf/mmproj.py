@@ -41,9 +41,9 @@ from mlx_lora.data.image_tokens import ImageProcessor
 from mlx_lora.gguf.arch import text_model
 from mlx_lora.gguf.mapping import rope_order
 from mlx_lora.gguf.write import TYPES, PlannedTensor, TensorSource, add_metadata, merged_parameters, write_tensors
+from mlx_lora.models.folder import of_tower
 from mlx_lora.models.image_inputs import text_body
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.models.vision import ATTACHED, stored_tower
 from mlx_lora.utils.errors import InputError, Problems
 from mlx_lora.utils.files import check_writable, replacing_file
@@ -393,14 +393,6 @@ REFUSED = {
 }
 
 
-def projector_of(config: Config) -> ProjectorFamily | None:
-    """Return the row for a model's config.json; None if the table has none."""
-    kind = str(config.get("model_type"))
-    if kind == "llava" and (config.get("vision_config") or {}).get("model_type") == "pixtral":
-        kind = "pixtral"  # as transformers writes it
-    return PROJECTORS.get(kind)
-
-
 def mmproj_path(model: Path) -> Path:
     """Return where the tower of a GGUF file is written: beside it, by the name by which llama.cpp and LM Studio find it."""
     return model.with_name(f"mmproj-{model.name}")
@@ -455,10 +447,23 @@ def mmproj_of(base: Base, gguf_type: str, full: tuple[str, ...] = ()) -> Mmproj:
         InputError: llama.cpp does not have such a tower, or mlx-vlm, which loads it, is missing.
     """
     kind = str(base.config.get("model_type"))
-    family = projector_of(base.config)
+    pixtral = kind == "llava" and (base.config.get("vision_config") or {}).get("model_type") == "pixtral"
+    family = PROJECTORS.get("pixtral" if pixtral else kind)  # as transformers writes it
     if family is None:
         raise InputError(REFUSED.get(kind, f"no tower of llama.cpp was compared with that of {kind}"))
-    sources, vision = _tower_sources(base, full)
+    model, _ = stored_tower(base.folder)
+    sources = dict(merged_parameters(model))
+    # What an adapter changed is added to the weights as they are stored, which may be finer than those that a run computes with.
+    if ATTACHED in vars(base.model):
+        # An adapted layer's bias has the layer's name once more.
+        trained = {*full, *(name.replace(".linear.bias", ".bias") for name in full)}
+        sources |= {n: one for n, one in merged_parameters(base.model) if of_tower(n) and n in trained}
+        for path, layer in adapter_layers(base.model).items():
+            if of_tower(path):
+                source = sources[f"{path}.weight"]
+                sources[f"{path}.weight"] = TensorSource(source.shape, partial(_with_update, source, layer))
+    given = {name: value for name, value in base.config["vision_config"].items() if value is not None}
+    vision = {**vars(model.config.vision_config), **given}
     shapes = {name: source.shape for name, source in sources.items()}
     asked, problems = ImageProcessor(base.folder, base.config).identity, Problems()
     facts = TowerFacts(base.config, vision, shapes, asked["processor"], problems)
@@ -502,22 +507,3 @@ def _changed(tensor: VisionTensor, source: TensorSource) -> mx.array:
 
 def _with_update(source: TensorSource, layer: AdapterLayer) -> mx.array:
     return source.values() + layer.delta()
-
-
-def _tower_sources(base: Base, full: tuple[str, ...]) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the parameters of a base's tower and connector by mlx-vlm's names, and its vision_config with defaults.
-
-    What an adapter changed is added to the weights as they are stored, which may be finer than those that a run computes with.
-    """
-    model, _ = stored_tower(base.folder)
-    sources = dict(merged_parameters(model))
-    if ATTACHED in vars(base.model):
-        # An adapted layer's bias has the layer's name once more.
-        trained = {*full, *(name.replace(".linear.bias", ".bias") for name in full)}
-        sources |= {n: one for n, one in merged_parameters(base.model) if of_tower(n) and n in trained}
-        for path, layer in adapter_layers(base.model).items():
-            if of_tower(path):
-                source = sources[f"{path}.weight"]
-                sources[f"{path}.weight"] = TensorSource(source.shape, partial(_with_update, source, layer))
-    given = {name: value for name, value in base.config["vision_config"].items() if value is not None}
-    return sources, {**vars(model.config.vision_config), **given}

@@ -297,28 +297,26 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_TOKENS
     ]
+    return with_added_tokens(tokenizer, vocabulary, added)
+
+
+def with_added_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary, added: list[AddedToken]) -> Tokenizer:
+    """Add tokens to a tokenizer, and what puts bos before and eos after each text, if the model uses them."""
     tokenizer.add_tokens(added)
-    template = bos_eos_template(vocabulary)
-    if template is not None:
-        tokenizer.post_processor = template
-    return tokenizer
-
-
-def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
-    """Return the post-processor that puts bos before and eos after each text, or None if the model uses neither."""
     used = [name for name, wanted in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)) if wanted]
     if not used:
-        return None
+        return tokenizer
     before = ["{bos}"] if "bos" in used else []
     after = ["{eos}"] if "eos" in used else []
     # Use names in braces instead of the tokens' texts: in a text, a colon would start a segment number.
-    return processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
         special_tokens=[
             {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]} for name in used
         ],
     )
+    return tokenizer
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
@@ -334,11 +332,14 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
     steps = [normalizers.Prepend(SPACE)] if vocabulary.add_space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = sentencepiece_decoder(vocabulary)
     return tokenizer
+
+
+def sentencepiece_decoder(vocabulary: Vocabulary) -> decoders.Sequence:
+    """Return what puts SentencePiece's tokens together to a text."""
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []
+    return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[tuple[str, str]]:
@@ -450,7 +451,6 @@ PROBES = (
     "a\nb\n c\n\nd \ne\n\n\nf   g\n    h\t\n",
     "word\u00a0nbsp em\u2003space\u3000wide",
 )
-_MOST_ENDS = 2  # eot and eom, in addition to eos
 
 
 def tokenizer_vocabulary(
@@ -526,7 +526,7 @@ def tokenizer_vocabulary(
     )
     known = vocabulary.end_ids()  # llama.cpp also recognizes most of them by their text
     others = [i for i in end_ids if i not in known and i < n_rows]
-    special.update(zip(("eot", "eom")[:_MOST_ENDS], others, strict=False))
+    special.update(zip(("eot", "eom"), others, strict=False))
     _check_ids(tokenizer, vocabulary)
     return vocabulary
 

@@ -233,7 +233,11 @@ def _import_tensor(tensor: GGUFTensor, mapping: TensorMapping, target: Target, d
         _check_range(tensor, packed.arrays[1:])
         parameters = _split_packed(packed, mapping)
         return Imported(tensor.name, tensor.type.name, parameters, n_values, packed.quantization, lossless=True)
-    values = _float_values(tensor, mapping)
+    if _carries(tensor, mapping):  # same values as ggml's, much faster; MXFP4's come as bfloat16, which is exact
+        values = _carried(tensor, mapping, mx.float32).dequantize().astype(mx.float32)
+    else:
+        with np.errstate(invalid="ignore", divide="ignore"):  # _check_range reports values that are not finite
+            values = mx.array(np.ascontiguousarray(mapping.from_file(tensor.dequantize())))
     quantization = _quantization_for(tensor, mapping, target)
     if quantization is None:
         kept = values if mapping.values != "plain" else values.astype(dtype)  # mlx-lm keeps the others in float32
@@ -299,14 +303,6 @@ def _quantization_for(tensor: GGUFTensor, mapping: TensorMapping, target: Target
         return None
     # MLX has no equivalent of this type: 8 bits lose little, and the caller reports how little.
     return next((choice for choice in (QuantFormat(8, 64), QuantFormat(8, 32)) if choice.fits(width)), None)
-
-
-def _float_values(tensor: GGUFTensor, mapping: TensorMapping) -> mx.array:
-    """Return the tensor's float32 values as mlx-lm's parameter holds them."""
-    if _carries(tensor, mapping):  # same values as ggml's, much faster; MXFP4's come as bfloat16, which is exact
-        return _carried(tensor, mapping, mx.float32).dequantize().astype(mx.float32)
-    with np.errstate(invalid="ignore", divide="ignore"):  # _check_range reports values that are not finite
-        return mx.array(np.ascontiguousarray(mapping.from_file(tensor.dequantize())))
 
 
 def _check_range(tensor: GGUFTensor, arrays: list[mx.array]) -> None:

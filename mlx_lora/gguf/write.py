@@ -33,18 +33,17 @@ from gguf import GGUFWriter, LlamaFileType
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, exact_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.tokenizer import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
-from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
+from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark, of_tower
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, QuantFormat
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
@@ -161,7 +160,10 @@ def write_gguf_model(
     kind, file_type = TYPES.get(gguf_type, (None, None))
     architecture, mappings = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
-    settings |= picture_settings(base.config, architecture)
+    if architecture in ("qwen2vl", "qwen3vl"):  # by which llama.cpp puts pictures into it
+        spec = ImageInputSpec.of(base.config)
+        settings["rope.dimension_sections"] = [*(spec.sections or ()), 0]  # time, row, column, and one that nobody uses
+        settings |= {"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {}
     settings["context_length"] = context_length(base.model, base.config)
     planned = _plan(base.model, architecture, mappings, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
@@ -188,23 +190,6 @@ def write_gguf_model(
             writer.add_string(FUSED_KEY, mark)
         write_tensors(writer, planned, extra)
     return file.stat().st_size
-
-
-def picture_settings(config: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """Return the settings of a language model's file by which llama.cpp puts pictures into it.
-
-    Args:
-        config: config.json of the whole model.
-        architecture: llama.cpp's name for the language model.
-
-    Returns:
-        {key without the architecture's prefix: value}; nothing for models without pictures, or that need none.
-    """
-    if architecture not in ("qwen2vl", "qwen3vl"):
-        return {}
-    spec = ImageInputSpec.of(config)
-    sections = {"rope.dimension_sections": [*(spec.sections or ()), 0]}  # time, row, column, and one that nobody uses
-    return sections | ({"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {})
 
 
 def write_tensors(

@@ -2,7 +2,7 @@
 
 mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
 S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
-is measured (kernels/table.py). The one here takes a tile of queries at a time, with only the keys that they may
+is measured (kernels/choose.py). The one here takes a tile of queries at a time, with only the keys that they may
 see: those before them, and with a sliding window only those in it, so that time is linear in the row. For long rows it keeps
 no scores, and the backward pass computes each tile's probabilities again:
 
@@ -71,11 +71,6 @@ class Tiles:
     backward: bool = False
     window: int | None = None
 
-    @property
-    def ours(self) -> bool:
-        """Whether this file computes the attention."""
-        return self.kernel != "mlx"
-
     def spans(self, q: mx.array, k: mx.array) -> list[Span]:
         """Return the tiles, which are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
@@ -83,13 +78,14 @@ class Tiles:
         edges = [queries * i // count for i in range(count + 1)]
         causal = isinstance(self.mask, str) or self.backward or self.window is not None
         return [
-            Span(a, b, self._first_key(keys - queries + a), keys - queries + b if causal else keys)
+            Span(
+                a,
+                b,
+                0 if self.window is None else max(0, keys - queries + a - self.window + 1),
+                keys - queries + b if causal else keys,
+            )
             for a, b in pairwise(edges)
         ]
-
-    def _first_key(self, own: int) -> int:
-        """Return the first key that a query sees whose own key is number `own`."""
-        return 0 if self.window is None else max(0, own - self.window + 1)
 
     def tile_mask(self, span: Span, own: mx.array, k: mx.array) -> mx.array | None:
         """Return the mask of a tile, broadcasting to (B, N, G, t, keys of the tile).
@@ -117,7 +113,7 @@ class Tiles:
 
 def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
     """Return attention, computed by the kernel that `tiles` names; shapes as in `tiled_attention`."""
-    if tiles.ours:
+    if tiles.kernel != "mlx":
         return tiled_attention(q, k, v, tiles, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=tiles.scale, mask=tiles.mask, sinks=sinks)
 
@@ -127,7 +123,7 @@ def attend_gradient(tiles: Tiles, primals: Sequence[mx.array], d_out: mx.array, 
 
     Our kernel starts from the output; mlx's computes the output again, since nothing else was kept.
     """
-    if tiles.ours:
+    if tiles.kernel != "mlx":
         return attention_gradient(tiles, primals, d_out, out)
 
     def again(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> list[mx.array]:
@@ -298,7 +294,7 @@ class Windows:
 
     mlx-lm gives a layer with a sliding window a bool array with a number for every query and key, (T, S), which does not say
     that most of it is False. All architectures get it from one function, `create_attention_mask`. While a step is traced, that
-    function is replaced by one that also notes the window of the array that it returns (kernels/table.py). An array that a model
+    function is replaced by one that also notes the window of the array that it returns (kernels/choose.py). An array that a model
     makes or changes by itself is not noted, and is then read as it is.
     """
 

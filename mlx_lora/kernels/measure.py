@@ -4,27 +4,25 @@
     fast, lean  forward and backward pass are measured together, as in a compiled training step; candidates alternate
     cached      figures are stored in the cache (`measured/`), and the choice is made from them each time
 
-`Kernel` is the type of the rows in the table of kernels (kernels/table.py). A shape class is (size, ...): a size rounded to a
-power of two, then properties that must be equal. This file knows nothing about devices: utils/device.py gives it a text that
-identifies the device.
+`Kernel` is the type of the rows in the table of kernels (kernels/choose.py). A shape class is (size, ...): a size rounded to a
+power of two, then properties that must be equal.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils import device
+from mlx_lora.utils.files import read_store, write_store
 
 if TYPE_CHECKING:
     from mlx_lora.planner.memory import KernelTerms
@@ -46,6 +44,8 @@ TOO_LONG_S = 1.5
 MODULE_OWN = vars(nn.Module()).keys()
 ShapeClass = tuple[Any, ...]  # of numbers and words
 Outputs = Callable[..., list[mx.array]]
+Kernels = Callable[[nn.Module], AbstractContextManager]
+"""model -> the context in which it computes with other kernels than its own."""
 
 
 @dataclass(frozen=True)
@@ -177,19 +177,9 @@ def measure(
     del outputs, gradients
     again = [number for number, one in enumerate(first) if one.seconds <= bound]
     makers = [_both_passes(functions[number], trial, compiled) for number in again]
-    times = dict(zip(again, best_s(makers, warm=compiled, least_rounds=3), strict=True))
-    tolerance, inputs = TOLERANCE[trial.arrays[0].dtype], sum(array.nbytes for array in trial.arrays)
-    return {
-        name: Figures(times.get(number, one.seconds), one.kept_bytes, one.peak_bytes, inputs, one.error, tolerance)
-        for number, (name, one) in enumerate(zip(candidates, first, strict=True))
-    }
-
-
-class _Try(NamedTuple):
-    seconds: float
-    kept_bytes: int
-    peak_bytes: int
-    error: float
+    for number, seconds in zip(again, best_s(makers, warm=compiled, least_rounds=3), strict=True):
+        first[number] = replace(first[number], seconds=seconds)
+    return dict(zip(candidates, first, strict=True))
 
 
 def _both_passes(function: Outputs, trial: TimingInputs, compiled: bool) -> Callable[[], list[mx.array]]:
@@ -201,8 +191,10 @@ def _both_passes(function: Outputs, trial: TimingInputs, compiled: bool) -> Call
     return lambda: run(trial.arrays)
 
 
-def _try(function: Outputs, trial: TimingInputs, expected: list[mx.array], expected_gradients: list[mx.array]) -> _Try:
-    """Run both passes once, and return time, memory and error."""
+def _try(
+    function: Outputs, trial: TimingInputs, expected: list[mx.array], expected_gradients: list[mx.array]
+) -> Figures:
+    """Run both passes once."""
     inputs_bytes = sum(array.nbytes for array in trial.arrays)
     mx.synchronize()
     before = mx.get_active_memory() + inputs_bytes
@@ -220,7 +212,8 @@ def _try(function: Outputs, trial: TimingInputs, expected: list[mx.array], expec
     peak = mx.get_peak_memory() - before
     errors = [_worst_token(found, exact) for found, exact in zip(outputs, expected, strict=True)]
     errors += [_apart(found, exact) for found, exact in zip(gradients, expected_gradients, strict=True)]
-    return _Try(seconds, max(0, kept), max(0, peak), max(errors))
+    error = max(error if math.isfinite(error) else NO_NUMBER for error in errors)
+    return Figures(seconds, max(0, kept), max(0, peak), inputs_bytes, error, TOLERANCE[trial.arrays[0].dtype])
 
 
 def _worst_token(found: mx.array, exact: mx.array) -> float:
@@ -230,18 +223,13 @@ def _worst_token(found: mx.array, exact: mx.array) -> float:
     """
     size = mx.sqrt(mx.square(exact).sum(-1))
     distance = mx.sqrt(mx.square(found.astype(mx.float32) - exact).sum(-1))
-    return _finite((distance / mx.maximum(size, 0.01 * size.mean() + 1e-30)).max())
+    return (distance / mx.maximum(size, 0.01 * size.mean() + 1e-30)).max().item()
 
 
 def _apart(found: mx.array, exact: mx.array) -> float:
     """Return the relative error of a gradient."""
     distance = mx.sqrt(mx.square(found.astype(mx.float32) - exact).sum())
-    return _finite(distance / (mx.sqrt(mx.square(exact).sum()) + 1e-30))
-
-
-def _finite(error: mx.array) -> float:
-    value = error.item()
-    return value if math.isfinite(value) else NO_NUMBER
+    return (distance / (mx.sqrt(mx.square(exact).sum()) + 1e-30)).item()
 
 
 def best_s(
@@ -301,34 +289,14 @@ def _tell_something(figures: Mapping[str, Figures]) -> bool:
 
 def keep_figures(key: str, figures: Mapping[str, Figures]) -> None:
     """Store figures for later runs, if they say anything."""
-    if not _tell_something(figures):
-        return
-    write_store("kernels", {**read_store("kernels"), key: {name: asdict(one) for name, one in figures.items()}})
+    if _tell_something(figures):
+        write_store("kernels", {**read_store("kernels"), key: {name: asdict(one) for name, one in figures.items()}})
 
 
-def read_store(name: str) -> dict[str, Any]:
-    """Return the content of a store of measurements."""
-    try:
-        content = json.loads(_store(name).read_text())
-    except (OSError, ValueError):  # missing, or damaged: measure again
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_store(name: str, known: Mapping[str, Any]) -> None:
-    """Write the content of a store of measurements."""
-    store = _store(name)
-    try:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        temporary = store.with_name(f"{store.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known, indent=1))
-        temporary.replace(store)
-    except OSError:  # if the cache cannot be written, the next run only has to measure again
-        return
-
-
-def _store(name: str) -> Path:
-    return cache_dir("measured") / f"{name}.json"
+def figures_key(name: str, shape: ShapeClass, dtype: mx.Dtype) -> str:
+    """Return the cache key of a class's figures."""
+    of = ",".join(map(str, shape))
+    return f"{device.measured_on()}|{str(dtype).rpartition('.')[2]}|{name}|{of}"
 
 
 # A model that is only tried

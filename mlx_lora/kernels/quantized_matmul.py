@@ -16,18 +16,18 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlx_lora.compat.instances import become
-from mlx_lora.kernels.measure import best_s, read_store, write_store
+from mlx_lora.kernels.measure import best_s
 from mlx_lora.planner.machine import KEPT_S, dense_experts_bytes
 from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import read_store, write_store
 
 # A layer's dense copy, (out, in). The underscore keeps it from being a parameter.
 DENSE = "_dense"
@@ -123,10 +123,6 @@ def packed_arrays(layer: nn.Module) -> list[mx.array]:
     return arrays if layer.get("biases") is None else [*arrays, layer["biases"]]
 
 
-def _many_rows(layer: nn.Module, x: mx.array) -> bool:
-    return math.prod(x.shape[:-1]) >= layer.dense_from_rows
-
-
 class MeasuredQuantizedLinear(nn.QuantizedLinear):
     """A QuantizedLinear that uses the dense path for at least `dense_from_rows` rows."""
 
@@ -134,7 +130,7 @@ class MeasuredQuantizedLinear(nn.QuantizedLinear):
         if DENSE in self:
             y = x @ self[DENSE].T
             return y + self["bias"] if "bias" in self else y
-        if not _many_rows(self, x):
+        if math.prod(x.shape[:-1]) < self.dense_from_rows:
             return super().__call__(x)
         y = dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
         return y + self["bias"] if "bias" in self else y
@@ -146,7 +142,7 @@ class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
     def as_linear(self, x: mx.array) -> mx.array:
         if DENSE in self:
             return x @ self[DENSE].T
-        if not _many_rows(self, x):
+        if math.prod(x.shape[:-1]) < self.dense_from_rows:
             return super().as_linear(x)
         return dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
 
@@ -276,22 +272,16 @@ def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, m
     layout = f"{bits}|{group_size}|{mode}|{compute}"
     key = f"{device.measured_on()}|{layout}|{out}x{width}"
     known = read_store(STORE)
-    at, before = _kept(known.get(key))
+    entry = known.get(key)
+    at, before = (entry.get("at"), entry.get("rows")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(at, int | float) or before not in (*ROW_COUNTS, device.NEVER):  # missing, or damaged
+        at, before = 0.0, None
     if before is not None and 0 <= time.time() - at < KEPT_S:
         return before
     found = _measure_dense_matmul((out, width), bits, group_size, mode, compute)
     found = found if before is None else min(before, found)
     write_store(STORE, {**known, key: {"at": time.time(), "rows": found}})
     return found
-
-
-def _kept(entry: Any) -> tuple[float, int | None]:
-    """Return when an entry of the store was measured, and its number of rows; None: it is missing or damaged."""
-    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    at, rows = found.get("at"), found.get("rows")
-    if not isinstance(at, int | float) or rows not in (*ROW_COUNTS, device.NEVER):
-        return 0.0, None
-    return float(at), rows
 
 
 def shape_class(shape: tuple[int, int]) -> tuple[int, int]:

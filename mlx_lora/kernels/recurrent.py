@@ -1,9 +1,9 @@
 """Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
 
-A replacement has the signature of mlx-lm's function; EXCHANGES lists them. Calls during generation, which pass a state or a
+A replacement has the signature of mlx-lm's function; SCANS lists them, and compat/foreign.py the functions. Calls during generation, which pass a state or a
 mask for padded prompts, go to mlx-lm's function.
 
-The gated delta rule and Mamba-2's state space also have rows in the table of kernels (kernels/table.py). A trial of them has
+The gated delta rule and Mamba-2's state space also have rows in the table of kernels (kernels/choose.py). A trial of them has
 short rows and few heads, because the costs of all candidates are linear in both. The planner needs no terms for their memory:
 it reads the graph of the chosen candidate.
 
@@ -13,19 +13,19 @@ N numbers of a state.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta, ssm
 
-from mlx_lora.compat.functions import Place, original
+from mlx_lora.compat import foreign
+from mlx_lora.compat.foreign import Foreign
+from mlx_lora.compat.functions import original
 from mlx_lora.kernels.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
-from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, modules_of, size_class
+from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, size_class
 from mlx_lora.kernels.state_space import (
     in_lanes,
     lanes_for,
@@ -45,25 +45,6 @@ if TYPE_CHECKING:
 WKV_TOKENS = 32  # tokens of a span of RWKV-7: all states of one span are in memory, and one per span is kept
 WithState = tuple[mx.array, mx.array]
 """(output, state after the last token)."""
-
-
-def recurrent_kernels(model: nn.Module) -> dict[Place, tuple[Callable[..., Any], str]]:
-    """Return the scans that replace the functions of a model's recurrent layers, each with words for the run's header.
-
-    A function is replaced in the module that imports it, or in the class that it is a method of.
-
-    Args:
-        model: any mlx-lm model.
-    """
-    classes = {cls for kind in {type(module) for module in modules_of(model)} for cls in kind.__mro__}
-    found: dict[Place, tuple[Callable[..., Any], str]] = {}
-    for owner in (*classes, *{sys.modules[cls.__module__] for cls in classes}):
-        for name in EXCHANGED_NAMES & vars(owner).keys():
-            own = original(owner, name)
-            if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES:
-                words, scan = EXCHANGES[own.__module__, own.__qualname__]
-                found[owner, name] = partial(scan, own), words
-    return found
 
 
 def dual(
@@ -102,7 +83,7 @@ def mamba_sequence(
     if block.use_bcdt_rms:
         dt, b, c = (mx.fast.rms_norm(part, weight=None, eps=block.args.mixer_rms_eps) for part in (dt, b, c))
     y, state = selective_scan(x, nn.softplus(block.dt_proj(dt)), -mx.exp(block.A_log), b, c, block.D)
-    # Look the activation up by mlx-lm's name, which may be replaced by ours (kernels/table.py).
+    # Look the activation up by mlx-lm's name, which may be replaced by ours (kernels/choose.py).
     out = block.out_proj(own.__globals__["swiglu"](z, y))
     return out, (padded[:, -(block.conv_kernel_size - 1) :], state)
 
@@ -193,22 +174,17 @@ def rwkv7_scan(own: Callable[..., Any], /, layer: nn.Module, *given: Any) -> Wit
     return y, last.astype(inputs[0].dtype)
 
 
-# The keys are the module and name that a function was defined under. This needs no import: the module of an architecture
-# is loaded when a model of it is.
-EXCHANGES: dict[tuple[str, str], tuple[str, Callable[..., Any]]] = {
-    # Mamba-2, Falcon-H1, Nemotron-H, Granite hybrid, PLaMo 2
-    ("mlx_lm.models.ssm", "ssm_update"): ("state space", dual),
-    # Mamba, Falcon Mamba
-    ("mlx_lm.models.mamba", "MambaBlock._process_sequence"): ("selective scan", mamba_sequence),
-    ("mlx_lm.models.jamba", "JambaMambaMixer.ssm_step"): ("selective scan", jamba_scan),
-    ("mlx_lm.models.bailing_moe_linear", "recurrent_gla"): ("lightning attention", lightning),
-    ("mlx_lm.models.bailing_hybrid", "recurrent_gla"): ("lightning attention", lightning),
-    ("mlx_lm.models.recurrent_gemma", "rnn_scan"): ("gated recurrence", gated_recurrence),
-    ("mlx_lm.models.recurrent_gemma", "RGLRU.__call__"): ("gated recurrence", gates_in_float32),
-    ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
+SCANS: dict[Foreign, tuple[str, Callable[..., Any]]] = {
+    foreign.STATE_SPACE: ("state space", dual),
+    foreign.MAMBA: ("selective scan", mamba_sequence),  # also Falcon Mamba
+    foreign.JAMBA: ("selective scan", jamba_scan),
+    foreign.LIGHTNING: ("lightning attention", lightning),
+    foreign.LIGHTNING_HYBRID: ("lightning attention", lightning),
+    foreign.GATED_SCAN: ("gated recurrence", gated_recurrence),
+    foreign.GATED_LAYER: ("gated recurrence", gates_in_float32),
+    foreign.WKV: ("RWKV-7's recurrence", rwkv7_scan),
 }
-"""(module, qualified name) -> description for the header, and our replacement, which takes the function's own before its arguments."""
-EXCHANGED_NAMES = frozenset(name.rpartition(".")[2] for _, name in EXCHANGES)
+"""Description for the run's header, and our replacement, which takes the function's own before its arguments."""
 
 
 # Rows of the table of kernels
@@ -218,41 +194,36 @@ LONGEST_SPACE = 256  # tokens of a trial of a state space; mlx-lm computes it in
 MOST_HEADS = 4  # of a trial, at the model's ratio of value heads to key heads
 
 
-def gated_delta_row() -> Kernel:
-    """Return the gated delta rule's row: mlx-lm's loop, ours in chunks, and MLX's fused kernel."""
-    theirs = original(gated_delta, "gated_delta_update")
-    return Kernel(
-        name="gated delta",
-        shared="gated_delta_update",
-        theirs=theirs,
-        candidates={
-            MLX: theirs,
-            "chunked": chunked_gated_delta_update,
-            "fused": fused_gated_delta_update,
-        },
-        assumed="chunked",
-        class_of=_delta_class,
-        trial=_delta_trial,
-        words=lambda shape: f"{shape[0]:,} tokens, {shape[2]}/{shape[1]} heads of {shape[3]}/{shape[4]}, {shape[5]}",
-        count=_no_terms,
-    )
-
-
-def state_space_row() -> Kernel:
-    """Return Mamba-2's row: mlx-lm's pieces of 256 tokens, and ours in spans."""
-    theirs = original(ssm, "ssm_update")
-    return Kernel(
-        name="state space",
-        shared="ssm_update",
-        theirs=theirs,
-        candidates={MLX: theirs, "spans": partial(dual, theirs)},
-        assumed="spans",
-        class_of=_space_class,
-        trial=_space_trial,
-        words=lambda shape: (
-            f"{shape[0]:,} tokens, {shape[1]} heads of {shape[2]}, {shape[4]} numbers in {shape[3]} groups"
+def recurrent_rows() -> tuple[Kernel, Kernel]:
+    """Return the rows of the gated delta rule (mlx-lm's loop, ours in chunks, MLX's fused kernel), and of Mamba-2."""
+    delta, space = original(gated_delta, "gated_delta_update"), original(ssm, "ssm_update")
+    return (
+        Kernel(
+            name="gated delta",
+            shared="gated_delta_update",
+            theirs=delta,
+            candidates={MLX: delta, "chunked": chunked_gated_delta_update, "fused": fused_gated_delta_update},
+            assumed="chunked",
+            class_of=_delta_class,
+            trial=_delta_trial,
+            words=lambda shape: (
+                f"{shape[0]:,} tokens, {shape[2]}/{shape[1]} heads of {shape[3]}/{shape[4]}, {shape[5]}"
+            ),
+            count=_no_terms,
         ),
-        count=_no_terms,
+        Kernel(
+            name="state space",
+            shared="ssm_update",
+            theirs=space,
+            candidates={MLX: space, "spans": partial(dual, space)},
+            assumed="spans",
+            class_of=_space_class,
+            trial=_space_trial,
+            words=lambda shape: (
+                f"{shape[0]:,} tokens, {shape[1]} heads of {shape[2]}, {shape[4]} numbers in {shape[3]} groups"
+            ),
+            count=_no_terms,
+        ),
     )
 
 

@@ -203,49 +203,29 @@ def run_in_spans(
         # Depend on the cotangents: otherwise compiling may merge this with the forward pass, and keep its work.
         primals = mx.depends(list(primals), list(cotangents[:2]))
         given, (*shared, state) = primals[:count], primals[count:]
-        states = [state, *outputs[2:]] if keep_states else _states_before(span, edges, given, shared, state)
-        return _gradient(span, edges, given, shared, states, cotangents[:2])
+        states = [state, *outputs[2:]] if keep_states else [state]
+        for start, stop in [] if keep_states else list(pairwise(edges))[:-1]:
+            cut = _cut(given, start, stop, states[1:][-1:])
+            states.append(span(cut, shared, states[-1])[1] * 1)  # a copy, as above
+        d_out, d_state = cotangents[:2]
+        d_parts: list[list[mx.array]] = []
+        d_weights = [mx.zeros_like(weight) for weight in shared]
+        done: list[mx.array] = []
+
+        def again(*given: mx.array) -> list[mx.array]:
+            return list(span(list(given[:count]), list(given[count:-1]), given[-1]))
+
+        for (start, stop), before in reversed(list(zip(pairwise(edges), states, strict=True))):
+            # Finish everything that this span adds to before the next one starts.
+            own = [*_cut(given, start, stop, done), *shared, before]
+            *d_own, d_state = mx.vjp(again, own, [*_cut([d_out], start, stop, done), d_state])[1]
+            d_parts.append(d_own[:count])
+            d_weights = [total + part for total, part in zip(d_weights, d_own[count:], strict=True)]
+            done = [*d_own[:count], *d_weights, d_state]
+        return [*(_joined(list(parts)[::-1]) for parts in zip(*d_parts, strict=True)), *d_weights, d_state]
 
     out, last, *_ = forward(*inputs, *weights, state)
     return out, last
-
-
-def _states_before(
-    span: Span, edges: list[int], inputs: list[mx.array], weights: list[mx.array], state: mx.array
-) -> list[mx.array]:
-    """Return the state before each span."""
-    states = [state]
-    for start, stop in list(pairwise(edges))[:-1]:
-        states.append(span(_cut(inputs, start, stop, states[1:][-1:]), weights, states[-1])[1] * 1)  # a copy, as above
-    return states
-
-
-def _gradient(
-    span: Span,
-    edges: list[int],
-    inputs: list[mx.array],
-    weights: list[mx.array],
-    states: list[mx.array],
-    cotangents: Sequence[mx.array],
-) -> list[mx.array]:
-    """Return the cotangents of inputs, weights and first state, given the state before each span."""
-    count = len(inputs)
-    d_out, d_state = cotangents
-    d_parts: list[list[mx.array]] = []
-    d_weights = [mx.zeros_like(weight) for weight in weights]
-    done: list[mx.array] = []
-
-    def again(*given: mx.array) -> list[mx.array]:
-        return list(span(list(given[:count]), list(given[count:-1]), given[-1]))
-
-    for (start, stop), before in reversed(list(zip(pairwise(edges), states, strict=True))):
-        # Finish everything that this span adds to before the next one starts.
-        given = [*_cut(inputs, start, stop, done), *weights, before]
-        *d_given, d_state = mx.vjp(again, given, [*_cut([d_out], start, stop, done), d_state])[1]
-        d_parts.append(d_given[:count])
-        d_weights = [total + part for total, part in zip(d_weights, d_given[count:], strict=True)]
-        done = [*d_given[:count], *d_weights, d_state]
-    return [*(_joined(list(parts)[::-1]) for parts in zip(*d_parts, strict=True)), *d_weights, d_state]
 
 
 def _cut(arrays: Sequence[mx.array], start: int, stop: int, after: Sequence[mx.array]) -> list[mx.array]:

@@ -240,23 +240,6 @@ def loss_and_gradient(embeddings: mx.array, texts: Texts, options: ContrastiveOp
 # Measures of ranking
 
 
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the rank correlation of two series, (N,); NaN for fewer than two, or where all values are equal."""
-    if len(first) < 2:
-        return float("nan")
-    ranks = [_mean_ranks(values) for values in (first, second)]
-    centered = [values - values.mean() for values in ranks]
-    size = float(np.sqrt((centered[0] ** 2).sum() * (centered[1] ** 2).sum()))
-    return float((centered[0] * centered[1]).sum() / size) if size else float("nan")
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Return the rank of each value, equal ones with the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]
-
-
 def retrieval(ranks: Iterable[np.ndarray], at: int = 10) -> dict[str, float]:
     """Return how well queries find their documents: means over the queries.
 

@@ -6,7 +6,7 @@ several ranks all divide once, at the end.
 Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. A fused loss uses the
 hidden states of the supervised positions only and never holds their logits (losses/fused.py); where the model allows it, the
 last block computes only these positions too (models/head.py). It is used if it agrees with plain on a few tokens of this
-model (losses/check.py); otherwise plain, or the whole block, is used, and the run header says why.
+model (losses/agree.py); otherwise plain, or the whole block, is used, and the run header says why.
 
 Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.kernels.measure import Kernels, left_unchanged
 from mlx_lora.models.prefix_attention import shared_caches
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
@@ -118,3 +120,29 @@ def plain(description: str) -> Loss:
 
 
 PLAIN = plain("plain cross-entropy")
+
+
+# The gradient
+
+Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
+"""(arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
+
+
+def differentiation(
+    model: nn.Module, loss: LossFunction, kernels: Kernels = nullcontext, strategy: Strategy = SINGLE_DEVICE
+) -> Differentiation:
+    """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
+    gradient = strategy.value_and_grad(model, loss)
+
+    def differentiate(arrays: Arrays) -> tuple[mx.array, mx.array, dict, dict]:
+        # The kernels around the backward pass as well: checkpointed blocks run again there.
+        with left_unchanged(model), kernels(model):
+            (loss_sum, tokens, *reports), grads = gradient(model, arrays)
+        return loss_sum, tokens, reports[0] if reports else {}, grads
+
+    return differentiate
+
+
+def compiled_over(model: nn.Module, function: Differentiation) -> Differentiation:
+    """Compile a function of batches that reads the model and draws random numbers."""
+    return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -133,7 +134,9 @@ def distill_loss(
         def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             taught = [arrays[name] for name in ("relative", "ids") if name in arrays]
             if head is None:
-                losses, kl = divergence_of_logits(_whole_logits(model, arrays), _known(*taught), options)
+                logits = model(arrays["inputs"])
+                logits = logits.reshape(-1, logits.shape[-1])[arrays["positions"]].astype(mx.float32)  # (P, V)
+                losses, kl = divergence_of_logits(logits, _known(*taught), options)
             else:
                 hidden = head.hidden_at(arrays["positions"], arrays["inputs"])  # (P, D)
                 losses, kl = chunked_divergence(head, hidden, *taught, options=options, gradient=gradient)
@@ -186,7 +189,13 @@ def chunked_divergence(
             if found[0]:  # one chunk at a time
                 h = mx.depends(h, [column[-1] for column in found if column])
             teacher = _known(relative[start:stop], *(one[start:stop] for one in known))
-            parts = _chunk(head, arrays, h, teacher, options, gradient)
+            logits, ones = chunk_logits(head, arrays, h), mx.ones((len(h),))  # (R, V), (R,)
+            if gradient:
+                compared = partial(_compared, teacher, options)
+                parts, [slopes] = mx.vjp(compared, [logits], [ones, mx.zeros_like(ones)])
+                parts.append(chunk_gradient(head, arrays, h, logits, slopes))
+            else:
+                parts = _compared(teacher, options, logits)
             for column, part in zip(found, parts, strict=False):
                 column.append(part)
         losses, kl, pulled = found
@@ -205,24 +214,8 @@ def chunked_divergence(
     return losses, kl
 
 
-def _chunk(
-    head: Head, arrays: list[mx.array], h: mx.array, teacher: Known, options: DivergenceOptions, gradient: bool
-) -> tuple[mx.array, ...]:
-    """Return these positions' losses (R,), KL (R,), and with `gradient` the hidden states' gradient (R, D)."""
-    logits = chunk_logits(head, arrays, h)  # (R, V)
-    if not gradient:
-        return divergence_of_logits(logits, teacher, options)
-    zeros, ones = mx.zeros((len(h),)), mx.ones((len(h),))
-    [losses, kl], [d_logits] = mx.vjp(
-        lambda logits: list(divergence_of_logits(logits, teacher, options)), [logits], [ones, zeros]
-    )
-    return losses, kl, chunk_gradient(head, arrays, h, logits, d_logits)
-
-
-def _whole_logits(model: nn.Module, arrays: Arrays) -> mx.array:
-    """Return the logits of the positions, (P, V) float32, from the model's own of all."""
-    logits = model(arrays["inputs"])
-    return logits.reshape(-1, logits.shape[-1])[arrays["positions"]].astype(mx.float32)
+def _compared(teacher: Known, options: DivergenceOptions, logits: mx.array) -> list[mx.array]:
+    return list(divergence_of_logits(logits, teacher, options))
 
 
 def _known(relative: mx.array, *ids: mx.array) -> Known:

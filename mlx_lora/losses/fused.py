@@ -47,18 +47,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels.choose import polynomial_candidates
 from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
     ShapeClass,
     TimingInputs,
     choose,
+    figures_key,
     keep_figures,
     may_measure,
     measure,
     read_figures,
 )
-from mlx_lora.kernels.table import figures_key, polynomial_candidates
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches
@@ -305,9 +306,13 @@ def row_token_losses(
             h, t, w = hidden[start:stop], targets[start:stop], weights[start:stop]
             if losses:  # one chunk at a time
                 h = mx.depends(h, [losses[-1], *parts[-1:]])
-            loss, dh = _chunk_loss(head, list(arrays), h, t, w, gradient)
-            losses.append(loss)
-            parts += [dh] if gradient else []
+            logits = chunk_logits(head, list(arrays), h)  # (R, V)
+            if gradient:
+                [own], [slopes] = mx.vjp(lambda x, t=t: [mx.fast.cross_entropy(x, t)], [logits], [w])
+                losses.append(own * w)
+                parts.append(chunk_gradient(head, list(arrays), h, logits, slopes))
+            else:
+                losses.append(mx.fast.cross_entropy(logits, t) * w)
         if not losses:
             return mx.zeros((0,)), mx.zeros_like(hidden)
         return mx.concatenate(losses), mx.concatenate(parts) if gradient else mx.zeros_like(hidden)
@@ -319,17 +324,6 @@ def row_token_losses(
         return (dh, *(mx.zeros_like(array) for array in rest))
 
     return forward(hidden, targets, weights, *head.arrays)[0]
-
-
-def _chunk_loss(
-    head: Head, arrays: list[mx.array], h: mx.array, targets: mx.array, weights: mx.array, gradient: bool
-) -> tuple[mx.array, mx.array]:
-    """Return these rows' weighted losses (R,), and their gradient (R, D) in h's dtype (empty without `gradient`)."""
-    logits = chunk_logits(head, arrays, h)  # (R, V)
-    if not gradient:
-        return mx.fast.cross_entropy(logits, targets) * weights, mx.zeros((0,))
-    [losses], [d_logits] = mx.vjp(lambda x: [mx.fast.cross_entropy(x, targets)], [logits], [weights])
-    return losses * weights, chunk_gradient(head, arrays, h, logits, d_logits)
 
 
 def chunk_logits(head: Head, arrays: list[mx.array], h: mx.array) -> mx.array:
@@ -458,11 +452,18 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
     targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
     weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
 
+    def exact(kept: slice, after: list[mx.array], hidden: mx.array) -> mx.array:
+        # No gradient goes through the order: 4-bit floats are looked up by their codes, which have none.
+        waiting = mx.depends(list(head.arrays), [hidden, *after])
+        arrays = [mx.stop_gradient(array[kept]) for array in waiting]
+        return head.finish(hidden.astype(mx.float32) @ head.dense(arrays, mx.float32).T, kept)
+
     def exactly(hidden: mx.array) -> mx.array:
         logits: list[mx.array] = []
         rows = max(1, tile_bytes // (4 * width))  # a large head as floats would be more than the run takes
         for start in range(0, vocabulary, rows):
-            logits.append(_exact_logits(head, hidden, slice(start, start + rows), logits[-1:]))
+            # One slice after the other, whose weight is dequantized again for the gradient.
+            logits.append(mx.checkpoint(partial(exact, slice(start, start + rows), logits[-1:]))(hidden))
         return of_logits(mx.concatenate(logits, axis=-1), targets)
 
     candidates: dict[str, Any] = {
@@ -480,26 +481,6 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
 
     figures = measured(candidates)
     return figures if any(one.correct for one in figures.values()) else {**figures, **measured(all_logits)}
-
-
-def _exact_logits(head: Head, hidden: mx.array, kept: slice, after: list[mx.array]) -> mx.array:
-    """Return float32 logits of a slice of the vocabulary, (R, S), whose weight is dequantized again for the gradient.
-
-    Args:
-        head: of the model.
-        hidden: (R, D).
-        kept: the slice.
-        after: what is computed first, so that slices are not in memory together.
-    """
-
-    @mx.checkpoint
-    def logits(hidden: mx.array) -> mx.array:
-        # No gradient goes through the order: 4-bit floats are looked up by their codes, which have none.
-        waiting = mx.depends(list(head.arrays), [hidden, *after])
-        arrays = [mx.stop_gradient(array[kept]) for array in waiting]
-        return head.finish(hidden.astype(mx.float32) @ head.dense(arrays, mx.float32).T, kept)
-
-    return logits(hidden)
 
 
 def head_class(head: Head) -> ShapeClass:

@@ -111,17 +111,38 @@ PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_k
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 
 
-ENCODER_FILE = "encoder"
+BERT = ("bert", "roberta", "xlm-roberta", "camembert")
+SHIFTED = ("roberta", "xlm-roberta", "camembert")  # whose positions begin after the padding token's id
+MODERN = "modernbert"
+ENCODERS = (*BERT, MODERN)
 # model_type -> the module of this room that has its `Model` and `ModelArgs`; it is imported when such a model is opened.
 OWN_ARCHITECTURES = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), ENCODER_FILE),
+    **dict.fromkeys(ENCODERS, "encoder"),
     **dict.fromkeys(("smolvlm", "idefics3", "paligemma"), "vlm_text"),
 }
 
 
 def names_encoder(config: Values) -> bool:
     """Return whether a config.json is an encoder's, which gives vectors of texts and predicts no tokens."""
-    return OWN_ARCHITECTURES.get(str(config.get("model_type"))) == ENCODER_FILE
+    return config.get("model_type") in ENCODERS
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Return whether a model is an encoder, whose calls take the lengths of rows."""
+    return getattr(model, "takes_lengths", False)
+
+
+def check_language_model(model: nn.Module, model_id: str) -> None:
+    """Refuse an encoder where a text is to be written or scored token by token.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_encoder(model):
+        raise InputError(
+            f"--model {model_id}: it is an encoder, which gives vectors of texts and writes none; choose a language model, or "
+            "get the vectors with `mlx-lora embed`"
+        )
 
 
 def architecture_of(config: Values) -> tuple[type, type]:

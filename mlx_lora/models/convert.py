@@ -26,8 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.models.config import architecture_of, check_rotation, translate_config
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import architecture_of, check_rotation, is_encoder, translate_config
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     TYPES,
@@ -41,7 +40,6 @@ from mlx_lora.models.folder import (
     write_json,
 )
 from mlx_lora.models.quantize import AFFINE, QuantFormat, choose_quantization, dequantize_model, quantize_model
-from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -294,6 +292,8 @@ def _convert_folder(
     config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
+    from mlx_lora.models.side_files import copy_side_files  # a run that loads a model copies none
+
     copy_side_files(source.path, folder)
     return conversion
 
@@ -377,25 +377,6 @@ def cast_model(model: nn.Module, dtype: mx.Dtype, *, keep_float32: bool = False)
     model.update(tree_unflatten(cast))
 
 
-def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Return a source's model with float weights, as the reference that a conversion is compared with."""
-    if source.kind == "gguf":
-        from mlx_lora.gguf.arch import model_config, weight_map
-        from mlx_lora.gguf.reader import read_gguf
-        from mlx_lora.gguf.weights import import_weights
-
-        file = read_gguf(source.path)
-        config = model_config(file)
-        model = build_model(config)
-        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
-        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
-        return model
-    model, config = load_weights(source.path, trust_remote_code)
-    model, _ = dequantize_model(model, config)
-    cast_model(model, dtype)
-    return model
-
-
 # The cost of a conversion
 
 REPORT_TOKENS = 2048
@@ -433,7 +414,20 @@ def compare_on_text(
     result = measure_text_loss(converted, ids, bos_id)
     del converted
     mx.clear_cache()
-    model = load_float_model(source, device.compute_dtype(), trust_remote_code)
+    if source.kind == "gguf":  # as floats, which the conversion is compared with
+        from mlx_lora.gguf.arch import model_config, weight_map
+        from mlx_lora.gguf.reader import read_gguf
+        from mlx_lora.gguf.weights import import_weights
+
+        file = read_gguf(source.path)
+        config = model_config(file)
+        model = build_model(config)
+        imported = import_weights(file.tensors, weight_map(file, config), "float", device.compute_dtype())
+        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
+    else:
+        model, config = load_weights(source.path, trust_remote_code)
+        model, _ = dequantize_model(model, config)
+        cast_model(model, device.compute_dtype())
     reference = measure_text_loss(model, ids, bos_id)
     found = {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
     if rounded is not None:

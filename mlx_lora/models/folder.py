@@ -498,10 +498,9 @@ class StoredTensor:
 
     def rows(self, rows: slice) -> mx.array:
         """Read rows, and return them in their stored dtype."""
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.size
-        count = rows.stop - rows.start
-        content = np.fromfile(self.file, np.uint8, count * row_bytes, offset=self.begin + rows.start * row_bytes)
-        return mx.array(content).view(self.dtype).reshape(count, *self.shape[1:])
+        at = self.part(rows)
+        content = np.fromfile(self.file, np.uint8, at.bytes, offset=at.begin)
+        return mx.array(content).view(self.dtype).reshape(at.shape)
 
 
 class Watched:
@@ -573,3 +572,20 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if entry["dtype"] in TYPES
         }
     return found
+
+
+# The tower of a vision-language model
+
+# mlx-vlm's names of what a vision-language model has beside its language model, and the parts of paths that are of a connector.
+TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector", "embed_vision")
+CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision"})
+
+
+def of_tower(path: str) -> bool:
+    """Return whether a module or a parameter is of a tower or a connector, by mlx-vlm's name."""
+    return path.split(".", 1)[0] in TOWER_PARTS
+
+
+def of_connector(path: str) -> bool:
+    """Return whether a module or a parameter is of a connector, by mlx-vlm's name."""
+    return of_tower(path) and not CONNECTORS.isdisjoint(path.split("."))

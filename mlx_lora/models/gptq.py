@@ -250,28 +250,23 @@ def feedback_codes(weight: mx.array, curvature: Curvature, grid: Grid) -> tuple[
     return mx.stack(codes)[back].T, mx.stack(values)[back].T
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A weight that was rounded.
-
-    Attributes:
-        packed: as `mx.quantize` returns it.
-        error: (O,) `Curvature.error` of its rounding.
-    """
-
-    packed: PackedWeight
-    error: mx.array
-
-
-def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> Rounded:
-    """Round a weight for the outputs of its layer.
+def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> tuple[PackedWeight, mx.array]:
+    """Round a weight for the outputs of its layer, and return it packed, with (O,) the `Curvature.error` of that.
 
     Args:
         weight: (O, I) float32.
         curvature: of the layer's inputs.
         grids: to begin with, all with the same quantization; each row takes the one that rounds it best.
     """
-    grid = _best_rows(grids, [curvature.error(weight - grid.rounded(weight)[1]) for grid in grids])
+    grid, *others = grids
+    least = curvature.error(weight - grid.rounded(weight)[1])
+    for other in others:
+        error = curvature.error(weight - other.rounded(weight)[1])
+        wins = (error < least)[:, None]
+        scales, biases = mx.where(wins, other.scales, grid.scales), mx.where(wins, other.biases, grid.biases)
+        both = other.stored is not None and grid.stored is not None
+        stored = mx.where(wins, other.stored, grid.stored) if both else None
+        grid, least = replace(grid, scales=scales, biases=biases, stored=stored), mx.minimum(error, least)
     if grid.stored is not None:
         codes, values = feedback_codes(weight, curvature, grid)
     else:
@@ -279,20 +274,7 @@ def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> R
         codes, _ = feedback_codes(weight, curvature, grid)
         grid = grid.fitted(codes, weight, curvature.hessian)
         values = grid.values(codes)
-    return Rounded(grid.packed(codes), curvature.error(weight - values))
-
-
-def _best_rows(grids: list[Grid], errors: list[mx.array]) -> Grid:
-    """Return a grid whose rows are each from the grid with the least error."""
-    best, least = grids[0], errors[0]
-    for grid, error in zip(grids[1:], errors[1:], strict=True):
-        wins = (error < least)[:, None]
-        scales, biases = mx.where(wins, grid.scales, best.scales), mx.where(wins, grid.biases, best.biases)
-        stored = (
-            mx.where(wins, grid.stored, best.stored) if grid.stored is not None and best.stored is not None else None
-        )
-        best, least = replace(best, scales=scales, biases=biases, stored=stored), mx.minimum(error, least)
-    return best
+    return grid.packed(codes), curvature.error(weight - values)
 
 
 # Quantize a float model with mlx-lm's own learned quantizers, on rows of text instead of by rounding alone.

@@ -192,7 +192,9 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
         return own(mx.where(places > 0, padding, tokens))
 
     def compute_body(own: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
-        return own(inputs, cache or [layout if _attends(block) else None for block in body.layers], *args, **kwargs)
+        # Recurrent blocks ask no cache for positions.
+        caches = [None if getattr(block, "is_linear", False) else layout for block in body.layers]
+        return own(inputs, cache or caches, *args, **kwargs)
 
     def compute_block(deep: mx.array, own: Any, *args: Any, **kwargs: Any) -> mx.array:
         out = own(*args, **kwargs)
@@ -207,11 +209,6 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
         calls.append((model.layers[number], partial(compute_block, given["deep"][number])))
     with answering(*calls):
         yield
-
-
-def _attends(block: nn.Module) -> bool:
-    """Return whether a block has attention, which asks its cache for positions; the others are recurrent."""
-    return not getattr(block, "is_linear", False)
 
 
 def text_body(model: nn.Module) -> Any:

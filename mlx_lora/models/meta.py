@@ -1,4 +1,4 @@
-"""Build a model without its weights (PyTorch's meta device), and read from its modules what the planner and checks need.
+"""Build a model without its weights (PyTorch's meta device), and read from its modules what the planner needs.
 
 Nothing is computed: MLX arrays have a shape before they are computed, and an outline's arrays are never read. So a model
 built from config.json is enough, for every architecture of mlx-lm, and even a 70B model takes hardly any memory.
@@ -8,19 +8,14 @@ built from config.json is enough, for every architecture of mlx-lm, and even a 7
     layer_caches   what its layers keep of a row while they generate. The model is called on two tokens: its caches then hold
                    arrays that have a shape, and a dtype, but no numbers. So latent attention, shared keys, sliding windows
                    and recurrent states count as what they are.
-    few_blocks     a model shortened to one block of each kind, so that a check of its kernels and its loss does not compute
-                   all of them. Blocks of one kind have the same code and the same shapes: what computes one of them wrongly
-                   computes all of them wrongly. They are checked between the model's own embedding, last norm and head.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +32,11 @@ from mlx_lora.adapters.qat import FakeQuantized
 from mlx_lora.compat.functions import original
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import traced_calls
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.convert import FLOATS, build_model, cast_model, has_bits, quantization_entries
-from mlx_lora.models.encoder import Model as Encoder
-from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, read_safetensors_header, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, of_tower, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
-from mlx_lora.models.side_files import of_tower
 from mlx_lora.planner.memory import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -262,7 +255,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         plain_loss=not whole,
         source_bytes=source_bytes,
         parameters=count_parameters(model),
-        most_tokens=model.args.longest if isinstance(model, Encoder) else 0,
+        most_tokens=model.args.longest if is_encoder(model) else 0,
     )
 
 
@@ -336,7 +329,7 @@ def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> B
     attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
     heads = int(config.get("num_attention_heads") or 0) if attends else 0
     norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
-    # Whether the block's modules use the gated activation that training replaces (kernels/table.py).
+    # Whether the block's modules use the gated activation that training replaces (kernels/choose.py).
     homes, own = {sys.modules[type(module).__module__] for module in block.modules()}, original(activations, "swiglu")
     gated = "silu" if any(original(home, "swiglu") is own for home in homes) else "other"
     width = config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // (heads or 1)
@@ -388,102 +381,3 @@ def _kept_by(cache: Any) -> list[LayerCache]:
         return []
     token_bytes = sum(array.nbytes // array.shape[2] for array in (cache.keys, cache.values))
     return [LayerCache(token_bytes, cache.max_size if isinstance(cache, RotatingKVCache) else None)]
-
-
-# One block of each kind
-
-
-@contextmanager
-def few_blocks(model: nn.Module, tokens: int, planned: AbstractContextManager | None = None) -> Iterator[list[int]]:
-    """Let a model have one block of each kind inside the block, or all of them if it cannot be shortened.
-
-    Args:
-        model: an mlx-lm model, adapted or not; its last block stays the last one.
-        tokens: in the rows that it is called on.
-        planned: a context in which the model only plans what it computes, if it would compute at once.
-
-    Yields:
-        The numbers of the blocks that it has.
-    """
-    with planned or nullcontext():
-        some = enough_blocks(model, tokens)
-    with only_blocks(model, some):
-        yield some
-
-
-def enough_blocks(model: nn.Module, tokens: int) -> list[int]:
-    """Return the numbers of a model's last blocks of each kind, as many as are needed, ascending.
-
-    With these blocks alone, the model must use every kernel and shape that it uses with all of them: some choose a mask by a
-    list of their own (GPT-OSS), which no block's settings show.
-    """
-    of_kind: dict[tuple, list[int]] = {}
-    for number, block in enumerate(_blocks(model)):
-        of_kind.setdefault(block_kind(block), []).append(number)
-    everything, each = list(range(len(_blocks(model)))), 1
-    of_all = _used(model, tokens) if everything else None
-    while of_all is not None:
-        some = sorted(number for numbers in of_kind.values() for number in numbers[-each:])
-        with only_blocks(model, some) as shortened:
-            if len(some) == len(everything) or not shortened:
-                break
-            if _used(model, tokens) == of_all:
-                return some
-        each *= 2
-    return everything
-
-
-def block_kind(block: nn.Module) -> tuple:
-    """Return what two blocks of the same kind have in common: types, shapes, and settings other than their index."""
-    parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
-    trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
-    settings = tuple(
-        (path, name, value)
-        for path, module in block.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, str))
-        or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
-    )
-    return tuple(type(m) for m in block.modules()), parameters, trained, settings
-
-
-def _used(model: nn.Module, tokens: int) -> set[Any] | None:
-    """Return the kernels and shapes that the model uses, None if its code fails."""
-    try:
-        return {(kernel.name, shape) for kernel, shape in traced_calls(model, [tokens])}
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return None
-
-
-@contextmanager
-def only_blocks(model: nn.Module, some: Sequence[int]) -> Iterator[bool]:
-    """Let a model have only some of its blocks inside the block.
-
-    Args:
-        model: an mlx-lm model whose blocks are in a list of one of its modules.
-        some: the numbers of the blocks to keep.
-
-    Yields:
-        Whether it has only these.
-    """
-    blocks = _blocks(model)
-    homes = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in module.items()
-        if isinstance(value, list) and len(value) == len(blocks) and all(map(operator.is_, value, blocks))
-    ]
-    for module, name, value in homes:
-        module[name] = [value[number] for number in some]
-    try:
-        yield len(_blocks(model)) == len(some)
-    finally:
-        for module, name, value in homes:
-            module[name] = value
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the model's blocks; a model that shows none is left whole."""
-    return list(getattr(model, "layers", ()))

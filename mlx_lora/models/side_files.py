@@ -25,19 +25,6 @@ OF_LANGUAGE = (
     "language_model.", "model.language_model.", "model.text_model.", "text_model.", "lm_head.", "model.lm_head.",
     "model.layers.", "model.embed_tokens.", "model.norm.",
 )  # fmt: skip
-# mlx-vlm's names of what a vision-language model has beside its language model, and the parts of paths that are of a connector.
-TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector", "embed_vision")
-CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision"})
-
-
-def of_tower(path: str) -> bool:
-    """Return whether a module or a parameter is of a tower or a connector, by mlx-vlm's name."""
-    return path.split(".", 1)[0] in TOWER_PARTS
-
-
-def of_connector(path: str) -> bool:
-    """Return whether a module or a parameter is of a connector, by mlx-vlm's name."""
-    return of_tower(path) and not CONNECTORS.isdisjoint(path.split("."))
 
 
 def files_with_tower(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from mlx_lora.gguf.tokenizer import (
     CONTROL,
@@ -24,8 +24,9 @@ from mlx_lora.gguf.tokenizer import (
     UNUSED,
     USER_DEFINED,
     Vocabulary,
-    bos_eos_template,
     merges_from_scores,
+    sentencepiece_decoder,
+    with_added_tokens,
     write_folder,
 )
 from mlx_lora.utils.errors import InputError
@@ -56,7 +57,29 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
             f"{model_file}: a SentencePiece unigram model; only BPE is supported, use a copy with tokenizer.json"
         )
     config = _read_json(folder / "tokenizer_config.json")
-    vocabulary = _vocabulary(proto, config, _added_tokens(folder, config, len(proto.pieces)))
+    pieces, spec, added = proto.pieces, proto.trainer_spec, _added_tokens(folder, config, len(proto.pieces))
+    tokens = [piece.piece for piece in pieces] + list(added)
+    ids = {token: i for i, token in enumerate(tokens)}
+    special = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id, "pad": spec.pad_id}
+    for name in special:
+        named = config.get(f"{name}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        special[name] = ids.get(text, special[name]) if isinstance(text, str) else special[name]
+    special = {name: i for name, i in special.items() if 0 <= i < len(tokens)}
+    template = config.get("chat_template")
+    vocabulary = Vocabulary(
+        model="llama",
+        tokens=tokens,
+        types=[piece.type for piece in pieces] + list(added.values()),
+        scores=[piece.score for piece in pieces] + [0.0] * len(added),
+        merges=[],
+        pre="default",
+        special=special,
+        add_bos=bool(config.get("add_bos_token", True)) and "bos" in special,
+        add_eos=bool(config.get("add_eos_token", False)) and "eos" in special,
+        add_space_prefix=proto.normalizer_spec.add_dummy_prefix,
+        chat_template=template if isinstance(template, str) else None,
+    )
     write_folder(vocabulary, _build(vocabulary, proto), out)
     for own in (folder / "generation_config.json", *folder.glob("*.jinja")):
         if own.is_file() and own.resolve() != (out / own.name).resolve():
@@ -88,34 +111,6 @@ def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> dict[s
     return {by_id[i]: USER_DEFINED if by_id[i] in texts else CONTROL for i in ids}
 
 
-def _vocabulary(proto: Any, config: dict[str, Any], added: dict[str, int]) -> Vocabulary:
-    """Return one vocabulary with the pieces, the folder's settings and its added tokens."""
-    pieces = proto.pieces
-    tokens = [piece.piece for piece in pieces] + list(added)
-    ids = {token: i for i, token in enumerate(tokens)}
-    spec = proto.trainer_spec
-    special = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id, "pad": spec.pad_id}
-    for name in special:
-        named = config.get(f"{name}_token")
-        text = named.get("content") if isinstance(named, dict) else named
-        special[name] = ids.get(text, special[name]) if isinstance(text, str) else special[name]
-    special = {name: i for name, i in special.items() if 0 <= i < len(tokens)}
-    template = config.get("chat_template")
-    return Vocabulary(
-        model="llama",
-        tokens=tokens,
-        types=[piece.type for piece in pieces] + list(added.values()),
-        scores=[piece.score for piece in pieces] + [0.0] * len(added),
-        merges=[],
-        pre="default",
-        special=special,
-        add_bos=bool(config.get("add_bos_token", True)) and "bos" in special,
-        add_eos=bool(config.get("add_eos_token", False)) and "eos" in special,
-        add_space_prefix=proto.normalizer_spec.add_dummy_prefix,
-        chat_template=template if isinstance(template, str) else None,
-    )
-
-
 def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
     """Return SentencePiece's own pipeline: normalize, keep user-defined symbols whole, merge."""
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
@@ -132,35 +127,22 @@ def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
             ignore_merges=bool(user_defined),
         )
     )
-    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
-    if user_defined:
-        longest_first = sorted(user_defined, key=len, reverse=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
-    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=kind != USER_DEFINED)
-            for number, (token, kind) in enumerate(kinds)
-            if kind in (UNKNOWN, CONTROL) or number >= len(proto.pieces)
-        ]
-    )
-    template = bos_eos_template(vocabulary)
-    if template is not None:
-        tokenizer.post_processor = template
-    return tokenizer
-
-
-def _normalizer(spec: Any) -> normalizers.Sequence:
-    """Return SentencePiece's normalization: map characters, squeeze spaces, add the dummy prefix, escape spaces."""
-    steps: list[Any] = []
+    # Map characters, squeeze spaces, add the dummy prefix, escape spaces.
+    spec, steps = proto.normalizer_spec, list[Any]()
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    if user_defined:
+        longest_first = sorted(user_defined, key=len, reverse=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+    tokenizer.decoder = sentencepiece_decoder(vocabulary)
+    added = [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        for number, (token, kind) in enumerate(kinds)
+        if kind in (UNKNOWN, CONTROL) or number >= len(proto.pieces)
+    ]
+    return with_added_tokens(tokenizer, vocabulary, added)

@@ -68,7 +68,12 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
         # The tokenizers library raises plain Exception. Any other type that is not in FOREIGN_ERRORS is a bug.
         if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
             raise
-        if _is_about_the_config(folder, trust_remote_code, error):
+        about_the_config = False  # which transformers reads before the tokenizer
+        try:
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except FOREIGN_ERRORS as of_config:
+            about_the_config = str(of_config) == str(error)
+        if about_the_config:
             raise InputError(
                 f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); fix that field, or download the "
                 "model again"
@@ -77,15 +82,6 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_cod
             f"{folder}: its tokenizer cannot be loaded ({short(error)}); it requires tokenizer.json or tokenizer.model"
         ) from error
     return tokenizer
-
-
-def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
-    """Return whether transformers failed at the model's config, which it reads before the tokenizer."""
-    try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except FOREIGN_ERRORS as of_config:
-        return str(of_config) == str(error)
-    return False
 
 
 def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:

@@ -33,9 +33,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.compat.foreign import MERGE_PICTURE
 from mlx_lora.compat.instances import become
-from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, of_tower, short
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import files_with_tower, of_tower
+from mlx_lora.models.side_files import files_with_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
@@ -292,20 +292,10 @@ def build_tower(config: Mapping[str, Any]) -> Any:
     """Return mlx-vlm's model for a config.json, whose parameters are not computed.
 
     Raises:
-        InputError: mlx-vlm is not installed, or does not know it.
-    """
-    _check_known(config)
-    return _build(_module_of(config), _complete(dict(config), image_token(config)))
-
-
-def _check_known(config: Mapping[str, Any]) -> None:
-    """Refuse what mlx-vlm's towers leave out of a config.
-
-    Raises:
-        InputError: there is such a setting.
+        InputError: mlx-vlm is not installed, does not know it, or leaves out what the config asks for.
     """
     vision = config.get("vision_config") or {}
-    if vision.get("model_type") == "pixtral":
+    if vision.get("model_type") == "pixtral":  # whose settings mlx-vlm's tower leaves out
         if (activation := vision.get("hidden_act", "gelu")) != "silu":
             raise InputError(
                 f"config.json of this {config.get('model_type')} has hidden_act {activation} in its vision_config, and "
@@ -316,6 +306,29 @@ def _check_known(config: Mapping[str, Any]) -> None:
                 f"config.json of this {config.get('model_type')} takes several layers of the tower "
                 "(vision_feature_layer), and mlx-vlm takes one; choose another model"
             )
+    module, token = _module_of(config), image_token(config)
+    utils = importlib.import_module("mlx_vlm.utils")
+    # What mlx-vlm's classes ask for; the text part is never computed.
+    scalars = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    text = {**scalars, **(config.get("text_config") or {})}
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict):
+        full = next((part for part in rope.values() if isinstance(part, dict)), rope)
+        text["rope_theta"] = full.get("rope_theta", 10000.0)
+        if "mrope_section" in full:
+            text["rope_scaling"] = {**full, "type": "default"}
+    text.setdefault("rms_norm_eps", 1e-6)
+    named = {"image_token_id": token, "image_token_index": token}
+    whole = {**text, **config, **named, "text_config": text, "audio_config": None}  # without what hears
+    arguments = module.ModelConfig.from_dict(whole)
+    whole["text_config"] = text  # a few classes put their own there
+    arguments = utils.update_module_configs(arguments, module, whole, ["text", "vision", "perceiver", "projector"])
+    try:
+        return module.Model(arguments)
+    except ValueError:
+        # transformers 5 writes qwen3_vl_vision where published files, and mlx-vlm's check, have qwen3_vl.
+        arguments.vision_config.model_type = str(arguments.vision_config.model_type).removesuffix("_vision")
+        return module.Model(arguments)
 
 
 def _module_of(config: Mapping[str, Any]) -> ModuleType:
@@ -337,36 +350,6 @@ def _module_of(config: Mapping[str, Any]) -> ModuleType:
         raise InputError(f"mlx-vlm does not know {kind} models ({short(error, 100)}); choose another model") from error
 
 
-def _complete(config: dict[str, Any], token: int) -> dict[str, Any]:
-    """Return a config with what mlx-vlm's classes ask for; the text part is never computed."""
-    scalars = {name: value for name, value in config.items() if not isinstance(value, dict)}
-    text = {**scalars, **(config.get("text_config") or {})}
-    rope = text.get("rope_parameters")
-    if isinstance(rope, dict):
-        full = next((part for part in rope.values() if isinstance(part, dict)), rope)
-        text["rope_theta"] = full.get("rope_theta", 10000.0)
-        if "mrope_section" in full:
-            text["rope_scaling"] = {**full, "type": "default"}
-    text.setdefault("rms_norm_eps", 1e-6)
-    named = {"image_token_id": token, "image_token_index": token}
-    return {**text, **config, **named, "text_config": text, "audio_config": None}  # without what hears
-
-
-def _build(module: ModuleType, config: dict[str, Any]) -> Any:
-    """Return mlx-vlm's model; its parameters are not computed."""
-    utils = importlib.import_module("mlx_vlm.utils")
-    text = config["text_config"]
-    arguments = module.ModelConfig.from_dict(config)
-    config["text_config"] = text  # a few classes put their own there
-    arguments = utils.update_module_configs(arguments, module, config, ["text", "vision", "perceiver", "projector"])
-    try:
-        return module.Model(arguments)
-    except ValueError:
-        # transformers 5 writes qwen3_vl_vision where published files, and mlx-vlm's check, have qwen3_vl.
-        arguments.vision_config.model_type = str(arguments.vision_config.model_type).removesuffix("_vision")
-        return module.Model(arguments)
-
-
 def _tower_weights(folder: Path, module: ModuleType, model: Any) -> dict[str, mx.array]:
     """Return the tensors of a folder that are not of the language model, under mlx-vlm's names."""
     utils = importlib.import_module("mlx_vlm.utils")
@@ -379,13 +362,12 @@ def _tower_weights(folder: Path, module: ModuleType, model: Any) -> dict[str, mx
         if kind is not None and arguments is not None:
             weights = utils.sanitize_weights(kind, weights, arguments)
     wanted = {name for name, _ in tree_flatten(model.parameters()) if not name.startswith(LANGUAGE)}
-    return {_as_wanted(name, wanted): w for name, w in weights.items() if not name.startswith((LANGUAGE, "lm_head"))}
-
-
-def _as_wanted(name: str, wanted: set[str]) -> str:
-    """Return a tensor's name with `vision_model`, if mlx-vlm has it under that name."""
-    longer = name.replace(TOWER, TOWER + INNER, 1)
-    return longer if name.startswith(TOWER) and name not in wanted and longer in wanted else name
+    found = {}
+    for name, array in weights.items():
+        if not name.startswith((LANGUAGE, "lm_head")):
+            longer = name.replace(TOWER, TOWER + INNER, 1)  # mlx-vlm has some with `vision_model`
+            found[longer if name.startswith(TOWER) and name not in wanted and longer in wanted else name] = array
+    return found
 
 
 def _load(model: Any, weights: dict[str, mx.array], config: dict[str, Any]) -> None:

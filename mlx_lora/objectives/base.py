@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.losses.check import Compute
+    from mlx_lora.losses.agree import Compute
     from mlx_lora.models.load import Base
     from mlx_lora.planner.memory import MemoryPlan, ModelShape
     from mlx_lora.trainer.guards import StepsDone

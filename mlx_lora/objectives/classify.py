@@ -2,7 +2,7 @@
 
 It is transformers' model for sequence classification: a linear layer of K outputs without a bias reads the last token after the
 model's last norm, and is trained in full beside the adapter (models/head.py). Losses and measures are in
-losses/classification.py. The labels, in the order of the outputs, are kept with the adapter.
+losses/scores.py. The labels, in the order of the outputs, are kept with the adapter.
 
 For several labels, each has a threshold of its probability. It is chosen on the validation rows, at every validation, and kept with
 the adapter; what the run reports of these rows is with thresholds of 1/2, because one that was chosen on the rows it is
@@ -26,7 +26,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.data.labeled import LABEL
-from mlx_lora.losses.classification import (
+from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
+from mlx_lora.losses.scores import (
     NUMBER,
     SEVERAL,
     SINGLE,
@@ -40,7 +41,6 @@ from mlx_lora.losses.classification import (
     probabilities,
     spearman,
 )
-from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.objectives.base import BoundObjective, RunContext, ScoreHead, WholeSet
 from mlx_lora.objectives.scored_texts import ScoredTexts, as_share
 from mlx_lora.utils.errors import InputError

@@ -26,7 +26,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import RowStore, TableFormat, TeacherTable
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.divergence import (
     FORWARD_KL,
     REVERSE_KL,

@@ -36,8 +36,8 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSe
 from mlx_lora.data.pairs import TextForm, load_pairs
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of, vectors_of_start
 from mlx_lora.exporters.sentence_transformers import EmbeddingForm
-from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.check import choose_compute
+from mlx_lora.kernels.choose import training_kernels
+from mlx_lora.losses.agree import choose_compute
 from mlx_lora.losses.contrastive import (
     COSENT,
     INFONCE,
@@ -49,11 +49,10 @@ from mlx_lora.losses.contrastive import (
     losses_of,
     normalized,
     retrieval,
-    spearman,
 )
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
-from mlx_lora.models.encoder import Model as Encoder
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.losses.scores import spearman
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext, WholeSet
@@ -202,7 +201,7 @@ class ModelFiles:
     @classmethod
     def of(cls, base: Base) -> ModelFiles:
         """Return those of a loaded model."""
-        return cls(base.folder, base.model.args.longest if isinstance(base.model, Encoder) else None)
+        return cls(base.folder, base.model.args.longest if is_encoder(base.model) else None)
 
     @property
     def longest_text(self) -> int:

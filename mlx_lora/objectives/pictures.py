@@ -33,7 +33,7 @@ from mlx_lora.adapters.inject import has_weights
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, of_connector, of_tower, short
 from mlx_lora.models.graph import (
     AHEAD,
     as_evaluated,
@@ -44,7 +44,6 @@ from mlx_lora.models.graph import (
     uncollected,
 )
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
-from mlx_lora.models.side_files import of_connector, of_tower
 from mlx_lora.models.vision import (
     VisionTower,
     arrays_of,

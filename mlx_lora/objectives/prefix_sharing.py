@@ -42,8 +42,8 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.batch import EMPTY, SIZES, SLOTS_STEP, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.table import KernelChoice, training_kernels
-from mlx_lora.losses.check import Probe, choose_compute, disagreement, probe
+from mlx_lora.kernels.choose import KernelChoice, training_kernels
+from mlx_lora.losses.agree import Probe, choose_compute, disagreement, probe
 from mlx_lora.losses.cross_entropy import Loss, token_arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows

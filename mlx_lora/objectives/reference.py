@@ -31,8 +31,8 @@ from mlx_lora.exporters.adapter_folder import (
     resume_file,
     start_folder,
 )
-from mlx_lora.kernels.table import KernelChoice, long_row_kernels, training_kernels
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.kernels.choose import KernelChoice, long_row_kernels, training_kernels
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import Loss, TokenLosses
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.prefix_attention import unshareable

@@ -2,7 +2,7 @@
 
 Query and document are read together (data/labeled.py), and the score head of one output reads the last token, as in a
 classifier (objectives/classify.py). A query with K documents is an example of K rows, which stay together in a batch; a query
-with fewer has rows of one token, which no loss reads. Losses and measures are in losses/ranking.py.
+with fewer has rows of one token, which no loss reads. Losses and measures are in losses/scores.py.
 
 Shapes: B rows of a batch, E = B / K queries, T columns, P positions (one for each row, then padding).
 """
@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.labeled import GRADES, ROWS
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.losses.ranking import LISTWISE, best_first, random_mrr, ranking_loss, ranking_measures
+from mlx_lora.losses.scores import LISTWISE, best_first, random_mrr, ranking_loss, ranking_measures
 from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import BoundObjective, RunContext, ScoreHead, WholeSet
 from mlx_lora.objectives.scored_texts import ScoredTexts, as_share

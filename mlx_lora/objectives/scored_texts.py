@@ -25,10 +25,10 @@ from mlx_lora.data.examples import Conversation, Text
 from mlx_lora.data.labeled import encode_texts, query_with
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.models.encoder import Model
-from mlx_lora.models.head import SCORE, body_of, scores_at, start_words, with_last_block
+from mlx_lora.losses.scores import NUMBER, SEVERAL, SINGLE, probabilities
+from mlx_lora.models.config import is_encoder
+from mlx_lora.models.head import SCORE, body_of, scores_at, with_last_block
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
 from mlx_lora.utils.errors import InputError
@@ -45,15 +45,17 @@ class ScoredTexts(Objective):
     """An objective whose score head an encoder may have, too."""
 
     def open(self, ctx: RunContext) -> None:
-        if ctx.settings.loop.cache_trunk == "on" and isinstance(ctx.base.model, Model):
+        if ctx.settings.loop.cache_trunk == "on" and is_encoder(ctx.base.model):
             raise InputError(
                 f"--cache-trunk on with --model {ctx.base.model_id}: an encoder's blocks depend on the length of a row; leave it out"
             )
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         data, head = super().load_data(ctx), self.head
-        if head and (words := start_words(ctx.base.model, head.outputs)):
-            ctx.record.lines.append(words)
+        if head and is_encoder(ctx.base.model):
+            from mlx_lora.models.encoder import start_words
+
+            ctx.record.lines.append(start_words(ctx.base.model, head.outputs))
         return data
 
     def read_data(self, ctx: RunContext, data: DataSettings) -> DataSplits:
@@ -77,7 +79,7 @@ def as_share(means: dict[str, float], name: str, count: str) -> dict[str, float]
 
 def within_positions(data: DataSettings, model: nn.Module) -> DataSettings:
     """Return the settings with a length that the model can take."""
-    if not isinstance(model, Model):
+    if not is_encoder(model):
         return data
     return replace(data, max_seq_length=min(data.max_seq_length, model.args.longest))
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.rules import problems_with
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import is_encoder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 from mlx_lora.utils.parsing import read_json

@@ -33,7 +33,7 @@ from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import base_fingerprint, load_weights, model_sample, read_config
 from mlx_lora.models.head import find_head

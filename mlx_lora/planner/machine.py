@@ -17,12 +17,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.kernels import activations
-from mlx_lora.kernels.measure import read_store, write_store
 from mlx_lora.planner.memory import Machine
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.utils import device
 from mlx_lora.utils.device import compiles_from_steps, compute_dtype, current_device
-from mlx_lora.utils.files import cache_dir, one_at_a_time
+from mlx_lora.utils.files import cache_dir, one_at_a_time, read_store, write_store
 
 # The shape of a typical product in a training step: positions, and a block's widths.
 ROWS, INNER, OUTER = 1024, 576, 1536

@@ -490,7 +490,7 @@ MAX_KEPT_KEYS = 1536
 # With --offload-activations, what a block keeps is in memory only for the block that is computed, and so is its gradient.
 OFFLOADED_ENDS = 2
 # A checkpointed block's MLP is computed in chunks of positions if the outputs of its layers take more than this
-# (trainer/position_chunks.py). A chunk has at most so many bytes of them: enough positions for products to fill the machine.
+# (trainer/gradient_checkpointing.py). A chunk has at most so many bytes of them: enough positions for products to fill the machine.
 CHUNKED_FROM_BYTES, CHUNK_BYTES = 256 << 20, 64 << 20
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
 # ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
@@ -864,7 +864,7 @@ def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
     # Slice by slice, the last one is dequantized while there are no whole logits yet.
     if shape.shared:
         return max(dense + logits // 2, logits)
-    # It is compared with the run's own loss, at three in four of the tokens (losses/check.py).
+    # It is compared with the run's own loss, at three in four of the tokens (losses/agree.py).
     fused = 0 if shape.plain_loss else _loss_window(shape, RunShape(1, tokens, tokens * 3 // 4), machine)
     return max(dense + logits, fused)
 

@@ -82,7 +82,7 @@ from mlx_lora.engine.prompts import (
     read_completion,
 )
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices

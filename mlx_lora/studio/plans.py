@@ -34,7 +34,7 @@ from mlx_lora.data.files import DataFile, DataSet, find_sets, is_local, named_se
 from mlx_lora.data.records import read_records
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
-from mlx_lora.kernels.table import KernelChoice
+from mlx_lora.kernels.choose import KernelChoice
 from mlx_lora.models.config import PARTS as INNER_CONFIGS
 from mlx_lora.models.meta import Outline
 from mlx_lora.planner.memory import ModelShape

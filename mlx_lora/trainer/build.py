@@ -17,24 +17,22 @@ from mlx_lora.data.sampler import total_steps
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import assumed, exchanging
-from mlx_lora.losses.check import choose_compute
+from mlx_lora.kernels.choose import assumed, exchanging
+from mlx_lora.losses.agree import choose_compute, choose_step_variant
 from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
 from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan, with_examples
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
-from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing, chunk_positions
 from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run, shared_work
 from mlx_lora.trainer.held_out import choose_held_out, measured_batches
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
-from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:

@@ -36,8 +36,7 @@ from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.exporters.peft import check_peft
-from mlx_lora.exporters.sentence_transformers import BODIES
-from mlx_lora.models.encoder import ENCODERS
+from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.reports.diagnosis import CLASSES_FILE, add_classes, begin_lines
@@ -483,7 +482,7 @@ class _Words:
 
     def vectors(self) -> list[str]:
         """Return the export of an embedding model: merged, or where that has another layout, the adapter."""
-        if self.uses.kind in (*SAME_LAYOUT, *BODIES) or not self.uses.in_peft:
+        if self.uses.kind in (*SAME_LAYOUT, *ENCODERS) or not self.uses.in_peft:
             return self.use("export", "--to", "sentence-transformers", "--out", f"{self.folder}-search")
         return self.export("sentence-transformers-peft")
 

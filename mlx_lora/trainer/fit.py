@@ -29,16 +29,16 @@ from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import AUTO, DATA, DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.kernels.attention import Tiles, Windows, attend
+from mlx_lora.kernels.choose import Choose, KernelChoice, assumed, planned_kernels, training_kernels
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
-from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
+from mlx_lora.models.blocks import block_kind
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.graph import AHEAD, as_on_gpu, count_memory, gradient_graph, uncollected
 from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.meta import (
     Outline,
-    block_kind,
     layer_caches,
     model_shape,
     outline_for,
@@ -74,7 +74,7 @@ from mlx_lora.planner.memory import (
     position_chunks,
 )
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
+from mlx_lora.trainer.gradient_checkpointing import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.losses.check import Compute
+    from mlx_lora.losses.agree import Compute
     from mlx_lora.models.load import Base
 
 

@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
@@ -38,12 +36,13 @@ from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import RowStore
-from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
-from mlx_lora.losses.check import disagreement, probe
+from mlx_lora.kernels.choose import KernelChoice, has_recurrence, training_kernels
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.losses.agree import disagreement, package_sum, probe
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
-from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.blocks import output_of, start_at
+from mlx_lora.models.config import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
-from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
@@ -57,10 +56,10 @@ from mlx_lora.utils.text import package_version
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.losses.agree import StepVariant
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import BoundObjective
     from mlx_lora.trainer.checkpoint import Checkpoint
-    from mlx_lora.trainer.step_variant import StepVariant
 
 # Decision
 
@@ -110,13 +109,20 @@ class KeptTrunk:
     Attributes:
         blocks: how many; 0: every epoch computes everything.
         words: for the run header; may be empty.
-        for_steps, for_validation: take a bound objective, and return the one that starts at the first adapted block.
+        rows: the output for the rows to train on, and for the held-out ones if there are any.
     """
 
     blocks: int = 0
     words: str = ""
-    for_steps: Callable[[BoundObjective], BoundObjective] = lambda bound: bound
-    for_validation: Callable[[BoundObjective], BoundObjective] = lambda bound: bound
+    rows: tuple[TrunkRows, ...] = ()
+
+    def for_steps(self, bound: BoundObjective) -> BoundObjective:
+        """Return the objective that starts at the first adapted block."""
+        return with_trunk(bound, self.blocks, self.rows[0]) if self.rows else bound
+
+    def for_validation(self, bound: BoundObjective) -> BoundObjective:
+        """Return the same for held-out rows."""
+        return with_trunk(bound, self.blocks, self.rows[-1]) if self.rows else bound
 
     @property
     def identity(self) -> dict[str, int]:
@@ -160,14 +166,18 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant) -> KeptTrunk:
     """
     if of.asked == "off":
         return KeptTrunk()
-    problem, words = _layout_problem(of), ""
-    if problem is None:
-        problem = no_use(of.shape.first_trained, of.epochs, of.asked)  # before anything is measured
+    words, ranks, shared = "", of.strategy.ranks.size, of.plan.rows.starts is not None
+    if ranks > 1:
+        problem = f"{ranks} processes share the rows"
+    elif is_encoder(of.base.model):
+        problem = "an encoder's blocks depend on the length of a row"
+    else:  # what needs no measurement first
+        problem = rows_problem(shared, of.settings.objective) or no_use(of.shape.first_trained, of.epochs, of.asked)
     if problem is None:
         planned = _planned(of)
         problem = planned.problem(of.asked)
         if problem is None:
-            kept = _tasks_above(of, variant, planned)
+            kept = _kept(of, variant, planned)
             if isinstance(kept, KeptTrunk):
                 return kept
             problem, words = kept, f"frozen blocks computed in every epoch ({kept})"
@@ -176,15 +186,6 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant) -> KeptTrunk:
     if of.before:
         raise InputError(f"--resume: the run kept the output of its frozen blocks, but {problem}; start a new run")
     raise InputError(f"--cache-trunk on: {problem}; leave the flag out")
-
-
-def _layout_problem(of: TrunkAsked) -> str | None:
-    """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
-    if of.strategy.ranks.size > 1:
-        return f"{of.strategy.ranks.size} processes share the rows"
-    if is_encoder(of.base.model):
-        return "an encoder's blocks depend on the length of a row"
-    return rows_problem(of.plan.rows.starts is not None, of.settings.objective)
 
 
 def rows_problem(shared: bool, objective: ObjectiveSettings) -> str | None:
@@ -208,19 +209,14 @@ def _planned(of: TrunkAsked) -> TrunkPlan:
     machine = this_machine(settings.model.dtype)
     largest = max(of.plan.shapes, key=lambda shape: shape[0] * shape[1])
     run = run_of(settings, *largest[:2], settings.loop.grad_checkpoint, largest[2])
-    validated = sum(batch.real_tokens for batch in _held_out(of))
-    positions = int(rows.lengths.sum()) - len(rows) + validated
+    positions = int(rows.lengths.sum()) - len(rows)
+    if of.validation is not None:
+        most = of.settings.loop.val_batches
+        positions += sum(batch.real_tokens for batch in of.validation.batches(-1 if most is None else most))
     high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
     ceilings = ceilings_here(settings.model.dtype)
     mx.random.seed(high << 32 | low)
     return plan_trunk(of.shape, run, machine, ceilings, positions, of.epochs, free_bytes())
-
-
-def _held_out(of: TrunkAsked) -> Iterable[Batch]:
-    if of.validation is None:
-        return ()
-    most = of.settings.loop.val_batches
-    return of.validation.batches(-1 if most is None else most)
 
 
 def free_bytes() -> int:
@@ -229,15 +225,15 @@ def free_bytes() -> int:
     return free_on_disk(room) + sum(map(used_bytes, room.iterdir() if room.is_dir() else ()))
 
 
-def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> KeptTrunk | str:
-    """Return the bound objectives that start above the frozen blocks, or in a few words why there are none."""
-    model, choose = of.base.model, variant.choose
-    trunk = Trunk(model, min(planned.blocks, len(model.layers) - 1))
-    outputs = trunk_outputs(model, trunk, variant.attend, choose, variant.compiled)
-    record = trunk_problem(model, variant, trunk, outputs, of.plan.rows, of.strategy)
+def _kept(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> KeptTrunk | str:
+    """Return what is kept, or in a few words why nothing can be."""
+    model = of.base.model
+    blocks = min(planned.blocks, len(model.layers) - 1)
+    outputs = trunk_outputs(model, blocks, variant)
+    record = trunk_problem(model, variant, blocks, outputs, of.plan.rows, of.strategy)
     if isinstance(record, str):
         return record
-    key = _key(of, variant, trunk, record)
+    key = _key(of, variant, blocks, record)
     plans = [plan for plan in (of.plan, of.validation) if plan is not None]
     folders = [cache_dir("trunk") / key_of_rows(key, plan) for plan in plans]
     crowded = free_on_disk(cache_dir("trunk")) < planned.disk_bytes + ROOM_LEFT_BYTES
@@ -249,22 +245,42 @@ def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> Ke
         ]
     except OSError as error:
         return f"the cache cannot be written ({error.strerror or error})"
-    return KeptTrunk(
-        trunk.blocks,
-        planned.words(),
-        lambda bound: with_trunk(bound, trunk, kept[0]),
-        lambda bound: with_trunk(bound, trunk, kept[-1]),
-    )
+    return KeptTrunk(blocks, planned.words(), tuple(kept))
 
 
-def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: StoredOutput) -> str:
+class NoTrunk(Exception):
+    """A model's blocks are not called one after the other with one array; the message says what was found."""
+
+
+def trunk_outputs(model: nn.Module, blocks: int, variant: StepVariant) -> Callable[[mx.array], mx.array]:
+    """Return a function from token ids (B, T) to the output of the first blocks, computed as in a step, without gradient."""
+
+    def outputs(inputs: mx.array) -> mx.array:
+        training = model.training
+        model.train()  # as in a step: some models compute other kernels in eval mode
+        try:
+            with left_unchanged(model), training_kernels(model, variant.attend, variant.choose):
+                found = output_of(model, blocks - 1, inputs)
+        finally:
+            model.train(training)
+        if not isinstance(found, mx.array) or found.shape[:2] != inputs.shape or found.ndim < 3:
+            raise NoTrunk("it does not pass one array from block to block")
+        return found
+
+    return mx.compile(outputs, inputs=[model.state]) if variant.compiled else outputs
+
+
+def _key(of: TrunkAsked, variant: StepVariant, blocks: int, record: StoredOutput) -> str:
     """Return a text of everything that decides the bytes of a row, besides the rows."""
-    own = {id(a) for block in of.base.model.layers[trunk.blocks :] for _, a in tree_flatten(block.parameters())}
+    own = {id(a) for block in of.base.model.layers[blocks:] for _, a in tree_flatten(block.parameters())}
     trained = {id(a) for _, a in tree_flatten(of.base.model.trainable_parameters())}
-    choice = variant.choose
+    choice, frozen = variant.choose, {id(block) for block in of.base.model.layers[:blocks]}
+    paths = tuple(f"{path}." for path, module in of.base.model.named_modules() if id(module) in frozen)
+    # Of an array that is not in memory, but read from the base's files.
+    in_files = {path: at.check_sum() for path, at in of.base.stored.items() if path.startswith(paths)}
     parts = {
-        "blocks": trunk.blocks,
-        "weights": parameter_sums(of.base.model, own | trained) | _sums_in_files(of.base, trunk),
+        "blocks": blocks,
+        "weights": parameter_sums(of.base.model, own | trained) | in_files,
         "config": of.base.config,
         "record": [record.shape, str(record.dtype)],
         "kernels": [sorted(choice.classes.items()) if isinstance(choice, KernelChoice) else "", variant.attend is None],
@@ -272,16 +288,9 @@ def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: StoredOutpu
         "compiled": [variant.compiled, device.compiles()],
         "machine": device.measured_on(),
         "packages": package_version("mlx-lm"),
-        "code": _code_hash(),
+        "code": package_sum(),
     }
     return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _sums_in_files(base: Base, trunk: Trunk) -> dict[str, int]:
-    """Return a check sum of each of the trunk's arrays that is not in memory, but read from the base's files."""
-    blocks = {id(block) for block in base.model.layers[: trunk.blocks]}
-    paths = tuple(f"{path}." for path, module in base.model.named_modules() if id(module) in blocks)
-    return {path: at.check_sum() for path, at in base.stored.items() if path.startswith(paths)}
 
 
 def key_of_rows(key: str, plan: BatchPlan) -> str:
@@ -290,16 +299,6 @@ def key_of_rows(key: str, plan: BatchPlan) -> str:
     for width, numbers in plan.layout(0):
         layout.update(f"{width} {len(numbers)} ".encode() + numbers.astype(np.int64).tobytes())
     return sha256_of(f"{key} {plan.rows.fingerprint} {layout.hexdigest()}")[:32]
-
-
-def _code_hash() -> str:
-    """Return a hash of the code that computes a model's layers: another version may round in another way."""
-    digest = hashlib.sha256()
-    for room in ("models", "kernels", "adapters", "compat"):
-        for file in sorted(resources.files(f"mlx_lora.{room}").iterdir(), key=lambda file: file.name):
-            if file.name.endswith(".py"):
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 # Check on the model
@@ -311,7 +310,7 @@ NEARER = 4.0  # kept outputs must be this many times nearer to the whole model's
 def trunk_problem(
     model: nn.Module,
     variant: StepVariant,
-    trunk: Trunk,
+    blocks: int,
     outputs: Callable[[mx.array], mx.array],
     rows: EncodedSet,
     strategy: Strategy = SINGLE_DEVICE,
@@ -321,24 +320,29 @@ def trunk_problem(
     Args:
         model: adapted, with checkpointing.
         variant: the loss and the kernels of the run.
-        trunk: of the model.
-        outputs: computes it.
+        blocks: that are frozen.
+        outputs: computes their output.
         rows: of the run's data.
         strategy: how the run computes gradients.
     """
-    dropping = [m for block in model.layers[: trunk.blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
+    dropping = [m for block in model.layers[:blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
     if any(KEPT_SHARE.of(m) < 1 for m in dropping):
         return "its frozen blocks have dropout"
     recurrent = variant.attend is None and has_recurrence(model)
-    arrays = token_arrays(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
+    most = (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS
+    # The first rows, cut so that one has padding; all of it is trained.
+    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(CHECKED_ROWS)]
+    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
+    plan = BatchPlan(cut, batch_tokens=CHECKED_ROWS * most, batch_size=CHECKED_ROWS, seed=0)
+    arrays = token_arrays(plan.batch(0, 0))
     try:
-        with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
+        with training_kernels(model, variant.attend, variant.choose):
             whole = probe(model, lambda model: variant.loss.tokens(model, arrays), strategy=strategy)
             output = outputs(arrays["inputs"])
             kept = StoredOutput.of(output).to_array(StoredOutput.of(output).to_bytes(output))
-            with trunk.given(kept):
+            with start_at(model, blocks, kept):
                 above = probe(model, lambda model: variant.loss.tokens(model, arrays), strategy=strategy)
-            with trunk.given(kept[:, ::-1]):
+            with start_at(model, blocks, kept[:, ::-1]):
                 other = probe(model, lambda model: variant.loss.tokens(model, arrays), gradient=False)
     except NoTrunk as error:
         return str(error)
@@ -353,13 +357,6 @@ def trunk_problem(
     if not difference * NEARER <= wrong or not wrong:
         return "this model's losses do not depend on it, or rounding is too large to tell"
     return StoredOutput.of(output)
-
-
-def _cut_rows(rows: EncodedSet, most: int) -> Batch:
-    """Return a batch of the first rows, cut to `most` positions and less, so that one has padding; all of it is trained."""
-    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(CHECKED_ROWS)]
-    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
-    return BatchPlan(cut, batch_tokens=CHECKED_ROWS * most, batch_size=CHECKED_ROWS, seed=0).batch(0, 0)
 
 
 # Rows
@@ -474,18 +471,18 @@ class TrunkRows:
             ) from error
 
 
-def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObjective:
+def with_trunk(bound: BoundObjective, blocks: int, rows: TrunkRows) -> BoundObjective:
     """Return the objective on a model that starts at its first adapted block.
 
     Args:
         bound: on rows that hold one text each.
-        trunk: of the model.
+        blocks: that are frozen.
         rows: the trunk's output for the rows of the batches.
     """
 
     def above(function: Callable[..., Result]) -> Callable[..., Result]:
         def of_kept(model: nn.Module, arrays: Arrays) -> Result:
-            with trunk.given(arrays["trunk"]):
+            with start_at(model, blocks, arrays["trunk"]):
                 return function(model, arrays)
 
         return of_kept

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.data.dataset import EncodedSet, positions_by_example, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import VALIDATED
 from mlx_lora.utils.progress import tracked

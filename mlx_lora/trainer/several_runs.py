@@ -31,7 +31,7 @@ import numpy as np
 from mlx_lora.adapters.stacked import unstackable
 from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.config.settings import AUTO, TrainSettings, checkpoint_every
-from mlx_lora.losses.check import Compute, choose_compute
+from mlx_lora.losses.agree import Compute, choose_compute
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.meta import Outline, outline_for

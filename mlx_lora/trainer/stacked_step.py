@@ -26,24 +26,22 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.base import is_exactly
 from mlx_lora.adapters.stacked import Apart, Share, StackedLinear, holders_of, parts_of, stack_adapters
-from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import assumed, exchanging
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import assumed, exchanging
+from mlx_lora.losses.agree import TRIAL_TOKENS, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN, TOKEN_ARRAYS, Arrays, Loss
 from mlx_lora.models.head import MOST_PICKED, find_head
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.memory import activation_bytes
-from mlx_lora.trainer.gradient_checkpointing import PRODUCTS, Checkpointed, Kept, Tape, mix_in
+from mlx_lora.trainer.gradient_checkpointing import Kept, apply_checkpointing
 from mlx_lora.trainer.step import StepSums
-from mlx_lora.trainer.step_variant import TRIAL_TOKENS, choose_step_variant
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
-    from mlx_lora.losses.check import Compute
+    from mlx_lora.losses.agree import Compute
     from mlx_lora.models.load import Base
     from mlx_lora.trainer.trainer import StepWanted, Trainer
 
@@ -128,26 +126,6 @@ def joint_arrays(parts: Sequence[RunBatch]) -> Arrays:
 # The step
 
 
-class ComputedLosses:
-    """The losses of a run's tokens, which the joint forward pass has computed; stands where a loss computes them."""
-
-    def __init__(self) -> None:
-        self.losses: mx.array | None = None
-
-    def __call__(self, model: nn.Module, arrays: Arrays) -> mx.array:
-        if self.losses is None:
-            raise ValueError("the losses of this run's tokens are not computed yet")
-        return self.losses
-
-    def loss(self) -> Loss:
-        """Return the loss that sums them."""
-
-        def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
-            return self(model, arrays).sum(), arrays["weights"].sum()
-
-        return Loss(summed, summed, "given", self)
-
-
 class StackedRun:
     """A run whose rows are stacked with others'.
 
@@ -158,12 +136,17 @@ class StackedRun:
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self._given = trainer, ComputedLosses()
+        self.trainer = trainer
+        self._losses: Any = None  # of its tokens, which the joint forward pass has computed
         self._holders = holders_of(trainer.step.model)
         self.names = [name for name, *_ in self._holders]
-        self._loss = trainer.ctx.objective.bind(trainer.ctx, self._given.loss(), trainer.plan.rows).loss.train
+        given = Loss(self._summed, self._summed, "given", lambda model, arrays: self._losses)
+        self._loss = trainer.ctx.objective.bind(trainer.ctx, given, trainer.plan.rows).loss.train
         most = max(rows * width for rows, width, _ in trainer.plan.shapes)
         self.bytes_per_position = activation_bytes(trainer.ctx.memory) / most if trainer.ctx.memory else 0.0
+
+    def _summed(self, model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array]:
+        return self._losses.sum(), arrays["weights"].sum()
 
     def parameters(self) -> list[mx.array]:
         """Return its trained arrays, in the order of `names`."""
@@ -176,9 +159,9 @@ class StackedRun:
 
     def loss_of(self, losses: mx.array, arrays: Arrays) -> list[Any]:
         """Return its loss sum, count and reports, from the losses of its tokens and its own batch's arrays."""
-        self._given.losses = losses
+        self._losses = losses
         loss_sum, count, *reports = self._loss(self.trainer.step.model, arrays)
-        self._given.losses = None
+        self._losses = None
         return [loss_sum, count, reports[0] if reports else {}]
 
 
@@ -188,23 +171,6 @@ class KeptStacked(Kept):
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         keys = [self.tape.draw(lambda run=run: self._routing.draw(run)) for run in self.dropping()]
         return super().__call__(*args, **kwargs, keys=keys)
-
-
-def checkpoint_stacked(model: nn.Module, mode: str) -> Tape | None:
-    """Let blocks of a stacked model compute again in the backward pass; the layers inside belong to the runs' own models, too."""
-    if mode == "none":
-        return None
-    tape = Tape(mode == "selective")
-    for block in model.layers[:: checkpoint_every(mode)]:
-        owners = [module for module in block.modules() if isinstance(module, StackedLinear | Apart)]
-        inside = {id(part) for owner in owners for part in owner.modules()}
-        for layer in list(block.modules()):
-            if isinstance(layer, StackedLinear):
-                mix_in(KeptStacked, layer, tape)
-            elif isinstance(layer, Apart) or (is_exactly(layer, PRODUCTS) and id(layer) not in inside):
-                mix_in(Kept, layer, tape)
-        mix_in(Checkpointed, block, tape)
-    return tape
 
 
 class StackedStep:
@@ -240,7 +206,7 @@ class StackedStep:
         self._routing = stack_adapters(base.model, models)
         head = find_head(base.model, base.config)
         loss = PLAIN if isinstance(head, str) else compute.loss  # a run may adapt the head
-        tape = checkpoint_stacked(base.model, checkpointing)
+        tape = apply_checkpointing(base.model, checkpointing, {StackedLinear: KeptStacked, Apart: Kept})
         attention = (tape.attend if tape else attend) if compute.kernels else None
         kernels = compute.kernels or assumed
         self._model.train()

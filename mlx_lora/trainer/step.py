@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,8 +13,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
+from mlx_lora.losses.cross_entropy import Arrays, Kernels, LossFunction, compiled_over, differentiation, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
 
@@ -65,45 +64,12 @@ class StepSums(NamedTuple):
     asked: mx.array | None = None
 
 
-Kernels = Callable[[nn.Module], AbstractContextManager]
-"""model -> the context in which it computes with other kernels than its own (kernels/table.py)."""
-
-
-def own_kernels(model: nn.Module) -> AbstractContextManager:
-    """Compute with the model's own kernels."""
-    return nullcontext()
-
-
-Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
-"""(arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
-
-
-def differentiation(
-    model: nn.Module, loss: LossFunction, kernels: Kernels = own_kernels, strategy: Strategy = SINGLE_DEVICE
-) -> Differentiation:
-    """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
-    gradient = strategy.value_and_grad(model, loss)
-
-    def differentiate(arrays: Arrays) -> tuple[mx.array, mx.array, dict, dict]:
-        # The kernels around the backward pass as well: checkpointed blocks run again there.
-        with left_unchanged(model), kernels(model):
-            (loss_sum, tokens, *reports), grads = gradient(model, arrays)
-        return loss_sum, tokens, reports[0] if reports else {}, grads
-
-    return differentiate
-
-
-def compiled_over(model: nn.Module, function: Differentiation) -> Differentiation:
-    """Compile a function of batches that reads the model and draws random numbers."""
-    return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-
-
 @dataclass(frozen=True)
 class StepOptions:
     """How a step is computed.
 
     Attributes:
-        kernels: exchanges the model's kernels (`exchanging` of kernels/table.py).
+        kernels: exchanges the model's kernels (`exchanging` of kernels/choose.py).
         compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
         wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
         rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
@@ -113,7 +79,7 @@ class StepOptions:
         reports: names of the numbers that the loss reports besides sum and count.
     """
 
-    kernels: Kernels = own_kernels
+    kernels: Kernels = nullcontext
     compiled: bool = True
     wait: bool = False
     rate_of: Callable[[str], float] | None = None

@@ -76,9 +76,9 @@ from mlx_lora.api.plan_clients import ALPHA, LoraShape, chosen_paths, most_posit
 from mlx_lora.engine.adapter_store import LayerFactors
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, save_adapter
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import AUTO, choose_model_kernels, exchanging
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
-from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
+from mlx_lora.losses.agree import activation_dtype, check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, TOKEN_ARRAYS, Arrays
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.models.load import Base

@@ -74,7 +74,7 @@ from mlx_lora.engine.engine import (
     Stopped,
 )
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import save_tensors
 from mlx_lora.models.head import find_head

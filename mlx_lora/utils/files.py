@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mlx_lora.utils.errors import InputError
 
@@ -97,6 +99,21 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file, which replaces `path` completely or not at all."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_store(name: str) -> dict[str, Any]:
+    """Return the content of a store of measurements, empty if it is missing or damaged."""
+    try:
+        content = json.loads((cache_dir("measured") / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_store(name: str, known: Mapping[str, Any]) -> None:
+    """Write the content of a store of measurements; if the cache cannot be written, the next run only has to measure again."""
+    with suppress(OSError):
+        replace_text(cache_dir("measured") / f"{name}.json", json.dumps(known, indent=1))
 
 
 def cannot_move(folder: Path) -> bool:

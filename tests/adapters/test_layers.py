@@ -25,8 +25,15 @@ from mlx_lora.adapters.inject import (
     kaiming_factors,
     select_targets,
 )
-from mlx_lora.adapters.lora import DoRALinear, LoRALinear
-from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALayer, QALoRALinear, QALoRASwitchLinear, group_update
+from mlx_lora.adapters.lora import (
+    DoRALinear,
+    LoRALinear,
+    QALoRAEmbedding,
+    QALoRALayer,
+    QALoRALinear,
+    QALoRASwitchLinear,
+    group_update,
+)
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, load_factors, save_adapter
 from mlx_lora.exporters.fuse import fuse_adapter

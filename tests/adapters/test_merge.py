@@ -15,8 +15,8 @@ from torch_judge import torch_base
 
 import mlx_lora
 from mlx_lora.adapters.inject import adapter_layers, path_key
+from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.merge import COMBINATIONS, AdapterTerm, MergeSettings, add_up, low_rank, merge_layer, prune
-from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.api.merge import merge_adapters
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter

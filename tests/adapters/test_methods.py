@@ -33,7 +33,7 @@ from mlx_lora.adapters.inject import (
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter, stored_parameters
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer

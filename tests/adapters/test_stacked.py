@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_lora.adapters.base import AdapterLayer
-from mlx_lora.adapters.lora import DoRALinear, LoRALinear
-from mlx_lora.adapters.qa_lora import QALoRALinear
+from mlx_lora.adapters.lora import DoRALinear, LoRALinear, QALoRALinear
 from mlx_lora.adapters.stacked import RowRouting, Share, StackedLinear, parts_of
 from mlx_lora.data.batch import Batch
 from mlx_lora.planner.memory import most_that_fit

@@ -28,13 +28,12 @@ from mlx_lora.config.settings import ModelSettings, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import assumed, choose_model_kernels, training_kernels
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import assumed, choose_model_kernels, training_kernels
-from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.losses.agree import StepVariant, check_kernels, choose_loss, choose_step_variant
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.step_variant import StepVariant, choose_step_variant
 from mlx_lora.utils import device
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd

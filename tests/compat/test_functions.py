@@ -19,10 +19,10 @@ from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.compat.functions import answering, exchanged, keeps_context, original
 from mlx_lora.compat.instances import classes_put_back, mix_in
 from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels.choose import exchanging
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import exchanging
-from mlx_lora.losses.check import choose_loss
-from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.losses.agree import choose_loss
+from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.rollouts.generator import TokenSteps

@@ -26,8 +26,8 @@ from mlx_lora.exporters.rounding import (
     layer_inputs,
     rounded_layer,
 )
-from mlx_lora.models import block_walk
-from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.models import blocks
+from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.utils.errors import InputError
 
 IDS = [
@@ -67,7 +67,7 @@ def whole_pass(model, path: str, given: CalibrationTokens) -> mx.array:
 def test_inputs_of_layers_are_those_of_a_whole_pass(keeps, tiny_4bit_folder, tmp_path, monkeypatch):
     model, given = adapted(tiny_4bit_folder, tmp_path).model, tokens()
     if not keeps:
-        monkeypatch.setattr(block_walk, "_same", lambda *_: False)
+        monkeypatch.setattr(blocks, "_same", lambda *_: False)
     assert BlockWalk(model, given.ids).keeps is keeps
     found = {
         path: one.hessian

@@ -21,20 +21,20 @@ from tiny_steps import adapted, with_adapter
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels import attention as kernel
-from mlx_lora.kernels import table as long_rows
+from mlx_lora.kernels import choose as long_rows
 from mlx_lora.kernels.activations import lean_swiglu, usable
 from mlx_lora.kernels.attention import AttentionCall, Tiles, attend, tiled_attention
-from mlx_lora.kernels.measure import MLX, POLYNOMIAL
-from mlx_lora.kernels.table import (
+from mlx_lora.kernels.choose import (
     LONG_ROW,
     attention_class,
     choose_model_kernels,
     kernel_rows,
     long_row_kernels,
-    traced_calls,
+    recorded_calls,
     training_kernels,
 )
-from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.kernels.measure import MLX, POLYNOMIAL
+from mlx_lora.losses.agree import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
@@ -163,7 +163,7 @@ def test_a_disagreeing_kernel_is_not_used(monkeypatch):
     model = adapted()
     choice = choose_model_kernels(model, [128], "ours", mx.float32)
     assert check_kernels(model, TINY, PLAIN, choice)[0] is choice
-    monkeypatch.setattr("mlx_lora.kernels.table.lean_swiglu", lambda keep, gate, up: gate * up)
+    monkeypatch.setattr("mlx_lora.kernels.choose.lean_swiglu", lambda keep, gate, up: gate * up)
     use, words = check_kernels(model, TINY, PLAIN, choice)
     assert use is None
     assert "tiled attention differs by" in words
@@ -332,13 +332,13 @@ def test_short_rows_and_shared_prefixes_have_no_window():
 def test_rows_of_many_windows_are_a_shape_class(monkeypatch):
     """Whose trial is one of a window, so that a kernel that skips the rest is measured as it is used."""
     kinds = {
-        length: {shape[5] for row, shape in traced_calls(gemma(), [length]) if row.name == "attention"}
+        length: {shape[5] for row, shape in recorded_calls(gemma(), [length]) if row.name == "attention"}
         for length in (8, 20, 70)
     }
     assert kinds == {8: {"causal"}, 20: {"causal", "array"}, 70: {"causal", "window"}}
     row = kernel_rows()[0]
     shape = next(
-        shape for found, shape in traced_calls(gemma(), [300]) if found.name == "attention" and shape[5] == "window"
+        shape for found, shape in recorded_calls(gemma(), [300]) if found.name == "attention" and shape[5] == "window"
     )
     trial, exact = row.trial(shape, mx.float32)
     spans: list[list[kernel.Span]] = []

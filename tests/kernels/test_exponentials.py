@@ -20,9 +20,9 @@ from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.activations import polynomial_swiglu
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import KernelChoice, choose_model_kernels, exchanging, kernel_rows
 from mlx_lora.kernels.measure import POLYNOMIAL
-from mlx_lora.kernels.table import KernelChoice, choose_model_kernels, exchanging, kernel_rows
-from mlx_lora.losses.check import check_kernels
+from mlx_lora.losses.agree import check_kernels
 from mlx_lora.losses.cross_entropy import PLAIN, TILES
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import Head, find_head

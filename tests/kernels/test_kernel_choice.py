@@ -22,8 +22,17 @@ from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch, with_adapter
 
 from mlx_lora.data.batch import Batch
-from mlx_lora.kernels import table as kernel_choice
+from mlx_lora.kernels import choose as kernel_choice
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels.choose import (
+    KernelChoice,
+    activation_class,
+    attention_class,
+    choose_model_kernels,
+    kernel_rows,
+    measured_figures,
+    training_kernels,
+)
 from mlx_lora.kernels.measure import (
     MLX,
     SWITCH,
@@ -31,23 +40,14 @@ from mlx_lora.kernels.measure import (
     Figures,
     TimingInputs,
     choose,
+    figures_key,
     keep_figures,
     measure,
     read_figures,
 )
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import (
-    KernelChoice,
-    activation_class,
-    attention_class,
-    choose_model_kernels,
-    figures_key,
-    kernel_rows,
-    measured_figures,
-    training_kernels,
-)
 from mlx_lora.losses import fused as loss_choice
-from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
+from mlx_lora.losses.agree import Probe, check_kernels, choose_loss, disagreement
 from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
@@ -141,8 +141,8 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", by_default([mx.float32, mx.bfloat16], mx.float32))
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=str)
 def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, dtype, monkeypatch):
-    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_POSITIONS", 64)
-    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_NUMBERS", 1 << 12)
+    monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_POSITIONS", 64)
+    monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_NUMBERS", 1 << 12)
     row = ROWS[name]
     trial, reference = row.trial(shape, dtype)
 
@@ -159,8 +159,8 @@ def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, d
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(SWITCH, "1")
-    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_POSITIONS", 64)
-    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_NUMBERS", 1 << 12)
+    monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_POSITIONS", 64)
+    monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_NUMBERS", 1 << 12)
     return tmp_path / "cache"
 
 
@@ -308,9 +308,9 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
         # In 16 bits, the tiny model's rounding would hide 5%.
         return tiled_attention(q, k, v, Tiles(by_dtype(1.05, 4.0) * tiles.scale, tiles.mask), sinks)
 
-    monkeypatch.setattr("mlx_lora.kernels.table.attend", wrong)
+    monkeypatch.setattr("mlx_lora.kernels.choose.attend", wrong)
     monkeypatch.setattr(
-        "mlx_lora.losses.check.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
+        "mlx_lora.losses.agree.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
     ran = succeeds(
         "train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose"
@@ -321,7 +321,7 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(own_cache, monkeypatch):
     prefer("tiled", loss="rows", dtype=mx.float32)
     monkeypatch.setattr(
-        "mlx_lora.losses.check.has_passed", lambda name: False
+        "mlx_lora.losses.agree.has_passed", lambda name: False
     )  # the kernels below change while the program runs
     model = adapted()
     assert choose_loss(model, TINY).kernel == "rows"

@@ -25,6 +25,7 @@ from mlx_lora.compat.functions import original
 from mlx_lora.kernels import gated_delta, state_space
 from mlx_lora.kernels import recurrent as recurrent_layers
 from mlx_lora.kernels import state_space as spans
+from mlx_lora.kernels.choose import POSITIONWISE, choose_model_kernels, training_kernels
 from mlx_lora.kernels.gated_delta import (
     Decay,
     chunked_gated_delta_update,
@@ -32,11 +33,9 @@ from mlx_lora.kernels.gated_delta import (
     lower_triangle,
     unit_lower_inverse,
 )
-from mlx_lora.kernels.recurrent import recurrent_kernels
 from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
-from mlx_lora.kernels.table import choose_model_kernels, training_kernels
-from mlx_lora.losses import check as losses
-from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.losses import agree as losses
+from mlx_lora.losses.agree import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
@@ -255,7 +254,8 @@ def test_every_model_has_the_gradients_of_mlx_lms_own_layers(kind, small_spans):
 def test_each_of_mlx_lms_functions_is_exchanged():
     counts = Counter()
     for kind in RECURRENT:
-        counts.update({words for _, words in recurrent_kernels(recurrent_model(kind)[0]).values()})
+        with training_kernels(recurrent_model(kind)[0]) as names:
+            counts.update({*names} - {*POSITIONWISE, "gated delta"})
     assert counts == WORDS
 
 

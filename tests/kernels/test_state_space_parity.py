@@ -18,7 +18,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import exchanging, training_kernels
+from mlx_lora.kernels.choose import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss, token_arrays
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions

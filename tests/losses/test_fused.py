@@ -13,7 +13,7 @@ from tiers import by_default, named
 from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject, select_targets
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import TILES, plain_loss, token_arrays
 from mlx_lora.losses.fused import fused_token_losses, head_loss, row_token_losses
 from mlx_lora.models.head import Head, find_head

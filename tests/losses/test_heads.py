@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.losses.check import check_arrays, choose_loss, disagreement, probe
+from mlx_lora.losses.agree import check_arrays, choose_loss, disagreement, probe
 from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.folder import complete_module

@@ -21,9 +21,9 @@ from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import assumed, training_kernels
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import assumed, training_kernels
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models import head as heads
 from mlx_lora.models import head as last_block
@@ -211,7 +211,7 @@ def losses(folder) -> list[float]:
 def test_a_run_equals_one_that_computes_the_whole_block(tiny_folder, chats, tmp_path, monkeypatch):
     part = run_cli.run(*command(tiny_folder, chats, tmp_path / "part", "--save-every", 0))
     assert "; last block where trained" in part.err
-    monkeypatch.setattr("mlx_lora.losses.check.with_last_block", lambda head, model: (head, NOT_PART))
+    monkeypatch.setattr("mlx_lora.losses.agree.with_last_block", lambda head, model: (head, NOT_PART))
     whole = run_cli.run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0))
     assert (part.code, whole.code) == (0, 0), part.err + whole.err
     assert f"whole last block ({NOT_PART})" in whole.err

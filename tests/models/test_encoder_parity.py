@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from real_models import minilm
 
 import mlx_lora
-from mlx_lora.models.config import OWN_ARCHITECTURES
-from mlx_lora.models.encoder import ENCODERS, ModelArgs
+from mlx_lora.models.config import ENCODERS, OWN_ARCHITECTURES
+from mlx_lora.models.encoder import ModelArgs
 from mlx_lora.models.folder import load_weights
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

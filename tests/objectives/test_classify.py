@@ -20,7 +20,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
 from mlx_lora.data.labeled import Labeled
-from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, class_measures, macro_f1
+from mlx_lora.losses.scores import NUMBER, SEVERAL, SINGLE, class_measures, macro_f1
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of

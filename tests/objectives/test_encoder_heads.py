@@ -18,7 +18,8 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.examples import Text
 from mlx_lora.data.labeled import encode_texts, has_pairs, query_with
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.models.head import head_parameters, put_head, start_words
+from mlx_lora.models.encoder import start_words
+from mlx_lora.models.head import head_parameters, put_head
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 

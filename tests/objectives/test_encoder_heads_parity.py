@@ -21,7 +21,7 @@ from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSetting
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.peft import PREFIX, peft_path, write_peft
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.head import head_parameters, put_head
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of

@@ -25,7 +25,7 @@ from mlx_lora.data.batch import EMPTY, Batch, split_rows
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain
 from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.models.load import load_base

@@ -19,7 +19,7 @@ from torch_judge import name_here, torch_base
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.on_policy import TeacherScorer
 from mlx_lora.objectives.policy_arrays import OLD, token_logps

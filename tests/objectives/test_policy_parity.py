@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from torch_judge import name_here, torch_base
 
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, token_logps
 from mlx_lora.objectives.table import objective_of

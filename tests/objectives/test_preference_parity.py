@@ -19,7 +19,7 @@ from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSe
 from mlx_lora.data.batch import collate
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.answer_sums import batch_sums

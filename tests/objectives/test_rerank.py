@@ -23,8 +23,8 @@ from mlx_lora.data.files import DataFile
 from mlx_lora.data.labeled import GRADES, ROWS, Candidates, pair_text
 from mlx_lora.data.read import read_rows
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.ranking import (
+from mlx_lora.losses.agree import choose_loss
+from mlx_lora.losses.scores import (
     BINARY,
     LISTWISE,
     PAIRWISE,

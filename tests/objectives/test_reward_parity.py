@@ -18,7 +18,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.answer_sums import batch_sums

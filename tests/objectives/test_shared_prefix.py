@@ -20,8 +20,8 @@ from mlx_lora.data.batch import EMPTY
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import assumed, training_kernels
-from mlx_lora.losses.check import choose_loss, probe
+from mlx_lora.kernels.choose import assumed, training_kernels
+from mlx_lora.losses.agree import choose_loss, probe
 from mlx_lora.losses.cross_entropy import PLAIN, token_arrays
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing

@@ -22,9 +22,9 @@ from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
 from mlx_lora.engine.prompts import PictureReader
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.folder import of_connector, of_tower
 from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, PositionsAndWindowMask
 from mlx_lora.models.load import load_base
-from mlx_lora.models.side_files import of_connector, of_tower
 from mlx_lora.models.vision import arrays_of, load_tower
 from mlx_lora.objectives import vision_encoder as image_features
 from mlx_lora.objectives.pictures import BUFFERS, tower_targets

@@ -16,10 +16,10 @@ from vision_rows import chats_of, picture, read_rows, write_rows
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.folder import of_connector, of_tower
 from mlx_lora.models.image_inputs import with_images
-from mlx_lora.models.side_files import of_connector, of_tower
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 

@@ -15,7 +15,7 @@ from vision_rows import picture, preference, read_rows, write_pairs
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, at_temperature, token_logps
 from mlx_lora.parallel.strategy import SINGLE_DEVICE

@@ -22,7 +22,7 @@ from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data.batch import collate
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.objectives.reference import row_log_probabilities
 from mlx_lora.parallel.strategy import SINGLE_DEVICE

@@ -24,7 +24,7 @@ from mlx_lora.api import image_answers
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.image_tokens import ImageTable
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
 from mlx_lora.objectives.pictures import Pictures

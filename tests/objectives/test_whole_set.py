@@ -17,7 +17,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of

@@ -15,10 +15,8 @@ from run_cli import run, succeeds
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import block_walk
-from mlx_lora.parallel import block_walk as activation_files
-from mlx_lora.parallel.block_walk import ActivationFiles
-from mlx_lora.parallel.offloaded_base import OffloadedBase
+from mlx_lora.parallel import offloaded_base
+from mlx_lora.parallel.offloaded_base import ActivationFiles, OffloadedBase
 from mlx_lora.planner.memory import OFFLOADED_ENDS
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
@@ -37,7 +35,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_arrays_too(monkeypatch):
-    monkeypatch.setattr(activation_files, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offloaded_base, "LEAST_BYTES", 1)
 
 
 def trained(model, chats, out, *extra):
@@ -56,9 +54,9 @@ def test_a_run_learns_the_same_bytes_and_resumes_to_them(folder, chats, tmp_path
     assert sum(written) > 0
     succeeds(*command(folder, chats, tmp_path / "memory", "--offload-base", "--steps-per-report", 1, "--iters", 4))
     assert weights(tmp_path / "disk") == weights(tmp_path / "memory")
-    assert not (tmp_path / "disk" / activation_files.FOLDER).exists()
+    assert not (tmp_path / "disk" / offloaded_base.FOLDER).exists()
     copy = stopped_after(tmp_path / "disk", tmp_path / "copy", 2)
-    left = copy / activation_files.FOLDER / "0.safetensors"  # by a run that was killed
+    left = copy / offloaded_base.FOLDER / "0.safetensors"  # by a run that was killed
     left.parent.mkdir()
     left.touch()
     trained(folder, chats, copy, "--save-every", 2, "--iters", 4, "--resume", "auto")
@@ -75,7 +73,7 @@ def most_kept(model_folder, tmp_path, activations, monkeypatch) -> tuple[int, di
     strategy.divide(base, settings)
     apply_checkpointing(base.model, "block")
     most, ids = 0, mx.random.randint(0, 256, (1, 1024), key=mx.random.key(0))
-    computed, before = block_walk.Walk.computed, mx.get_active_memory()
+    computed, before = offloaded_base.Walk.computed, mx.get_active_memory()
 
     def watched(self, segment):
         nonlocal most
@@ -87,7 +85,7 @@ def most_kept(model_folder, tmp_path, activations, monkeypatch) -> tuple[int, di
         return model(ids).square().mean()
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_walk.Walk, "computed", watched)
+        patch.setattr(offloaded_base.Walk, "computed", watched)
         _, gradients = strategy.value_and_grad(base.model, lambda ids: loss(base.model, ids))(ids)
     return most, gradients
 
@@ -108,7 +106,7 @@ def test_a_full_disk_is_one_line_and_the_adapter_is_saved(folder, chats, tmp_pat
     save, calls = mx.save_safetensors, []
 
     def full(path, arrays, **more):
-        if activation_files.FOLDER in str(path):
+        if offloaded_base.FOLDER in str(path):
             calls.append(path)
             if len(calls) > 100:
                 raise RuntimeError("[write] Unable to write 4096 bytes to file.")
@@ -121,7 +119,7 @@ def test_a_full_disk_is_one_line_and_the_adapter_is_saved(folder, chats, tmp_pat
     assert (tmp_path / "run" / "adapters.safetensors").exists()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert any(json.loads(line)["loss"] for line in lines)
-    assert not (tmp_path / "run" / activation_files.FOLDER).exists()
+    assert not (tmp_path / "run" / offloaded_base.FOLDER).exists()
 
 
 def test_a_file_that_ends_early_is_noticed(tmp_path, monkeypatch):
@@ -133,7 +131,7 @@ def test_a_file_that_ends_early_is_noticed(tmp_path, monkeypatch):
 
 def test_what_one_block_returns_and_the_next_one_gets_is_one_file(tmp_path):
     files = ActivationFiles(tmp_path)
-    walk = block_walk.Walk(files=files)
+    walk = offloaded_base.Walk(files=files)
     x, z, mask = mx.arange(2048.0), mx.arange(2048.0) + 1, mx.zeros((64, 64))
 
     def segment(given: list, output: mx.array) -> SimpleNamespace:
@@ -150,7 +148,7 @@ def test_what_one_block_returns_and_the_next_one_gets_is_one_file(tmp_path):
     assert mx.array_equal(own(), z)
     assert mx.array_equal(first, z)
     walk.end()
-    assert not (tmp_path / activation_files.FOLDER).exists()
+    assert not (tmp_path / offloaded_base.FOLDER).exists()
 
 
 def test_it_requires_a_base_that_is_read_from_its_files(tiny_4bit_folder, chats, tmp_path):

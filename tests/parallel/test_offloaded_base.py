@@ -25,8 +25,8 @@ from resumed_runs import STEPS, WIDE, base_of_blocks, command, stopped_after, we
 from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures, read_store, write_store
-from mlx_lora.losses.check import check_arrays
+from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures
+from mlx_lora.losses.agree import check_arrays
 from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.folder import stored_tensors
@@ -36,13 +36,13 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import offloaded_base
 from mlx_lora.parallel import offloaded_base as base_reader
 from mlx_lora.parallel import offloaded_base as stored_tables
-from mlx_lora.parallel.block_walk import Mode
-from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
+from mlx_lora.parallel.offloaded_base import BaseFiles, Mode, OffloadedBase, StoredEmbedding, StoredLinear, StoredTable
 from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.trainer import fit as trainer_fit
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
+from mlx_lora.utils.files import read_store, write_store
 
 OTHERS = [pytest.param(one, marks=pytest.mark.slow) for one in ("mixture", "gemma2", "float", "mxfp4")]
 
@@ -211,7 +211,7 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypatch):
     trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 2)
-    for home in ("planner.memory", "trainer.position_chunks"):
+    for home in ("planner.memory", "trainer.gradient_checkpointing"):
         monkeypatch.setattr(f"mlx_lora.{home}.CHUNKED_FROM_BYTES", 10_000)
     ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 2)
     assert "in chunks" in ran.err

@@ -33,8 +33,8 @@ from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import ModelSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall, tiled_attention
-from mlx_lora.kernels.table import exchanging, training_kernels
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.kernels.choose import exchanging, training_kernels
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction, token_arrays
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer

@@ -23,7 +23,7 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.tool_turns import ToolTurns
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, REWARDS, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE

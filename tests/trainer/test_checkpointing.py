@@ -14,8 +14,8 @@ from tiny_steps import CHECKPOINT_MODES, adapted, batch, factors, gradients, mak
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.adapters.lora import LoRAEmbedding
 from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels.choose import exchanging, training_kernels
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.trainer.optimizer import build_optimizer

@@ -16,7 +16,7 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.agree import choose_loss
 from mlx_lora.parallel.ranks import ALONE, OneRank
 from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.trainer.checkpoint import run_arrays

@@ -18,12 +18,12 @@ from tiny_steps import adapted
 from mlx_lora.adapters.inject import inject, select_targets, without_adapters
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels.choose import choose_model_kernels, kernel_rows, recorded_calls, training_kernels
 from mlx_lora.kernels.measure import SWITCH
-from mlx_lora.kernels.table import choose_model_kernels, kernel_rows, traced_calls, training_kernels
-from mlx_lora.losses import check as losses
-from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.losses import agree as losses
+from mlx_lora.losses.agree import check_kernels, choose_loss
+from mlx_lora.models.blocks import enough_blocks, few_blocks
 from mlx_lora.models.load import load_base
-from mlx_lora.models.meta import enough_blocks, few_blocks
 from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils.files import cache_dir
 
@@ -38,7 +38,7 @@ def measuring(tmp_path, monkeypatch):
 
 
 def used(model) -> set:
-    return {(kernel.name, shape) for kernel, shape in traced_calls(model, [TOKENS])}
+    return {(kernel.name, shape) for kernel, shape in recorded_calls(model, [TOKENS])}
 
 
 def test_blocks_that_are_alike_are_one():
@@ -68,7 +68,7 @@ def test_a_model_whose_own_list_decides_keeps_as_many_as_it_needs(monkeypatch):
     model, row = tiny_model(num_hidden_layers=7), kernel_rows()[0]
     for needed, some in ((1, [6]), (2, [5, 6]), (3, [3, 4, 5, 6]), (5, list(range(7)))):
         monkeypatch.setattr(
-            "mlx_lora.models.meta.traced_calls",
+            "mlx_lora.models.blocks.recorded_calls",
             lambda model, tokens, needed=needed: [(row, (min(needed, len(model.layers)),))],
         )
         assert enough_blocks(model, TOKENS) == some
@@ -135,7 +135,7 @@ def test_a_check_that_passed_is_not_repeated(measuring, monkeypatch):
     halves.set_dtype(mx.bfloat16)
     assert checks(halves) == first
     assert checks(adapted(seed=1)) == first  # other norms: another base
-    monkeypatch.setattr("mlx_lora.losses.check._package_sum", lambda: 0)
+    monkeypatch.setattr("mlx_lora.losses.agree.package_sum", lambda: 0)
     assert checks() == first
     assert checks() == 0
     monkeypatch.setenv(SWITCH, "0")

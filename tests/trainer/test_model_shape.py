@@ -249,7 +249,7 @@ from architectures.scaling import scaled
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.models.head import find_head, with_last_block
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.choose import training_kernels
 import mlx.nn as nn
 
 name, width, slots = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

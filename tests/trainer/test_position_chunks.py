@@ -15,8 +15,8 @@ from tiers import by_default
 
 from mlx_lora.adapters.inject import adapt_model, inject, select_targets
 from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.kernels.choose import training_kernels
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import training_kernels
 from mlx_lora.models.head import ARCHITECTURES
 from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.memory import (
@@ -30,8 +30,13 @@ from mlx_lora.planner.memory import (
     position_chunks,
 )
 from mlx_lora.trainer.fit import with_block_memory
-from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.position_chunks import InChunks, chunk_positions, parts_of, position_numbers
+from mlx_lora.trainer.gradient_checkpointing import (
+    InChunks,
+    apply_checkpointing,
+    chunk_positions,
+    parts_of,
+    position_numbers,
+)
 
 pytestmark = pytest.mark.usefixtures("all_chunks_traced")
 NAMES = sorted(name.rpartition(".")[2] for name in ARCHITECTURES)

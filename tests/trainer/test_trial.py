@@ -17,13 +17,12 @@ from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import tiled_attention
-from mlx_lora.kernels.table import exchanging
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.kernels.choose import exchanging
+from mlx_lora.losses.agree import choose_loss, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
 from mlx_lora.trainer.step import Step, StepOptions
-from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 

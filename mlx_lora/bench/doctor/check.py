@@ -38,8 +38,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.kernels.measure import TOLERANCE, ShapeClass, choose, read_figures, read_store
-from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
+from mlx_lora.kernels.choose import activation_class, attention_class, choose_among, kernel_rows
+from mlx_lora.kernels.measure import TOLERANCE, ShapeClass, choose, read_figures
 from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.convert import build_model
 from mlx_lora.models.folder import save_tensors
@@ -48,6 +48,7 @@ from mlx_lora.rollouts.generator import NAME as WEIGHTS
 from mlx_lora.rollouts.generator import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.utils import device
 from mlx_lora.utils.device import Device
+from mlx_lora.utils.files import read_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

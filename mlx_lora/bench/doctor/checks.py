@@ -84,9 +84,9 @@ from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter
 from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels.choose import activation_class, attention_class, kernel_rows
 from mlx_lora.kernels.measure import TOLERANCE, Kernel, ShapeClass
 from mlx_lora.kernels.quantized_matmul import dequantized_gather_mm, dequantized_matmul, packed_arrays
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.cross_entropy import Arrays, log_sum_exp, plain_loss, token_arrays
 from mlx_lora.losses.divergence import (

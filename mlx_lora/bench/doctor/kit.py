@@ -30,7 +30,7 @@ from mlx_lora.bench.doctor.check import GROUPS, LARGEST, STATUSES, TINY_4BIT, Ch
 from mlx_lora.bench.doctor.checks import gpu_problem, is_virtual, peer_versions
 from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.bench.results import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
-from mlx_lora.kernels.table import kernel_rows
+from mlx_lora.kernels.choose import kernel_rows
 from mlx_lora.losses.fused import NAME
 from mlx_lora.losses.preference import PAIR_LOSSES
 from mlx_lora.reports.charts import Bar, bar_chart, render_page

@@ -33,7 +33,7 @@ from mlx_lora.bench.doctor.check import (
 )
 from mlx_lora.bench.doctor.kit import PAGE_FILE, RESULT_FILE, Asked, all_checks, kit_problems, run_kit
 from mlx_lora.bench.run import Ended
-from mlx_lora.kernels import table as kernel_table
+from mlx_lora.kernels import choose as kernel_table
 from mlx_lora.utils import device
 
 ROOT = Path(__file__).parents[3]

@@ -1,22 +1,25 @@
-"""List the kernels that training may replace, choose among them for a model, and replace them while a step is traced.
+"""List the kernels that training may replace, measure and choose among them for a model, and replace them while a step is traced.
 
 mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
 which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
 how to classify a call by its shapes and how to try out a class. Calls from the modules of this model's classes are taken while
 the step is traced, in the thread that traces it (compat/functions.py), so generation does not change, nor any other thread, and
-of measuring a loss only long rows do (kernels/table.py). A call's shapes decide which function takes it.
+of measuring a loss only long rows do (`long_row_kernels`). A call's shapes decide which function takes it.
 
 Candidates are chosen by measuring once per (device, mlx version, dtype, shape class):
 
     record     trace the model, without computing it, at each length of the data, to find the kernels and shapes it uses
-    measure    all candidates for every shape class that is not in the cache yet (kernels/measure.py)
-    choose     by the rule of `measure.choose`
+    measure    all candidates for every shape class that is not in the cache yet (`measured/`): time and memory of a forward and
+               a backward pass, as in a compiled training step, and the error of every output and gradient against float32
+    choose     by the rule of `choose`, from the figures in the cache
 
 `--kernels ours` uses the table's `assumed` candidates without measuring; `--kernels mlx` uses those of mlx and mlx-lm.
 
-The candidates for the loss are in losses/fused.py. Recurrences of a single architecture (kernels/recurrent.py) have
-no row: ours always replace them. Norms and rotations have none either: models call mx.fast.rms_norm and mx.fast.rope, and
-ours would not be faster (docs/decisions.md).
+The candidates for the loss are in losses/fused.py. Recurrences, of which those of a single architecture have no row (ours always
+replace them), are in kernels/recurrent.py, which only their models load. Norms and rotations have no row either: models call
+mx.fast.rms_norm and mx.fast.rope, and ours would not be faster (docs/decisions.md).
+
+A shape class is (size, ...): a size rounded to a power of two, then properties that must be equal.
 
 Shapes: B batch, H query heads, N key heads, T positions, d head width, F width of the gated activation.
 """
@@ -25,16 +28,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations, base
 
+from mlx_lora.compat.foreign import RECURRENCES, Foreign
 from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import AttentionCall, Tiles, Windows, attend
@@ -43,24 +48,30 @@ from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
     Kernel,
+    Kernels,
     Outputs,
     ShapeClass,
     TimingInputs,
     choose,
+    figures_key,
     keep_figures,
     may_measure,
     measure,
     modules_of,
     read_figures,
     size_class,
-)
-from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
+)  # fmt: skip
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
 from mlx_lora.planner.memory import KernelTerms, ModelShape, tile_queries
 from mlx_lora.utils import device
 from mlx_lora.utils.progress import long_task
 
+log = logging.getLogger(__name__)
+
+AUTO, OURS = "auto", "ours"
+# Recurrences by the last part of their names.
+RECURRENCES_BY_NAME = {one.name: [other for other in RECURRENCES if other.name == one.name] for one in RECURRENCES}
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
 LONGEST = 1024  # keys of a trial; beyond that, the times of both kernels grow at the same rate
@@ -69,8 +80,10 @@ LONG_ROW = 4096
 # A row of more windows than this is a shape class of its own: a kernel that skips what no query sees computes far less then.
 MANY_WINDOWS = 4
 MAKES_MASKS = "create_attention_mask"  # mlx-lm's name, under which its architectures import it
+ATTENTION, ACTIVATION = "attention", "gated activation"
 # Kernels without a state that passes from token to token.
-POSITIONWISE = frozenset({"attention", "gated activation"})
+POSITIONWISE = frozenset({ATTENTION, ACTIVATION})
+ROWS = (ATTENTION, ACTIVATION, "gated delta", "state space")
 Choose = Callable[[Kernel, ShapeClass], str]
 """(row of the table, shape class of a call) -> name of the candidate that takes the call."""
 
@@ -78,21 +91,24 @@ Choose = Callable[[Kernel, ShapeClass], str]
 # Table
 
 
-def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) -> tuple[Kernel, ...]:
-    """Return the table.
+def kernel_rows(
+    attend: AttentionCall = attend, windows: Windows | None = None, names: Collection[str] = ROWS
+) -> tuple[Kernel, ...]:
+    """Return rows of the table.
 
     Args:
         attend: computes attention by the kernel that its `Tiles` name; a checkpointing tape has its own.
         windows: of the masks that attention will get; None: none is known.
+        names: of the rows.
     """
     windows = Windows() if windows is None else windows
-    names, swiglu = (MLX, "tiled", *polynomial_candidates()), original(activations, "swiglu")
-    return (
+    swiglu, polynomial = original(activations, "swiglu"), polynomial_candidates()
+    rows = (
         Kernel(
-            name="attention",
+            name=ATTENTION,
             shared="scaled_dot_product_attention",
             theirs=original(base, "scaled_dot_product_attention"),
-            candidates={kernel: _attention(attend, kernel, windows) for kernel in names},
+            candidates={kernel: _attention(attend, kernel, windows) for kernel in (MLX, "tiled", *polynomial)},
             assumed="tiled",
             class_of=_attention_classes(windows),
             trial=partial(_attention_trial, windows),
@@ -100,14 +116,14 @@ def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) 
             count=_count_attention,
         ),
         Kernel(
-            name="gated activation",
+            name=ACTIVATION,
             shared="swiglu",
             theirs=swiglu,
             candidates={
                 MLX: swiglu,
                 "lean": partial(lean_swiglu, True),
                 "leanest": partial(lean_swiglu, False),
-                **dict.fromkeys(polynomial_candidates(), polynomial_swiglu),
+                **dict.fromkeys(polynomial, polynomial_swiglu),
             },
             assumed="lean" if device.keep_exponentials() else "leanest",
             class_of=lambda gate, up: activation_class(gate.shape[-1]),
@@ -115,9 +131,12 @@ def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) 
             words=lambda shape: f"{shape[0]:,} wide",
             count=_count_swiglu,
         ),
-        gated_delta_row(),
-        state_space_row(),
     )
+    if not POSITIONWISE.issuperset(names):
+        from mlx_lora.kernels.recurrent import recurrent_rows  # which few models need
+
+        rows += recurrent_rows()
+    return tuple(row for row in rows if row.name in names)
 
 
 def polynomial_candidates() -> tuple[str, ...]:
@@ -133,66 +152,58 @@ def assumed(kernel: Kernel, shape: ShapeClass) -> str:
     return kernel.assumed
 
 
-def exchanging(attend: AttentionCall | None, choose: Choose = assumed) -> Callable[[nn.Module], AbstractContextManager]:
-    """Return what exchanges a model's kernels while it computes, as a step takes it.
-
-    Args:
-        attend: computes its attention; None: it keeps all of its own kernels.
-        choose: says which kernels are used, by shape.
-    """
-
-    def exchanged(model: nn.Module) -> AbstractContextManager:
-        return nullcontext() if attend is None else training_kernels(model, attend, choose)
-
-    return exchanged
-
-
-class KernelBinding:
-    """What takes the calls of mlx-lm's functions while one model computes, in the thread that computes it.
-
-    Attributes:
-        functions: that take the calls, by the place of those that are called.
-        names: of the kernels that the model uses, those of the table first.
-    """
-
-    def __init__(self, model: nn.Module, rows: Iterable[Kernel], choose: Choose, windows: Windows) -> None:
-        """Look for functions of some rows of the table in the modules of the model's classes."""
-        homes = [sys.modules[name] for name in {type(module).__module__ for module in modules_of(model)}]
-        self.functions: dict[Place, Callable[..., Any]] = {}
-        self.names: list[str] = []
-        for row in rows:
-            found = [(home, row.shared) for home in homes if original(home, row.shared) is row.theirs]
-            self.functions |= dict.fromkeys(found, partial(_by_shape, row, choose))
-            self.names += [row.name] if found else []
-        makes = original(base, MAKES_MASKS)
-        noting = windows.noting(makes)
-        self.functions |= {(home, MAKES_MASKS): noting for home in homes if original(home, MAKES_MASKS) is makes}
-
-
 @contextmanager
 def training_kernels(
-    model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed, windows: Windows | None = None
+    model: nn.Module,
+    attend: AttentionCall | None = attend,
+    choose: Choose = assumed,
+    windows: Windows | None = None,
 ) -> Iterator[list[str]]:
     """Let the model's layers use the chosen kernels inside the block, in this thread.
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
-        attend: computes attention by the kernel that its `Tiles` name.
+        attend: computes attention by the kernel that its `Tiles` name; None: the model keeps all of its own kernels.
         choose: returns the candidate for a call.
         windows: of masks that are made outside of the block; those of masks that the model makes inside it are added.
 
     Yields:
         The names of the kernels that the model uses, those of the table first.
     """
+    if attend is None:
+        yield []
+        return
     windows = Windows() if windows is None else windows
-    binding = KernelBinding(model, kernel_rows(attend, windows), choose, windows)
-    recurrent = recurrent_kernels(model)
-    scans = {place: scan for place, (scan, _) in recurrent.items()}
-    with exchanged(scans | binding.functions):
-        yield [
-            *binding.names,
-            *sorted({words for place, (_, words) in recurrent.items() if place not in binding.functions}),
-        ]
+    recurrences, scans = _recurrences(model), {}
+    if recurrences:
+        from mlx_lora.kernels.recurrent import SCANS
+
+        scans = {place: SCANS[of] for place, of in recurrences.items() if of in SCANS}
+    takers, names = _takers(model, kernel_rows(attend, windows, ROWS if recurrences else POSITIONWISE), choose, windows)
+    names += sorted({words for place, (words, _) in scans.items() if place not in takers})
+    with exchanged({place: partial(scan, original(*place)) for place, (_, scan) in scans.items()} | takers):
+        yield names
+
+
+def exchanging(attend: AttentionCall | None, choose: Choose = assumed) -> Kernels:
+    """Return what exchanges a model's kernels while it computes, as a step takes it; arguments as for `training_kernels`."""
+    return lambda model: training_kernels(model, attend, choose)
+
+
+def _takers(
+    model: nn.Module, rows: Iterable[Kernel], choose: Choose, windows: Windows
+) -> tuple[dict[Place, Callable[..., Any]], list[str]]:
+    """Return what takes the calls of functions of some rows in the modules of the model's classes, and those rows' names."""
+    homes = [sys.modules[name] for name in {type(module).__module__ for module in modules_of(model)}]
+    takers: dict[Place, Callable[..., Any]] = {}
+    names = []
+    for row in rows:
+        found = [(home, row.shared) for home in homes if original(home, row.shared) is row.theirs]
+        takers |= dict.fromkeys(found, partial(_by_shape, row, choose))
+        names += [row.name] if found else []
+    makes = original(base, MAKES_MASKS)
+    noting = windows.noting(makes)
+    return takers | {(home, MAKES_MASKS): noting for home in homes if original(home, MAKES_MASKS) is makes}, names
 
 
 def _by_shape(row: Kernel, choose: Choose, /, *args: Any, **kwargs: Any) -> Any:
@@ -201,10 +212,23 @@ def _by_shape(row: Kernel, choose: Choose, /, *args: Any, **kwargs: Any) -> Any:
     return (row.theirs if shape is None else row.candidates[choose(row, shape)])(*args, **kwargs)
 
 
+def _recurrences(model: nn.Module) -> dict[Place, Foreign]:
+    """Return the functions of a model's recurrent layers: each in the module that imports it, or the class that it belongs to."""
+    classes = {cls for kind in {type(module) for module in modules_of(model)} for cls in kind.__mro__}
+    found = {}
+    for owner in (*classes, *{sys.modules[cls.__module__] for cls in classes}):
+        for name in RECURRENCES_BY_NAME.keys() & vars(owner).keys():
+            own = original(owner, name)
+            if isinstance(own, FunctionType):
+                known = {one.qualified: one for one in RECURRENCES_BY_NAME[name]}
+                one = known.get(f"{own.__module__}.{own.__qualname__}")
+                found |= {} if one is None else {(owner, name): one}
+    return found
+
+
 def has_recurrence(model: nn.Module) -> bool:
     """Return whether any layer has a recurrence that we have a kernel for."""
-    with training_kernels(model) as names:
-        return not {*names} <= POSITIONWISE
+    return bool(_recurrences(model))
 
 
 # Attention
@@ -359,9 +383,6 @@ def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Fig
 
 
 # The choice
-log = logging.getLogger(__name__)
-
-AUTO, OURS = "auto", "ours"
 
 
 @dataclass(frozen=True)
@@ -387,9 +408,12 @@ class KernelChoice:
             return kernel.assumed
         return self.classes[kernel.name, min(alike, key=lambda known: (abs(known[0] - shape[0]), known))]
 
+    def _rows(self) -> tuple[Kernel, ...]:
+        return kernel_rows(names={name for name, _ in self.classes})
+
     def terms(self) -> KernelTerms:
         """Return the planner's terms for the chosen kernels."""
-        terms, rows = KernelTerms(), {row.name: row for row in kernel_rows()}
+        terms, rows = KernelTerms(), {row.name: row for row in self._rows()}
         for (kernel, shape), name in self.classes.items():
             known = self.figures.get((kernel, shape), {})
             terms = rows[kernel].count(terms, shape, name, known.get(name))
@@ -424,11 +448,9 @@ class KernelChoice:
     def describe(self) -> list[str]:
         """Return descriptions for the run header, one for each kernel that the model uses."""
         words = []
-        for kernel in kernel_rows():
+        for kernel in self._rows():
             chosen = {shape: name for (other, shape), name in self.classes.items() if other == kernel.name}
             names = sorted(set(chosen.values()))
-            if not names:
-                continue
             unmeasured = [shape for shape in chosen if (kernel.name, shape) not in self.figures]
             how = f"--kernels {self.asked}" if self.asked != AUTO else "not measured" if unmeasured else "measured"
             if len(names) == 1:
@@ -456,8 +478,8 @@ def choose_model_kernels(
         dtype: of its activations.
         joined_lengths: of the rows that hold a prompt and several answers.
     """
-    calls = [*recorded_calls(model, lengths), *recorded_calls(model, joined_lengths, shared=True)]
-    return choose_among(calls, asked, dtype, measure=True)
+    calls = [*(recorded_calls(model, lengths) or []), *(recorded_calls(model, joined_lengths, shared=True) or [])]
+    return choose_among(calls, asked, dtype, measure=True)  # the checks before the run report what fails
 
 
 def choose_among(
@@ -473,12 +495,20 @@ def choose_among(
     """
     kernels = {(kernel.name, shape): kernel for kernel, shape in calls}
     figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
-    if asked != OURS:
-        known = {(name, shape): known_figures(kernel, shape, dtype) for (name, shape), kernel in kernels.items()}
-        figures = {key: found for key, found in known.items() if found is not None}
+    for (name, shape), kernel in kernels.items() if asked != OURS else ():
+        found = read_figures(figures_key(name, shape, dtype))
+        if found is not None and found.keys() == kernel.candidates.keys():  # of exactly the current candidates
+            figures[name, shape] = found
     missing = {key: kernel for key, kernel in kernels.items() if key not in figures}
     if missing and asked != OURS and measure and may_measure():
-        figures |= measured_now(missing, dtype)
+        # A single one has no progress to show, so that what is around it keeps the screen.
+        with long_task("Measuring kernels", len(missing), "shapes") if len(missing) > 1 else nullcontext() as task:
+            for number, ((name, shape), kernel) in enumerate(missing.items(), 1):
+                of = f" ({number} of {len(missing)})" if len(missing) > 1 else ""
+                log.info(f"Measuring {name} for {kernel.words(shape)}, once on this machine{of}")
+                figures[name, shape] = measured_figures(kernel, shape, dtype)
+                if task is not None:
+                    task.advance()
     classes: dict[tuple[str, ShapeClass], str] = {}
     for key, kernel in kernels.items():
         best = choose(figures[key]) or MLX if key in figures else kernel.assumed
@@ -486,20 +516,11 @@ def choose_among(
     return KernelChoice(asked, figures, classes)
 
 
-def measured_now(
-    missing: Mapping[tuple[str, ShapeClass], Kernel], dtype: mx.Dtype
-) -> dict[tuple[str, ShapeClass], Mapping[str, Figures]]:
-    """Measure some shape classes, and say which, and how much is left."""
-    figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
-    # A single one has no progress to show, so that what is around it keeps the screen.
-    shown = long_task("Measuring kernels", len(missing), "shapes") if len(missing) > 1 else nullcontext()
-    with shown as task:
-        for number, ((name, shape), kernel) in enumerate(missing.items(), 1):
-            of = f" ({number} of {len(missing)})" if len(missing) > 1 else ""
-            log.info(f"Measuring {name} for {kernel.words(shape)}, once on this machine{of}")
-            figures[name, shape] = measured_figures(kernel, shape, dtype)
-            if task is not None:
-                task.advance()
+def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures]:
+    """Measure a class's candidates, store their figures in the cache, and return them."""
+    trial, reference = kernel.trial(shape, dtype)
+    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap(), [POLYNOMIAL])
+    keep_figures(figures_key(kernel.name, shape, dtype), figures)
     return figures
 
 
@@ -511,7 +532,7 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
         asked: --kernels.
         dtype: of its activations.
     """
-    attention, gate = kernel_rows()[:2]
+    attention, gate = kernel_rows(names=POSITIONWISE)
     sizes = [*(size for size in (1 << n for n in range(6, 11)) if size <= LONGEST), LONG_ROW]
     calls: dict[tuple[str, ShapeClass], Kernel] = {}
     for block in model.blocks:
@@ -524,32 +545,20 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
     return choose_among([(kernel, shape) for (_, shape), kernel in calls.items()], asked, dtype)
 
 
-def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and shape class that the model uses on rows of these lengths; none if its code fails.
+def recorded_calls(
+    model: nn.Module, lengths: Iterable[int], shared: bool = False
+) -> list[tuple[Kernel, ShapeClass]] | None:
+    """Return each kernel and shape class that the model uses on rows of these lengths; None if its code fails.
 
     Args:
         model: is not computed.
-        lengths: in positions.
+        lengths: in positions; of those in one size class, the longest is tried.
         shared: whether a row holds a prompt and several answers.
     """
     longest: dict[int, int] = {}
     for length in lengths:
         size = keys_class(length)
         longest[size] = max(longest.get(size, 1), length)
-    try:
-        return traced_calls(model, longest.values(), shared)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return []  # the checks before the run report what fails
-
-
-def traced_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False) -> list[tuple[Kernel, ShapeClass]]:
-    """Return each kernel and shape class that the model uses; arguments as for `recorded_calls`.
-
-    Raises:
-        FOREIGN_ERRORS: the model's code fails.
-    """
     found: dict[tuple[str, ShapeClass], Kernel] = {}
 
     def record(kernel: Kernel, shape: ShapeClass) -> str:
@@ -562,35 +571,19 @@ def traced_calls(model: nn.Module, lengths: Iterable[int], shared: bool = False)
     model.train()  # some models compute differently in training
     try:
         with training_kernels(model, choose=record):
-            for length in lengths:
-                inputs = mx.zeros((1, max(1, length)), mx.int32)
+            for length in longest.values():
+                inputs = mx.zeros((1, length), mx.int32)
                 arrays = {"inputs": inputs} | ({"starts": mx.array([[1, 1]])} if shared else {})
                 model(inputs, **shared_caches(model, arrays))
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return None
     finally:
         model.update(parameters)
         mx.random.seed(high << 32 | low)
         model.train(training)
     return [(kernel, shape) for (_, shape), kernel in found.items()]
-
-
-def known_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures] | None:
-    """Return a class's figures from the cache, None if they are not there for exactly the current candidates."""
-    figures = read_figures(figures_key(kernel.name, shape, dtype))
-    return figures if figures is not None and figures.keys() == kernel.candidates.keys() else None
-
-
-def measured_figures(kernel: Kernel, shape: ShapeClass, dtype: mx.Dtype) -> Mapping[str, Figures]:
-    """Measure a class's candidates, store their figures in the cache, and return them."""
-    trial, reference = kernel.trial(shape, dtype)
-    figures = measure(kernel.candidates, trial, reference, device.compiling_is_cheap(), [POLYNOMIAL])
-    keep_figures(figures_key(kernel.name, shape, dtype), figures)
-    return figures
-
-
-def figures_key(name: str, shape: ShapeClass, dtype: mx.Dtype) -> str:
-    """Return the cache key of a class's figures."""
-    of = ",".join(map(str, shape))
-    return f"{device.measured_on()}|{str(dtype).rpartition('.')[2]}|{name}|{of}"
 
 
 # Compute the attention of long rows in tiles where a loss is measured without its gradient.
@@ -608,8 +601,8 @@ def long_row_kernels(model: nn.Module) -> Iterator[None]:
         model: any mlx-lm model; layers that do not use the shared function keep their own.
     """
     windows = Windows()
-    rows = [row for row in kernel_rows(attend, windows) if row.name == "attention"]
-    with exchanged(KernelBinding(model, rows, _by_length, windows).functions):
+    takers, _ = _takers(model, kernel_rows(attend, windows, [ATTENTION]), _by_length, windows)
+    with exchanged(takers):
         yield
 
 

@@ -5,7 +5,8 @@ have kernels without a gradient. What fails or disagrees here is switched off, o
 header reports; a model for which nothing works is refused before the run begins.
 
 Loss and kernels are compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
-alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step_variant.py.
+alone would hide errors that cancel, and those of the backward pass. Then the step itself is differentiated on a few tokens, with
+ever fewer features until that works (`choose_step_variant`).
 
 Checks that passed on this machine are remembered, so that a model's second run does not compute them again. A check is named
 by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's architecture; the
@@ -26,42 +27,59 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import Dropout
-from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import (
+from mlx_lora.kernels.choose import (
     AUTO,
     OURS,
+    Choose,
     KernelChoice,
+    assumed,
     choose_model_kernels,
+    exchanging,
     has_recurrence,
     long_row_kernels,
     training_kernels,
 )
-from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
+from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure
+from mlx_lora.losses.cross_entropy import (
+    PLAIN,
+    PLAIN_LOGITS,
+    ROWS,
+    TILES,
+    Arrays,
+    Loss,
+    compiled_over,
+    differentiation,
+    plain,
+)
 from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
+from mlx_lora.models.blocks import few_blocks
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
-from mlx_lora.models.meta import few_blocks
+from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS, KernelTerms
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import read_store, write_store
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.kernels.attention import AttentionCall
     from mlx_lora.models.load import Base
 
 # The loss and the kernels
@@ -135,8 +153,7 @@ def choose_loss(
     Raises:
         InputError: the model's own forward pass fails.
     """
-    found = _agreeing_loss(model, config, asked, measure, whole_because, strategy)
-    return replace(found, measuring=long_row_kernels)
+    return replace(_agreeing_loss(model, config, asked, measure, whole_because, strategy), measuring=long_row_kernels)
 
 
 def _agreeing_loss(
@@ -202,10 +219,9 @@ def check_kernels(
     head = find_head(model, config)
     vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
     expected, variants = None, choice.variants()
-    for variant in variants:
-        with training_kernels(model, choose=variant) as exchanged:
-            if not exchanged:
-                return None, "the model's own kernels"
+    with training_kernels(model, choose=choice) as exchanged:
+        if not exchanged:
+            return None, "the model's own kernels"
     of_blocks = loss
     if loss.kernel != PLAIN_LOGITS and not isinstance(head, str):  # no kernel of a block changes what the head does
         last = with_last_block(head, model)[0] if loss.part_of_last else head
@@ -244,14 +260,11 @@ def _own_probe(
     Raises:
         InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
-    try:
-        found = _probe_loss(model, loss, vocabulary, has_recurrence(model), tokens, strategy)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+    found = _probe_loss(model, loss, vocabulary, None, tokens, strategy)
+    if isinstance(found, Exception):
         raise InputError(
-            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
-        ) from error
+            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(found, 200)}); {way_out(model)}"
+        ) from found
     strategy.check_read(~mx.isfinite(found.losses), config)
     return found
 
@@ -266,21 +279,16 @@ def _problem(
     strategy: Strategy = SINGLE_DEVICE,
 ) -> str | None:
     """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
-    recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
-    try:
-        with nullcontext() if choose is None else training_kernels(model, choose=choose):
-            found = _probe_loss(model, loss, vocabulary, recurrent, tokens, strategy)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return f"fails on this model: {short(error, 100)}"
+    found = _probe_loss(model, loss, vocabulary, choose, tokens, strategy)
+    if isinstance(found, Exception):
+        return f"fails on this model: {short(found, 100)}"
     return disagreement(model, expected, found)
 
 
 def _probe_loss(
-    model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int, strategy: Strategy
-) -> Probe:
-    """Try a loss on some tokens.
+    model: nn.Module, loss: Loss, vocabulary: int, choose: KernelChoice | None, tokens: int, strategy: Strategy
+) -> Probe | Exception:
+    """Try a loss on some tokens, with the chosen kernels or the model's own; return the error of foreign code, if any.
 
     mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
     model. For such a model, the gradient covers only RECURRENT_CHECK_TOKENS, and the longer row only a forward pass.
@@ -290,10 +298,16 @@ def _probe_loss(
         batch = check_arrays(vocabulary, tokens)
         return probe(model, lambda model: loss.tokens(model, batch), gradient, strategy)
 
-    if not recurrent:
-        return on(tokens, True)
-    long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
-    return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
+    try:
+        with nullcontext() if choose is None else training_kernels(model, choose=choose):
+            if not has_recurrence(model):
+                return on(tokens, True)
+            long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
+            return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return error
 
 
 def check_arrays(vocabulary: int, tokens: int) -> Arrays:
@@ -329,6 +343,98 @@ def way_out(model: nn.Module) -> str:
     if has_halves(model) and not device.multiplies_16_bit_experts():
         return "give --dtype float32, or choose another model"
     return "choose another model"
+
+
+# The step
+#
+# The graph is only built, not computed: both faults of third-party code (values computed while it is traced, kernels without a
+# gradient) show there, in a fifth of the time, and the forward pass was computed above.
+
+TRIAL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """The loss and kernels that a step computes with.
+
+    Attributes:
+        loss: fused or plain.
+        attend: our attention, None for the model's own kernels.
+        choose: says which kernels are used, by shape.
+        compiled: whether loss and gradient are compiled.
+        notes: for the run header, about features that had to be switched off.
+    """
+
+    loss: Loss
+    attend: AttentionCall | None
+    choose: Choose = assumed
+    compiled: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def choose_step_variant(
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    attend: AttentionCall | None,
+    name: str,
+    choose: Choose = assumed,
+    compiles: bool = True,
+) -> StepVariant:
+    """Return the fastest variant of the step that this model can be differentiated with.
+
+    Args:
+        model: the model to train, with adapters and checkpointing; it is not changed.
+        config: its config.json.
+        loss, attend: the ones that were chosen for it.
+        name: of the model, for the error.
+        choose: says which kernels are used, by shape.
+        compiles: whether the step may be compiled.
+
+    Raises:
+        InputError: it cannot be differentiated.
+    """
+    batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
+    problems: list[Exception] = []
+    features = [(loss, own) for own in dict.fromkeys((attend, None))]
+    features += [] if loss.train is PLAIN.train else [(PLAIN, None)]
+    for (of_tokens, own), compiled in product(features, (True, False) if compiles else (False,)):  # the fastest first
+        variant = StepVariant(of_tokens, own, choose, compiled)
+        problem = _error_of(model, variant, batch)
+        if problem is None and problems:
+            without = [] if compiled else ["not compiled"]
+            without += [] if own is attend else ["the model's own kernels instead of ours"]
+            without += [] if of_tokens is loss else ["plain instead of fused loss"]
+            note = f"{', '.join(without)}, since that fails on this model ({short(problems[0], 160)})"
+            return replace(variant, notes=(note,))
+        if problem is None:
+            return variant
+        problems.append(problem)
+    raise InputError(
+        f"--model {name}: mlx-lm's {config.get('model_type')} cannot be trained here ({short(problems[-1], 200)}); "
+        f"{way_out(model)}"
+    ) from problems[-1]
+
+
+def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
+    """Differentiate the batch and return the error of foreign code, if any. The model is not changed."""
+    arrays = [(name, value) for name, value in tree_flatten(model.state) if isinstance(value, mx.array)]
+    high, low = mx.random.state[0].tolist()
+    training = model.training
+    model.train()
+    step = differentiation(model, variant.loss.train, exchanging(variant.attend, variant.choose))
+    try:
+        (compiled_over(model, step) if variant.compiled else step)(batch)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return error
+    finally:
+        # A trace that fails leaves placeholder arrays in the model.
+        model.update(tree_unflatten(arrays))
+        mx.random.seed(high << 32 | low)
+        model.train(training)
+    return None
 
 
 # The comparison of two computations
@@ -367,17 +473,8 @@ def probe(
         gradient: whether to compute the gradient.
         strategy: how the run computes gradients.
     """
-    if gradient and tree_flatten(model.trainable_parameters()):
-        try:
-            return _probe(model, token_losses, True, strategy)
-        except FOREIGN_ERRORS as error:
-            if not is_foreign(error):
-                raise
-    return _probe(model, token_losses, False, strategy)
-
-
-def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool, strategy: Strategy) -> Probe:
-    training = model.training
+    trains = gradient and bool(tree_flatten(model.trainable_parameters()))
+    training, gradients = model.training, {}
     # In training mode for a gradient, because some models otherwise run a kernel without one.
     model.train(trains)
     for module in model.modules():
@@ -388,7 +485,6 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
         losses = token_losses(model)
         return losses.sum(), losses
 
-    gradients: dict[str, mx.array] = {}
     try:
         with left_unchanged(model):
             if trains:
@@ -398,9 +494,13 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
                 _, losses = total(model)
             mx.eval(losses)  # separately, so that a quantized head is not dequantized for both at a time
             mx.eval(gradients)
+            return Probe(losses, gradients)
+    except FOREIGN_ERRORS as error:
+        if not (trains and is_foreign(error)):
+            raise
     finally:
         model.train(training)
-    return Probe(losses, gradients)
+    return probe(model, token_losses, False, strategy)
 
 
 def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
@@ -444,6 +544,7 @@ def has_halves(model: nn.Module) -> bool:
 
 STORE = "passed_checks"
 MOST = 500  # checks that are remembered, the latest ones
+SETTINGS = (bool, int, float, str, mx.Dtype)  # of a module
 
 
 def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *compared: Any) -> str:
@@ -461,18 +562,19 @@ def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *co
     if not may_measure() or strategy.lockstep:
         return ""
     settings = [
-        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))
+        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if isinstance(v, SETTINGS)))
         for path, module in model.named_modules()
     ]
     arrays = [(name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters())]
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     modules = {type(module).__module__ for module in model.modules()}
-    sources = sorted((name, _source_sum(Path(sys.modules[name].__file__ or ""))) for name in modules)
+    files = {name: Path(sys.modules[name].__file__ or "") for name in sorted(modules)}
+    sources = [(name, zlib.crc32(file.read_bytes()) if file.is_file() else 0) for name, file in files.items()]
     facts = (
         device.measured_on(),
         device.compiles(),
         package_version("mlx-lm"),
-        _package_sum(),
+        package_sum(),
         sources,
         json.dumps(config, sort_keys=True, default=str),
         base_fingerprint(model, config),
@@ -501,20 +603,11 @@ def keep_passed(name: str, words: str) -> None:
         write_store(STORE, dict([*known.items()][-MOST:]))
 
 
-def _is_setting(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, mx.Dtype))
-
-
 @cache
-def _package_sum() -> int:
+def package_sum() -> int:
     """Return a check sum of this package's source: its version alone does not change with each change of it."""
     package = Path(__file__).parents[1]
     total = 0
     for path in sorted(package.rglob("*.py")):
         total = zlib.crc32(path.read_bytes(), total)
     return total
-
-
-@cache
-def _source_sum(path: Path) -> int:
-    return zlib.crc32(path.read_bytes()) if path.is_file() else 0
