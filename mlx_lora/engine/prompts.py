@@ -7,7 +7,7 @@ Source: OpenAI's API reference: chat/completions and completions.
 Turn conversations into the tokens of a prompt, with what a model's tower sees of their pictures.
 
     messages with marks -> PicturePrompt (tokens, pictures)         any thread, one at a time; no MLX
-    PicturePrompt -> PicturePrefill -> keys and values              the engine's thread, which loads the tower once
+    PicturePrompt -> Prefill -> keys and values                     the engine's thread, which loads the tower once
 
 After its prompt, a row with pictures is like any other: its caches are mlx-lm's, and the next token's position is the number
 of tokens before it. Its keys and values are not kept for later prompts, because the same tokens may stand for another picture.
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
+import mlx.nn as nn
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat
@@ -33,13 +33,13 @@ from mlx_lora.data.downloads import is_on_web
 from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
 from mlx_lora.data.images import mark
-from mlx_lora.engine.adapter_store import NoRoom, Routing, UnknownAdapter
-from mlx_lora.engine.engine import BatchRow, Prefill, QueueFull, Sampling, Stopped
+from mlx_lora.engine.adapter_store import NoRoom, UnknownAdapter
+from mlx_lora.engine.engine import QueueFull, Stopped
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
-from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.http import ApiError, bad_value, is_number, read_number, read_typed, shown_value
 
@@ -258,7 +258,7 @@ class PictureReader:
         """
         self.base, self.folders = base, folders
         self._processors: dict[int | None, ImageProcessor] = {}
-        self._tower: VisionTower | None = None
+        self.tower: VisionTower | None = None
 
     def check(self) -> None:
         """Check that the model can be shown pictures, before one is read.
@@ -308,19 +308,6 @@ class PictureReader:
             raise InputError(str(error)) from None
         return PicturePrompt(self, tokens, digests, table, processor)
 
-    def arrays(self, prompt: PicturePrompt) -> tuple[ImageInputSpec, list[mx.array]]:
-        """Return how the model reads pictures, and a prompt's arrays for that; in the engine's thread.
-
-        Raises:
-            InputError: the tower cannot be loaded, or fails.
-        """
-        if self._tower is None:
-            self._tower = load_tower(self.base.folder, compute_dtype(self.base))
-        seen = ImageFeatureCache(self._tower, prompt.processor, prompt.table, writes=False)
-        spec = ImageInputSpec.of(self.base.config)
-        vision = VisionEncoder(self._tower, prompt.processor, spec, prompt.table, seen)
-        return spec, vision.prompt_arrays(prompt.tokens, prompt.digests)
-
 
 @dataclass(frozen=True)
 class PicturePrompt:
@@ -340,35 +327,19 @@ class PicturePrompt:
     table: ImageTable
     processor: ImageProcessor
 
-    def prefill(self, model: TokenSteps, routing: Routing, row: BatchRow) -> Prefill:
-        """Return what computes the prompt; what the tower sees is computed here, in the engine's thread.
+    def seen_by(self, model: nn.Module) -> ModelWithImages:
+        """Return a model with what the tower sees of the pictures, which is computed here, in the engine's thread.
 
         Raises:
-            InputError: see `PictureReader.arrays`.
+            InputError: the tower cannot be loaded, or fails.
         """
-        spec, arrays = self.reader.arrays(self)
-        return PicturePrefill(model, routing, row, self.tokens, ModelWithImages(model.model, spec, arrays))
-
-
-class PicturePrefill(Prefill):
-    """A prompt with pictures, which is computed at once: the tokens of a picture may have to see one another."""
-
-    def __init__(self, model: TokenSteps, routing: Routing, row: BatchRow, tokens: list[int], shown: ModelWithImages):
-        """Prepare; arguments as of `Prefill`.
-
-        Args:
-            model, routing, row, tokens: see there.
-            shown: the model, with what it reads in place of image tokens.
-        """
-        super().__init__(model, routing, row, tokens, None)
-        self._shown = shown
-
-    def advance(self, most: int) -> None:
-        """Compute the prompt except for its last token, which is text."""
-        part, self.rest = self.rest[:-1], self.rest[-1:]
-        self._routing.rows = (self.row.adapter,)
-        self.caches = self._shown.prefilled(part)
-        self.row.tokens += part
+        base = self.reader.base
+        if self.reader.tower is None:
+            self.reader.tower = load_tower(base.folder, compute_dtype(base))
+        seen = ImageFeatureCache(self.reader.tower, self.processor, self.table, writes=False)
+        spec = ImageInputSpec.of(base.config)
+        vision = VisionEncoder(self.reader.tower, self.processor, spec, self.table, seen)
+        return ModelWithImages(model, spec, vision.prompt_arrays(self.tokens, self.digests))
 
 
 def picture_prompt(

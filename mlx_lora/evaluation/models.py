@@ -31,15 +31,28 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, Routing, context_of
-from mlx_lora.engine.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
+from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, context_of
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.encoder import check_language_model
+from mlx_lora.models.generator import (
+    ANSWERS,
+    BatchRow,
+    Prefill,
+    PromptCache,
+    Routing,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TextStream,
+    TokenSteps,
+    check_rows,
+    held_weights,
+    one_row_because,
+)
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.models.tokenizer import Continuation
-from mlx_lora.rollouts.generator import ANSWERS, TokenSteps, check_rows, held_weights, one_row_because
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure
 from mlx_lora.utils.progress import long_task, tracked

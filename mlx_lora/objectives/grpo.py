@@ -24,11 +24,11 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, Seen
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
+from mlx_lora.models.generator import check_rows
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
-from mlx_lora.rollouts.generator import SAMPLED_BY, SamplingForm, check_groups, choose_sampling
 from mlx_lora.rollouts.make_environment import (
     check_environment,
     check_template,
@@ -48,7 +48,7 @@ from mlx_lora.rollouts.rewards import (
     reward_files,
     reward_names,
 )
-from mlx_lora.rollouts.rollout import PictureRollouts, Rollouts
+from mlx_lora.rollouts.rollout import SAMPLED_BY, PictureRollouts, Rollouts, SamplingForm, choose_sampling
 from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
 
@@ -94,7 +94,7 @@ class SampledObjective(Objective):
             raise ValueError("answers are sampled in a run without a memory plan")
         self.layout, memory = that_fits(self.layout, ctx.settings, shape, data.train, ctx.chosen.terms, ctx.memory)
         form, ctx.memory = form_that_fits(ctx, memory)
-        check_groups(ctx.base.model, ctx.base.model_id)
+        check_rows(ctx.base.model, ctx.base.model_id)
         self.rollouts = self.make_rollouts(ctx, ctx.chosen.loss, form)
         data = self.layout.of(data)
         self.prompts = data.train
@@ -116,7 +116,7 @@ class SampledObjective(Objective):
     def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
         if self.rollouts is None:  # a measurement
             group = self.options.answers_per_prompt
-            check_groups(ctx.base.model, ctx.base.model_id)
+            check_rows(ctx.base.model, ctx.base.model_id)
             form = choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks)
             self.rollouts = self.make_rollouts(ctx, loss, form)
         return replace(self.bind_sampled(ctx, loss), rates=self.rollouts.spent.read)

@@ -24,7 +24,7 @@ Sample answers to prompts with pictures.
 
 A prompt is computed at once, with what the tower sees of its pictures, and its keys and values are copied for each of its
 answers. Nothing of it is shared with other prompts, whose image tokens are the same and stand for other pictures. From the
-last token of the prompt on, sampling is that of text (rollouts/generator.py).
+last token of the prompt on, sampling is that of text (models/generator.py).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -46,25 +47,34 @@ from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
+from mlx_lora.models.generator import (
+    ANSWERS,
+    AUTO,
+    IN_FULL,
+    PACKED,
+    DecodeWeights,
+    Held,
+    KeptCaches,
+    SamplingOptions,
+    TokenSteps,
+    answer_keys,
+    choose_weights,
+    copied_bytes,
+    copy_weights,
+    merge_rows,
+    release_weights,
+    sample_groups,
+)
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.environment import Agent, Episode, Facts, Played, SingleTurnEnv, VectorEnv, play, seeds_of
-from mlx_lora.rollouts.generator import (
-    Held,
-    KeptCaches,
-    SamplingForm,
-    SamplingOptions,
-    answer_keys,
-    merge_rows,
-    sample_groups,
-)
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
+from mlx_lora.utils.errors import InputError
 
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,9 +162,89 @@ def of_own_rows(
     return np.array(ranks.sum(mx.array(found)))
 
 
-# Sample the answers that a step trains on
+# What computes sampled tokens. Only frozen weights may have a float copy, which is made for a rollout and dropped after it, so
+# that a training step has the memory to itself. A run chooses once and keeps its choice in its checkpoints, because products in
+# another form round differently: a resumed run must sample the same answers. All ranks use one form.
 
-log = logging.getLogger(__name__)
+SAMPLED_BY = "sampled_by"  # the key in a checkpoint
+FLOATS = "floats"  # its value for a model without quantized layers
+
+
+@dataclass(frozen=True)
+class SamplingForm:
+    """What computes sampled tokens: the form of quantized weights, None if there are none, and short steps of one token."""
+
+    weights: DecodeWeights | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {SAMPLED_BY: FLOATS if self.weights is None else self.weights.form}
+
+    @property
+    def copied_bytes(self) -> int:
+        """What float copies take while answers are sampled."""
+        return self.weights.copied_bytes if self.weights is not None and self.weights.form == IN_FULL else 0
+
+    def describe(self) -> str:
+        """Return a few words for the run header; empty where there is no choice."""
+        return "" if self.weights is None else f"answers sampled by {self.weights.describe()}"
+
+    @contextmanager
+    def model_of(self, base: Base) -> Iterator[Any]:
+        """Yield what is called as the model while answers are sampled; float copies end with the block."""
+        if self.copied_bytes:
+            copy_weights(base)
+        try:
+            yield TokenSteps(base.model)
+        finally:
+            if self.copied_bytes:
+                release_weights(base.model)
+
+
+def choose_sampling(
+    base: Base,
+    rows: int,
+    free_bytes: int,
+    ranks: Ranks,
+    identity: Mapping[str, Any] | None = None,
+) -> SamplingForm:
+    """Return what computes the answers of a run.
+
+    Args:
+        base: adapted, not yet trained.
+        rows: answers that are sampled at a time.
+        free_bytes: of memory, while nothing is trained.
+        ranks: the processes of the run; copies are used if all of them choose so.
+        identity: of the checkpoint to go on from, whose form is kept; None: the run begins.
+
+    Raises:
+        InputError: the form to keep, or that is asked for, does not fit the memory of one rank.
+    """
+    known = None if identity is None else identity.get(SAMPLED_BY)
+    asked = base.decode_weights
+    if known in (PACKED, IN_FULL) and asked in (AUTO, known):
+        copied = copied_bytes(base)
+        weights = DecodeWeights(known, "as the run began", copied) if copied else None
+    else:
+        weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
+        if known is not None and weights is not None:
+            log.info(
+                f"--decode-weights {asked}: not the form in which answers were sampled before, so not to the last bit"
+            )
+    if weights is not None and weights.form == IN_FULL and weights.copied_bytes > free_bytes:
+        raise InputError(
+            f"--resume: the run samples its answers by dense copies of {weights.copied_bytes / 1e9:.1f} GB, and "
+            f"{max(0, free_bytes) / 1e9:.1f} GB are free; free some, or give --decode-weights packed"
+        )
+    forms = ranks.everyone(weights and weights.form)
+    if weights is not None and weights.form == IN_FULL and set(forms) != {IN_FULL}:
+        other = next(rank for rank, form in enumerate(forms) if form != IN_FULL)
+        weights = DecodeWeights(PACKED, f"as rank {other} chose", weights.copied_bytes)
+    return SamplingForm(weights)
+
+
+# Sample the answers that a step trains on
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -570,7 +660,7 @@ class PromptsWithPictures(KeptCaches):
         """Return caches of a row for each answer, which hold its prompt without the last token.
 
         Args:
-            model: that computes single tokens (rollouts/generator.py); the one in it computes the prompts.
+            model: that computes single tokens (models/generator.py); the one in it computes the prompts.
             prompts: token ids.
         """
         found = []

@@ -70,7 +70,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
 from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
-from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped, TokenReport, Usage
+from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped, Usage
 from mlx_lora.engine.prompts import (
     Ask,
     PicturePrompt,
@@ -83,6 +83,7 @@ from mlx_lora.engine.prompts import (
 )
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.generator import TokenReport
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices

@@ -61,8 +61,9 @@ from tinker.types.try_again_response import TryAgainResponse
 
 from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.compat.foreign import MESSAGES
-from mlx_lora.engine.engine import Sampling, Stopped
+from mlx_lora.engine.engine import Stopped
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from mlx_lora.models.generator import Sampling
 from mlx_lora.training_server.models import (
     EXTERNAL,
     KINDS,

@@ -56,30 +56,31 @@ from mlx_lora.api.plan_clients import MOST_RESIDENT, POSITIONS, LoraShape
 from mlx_lora.engine.adapter_store import (
     DEFAULT_CONTEXT,
     LayerFactors,
-    Routing,
     base_name,
     context_of,
     read_factors,
     route,
     unrouted_twin,
 )
-from mlx_lora.engine.engine import (
-    BatchRow,
-    Likelihoods,
-    ModelThread,
-    Prefill,
-    RunningBatch,
-    Sampler,
-    Sampling,
-    Stopped,
-)
+from mlx_lora.engine.engine import ModelThread, Stopped
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import save_tensors
+from mlx_lora.models.generator import (
+    BatchRow,
+    Likelihoods,
+    Prefill,
+    Routing,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TokenSteps,
+    one_row_because,
+    rowless,
+)
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
-from mlx_lora.rollouts.generator import TokenSteps, one_row_because, rowless
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
 from mlx_lora.training_server.models import (
     CheckpointFolder,

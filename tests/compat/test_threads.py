@@ -20,8 +20,8 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.models.generator import TokenSteps
 from mlx_lora.models.load import embedding_rows
-from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions

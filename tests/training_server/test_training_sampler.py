@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from training_examples import loaded, trained_model
 
-from mlx_lora.engine.engine import Sampling
+from mlx_lora.models.generator import Sampling
 from mlx_lora.training_server.worker import SampleLoop, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError
 

@@ -54,9 +54,10 @@ from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
+from mlx_lora.engine.engine import Engine, Event, Limits, Request
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.kernels.measure import TOLERANCE
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
