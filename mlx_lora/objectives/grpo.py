@@ -2,7 +2,7 @@
 
 One step, in order (`steps` of objectives/grpo.py):
 
-    prompts of the step's batches    `Rollouts.run`: ranks divide them, and each answers and rewards its own
+    prompts of the step's batches    `Rollouts.answer`: ranks divide them, and each answers and rewards its own
     answers, rewards                 all ranks get all of them
     log-probabilities                as they were sampled, and under the reference, where the loss needs them
     advantages                       from the rewards of a prompt's answers (losses/policy.py)
@@ -48,7 +48,7 @@ from mlx_lora.rollouts.rewards import (
     reward_files,
     reward_names,
 )
-from mlx_lora.rollouts.rollout import SAMPLED_BY, PictureRollouts, Rollouts, SamplingForm, choose_sampling
+from mlx_lora.rollouts.rollout import SAMPLED_BY, Rollouts, SamplingForm, choose_sampling
 from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
 
@@ -130,7 +130,7 @@ class SampledObjective(Objective):
         if self.prompts is None or self.rollouts is None:
             raise ValueError("answers are asked for before the data is finished")
         state = TrainerState(done.steps, done.of_steps, done.epochs)
-        answered = self.rollouts.run(batches, self.prompts, done.batches, state)
+        answered = self.rollouts.answer(batches, self.prompts, done.batches, state)
         for _ in range(self.options.updates):
             yield answered
 
@@ -203,8 +203,17 @@ class Policy(SampledObjective):
         loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)
         env = environment_of(ctx.settings, self.rewards, ctx.base, ctx.today, ctx.functions)
         start, ranks = ctx.base.model.trainable_parameters(), ctx.strategy.ranks
-        plain = Rollouts(ctx.base, ctx.settings, env, loss, start, form, joining=self.layout.joining, ranks=ranks)
-        return plain if self.pictures is None else PictureRollouts(**vars(plain), seeing=self.pictures)
+        return Rollouts(
+            ctx.base,
+            ctx.settings,
+            env,
+            loss,
+            start,
+            form,
+            joining=self.layout.joining,
+            ranks=ranks,
+            seeing=self.pictures,
+        )
 
     def bind_sampled(self, ctx: RunContext, loss: Loss) -> BoundObjective:
         loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)

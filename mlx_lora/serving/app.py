@@ -428,27 +428,23 @@ class Completions:
         return self._engine.store.cards[model]
 
 
-class ClientGone(Exception):
-    """The client has closed the connection."""
-
-
 class EngineResponse:
     """A response that the engine generates, as an ASGI application; its row is freed when it ends in any way."""
 
     def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
         self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
-        self._timeout_s = timeout_s
+        self._timeout_s, self._opened = timeout_s, False
         folders = request.pictures.reader.folders if request.pictures else ()
         self._told = partial(client_error, engine, folders=folders)
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer, all at once or as server-sent events.
+        """Answer, all at once or as server-sent events, until the client disconnects.
 
         Raises:
-            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in time.
+            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in
+                time. One after the first event of a stream is sent as an event.
         """
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._deadline = loop.time() + self._timeout_s
 
         def emit(event: Event) -> None:
             # The loop is already closed if the process ends while requests are running.
@@ -463,39 +459,38 @@ class EngineResponse:
             ticket = self._engine.submit(self._request, emit)
         except (QueueFull, Stopped) as error:
             raise self._told(error) from None
-        self._gone = loop.create_task(until_gone())
+        gone = loop.create_task(until_gone())
+        answering = loop.create_task(self._stream(send) if self._ask.stream else self._whole(send))
         try:
-            await (self._stream(send) if self._ask.stream else self._whole(send))
-        except ClientGone:
-            return
+            # A client can also delay the answer by not reading it.
+            await asyncio.wait({gone, answering}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+            elif not gone.done():
+                message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
+                raise ApiError(504, message, "timeout")
+        except ApiError as error:
+            if not self._opened:
+                raise
+            answering.cancel()
+            # The status was already sent, so send the error as an event, unless the client does not read.
+            if self._ask.stream:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_sent(send, json.dumps(error.body()), last=True), timeout=1)
         finally:
             ticket.canceled.set()
-            self._gone.cancel()
+            gone.cancel()
+            answering.cancel()
 
     async def _answer(self) -> AsyncIterator[Event]:
         """Yield the events up to the last one."""
-        while True:
-            event = await self._within_time(self._events.get())
+        last = False
+        while not last:
+            event = await self._events.get()
             if event.error is not None:
                 raise self._told(event.error)
+            last = event.last
             yield event
-            if event.last:
-                return
-
-    async def _within_time(self, doing: Awaitable[Any]) -> Any:
-        """Await an event, or a send, which a client can delay by not reading."""
-        task = asyncio.ensure_future(doing)
-        left = self._deadline - asyncio.get_running_loop().time()
-        try:
-            await asyncio.wait({task, self._gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-        finally:
-            task.cancel()
-        if self._gone.done():
-            raise ClientGone
-        message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
-        raise ApiError(504, message, "timeout")
 
     async def _whole(self, send: Callable[[Any], Any]) -> None:
         """Send the complete answer at once."""
@@ -506,33 +501,26 @@ class EngineResponse:
             reports += event.piece.reports
         content = json.dumps(self._reply.whole("".join(pieces), reports, event)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
-        await self._within_time(send({"type": "http.response.body", "body": content}))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._opened = True
+        await send({"type": "http.response.body", "body": content})
 
     async def _stream(self, send: Callable[[Any], Any]) -> None:
         """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
-        opened = False
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        async for event in self._answer():
+            if not self._opened:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                self._opened = True
+            await _sent(send, json.dumps(self._reply.chunk(event)))
+            if event.usage and self._ask.include_usage:
+                await _sent(send, json.dumps(self._reply.usage_chunk(event.usage)))
+        await _sent(send, "[DONE]", last=True)
 
-        def body(content: str, more: bool = True) -> Any:
-            return send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
 
-        try:
-            async for event in self._answer():
-                if not opened:
-                    await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
-                    opened = True
-                await self._within_time(body(json.dumps(self._reply.chunk(event))))
-                if event.usage and self._ask.include_usage:
-                    await self._within_time(body(json.dumps(self._reply.usage_chunk(event.usage))))
-        except ApiError as error:
-            if not opened:
-                raise
-            # The status was already sent, so send the error as an event, unless the client does not read.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(body(json.dumps(error.body()), more=False), timeout=1)
-            return
-        await self._within_time(body("[DONE]", more=False))
+async def _sent(send: Callable[[Any], Any], content: str, last: bool = False) -> None:
+    """Send a server-sent event."""
+    await send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": not last})
 
 
 async def _as_json(request: HttpRequest, error: Any) -> Response:

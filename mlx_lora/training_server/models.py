@@ -344,16 +344,6 @@ def micro_batches(examples: Sequence[Example], row: LossRow, most_positions: int
         yield MicroBatch(inputs, targets, mask, positions, weights, {**flat, "datum": mx.array(datum)}, own)
 
 
-def by_example(
-    examples: Sequence[Example], rows: Sequence[tuple[int, int, int]], values: np.ndarray, out: list[np.ndarray]
-) -> None:
-    """Put the values of a micro-batch's tokens, (P,), into arrays like the examples' targets."""
-    start = 0
-    for number, column, length in rows:
-        out[number].reshape(length, -1)[:, column] = values[start : start + length]
-        start += length
-
-
 # A client's model
 
 MOST_RANK = 1024
@@ -406,7 +396,10 @@ class TokenRequest:
             self.sums = grads if self.sums is None else tree_map(mx.add, self.sums, grads)
         mx.eval(loss_sum, logprobs, self.sums or {})
         self.loss_sum += loss_sum.item()
-        by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
+        values, start = np.array(logprobs), 0
+        for number, column, length in batch.rows:
+            self.logprobs[number].reshape(length, -1)[:, column] = values[start : start + length]
+            start += length
 
 
 class TrainedModel:

@@ -182,8 +182,7 @@ class WeightStore:
         self.routing, self._folder = Routing(), Path(tempfile.mkdtemp(prefix="mlx-lora-weights-"))
         self._factors: OrderedDict[str, dict[str, LayerFactors] | Path] = OrderedDict()
         self._numbers: dict[str, int] = {}
-        self._uses: dict[str, int] = {}
-        self._expected, self._dropped = Counter[str](), set[str]()
+        self._users, self._dropped = Counter[str](), set[str]()
         self._layers: dict[int, dict[str, Any]] = {}
         self._next = itertools.count()
 
@@ -202,27 +201,20 @@ class WeightStore:
             self._factors[old] = file
 
     def drop(self, name: str) -> None:
-        """Forget weights; requests that use them, or wait for their turn to, keep them."""
-        if self._expected[name]:
+        """Forget weights; requests that reserved them keep them."""
+        if self._users[name]:
             self._dropped.add(name)
             return
         kept = self._factors.pop(name, None)
         if isinstance(kept, Path):
             kept.unlink(missing_ok=True)
 
-    def expect(self, name: str) -> None:
-        """Keep weights for a request that waits, also if they are dropped meanwhile, until `arrived`."""
-        self._expected[name] += 1
+    def reserve(self, name: str) -> None:
+        """Keep weights for one more request, also if they are dropped meanwhile, until `release`."""
+        self._users[name] += 1
 
-    def arrived(self, name: str) -> None:
-        """Note that a request that waited has acquired the weights, or no longer wants them."""
-        self._expected[name] -= 1
-        if not self._expected[name] and name in self._dropped:
-            self._dropped.remove(name)
-            self.drop(name)
-
-    def acquire(self, name: str) -> int:
-        """Return the number of weights for one more request.
+    def number(self, name: str) -> int:
+        """Return the number by which rows use weights, which are in the layers from now on.
 
         Raises:
             InputError: there are none of this name.
@@ -246,18 +238,19 @@ class WeightStore:
             for path, layer in layers.items():
                 layer.pools.put(number, kept[path])
                 layer.pools.settle()
-        self._uses[name] = self._uses.get(name, 0) + 1
         return self._numbers[name]
 
     def release(self, name: str) -> None:
-        """Give back what `acquire` returned; weights that no request uses leave the layers."""
-        self._uses[name] -= 1
-        if self._uses[name]:
+        """End what `reserve` began for a request; weights without one leave the layers."""
+        self._users[name] -= 1
+        if self._users[name]:
             return
-        del self._uses[name]
-        number = self._numbers.pop(name)
-        for layer in self._layers.pop(number).values():
-            layer.pools.drop(number)
+        if (number := self._numbers.pop(name, None)) is not None:
+            for layer in self._layers.pop(number).values():
+                layer.pools.drop(number)
+        if name in self._dropped:
+            self._dropped.remove(name)
+            self.drop(name)
 
     def close(self) -> None:
         """Delete the files."""
@@ -300,7 +293,7 @@ class SampleLoop:
     def submit(self, ticket: SampleTicket) -> None:
         """Queue a request."""
         if ticket.ask.weights is not None:
-            self.weights.expect(ticket.ask.weights)
+            self.weights.reserve(ticket.ask.weights)
         self._waiting.append(ticket)
 
     def give_up(self, error: Exception) -> None:
@@ -342,7 +335,7 @@ class SampleLoop:
                 self._batch = RunningBatch(self._model, self.weights.routing)
                 self._fresh = deque(one for one in self._fresh if id(one[0]) not in tickets)
                 for ticket in tickets.values():
-                    self._give_up(ticket, error)
+                    self._answer(ticket, error)
 
     def _begin(self, ticket: SampleTicket) -> None:
         """Compute a request's prompt, with its log-probabilities if they are wanted."""
@@ -353,15 +346,12 @@ class SampleLoop:
             if ticket.canceled:
                 raise InputError("sample: canceled")
             if ask.weights is not None:
-                ticket.number = self.weights.acquire(ask.weights)
+                ticket.number = self.weights.number(ask.weights)
             ticket.samples, ticket.left = [SampledSequence() for _ in range(ask.samples)], ask.samples
             caches, ticket.prompt = self._prompt(ask, ticket.number)
         except Exception as error:
-            self._give_up(ticket, error)
+            self._answer(ticket, error)
             return
-        finally:
-            if ask.weights is not None:
-                self.weights.arrived(ask.weights)
         self._fresh.extend((ticket, sample, caches) for sample in range(ask.samples))
 
     def _prompt(self, ask: SamplingJob, number: int | None) -> tuple[list[Any], PromptScores | None]:
@@ -403,16 +393,13 @@ class SampleLoop:
     def _finish(self, ticket: SampleTicket) -> None:
         """Count an ended row, and answer the request after its last one."""
         ticket.left -= 1
-        if ticket.left:
-            return
+        if not ticket.left:
+            self._answer(ticket, InputError("sample: canceled") if ticket.canceled else ticket)
+
+    def _answer(self, ticket: SampleTicket, outcome: SampleTicket | Exception) -> None:
         if ticket.ask.weights is not None:
             self.weights.release(ticket.ask.weights)
-        ticket.done(InputError("sample: canceled") if ticket.canceled else ticket)
-
-    def _give_up(self, ticket: SampleTicket, error: Exception) -> None:
-        if ticket.number is not None and ticket.ask.weights is not None:
-            self.weights.release(ticket.ask.weights)
-        ticket.done(error)
+        ticket.done(outcome)
 
 
 def _scores(logits: mx.array, following: list[int], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -607,27 +594,24 @@ class Worker(ModelThread):
 
     # --- run in the thread, as jobs
 
-    def create(self, model_id: str, shape: LoraShape) -> TrainedModel:
-        """Make a new model.
+    def create(
+        self, model_id: str, shape: LoraShape, stored: Stored | None = None, optimizer: bool = False
+    ) -> TrainedModel:
+        """Make a new model, if there is room.
+
+        Args:
+            model_id: names it.
+            shape: of its adapter.
+            stored: a checkpoint with its weights; None: they are new.
+            optimizer: whether it goes on with the checkpoint's moments, too.
 
         Raises:
-            InputError: the shape does not fit the base.
+            InputError: the shape does not fit the base, or the checkpoint was trained on another base, or is damaged.
         """
-        return self._added(model_id, TrainedModel(self.base, shape, self.limits))
-
-    def create_from(self, model_id: str, stored: Stored, optimizer: bool) -> TrainedModel:
-        """Make a new model from a checkpoint.
-
-        Raises:
-            InputError: it was trained on another base, or is damaged.
-        """
-        arrays = self.checked_arrays(stored)
-        model = TrainedModel(self.base, stored.shape, self.limits)
-        model.restore(arrays, stored.taken, optimizer)
-        return self._added(model_id, model)
-
-    def _added(self, model_id: str, model: TrainedModel) -> TrainedModel:
-        """Keep a model, if there is room."""
+        arrays = self.checked_arrays(stored) if stored else {}
+        model = TrainedModel(self.base, shape, self.limits)
+        if stored:
+            model.restore(arrays, stored.taken, optimizer)
         most, held = self._settings.adapter_bytes, sum(one.nbytes for one in self.models.values())
         if most is not None and held + model.nbytes > most:
             raise InputError(
@@ -641,7 +625,7 @@ class Worker(ModelThread):
         """Return the arrays of a checkpoint of this base.
 
         Raises:
-            InputError: as for `create_from`.
+            InputError: as for `create`.
         """
         if stored.fingerprint != self.base.fingerprint:
             raise InputError(
@@ -654,7 +638,7 @@ class Worker(ModelThread):
         """Keep the factors of a checkpoint, to sample from.
 
         Raises:
-            InputError: as for `create_from`.
+            InputError: as for `create`.
         """
         folder = self.checkpoints.checked(stored)
         self.weights.put(name, read_factors(self.base, folder, self.dtype).layers)

@@ -44,7 +44,7 @@ def test_requests_that_wait_keep_weights_that_are_replaced(base):
     assert "mine" not in loop.weights
     assert not loop.weights._numbers
     with pytest.raises(InputError, match="gone"):
-        loop.weights.acquire("mine")
+        loop.weights.number("mine")
     loop.weights.close()
 
 

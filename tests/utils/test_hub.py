@@ -126,7 +126,6 @@ def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = touch(tmp_path / "org" / "adapter", "adapter_config.json")
     assert resolve_adapter("org/adapter").samefile(here)
-    assert resolve_adapter(None) is None
     assert resolve_adapter("./no/such") == Path("no/such")  # its reader says so
 
 
