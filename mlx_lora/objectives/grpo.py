@@ -29,6 +29,7 @@ from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
+from mlx_lora.rollouts.environment import failures_of_calls
 from mlx_lora.rollouts.make_environment import (
     check_environment,
     check_template,
@@ -49,7 +50,6 @@ from mlx_lora.rollouts.rewards import (
     reward_names,
 )
 from mlx_lora.rollouts.rollout import SAMPLED_BY, Rollouts, SamplingForm, choose_sampling
-from mlx_lora.rollouts.tools import failures_of_calls
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:

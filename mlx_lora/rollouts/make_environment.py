@@ -21,7 +21,21 @@ from mlx_lora.config.rules import is_verifiers
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.tool_turns import ToolTurns
 from mlx_lora.models.load import Base
-from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv, VectorEnv
+from mlx_lora.rollouts.environment import (
+    OWN_REWARD,
+    RESET,
+    STEP,
+    TOOL_REPORTS,
+    CallReader,
+    MultiTurnEnv,
+    SingleTurnEnv,
+    Toolbox,
+    ToolEnv,
+    VectorEnv,
+    plain_tools,
+    tool_methods,
+    tool_schemas,
+)
 from mlx_lora.rollouts.rewards import (
     IN_PYTHON,
     NO_FUNCTIONS,
@@ -29,18 +43,6 @@ from mlx_lora.rollouts.rewards import (
     Reward,
     no_function,
     reward_names,
-)
-from mlx_lora.rollouts.tools import (
-    OWN_REWARD,
-    RESET,
-    STEP,
-    TOOL_REPORTS,
-    CallReader,
-    Toolbox,
-    ToolEnv,
-    plain_tools,
-    tool_methods,
-    tool_schemas,
 )
 from mlx_lora.rollouts.user_code import awaited, from_file
 from mlx_lora.rollouts.verifiers_env import ERRORS, METRIC, TIMEOUTS, VerifiersEnv, rehearse

@@ -32,9 +32,7 @@ from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.prompts import observation_tokens
 from mlx_lora.data.task_sets import STAND_IN, make_environment, named, one_line, package, tasks_of
 from mlx_lora.data.tool_turns import ToolTurns, call_id
-from mlx_lora.rollouts.environment import Episode, Facts, StepResults, VectorEnv, same_beginnings
-from mlx_lora.rollouts.rewards import FirstTimes, fail
-from mlx_lora.rollouts.tools import (
+from mlx_lora.rollouts.environment import (
     CALLS,
     CUT,
     FAILED,
@@ -43,9 +41,15 @@ from mlx_lora.rollouts.tools import (
     TURNS,
     CallForm,
     CallReader,
+    Episode,
+    Facts,
     Said,
+    StepResults,
+    VectorEnv,
+    same_beginnings,
     watch_failure,
 )
+from mlx_lora.rollouts.rewards import FirstTimes, fail
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.progress import waiting
 

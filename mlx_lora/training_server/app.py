@@ -64,7 +64,7 @@ from mlx_lora.compat.foreign import MESSAGES
 from mlx_lora.engine.engine import Stopped
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.models.generator import Sampling
-from mlx_lora.training_server.models import (
+from mlx_lora.training_server.worker import (
     EXTERNAL,
     KINDS,
     MOST_COLUMNS,
@@ -74,12 +74,15 @@ from mlx_lora.training_server.models import (
     Example,
     ModelLimits,
     Place,
+    SampleTicket,
+    SamplingJob,
     Stored,
+    TokenJob,
     TokenRequest,
     TrainedModel,
+    Worker,
     check_tokens,
 )
-from mlx_lora.training_server.worker import SampleTicket, SamplingJob, TokenJob, Worker
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
