@@ -390,7 +390,6 @@ class Resident:
 
     Attributes:
         number: identifies its factors in the layers.
-        name: the name that requests use.
         paths: the layers that hold its factors.
         nbytes: of its factors.
         uses: the number of rows that use it.
@@ -398,7 +397,6 @@ class Resident:
     """
 
     number: int
-    name: str
     paths: tuple[str, ...]
     nbytes: int
     uses: int = 0
@@ -598,7 +596,7 @@ class AdapterStore:
             for path, layer in layers.items():
                 layer.pools.put(number, factors.layers[path])
             touched |= layers
-            self._residents[name] = Resident(number, name, tuple(factors.layers), factors.nbytes)
+            self._residents[name] = Resident(number, tuple(factors.layers), factors.nbytes)
             self.loads += 1
         for layer in touched.values():
             layer.pools.settle()

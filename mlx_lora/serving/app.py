@@ -70,11 +70,16 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
 from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
-from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped, Usage
-from mlx_lora.engine.prompts import (
+from mlx_lora.engine.engine import (
     Ask,
+    Engine,
+    Event,
     PicturePrompt,
     PictureReader,
+    QueueFull,
+    Request,
+    Stopped,
+    Usage,
     api_error,
     chat_tokens,
     picture_prompt,

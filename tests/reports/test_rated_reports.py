@@ -9,7 +9,7 @@ import mlx.core as mx
 from resumed_runs import metrics
 from run_cli import run, succeeds
 
-from mlx_lora.engine.prompts import read_completion
+from mlx_lora.engine.engine import read_completion
 from mlx_lora.models.generator import Sampler, Sampling
 
 

@@ -24,8 +24,7 @@ from mlx_lora.cli.chat import ChatSession
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images
 from mlx_lora.data.downloads import ImageDownloads
-from mlx_lora.engine.engine import Engine, Limits
-from mlx_lora.engine.prompts import PictureReader, picture_prompt, read_chat
+from mlx_lora.engine.engine import Engine, Limits, PictureReader, picture_prompt, read_chat
 from mlx_lora.models.generator import Sampling
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
