@@ -283,6 +283,9 @@ class ModelThread:
         finally:
             with self._lock:
                 self._ending = True
+            while not self._inbox.empty():
+                if (message := self._inbox.get()) is not None:
+                    self._take(message)
             self._give_up()
             device.end_thread()
 
@@ -521,9 +524,6 @@ class Engine(ModelThread):
 
     def _give_up(self) -> None:
         """Send an error to all requests that still run or wait."""
-        while not self._inbox.empty():
-            if (message := self._inbox.get()) is not None:
-                self._take(message)
         rows = [*self.batch.rows, *([self._prefill.row] if self._prefill is not None else [])]
         for ticket in [*(row.owner for row in rows), *self._waiting]:
             ticket.emit(Event(Piece(""), error=Stopped("the server is shutting down")))

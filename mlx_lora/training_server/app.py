@@ -502,9 +502,7 @@ class Registry:
                 pending.ticket.canceled = True
             if pending.job is not None:
                 pending.job.cancel()
-            if not pending.answer.done():
-                pending.answer.set_exception(InputError("the session has ended"))
-                pending.answer.exception()  # read here, so that nobody has to
+            self.answer(pending, InputError("the session has ended"))
         models, weights = list(session.models), list(session.weights)
         with contextlib.suppress(Stopped):
             # After the jobs of its models that are in their queues.
@@ -650,10 +648,8 @@ class Registry:
         for session in silent:
             self.end(session)
         for session in self.sessions.values():
-            old = [
-                key for key, one in session.pending.items() if one.fetched is not None and now - one.fetched > KEPT_S
-            ]
-            for key in old:
+            fetched = {key: now - one.fetched for key, one in session.pending.items() if one.fetched is not None}
+            for key in [key for key, age_s in fetched.items() if age_s > KEPT_S]:
                 del session.pending[key]
             for record in session.models.values():
                 if not record.held or now - min(since for _, _, since in record.held.values()) <= GAP_S:
@@ -956,44 +952,42 @@ class TrainingRoutes:
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
-        posts: dict[str, tuple[Any, Callable[[Any, str], Any]]] = {
-            "client/config": (types.ClientConfigRequest, self.client_config),
-            "create_session": (types.CreateSessionRequest, self.create_session),
-            "session_heartbeat": (types.SessionHeartbeatRequest, self.heartbeat),
-            "create_model": (types.CreateModelRequest, self.create_model),
-            "load_weights": (types.LoadWeightsRequest, self.load_weights),
-            "create_sampling_session": (types.CreateSamplingSessionRequest, self.create_sampler),
-            "join_sampling_session": (types.JoinSamplingSessionRequest, self.join_sampler),
-            "asample": (types.SampleRequest, self.sample),
-            "retrieve_future": (types.FutureRetrieveRequest, self.retrieve),
-            "cancel_future": (types.FutureRetrieveRequest, self.cancel),
-        }
-        of_model: dict[str, tuple[Any, Callable[[Any, ModelRecord], Any]]] = {
-            "get_info": (types.GetInfoRequest, self.get_info),
-            "forward_backward": (None, self.forward_backward),
-            "optim_step": (types.OptimStepRequest, self.optim_step),
-            "save_weights": (types.SaveWeightsRequest, self.save_weights),
-            "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, self.save_for_sampler),
-            "save_weights_external": (types.SaveWeightsExternalRequest, self.save_external),
-        }
+        # path, kind of the request, handler, and whether that takes a model or the request's owner
+        rows: list[tuple[str, Any, Callable[[Any, Any], Any], bool]] = [
+            ("client/config", types.ClientConfigRequest, self.client_config, False),
+            ("create_session", types.CreateSessionRequest, self.create_session, False),
+            ("session_heartbeat", types.SessionHeartbeatRequest, self.heartbeat, False),
+            ("create_model", types.CreateModelRequest, self.create_model, False),
+            ("load_weights", types.LoadWeightsRequest, self.load_weights, False),
+            ("create_sampling_session", types.CreateSamplingSessionRequest, self.create_sampler, False),
+            ("join_sampling_session", types.JoinSamplingSessionRequest, self.join_sampler, False),
+            ("asample", types.SampleRequest, self.sample, False),
+            ("retrieve_future", types.FutureRetrieveRequest, self.retrieve, False),
+            ("cancel_future", types.FutureRetrieveRequest, self.cancel, False),
+            ("get_info", types.GetInfoRequest, self.get_info, True),
+            ("forward_backward", None, self.forward_backward, True),
+            ("optim_step", types.OptimStepRequest, self.optim_step, True),
+            ("save_weights", types.SaveWeightsRequest, self.save_weights, True),
+            ("save_weights_for_sampler", types.SaveWeightsForSamplerRequest, self.save_for_sampler, True),
+            ("save_weights_external", types.SaveWeightsExternalRequest, self.save_external, True),
+        ]
         context = self._worker.limits.context
         model = types.SupportedModel(
             model_name=self._worker.name, max_context_length=context, trainable=True, sampleable=True
         )
         settled = {
-            "GET get_server_capabilities": types.GetServerCapabilitiesResponse(supported_models=[model]),
-            "POST client/dynamic_config": types.ClientDynamicConfigResponse(sample_cancel_enabled=True),
-            "POST telemetry": types.TelemetryResponse(status="accepted"),  # and not read
+            ("GET", "get_server_capabilities"): types.GetServerCapabilitiesResponse(supported_models=[model]),
+            ("POST", "client/dynamic_config"): types.ClientDynamicConfigResponse(sample_cancel_enabled=True),
+            ("POST", "telemetry"): types.TelemetryResponse(status="accepted"),  # and not read
         }
-        rows = [(path, kind, handler, False) for path, (kind, handler) in posts.items()]
-        rows += [(path, kind, handler, True) for path, (kind, handler) in of_model.items()]
         routes: list[BaseRoute] = [
             Route(f"{API}/{path}", self._endpoint(kind, handler, by_model), methods=["POST"])
             for path, kind, handler, by_model in rows
         ]
-        for name, answer in settled.items():
-            method, path = name.split()
-            routes.append(Route(f"{API}/{path}", partial(_always, answer), methods=[method]))
+        routes += [
+            Route(f"{API}/{path}", partial(_always, answer), methods=[method])
+            for (method, path), answer in settled.items()
+        ]
         return [*routes, Route(f"{API}/sessions/{{session}}/finish", self.finish, methods=["POST"])]
 
     def _endpoint(self, kind: Any, handler: Callable[[Any, Any], Any], by_model: bool) -> Handler:

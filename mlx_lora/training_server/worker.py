@@ -1552,9 +1552,6 @@ class Worker(ModelThread):
             )
 
     def _give_up(self) -> None:
-        while not self._inbox.empty():
-            if (message := self._inbox.get()) is not None:
-                self._take(message)
         self._samples.give_up(Stopped("the server is ending"))
         self.weights.close()
         for waiting in self._queues.values():

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -186,24 +186,17 @@ class Command(OneLineErrors):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        _refuse_repeated(self.make_parser(ctx).parse_args(list(args))[2], args)
+        """Refuse an option that takes one value and is given several times: click would take the last without a word."""
+        parsed = self.make_parser(ctx).parse_args(list(args))[2]  # in the order of the command line
+        for param in parsed:
+            if not isinstance(param, click.Option) or param.multiple or param.is_flag or param.count:
+                continue
+            if (times := sum(other is param for other in parsed)) > 1:
+                used = dict.fromkeys(flag for arg in args if (flag := arg.partition("=")[0]) in param.opts)
+                advice = getattr(param, "repeated", None) or "keep one of them"
+                flags = ", ".join(used) or param.opts[0]
+                raise InputError(f"{flags}: given {times} times, and takes one value; {advice}")
         return super().parse_args(ctx, args)
-
-
-def _refuse_repeated(parsed: Sequence[click.Parameter], args: Sequence[str]) -> None:
-    """Refuse an option that takes one value and is given several times: click would take the last without a word.
-
-    Args:
-        parsed: the parameters in the order of the command line, as click's parser returns them.
-        args: the command line, for the spelling that the user chose.
-    """
-    for param in parsed:
-        if not isinstance(param, click.Option) or param.multiple or param.is_flag or param.count:
-            continue
-        if (times := sum(other is param for other in parsed)) > 1:
-            used = dict.fromkeys(flag for arg in args if (flag := arg.partition("=")[0]) in param.opts)
-            advice = getattr(param, "repeated", None) or "keep one of them"
-            raise InputError(f"{', '.join(used) or param.opts[0]}: given {times} times, and takes one value; {advice}")
 
 
 class Option(click.Option):
