@@ -22,16 +22,16 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts import verifiers_env
 from mlx_lora.rollouts.environment import CALLS, CUT, FAILED, Agent, Played, play
 from mlx_lora.rollouts.environment import TURNS as ANSWERS
-from mlx_lora.rollouts.make_environment import own_rewards_and_reports
-from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.verifiers_env import (
+from mlx_lora.rollouts.make_environment import (
     ERRORS,
     METRIC,
     TIMEOUTS,
     VerifiersEnv,
     close_hosts,
+    own_rewards_and_reports,
     rehearse,
 )
+from mlx_lora.rollouts.rewards import summed
 from mlx_lora.utils.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package's own code
