@@ -772,6 +772,7 @@ def sample_groups(
         temperature, before top_p and min_p.
     """
     last = [prompt[-1] for prompt in prompts for _ in range(options.group)]
+    held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]  # tokens of each row in the caches
     limits = [options.max_new_tokens] * len(last) if limits is None else limits
     one_by_one = len(last) > 1 and bool(one_row_because(model))
     if one_by_one and kept is not None and kept.begun:  # it would compute the turn's tokens for all rows together
@@ -788,76 +789,61 @@ def sample_groups(
             _compute(model, prompt[len(common) : -1], own)
             of_prompts.append(own)
         caches = merge_rows(model, [one for one in of_prompts for _ in range(options.group)])
-    if not one_by_one:
-        held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
-        return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
-    answers, found = [], []
-    for row, token in enumerate(last):
-        own = merge_rows(model, [[extract_row(cache, row) for cache in caches]])
-        got = _sampled(model, own, [token], (options, ends), keys[row : row + 1], limits[row : row + 1])
-        answers, found = answers + got[0], found + got[1]
-    return answers, found
+    batches = [list(range(len(last)))]
+    if one_by_one:
+        batches, kept = [[row] for row in batches[0]], None
+    answers, logps = ([[] for _ in last] for _ in range(2))
+    for rows in batches:
+        own = merge_rows(model, [[extract_row(cache, rows[0]) for cache in caches]]) if one_by_one else caches
+        tokens, streams = mx.array([last[row] for row in rows], mx.uint32), keys[mx.array(rows)]
+        ended = [False] * len(rows)
+        for step in range(max(limits[row] for row in rows)):
+            logits = model(tokens[:, None], cache=own)[:, -1].astype(mx.float32)  # (rows, V)
+            tokens, drawn_logps, streams = _drawn(logits, streams, options)
+            mx.eval(tokens, streams, drawn_logps)
+            for place, (token, logp) in enumerate(zip(tokens.tolist(), drawn_logps.tolist(), strict=True)):
+                row = rows[place]
+                if not ended[place]:
+                    answers[row].append(token)
+                    logps[row].append(logp)
+                    ended[place] = token in ends or len(answers[row]) == limits[row]
+                    if kept is not None and token in ends:
+                        kept.keep(row, place, held[row] + len(answers[row]), own)
+            if all(ended):
+                break
+            if sum(ended) >= ENDED_SHARE * len(ended):
+                keep = [place for place, done in enumerate(ended) if not done]
+                chosen = mx.array(keep)
+                for cache in own:
+                    cache.filter(chosen)
+                tokens, streams = tokens[chosen], streams[chosen]
+                rows, ended = [rows[place] for place in keep], [False] * len(keep)
+            if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
+                mx.clear_cache()
+    return answers, logps
 
 
-def _sampled(
-    model: nn.Module,
-    caches: list[Any],
-    last: Sequence[int],
-    how: tuple[SamplingOptions, frozenset[int]],
-    keys: mx.array,
-    limits: Sequence[int],
-    kept: tuple[KeptCaches, Sequence[int]] | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens.
+def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
+    """Return each row's next token, its log-probability at the temperature, and the keys that follow.
 
     Args:
-        model, caches, last: see there.
-        how: options, and the tokens that end an answer.
-        keys, limits: of the rows.
-        kept: gets the rows that end; and the tokens that the caches hold of each at first.
+        logits: (rows, V) float32.
+        keys: (rows, 2) uint32.
+        options: how.
     """
-    options, ends = how
-    answers: list[list[int]] = [[] for _ in last]
-    found: list[list[float]] = [[] for _ in last]
-    tokens = mx.array(list(last), mx.uint32)
-    rows, ended = list(range(len(answers))), [False] * len(answers)
-    for step in range(max(limits, default=0)):
-        logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
-        logits = logits.astype(mx.float32)
-        tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
-        left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
-        if options.top_p < 1:
-            left = apply_top_p(left, options.top_p)
-        if options.min_p > 0:
-            left = apply_min_p(left, options.min_p)
-        pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
-        drawn = (
-            mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
-            if options.temperature
-            else mx.argmax(logits, axis=-1).astype(mx.uint32)
-        )
-        keys, tokens, logps = (pairs[:, 0], drawn, mx.take_along_axis(tempered, drawn[:, None], axis=-1)[:, 0])
-        mx.eval(tokens, keys, logps)
-        for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
-            if not ended[place]:
-                answers[rows[place]].append(token)
-                found[rows[place]].append(logp)
-                ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
-                if kept is not None and token in ends:
-                    row = rows[place]
-                    kept[0].keep(row, place, kept[1][row] + len(answers[row]), caches)
-        if all(ended):
-            break
-        if sum(ended) >= ENDED_SHARE * len(ended):
-            keep = [place for place, done in enumerate(ended) if not done]
-            chosen = mx.array(keep)
-            for cache in caches:
-                cache.filter(chosen)
-            tokens, keys = tokens[chosen], keys[chosen]
-            rows, ended = [rows[place] for place in keep], [False] * len(keep)
-        if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
-            mx.clear_cache()
-    return answers, found
+    tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
+    left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
+    if options.top_p < 1:
+        left = apply_top_p(left, options.top_p)
+    if options.min_p > 0:
+        left = apply_min_p(left, options.min_p)
+    pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
+    tokens = (
+        mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
+        if options.temperature
+        else mx.argmax(logits, axis=-1).astype(mx.uint32)
+    )
+    return tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0], pairs[:, 0]
 
 
 def write_texts(

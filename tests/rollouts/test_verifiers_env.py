@@ -19,7 +19,7 @@ from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.task_sets import verifiers_file
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.rollouts import verifiers_env
+from mlx_lora.rollouts import make_environment as verifiers_env
 from mlx_lora.rollouts.environment import CALLS, CUT, FAILED, Agent, Played, play
 from mlx_lora.rollouts.environment import TURNS as ANSWERS
 from mlx_lora.rollouts.make_environment import (
