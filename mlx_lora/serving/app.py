@@ -541,10 +541,14 @@ SCRIPTS = (charts.COMMON / "markdown.js", FOLDER / "chat.js")
 
 def policy(text: str) -> str:
     """Return a Content-Security-Policy that allows the page's own inline script and style, and nothing else."""
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
+    for tag, found in hashes.items():
+        for part in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL):
+            found.append(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'")
     rules = {
         "default-src": "'none'",
-        "script-src": " ".join(_hashes(text, "script")),
-        "style-src": " ".join(_hashes(text, "style")),
+        "script-src": " ".join(hashes["script"]),
+        "style-src": " ".join(hashes["style"]),
         "connect-src": "'self'",
         "img-src": "data:",  # for the empty icon, without which browsers request one
         "frame-ancestors": "'none'",
@@ -555,11 +559,6 @@ def policy(text: str) -> str:
         "trusted-types": "'none'",
     }
     return "; ".join(f"{name} {value}" for name, value in rules.items())
-
-
-def _hashes(text: str, tag: str) -> list[str]:
-    inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in inside]
 
 
 # Counters
@@ -719,8 +718,16 @@ class TextModels:
         self._engine, self._timeout_s = engine, timeout_s
         if twice := sorted({base_name(engine.base), *engine.store.cards} & {*scoring, *embedding}):
             raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+
+        def open_scorer(folder: Path) -> TextScorer:
+            twin = twin_of(engine.base)
+            info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
+            if info.chat_template:
+                twin.hf_tokenizer.chat_template = info.chat_template
+            return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
+
         self._scorers = {
-            name: engine.call(lambda store, folder=folder: load_scorer(engine, folder)).result()
+            name: engine.call(lambda store, folder=folder: open_scorer(folder)).result()
             for name, folder in scoring.items()
         }
         named: dict[str, Path | None] = {**embedding}
@@ -833,7 +840,13 @@ class TextModels:
 
         def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
             """Return the vectors of some inputs, and the number of their tokens."""
-            rows = rows_of(embedder, part, given in QUERY)
+            texts = [one for one in part if isinstance(one, str)]
+            form = embedder.form
+            encoded = iter(form.encode(texts, embedder.base.hf_tokenizer, given in QUERY) if texts else [])
+            # At most as many tokens as the model takes of a text.
+            rows = [
+                next(encoded) if isinstance(one, str) else np.array(one[: form.max_length], np.int32) for one in part
+            ]
             return embedder.of_rows(rows), sum(map(len, rows))
 
         found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
@@ -880,19 +893,6 @@ def twin_of(base: Base) -> Base:
     """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
     tokenizer = load_folder_tokenizer(base.folder, base.config, False)
     return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
-
-
-def load_scorer(engine: Engine, folder: Path) -> TextScorer:
-    """Return an adapter over the engine's base.
-
-    Raises:
-        InputError: it does not fit the base.
-    """
-    twin = twin_of(engine.base)
-    info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
-    if info.chat_template:
-        twin.hf_tokenizer.chat_template = info.chat_template
-    return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
 
 
 def texts_of(given: Any, name: str) -> list[Text]:
@@ -950,11 +950,3 @@ def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
             message = f"input: found the token {max(one)}; the model has {vocabulary} (send texts, or its own tokens)"
             raise ApiError(400, message, "invalid_value", "input")
     return found
-
-
-def rows_of(embedder: TextEmbedder, inputs: Sequence[str | list[int]], query: bool) -> list[np.ndarray]:
-    """Return the token ids of inputs in their order, at most as many as the model takes of a text."""
-    texts = [one for one in inputs if isinstance(one, str)]
-    encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, query) if texts else [])
-    most = embedder.form.max_length
-    return [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in inputs]
