@@ -841,12 +841,9 @@ class TextModels:
         def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
             """Return the vectors of some inputs, and the number of their tokens."""
             texts = [one for one in part if isinstance(one, str)]
-            form = embedder.form
-            encoded = iter(form.encode(texts, embedder.base.hf_tokenizer, given in QUERY) if texts else [])
-            # At most as many tokens as the model takes of a text.
-            rows = [
-                next(encoded) if isinstance(one, str) else np.array(one[: form.max_length], np.int32) for one in part
-            ]
+            encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, given in QUERY) if texts else [])
+            most = embedder.form.max_length  # tokens that the model takes of a text
+            rows = [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in part]
             return embedder.of_rows(rows), sum(map(len, rows))
 
         found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)

@@ -147,7 +147,7 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.trainer.optimizer import Masters, clip_scale
 from mlx_lora.trainer.stacked_step import RunBatch, grouped, joint_arrays
-from mlx_lora.utils.errors import InputError, RunError, first_line
+from mlx_lora.utils.errors import InputError, RunError, first_line, refuse
 from mlx_lora.utils.files import flush_to_disk, replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 
@@ -335,17 +335,18 @@ def check_examples(examples: Sequence[Example], name: str, row: LossRow, limits:
         check_tokens(
             example.targets.reshape(-1), ModelLimits(limits.vocabulary, example.targets.size), f"{what}.target_tokens"
         )
-        missing = [one for one in row.needs if one not in example.given]
-        if missing:
-            raise InputError(f"{what}: {name} needs {', '.join(missing)} in loss_fn_inputs")
-        for key, value in example.given.items():
-            if key not in (*row.needs, *row.may):
-                raise InputError(f"{what}: {name} does not take {key[:40]!r} in loss_fn_inputs; leave it out")
-            if value.shape != shape:
-                raise InputError(f"{what}: {key} are {value.shape}, target_tokens {shape}; give one for each target")
-        uneven = [one for one in row.may if (one in example.given) != (one in examples[0].given)]
-        if uneven:
-            raise InputError(f"{what}: {uneven[0]} is in some examples' loss_fn_inputs only; give it in all or none")
+        missing = ", ".join(one for one in row.needs if one not in example.given)
+        strange = ", ".join(repr(key[:40]) for key in example.given if key not in (*row.needs, *row.may))
+        odd = ", ".join(f"{key} are {value.shape}" for key, value in example.given.items() if value.shape != shape)
+        uneven = ", ".join(one for one in row.may if (one in example.given) != (one in examples[0].given))
+        refuse(
+            {
+                f"{what}: {name} needs {missing} in loss_fn_inputs": missing,
+                f"{what}: {name} does not take {strange} in loss_fn_inputs; leave it out": strange,
+                f"{what}: {odd}, target_tokens {shape}; give one for each target": odd,
+                f"{what}: {uneven} is in some examples' loss_fn_inputs only; give it in all or none": uneven,
+            }
+        )
         if RATIO_MASK in row.needs and not example.given[RATIO_MASK].any():
             raise InputError(f"{what}: {RATIO_MASK} marks no token; mark the sampled ones")
 
@@ -694,14 +695,16 @@ class Place:
         Raises:
             InputError: one of them has another form.
         """
-        if not RUN.fullmatch(run):
-            raise InputError(
-                f"training run {run[:80]!r}: no such run on this server; GET /api/v1/training_runs lists them"
-            )
-        if kind not in KINDS:
-            raise InputError(f"checkpoint {kind[:40]!r}/...: must be one of {', '.join(KINDS)}")
-        if not NAME.fullmatch(name):
-            raise InputError(f"checkpoint name {name[:80]!r}: must be at most 128 letters, digits, . _ or -")
+        unknown_run = f"training run {run[:80]!r}: no such run on this server; GET /api/v1/training_runs lists them"
+        refuse(
+            {
+                unknown_run: not RUN.fullmatch(run),
+                f"checkpoint {kind[:40]!r}/...: must be one of {', '.join(KINDS)}": kind not in KINDS,
+                f"checkpoint name {name[:80]!r}: must be at most 128 letters, digits, . _ or -": not NAME.fullmatch(
+                    name
+                ),
+            }
+        )
         return cls(run, kind, name)
 
     @classmethod
