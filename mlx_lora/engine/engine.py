@@ -2,8 +2,8 @@
 
     submit -> waiting -> Prefill (computes a prompt in parts) -> RunningBatch (one token per row and step) -> Event
 
-Each row has its own adapter and random stream (models/generator.py). Everything that uses MLX runs in this thread, including the
-loading of the base.
+Each row has its own adapter and random stream (models/generator.py). Everything that uses MLX runs in
+this thread, including the loading of the base.
 
 Read the requests of OpenAI's clients, and turn the engine's errors into answers.
 

@@ -43,16 +43,18 @@ does not depend on which others are sampled beside it, apart from rounding.
 
 Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
 
-Generate with a batch of rows, each with its own adapter and random stream, which join and leave between steps.
+Generate with a batch of rows, each with its own adapter and random stream, which join and leave
+between steps.
 
     Prefill (computes a prompt in parts) -> RunningBatch (one token per row and step) -> PromptCache
 
-mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for, but routed layers have
-to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the host reads step n. A row's tokens depend on
-its prompt, adapter, settings and seed, and not on the other rows.
+mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for,
+but routed layers have to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the
+host reads step n. A row's tokens depend on its prompt, adapter, settings and seed, and not on the
+other rows.
 
-The keys and values of earlier prompts are cached per adapter, within one byte budget: an adapter changes every key and value
-from its first layer on, so adapters cannot share them.
+The keys and values of earlier prompts are cached per adapter, within one byte budget: an adapter
+changes every key and value from its first layer on, so adapters cannot share them.
 
 Shapes: B rows, V vocabulary, k likeliest tokens.
 """
@@ -1227,7 +1229,8 @@ class PromptCache:
         self.nbytes -= self._entries.pop(key)[1]
 
 
-# The text of a row. It ends before a stop sequence; text that may be the beginning of one is held back until the following tokens decide
+# The text of a row. It ends before a stop sequence; text that may be the beginning of one is held
+# back until the following tokens decide
 
 
 @dataclass(frozen=True)

@@ -451,7 +451,7 @@ class VerifiersEnv(VectorEnv):
         return self.readers[key]
 
 
-# The user's class
+# Choose the environment of a run: the user's class
 
 
 def env_class(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> type[Any]:

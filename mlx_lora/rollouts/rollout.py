@@ -145,9 +145,10 @@ def of_own_rows(
     return np.array(ranks.sum(mx.array(found)))
 
 
-# What computes sampled tokens. Only frozen weights may have a float copy, which is made for a rollout and dropped after it, so
-# that a training step has the memory to itself. A run chooses once and keeps its choice in its checkpoints, because products in
-# another form round differently: a resumed run must sample the same answers. All ranks use one form.
+# What computes sampled tokens. Only frozen weights may have a float copy, which is made for a rollout
+# and dropped after it, so that a training step has the memory to itself. A run chooses once and keeps
+# its choice in its checkpoints, because products in another form round differently: a resumed run must
+# sample the same answers. All ranks use one form.
 
 SAMPLED_BY = "sampled_by"  # the key in a checkpoint
 FLOATS = "floats"  # its value for a model without quantized layers

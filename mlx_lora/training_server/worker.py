@@ -665,6 +665,8 @@ def adamw(
     return value - numbers.learning_rate / (1 - numbers.beta1**step) * move, first, second
 
 
+# Checkpoints
+
 WEIGHTS, SAMPLER, EXTERNAL = "weights", "sampler_weights", "external_weights"
 KINDS = (WEIGHTS, SAMPLER, EXTERNAL)
 SCHEME = "tinker://"
