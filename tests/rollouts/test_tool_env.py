@@ -374,7 +374,7 @@ def reference_mask(env: ToolEnv, tokens: list[int], said: list[list[int]]) -> li
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5"])
 def test_masks_of_forty_episodes_are_those_of_the_rendered_conversations(family, file):
     """Row by row: the tokens are the template's own rendering of the whole conversation, and the trained ones the model's turns."""
-    env = environment(family, file, environment="Counter", reward="reached", max_turns=20)
+    env = environment(family, file, environment="Counter", reward="reached", max_turns=20, reward_timeout=10.0)
     draw = random.Random(7)
     answers = []
     for _ in range(40):

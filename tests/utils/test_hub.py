@@ -109,7 +109,7 @@ REFUSED = {  # what is asked for -> what the line says
     adapter("org/pickled-adapter"): "only adapter_model.bin, which can run code",
     adapter("org/bare-adapter"): "no adapters.safetensors in it",
     adapter("./here", "v1"): "--adapter-revision v1: only an adapter on the hub",
-    adapter(None, "v1"): "--adapter-revision v1: only an adapter on the hub",
+    adapter("", "v1"): "--adapter-revision v1: only an adapter on the hub",
 }
 
 
