@@ -110,7 +110,7 @@ class Request:
         stops: texts before which the answer ends.
         ignore_eos: continue after an end token (for measurements).
         continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
-        pictures: a PicturePrompt (prompts.py), with what is needed of its pictures; None: it has none.
+        pictures: a PicturePrompt, with what is needed of its pictures; None: it has none.
     """
 
     tokens: list[int]

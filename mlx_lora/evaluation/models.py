@@ -1,9 +1,9 @@
 """Score and write texts with a base and any number of adapters on it, all in the same batches.
 
     log-likelihoods    rows of all models beside each other; a context is computed once for all its continuations
-    texts              rows join and leave a running batch (engine/engine.py), each with its own model's prefix cache
+    texts              rows join and leave a running batch (models/generator.py), each with its own model's prefix cache
 
-Each row of a batch has its own adapter (serving/adapter_store.py). A row with several continuations has the layout of
+Each row of a batch has its own adapter (engine/adapter_store.py). A row with several continuations has the layout of
 models/prefix_attention.py:
 
     context p p p p, continuations "a a a" and "b b"        p p p | p a a | p b

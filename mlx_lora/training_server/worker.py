@@ -80,7 +80,7 @@ The one thread that uses MLX: it trains the clients' models, a request at a time
 Each model has a queue of its own, and the thread takes the next job of one queue after the other, so a client that sends a hundred
 requests at once does not make another wait for all of them. Within a queue, jobs run in their order.
 
-With `join_clients`, requests for a loss that are next in several queues are computed in one pass (joint.py).
+With `join_clients`, requests for a loss that are next in several queues are computed in one pass.
 
 A job that fails gives its error to the future, and the thread goes on: no client can end the work of another.
 """
