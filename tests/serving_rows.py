@@ -8,7 +8,8 @@ from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Limits, Request, Sampling
+from mlx_lora.engine.engine import Engine, Limits, Request
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import load_base
 
 PROMPT = "O Romeo, wherefore art thou"

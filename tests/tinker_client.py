@@ -24,8 +24,7 @@ from tinker.lib.internal_client_holder import _internal_client_holder_thread_sin
 from training_examples import loaded
 
 from mlx_lora.training_server.app import BINARY, FILES, SessionLimits, make_app
-from mlx_lora.training_server.models import Example
-from mlx_lora.training_server.worker import Worker, WorkerSettings
+from mlx_lora.training_server.worker import Example, Worker, WorkerSettings
 from mlx_lora.utils.guard import GuardLimits, timed_protocol
 from mlx_lora.utils.http import listen
 

@@ -16,7 +16,7 @@ from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from run_cli import succeeds
 
-from mlx_lora.rollouts.tools import tool_schemas
+from mlx_lora.rollouts.environment import tool_schemas
 from mlx_lora.rollouts.user_code import module_of
 
 WORDS = [f"word{number:02d}" for number in range(12)]

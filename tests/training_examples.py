@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.training_server.models import Example, ModelLimits, TrainedModel
+from mlx_lora.training_server.worker import Example, ModelLimits, TrainedModel
 
 LIMITS = ModelLimits(288, 512)
 LENGTHS = (5, 9, 7)

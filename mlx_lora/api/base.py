@@ -23,11 +23,11 @@ from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.config import check_language_model
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.rollouts.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter

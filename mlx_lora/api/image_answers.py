@@ -12,11 +12,11 @@ from mlx_lora.api.base import TextSettings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.downloads import is_on_web
 from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
+from mlx_lora.models.generator import hold_weights
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
-from mlx_lora.rollouts.generator import hold_weights
 from mlx_lora.utils.errors import InputError
 
 

@@ -211,7 +211,9 @@ class OneAdapter:
         """Return its folder, downloaded if it is on the hub; None: none was given."""
         from mlx_lora.utils.hub import resolve_adapter  # slow to import, and --help does not need it
 
-        return resolve_adapter(self.adapter_path, self.adapter_revision)
+        if self.adapter_path is None and self.adapter_revision is None:
+            return None
+        return resolve_adapter(self.adapter_path or "", self.adapter_revision)
 
 
 def adapter_options(help: str, required: bool = False) -> Callable[[Callable], Callable]:

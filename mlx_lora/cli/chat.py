@@ -35,8 +35,19 @@ from mlx_lora.engine.adapter_store import (
     context_of,
     named_source,
 )
-from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling, Stopped, Usage, opened_engine
-from mlx_lora.engine.prompts import PicturePrompt, PictureReader, chat_tokens
+from mlx_lora.engine.engine import (
+    Engine,
+    Event,
+    Limits,
+    PicturePrompt,
+    PictureReader,
+    Request,
+    Stopped,
+    Usage,
+    chat_tokens,
+    opened_engine,
+)
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, RunError, first_line

@@ -5,7 +5,7 @@
     --data verifiers:NAME:500    the same with a number of tasks
 
 A task set has no splits in verifiers; where a package has a setting for that, two TOML files name the two. Each record has the
-prompt of a task, and its number and check sum, by which an episode finds the task again (rollouts/verifiers_env.py).
+prompt of a task, and its number and check sum, by which an episode finds the task again (rollouts/make_environment.py).
 
 Tasks of reasoning-gym, `--data reasoning-gym:leg_counting`, are made once, always the same, and kept as a file in the cache. Each
 record has the columns `question` as its prompt, `answer`, and `metadata`, with which `--reward reasoning-gym` judges answers.

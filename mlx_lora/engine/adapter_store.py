@@ -45,15 +45,10 @@ from mlx_lora.adapters.base import EMBEDDING
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower, with_limits_of_run
+from mlx_lora.models.generator import REMEMBERED, Adapters, Routing
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 from mlx_lora.utils.hub import HUB_ID, no_adapter_folder, resolve_adapter
-
-# The adapter of each row, None for the base alone.
-Rows = tuple[int | None, ...]
-# A layer's plans and index arrays are kept for this many combinations of rows, which is more than are in use.
-REMEMBERED = 64
-
 
 # Pools
 
@@ -108,26 +103,6 @@ class RowGroup(NamedTuple):
     slots: Any = None
 
 
-class Routing:
-    """Tells all layers of a model which adapter each row of the next call uses.
-
-    Attributes:
-        rows: an adapter's number, or None, for each row; empty: only the base.
-    """
-
-    def __init__(self) -> None:
-        self.rows: Rows = ()
-        self._indices: dict[tuple[int, ...], mx.array] = {}
-
-    def indices(self, values: tuple[int, ...]) -> mx.array:
-        """Return an index array, uint32; it is cached, because most layers need the same few."""
-        if values not in self._indices:
-            if len(self._indices) >= REMEMBERED:
-                self._indices.clear()
-            self._indices[values] = mx.array(values, mx.uint32)
-        return self._indices[values]
-
-
 class LayerPools:
     """All adapters of one layer."""
 
@@ -136,7 +111,7 @@ class LayerPools:
         self._slots: dict[int, tuple[Kind, int]] = {}
         self._stacks: dict[Kind, tuple[mx.array, ...]] = {}
         self._new: dict[Kind, list[LayerFactors]] = {}
-        self._plans: dict[Rows, list[RowGroup]] = {}
+        self._plans: dict[Adapters, list[RowGroup]] = {}
 
     def put(self, adapter: int, factors: LayerFactors) -> None:
         """Add an adapter, which can be used after `settle`, so that many can be added at once."""
@@ -415,7 +390,6 @@ class Resident:
 
     Attributes:
         number: identifies its factors in the layers.
-        name: the name that requests use.
         paths: the layers that hold its factors.
         nbytes: of its factors.
         uses: the number of rows that use it.
@@ -423,7 +397,6 @@ class Resident:
     """
 
     number: int
-    name: str
     paths: tuple[str, ...]
     nbytes: int
     uses: int = 0
@@ -623,7 +596,7 @@ class AdapterStore:
             for path, layer in layers.items():
                 layer.pools.put(number, factors.layers[path])
             touched |= layers
-            self._residents[name] = Resident(number, name, tuple(factors.layers), factors.nbytes)
+            self._residents[name] = Resident(number, tuple(factors.layers), factors.nbytes)
             self.loads += 1
         for layer in touched.values():
             layer.pools.settle()

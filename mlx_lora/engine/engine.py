@@ -1,436 +1,86 @@
-"""Generate with a batch of rows, each with its own adapter and random stream, which join and leave between steps.
+"""Run a model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
 
-mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for, but our layers have
-to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the host reads step n.
+    submit -> waiting -> Prefill (computes a prompt in parts) -> RunningBatch (one token per row and step) -> Event
 
-A request's tokens depend on its prompt, adapter, settings and seed, and not on the other rows of the batch. Its text ends
-before a stop sequence; text that may be the beginning of one is held back until the following tokens decide.
+Each row has its own adapter and random stream (models/generator.py). Everything that uses MLX runs in
+this thread, including the loading of the base.
 
-The keys and values of earlier prompts are cached per adapter, within one byte budget: an adapter changes every key and value
-from its first layer on, so adapters cannot share them.
+Read the requests of OpenAI's clients, and turn the engine's errors into answers.
 
-Shapes: B rows, V vocabulary, k likeliest tokens.
+Every field is checked, and fields that would be ignored are refused.
 
-Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
+Source: OpenAI's API reference: chat/completions and completions.
 
-    submit -> waiting -> Prefill (computes a prompt in parts) -> Batch (one token per row and step) -> Event
+Turn conversations into the tokens of a prompt, with what a model's tower sees of their pictures.
 
-Everything that uses MLX runs in this thread, including the loading of the base.
+    messages with marks -> PicturePrompt (tokens, pictures)         any thread, one at a time; no MLX
+    PicturePrompt -> Prefill -> keys and values                     the engine's thread, which loads the tower once
+
+After its prompt, a row with pictures is like any other: its caches are mlx-lm's, and the next token's position is the number
+of tokens before it. Its keys and values are not kept for later prompts, because the same tokens may stand for another picture.
+Nothing of a picture is written to disk.
+
+A prompt is encoded in the same way as for `generate`: same template, same sandbox, same encoding.
 """
 
 from __future__ import annotations
 
-import copy
+import json
+import math
 import queue
-import secrets
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from mlx_lm.sample_utils import apply_top_k, apply_top_p
-from mlx_lm.tokenizer_utils import StreamingDetokenizer
+import mlx.nn as nn
+from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.data.chat_template import encode_chat
+from mlx_lora.data.downloads import is_on_web
+from mlx_lora.data.examples import FormatError, Message
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
+from mlx_lora.data.images import mark
 from mlx_lora.engine.adapter_store import (
     AdapterSource,
     AdapterStore,
     NoRoom,
     Resident,
-    Routing,
     UnknownAdapter,
     base_name,
     check_names,
 )
-from mlx_lora.models.load import Base
-from mlx_lora.models.tokenizer import Continuation, add_token, spelling
-from mlx_lora.rollouts.generator import (
+from mlx_lora.models.generator import (
     ANSWERS,
+    BatchRow,
+    Likelihoods,
+    Piece,
+    Prefill,
+    PromptCache,
+    Routing,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TextStream,
+    TokenReport,
     TokenSteps,
     check_rows,
-    extract_row,
     hold_weights,
-    merge_rows,
     one_row_because,
 )
+from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
+from mlx_lora.models.load import Base
+from mlx_lora.models.tokenizer import Continuation, spelling
+from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
+from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
-
-# Tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a request's tokens are drawn.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_p: draw from the nucleus with this mass, before the temperature as in `generate`; 1 is off, and 0 takes the
-            likeliest token.
-        top_k: draw from the k likeliest tokens; 0 is off.
-        seed: of the request's own random stream; None: a random seed.
-        top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    top_logprobs: int | None = None
-
-
-class Sampler:
-    """One request's random stream."""
-
-    def __init__(self, settings: Sampling, vocabulary: int):
-        """Start the stream.
-
-        Args:
-            settings: the request's settings.
-            vocabulary: width of the logits; a larger top_k means all tokens.
-        """
-        self.settings = settings
-        self.top_k = settings.top_k if settings.top_k < vocabulary else 0
-        self._greedy = settings.temperature == 0 or settings.top_p == 0
-        if not self._greedy:
-            self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
-
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """Return a token (1,) for log-probabilities (1, V) float32; every call advances the stream."""
-        if self._greedy:
-            return mx.argmax(logprobs, axis=-1)
-        if self.settings.top_p < 1:
-            logprobs = apply_top_p(logprobs, self.settings.top_p)
-        if self.top_k:
-            logprobs = apply_top_k(logprobs, self.top_k)
-        self._key, key = mx.random.split(self._key)
-        return mx.random.categorical(logprobs / self.settings.temperature, key=key)
-
-
-@dataclass(frozen=True)
-class Likelihoods:
-    """The log-probabilities that a row reports, as arrays that are computed together with its token.
-
-    Attributes:
-        token: () float32, the drawn token's log-probability.
-        ids, values: (k,) arrays or None, the likeliest tokens, unordered, and their log-probabilities.
-    """
-
-    token: mx.array
-    ids: Any
-    values: Any
-
-    def top(self) -> list[tuple[int, float]]:
-        """Return (id, log-probability) of the likeliest tokens, best first."""
-        if self.ids is None:
-            return []
-        return sorted(zip(self.ids.tolist(), self.values.tolist(), strict=True), key=lambda pair: -pair[1])
-
-
-def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, list[Likelihoods | None]]:
-    """Draw every row's next token.
-
-    Args:
-        logits: (B, V) of any float dtype.
-        samplers: one per row.
-
-    Returns:
-        Tokens (B,), and the likelihoods of the rows that report them.
-    """
-    reporting = [sampler.settings.top_logprobs is not None for sampler in samplers]
-    greedy = [sampler.settings.temperature == 0 for sampler in samplers]
-    if all(greedy) and not any(reporting):
-        return mx.argmax(logits, axis=-1), [None] * len(samplers)
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    tokens = (
-        mx.argmax(logprobs, axis=-1)
-        if all(greedy)
-        else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
-    )
-    reports: list[Likelihoods | None] = [None] * len(samplers)
-    for row, sampler in enumerate(samplers):
-        if reporting[row]:
-            own, count = logprobs[row], sampler.settings.top_logprobs or 0
-            ids = mx.argpartition(-own, count - 1)[:count] if count else None
-            reports[row] = Likelihoods(own[tokens[row]], ids, None if ids is None else own[ids])
-    return tokens, reports
-
-
-# Text
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """A token's log-probability, and those of the likeliest tokens at its position.
-
-    Attributes:
-        text: the text of the token alone.
-        logprob: natural logarithm.
-        top: (text, logprob, bytes) of the likeliest tokens, best first.
-        data: the token's own bytes, which may be a part of a character.
-        start: where in the answer its text begins, in characters.
-    """
-
-    text: str
-    logprob: float
-    top: tuple[tuple[str, float, bytes], ...]
-    data: bytes = b""
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that can be sent.
-
-    Attributes:
-        text: the new text.
-        reports: on its tokens, if the request asks for them.
-        stopped: a stop sequence was found; the text ends before it.
-    """
-
-    text: str
-    reports: tuple[TokenReport, ...] = ()
-    stopped: bool = False
-
-
-class TextStream:
-    """The text of one request."""
-
-    def __init__(self, detokenizer: StreamingDetokenizer | Continuation, stops: tuple[str, ...]):
-        """Start without text.
-
-        Args:
-            detokenizer: a new one.
-            stops: stop sequences, none of them empty.
-        """
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._sent = 0
-        self._waiting: list[TokenReport] = []
-
-    def add(self, token: int, report: TokenReport | None = None) -> Piece:
-        """Add the next token and return the text that can be sent now."""
-        if report is not None:
-            self._waiting.append(replace(report, start=len(self._detokenizer.text)))
-        add_token(self._detokenizer, token)
-        return self._piece(rest=False)
-
-    def finish(self) -> Piece:
-        """Return the remaining text after the last token."""
-        self._detokenizer.finalize()
-        return self._piece(rest=True)
-
-    def _piece(self, rest: bool) -> Piece:
-        """Return what can be sent now; unless it is the rest, an end that could begin a stop sequence is held back."""
-        text = self._detokenizer.text
-        # Text that was already sent has no beginning of a stop sequence.
-        starts = [start for start in (text.find(stop, self._sent) for stop in self._stops) if start >= 0]
-        end = min(starts, default=len(text))
-        if not starts and not rest:
-            longest = max((len(stop) for stop in self._stops), default=1) - 1
-            places = range(max(self._sent, len(text) - longest), len(text))
-            end = next((at for at in places if any(stop.startswith(text[at:]) for stop in self._stops)), end)
-        ready = [report for report in self._waiting if (rest and not starts) or report.start < end]
-        self._waiting = self._waiting[len(ready) :]
-        piece = Piece(text[self._sent : end], tuple(ready), stopped=bool(starts))
-        self._sent = max(self._sent, end)
-        return piece
-
-
-# Batches
-
-
-@dataclass(eq=False)
-class BatchRow:
-    """One sequence.
-
-    Attributes:
-        owner: what its tokens are for; the engine's own object.
-        adapter: number of its adapter, None for the base.
-        sampler: draws its tokens.
-        tokens: the tokens whose keys and values its cache holds.
-        fresh: the next token that a step returns is the prompt's last, which is not new.
-        kept: whether its keys and values are cached for later prompts.
-    """
-
-    owner: Any
-    adapter: int | None
-    sampler: Sampler
-    tokens: list[int] = field(default_factory=list)
-    fresh: bool = True
-    kept: bool = True
-
-
-class Prefill:
-    """A prompt that is computed in parts, so that running rows do not wait for a long prompt."""
-
-    def __init__(self, model: TokenSteps, routing: Routing, row: BatchRow, tokens: list[int], caches: list[Any] | None):
-        """Prepare to compute a prompt.
-
-        Args:
-            model: the routed model.
-            routing: tells its layers which adapter to use.
-            row: the sequence; `row.tokens` are those that `caches` holds.
-            tokens: the rest of the prompt, at least one token.
-            caches: of one sequence; None: empty ones.
-        """
-        self._model, self._routing = model, routing
-        self.row = row
-        self.rest = tokens
-        self.caches = make_prompt_cache(model.model) if caches is None else caches
-
-    @property
-    def done(self) -> bool:
-        """Whether only the last token is left, which the batch's next step computes."""
-        return len(self.rest) == 1
-
-    def advance(self, most: int) -> None:
-        """Compute up to `most` tokens of the prompt."""
-        part, self.rest = self.rest[: min(most, len(self.rest) - 1)], self.rest[min(most, len(self.rest) - 1) :]
-        self._routing.rows = (self.row.adapter,)
-        self._model(mx.array([part]), cache=self.caches)
-        mx.eval([cache.state for cache in self.caches])
-        self.row.tokens += part
-
-
-class RunningBatch:
-    """The rows that generate together."""
-
-    def __init__(self, model: TokenSteps, routing: Routing):
-        self._model, self._routing = model, routing
-        self.rows: list[BatchRow] = []
-        self._caches: list[Any] = []
-        self._next: Any = None  # (B,) each row's next token, which may not be computed yet
-        self._reports: list[Likelihoods | None] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the rows' keys and values."""
-        return sum(cache.nbytes for cache in self._caches)
-
-    def join(self, prefill: Prefill) -> None:
-        """Add a row whose prompt is computed except for its last token."""
-        merged = merge_rows(self._model, [prefill.caches])
-        if self._caches:
-            for own, new in zip(self._caches, merged, strict=True):
-                own.extend(new)
-        else:
-            self._caches = merged
-        last = mx.array(prefill.rest, mx.uint32)
-        self._next = last if self._next is None else mx.concatenate([self._next.astype(mx.uint32), last])
-        self.rows.append(prefill.row)
-        self._reports.append(None)
-
-    def step(self) -> list[tuple[BatchRow, int, Likelihoods | None]]:
-        """Start computing every row's next token, and return the tokens that the previous step started."""
-        known, reports = self._next, self._reports
-        self._routing.rows = tuple(row.adapter for row in self.rows)
-        logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
-        self._next, self._reports = sample_rows(logits, [row.sampler for row in self.rows])
-        mx.async_eval(self._next, [[report.token, report.ids, report.values] for report in self._reports if report])
-        news = []
-        for row, token, report in zip(self.rows, known.tolist(), reports, strict=True):
-            row.tokens.append(token)
-            if row.fresh:
-                row.fresh = False
-            else:
-                news.append((row, token, report))
-        return news
-
-    def extract(self, row: BatchRow) -> list[Any]:
-        """Return the caches of one row, for the prompt cache."""
-        return [extract_row(cache, self.rows.index(row)) for cache in self._caches]
-
-    def leave(self, leaving: list[BatchRow]) -> None:
-        """Remove rows."""
-        keep = [index for index, row in enumerate(self.rows) if row not in leaving]
-        self.rows = [self.rows[index] for index in keep]
-        self._reports = [self._reports[index] for index in keep]
-        if not keep:
-            self._caches, self._next = [], None
-            return
-        chosen = mx.array(keep)
-        for cache in self._caches:
-            cache.filter(chosen)
-        self._next = self._next[chosen]
-
-
-# Keys and values of earlier prompts
-
-
-class PromptCache:
-    """A cache that evicts the least recently used entries first."""
-
-    def __init__(self, budget_bytes: int):
-        self.budget_bytes = budget_bytes
-        self.nbytes = 0
-        self.reused_tokens = 0
-        self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], tuple[list[Any], int]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def find(self, adapter: int | None, tokens: list[int]) -> tuple[list[Any] | None, int]:
-        """Return a copy of the caches of the longest known prefix of `tokens`, and its length.
-
-        At least the last token remains to be computed, because generation starts from its logits.
-
-        Args:
-            adapter: number of the adapter, None for the base.
-            tokens: the prompt.
-        """
-        best, length = None, 0
-        for key, (caches, _) in self._entries.items():
-            known = key[1]
-            if key[0] != adapter:
-                continue
-            common = next(
-                (n for n, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), min(len(known), len(tokens))
-            )
-            common = min(common, len(tokens) - 1)
-            if common > length and (common == len(known) or can_trim_prompt_cache(caches)):
-                best, length = key, common
-        if best is None:
-            return None, 0
-        self._entries.move_to_end(best)
-        self.reused_tokens += length
-        caches = copy.deepcopy(self._entries[best][0])
-        if length < len(best[1]):
-            trim_prompt_cache(caches, len(best[1]) - length)
-        return caches, length
-
-    def keep(self, adapter: int | None, tokens: list[int], caches: list[Any]) -> None:
-        """Store the caches of `tokens`, which must not be changed afterwards; entries for their prefixes are dropped."""
-        nbytes = sum(cache.nbytes for cache in caches)
-        if nbytes > self.budget_bytes or not tokens:
-            return
-        own = tuple(tokens)
-        covered = [key for key in self._entries if key[0] == adapter and own[: len(key[1])] == key[1]]
-        for key in covered if can_trim_prompt_cache(caches) else [key for key in covered if key[1] == own]:
-            self._forget(key)
-        self._entries[adapter, own] = caches, nbytes
-        self.nbytes += nbytes
-        while self.nbytes > self.budget_bytes:
-            self._forget(next(iter(self._entries)))
-
-    def drop(self, adapter: int) -> None:
-        """Drop all entries of an adapter."""
-        for key in [key for key in self._entries if key[0] == adapter]:
-            self._forget(key)
-
-    def _forget(self, key: tuple[int | None, tuple[int, ...]]) -> None:
-        self.nbytes -= self._entries.pop(key)[1]
-
-
-# Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps
+from mlx_lora.utils.http import ApiError, bad_value, is_number, read_number, read_typed, shown_value
 
 T = TypeVar("T")
 # Steps after which unused buffers are freed, as in mlx-lm.
@@ -460,7 +110,7 @@ class Request:
         stops: texts before which the answer ends.
         ignore_eos: continue after an end token (for measurements).
         continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
-        pictures: a PicturePrompt (prompts.py), with what is needed of its pictures; None: it has none.
+        pictures: a PicturePrompt, with what is needed of its pictures; None: it has none.
     """
 
     tokens: list[int]
@@ -512,11 +162,19 @@ class Ticket:
         request: the request.
         emit: called with every event, in the engine's thread; must not block.
         canceled: set when the answer is no longer wanted.
+        resident: the adapter that it holds; None: the base, or it has not begun.
+        text: of its answer, once it has begun.
+        cached: tokens of its prompt that were in the cache.
+        made: new tokens.
     """
 
     request: Request
     emit: Callable[[Event], None]
     canceled: threading.Event = field(default_factory=threading.Event)
+    resident: Resident | None = None
+    text: Any = None  # a TextStream
+    cached: int = 0
+    made: int = 0
 
 
 # The engine
@@ -551,17 +209,6 @@ class Counts:
     finished: int = 0
     canceled: int = 0
     failed: int = 0
-
-
-@dataclass(eq=False)
-class _Work:
-    """A ticket that has a row."""
-
-    ticket: Ticket
-    resident: Resident | None
-    text: TextStream
-    cached: int
-    made: int = 0
 
 
 class ModelThread:
@@ -636,6 +283,9 @@ class ModelThread:
         finally:
             with self._lock:
                 self._ending = True
+            while not self._inbox.empty():
+                if (message := self._inbox.get()) is not None:
+                    self._take(message)
             self._give_up()
             device.end_thread()
 
@@ -736,17 +386,17 @@ class Engine(ModelThread):
         self._admit()
         if len(self.batch):
             self._step()
-        gone = [row for row in self.batch.rows if row.owner.ticket.canceled.is_set()]
+        gone = [row for row in self.batch.rows if row.owner.canceled.is_set()]
         if gone:
             self.batch.leave(gone)
-        if self._prefill is not None and self._prefill.row.owner.ticket.canceled.is_set():
+        if self._prefill is not None and self._prefill.row.owner.canceled.is_set():
             gone.append(self._prefill.row)
             self._prefill = None
-        for row in gone:
-            self._close(row.owner.ticket, row.owner, canceled=True)
-        for waited in [waited for waited in self._waiting if waited.canceled.is_set()]:
-            self._waiting.remove(waited)
-            self._close(waited, None, canceled=True)
+        waited = [ticket for ticket in self._waiting if ticket.canceled.is_set()]
+        for ticket in waited:
+            self._waiting.remove(ticket)
+        for ticket in [*(row.owner for row in gone), *waited]:
+            self._close(ticket)
 
     def _prepare(self, base: Base) -> None:
         check_rows(base.model, base.model_id, "use mlx-lora generate instead")
@@ -778,7 +428,7 @@ class Engine(ModelThread):
         if self._prefill is None and self._waiting and len(self.batch) < self.limits.max_batch:
             ticket = self._waiting.popleft()
             if ticket.canceled.is_set():
-                self._close(ticket, None, canceled=True)
+                self._close(ticket)
             else:
                 self._begin(ticket)
         if self._prefill is None:
@@ -796,83 +446,77 @@ class Engine(ModelThread):
         """Get a ticket's adapter and start its prompt."""
         request = ticket.request
         try:
-            resident = self.store.acquire(request.adapter) if request.adapter else None
+            ticket.resident = self.store.acquire(request.adapter) if request.adapter else None
+            pictures = request.pictures and request.pictures.seen_by(self._model.model)
         except NoRoom:
             self._waiting.appendleft(ticket)  # running rows use all adapters; try again when one has ended
             return
-        except (UnknownAdapter, InputError, OSError) as error:
+        except (
+            UnknownAdapter,
+            InputError,
+            OSError,
+        ) as error:  # also of the tower, or of a picture's file that has changed
             self.counts.failed += 1
-            self._close(ticket, None, Event(Piece(""), error=error))
+            self._close(ticket, Event(Piece(""), error=error))
             return
-        number = resident.number if resident else None
-        shown = request.pictures
-        caches, cached = (None, 0) if shown else self.prompt_cache.find(number, request.tokens)
-        words = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
-        work = _Work(ticket, resident, TextStream(words, request.stops), cached)
-        row = BatchRow(
-            work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached], kept=shown is None
-        )
-        try:
-            self._prefill = (
-                shown.prefill(self._model, self._routing, row)
-                if shown
-                else Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
-            )
-        except InputError as error:  # of the tower, or of a picture's file that has changed
-            self.counts.failed += 1
-            self._close(ticket, work, Event(Piece(""), error=error))
-            return
+        number = ticket.resident.number if ticket.resident else None
+        caches, cached = (None, 0) if pictures else self.prompt_cache.find(number, request.tokens)
+        text = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
+        ticket.text, ticket.cached = TextStream(text, request.stops), cached
+        sampler, kept = Sampler(request.sampling, self.vocabulary), pictures is None
+        row = BatchRow(ticket, number, sampler, request.tokens[:cached], kept=kept)
+        self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches, pictures)
         self.counts.prompt_tokens += len(request.tokens) - cached
 
     def _step(self) -> None:
         leaving = []
         for row, token, likelihoods in self.batch.step():
-            if row.owner.ticket.canceled.is_set():
+            if row.owner.canceled.is_set():
                 continue
             event = self._event(row.owner, token, likelihoods)
             self.counts.generated_tokens += 1
             if event.last:
                 leaving.append((row, event))
             elif event.piece.text or event.piece.reports:
-                row.owner.ticket.emit(event)
+                row.owner.emit(event)
         for row, event in leaving:
             if row.kept:
                 self.prompt_cache.keep(row.adapter, row.tokens, self.batch.extract(row))
             self.counts.finished += 1
-            self._close(row.owner.ticket, row.owner, event)
+            self._close(row.owner, event)
         if leaving:
             self.batch.leave([row for row, _ in leaving])
         self.counts.steps += 1
         if self.counts.steps % STEPS_PER_CLEARING == 0:
             mx.clear_cache()
 
-    def _event(self, work: _Work, token: int, likelihoods: Likelihoods | None) -> Event:
+    def _event(self, ticket: Ticket, token: int, likelihoods: Likelihoods | None) -> Event:
         """Return the event for a new token of a request."""
-        request = work.ticket.request
+        request = ticket.request
         ended = token in self._eos and not request.ignore_eos
-        work.made += not ended
-        usage = Usage(len(request.tokens), work.cached, work.made)
+        ticket.made += not ended
+        usage = Usage(len(request.tokens), ticket.cached, ticket.made)
         if ended:
-            return Event(work.text.finish(), "stop", usage)
+            return Event(ticket.text.finish(), "stop", usage)
         report = None
         if likelihoods is not None:
             spelled = [(*spelling(self._tokenizer, other), value) for other, value in likelihoods.top()]
             top = tuple((other, value, own) for other, own, value in spelled)
             text, data = spelling(self._tokenizer, token)
             report = TokenReport(text, likelihoods.token.item(), top, data)
-        piece = work.text.add(token, report)
-        if not piece.stopped and work.made < request.max_tokens:
+        piece = ticket.text.add(token, report)
+        if not piece.stopped and ticket.made < request.max_tokens:
             return Event(piece)
         if not piece.stopped:
-            rest = work.text.finish()
+            rest = ticket.text.finish()
             piece = Piece(piece.text + rest.text, piece.reports + rest.reports, rest.stopped)
         return Event(piece, "stop" if piece.stopped else "length", usage)
 
-    def _close(self, ticket: Ticket, work: _Work | None, event: Event | None = None, canceled: bool = False) -> None:
-        """End a request, and free its adapter and its position in the queue."""
-        if work is not None and work.resident is not None:
-            self.store.release(work.resident)
-        self.counts.canceled += canceled
+    def _close(self, ticket: Ticket, event: Event | None = None) -> None:
+        """End a request, and free its adapter and its position in the queue; without a last event, it was canceled."""
+        if ticket.resident is not None:
+            self.store.release(ticket.resident)
+        self.counts.canceled += event is None
         with self._lock:
             self.unfinished -= 1
         if event is not None:
@@ -880,11 +524,8 @@ class Engine(ModelThread):
 
     def _give_up(self) -> None:
         """Send an error to all requests that still run or wait."""
-        while not self._inbox.empty():
-            if (message := self._inbox.get()) is not None:
-                self._take(message)
         rows = [*self.batch.rows, *([self._prefill.row] if self._prefill is not None else [])]
-        for ticket in [*(row.owner.ticket for row in rows), *self._waiting]:
+        for ticket in [*(row.owner for row in rows), *self._waiting]:
             ticket.emit(Event(Piece(""), error=Stopped("the server is shutting down")))
 
 
@@ -915,3 +556,373 @@ def opened_engine(
         yield engine, [*lines, *(f"model  {card.name}: {card.describe()}" for card in cards)]
     finally:
         engine.close()
+
+
+# Requests of clients
+
+MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields that both endpoints, or one of them, read.
+_COMMON = {
+    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
+    "ignore_eos",
+}  # fmt: skip
+_CHAT = _COMMON | {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt"}
+# Fields that do not change an answer.
+_HARMLESS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+# Fields that are not supported, except with these values.
+_NEUTRAL = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": (None, ""), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to either endpoint.
+
+    Attributes:
+        model: id of the base or of an adapter; None: the base.
+        messages, tools: of a chat; None for a completion.
+        pictures: what the marks of pictures in the messages stand for: file names or data URLs.
+        prompt: text or token ids of a completion; None for a chat.
+        max_tokens: None: as many as allowed.
+        sampling, stops, ignore_eos: as in the engine's Request.
+        stream: send pieces as they come.
+        include_usage: end a stream with the token counts.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None
+    prompt: str | list[int] | None
+    max_tokens: int | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+    pictures: Mapping[str, str | bytes] = field(default_factory=dict)
+
+
+def read_chat(body: dict[str, Any]) -> Ask:
+    """Return the request of a chat/completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _CHAT)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad_value("messages", messages, "a list with at least one message")
+    wanted = read_typed(body, "logprobs", bool, False)
+    top = read_number(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if top is not None and not wanted:
+        raise ApiError(
+            400, "top_logprobs without logprobs: nothing is reported; set logprobs to true", "invalid", "logprobs"
+        )
+    most = read_number(body, "max_completion_tokens", 1, 10**9)
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise bad_value("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    tools = read_typed(body, "tools", list, []) if choice != "none" else []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_value("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
+    pictures: dict[str, str | bytes] = {}
+    return Ask(
+        messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
+        pictures=pictures,
+        tools=tools or None,
+        prompt=None,
+        **_common(body, most, (top or 0) if wanted else None),
+    )
+
+
+def read_completion(body: dict[str, Any]) -> Ask:
+    """Return the request of a completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _COMPLETION)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not is_number(prompt[0], -math.inf, math.inf, True):
+        prompt = prompt[0]
+    tokens = isinstance(prompt, list) and prompt and all(is_number(one, -math.inf, math.inf, True) for one in prompt)
+    if not (tokens or (isinstance(prompt, str) and prompt)):
+        raise bad_value("prompt", prompt, "one string or one list of token ids, not empty")
+    top = read_number(body, "logprobs", 0, MAX_TOP_LOGPROBS)
+    return Ask(messages=None, tools=None, prompt=prompt, **_common(body, None, top, default_tokens=16))
+
+
+def _common(
+    body: dict[str, Any], most: int | None, top_logprobs: int | None, default_tokens: int | None = None
+) -> dict[str, Any]:
+    most = most or read_number(body, "max_tokens", 1, 10**9) or default_tokens
+    options = read_typed(body, "stream_options", dict, {})
+    stream = read_typed(body, "stream", bool, False)
+    seed = read_number(body, "seed", -(2**63), 2**63 - 1)
+    stops = body.get("stop")
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise bad_value("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
+    return {
+        "model": read_typed(body, "model", str, None),
+        "max_tokens": most,
+        "sampling": Sampling(
+            temperature=read_number(body, "temperature", 0, 100, 1.0, whole=False),
+            # 0: the smallest nucleus, so greedy, as in llama.cpp
+            top_p=read_number(body, "top_p", 0, 1, 1.0, whole=False),
+            top_k=read_number(body, "top_k", 0, 10**9, 0),
+            seed=None if seed is None else seed % 2**63,
+            top_logprobs=top_logprobs,
+        ),
+        "stops": tuple(stops),
+        "ignore_eos": read_typed(body, "ignore_eos", bool, False),
+        "stream": stream,
+        "include_usage": stream and bool(read_typed(options, "include_usage", bool, False)),
+    }
+
+
+def _check_fields(body: dict[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or name in _HARMLESS or value is None:
+            continue
+        if name not in _NEUTRAL:
+            raise ApiError(400, f"{name}: not a field of this endpoint; leave it out", "unknown_parameter", name)
+        if value not in _NEUTRAL[name]:
+            raise ApiError(
+                400,
+                f"{name} {shown_value(value)}: this server does not support that; leave it out",
+                "unsupported_parameter",
+                name,
+            )
+
+
+def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict[str, Any]:
+    """Return a message in the format of templates: content as one text, arguments of calls as objects.
+
+    A user's pictures become marks in the text; what they stand for is put into `pictures`.
+    """
+    name = f"messages[{index}]"
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise bad_value(name, message, f"an object with a role of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        sees, texts = message["role"] == "user", []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            image = part.get("image_url") if kind in ("image_url", "input_image") and sees else None
+            text = part.get("text") if kind == "text" else image.get("url") if isinstance(image, dict) else image
+            if not isinstance(text, str) or not (text or kind == "text"):
+                kinds = "text, and of a user image_url with a url" if sees else "text"
+                raise bad_value(f"{name}.content", content, f"a string or parts of type {kinds}")
+            texts.append(text if kind == "text" else mark(text, pictures))
+        content = "".join(texts)
+    calls = message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
+        raise bad_value(f"{name}.content", content, "a string or parts of type text")
+    role = "system" if message["role"] == "developer" else message["role"]
+    plain = {**message, "role": role, "content": content or ""}
+    if calls is None:
+        return plain
+    try:
+        functions = [call["function"] for call in calls]
+        read = [{**one, "arguments": json.loads(one.get("arguments") or "{}")} for one in functions]
+        return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise bad_value(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
+
+
+RETRY_AFTER_S = 1
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return the error that a client gets for an error of the engine."""
+    if isinstance(error, UnknownAdapter):
+        words = f"no model or adapter {str(error)!r}; GET /v1/models lists them"
+        return ApiError(404, words, "model_not_found", "model")
+    if isinstance(error, QueueFull | NoRoom):
+        status, code = (429, "queue_full") if isinstance(error, QueueFull) else (503, "no_room")
+        return ApiError(status, f"{error}; try again later", code, retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, Stopped):
+        return ApiError(503, f"{error}", "shutting_down")
+    if isinstance(error, (InputError, OSError)):
+        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
+    raise error
+
+
+# Prompts
+
+
+class PictureReader:
+    """Reads the pictures of conversations for one base."""
+
+    def __init__(self, base: Base, folders: Sequence[Path] = ()):
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            base: that is served.
+            folders: that files may be read from; data URLs need none.
+        """
+        self.base, self.folders = base, folders
+        self._processors: dict[int | None, ImageProcessor] = {}
+        self.tower: VisionTower | None = None
+
+    def check(self) -> None:
+        """Check that the model can be shown pictures, before one is read.
+
+        Raises:
+            InputError: it cannot.
+        """
+        kind = self.base.config.get("model_type")
+        if family_of(self.base.config) is None:
+            raise InputError(f"a {kind} model sees no pictures; leave them out")
+        if ImageInputSpec.of(self.base.config).prompt:
+            raise InputError(f"a {kind} model is not served with pictures; use mlx-lora generate --image")
+
+    def prompt(
+        self,
+        messages: list[Message],
+        sources: Mapping[str, str | bytes],
+        template: str | None,
+        folders: Sequence[Path] = (),
+        max_pixels: int | None = None,
+    ) -> PicturePrompt:
+        """Return a conversation as a prompt.
+
+        Args:
+            messages: pictures are marks in their content (data/images.py).
+            sources: what the marks stand for: file names, data URLs.
+            template: the adapter's own; None: the model's.
+            folders: further ones that files may be read from.
+            max_pixels: to which larger pictures are shrunk; None: only the model's own limits.
+
+        Raises:
+            InputError: the model sees no pictures, or one cannot be used.
+        """
+        self.check()
+        base = self.base
+        if max_pixels not in self._processors:
+            self._processors[max_pixels] = ImageProcessor(base.folder, base.config, max_pixels)
+        processor = self._processors[max_pixels]
+        template = template or image_template(base.hf_tokenizer, base.folder, processor.family)
+        if template is None:
+            raise InputError("the model has no chat template, so it cannot be asked about pictures")
+        table = ImageTable.empty()
+        reader = ImageReader(processor, [*self.folders, *folders], table, image_token(base.config))
+        try:
+            tokens, digests = encode_messages(reader, base.hf_tokenizer, template, messages, sources)
+        except FormatError as error:
+            raise InputError(str(error)) from None
+        return PicturePrompt(self, tokens, digests, table, processor)
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A prompt with pictures.
+
+    Attributes:
+        reader: that read it.
+        tokens: up to where the model answers.
+        digests: of its pictures, in order.
+        table: that has them.
+        processor: that made their pixels.
+    """
+
+    reader: PictureReader
+    tokens: list[int]
+    digests: tuple[str, ...]
+    table: ImageTable
+    processor: ImageProcessor
+
+    def seen_by(self, model: nn.Module) -> ModelWithImages:
+        """Return a model with what the tower sees of the pictures, which is computed here, in the engine's thread.
+
+        Raises:
+            InputError: the tower cannot be loaded, or fails.
+        """
+        base = self.reader.base
+        if self.reader.tower is None:
+            self.reader.tower = load_tower(base.folder, compute_dtype(base))
+        seen = ImageFeatureCache(self.reader.tower, self.processor, self.table, writes=False)
+        spec = ImageInputSpec.of(base.config)
+        vision = VisionEncoder(self.reader.tower, self.processor, spec, self.table, seen)
+        return ModelWithImages(model, spec, vision.prompt_arrays(self.tokens, self.digests))
+
+
+def picture_prompt(
+    reader: PictureReader, ask: Ask, template: str | None, max_pixels: int | None = None
+) -> PicturePrompt:
+    """Return the prompt of a chat with pictures.
+
+    Args:
+        reader: of the base.
+        ask: the request.
+        template: the adapter's own; None: the model's.
+        max_pixels: of the pictures in the adapter's run; None: it had no limit of its own.
+
+    Raises:
+        ApiError: 400: a picture cannot be used, a web address or a file that is not below the server's folder among them, or
+            the model sees none.
+    """
+    if ask.tools:
+        raise ApiError(
+            400, "tools with pictures: not supported; leave one of the two out", "unsupported_parameter", "tools"
+        )
+    try:
+        reader.check()
+        for source in ask.pictures.values():
+            if is_on_web(source):
+                raise InputError(
+                    "a picture on the web, and this server downloads none; send it as a data URL "
+                    "(data:image/png;base64,...), or name a file of serve --images-from"
+                )
+            if not reader.folders and isinstance(source, str) and source[:5].lower() != "data:":
+                raise InputError(
+                    "a picture as a file, and this server reads none (serve --images-from FOLDER); send it as a data URL "
+                    "(data:image/png;base64,...)"
+                )
+        return reader.prompt(ask.messages or [], ask.pictures, template, max_pixels=max_pixels)
+    except InputError as error:
+        raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: str,
+    vocabulary: int,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """Return a conversation's tokens, up to where the model answers.
+
+    Args:
+        tokenizer: the base's tokenizer.
+        messages, tools: plain data, which may be untrusted.
+        template: Jinja text.
+        vocabulary: the number of token ids.
+
+    Raises:
+        InputError: the template refuses the conversation or renders no text, or the model has no row for a token.
+    """
+    tokens = encode_chat(tokenizer, messages, template, tools)
+    if not tokens:
+        raise InputError("the chat template renders no text for this conversation; give some text")
+    if max(tokens) >= vocabulary:
+        raise InputError(
+            f"the conversation has token {max(tokens)}, but the model has only {vocabulary} tokens; the tokenizer belongs "
+            "to another model"
+        )
+    return tokens

@@ -35,10 +35,10 @@ from tqdm import tqdm
 from mlx_lora.compat.foreign import BARS, LOAD_YAML
 from mlx_lora.compat.functions import exchanged
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.engine.engine import Sampling
 from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.evaluation.paired import Answered, ModelScore, TaskResults, TaskScore, compare_weighted
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.models.generator import Sampling
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest
 

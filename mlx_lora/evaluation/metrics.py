@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from mlx_lora.rollouts.environment import Said
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
-from mlx_lora.rollouts.tools import Said
 from mlx_lora.rollouts.user_code import FAILURES, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import closest

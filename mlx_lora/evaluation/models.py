@@ -1,9 +1,9 @@
 """Score and write texts with a base and any number of adapters on it, all in the same batches.
 
     log-likelihoods    rows of all models beside each other; a context is computed once for all its continuations
-    texts              rows join and leave a running batch (engine/engine.py), each with its own model's prefix cache
+    texts              rows join and leave a running batch (models/generator.py), each with its own model's prefix cache
 
-Each row of a batch has its own adapter (serving/adapter_store.py). A row with several continuations has the layout of
+Each row of a batch has its own adapter (engine/adapter_store.py). A row with several continuations has the layout of
 models/prefix_attention.py:
 
     context p p p p, continuations "a a a" and "b b"        p p p | p a a | p b
@@ -31,15 +31,28 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, Routing, context_of
-from mlx_lora.engine.engine import BatchRow, Prefill, PromptCache, RunningBatch, Sampler, Sampling, TextStream
+from mlx_lora.engine.adapter_store import AdapterSource, AdapterStore, context_of
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.config import check_language_model
+from mlx_lora.models.generator import (
+    ANSWERS,
+    BatchRow,
+    Prefill,
+    PromptCache,
+    Routing,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TextStream,
+    TokenSteps,
+    check_rows,
+    held_weights,
+    one_row_because,
+)
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
 from mlx_lora.models.tokenizer import Continuation
-from mlx_lora.rollouts.generator import ANSWERS, TokenSteps, check_rows, held_weights, one_row_because
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure
 from mlx_lora.utils.progress import long_task, tracked
@@ -99,6 +112,11 @@ class TextRequest(NamedTuple):
     stops: tuple[str, ...] = ()
     sampling: Sampling = Sampling(temperature=0)
     special: bool = False
+
+    @property
+    def room(self) -> int:
+        """The most tokens of prompt and text together."""
+        return len(self.tokens) + self.max_tokens
 
 
 class Written(NamedTuple):
@@ -343,58 +361,40 @@ class Models:
                 if stopped():
                     raise KeyboardInterrupt
                 while waiting:
-                    prompt = asked[waiting[0]]
-                    room = _room(prompt) + sum(_room(row.owner.prompt) for row in batch.rows)
+                    room = sum(asked[number].room for number in [waiting[0], *(row.owner[0] for row in batch.rows)])
                     if len(batch) and (len(batch) >= most_rows or room > MOST_ROW_TOKENS):
                         break
-                    stream = TextStream(Continuation(self.base.tokenizer), prompt.stops)
-                    self._join(batch, known, _Text(waiting.popleft(), prompt, stream, []))
+                    self._join(batch, known, waiting.popleft(), asked)
                 leaving = []
                 for row, token, _ in batch.step():
-                    text: _Text = row.owner
-                    ended = token in ends
-                    if not ended:
-                        text.tokens.append(token)
-                        ended = text.stream.add(token).stopped or len(text.tokens) == text.prompt.max_tokens
-                    if ended:
+                    number, stream = row.owner
+                    if token in ends or stream.add(token).stopped or len(row.tokens) == asked[number].room:
                         leaving.append(row)
                 if leaving:
                     batch.leave(leaving)
                 for row in leaving:
-                    text = row.owner
-                    plain = not text.prompt.special
-                    said = str(self.base.hf_tokenizer.decode(text.tokens, skip_special_tokens=plain))
-                    for stop in text.prompt.stops:
+                    prompt = asked[row.owner[0]]
+                    tokens = row.tokens[len(prompt.tokens) : -1 if row.tokens[-1] in ends else None]
+                    said = str(self.base.hf_tokenizer.decode(tokens, skip_special_tokens=not prompt.special))
+                    for stop in prompt.stops:
                         said = said.split(stop)[0]
-                    found[text.number] = Written(said, tuple(text.tokens))
+                    found[row.owner[0]] = Written(said, tuple(tokens))
                     task.advance()
         return found
 
-    def _join(self, batch: RunningBatch, known: PromptCache, text: _Text) -> None:
-        """Compute a prompt, and add its row to the batch."""
-        number, tokens = self._numbers[text.prompt.model], list(text.prompt.tokens)
+    def _join(self, batch: RunningBatch, known: PromptCache, at: int, asked: Sequence[TextRequest]) -> None:
+        """Compute a prompt, and add its row to the batch; the row's owner is its number and its text."""
+        prompt = asked[at]
+        number, tokens = self._numbers[prompt.model], list(prompt.tokens)
         caches, cached = known.find(number, tokens)
+        stream = TextStream(Continuation(self.base.tokenizer), prompt.stops)
         vocabulary = self.base.token_rows or len(self.base.hf_tokenizer)
-        row = BatchRow(text, number, Sampler(text.prompt.sampling, vocabulary), tokens[:cached])
+        row = BatchRow((at, stream), number, Sampler(prompt.sampling, vocabulary), tokens[:cached])
         prefill = Prefill(self._steps, self._routing, row, tokens[cached:], caches)
         while not prefill.done:
             prefill.advance(PREFILL_TOKENS)
         batch.join(prefill)
         known.keep(number, row.tokens, prefill.caches)
-
-
-@dataclass(eq=False)
-class _Text:
-    """A text that is being written."""
-
-    number: int
-    prompt: TextRequest
-    stream: TextStream
-    tokens: list[int]
-
-
-def _room(prompt: TextRequest) -> int:
-    return len(prompt.tokens) + prompt.max_tokens
 
 
 def _log_probabilities(

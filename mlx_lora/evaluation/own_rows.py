@@ -19,7 +19,7 @@ from mlx_lora.evaluation.metrics import TOOLS, AskedRow, Metric, ModelAnswer
 from mlx_lora.evaluation.models import Models, TextRequest, Written
 from mlx_lora.evaluation.paired import Answered, TaskResults, TaskScore
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.rollouts.tools import CallReader, Said
+from mlx_lora.rollouts.environment import CallReader, Said
 from mlx_lora.utils.errors import InputError
 
 MOST_SHOWN = 2000  # characters of a question

@@ -4,7 +4,7 @@
 Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
 an x86 CPU. The number of rows from which the second is faster is measured, never assumed;
 `--quantized-matmul` forces one of them. While text is generated, a layer may hold a dense copy, which then always
-multiplies (rollouts/generator.py).
+multiplies (models/generator.py).
 
 Shapes: x (..., in), packed weight (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the weights of
 experts have a first axis of E experts.

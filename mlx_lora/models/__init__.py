@@ -1,1 +1,1 @@
-"""Loads and converts models: the only door to mlx-lm's architectures, with heads and quantized weights."""
+"""Loads and converts models: the only door to mlx-lm's architectures, with heads, quantized weights and generation."""

@@ -53,7 +53,7 @@ class Base:
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
         dtypes: of its float parameters, likewise: an adapter's are float32 on a base that computes in bfloat16.
-        decode_weights: --decode-weights: the form of its quantized weights while it generates (rollouts/generator.py).
+        decode_weights: --decode-weights: the form of its quantized weights while it generates (models/generator.py).
         stored: where parameters that were not read yet are stored, by path; only those that are as stored.
         source: the folder or GGUF file that `model_id` names; None: `folder`.
     """

@@ -2,7 +2,7 @@
 
 One step, in order (`steps` of objectives/grpo.py):
 
-    prompts of the step's batches    `Rollouts.run`: ranks divide them, and each answers and rewards its own
+    prompts of the step's batches    `Rollouts.answer`: ranks divide them, and each answers and rewards its own
     answers, rewards                 all ranks get all of them
     log-probabilities                as they were sampled, and under the reference, where the loss needs them
     advantages                       from the rewards of a prompt's answers (losses/policy.py)
@@ -24,11 +24,12 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, Seen
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
+from mlx_lora.models.generator import check_rows
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, ModelShape
-from mlx_lora.rollouts.generator import SAMPLED_BY, SamplingForm, check_groups, choose_sampling
+from mlx_lora.rollouts.environment import failures_of_calls
 from mlx_lora.rollouts.make_environment import (
     check_environment,
     check_template,
@@ -48,8 +49,7 @@ from mlx_lora.rollouts.rewards import (
     reward_files,
     reward_names,
 )
-from mlx_lora.rollouts.rollout import PictureRollouts, Rollouts
-from mlx_lora.rollouts.tools import failures_of_calls
+from mlx_lora.rollouts.rollout import SAMPLED_BY, Rollouts, SamplingForm, choose_sampling
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SampledObjective(Objective):
         return rows.with_room(self.options.answers_per_prompt, self.options.max_new_tokens)
 
     def open(self, ctx: RunContext) -> None:
-        check_groups(ctx.base.model, ctx.base.model_id)
+        check_rows(ctx.base.model, ctx.base.model_id)
         super().open(ctx)
 
     def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
@@ -129,7 +129,7 @@ class SampledObjective(Objective):
         if self.prompts is None or self.rollouts is None:
             raise ValueError("answers are asked for before the data is finished")
         state = TrainerState(done.steps, done.of_steps, done.epochs)
-        answered = self.rollouts.run(batches, self.prompts, done.batches, state)
+        answered = self.rollouts.answer(batches, self.prompts, done.batches, state)
         for _ in range(self.options.updates):
             yield answered
 
@@ -202,8 +202,17 @@ class Policy(SampledObjective):
         loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)
         env = environment_of(ctx.settings, self.rewards, ctx.base, ctx.today, ctx.functions)
         start, ranks = ctx.base.model.trainable_parameters(), ctx.strategy.ranks
-        plain = Rollouts(ctx.base, ctx.settings, env, loss, start, form, joining=self.layout.joining, ranks=ranks)
-        return plain if self.pictures is None else PictureRollouts(**vars(plain), seeing=self.pictures)
+        return Rollouts(
+            ctx.base,
+            ctx.settings,
+            env,
+            loss,
+            start,
+            form,
+            joining=self.layout.joining,
+            ranks=ranks,
+            seeing=self.pictures,
+        )
 
     def bind_sampled(self, ctx: RunContext, loss: Loss) -> BoundObjective:
         loss = at_temperature(loss, ctx.base.model, ctx.base.config, self.options.temp)

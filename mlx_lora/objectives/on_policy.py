@@ -44,9 +44,8 @@ from mlx_lora.objectives.grpo import SampledObjective
 from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
 from mlx_lora.objectives.teacher import TEACHER, Teacher, WithTeacher, as_seen, facts_of, teacher_key, teacher_name
 from mlx_lora.parallel.ranks import Ranks
-from mlx_lora.rollouts.generator import SamplingForm
 from mlx_lora.rollouts.make_environment import environment_of
-from mlx_lora.rollouts.rollout import Rollouts, of_own_rows
+from mlx_lora.rollouts.rollout import Rollouts, SamplingForm, of_own_rows
 from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import gigabytes
 

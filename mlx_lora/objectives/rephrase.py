@@ -36,12 +36,12 @@ from mlx_lora.data.read import SplitRows
 from mlx_lora.data.records import read_records
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
 from mlx_lora.models.folder import model_sample
+from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import count_parameters
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import write_records, written_data
 from mlx_lora.objectives.teacher import written_folder
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json

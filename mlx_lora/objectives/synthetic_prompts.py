@@ -35,7 +35,7 @@ from mlx_lora.data.prompts import Prompt
 from mlx_lora.data.read import SplitRows, check_speaker, file_records, parse_rows, read_rows
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.models.folder import model_sample
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
+from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of

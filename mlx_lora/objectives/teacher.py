@@ -36,6 +36,7 @@ from mlx_lora.data.report import reasons
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import base_fingerprint, load_weights, model_sample, read_config
+from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, embedding_rows, load_base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -51,7 +52,6 @@ from mlx_lora.objectives.synthetic_prompts import (
 )
 from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -21,7 +21,7 @@ and what its backward pass allocates at a time, is read from the block's graph (
 `Block.memory`. If a graph cannot be read, the formulas here count the block as a llama block, and the plan says that its
 memory is not known. docs/planner.md compares predictions with measurements.
 
-A rollout has two moments (rollouts/generator.py). First, prompts are computed one by one, and each layer keeps a prompt's
+A rollout has two moments (models/generator.py). First, prompts are computed one by one, and each layer keeps a prompt's
 keys and values. Then these are copied for each answer, and grow with it: mlx-lm's caches by CACHE_STEP tokens at a time. A
 layer's old buffer is there until its new one is filled.
 
@@ -934,7 +934,7 @@ def _even(length: int, most: int) -> int:
 
 # Sampled answers
 
-PREFILL_TOKENS = 512  # of a prompt that are computed at once (rollouts/generator.py)
+PREFILL_TOKENS = 512  # of a prompt that are computed at once (models/generator.py)
 # Fitted on a CPU (tests/planner/test_rollout_memory.py compares with measured peaks).
 GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there in addition to both together
 SCORE_ARRAYS = 6.0  # arrays of (N G, V): logits, their softmax, and the noise that a token is drawn with
@@ -962,7 +962,7 @@ def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict
     grown = int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches))))
     later = {"keys and values": whole, "copies of them": grown, "logits": logits}
     moments = [first, later]
-    # Caches of a sliding window are not kept (rollouts/generator.py).
+    # Caches of a sliding window are not kept (models/generator.py).
     if rollout.several_turns and all(cache.most_tokens is None for cache in shape.caches):
         kept = rows * _cache_bytes(shape.caches, rollout.kept_tokens)
         moments.append({"keys and values": whole, "kept from turn to turn": kept, "logits": logits})

@@ -24,7 +24,7 @@ Sample answers to prompts with pictures.
 
 A prompt is computed at once, with what the tower sees of its pictures, and its keys and values are copied for each of its
 answers. Nothing of it is shared with other prompts, whose image tokens are the same and stand for other pictures. From the
-last token of the prompt on, sampling is that of text (rollouts/generator.py).
+last token of the prompt on, sampling is that of text (models/generator.py).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -46,42 +47,34 @@ from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
+from mlx_lora.models.generator import (
+    ANSWERS,
+    AUTO,
+    IN_FULL,
+    PACKED,
+    DecodeWeights,
+    Held,
+    KeptCaches,
+    SamplingOptions,
+    TokenSteps,
+    answer_keys,
+    choose_weights,
+    copied_bytes,
+    copy_weights,
+    merge_rows,
+    release_weights,
+    sample_groups,
+)
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.environment import Agent, Episode, Facts, Played, SingleTurnEnv, VectorEnv, play, seeds_of
-from mlx_lora.rollouts.generator import (
-    Held,
-    KeptCaches,
-    SamplingForm,
-    SamplingOptions,
-    answer_keys,
-    merge_rows,
-    sample_groups,
-)
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
+from mlx_lora.utils.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A planned batch whose prompts are to be answered.
-
-    Attributes:
-        batch: with room for the answers.
-        facts: what rewards see of each prompt.
-        rollout: its number, which decides the random streams.
-        rows: the set that the batch is of.
-    """
-
-    batch: Batch
-    facts: Sequence[dict[str, Any]]
-    rollout: int
-    rows: EncodedSet
+log = logging.getLogger(__name__)
 
 
 def deal_prompts(counts: Sequence[int], size: int) -> list[list[list[int]]]:
@@ -152,9 +145,90 @@ def of_own_rows(
     return np.array(ranks.sum(mx.array(found)))
 
 
-# Sample the answers that a step trains on
+# What computes sampled tokens. Only frozen weights may have a float copy, which is made for a rollout
+# and dropped after it, so that a training step has the memory to itself. A run chooses once and keeps
+# its choice in its checkpoints, because products in another form round differently: a resumed run must
+# sample the same answers. All ranks use one form.
 
-log = logging.getLogger(__name__)
+SAMPLED_BY = "sampled_by"  # the key in a checkpoint
+FLOATS = "floats"  # its value for a model without quantized layers
+
+
+@dataclass(frozen=True)
+class SamplingForm:
+    """What computes sampled tokens: the form of quantized weights, None if there are none, and short steps of one token."""
+
+    weights: DecodeWeights | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {SAMPLED_BY: FLOATS if self.weights is None else self.weights.form}
+
+    @property
+    def copied_bytes(self) -> int:
+        """What float copies take while answers are sampled."""
+        return self.weights.copied_bytes if self.weights is not None and self.weights.form == IN_FULL else 0
+
+    def describe(self) -> str:
+        """Return a few words for the run header; empty where there is no choice."""
+        return "" if self.weights is None else f"answers sampled by {self.weights.describe()}"
+
+    @contextmanager
+    def model_of(self, base: Base) -> Iterator[Any]:
+        """Yield what is called as the model while answers are sampled; float copies end with the block."""
+        if self.copied_bytes:
+            copy_weights(base)
+        try:
+            yield TokenSteps(base.model)
+        finally:
+            if self.copied_bytes:
+                release_weights(base.model)
+
+
+def choose_sampling(
+    base: Base,
+    rows: int,
+    free_bytes: int,
+    ranks: Ranks,
+    identity: Mapping[str, Any] | None = None,
+) -> SamplingForm:
+    """Return what computes the answers of a run.
+
+    Args:
+        base: adapted, not yet trained.
+        rows: answers that are sampled at a time.
+        free_bytes: of memory, while nothing is trained.
+        ranks: the processes of the run; copies are used if all of them choose so.
+        identity: of the checkpoint to go on from, whose form is kept; None: the run begins.
+
+    Raises:
+        InputError: the form to keep, or that is asked for, does not fit the memory of one rank.
+    """
+    known = None if identity is None else identity.get(SAMPLED_BY)
+    asked = base.decode_weights
+    if known in (PACKED, IN_FULL) and asked in (AUTO, known):
+        copied = copied_bytes(base)
+        weights = DecodeWeights(known, "as the run began", copied) if copied else None
+    else:
+        weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
+        if known is not None and weights is not None:
+            log.info(
+                f"--decode-weights {asked}: not the form in which answers were sampled before, so not to the last bit"
+            )
+    if weights is not None and weights.form == IN_FULL and weights.copied_bytes > free_bytes:
+        raise InputError(
+            f"--resume: the run samples its answers by dense copies of {weights.copied_bytes / 1e9:.1f} GB, and "
+            f"{max(0, free_bytes) / 1e9:.1f} GB are free; free some, or give --decode-weights packed"
+        )
+    forms = ranks.everyone(weights and weights.form)
+    if weights is not None and weights.form == IN_FULL and set(forms) != {IN_FULL}:
+        other = next(rank for rank, form in enumerate(forms) if form != IN_FULL)
+        weights = DecodeWeights(PACKED, f"as rank {other} chose", weights.copied_bytes)
+    return SamplingForm(weights)
+
+
+# Sample the answers that a step trains on
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -210,6 +284,7 @@ class Rollouts:
         joining: when the answers to a prompt share its row; None: never.
         spent: time and tokens of sampling.
         ranks: that answer the prompts of a step together.
+        seeing: shows the pictures of prompts: the objective's, with `table`, `vision` and `shown`; None: they have none.
     """
 
     base: Base
@@ -222,61 +297,66 @@ class Rollouts:
     joining: Joining | None = None
     spent: Spent = field(default_factory=Spent)
     ranks: Ranks = ALONE
-
-    def run(self, batches: Sequence[Batch], rows: EncodedSet, first: int, state: TrainerState) -> list[Batch]:
-        """Return the batches of a step with sampled answers in their rows; all ranks get all of them.
-
-        Args:
-            batches: planned, of rows with room for answers.
-            rows: the set that they are of.
-            first: the number of the first one in the run; it decides the random streams, so that a resumed run samples the
-                same answers.
-            state: where the run is, for rewards that take it.
-
-        Raises:
-            RunError: a reward failed.
-        """
-        self.env.state = state
-        planned = [planned_rollout(batch, rows, first + place) for place, batch in enumerate(batches)]
-        return self.answer(planned, True, self.ranks)
+    seeing: Any = None
 
     def held_out(self, plan: BatchPlan) -> HeldOutRollouts:
         """Return the batches of held-out rows, whose answers are sampled when they are measured."""
         return HeldOutRollouts(plan, self)
 
-    def answer(self, planned: Sequence[Planned], trains: bool, ranks: Ranks = ALONE) -> list[Batch]:
-        """Return planned batches with sampled answers in their rows.
+    def answer(
+        self, batches: Sequence[Batch], rows: EncodedSet, first: int, state: TrainerState | None = None
+    ) -> list[Batch]:
+        """Return planned batches with sampled answers in their rows; all ranks get all of them.
 
         Args:
-            planned: batches that are trained on together.
-            trains: whether they will be trained on; else only rewards are computed.
-            ranks: that divide the prompts among themselves; each returns all batches.
+            batches: planned, of rows with room for answers; they are trained on together.
+            rows: the set that they are of.
+            first: the number of the first one in the run; it decides the random streams, so that a resumed run samples the
+                same answers.
+            state: where the run is, for rewards that take it; None: the answers are only measured, by this rank alone.
 
         Raises:
             RunError: a reward failed.
         """
+        ranks = ALONE if state is None else self.ranks
+        if state is not None:
+            self.env.state = state
         model = self.base.model
         training = model.training
         model.eval()
         try:
-            planned = [replace(one, batch=apart(one.batch)) for one in planned]
-            dealt = deal_prompts([len(one.facts) for one in planned], ranks.size)
-            own = [self._played(one, prompts[ranks.rank]) for one, prompts in zip(planned, dealt, strict=True)]
+            batches = [apart(batch) for batch in batches]
+            facts = [facts_of(batch, rows) for batch in batches]
+            dealt = deal_prompts([len(one) for one in facts], ranks.size)
+            mine = [prompts[ranks.rank] for prompts in dealt]
+            own = [self._played(*of) for of in zip(batches, facts, range(first, first + len(facts)), mine, strict=True)]
             start = time.perf_counter()
             every = gathered(own, dealt, self.settings.objective.answers_per_prompt, ranks)
             self.spent.seconds += time.perf_counter() - start  # until the slowest rank has sampled
             for note in (note for played in every for note in played.notes):
                 log.info(note)
-            mine = [prompts[ranks.rank] for prompts in dealt]
             step = None if self.scorer else np.concatenate([summed(one.rewards, self.env.rewards) for one in every])
-            return [self._trained(*of, trains, ranks, step) for of in zip(planned, every, mine, strict=True)]
+            found = []
+            for batch, played, prompts in zip(batches, every, mine, strict=True):
+                numbers = np.flatnonzero(batch.real)
+                filled, begins, ends = self._filled(batch, numbers, played)
+                if state is not None and self.joining is not None:
+                    filled = self.joining(filled, begins, ends)
+                asked = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
+                if state is not None:
+                    filled = self._with_log_probabilities(filled, asked, ranks)
+                found.append(
+                    self._with_rewards(filled, numbers, played.rewards, step)
+                    if self.scorer is None
+                    else self.scorer.scored(filled, rows, asked, ranks)
+                )
+            return found
         finally:
             model.train(training)
 
-    def _played(self, planned: Planned, chosen: list[int]) -> Played:
+    def _played(self, batch: Batch, facts: Sequence[Facts], rollout: int, chosen: list[int]) -> Played:
         """Play the episodes of chosen prompts; the random streams are those of all prompts' episodes."""
-        objective, batch = self.settings.objective, planned.batch
-        group, seed = batch.group, self.settings.loop.seed
+        objective, group, seed = self.settings.objective, batch.group, self.settings.loop.seed
         rows = np.flatnonzero(batch.real)
         first = rows[::group][chosen]
         begins = batch.mask[first].argmax(axis=1)  # the prompt's last token predicts the first target
@@ -284,10 +364,10 @@ class Rollouts:
         options = SamplingOptions(group, objective.max_new_tokens, objective.temp, objective.top_p, objective.min_p)
 
         def keys(turn: int) -> mx.array:
-            every = answer_keys(seed, planned.rollout, len(rows), turn).reshape(-1, group, 2)
+            every = answer_keys(seed, rollout, len(rows), turn).reshape(-1, group, 2)
             return every[mx.array(chosen)].reshape(-1, 2)
 
-        facts, seeds = [planned.facts[prompt] for prompt in chosen], seeds_of(seed, planned.rollout, chosen)
+        facts, seeds = [facts[prompt] for prompt in chosen], seeds_of(seed, rollout, chosen)
         return play(self.env, self.agent(options, keys, facts), prompts, facts, seeds, group)
 
     @staticmethod
@@ -361,7 +441,10 @@ class Rollouts:
             group = 1 if turn else options.group  # a prompt is computed once for its episodes
             own = keys(turn)[mx.array(episodes)] if turn else keys(turn)
             begun = [held[number] for number in episodes if number in held]
-            kept = KeptCaches(begun) if several else self.computed_prompts(facts, group)
+            kept: KeptCaches | None = KeptCaches(begun) if several else None
+            if self.seeing is not None:  # an episode with pictures is a single answer
+                digests = [self.seeing.table.rows[fact["pictures"]] for fact in facts]
+                kept = PromptsWithPictures(vision=self.seeing.vision, digests=digests, group=group)
             held = {}
             with self.form.model_of(self.base) as model:
                 found, _ = sample_groups(
@@ -373,56 +456,30 @@ class Rollouts:
 
         return Agent(completions, options.max_new_tokens, ends)
 
-    def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches | None:
-        """Return what computes the prompts of single answers; None: they are text, which the sampler computes.
-
-        Args:
-            facts: of each prompt.
-            group: answers to each.
-        """
-        return None
-
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
-        return token_logps(self.base.model, self.loss, batch)
+        with self.seeing.shown(self.base.model, batch) if self.seeing is not None else nullcontext():
+            return token_logps(self.base.model, self.loss, batch)
 
-    def _trained(
-        self,
-        planned: Planned,
-        played: Played,
-        prompts: list[int],
-        trains: bool,
-        ranks: Ranks,
-        step: np.ndarray | None,
-    ) -> Batch:
-        """Return the batch that is trained on, or measured.
+    def _with_log_probabilities(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
+        """Add those under the policy that sampled and under the reference, where the loss needs them.
 
         Args:
-            planned, played: it, and its answers.
-            prompts: whose log-probabilities are computed by this rank.
-            trains, ranks: as for `answer`.
-            step: rewards of all answers of the step; None: a teacher scores them.
+            batch: with answers.
+            own: the rows that this rank computes.
+            ranks: that compute the others.
         """
-        batch, objective = planned.batch, self.settings.objective
-        rows = np.flatnonzero(batch.real)
-        filled, begins, ends = self._filled(batch, rows, played)
-        if trains and self.joining is not None:
-            filled = self.joining(filled, begins, ends)
-        own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
-        of_old = self.scorer is None or self.scorer.uses_old
-        if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
-            asked, model, sampled = self.settings.objective, self.base.model, {}
-            if asked.updates_per_rollout > 1 or asked.row.leaves_one_out:
-                sampled[OLD] = of_own_rows(self.token_logps, filled, own, ranks)
-            if asked.kl_beta:
-                now = model.trainable_parameters()
-                model.update(self.start)
-                sampled[REFERENCE] = of_own_rows(self.token_logps, filled, own, ranks)
-                model.update(now)
-            filled = filled.with_columns(**sampled)
-        if self.scorer is not None:
-            return self.scorer.scored(filled, planned.rows, own, ranks)
-        return self._with_rewards(filled, rows, played.rewards, step)
+        objective, model, found = self.settings.objective, self.base.model, {}
+        if self.scorer is not None and not self.scorer.uses_old:
+            return batch
+        if objective.updates_per_rollout > 1 or (objective.kl_beta and objective.row.leaves_one_out):
+            found[OLD] = of_own_rows(self.token_logps, batch, own, ranks)
+        if objective.kl_beta:
+            now = model.trainable_parameters()
+            model.update(self.start)
+            found[REFERENCE] = of_own_rows(self.token_logps, batch, own, ranks)
+            model.update(now)
+        return batch.with_columns(**found)
 
     def _filled(self, batch: Batch, rows: np.ndarray, played: Played) -> tuple[Batch, np.ndarray, np.ndarray]:
         """Put episodes into the rows of a planned batch, and cut columns that none of them needs.
@@ -498,22 +555,14 @@ class HeldOutRollouts:
         """Yield the first `limit` batches (-1: all), answered; see `BatchPlan.batches`."""
         count = len(self) if limit < 0 else min(limit, len(self))
         for index in range(first, count, every):
-            planned = planned_rollout(self._plan.batch(0, index), self.rows, HELD_OUT_STREAM + index)
-            yield self.rollouts.answer([planned], trains=False)[0]
+            yield self.rollouts.answer([self._plan.batch(0, index)], self.rows, HELD_OUT_STREAM + index)[0]
 
 
-def planned_rollout(batch: Batch, rows: EncodedSet, number: int) -> Planned:
-    """Return a planned batch with what rewards see of its prompts.
-
-    Args:
-        batch: of rows with room for answers.
-        rows: the set that it is of.
-        number: of the rollout, which decides the random streams.
-    """
+def facts_of(batch: Batch, rows: EncodedSet) -> list[dict[str, Any]]:
+    """Return what rewards see of each prompt of a planned batch, which is of rows with room for answers."""
     if batch.numbers is None or rows.facts is None:
         raise ValueError("a batch of other rows than prompts")
-    facts = [rows.facts[one // batch.group] for one in batch.numbers[:: batch.group] if one != EMPTY]
-    return Planned(batch, facts, number, rows)
+    return [rows.facts[one // batch.group] for one in batch.numbers[:: batch.group] if one != EMPTY]
 
 
 def talk_text(messages: Sequence[dict[str, Any]]) -> str:
@@ -528,28 +577,6 @@ def talk_text(messages: Sequence[dict[str, Any]]) -> str:
             function = call["function"]
             lines.append(f"→ {function['name']} {json.dumps(function['arguments'], ensure_ascii=False, default=str)}")
     return "\n".join(lines)
-
-
-# Sample answers to prompts with pictures
-
-
-@dataclass(frozen=True)
-class PictureRollouts(Rollouts):
-    """Samples answers to the prompts of planned batches, which may have pictures.
-
-    Attributes:
-        seeing: shows their pictures: the objective, with `table`, `vision` and `shown`.
-    """
-
-    seeing: Any = None
-
-    def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches:
-        rows = [self.seeing.table.rows[fact["pictures"]] for fact in facts]
-        return PromptsWithPictures(vision=self.seeing.vision, digests=rows, group=group)
-
-    def token_logps(self, batch: Batch) -> np.ndarray:
-        with self.seeing.shown(self.base.model, batch):
-            return super().token_logps(batch)
 
 
 @dataclass
@@ -570,7 +597,7 @@ class PromptsWithPictures(KeptCaches):
         """Return caches of a row for each answer, which hold its prompt without the last token.
 
         Args:
-            model: that computes single tokens (rollouts/generator.py); the one in it computes the prompts.
+            model: that computes single tokens (models/generator.py); the one in it computes the prompts.
             prompts: token ids.
         """
         found = []

@@ -8,7 +8,7 @@ event loop of a thread of its own. Two of its parts are replaced, through what t
                   local endpoint
 
 Nothing is rendered here, and no model is called: an episode stands still at each question, and the caller, who sees the
-whole conversation in the question, answers the questions of all episodes together (rollouts/verifiers_env.py).
+whole conversation in the question, answers the questions of all episodes together (rollouts/make_environment.py).
 """
 
 from __future__ import annotations

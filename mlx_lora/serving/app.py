@@ -70,11 +70,16 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
 from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
-from mlx_lora.engine.engine import Engine, Event, QueueFull, Request, Stopped, TokenReport, Usage
-from mlx_lora.engine.prompts import (
+from mlx_lora.engine.engine import (
     Ask,
+    Engine,
+    Event,
     PicturePrompt,
     PictureReader,
+    QueueFull,
+    Request,
+    Stopped,
+    Usage,
     api_error,
     chat_tokens,
     picture_prompt,
@@ -83,6 +88,7 @@ from mlx_lora.engine.prompts import (
 )
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.config import is_encoder
+from mlx_lora.models.generator import TokenReport
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices
@@ -427,27 +433,23 @@ class Completions:
         return self._engine.store.cards[model]
 
 
-class ClientGone(Exception):
-    """The client has closed the connection."""
-
-
 class EngineResponse:
     """A response that the engine generates, as an ASGI application; its row is freed when it ends in any way."""
 
     def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
         self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
-        self._timeout_s = timeout_s
+        self._timeout_s, self._opened = timeout_s, False
         folders = request.pictures.reader.folders if request.pictures else ()
         self._told = partial(client_error, engine, folders=folders)
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer, all at once or as server-sent events.
+        """Answer, all at once or as server-sent events, until the client disconnects.
 
         Raises:
-            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in time.
+            ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in
+                time. One after the first event of a stream is sent as an event.
         """
         loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        self._deadline = loop.time() + self._timeout_s
 
         def emit(event: Event) -> None:
             # The loop is already closed if the process ends while requests are running.
@@ -462,39 +464,38 @@ class EngineResponse:
             ticket = self._engine.submit(self._request, emit)
         except (QueueFull, Stopped) as error:
             raise self._told(error) from None
-        self._gone = loop.create_task(until_gone())
+        gone = loop.create_task(until_gone())
+        answering = loop.create_task(self._stream(send) if self._ask.stream else self._whole(send))
         try:
-            await (self._stream(send) if self._ask.stream else self._whole(send))
-        except ClientGone:
-            return
+            # A client can also delay the answer by not reading it.
+            await asyncio.wait({gone, answering}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+            elif not gone.done():
+                message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
+                raise ApiError(504, message, "timeout")
+        except ApiError as error:
+            if not self._opened:
+                raise
+            answering.cancel()
+            # The status was already sent, so send the error as an event, unless the client does not read.
+            if self._ask.stream:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_sent(send, json.dumps(error.body()), last=True), timeout=1)
         finally:
             ticket.canceled.set()
-            self._gone.cancel()
+            gone.cancel()
+            answering.cancel()
 
     async def _answer(self) -> AsyncIterator[Event]:
         """Yield the events up to the last one."""
-        while True:
-            event = await self._within_time(self._events.get())
+        last = False
+        while not last:
+            event = await self._events.get()
             if event.error is not None:
                 raise self._told(event.error)
+            last = event.last
             yield event
-            if event.last:
-                return
-
-    async def _within_time(self, doing: Awaitable[Any]) -> Any:
-        """Await an event, or a send, which a client can delay by not reading."""
-        task = asyncio.ensure_future(doing)
-        left = self._deadline - asyncio.get_running_loop().time()
-        try:
-            await asyncio.wait({task, self._gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-        finally:
-            task.cancel()
-        if self._gone.done():
-            raise ClientGone
-        message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
-        raise ApiError(504, message, "timeout")
 
     async def _whole(self, send: Callable[[Any], Any]) -> None:
         """Send the complete answer at once."""
@@ -505,33 +506,26 @@ class EngineResponse:
             reports += event.piece.reports
         content = json.dumps(self._reply.whole("".join(pieces), reports, event)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
-        await self._within_time(send({"type": "http.response.body", "body": content}))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._opened = True
+        await send({"type": "http.response.body", "body": content})
 
     async def _stream(self, send: Callable[[Any], Any]) -> None:
         """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
-        opened = False
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        async for event in self._answer():
+            if not self._opened:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                self._opened = True
+            await _sent(send, json.dumps(self._reply.chunk(event)))
+            if event.usage and self._ask.include_usage:
+                await _sent(send, json.dumps(self._reply.usage_chunk(event.usage)))
+        await _sent(send, "[DONE]", last=True)
 
-        def body(content: str, more: bool = True) -> Any:
-            return send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
 
-        try:
-            async for event in self._answer():
-                if not opened:
-                    await self._within_time(send({"type": "http.response.start", "status": 200, "headers": headers}))
-                    opened = True
-                await self._within_time(body(json.dumps(self._reply.chunk(event))))
-                if event.usage and self._ask.include_usage:
-                    await self._within_time(body(json.dumps(self._reply.usage_chunk(event.usage))))
-        except ApiError as error:
-            if not opened:
-                raise
-            # The status was already sent, so send the error as an event, unless the client does not read.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(body(json.dumps(error.body()), more=False), timeout=1)
-            return
-        await self._within_time(body("[DONE]", more=False))
+async def _sent(send: Callable[[Any], Any], content: str, last: bool = False) -> None:
+    """Send a server-sent event."""
+    await send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": not last})
 
 
 async def _as_json(request: HttpRequest, error: Any) -> Response:
@@ -547,10 +541,14 @@ SCRIPTS = (charts.COMMON / "markdown.js", FOLDER / "chat.js")
 
 def policy(text: str) -> str:
     """Return a Content-Security-Policy that allows the page's own inline script and style, and nothing else."""
+    hashes: dict[str, list[str]] = {"script": [], "style": []}
+    for tag, found in hashes.items():
+        for part in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL):
+            found.append(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'")
     rules = {
         "default-src": "'none'",
-        "script-src": " ".join(_hashes(text, "script")),
-        "style-src": " ".join(_hashes(text, "style")),
+        "script-src": " ".join(hashes["script"]),
+        "style-src": " ".join(hashes["style"]),
         "connect-src": "'self'",
         "img-src": "data:",  # for the empty icon, without which browsers request one
         "frame-ancestors": "'none'",
@@ -561,11 +559,6 @@ def policy(text: str) -> str:
         "trusted-types": "'none'",
     }
     return "; ".join(f"{name} {value}" for name, value in rules.items())
-
-
-def _hashes(text: str, tag: str) -> list[str]:
-    inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in inside]
 
 
 # Counters
@@ -725,8 +718,16 @@ class TextModels:
         self._engine, self._timeout_s = engine, timeout_s
         if twice := sorted({base_name(engine.base), *engine.store.cards} & {*scoring, *embedding}):
             raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+
+        def open_scorer(folder: Path) -> TextScorer:
+            twin = twin_of(engine.base)
+            info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
+            if info.chat_template:
+                twin.hf_tokenizer.chat_template = info.chat_template
+            return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
+
         self._scorers = {
-            name: engine.call(lambda store, folder=folder: load_scorer(engine, folder)).result()
+            name: engine.call(lambda store, folder=folder: open_scorer(folder)).result()
             for name, folder in scoring.items()
         }
         named: dict[str, Path | None] = {**embedding}
@@ -839,7 +840,10 @@ class TextModels:
 
         def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
             """Return the vectors of some inputs, and the number of their tokens."""
-            rows = rows_of(embedder, part, given in QUERY)
+            texts = [one for one in part if isinstance(one, str)]
+            encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, given in QUERY) if texts else [])
+            most = embedder.form.max_length  # tokens that the model takes of a text
+            rows = [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in part]
             return embedder.of_rows(rows), sum(map(len, rows))
 
         found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
@@ -886,19 +890,6 @@ def twin_of(base: Base) -> Base:
     """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
     tokenizer = load_folder_tokenizer(base.folder, base.config, False)
     return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
-
-
-def load_scorer(engine: Engine, folder: Path) -> TextScorer:
-    """Return an adapter over the engine's base.
-
-    Raises:
-        InputError: it does not fit the base.
-    """
-    twin = twin_of(engine.base)
-    info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
-    if info.chat_template:
-        twin.hf_tokenizer.chat_template = info.chat_template
-    return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
 
 
 def texts_of(given: Any, name: str) -> list[Text]:
@@ -956,11 +947,3 @@ def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
             message = f"input: found the token {max(one)}; the model has {vocabulary} (send texts, or its own tokens)"
             raise ApiError(400, message, "invalid_value", "input")
     return found
-
-
-def rows_of(embedder: TextEmbedder, inputs: Sequence[str | list[int]], query: bool) -> list[np.ndarray]:
-    """Return the token ids of inputs in their order, at most as many as the model takes of a text."""
-    texts = [one for one in inputs if isinstance(one, str)]
-    encoded = iter(embedder.form.encode(texts, embedder.base.hf_tokenizer, query) if texts else [])
-    most = embedder.form.max_length
-    return [next(encoded) if isinstance(one, str) else np.array(one[:most], np.int32) for one in inputs]

@@ -38,6 +38,7 @@ from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.exporters.peft import check_peft
 from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.generator import TokenSteps, held_weights
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.reports.diagnosis import CLASSES_FILE, add_classes, begin_lines
 from mlx_lora.reports.run_report import (
@@ -49,7 +50,6 @@ from mlx_lora.reports.run_report import (
     first_and_kept,
     read_answers,
 )
-from mlx_lora.rollouts.generator import TokenSteps, held_weights
 from mlx_lora.trainer.adapter import first_qat_step
 from mlx_lora.trainer.evaluate import ROWS_FILE, RowsFile
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress

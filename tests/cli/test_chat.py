@@ -21,7 +21,8 @@ from serving_process import ROOT
 from mlx_lora.cli.chat import ChatSession, figures_together, shown
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Limits, Sampling
+from mlx_lora.engine.engine import Engine, Limits
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import RunError
 

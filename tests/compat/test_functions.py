@@ -24,8 +24,8 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.blocks import BlockWalk
 from mlx_lora.models.folder import is_foreign
+from mlx_lora.models.generator import TokenSteps
 from mlx_lora.models.load import embedding_rows
-from mlx_lora.rollouts.generator import TokenSteps
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions

@@ -18,7 +18,8 @@ from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
 from mlx_lora.engine import adapter_store
 from mlx_lora.engine.adapter_store import AdapterSource, UnknownAdapter
-from mlx_lora.engine.engine import QueueFull, Sampling, Stopped
+from mlx_lora.engine.engine import QueueFull, Stopped
+from mlx_lora.models.generator import Sampling
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(

@@ -8,7 +8,7 @@ from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
 from serving_rows import Answer, asked, started
 
-from mlx_lora.engine.engine import Sampling
+from mlx_lora.models.generator import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,13 @@ from mlx_lora.engine.adapter_store import (
     AdapterStore,
     LayerFactors,
     LayerPools,
-    Routing,
     UnknownAdapter,
     read_factors,
     route,
     unrouted_twin,
 )
-from mlx_lora.engine.engine import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.generator import Routing, Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import spelling
 from mlx_lora.utils.errors import InputError

@@ -16,7 +16,7 @@ from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
 from mlx_lora.evaluation.metrics import AskedRow, ModelAnswer, metric_of, rouge_l
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.evaluation.paired import Comparison, compare, compare_weighted, score_interval, standard_error
-from mlx_lora.rollouts.tools import Said
+from mlx_lora.rollouts.environment import Said
 from mlx_lora.utils.errors import InputError, RunError
 
 

@@ -18,14 +18,21 @@ import mlx_lora
 from mlx_lora.bench.doctor.check import known_table
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Limits, Request, Sampling
+from mlx_lora.engine.engine import Engine, Limits, Request
 from mlx_lora.kernels.measure import SWITCH
 from mlx_lora.kernels.quantized_matmul import DENSE
+from mlx_lora.models import generator as decode_weights
+from mlx_lora.models import generator as token_steps
+from mlx_lora.models.generator import (
+    Sampling,
+    TokenSteps,
+    choose_weights,
+    hold_weights,
+    layers_with_copies,
+    release_weights,
+)
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token
-from mlx_lora.rollouts import generator as decode_weights
-from mlx_lora.rollouts import generator as token_steps
-from mlx_lora.rollouts.generator import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
 from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from varied_strings import varied_strings
 
-from mlx_lora.engine.engine import TextStream
+from mlx_lora.models.generator import TextStream
 from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
 from mlx_lora.models.tokenizer import Continuation, load_folder_tokenizer
 from mlx_lora.utils.errors import InputError

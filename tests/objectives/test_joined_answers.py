@@ -36,8 +36,8 @@ from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_ba
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv
-from mlx_lora.rollouts.rewards import Reward, no_function
-from mlx_lora.rollouts.rollout import Planned, Rollouts
+from mlx_lora.rollouts.rewards import Reward, TrainerState, no_function
+from mlx_lora.rollouts.rollout import Rollouts
 
 GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]
@@ -107,8 +107,7 @@ def sampled_batches(
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)
-        facts = [planned.facts[number // batch.group] for number in batch.numbers[:: batch.group] if number != EMPTY]
-        found += answering.answer([Planned(batch, facts, 5, planned)], trains=True)
+        found += answering.answer([batch], planned, 5, TrainerState())
     return found[0], found[1]
 
 

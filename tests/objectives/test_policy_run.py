@@ -120,9 +120,9 @@ def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data,
     )
     seen, answer = [], Rollouts.answer
 
-    def kept(self, planned, trains, *more):
-        found = answer(self, planned, trains, *more)
-        seen.extend([found] if trains else [])
+    def kept(self, batches, rows, first, state=None):
+        found = answer(self, batches, rows, first, state)
+        seen.extend([found] if state else [])
         return found
 
     monkeypatch.setattr(Rollouts, "answer", kept)

@@ -11,7 +11,7 @@ from tool_model import shelf_folder
 from verifiers_environments import SHELF, write_environments
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.rollouts.verifiers_env import close_hosts, rehearse
+from mlx_lora.rollouts.make_environment import close_hosts, rehearse
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of the package's own code
 

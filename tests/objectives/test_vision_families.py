@@ -19,7 +19,7 @@ from vision_rows import chats_of, picture, read_rows, write_rows
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
-from mlx_lora.engine.prompts import PictureReader
+from mlx_lora.engine.engine import PictureReader
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import of_connector, of_tower

@@ -16,10 +16,10 @@ from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.losses.agree import choose_loss
+from mlx_lora.models.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, at_temperature, token_logps
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
 from mlx_lora.rollouts.rollout import PromptsWithPictures
 from mlx_lora.trainer.step import differentiation
 

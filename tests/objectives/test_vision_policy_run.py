@@ -20,9 +20,9 @@ from mlx_lora.data.examples import FormatError, Record
 from mlx_lora.data.formats import NamedColumns
 from mlx_lora.data.read import parse_record_of
 from mlx_lora.losses.agree import choose_loss
+from mlx_lora.models.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
 from mlx_lora.models.image_inputs import prepare_rotation
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
-from mlx_lora.rollouts.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
 from mlx_lora.rollouts.rollout import PromptsWithPictures
 
 pytest.importorskip("mlx_vlm")

@@ -195,7 +195,7 @@ main()
 # Two updates on each rollout, saved after both: rollouts begin with steps 1, 3, 5 and 7, and have 8 tokens at most.
 UPDATES = ("--updates-per-rollout", 2, "--iters", 8, "--save-every", 2, "--val-batches", 0, "--steps-per-eval", 0)
 MOMENTS = {
-    "while sampling": ("mlx_lora.rollouts.generator::_drawn:20", None),
+    "while sampling": ("mlx_lora.models.generator::_drawn:20", None),
     "between rollout and update": ("mlx_lora.trainer.step:Step:__call__:5", 4),
     "between two updates of a rollout": ("mlx_lora.trainer.step:Step:__call__:6", 4),
     "while rewarding": ("mlx_lora.rollouts.environment::rewards_for:3", 4),

@@ -21,6 +21,7 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
+from mlx_lora.models.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import layer_caches, model_shape
 from mlx_lora.models.vision import open_tower
@@ -39,7 +40,6 @@ from mlx_lora.planner.memory import (
     plan_memory,
     rollout_parts,
 )
-from mlx_lora.rollouts.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.text import GIB
 
 pytest.importorskip("mlx_vlm")

@@ -9,8 +9,8 @@ import mlx.core as mx
 from resumed_runs import metrics
 from run_cli import run, succeeds
 
-from mlx_lora.engine.engine import Sampler, Sampling
-from mlx_lora.engine.prompts import read_completion
+from mlx_lora.engine.engine import read_completion
+from mlx_lora.models.generator import Sampler, Sampling
 
 
 def test_ratings_of_one_kind_have_no_margin(tiny_folder, tmp_path):

@@ -23,6 +23,7 @@ from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.mix import read_sets
 from mlx_lora.data.prompts import observation_tokens, with_observation
 from mlx_lora.data.tokenize import Encoder
+from mlx_lora.models.generator import answer_keys
 from mlx_lora.objectives.policy_arrays import LENGTHS, REWARDS, TRUNCATED
 from mlx_lora.rollouts.environment import (
     Agent,
@@ -33,7 +34,6 @@ from mlx_lora.rollouts.environment import (
     play,
     seeds_of,
 )
-from mlx_lora.rollouts.generator import answer_keys
 from mlx_lora.rollouts.make_environment import check_environment
 from mlx_lora.rollouts.rewards import Reward, TrainerState, exact_match, no_function, reward_files
 from mlx_lora.rollouts.rollout import Rollouts

@@ -13,9 +13,9 @@ from conftest import tiny_model
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.data.batch import Batch
 from mlx_lora.losses.agree import choose_loss
+from mlx_lora.models import generator as group_sampling
+from mlx_lora.models.generator import SamplingOptions, answer_keys
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
-from mlx_lora.rollouts import generator as group_sampling
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys
 
 PROMPTS = [[5, 9, 3, 7, 7], [4, 8]]
 NO_END = frozenset()

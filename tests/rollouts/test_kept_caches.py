@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_model
 from tiny_recurrent import recurrent_model
 
-from mlx_lora.rollouts.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
+from mlx_lora.models.generator import KeptCaches, SamplingOptions, answer_keys, sample_groups
 
 PROMPTS = [[5, 9, 3, 7, 7], [4, 8]]
 GROUP, ROWS = 3, 6

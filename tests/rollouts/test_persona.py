@@ -21,9 +21,9 @@ from run_cli import holds, run, succeeds
 
 import mlx_lora
 from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models import generator as batch_writing
+from mlx_lora.models.generator import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.objectives.teacher import read_answers
-from mlx_lora.rollouts import generator as batch_writing
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.trainer.callbacks import greedy_text
 from mlx_lora.utils.files import cache_dir
 

@@ -11,7 +11,7 @@ from make_adapters import loaded
 from serving_rows import Answer, asked, started
 
 from mlx_lora.evaluation.models import Models, TextRequest
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, check_rows, one_row_because, sample_groups
+from mlx_lora.models.generator import SamplingOptions, answer_keys, check_rows, one_row_because, sample_groups
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32("texts are compared: where two tokens are nearly as likely, bfloat16 takes either")

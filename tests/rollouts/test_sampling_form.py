@@ -16,18 +16,12 @@ from run_cli import passed, run, succeeds
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.kernels.quantized_matmul import DENSE
+from mlx_lora.models import generator as sampling_form
+from mlx_lora.models.generator import SamplingOptions, TokenSteps, answer_keys, sample_groups
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.rollouts import generator as sampling_form
-from mlx_lora.rollouts.generator import (
-    SamplingForm,
-    SamplingOptions,
-    TokenSteps,
-    answer_keys,
-    choose_sampling,
-    sample_groups,
-)
+from mlx_lora.rollouts.rollout import SamplingForm, choose_sampling
 from mlx_lora.trainer.checkpoint import read_checkpoint
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils import device

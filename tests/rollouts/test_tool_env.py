@@ -17,22 +17,24 @@ from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.rollouts.environment import Agent, Played, play
-from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, rewards_itself, toolbox_of
-from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
-from mlx_lora.rollouts.rollout import talk_text
-from mlx_lora.rollouts.tools import (
+from mlx_lora.rollouts.environment import (
     CALLS,
     CUT,
     FAILED,
     TURNS,
+    Agent,
+    Played,
     ToolEnv,
     asked_tools,
     begin,
     failures_of_calls,
     plain_tools,
+    play,
     with_ids,
 )
+from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, rewards_itself, toolbox_of
+from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
+from mlx_lora.rollouts.rollout import talk_text
 from mlx_lora.rollouts.user_code import module_of
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -372,7 +374,7 @@ def reference_mask(env: ToolEnv, tokens: list[int], said: list[list[int]]) -> li
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5"])
 def test_masks_of_forty_episodes_are_those_of_the_rendered_conversations(family, file):
     """Row by row: the tokens are the template's own rendering of the whole conversation, and the trained ones the model's turns."""
-    env = environment(family, file, environment="Counter", reward="reached", max_turns=20)
+    env = environment(family, file, environment="Counter", reward="reached", max_turns=20, reward_timeout=10.0)
     draw = random.Random(7)
     answers = []
     for _ in range(40):

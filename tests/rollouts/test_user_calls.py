@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lora.rollouts import user_code as user_calls
-from mlx_lora.rollouts.tools import called
+from mlx_lora.rollouts.environment import called
 from mlx_lora.rollouts.user_code import TooLong, at_most, awaited
 
 

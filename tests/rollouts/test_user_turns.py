@@ -7,8 +7,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer, template
 from conftest import tiny_model
 
+from mlx_lora.models.generator import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.objectives.synthetic_prompts import TurnFilter, user_turn
-from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.errors import InputError
 
 LLAMA = "{{ '<s>' }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"

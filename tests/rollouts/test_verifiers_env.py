@@ -19,20 +19,19 @@ from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.task_sets import verifiers_file
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.rollouts import verifiers_env
-from mlx_lora.rollouts.environment import Agent, Played, play
-from mlx_lora.rollouts.make_environment import own_rewards_and_reports
-from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.tools import CALLS, CUT, FAILED
-from mlx_lora.rollouts.tools import TURNS as ANSWERS
-from mlx_lora.rollouts.verifiers_env import (
+from mlx_lora.rollouts import make_environment as verifiers_env
+from mlx_lora.rollouts.environment import CALLS, CUT, FAILED, Agent, Played, play
+from mlx_lora.rollouts.environment import TURNS as ANSWERS
+from mlx_lora.rollouts.make_environment import (
     ERRORS,
     METRIC,
     TIMEOUTS,
     VerifiersEnv,
     close_hosts,
+    own_rewards_and_reports,
     rehearse,
 )
+from mlx_lora.rollouts.rewards import summed
 from mlx_lora.utils.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package's own code

@@ -12,7 +12,7 @@ from resumed_runs import metrics, resumes_to_the_same_bytes
 from run_cli import one_line, run, succeeds
 from verifiers_environments import plain, write_environments
 
-from mlx_lora.rollouts.verifiers_env import close_hosts
+from mlx_lora.rollouts.make_environment import close_hosts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package's own code
 

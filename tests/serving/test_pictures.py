@@ -24,8 +24,8 @@ from mlx_lora.cli.chat import ChatSession
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images
 from mlx_lora.data.downloads import ImageDownloads
-from mlx_lora.engine.engine import Engine, Limits, Sampling
-from mlx_lora.engine.prompts import PictureReader, picture_prompt, read_chat
+from mlx_lora.engine.engine import Engine, Limits, PictureReader, picture_prompt, read_chat
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.app import AnswerLimits, make_app
@@ -135,12 +135,16 @@ def test_pictures_are_shrunk_as_in_the_adapters_run(base, pictures):
     picture(2).resize((240, 180)).save(pictures / "large.png")
     reader, ask = PictureReader(base, [pictures]), read_chat(body("large.png"))
     large, small = (picture_prompt(reader, ask, None, pixels) for pixels in (None, 16 * 16))
-    (_, seen), (_, shrunk) = reader.arrays(large), reader.arrays(small)
-    assert not all(mx.array_equal(one, other) for one, other in zip(seen, shrunk, strict=True))
+
+    def keys(prompt) -> list[mx.array]:
+        return [cache.state[0] for cache in prompt.seen_by(base.model).prefilled(prompt.tokens)]
+
+    shrunk = keys(small)
+    assert not all(mx.array_equal(one, other) for one, other in zip(keys(large), shrunk, strict=True))
     picture(2).resize((240, 180)).resize(small.processor.limited_size((240, 180))).save(pictures / "shrunk.png")
     by_hand = picture_prompt(reader, read_chat(body("shrunk.png")), None)
     assert by_hand.tokens == small.tokens
-    assert all(mx.array_equal(one, other) for one, other in zip(reader.arrays(by_hand)[1], shrunk, strict=True))
+    assert all(mx.array_equal(one, other) for one, other in zip(keys(by_hand), shrunk, strict=True))
 
 
 @pytest.mark.parametrize(

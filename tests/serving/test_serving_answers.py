@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import sandbox
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Event, Limits, Piece, TextStream, TokenReport, Usage
+from mlx_lora.engine.engine import Engine, Event, Limits, Usage
+from mlx_lora.models.generator import Piece, TextStream, TokenReport
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.serving.app import Adapters, AnswerLimits, ChatReply, CompletionReply, TextModels, make_app

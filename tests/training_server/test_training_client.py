@@ -13,7 +13,7 @@ from tinker_client import IGNORED, TrainingServer, adam, datums, trainer
 from training_examples import examples, loaded, trained_model
 
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.training_server.models import AdamNumbers
+from mlx_lora.training_server.worker import AdamNumbers
 from mlx_lora.utils.errors import InputError
 
 tinker = pytest.importorskip("tinker")

@@ -11,8 +11,7 @@ import pytest
 from training_examples import examples, gradients, loaded, trained_model
 
 from mlx_lora.engine.engine import Stopped
-from mlx_lora.training_server.models import AdamNumbers
-from mlx_lora.training_server.worker import JointPass, TokenJob, Worker, WorkerSettings
+from mlx_lora.training_server.worker import AdamNumbers, JointPass, TokenJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 SAMPLED = {

@@ -8,7 +8,7 @@ import pytest
 from torch_judge import name_here, torch_base
 from training_examples import LIMITS, examples, factors, gradients, loaded, trained_model
 
-from mlx_lora.training_server.models import LOSSES, Example, check_examples, find_loss, micro_batches
+from mlx_lora.training_server.worker import LOSSES, Example, check_examples, find_loss, micro_batches
 from mlx_lora.utils.errors import InputError
 
 

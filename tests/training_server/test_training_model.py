@@ -18,7 +18,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import plain_loss
 from mlx_lora.trainer.step import Step
-from mlx_lora.training_server.models import AdamNumbers, CheckpointFolder, Place, TrainedModel
+from mlx_lora.training_server.worker import AdamNumbers, CheckpointFolder, Place, TrainedModel
 from mlx_lora.utils.errors import InputError
 
 RUN = f"{'0' * 31}a:train:0"

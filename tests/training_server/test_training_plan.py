@@ -11,11 +11,10 @@ from run_cli import succeeds
 
 from mlx_lora.api.plan_clients import LoraShape, plan_training_server
 from mlx_lora.config.load import train_settings
-from mlx_lora.engine.engine import Sampling
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import load_base
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.training_server.models import AdamNumbers, Example
-from mlx_lora.training_server.worker import SamplingJob, Worker, WorkerSettings
+from mlx_lora.training_server.worker import AdamNumbers, Example, SamplingJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 CLIENTS, RANK, WIDTH = 3, 32, 128

@@ -10,7 +10,7 @@ from serving_process import Server
 from tinker_client import IGNORED, KEY, adam, datums, forget_clients, trainer
 from training_examples import examples, loaded, trained_model
 
-from mlx_lora.training_server.models import AdamNumbers, CheckpointFolder, Place
+from mlx_lora.training_server.worker import AdamNumbers, CheckpointFolder, Place
 
 tinker = pytest.importorskip("tinker")
 SECONDS = 180

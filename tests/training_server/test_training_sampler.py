@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from training_examples import loaded, trained_model
 
-from mlx_lora.engine.engine import Sampling
+from mlx_lora.models.generator import Sampling
 from mlx_lora.training_server.worker import SampleLoop, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils.errors import InputError
 
@@ -44,7 +44,7 @@ def test_requests_that_wait_keep_weights_that_are_replaced(base):
     assert "mine" not in loop.weights
     assert not loop.weights._numbers
     with pytest.raises(InputError, match="gone"):
-        loop.weights.acquire("mine")
+        loop.weights.number("mine")
     loop.weights.close()
 
 

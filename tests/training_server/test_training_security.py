@@ -121,29 +121,11 @@ def test_a_wrong_or_missing_key_gets_401(server):
     assert httpx.get(f"{server.url}/api/v1/sessions", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
-def test_pages_of_other_origins_and_other_hosts_get_403(http):
-    for headers in (
-        {"Origin": "https://evil.example"},
-        {"Origin": "null"},
-        {"Origin": "http://[::1"},
-        {"Sec-Fetch-Site": "cross-site"},
-    ):
-        for method, path in PATHS:
-            assert code(http.request(method, path, headers=headers)) == (403, "cross_origin")
-    for host in ("evil.example", "[::1"):
-        assert code(http.get("/api/v1/sessions", headers={"Host": host})) == (403, "wrong_host")
-
-
 def test_a_body_of_another_kind_gets_415(http):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"):
         assert code(http.post("/api/v1/forward_backward", content=b"x", headers={"Content-Type": kind}))[0] == 415
     for path in ("create_session", "optim_step", "asample"):
         assert code(http.post(f"/api/v1/{path}", content=b"{}", headers=BINARY))[0] == 415
-
-
-def test_a_body_that_is_too_large_gets_413(http):
-    for path, kind in (("forward_backward", BINARY), ("optim_step", {"Content-Type": "application/json"})):
-        assert code(http.post(f"/api/v1/{path}", content=b"x" * 20_001, headers=kind)) == (413, "body_too_large")
 
 
 def test_tensors_that_claim_more_than_they_are_fail_alone(http, session):

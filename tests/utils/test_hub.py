@@ -109,7 +109,7 @@ REFUSED = {  # what is asked for -> what the line says
     adapter("org/pickled-adapter"): "only adapter_model.bin, which can run code",
     adapter("org/bare-adapter"): "no adapters.safetensors in it",
     adapter("./here", "v1"): "--adapter-revision v1: only an adapter on the hub",
-    adapter(None, "v1"): "--adapter-revision v1: only an adapter on the hub",
+    adapter("", "v1"): "--adapter-revision v1: only an adapter on the hub",
 }
 
 
@@ -126,7 +126,6 @@ def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = touch(tmp_path / "org" / "adapter", "adapter_config.json")
     assert resolve_adapter("org/adapter").samefile(here)
-    assert resolve_adapter(None) is None
     assert resolve_adapter("./no/such") == Path("no/such")  # its reader says so
 
 

@@ -43,9 +43,9 @@ from mlx_lora.kernels.measure import TOLERANCE, ShapeClass, choose, read_figures
 from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.convert import build_model
 from mlx_lora.models.folder import save_tensors
+from mlx_lora.models.generator import NAME as WEIGHTS
+from mlx_lora.models.generator import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.models.head import Head
-from mlx_lora.rollouts.generator import NAME as WEIGHTS
-from mlx_lora.rollouts.generator import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.utils import device
 from mlx_lora.utils.device import Device
 from mlx_lora.utils.files import read_store

@@ -81,7 +81,7 @@ from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.engine.adapter_store import AdapterSource
-from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
+from mlx_lora.engine.engine import Engine, Event, Limits, Request
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.choose import activation_class, attention_class, kernel_rows
@@ -110,6 +110,7 @@ from mlx_lora.losses.preference import (
     Ratings,
     bradley_terry,
 )
+from mlx_lora.models.generator import Sampling
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.planner.machine import loss_tile_bytes

@@ -29,8 +29,20 @@ from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
-from mlx_lora.engine.engine import Engine, Event, Limits, Request, Ticket
-from mlx_lora.engine.prompts import Ask, PicturePrompt, PictureReader, api_error, chat_tokens, picture_prompt, read_chat
+from mlx_lora.engine.engine import (
+    Ask,
+    Engine,
+    Event,
+    Limits,
+    PicturePrompt,
+    PictureReader,
+    Request,
+    Ticket,
+    api_error,
+    chat_tokens,
+    picture_prompt,
+    read_chat,
+)
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base

@@ -1,8 +1,4 @@
-"""Choose what computes the tokens that a model generates: the form of its quantized weights, and short steps of one token.
-
-A model in training is computed as always: only frozen weights may have a float copy, which is made for a rollout and dropped
-after it, so that a training step has the memory to itself. A run chooses once and keeps its choice in its checkpoints,
-because products in another form round differently: a resumed run must sample the same answers. All ranks use one form.
+"""Generate tokens: the form of quantized weights, steps of one token, batches of rows, cached keys and values, and sampling.
 
 Quantized weights multiply in one of two forms, by measurement and by memory:
 
@@ -46,6 +42,21 @@ in common, such as a system text, is computed once for all of them. Each text dr
 does not depend on which others are sampled beside it, apart from rounding.
 
 Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
+
+Generate with a batch of rows, each with its own adapter and random stream, which join and leave
+between steps.
+
+    Prefill (computes a prompt in parts) -> RunningBatch (one token per row and step) -> PromptCache
+
+mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for,
+but routed layers have to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the
+host reads step n. A row's tokens depend on its prompt, adapter, settings and seed, and not on the
+other rows.
+
+The keys and values of earlier prompts are cached per adapter, within one byte budget: an adapter
+changes every key and value from its first layer on, so adapters cannot share them.
+
+Shapes: B rows, V vocabulary, k likeliest tokens.
 """
 
 from __future__ import annotations
@@ -53,11 +64,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import secrets
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -72,10 +85,13 @@ from mlx_lm.models.cache import (
     CacheList,
     KVCache,
     RotatingKVCache,
+    can_trim_prompt_cache,
     make_prompt_cache,
+    trim_prompt_cache,
 )
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
-from mlx_lm.sample_utils import apply_min_p, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.compat.foreign import LENGTH
@@ -93,94 +109,15 @@ from mlx_lora.kernels.quantized_matmul import (
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
+from mlx_lora.models.tokenizer import Continuation, add_token
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 
 if TYPE_CHECKING:
+    from mlx_lora.models.image_inputs import ModelWithImages
     from mlx_lora.models.load import Base
-    from mlx_lora.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-# A run's choice
-
-SAMPLED_BY = "sampled_by"  # the key in a checkpoint
-FLOATS = "floats"  # its value for a model without quantized layers
-
-
-@dataclass(frozen=True)
-class SamplingForm:
-    """What computes sampled tokens: the form of quantized weights, None if there are none, and short steps of one token."""
-
-    weights: DecodeWeights | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its checkpoint."""
-        return {SAMPLED_BY: FLOATS if self.weights is None else self.weights.form}
-
-    @property
-    def copied_bytes(self) -> int:
-        """What float copies take while answers are sampled."""
-        return self.weights.copied_bytes if self.weights is not None and self.weights.form == IN_FULL else 0
-
-    def describe(self) -> str:
-        """Return a few words for the run header; empty where there is no choice."""
-        return "" if self.weights is None else f"answers sampled by {self.weights.describe()}"
-
-    @contextmanager
-    def model_of(self, base: Base) -> Iterator[Any]:
-        """Yield what is called as the model while answers are sampled; float copies end with the block."""
-        if self.copied_bytes:
-            copy_weights(base)
-        try:
-            yield TokenSteps(base.model)
-        finally:
-            if self.copied_bytes:
-                release_weights(base.model)
-
-
-def choose_sampling(
-    base: Base,
-    rows: int,
-    free_bytes: int,
-    ranks: Ranks,
-    identity: Mapping[str, Any] | None = None,
-) -> SamplingForm:
-    """Return what computes the answers of a run.
-
-    Args:
-        base: adapted, not yet trained.
-        rows: answers that are sampled at a time.
-        free_bytes: of memory, while nothing is trained.
-        ranks: the processes of the run; copies are used if all of them choose so.
-        identity: of the checkpoint to go on from, whose form is kept; None: the run begins.
-
-    Raises:
-        InputError: the form to keep, or that is asked for, does not fit the memory of one rank.
-    """
-    known = None if identity is None else identity.get(SAMPLED_BY)
-    asked = base.decode_weights
-    if known in (PACKED, IN_FULL) and asked in (AUTO, known):
-        copied = copied_bytes(base)
-        weights = DecodeWeights(known, "as the run began", copied) if copied else None
-    else:
-        weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
-        if known is not None and weights is not None:
-            log.info(
-                f"--decode-weights {asked}: not the form in which answers were sampled before, so not to the last bit"
-            )
-    if weights is not None and weights.form == IN_FULL and weights.copied_bytes > free_bytes:
-        raise InputError(
-            f"--resume: the run samples its answers by dense copies of {weights.copied_bytes / 1e9:.1f} GB, and "
-            f"{max(0, free_bytes) / 1e9:.1f} GB are free; free some, or give --decode-weights packed"
-        )
-    forms = ranks.everyone(weights and weights.form)
-    if weights is not None and weights.form == IN_FULL and set(forms) != {IN_FULL}:
-        other = next(rank for rank, form in enumerate(forms) if form != IN_FULL)
-        weights = DecodeWeights(PACKED, f"as rank {other} chose", weights.copied_bytes)
-    return SamplingForm(weights)
-
 
 # Form of quantized weights
 
@@ -607,7 +544,7 @@ def extract_row(cache: Any, place: int) -> Any:
     return RotatingKVCache(cache.max_size) if isinstance(cache, BatchRotatingKVCache) else KVCache()
 
 
-def check_rows(model: Any, model_id: str, instead: str) -> None:
+def check_rows(model: Any, model_id: str, instead: str = "choose another model, or --objective dpo or sft") -> None:
     """Refuse a model whose keys and values cannot be held for rows of a batch.
 
     Args:
@@ -812,15 +749,6 @@ class SamplingOptions:
     min_p: float = 0.0
 
 
-def check_groups(model: nn.Module, model_id: str) -> None:
-    """Refuse a model whose keys and values cannot be held for several rows.
-
-    Raises:
-        InputError: its caches cannot be merged.
-    """
-    check_rows(model, model_id, "choose another model, or --objective dpo or sft")
-
-
 def sample_groups(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -846,6 +774,7 @@ def sample_groups(
         temperature, before top_p and min_p.
     """
     last = [prompt[-1] for prompt in prompts for _ in range(options.group)]
+    held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]  # tokens of each row in the caches
     limits = [options.max_new_tokens] * len(last) if limits is None else limits
     one_by_one = len(last) > 1 and bool(one_row_because(model))
     if one_by_one and kept is not None and kept.begun:  # it would compute the turn's tokens for all rows together
@@ -862,76 +791,61 @@ def sample_groups(
             _compute(model, prompt[len(common) : -1], own)
             of_prompts.append(own)
         caches = merge_rows(model, [one for one in of_prompts for _ in range(options.group)])
-    if not one_by_one:
-        held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
-        return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
-    answers, found = [], []
-    for row, token in enumerate(last):
-        own = merge_rows(model, [[extract_row(cache, row) for cache in caches]])
-        got = _sampled(model, own, [token], (options, ends), keys[row : row + 1], limits[row : row + 1])
-        answers, found = answers + got[0], found + got[1]
-    return answers, found
+    batches = [list(range(len(last)))]
+    if one_by_one:
+        batches, kept = [[row] for row in batches[0]], None
+    answers, logps = ([[] for _ in last] for _ in range(2))
+    for rows in batches:
+        own = merge_rows(model, [[extract_row(cache, rows[0]) for cache in caches]]) if one_by_one else caches
+        tokens, streams = mx.array([last[row] for row in rows], mx.uint32), keys[mx.array(rows)]
+        ended = [False] * len(rows)
+        for step in range(max(limits[row] for row in rows)):
+            logits = model(tokens[:, None], cache=own)[:, -1].astype(mx.float32)  # (rows, V)
+            tokens, drawn_logps, streams = _drawn(logits, streams, options)
+            mx.eval(tokens, streams, drawn_logps)
+            for place, (token, logp) in enumerate(zip(tokens.tolist(), drawn_logps.tolist(), strict=True)):
+                row = rows[place]
+                if not ended[place]:
+                    answers[row].append(token)
+                    logps[row].append(logp)
+                    ended[place] = token in ends or len(answers[row]) == limits[row]
+                    if kept is not None and token in ends:
+                        kept.keep(row, place, held[row] + len(answers[row]), own)
+            if all(ended):
+                break
+            if sum(ended) >= ENDED_SHARE * len(ended):
+                keep = [place for place, done in enumerate(ended) if not done]
+                chosen = mx.array(keep)
+                for cache in own:
+                    cache.filter(chosen)
+                tokens, streams = tokens[chosen], streams[chosen]
+                rows, ended = [rows[place] for place in keep], [False] * len(keep)
+            if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
+                mx.clear_cache()
+    return answers, logps
 
 
-def _sampled(
-    model: nn.Module,
-    caches: list[Any],
-    last: Sequence[int],
-    how: tuple[SamplingOptions, frozenset[int]],
-    keys: mx.array,
-    limits: Sequence[int],
-    kept: tuple[KeptCaches, Sequence[int]] | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens.
+def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
+    """Return each row's next token, its log-probability at the temperature, and the keys that follow.
 
     Args:
-        model, caches, last: see there.
-        how: options, and the tokens that end an answer.
-        keys, limits: of the rows.
-        kept: gets the rows that end; and the tokens that the caches hold of each at first.
+        logits: (rows, V) float32.
+        keys: (rows, 2) uint32.
+        options: how.
     """
-    options, ends = how
-    answers: list[list[int]] = [[] for _ in last]
-    found: list[list[float]] = [[] for _ in last]
-    tokens = mx.array(list(last), mx.uint32)
-    rows, ended = list(range(len(answers))), [False] * len(answers)
-    for step in range(max(limits, default=0)):
-        logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
-        logits = logits.astype(mx.float32)
-        tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
-        left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
-        if options.top_p < 1:
-            left = apply_top_p(left, options.top_p)
-        if options.min_p > 0:
-            left = apply_min_p(left, options.min_p)
-        pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
-        drawn = (
-            mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
-            if options.temperature
-            else mx.argmax(logits, axis=-1).astype(mx.uint32)
-        )
-        keys, tokens, logps = (pairs[:, 0], drawn, mx.take_along_axis(tempered, drawn[:, None], axis=-1)[:, 0])
-        mx.eval(tokens, keys, logps)
-        for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
-            if not ended[place]:
-                answers[rows[place]].append(token)
-                found[rows[place]].append(logp)
-                ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
-                if kept is not None and token in ends:
-                    row = rows[place]
-                    kept[0].keep(row, place, kept[1][row] + len(answers[row]), caches)
-        if all(ended):
-            break
-        if sum(ended) >= ENDED_SHARE * len(ended):
-            keep = [place for place, done in enumerate(ended) if not done]
-            chosen = mx.array(keep)
-            for cache in caches:
-                cache.filter(chosen)
-            tokens, keys = tokens[chosen], keys[chosen]
-            rows, ended = [rows[place] for place in keep], [False] * len(keep)
-        if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
-            mx.clear_cache()
-    return answers, found
+    tempered = nn.log_softmax(logits if options.temperature in (0, 1) else logits / options.temperature, axis=-1)
+    left = tempered  # of the tempered distribution, as transformers, and so TRL, filter it; mlx-lm filters before
+    if options.top_p < 1:
+        left = apply_top_p(left, options.top_p)
+    if options.min_p > 0:
+        left = apply_min_p(left, options.min_p)
+    pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
+    tokens = (
+        mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(left, (pairs[:, 1]))
+        if options.temperature
+        else mx.argmax(logits, axis=-1).astype(mx.uint32)
+    )
+    return tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0], pairs[:, 0]
 
 
 def write_texts(
@@ -957,7 +871,7 @@ def write_texts(
     Raises:
         InputError: the model cannot hold several texts at once.
     """
-    check_groups(base.model, base.model_id)
+    check_rows(base.model, base.model_id)
     order = sorted(numbers, key=lambda number: (len(prompts[number]), number))
     if not order:
         return
@@ -985,3 +899,413 @@ def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None
     """Put the keys and values of tokens into caches."""
     for start in range(0, len(tokens), PREFILL_TOKENS):
         _compute_rows(model, [list(tokens[start : start + PREFILL_TOKENS])], caches)
+
+
+# Rows with adapters and random streams of their own, which join and leave between steps
+
+# The adapter of each row, None for the base alone.
+Adapters = tuple[int | None, ...]
+# A layer's plans and index arrays are kept for this many combinations of rows, which is more than are in use.
+REMEMBERED = 64
+
+
+class Routing:
+    """Tells all layers of a model which adapter each row of the next call uses.
+
+    Attributes:
+        rows: an adapter's number, or None, for each row; empty: only the base.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Adapters = ()
+        self._indices: dict[tuple[int, ...], mx.array] = {}
+
+    def indices(self, values: tuple[int, ...]) -> mx.array:
+        """Return an index array, uint32; it is cached, because most layers need the same few."""
+        if values not in self._indices:
+            if len(self._indices) >= REMEMBERED:
+                self._indices.clear()
+            self._indices[values] = mx.array(values, mx.uint32)
+        return self._indices[values]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: draw from the nucleus with this mass, before the temperature as in `generate`; 1 is off, and 0 takes the
+            likeliest token.
+        top_k: draw from the k likeliest tokens; 0 is off.
+        seed: of the request's own random stream; None: a random seed.
+        top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+
+class Sampler:
+    """One request's random stream."""
+
+    def __init__(self, settings: Sampling, vocabulary: int):
+        """Start the stream.
+
+        Args:
+            settings: the request's settings.
+            vocabulary: width of the logits; a larger top_k means all tokens.
+        """
+        self.settings = settings
+        self.top_k = settings.top_k if settings.top_k < vocabulary else 0
+        self._greedy = settings.temperature == 0 or settings.top_p == 0
+        if not self._greedy:
+            self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """Return a token (1,) for log-probabilities (1, V) float32; every call advances the stream."""
+        if self._greedy:
+            return mx.argmax(logprobs, axis=-1)
+        if self.settings.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.settings.top_p)
+        if self.top_k:
+            logprobs = apply_top_k(logprobs, self.top_k)
+        self._key, key = mx.random.split(self._key)
+        return mx.random.categorical(logprobs / self.settings.temperature, key=key)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """The log-probabilities that a row reports, as arrays that are computed together with its token.
+
+    Attributes:
+        token: () float32, the drawn token's log-probability.
+        ids, values: (k,) arrays or None, the likeliest tokens, unordered, and their log-probabilities.
+    """
+
+    token: mx.array
+    ids: Any
+    values: Any
+
+    def top(self) -> list[tuple[int, float]]:
+        """Return (id, log-probability) of the likeliest tokens, best first."""
+        if self.ids is None:
+            return []
+        return sorted(zip(self.ids.tolist(), self.values.tolist(), strict=True), key=lambda pair: -pair[1])
+
+
+def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, list[Likelihoods | None]]:
+    """Draw every row's next token.
+
+    Args:
+        logits: (B, V) of any float dtype.
+        samplers: one per row.
+
+    Returns:
+        Tokens (B,), and the likelihoods of the rows that report them.
+    """
+    reporting = [sampler.settings.top_logprobs is not None for sampler in samplers]
+    greedy = [sampler.settings.temperature == 0 for sampler in samplers]
+    if all(greedy) and not any(reporting):
+        return mx.argmax(logits, axis=-1), [None] * len(samplers)
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    tokens = (
+        mx.argmax(logprobs, axis=-1)
+        if all(greedy)
+        else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
+    )
+    reports: list[Likelihoods | None] = [None] * len(samplers)
+    for row, sampler in enumerate(samplers):
+        if reporting[row]:
+            own, count = logprobs[row], sampler.settings.top_logprobs or 0
+            ids = mx.argpartition(-own, count - 1)[:count] if count else None
+            reports[row] = Likelihoods(own[tokens[row]], ids, None if ids is None else own[ids])
+    return tokens, reports
+
+
+# Batches
+
+
+@dataclass(eq=False)
+class BatchRow:
+    """One sequence.
+
+    Attributes:
+        owner: what its tokens are for; the engine's own object.
+        adapter: number of its adapter, None for the base.
+        sampler: draws its tokens.
+        tokens: the tokens whose keys and values its cache holds.
+        fresh: the next token that a step returns is the prompt's last, which is not new.
+        kept: whether its keys and values are cached for later prompts.
+    """
+
+    owner: Any
+    adapter: int | None
+    sampler: Sampler
+    tokens: list[int] = field(default_factory=list)
+    fresh: bool = True
+    kept: bool = True
+
+
+class Prefill:
+    """A prompt that is computed in parts, so that running rows do not wait for a long prompt."""
+
+    def __init__(
+        self,
+        model: TokenSteps,
+        routing: Routing,
+        row: BatchRow,
+        tokens: list[int],
+        caches: list[Any] | None = None,
+        pictures: ModelWithImages | None = None,
+    ):
+        """Prepare to compute a prompt.
+
+        Args:
+            model: the routed model.
+            routing: tells its layers which adapter to use.
+            row: the sequence; `row.tokens` are those that `caches` holds.
+            tokens: the rest of the prompt, at least one token.
+            caches: of one sequence; None: empty ones.
+            pictures: the model with what it reads in place of image tokens, which may have to see one another, so that the
+                prompt is computed at once; its last token is text. None: all of it is text.
+        """
+        self._model, self._routing, self._pictures = model, routing, pictures
+        self.row = row
+        self.rest = tokens
+        self.caches = make_prompt_cache(model.model) if caches is None else caches
+
+    @property
+    def done(self) -> bool:
+        """Whether only the last token is left, which the batch's next step computes."""
+        return len(self.rest) == 1
+
+    def advance(self, most: int) -> None:
+        """Compute up to `most` tokens of the prompt."""
+        count = len(self.rest) - 1 if self._pictures else min(most, len(self.rest) - 1)
+        part, self.rest = self.rest[:count], self.rest[count:]
+        self._routing.rows = (self.row.adapter,)
+        if self._pictures:
+            self.caches = self._pictures.prefilled(part)
+        else:
+            self._model(mx.array([part]), cache=self.caches)
+            mx.eval([cache.state for cache in self.caches])
+        self.row.tokens += part
+
+
+class RunningBatch:
+    """The rows that generate together."""
+
+    def __init__(self, model: TokenSteps, routing: Routing):
+        self._model, self._routing = model, routing
+        self.rows: list[BatchRow] = []
+        self._caches: list[Any] = []
+        self._next: Any = None  # (B,) each row's next token, which may not be computed yet
+        self._reports: list[Likelihoods | None] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the rows' keys and values."""
+        return sum(cache.nbytes for cache in self._caches)
+
+    def join(self, prefill: Prefill) -> None:
+        """Add a row whose prompt is computed except for its last token."""
+        merged = merge_rows(self._model, [prefill.caches])
+        if self._caches:
+            for own, new in zip(self._caches, merged, strict=True):
+                own.extend(new)
+        else:
+            self._caches = merged
+        last = mx.array(prefill.rest, mx.uint32)
+        self._next = last if self._next is None else mx.concatenate([self._next.astype(mx.uint32), last])
+        self.rows.append(prefill.row)
+        self._reports.append(None)
+
+    def step(self) -> list[tuple[BatchRow, int, Likelihoods | None]]:
+        """Start computing every row's next token, and return the tokens that the previous step started."""
+        known, reports = self._next, self._reports
+        self._routing.rows = tuple(row.adapter for row in self.rows)
+        logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
+        self._next, self._reports = sample_rows(logits, [row.sampler for row in self.rows])
+        mx.async_eval(self._next, [[report.token, report.ids, report.values] for report in self._reports if report])
+        news = []
+        for row, token, report in zip(self.rows, known.tolist(), reports, strict=True):
+            row.tokens.append(token)
+            if row.fresh:
+                row.fresh = False
+            else:
+                news.append((row, token, report))
+        return news
+
+    def extract(self, row: BatchRow) -> list[Any]:
+        """Return the caches of one row, for the prompt cache."""
+        return [extract_row(cache, self.rows.index(row)) for cache in self._caches]
+
+    def leave(self, leaving: list[BatchRow]) -> None:
+        """Remove rows."""
+        keep = [index for index, row in enumerate(self.rows) if row not in leaving]
+        self.rows = [self.rows[index] for index in keep]
+        self._reports = [self._reports[index] for index in keep]
+        if not keep:
+            self._caches, self._next = [], None
+            return
+        chosen = mx.array(keep)
+        for cache in self._caches:
+            cache.filter(chosen)
+        self._next = self._next[chosen]
+
+
+# Keys and values of earlier prompts
+
+
+class PromptCache:
+    """A cache that evicts the least recently used entries first."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.nbytes = 0
+        self.reused_tokens = 0
+        self._entries: OrderedDict[tuple[int | None, tuple[int, ...]], tuple[list[Any], int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, adapter: int | None, tokens: list[int]) -> tuple[list[Any] | None, int]:
+        """Return a copy of the caches of the longest known prefix of `tokens`, and its length.
+
+        At least the last token remains to be computed, because generation starts from its logits.
+
+        Args:
+            adapter: number of the adapter, None for the base.
+            tokens: the prompt.
+        """
+        best, length = None, 0
+        for key, (caches, _) in self._entries.items():
+            known = key[1]
+            if key[0] != adapter:
+                continue
+            common = next(
+                (n for n, (a, b) in enumerate(zip(known, tokens, strict=False)) if a != b), min(len(known), len(tokens))
+            )
+            common = min(common, len(tokens) - 1)
+            if common > length and (common == len(known) or can_trim_prompt_cache(caches)):
+                best, length = key, common
+        if best is None:
+            return None, 0
+        self._entries.move_to_end(best)
+        self.reused_tokens += length
+        caches = copy.deepcopy(self._entries[best][0])
+        if length < len(best[1]):
+            trim_prompt_cache(caches, len(best[1]) - length)
+        return caches, length
+
+    def keep(self, adapter: int | None, tokens: list[int], caches: list[Any]) -> None:
+        """Store the caches of `tokens`, which must not be changed afterwards; entries for their prefixes are dropped."""
+        nbytes = sum(cache.nbytes for cache in caches)
+        if nbytes > self.budget_bytes or not tokens:
+            return
+        own = tuple(tokens)
+        covered = [key for key in self._entries if key[0] == adapter and own[: len(key[1])] == key[1]]
+        for key in covered if can_trim_prompt_cache(caches) else [key for key in covered if key[1] == own]:
+            self._forget(key)
+        self._entries[adapter, own] = caches, nbytes
+        self.nbytes += nbytes
+        while self.nbytes > self.budget_bytes:
+            self._forget(next(iter(self._entries)))
+
+    def drop(self, adapter: int) -> None:
+        """Drop all entries of an adapter."""
+        for key in [key for key in self._entries if key[0] == adapter]:
+            self._forget(key)
+
+    def _forget(self, key: tuple[int | None, tuple[int, ...]]) -> None:
+        self.nbytes -= self._entries.pop(key)[1]
+
+
+# The text of a row. It ends before a stop sequence; text that may be the beginning of one is held
+# back until the following tokens decide
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """A token's log-probability, and those of the likeliest tokens at its position.
+
+    Attributes:
+        text: the text of the token alone.
+        logprob: natural logarithm.
+        top: (text, logprob, bytes) of the likeliest tokens, best first.
+        data: the token's own bytes, which may be a part of a character.
+        start: where in the answer its text begins, in characters.
+    """
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float, bytes], ...]
+    data: bytes = b""
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that can be sent.
+
+    Attributes:
+        text: the new text.
+        reports: on its tokens, if the request asks for them.
+        stopped: a stop sequence was found; the text ends before it.
+    """
+
+    text: str
+    reports: tuple[TokenReport, ...] = ()
+    stopped: bool = False
+
+
+class TextStream:
+    """The text of one request."""
+
+    def __init__(self, detokenizer: StreamingDetokenizer | Continuation, stops: tuple[str, ...]):
+        """Start without text.
+
+        Args:
+            detokenizer: a new one.
+            stops: stop sequences, none of them empty.
+        """
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self._sent = 0
+        self._waiting: list[TokenReport] = []
+
+    def add(self, token: int, report: TokenReport | None = None) -> Piece:
+        """Add the next token and return the text that can be sent now."""
+        if report is not None:
+            self._waiting.append(replace(report, start=len(self._detokenizer.text)))
+        add_token(self._detokenizer, token)
+        return self._piece(rest=False)
+
+    def finish(self) -> Piece:
+        """Return the remaining text after the last token."""
+        self._detokenizer.finalize()
+        return self._piece(rest=True)
+
+    def _piece(self, rest: bool) -> Piece:
+        """Return what can be sent now; unless it is the rest, an end that could begin a stop sequence is held back."""
+        text = self._detokenizer.text
+        # Text that was already sent has no beginning of a stop sequence.
+        starts = [start for start in (text.find(stop, self._sent) for stop in self._stops) if start >= 0]
+        end = min(starts, default=len(text))
+        if not starts and not rest:
+            longest = max((len(stop) for stop in self._stops), default=1) - 1
+            places = range(max(self._sent, len(text) - longest), len(text))
+            end = next((at for at in places if any(stop.startswith(text[at:]) for stop in self._stops)), end)
+        ready = [report for report in self._waiting if (rest and not starts) or report.start < end]
+        self._waiting = self._waiting[len(ready) :]
+        piece = Piece(text[self._sent : end], tuple(ready), stopped=bool(starts))
+        self._sent = max(self._sent, end)
+        return piece
