@@ -29,7 +29,7 @@ from mlx_lora.reports.run_report import REPORT_FILE, has_ended
 from mlx_lora.trainer.adapter import put_adapter
 from mlx_lora.trainer.callbacks import Callback, Facts, greedy_text
 from mlx_lora.trainer.checkpoint import numbered
-from mlx_lora.trainer.held_out import held_out_loss
+from mlx_lora.trainer.evaluate import held_out_loss
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.utils import console, device

@@ -39,8 +39,7 @@ from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
 from mlx_lora.trainer.ask import ADAPTER, BASE, ask, never
 from mlx_lora.trainer.callbacks import row_answer
 from mlx_lora.trainer.choose_strategy import strategy_of
-from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
-from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
+from mlx_lora.trainer.evaluate import RowLosses, held_out_loss, held_out_plan, mean_loss, paired_change
 from mlx_lora.utils.console import perplexity
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.hub import resolve_adapter

@@ -39,7 +39,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.models.quantize import AFFINE
 from mlx_lora.objectives.embed import form_of_run
 from mlx_lora.trainer.adapter import adapter_template
-from mlx_lora.trainer.held_out import held_out_plan
+from mlx_lora.trainer.evaluate import held_out_plan
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import place_beside, replacing_folder
 from mlx_lora.utils.hub import resolve_model

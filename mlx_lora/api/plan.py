@@ -87,6 +87,7 @@ from mlx_lora.planner.speed import (
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
 from mlx_lora.trainer.choose_strategy import settled_offload
+from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
@@ -99,7 +100,6 @@ from mlx_lora.trainer.fit import (
     with_kernels,
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
-from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.run import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.trainer.trainer import total_steps

@@ -344,6 +344,7 @@ def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from
 # `confusion` (rows: the labels that texts have, columns: those that they get) or `thresholds` (label -> probability).
 
 CLASSES_FILE = "classes.jsonl"
+ROWS_FILE = "held_out_rows.jsonl"
 MOST_NAMED = 5  # labels in a sentence
 MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
 
@@ -382,6 +383,24 @@ def read_classes(file: Path, step: int | None) -> dict[str, Any] | None:
     """Return what the validation after a step found; None if it is not known."""
     of_step = [one for one in read_records(file) if one.get("step") == step and isinstance(one.get("classes"), dict)]
     return of_step[-1] if of_step else None
+
+
+def add_rows(file: Path, step: int, rows: RowLosses | None) -> None:
+    """Append the losses of a validation's rows, unless there are none or one is not finite."""
+    if rows is not None and np.isfinite(rows.sums).all():
+        line = {"step": step, "loss_sums": np.round(rows.sums, 5).tolist(), "tokens": rows.tokens.tolist()}
+        add_lines(file, [line])
+
+
+def read_rows(file: Path) -> dict[int, RowLosses]:
+    """Return the losses of each validation's rows by its step, without lines that are not whole."""
+    found: dict[int, RowLosses] = {}
+    for record in read_records(file):
+        with suppress(ValueError, KeyError, TypeError):
+            sums, tokens = np.array(record["loss_sums"], np.float64), np.array(record["tokens"], np.int64)
+            if sums.ndim == 1 and sums.shape == tokens.shape and len(sums) and (tokens > 0).all():
+                found[int(record["step"])] = RowLosses(sums, tokens)
+    return found
 
 
 def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:

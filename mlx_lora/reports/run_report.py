@@ -32,6 +32,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.diagnosis import (
     CLASSES_FILE,
+    ROWS_FILE,
     VerdictContext,
     add_lines,
     class_rows,
@@ -41,6 +42,7 @@ from mlx_lora.reports.diagnosis import (
     objective_charts,
     read_classes,
     read_records,
+    read_rows,
     right_words,
     rollout_charts,
     shown_rows,
@@ -48,7 +50,7 @@ from mlx_lora.reports.diagnosis import (
     trains_reranker,
     verdict,
 )
-from mlx_lora.trainer.evaluate import ROWS_FILE, Change, read_rows_file
+from mlx_lora.trainer.evaluate import Change
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.files import replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json, parse_yaml
@@ -163,7 +165,7 @@ class RunReport:
         evaluation, valid = read_evaluation(folder), self.data.get("splits", {}).get("valid")
         context = VerdictContext(
             folder=folder,
-            rows=read_rows_file(folder / ROWS_FILE),
+            rows=read_rows(folder / ROWS_FILE),
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
             held_out_rows=int(valid["rows"]) if valid else 0,
             near_duplicates=(self.data.get("near_duplicates") or {}).get("held_out_rows"),

@@ -122,7 +122,7 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
     """
     base, found = ctx.base, []
     asked = ctx.settings.objective
-    if not asked.row.of_answers or asked.images or not ctx.settings.loop.sample_tokens:
+    if not asked.row.of_answers or asked.images:
         return []
     own = _trained(base, data.train) if ctx.settings.data.mask_prompt else []
     given = [n for n in range(len(data.asked)) if row_answer(data.asked, n)] if data.asked is not None else []

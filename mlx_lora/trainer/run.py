@@ -18,17 +18,15 @@ from mlx_lora.objectives.table import check_kind, objective_of, with_pictures
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
-from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, RunPage, leave_card, logger_callbacks, reporting
 from mlx_lora.trainer.checkpoint import take_first_ranks
 from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_read_base, strategy_of
-from mlx_lora.trainer.guards import Diverged, MemoryGuard, interrupt_flag
+from mlx_lora.trainer.evaluate import held_out_loss
+from mlx_lora.trainer.guards import LOSS, Diverged, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
-from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
-from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import DoesNotFitError, InputError
 from mlx_lora.utils.files import check_writable
@@ -187,8 +185,11 @@ def check_request(
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     objective_of(settings.objective).check(settings.objective, functions)
-    check_task(settings)
     loop, trains = settings.loop, wants_training(settings)
+    if loop.metric_for_best_model != LOSS or settings.data.ask or loop.eval_tasks:
+        from mlx_lora.trainer.validation_task import check_task  # few runs need it
+
+        check_task(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     if settings.objective.row.taught:
         del needed["--data"]  # without it, the model writes the prompts itself
@@ -257,7 +258,11 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
     settings, strategy, step, at = folder.settings, folder.strategy, folder.step, folder.at
     _bound_memory(run)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
-    score = scorer_of(run)
+    scored: dict[str, Any] = {}
+    if settings.loop.eval_tasks:
+        from mlx_lora.trainer.validation_task import scorer_of  # few runs need it
+
+        scored["score"] = scorer_of(run)
     page = None
     if strategy.ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -276,7 +281,7 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 on_step = qat_from(settings.adapter, base.model, run.steps, at, shown)
-                hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch, **scored)
                 ends_from = first_qat_step(settings.adapter.qat, run.steps) or 0
                 trainer = Trainer(run.ctx, step, run.bound, run.plan, run.validation, hooks, at, guard, ends_from)
                 with interrupt_flag() if signaled is None else nullcontext(signaled) as trainer.signaled:
@@ -289,7 +294,10 @@ def _reported(run: BuiltRun, data: DataSplits, caller: Caller) -> Iterator[Train
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
+        asks = settings.loop.sample_tokens and strategy.ranks.size == 1 and not folder.info.scores
+        if asks and not outcome.interrupted:
+            from mlx_lora.trainer.ask import ask_run  # a run without texts needs none of it
+
             page.report.answers = ask_run(run.ctx, data)
         page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)

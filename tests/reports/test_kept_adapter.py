@@ -11,10 +11,17 @@ from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
-from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, measured_adapter, verdict
+from mlx_lora.reports.diagnosis import (
+    OVER_FITTED,
+    UNCHANGED,
+    WORSE,
+    VerdictContext,
+    measured_adapter,
+    read_rows,
+    verdict,
+)
 from mlx_lora.reports.run_report import RunReport, read_facts, read_records
 from mlx_lora.trainer import sweep
-from mlx_lora.trainer.evaluate import read_rows_file
 from mlx_lora.trainer.run_folder import run_of_checkpoint
 
 STEPS = 8
@@ -113,7 +120,7 @@ def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, ch
 
     def history(folder):
         records = read_records(folder / "metrics.jsonl")
-        return [(r["step"], r["loss"], r["val_loss"]) for r in records], read_rows_file(folder / "held_out_rows.jsonl")
+        return [(r["step"], r["loss"], r["val_loss"]) for r in records], read_rows(folder / "held_out_rows.jsonl")
 
     (whole, rows), (gone_on, rows_too) = history(first), history(second)
     assert gone_on == whole

@@ -26,11 +26,14 @@ from mlx_lora.reports.diagnosis import (
     YOUR_WORDS,
     Evidence,
     VerdictContext,
+    add_rows,
+    begin_lines,
     diagnose,
     of_labels,
+    read_rows,
     verdict,
 )
-from mlx_lora.trainer.evaluate import Change, RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.evaluate import Change, RowLosses, paired_change
 from mlx_lora.trainer.header import told_after
 
 MESSAGES = [
@@ -308,22 +311,20 @@ def test_validations_of_other_rows_are_not_compared_without_a_word():
 
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):
     path = tmp_path / "rows.jsonl"
-    file = RowsFile(path)
     for step in (0, 10, 20):
-        file(step, losses_of(3.0 - step / 10))
-    file(30, None)
-    file(40, RowLosses(np.array([math.nan]), np.array([3])))
-    file.close()
-    assert list(read_rows_file(path)) == [0, 10, 20]
+        add_rows(path, step, losses_of(3.0 - step / 10))
+    add_rows(path, 30, None)
+    add_rows(path, 40, RowLosses(np.array([math.nan]), np.array([3])))
+    assert list(read_rows(path)) == [0, 10, 20]
     with path.open("a") as other:
         other.write('{"step": 50, "loss_su')
-    RowsFile(path, resumed_at=10).close()
-    found = read_rows_file(path)
+    begin_lines(path, 10)
+    found = read_rows(path)
     assert list(found) == [0, 10]
     assert found[10].loss == pytest.approx(2.0, abs=1e-4)
     assert paired_change(found[0], found[10]).change == pytest.approx(-1.0, abs=1e-4)
-    RowsFile(path).close()
-    assert read_rows_file(path) == {}
+    begin_lines(path, None)
+    assert read_rows(path) == {}
 
 
 def test_preference_training_is_judged_by_accuracy_and_margin():
