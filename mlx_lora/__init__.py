@@ -17,8 +17,7 @@ from mlx_lora.utils.blas import load_fast_blas, share_cores
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
     from mlx_lora.api.errors import InputError
-    from mlx_lora.api.evaluate import evaluate
-    from mlx_lora.api.evaluate_tasks import evaluate_tasks
+    from mlx_lora.api.evaluate import evaluate, evaluate_tasks
     from mlx_lora.api.export import export
     from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
@@ -51,7 +50,7 @@ _HOMES = {
     "Wandb": "mlx_lora.trainer.callbacks",
     "embed": "mlx_lora.api.texts",
     "evaluate": "mlx_lora.api.evaluate",
-    "evaluate_tasks": "mlx_lora.api.evaluate_tasks",
+    "evaluate_tasks": "mlx_lora.api.evaluate",
     "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",

@@ -20,9 +20,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.api.evaluate import without_adapter
-from mlx_lora.api.forgetting import GENERAL
-from mlx_lora.api.run_data import data_of_run, with_settings_of_run
+from mlx_lora.api.evaluate import GENERAL, data_of_run, with_settings_of_run, without_adapter
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch

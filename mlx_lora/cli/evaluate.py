@@ -28,10 +28,24 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
-from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
-from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
-from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
+from mlx_lora.api.evaluate import (
+    CHAT,
+    TEXT,
+    EvaluationRequest,
+    ForgettingRequest,
+    TasksRequest,
+    check_evaluation,
+    check_tasks,
+    compares,
+    measure_forgetting,
+    measure_loss,
+    measure_tasks,
+    settings_of_run,
+    verdict_rows,
+    with_settings_of_run,
+    with_settings_of_runs,
+    write_page,
+)
 from mlx_lora.api.texts import measure_embeddings
 from mlx_lora.cli import PAGES
 from mlx_lora.config.fields import flag_of

@@ -17,7 +17,7 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run, succeeds
 
-from mlx_lora.api.forgetting import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
+from mlx_lora.api.evaluate import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.evaluation.token_losses import Readout
@@ -94,7 +94,7 @@ def few_rows(tmp_path_factory):
     for file in GENERAL.glob("*.jsonl"):
         (folder / file.name).write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_lora.api.forgetting.GENERAL", folder)
+        patch.setattr("mlx_lora.api.evaluate.GENERAL", folder)
         yield
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides

@@ -21,7 +21,7 @@ from tiny_vision import MAKERS, write_model_here
 from vision_rows import SIZES, chats_of, conversation, picture, read_rows, write_rows
 
 from mlx_lora.api import image_answers
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
