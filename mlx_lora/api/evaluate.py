@@ -60,12 +60,18 @@ from mlx_lora.data.notes import seen_rows
 from mlx_lora.data.records import read_records
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.engine.adapter_store import AdapterSource, check_names, own_name
-from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
-from mlx_lora.evaluation.metrics import Metric, metric_of
+from mlx_lora.evaluation.metrics import (
+    AnswerPair,
+    Metric,
+    answer_rows,
+    expected_text,
+    judge_pairs,
+    metric_of,
+    question_text,
+    score_rows,
+)
 from mlx_lora.evaluation.models import Models
-from mlx_lora.evaluation.own_rows import answer_rows, expected_text, question_text, score_rows
-from mlx_lora.evaluation.paired import TaskResults
-from mlx_lora.evaluation.token_losses import Readout, token_losses
+from mlx_lora.evaluation.paired import Readout, TaskResults, token_losses
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, run_of, with_limits_of_run
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids, load_base

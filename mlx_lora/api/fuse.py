@@ -26,7 +26,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.load import load_eval_set
-from mlx_lora.evaluation.token_losses import Readout, token_losses
+from mlx_lora.evaluation.paired import Readout, token_losses
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.fuse import Rounding, Survival, is_rounded, write_fused
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens

@@ -37,13 +37,12 @@ from mlx_lora.compat.functions import exchanged
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.engine.engine import Sampling
 from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
-from mlx_lora.evaluation.paired import Answered, ModelScore, TaskResults, TaskScore, compare_weighted
+from mlx_lora.evaluation.paired import MOST_QUESTION, Answered, ModelScore, TaskResults, TaskScore, compare_weighted
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest
 
 NEW_TOKENS = 256  # of an answer, where a task does not say, as in lm-eval
-MOST_QUESTION = 2000  # characters of a question that are shown
 SEED, FEWSHOT_SEED = 0, 1234  # lm-eval's own
 NO_FILTER = "none"
 NUMBERS = (bool, int, float, np.number)

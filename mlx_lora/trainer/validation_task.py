@@ -154,8 +154,7 @@ class ValidationTask:
         if self._models is None:
             self._models = Models(self.ctx.base, {}, False, DEFAULT_BATCH_TOKENS)
         if has_rows(self.asked):
-            from mlx_lora.evaluation.metrics import metric_of
-            from mlx_lora.evaluation.own_rows import answer_rows, score_rows
+            from mlx_lora.evaluation.metrics import answer_rows, metric_of, score_rows
 
             metrics = [metric_of(loop.eval_metric or USUAL_METRIC)]
             data = replace(self.ctx.settings.data, data=self.asked)
