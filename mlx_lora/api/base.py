@@ -1,16 +1,17 @@
-"""Load a base model, and generate text with it, with or without an adapter."""
+"""Load a base model, and generate text with it, with or without an adapter, also about pictures."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
@@ -18,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.encoder import check_language_model
@@ -296,3 +297,60 @@ def generated(
             f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
             "try a newer mlx-lm, or choose another model"
         ) from error
+
+
+def image_answer_pieces(
+    base: LoadedBase,
+    question: str,
+    pictures: Sequence[str | Path],
+    template: str | None,
+    system_prompt: str | None,
+    settings: TextSettings,
+    max_pixels: int | None = None,
+) -> Iterator[GenerationResponse]:
+    """Yield mlx-lm's responses to a question about pictures, each with a piece of the text.
+
+    Args:
+        base: with or without an adapter.
+        question: its text, which follows the pictures.
+        pictures: files or web addresses, at least one; whoever names an address here wants it downloaded.
+        template: Jinja text of the chat template; None: the model's own.
+        system_prompt: a system message before it.
+        settings: how.
+        max_pixels: of a picture; a larger one is made smaller.
+
+    Raises:
+        InputError: a picture cannot be used, or the model sees none.
+    """
+    # Text alone needs none of it.
+    from mlx_lora.data.downloads import is_on_web
+    from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
+    from mlx_lora.models.image_inputs import ModelWithImages
+    from mlx_lora.models.vision import open_tower
+    from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
+
+    names = [
+        str(picture) if is_on_web(str(picture)) else str(Path(picture).expanduser().resolve()) for picture in pictures
+    ]
+    table = ImageTable.empty()
+    vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
+    template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family)
+    if template is None:
+        raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
+    roots = [Path(name).parent for name in names if not is_on_web(name)]
+    reader = ImageReader(vision.processor, roots, table, vision.tower.token).fetching(True)
+    tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
+    check_token_ids(base, max(tokens), "--prompt")
+    arrays = vision.shown(vision.arrays(np.array([tokens], np.int32), [digests]))
+    sampler = settings.sampler(base)
+    hold_weights(base)
+    model = ModelWithImages(base.model, vision.spec, arrays, tokens)
+    yield from stream_generate(
+        model,  # pyright: ignore[reportArgumentType] # mlx-lm only calls it
+        base.tokenizer,
+        tokens,
+        max_tokens=settings.max_tokens,
+        sampler=sampler,
+        prompt_cache=model.caches(),
+        prefill_step_size=len(tokens),  # the tokens of a picture may have to see one another
+    )
