@@ -82,8 +82,7 @@ from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.charts import COMMON, Bar, bar_chart, render_page
 from mlx_lora.reports.charts import perplexity as perplexity_text
-from mlx_lora.reports.diagnosis import Count
-from mlx_lora.reports.run_report import read_facts
+from mlx_lora.reports.run_report import Count, read_facts
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter, with_reference_of_run
 from mlx_lora.trainer.ask import ADAPTER, BASE, ask, never
 from mlx_lora.trainer.callbacks import greedy_text, row_answer

@@ -58,9 +58,10 @@ from mlx_lora.engine.adapter_store import adapter_sources
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
-from mlx_lora.reports.diagnosis import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
+    class_rows,
+    confusion_rows,
     keep_evaluation,
     loss_words,
     read_report,

@@ -19,8 +19,7 @@ from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.right import is_right, normalized
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
-from mlx_lora.reports.diagnosis import MODELS, MOST_ALIKE
-from mlx_lora.reports.run_report import Sample
+from mlx_lora.reports.run_report import MODELS, MOST_ALIKE, Sample
 from mlx_lora.rollouts.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.callbacks import before_answer, greedy_text, row_answer, whole_words
 from mlx_lora.utils.errors import InputError

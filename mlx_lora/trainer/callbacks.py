@@ -40,13 +40,17 @@ from mlx_lora.exporters.sentence_transformers import BODIES
 from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.reports.diagnosis import CLASSES_FILE, ROWS_FILE, add_classes, add_rows, begin_lines
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
+    CLASSES_FILE,
     REPORT_FILE,
+    ROWS_FILE,
     RunReport,
     Sample,
     add_answers,
+    add_classes,
+    add_rows,
+    begin_lines,
     first_and_kept,
     read_answers,
 )

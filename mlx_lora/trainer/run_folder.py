@@ -43,8 +43,7 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.reports.diagnosis import CLASSES_FILE, ROWS_FILE
-from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
+from mlx_lora.reports.run_report import ANSWERS_FILE, CLASSES_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE, ROWS_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
     differences,

@@ -39,8 +39,7 @@ from mlx_lora.config.sweep import (
 )
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
-from mlx_lora.reports.diagnosis import compared_validations, rounding_begins
-from mlx_lora.reports.run_report import read_facts, read_records
+from mlx_lora.reports.run_report import compared_validations, read_facts, read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.fit import outlined_shape, shared_shapes
 from mlx_lora.trainer.guards import LOSS, TASK
@@ -168,7 +167,7 @@ def score_of(trial: Trial, until: int) -> Score:
         raise NothingHeldOut
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     if used["keep_best"]:
-        rounded_from = rounding_begins(records, used, read_facts(trial.folder).get("rounded_from"))
+        rounded_from = read_facts(trial.folder).get("rounded_from") or 0
         validations = compared_validations(validations, rounded_from)
     metric = trial.settings.loop.metric_for_best_model
     scores = [

@@ -28,7 +28,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, together
 from mlx_lora.parallel.strategy import deal_rows
-from mlx_lora.reports.diagnosis import ROWS_FILE, read_rows
+from mlx_lora.reports.run_report import ROWS_FILE, read_rows
 from mlx_lora.trainer.guards import Agreement
 from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.step import StepResult

@@ -12,7 +12,7 @@ from byte_tokenizer import CHATML, GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, TEMP
 from run_cli import holds
 
 from mlx_lora.data.chat_template import spoken_turns, without_markers
-from mlx_lora.reports.diagnosis import (
+from mlx_lora.reports.run_report import (
     BAD,
     GOOD,
     LEARNED,
@@ -106,7 +106,8 @@ def test_overfitting_is_told_with_its_step_and_what_to_do(tmp_path):
 
 def test_keep_best_is_the_adapter_that_the_headline_is_about():
     records = run_of([4.0, 3.0, 2.8, 3.1, 3.4], FALLING)
-    ended, running = (verdict(records, {"keep_best": True}, ended) for ended in (True, False))
+    kept = VerdictContext(kept_step=20)
+    ended, running = (verdict(records, {"keep_best": True}, ended, kept) for ended in (True, False))
     assert "54.6 to 16.4" in ended.headline
     assert any("kept the adapter of step 20" in note for note in ended.notes)
     assert running.name == OVER_FITTED
@@ -226,7 +227,11 @@ def chosen_run(rng, walk, rows=20):
 def test_of_runs_that_changed_nothing_three_in_a_hundred_are_called_better(walk):
     rng, draws = np.random.default_rng(4), 600
     runs = [chosen_run(rng, walk) for _ in range(draws)]
-    found = [verdict(records, {"keep_best": True}, context=VerdictContext(rows=rows)) for records, rows in runs]
+    found = []
+    for records, rows in runs:
+        kept = min(records, key=lambda one: one["val_loss"])["step"] or records[-1]["step"]
+        context = VerdictContext(rows=rows, kept_step=kept)
+        found.append(verdict(records, {"keep_best": True}, context=context))
     better = np.mean([one.change["high"] < 0 for one in found])
     assert better <= 0.03 + 3 * math.sqrt(0.03 * 0.97 / draws)
 
