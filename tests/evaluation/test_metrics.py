@@ -11,7 +11,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from tiers import by_default
 
-from mlx_lora.evaluation import judge as judging
+from mlx_lora.evaluation import metrics as judging
 from mlx_lora.evaluation.metrics import AnswerPair, AskedRow, ModelAnswer, judge_pairs, metric_of, rouge_l
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.evaluation.paired import Comparison, compare, compare_weighted, score_interval, standard_error
