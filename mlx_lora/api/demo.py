@@ -11,29 +11,24 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
+from mlx_lora.api.base import Base
+from mlx_lora.api.evaluate import evaluate
+from mlx_lora.api.train import lent_for_training
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.chat_template import encode_prompt, own_template
-from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.convert import convert_model
-from mlx_lora.models.load import check_token_ids, load_base
-from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import objective_of
+from mlx_lora.models.load import load_base
 from mlx_lora.reports.run_report import REPORT_FILE, has_ended
-from mlx_lora.trainer.adapter import put_adapter
-from mlx_lora.trainer.callbacks import Callback, Facts, greedy_text
+from mlx_lora.trainer.callbacks import Callback, Facts
 from mlx_lora.trainer.checkpoint import numbered
-from mlx_lora.trainer.evaluate import held_out_loss
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.utils import console, device
-from mlx_lora.utils.console import echo, perplexity
+from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model, resolve_model
@@ -102,10 +97,10 @@ def run_demo(out: Path, model: str | None, iters: int, force: bool) -> int:
             **({"resume": "auto"} if taken else {}),
         }  # fmt: skip
         settings = train_settings(flags, read_settings(RECIPE, flags))
-        settings = replace(settings, loop=replace(settings.loop, test_batches=-1))
         with stage(2) as found:
-            before = ask(settings, None)
-            found.append(f"held-out loss {before.loss:.2f}")
+            base = Base(load_base(settings.model), settings.model)
+            before = ask(base)
+            found.append(counted(len(before), "answer"))
         with stage(3) as found, long_task("Training", iters, "steps") as task:
 
             class StepLines(Callback):
@@ -115,7 +110,8 @@ def run_demo(out: Path, model: str | None, iters: int, force: bool) -> int:
                         with covered():
                             echo(f"    step {facts['step']} of {iters}, loss {facts['loss']:.2f}")
 
-            outcome = train_run(settings, callbacks=[StepLines()])
+            with lent_for_training(base, progress=False) as lent:
+                outcome = train_run(settings, base=lent, callbacks=[StepLines()])
             if not outcome.interrupted:
                 found.append(f"{outcome.steps} steps, {run_folder}")
         if outcome.interrupted:
@@ -128,16 +124,16 @@ def run_demo(out: Path, model: str | None, iters: int, force: bool) -> int:
             echo(f"Interrupted after {counted(outcome.steps, 'step')}{saved}:\n  {again}")
             return 130
         with stage(4) as found:
-            after = ask(settings, run_folder)
-            found.append(f"held-out loss {after.loss:.2f}")
-    for question, *texts in zip(QUESTIONS, before.texts, after.texts, strict=True):
+            after, losses = ask(base, run_folder), evaluate(base, settings.data.data, run_folder)
+            found.append(f"held-out loss {losses['loss']:.2f}")
+    for question, *texts in zip(QUESTIONS, before, after, strict=True):
         first, second = (one.replace("\n", "\n        ") for one in texts)
         click.echo(f"\n{question}\nbefore: {first}\nafter:  {second}")
-    change = after.loss / before.loss - 1
+    change = losses["loss"] / losses["base_loss"] - 1
     click.echo(
-        f"\nHeld-out loss {before.loss:.2f} -> {after.loss:.2f}, {abs(change):.0%} {'lower' if change < 0 else 'higher'} "
-        f"(perplexity {perplexity(before.loss):.1f} -> {perplexity(after.loss):.1f}), on {after.rows} questions that were not "
-        "trained on."
+        f"\nHeld-out loss {losses['base_loss']:.2f} -> {losses['loss']:.2f}, {abs(change):.0%} "
+        f"{'lower' if change < 0 else 'higher'} (perplexity {losses['base_perplexity']:.1f} -> {losses['perplexity']:.1f}), "
+        f"on {losses['rows']} questions that were not trained on."
     )
     chat = command_line(["chat", "--model", name, "--adapter", f"{RECIPE}={run_folder}"])
     train = command_line(["train", "--model", name, "--data", "my-data.jsonl", "--adapter-path", "my-adapter"])
@@ -173,28 +169,12 @@ def small_model(out: Path) -> str:
     return str(folder)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model says: the loss on held-out rows, the number of those rows, and one text per question."""
-
-    loss: float
-    rows: int
-    texts: tuple[str, ...]
-
-
-def ask(settings: TrainSettings, adapter: Path | None) -> Answers:
-    """Return the loss on the recipe's test rows and the answers to the questions, with or without an adapter."""
-    base, objective = load_base(settings.model), objective_of(settings.objective)
-    rows = load_eval_set(settings.data.data or "", settings.data, base.hf_tokenizer)
-    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
-    if adapter:
-        put_adapter(base, adapter, settings.data, settings.objective)
-    loss, texts = held_out_loss(RunContext(settings, objective, base, trains=False), rows).loss, []
+def ask(base: Base, adapter: Path | None = None) -> list[str]:
+    """Return the answers to the questions, without blank lines and control characters; three dots say that one goes on."""
+    texts = []
     for question in QUESTIONS:
-        prompt = encode_prompt(base.hf_tokenizer, question, own_template(base.hf_tokenizer))
-        lines = greedy_text(base, prompt, ANSWER_TOKENS).splitlines()
-        # Without blank lines and control characters; three dots say that it goes on.
+        lines = base.generate(question, adapter, max_tokens=ANSWER_TOKENS).splitlines()
         lines = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in lines]
         text = "\n".join(line for line in lines if line.strip()) or "(nothing)"
         texts.append(text if text[-1] in ".!?\"'”’)" else f"{text} ...")
-    return Answers(loss, rows.examples, tuple(texts))
+    return texts

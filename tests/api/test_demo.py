@@ -67,7 +67,9 @@ def test_an_interrupted_demo_continues_exactly_where_it_was(tiny_folder, tmp_pat
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(
-        demo, "train_run", lambda settings, callbacks: train_run(settings, callbacks=[*callbacks, Press()])
+        demo,
+        "train_run",
+        lambda settings, base, callbacks: train_run(settings, base=base, callbacks=[*callbacks, Press()]),
     )
     out = tmp_path / "cut"
     ended = run(*words, out)
