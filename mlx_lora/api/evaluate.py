@@ -103,7 +103,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
+MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long, and is only read on request (--data)
 USUAL = 5  # questions, where nobody says how many
 
 
@@ -429,19 +429,12 @@ def _taken(settings: TrainSettings, section: str, found: Mapping[str, Any], word
     changed = replace(settings, **{section: replace(getattr(settings, section), **found)})
     if not found or settings_problems(changed.to_flat()):
         return settings
-    log.info(f"{words}: {_flags(found)}")
+    flags = []
+    for name, value in found.items():
+        flag = flag_of(name)
+        flags.append({True: flag, False: f"--no-{flag[2:]}"}[value] if isinstance(value, bool) else f"{flag} {value}")
+    log.info(f"{words}: {', '.join(flags)}")
     return changed
-
-
-def _flags(settings: Mapping[str, Any]) -> str:
-    """Return settings as flags, for a message."""
-    words = {True: "{}", False: "--no-{}"}
-    return ", ".join(
-        words[value].format(flag_of(name) if value else flag_of(name).removeprefix("--"))
-        if isinstance(value, bool)
-        else f"{flag_of(name)} {value}"
-        for name, value in settings.items()
-    )
 
 
 def with_settings_of_runs(settings: TrainSettings, given: Collection[str], adapters: Collection[Path]) -> TrainSettings:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.api.evaluate import GENERAL, data_of_run, with_settings_of_run, without_adapter
+from mlx_lora.api.evaluate import GENERAL, MOST_SEEN_BYTES, data_of_run, with_settings_of_run, without_adapter
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
@@ -51,7 +51,6 @@ GENERAL_ROWS = 16  # of general texts, where there are no others
 LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance
 BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows take about as long each
 BATCH_TOKENS = 1024
-MOST_DATA_BYTES = 20_000_000  # larger data of a run is only read on request (--data)
 FADED = 0.9  # if less of the gain is kept, the ways out are named
 LEAST_GAIN = 0.02  # nats per token; a share of less is a share of noise
 CALIBRATION_TOKENS = 8_192
@@ -80,11 +79,6 @@ class FuseSettings:
     budget: Budget | None = None
     data: str | None = None
     force: bool = False
-
-    @property
-    def rounding(self) -> Rounding:
-        """What was asked for, without the tokens that it takes."""
-        return Rounding(self.dequantize, self.bits, compensate=bool(self.compensate), budget=self.budget)
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
     Raises:
         InputError: the base cannot be rounded as asked.
     """
-    way = asked.rounding
+    way = Rounding(asked.dequantize, asked.bits, compensate=bool(asked.compensate), budget=asked.budget)
     way.check(base)
     layers = [layer for layer in adapter_layers(base.model).values() if is_rounded(layer, way)]
     bits = asked.bits or min((layer.base.bits for layer in layers), default=FINE_BITS)
@@ -240,10 +234,6 @@ class Gain:
         """The share of the adapter's gain that the fused model has; None: the adapter gains nothing on these rows."""
         gain = self.loss_base - self.loss_adapter
         return (self.loss_base - self.loss_fused) / gain if gain > LEAST_GAIN and self.general is None else None
-
-    def facts(self) -> dict[str, Any]:
-        """Return the numbers by name, for JSON."""
-        return {**asdict(self), "kept": self.kept}
 
     def words(self) -> str:
         """Return the measurement as one sentence."""
@@ -373,7 +363,7 @@ def given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:
 
 def rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str] | str:
     """Return the rows that the adapter's run held out and their source in words, or why there are none."""
-    splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
+    splits = data_of_run(adapter, base.hf_tokenizer, MOST_SEEN_BYTES)
     if isinstance(splits, str):
         return splits
     held_out = splits.test or splits.valid
@@ -396,7 +386,7 @@ def calibration_tokens(base: Base, adapter: Path, data: str | None) -> Calibrati
     if data:
         rows, of = given_rows(data, adapter, base)
     else:
-        splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
+        splits = data_of_run(adapter, base.hf_tokenizer, MOST_SEEN_BYTES)
         if isinstance(splits, str):
             return splits
         rows, of = splits.train, "the run's training rows"

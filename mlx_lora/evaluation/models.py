@@ -100,6 +100,11 @@ class TextRequest(NamedTuple):
     sampling: Sampling = Sampling(temperature=0)
     special: bool = False
 
+    @property
+    def room(self) -> int:
+        """The most positions that prompt and answer take."""
+        return len(self.tokens) + self.max_tokens
+
 
 class Written(NamedTuple):
     """A text that a model wrote, without its stop text, and all its tokens without an end token."""
@@ -335,6 +340,7 @@ class Models:
         batch, known = RunningBatch(self._steps, self._routing), PromptCache(PROMPT_CACHE_BYTES)
         self._routing.rows = ()  # the model may be tried now, with rows of its own
         most_rows = 1 if one_row_because(self._steps) else MOST_ROWS
+        vocabulary = self.base.token_rows or len(self.base.hf_tokenizer)
         found, ends = [Written("", ())] * len(asked), frozenset(self.base.tokenizer.eos_token_ids)
         # The longest prompts first.
         waiting = deque(sorted(range(len(asked)), key=lambda at: (-len(asked[at].tokens), asked[at].tokens)))
@@ -344,11 +350,19 @@ class Models:
                     raise KeyboardInterrupt
                 while waiting:
                     prompt = asked[waiting[0]]
-                    room = _room(prompt) + sum(_room(row.owner.prompt) for row in batch.rows)
+                    room = prompt.room + sum(row.owner.prompt.room for row in batch.rows)
                     if len(batch) and (len(batch) >= most_rows or room > MOST_ROW_TOKENS):
                         break
                     stream = TextStream(Continuation(self.base.tokenizer), prompt.stops)
-                    self._join(batch, known, _Text(waiting.popleft(), prompt, stream, []))
+                    text = _Text(waiting.popleft(), prompt, stream, [])
+                    number, tokens = self._numbers[prompt.model], list(prompt.tokens)
+                    caches, cached = known.find(number, tokens)
+                    row = BatchRow(text, number, Sampler(prompt.sampling, vocabulary), tokens[:cached])
+                    prefill = Prefill(self._steps, self._routing, row, tokens[cached:], caches)
+                    while not prefill.done:
+                        prefill.advance(PREFILL_TOKENS)
+                    batch.join(prefill)
+                    known.keep(number, row.tokens, prefill.caches)
                 leaving = []
                 for row, token, _ in batch.step():
                     text: _Text = row.owner
@@ -370,18 +384,6 @@ class Models:
                     task.advance()
         return found
 
-    def _join(self, batch: RunningBatch, known: PromptCache, text: _Text) -> None:
-        """Compute a prompt, and add its row to the batch."""
-        number, tokens = self._numbers[text.prompt.model], list(text.prompt.tokens)
-        caches, cached = known.find(number, tokens)
-        vocabulary = self.base.token_rows or len(self.base.hf_tokenizer)
-        row = BatchRow(text, number, Sampler(text.prompt.sampling, vocabulary), tokens[:cached])
-        prefill = Prefill(self._steps, self._routing, row, tokens[cached:], caches)
-        while not prefill.done:
-            prefill.advance(PREFILL_TOKENS)
-        batch.join(prefill)
-        known.keep(number, row.tokens, prefill.caches)
-
 
 @dataclass(eq=False)
 class _Text:
@@ -391,10 +393,6 @@ class _Text:
     prompt: TextRequest
     stream: TextStream
     tokens: list[int]
-
-
-def _room(prompt: TextRequest) -> int:
-    return len(prompt.tokens) + prompt.max_tokens
 
 
 def _log_probabilities(

@@ -171,13 +171,6 @@ def curve(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -
     return Series(name, points, markers=name.startswith("held out"))
 
 
-def both_curves(records: list[dict[str, Any]], key: str, ending: str = "") -> list[Series]:
-    """Return the curves of a metric over training and over validations, those that there are."""
-    having = [r for r in records if r.get(key) is not None]
-    parts = {when: [r for r in having if r[loss] is not None] for when, loss in WHEN.items()}
-    return [curve(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
-
-
 # Title, names of the metrics in metrics.jsonl, and whether the axis begins at zero.
 ChartRow = tuple[str, tuple[str, ...], bool]
 OF_PREFERENCES: tuple[ChartRow, ...] = (
@@ -208,7 +201,11 @@ def drawn(records: list[dict[str, Any]], rows: Iterable[ChartRow]) -> list[Chart
     charts = []
     for title, names, from_zero in rows:
         endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
-        series = [one for name in names for one in both_curves(records, name, endings[name])]
+        series = []  # over training and over validations
+        for name in names:
+            for when, loss in WHEN.items():
+                having = [r for r in records if r.get(name) is not None and r[loss] is not None]
+                series += [curve(f"{when}{endings[name]}", name, having)] if having else []
         charts += [(title, series, "", from_zero)] if series else []
     return charts
 
