@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.utils.blas import load_fast_blas, share_cores
 
 if TYPE_CHECKING:
-    from mlx_lora.api.base import Base, generate, load
-    from mlx_lora.api.errors import InputError
+    from mlx_lora.api.base import Base, InputError, generate, load
     from mlx_lora.api.evaluate import evaluate, evaluate_tasks
     from mlx_lora.api.export import export
     from mlx_lora.api.merge import merge
@@ -41,7 +40,7 @@ BLAS = load_fast_blas()
 _HOMES = {
     "Base": "mlx_lora.api.base",
     "Callback": "mlx_lora.trainer.callbacks",
-    "InputError": "mlx_lora.api.errors",
+    "InputError": "mlx_lora.api.base",
     "Run": "mlx_lora.api.train",
     "RunError": "mlx_lora.utils.errors",
     "SwanLab": "mlx_lora.trainer.callbacks",

@@ -1,13 +1,18 @@
-"""Load a base model, and generate text with it, with or without an adapter, also about pictures."""
+"""Load a base model, and generate text with it, with or without an adapter, also about pictures.
+
+Errors are as Python users expect them: a ValueError, and settings spelled as keyword arguments instead of flags.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +22,9 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.config.fields import field_type, row_of
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.encoder import check_language_model
@@ -29,11 +34,95 @@ from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.rollouts.generator import TokenSteps, hold_weights, release_weights
-from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError, refuse
+from mlx_lora.utils import console, errors
+from mlx_lora.utils.errors import refuse
+from mlx_lora.utils.files import GIVEN
 from mlx_lora.utils.hub import resolve_adapter
 
 PathLike = str | os.PathLike[str]
+
+# Errors
+
+P = ParamSpec("P")
+T = TypeVar("T")
+FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?P<end>:?))?")
+RECORDS = re.compile(r"\S*/records/[0-9a-f]{32}(/train\.jsonl)?")  # the file that records in memory become
+# Advice on a command -> the same on Python.
+PHRASES = {
+    "use --bits 4": "load the model with bits=4",
+    "use --bits 8": "load the model with bits=8",
+    "lora and --bits 4": "lora, and load the model with bits=4",
+    "(--help-all lists the options)": "(`mlx-lora train --help-all` lists the settings)",
+    "(--help says what each takes)": "(see help(mlx_lora.train))",
+    "settings: unknown setting": "unknown setting",
+}
+
+
+class InputError(errors.InputError, ValueError):
+    """An argument, a file or a combination of settings that cannot be used; the message says what to do."""
+
+
+InputError.__module__ = "mlx_lora"  # its public name, shown in tracebacks
+
+
+def python_words(message: str, names: dict[str, str]) -> str:
+    """Return an error message with `name=value` in place of `--name value`.
+
+    Args:
+        message: in the commands' spelling.
+        names: setting -> the argument that it has here, where the two differ.
+    """
+    message = RECORDS.sub(GIVEN, message)
+    for ours, theirs in PHRASES.items():
+        message = message.replace(ours, theirs)
+
+    def spell(found: re.Match[str]) -> str:
+        flag, value = found["name"].replace("-", "_"), found["value"] or ""
+        off = flag.startswith("no_") and flag[3:] in FIELDS
+        name = names.get(flag, flag[3:] if off else flag)
+        field = FIELDS.get(flag)
+        # `--rank 0: must be`, `--iters 1 with` and `use --method lora`, but not `give --adapter-path and`
+        is_value = field is not None and (
+            value in (row_of(field).choices or ()) or value.replace(".", "", 1).isdecimal()
+        )
+        if value and (found["end"] or is_value):
+            text = value if value[0] in "'\"" or field is None or field_type(field) is not str else f'"{value}"'
+            return f"{name}={text}{found['end']}"
+        if off or (field is not None and field_type(field) is bool):
+            name += f"={not off}"
+        elif flag == "resume":
+            name += '="auto"'
+        return f"{name} {value}".rstrip()
+
+    return FLAG.sub(spell, message)
+
+
+def speaks_python(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator: the function's errors are InputErrors above, and spell settings as arguments.
+
+    Args:
+        names: setting -> the argument that the function has for it, where the two differ.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except InputError:
+                raise
+            except errors.InputError as error:
+                raise InputError(python_words(str(error), names)) from error.__cause__
+            except errors.RunError as error:
+                error.args = (python_words(str(error), names),)
+                raise
+
+        return call
+
+    return decorate
+
+
+# The base
 
 
 class Base:
@@ -169,7 +258,7 @@ def as_base(base: Base | PathLike, caller: str) -> Base:
         return base
     if isinstance(base, str | os.PathLike):
         return load(base)
-    raise InputError(f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name")
+    raise errors.InputError(f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name")
 
 
 def generate(base: Base | PathLike, prompt: str, adapter: PathLike | None = None, **settings: Any) -> str:
@@ -260,7 +349,7 @@ def text_pieces(
     """
     check_language_model(base.model, base.model_id)
     if not prompt:
-        raise InputError("--prompt: empty; give some text")
+        raise errors.InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
     responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy)
@@ -293,7 +382,7 @@ def generated(
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
-        raise InputError(
+        raise errors.InputError(
             f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
             "try a newer mlx-lm, or choose another model"
         ) from error
@@ -336,7 +425,7 @@ def image_answer_pieces(
     vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
     template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family)
     if template is None:
-        raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
+        raise errors.InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
     roots = [Path(name).parent for name in names if not is_on_web(name)]
     reader = ImageReader(vision.processor, roots, table, vision.tower.token).fetching(True)
     tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)

@@ -41,8 +41,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.api.base import Base as PublicBase
-from mlx_lora.api.base import PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings

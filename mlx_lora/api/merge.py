@@ -19,8 +19,7 @@ from mlx_lora.adapters.inject import adapt_layers, adapter_layers, remove_adapte
 from mlx_lora.adapters.merge import AdapterTerm, MergeSettings, merge_layer
 from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
-from mlx_lora.api.base import PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.api.fuse import affordable_batches, given_rows, loss_on, rows_of_run
 from mlx_lora.config.fields import flag_of
 from mlx_lora.data.dataset import EncodedSet

@@ -15,8 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.base import Base, PathLike
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import Base, PathLike, speaks_python
 from mlx_lora.api.train import data_source, plain
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.defaults import (

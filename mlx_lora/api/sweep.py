@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_lora.api.base import Base, PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import Base, PathLike, as_base, speaks_python
 from mlx_lora.api.train import Run, data_source, lent_for_training, run_settings, shown_figure
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings

@@ -16,8 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.api.base import Base as PublicBase
-from mlx_lora.api.base import PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.api.train import run_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings

@@ -27,8 +27,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from mlx_lora.api.base import Base, PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import Base, PathLike, as_base, speaks_python
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, FIELDS, SECTIONS, ModelSettings, TrainSettings
 from mlx_lora.data.files import SPLIT_NAMES

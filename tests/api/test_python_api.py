@@ -17,7 +17,7 @@ import yaml
 from run_cli import run, succeeds
 
 import mlx_lora
-from mlx_lora.api.errors import python_words
+from mlx_lora.api.base import python_words
 from mlx_lora.api.train import data_source
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.progress import NotebookProgress, display_here
