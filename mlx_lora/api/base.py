@@ -258,7 +258,9 @@ def as_base(base: Base | PathLike, caller: str) -> Base:
         return base
     if isinstance(base, str | os.PathLike):
         return load(base)
-    raise errors.InputError(f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name")
+    raise errors.InputError(
+        f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name"
+    )
 
 
 def generate(base: Base | PathLike, prompt: str, adapter: PathLike | None = None, **settings: Any) -> str:

@@ -152,7 +152,11 @@ def evaluate(
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_settings_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
-        found = measure_loss(resolved, lent, EvaluationRequest(folder, ignore_fingerprint, batch_tokens, show))
+        found = measure_loss(
+            resolved,
+            lent,
+            EvaluationRequest(folder, ignore_fingerprint=ignore_fingerprint, batch_tokens=batch_tokens, show=show),
+        )
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
@@ -188,14 +192,18 @@ class EvaluationRequest:
 
     Attributes:
         adapter: folder to put on the model; None: the base alone is measured.
+        against: folders of further adapters, for what was forgotten.
+        general: set -> file or id, instead of the package's general sets.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         show: rows of which to ask the questions; None: a few, if the rows have questions.
-        held_out: measure the rows that the adapter's run held out, and not --data.
+        held_out: measure the rows that the adapter's run held out, and not --data, which then only says how data is read.
         stopped: asked whether to end with what is measured so far; the result then has `partial`.
     """
 
     adapter: Path | None = None
+    against: Sequence[Path] = ()
+    general: Mapping[str, str] = field(default_factory=dict)
     ignore_fingerprint: bool = False
     batch_tokens: int | None = None
     show: int | None = 0
@@ -598,29 +606,13 @@ class Drift:
         return "slightly forgotten" if self.change <= SMALL_CHANGE else "forgotten"
 
 
-@dataclass(frozen=True)
-class ForgettingRequest:
-    """What is measured.
+def measure_forgetting(settings: DataSettings, base: Base, asked: EvaluationRequest) -> dict[str, Any]:
+    """Measure adapters against the base, which is unadapted and is not changed.
 
-    Attributes:
-        task: the task's data; its template and lengths are used for the general sets as well.
-        general: set -> file or id, instead of the package's.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
-        held_out: the task is what the first adapter's run held out; `task` then only says how data is read.
-        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
-    """
-
-    task: DataSettings
-    general: Mapping[str, str] = field(default_factory=dict)
-    ignore_fingerprint: bool = False
-    batch_tokens: int | None = None
-    held_out: bool = False
-    stopped: Callable[[], bool] = never
-
-
-def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingRequest) -> dict[str, Any]:
-    """Measure the adapters in some folders against the base, which is unadapted and is not changed.
+    Args:
+        settings: the task's data; its template and lengths are used for the general sets as well.
+        base: the model.
+        asked: which adapters, and what else. A set that was begun when it is stopped is of the batches so far.
 
     Returns:
         JSON values: `model`, `adapters` (name -> method and rank), `sets` (set -> its `source`, and by adapter the numbers
@@ -630,7 +622,8 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
         InputError: an adapter does not fit, adapters have different templates, data have no trained token, or no rows were
             held out.
     """
-    settings, general, stopped = asked.task, asked.general, asked.stopped
+    general, stopped = asked.general, asked.stopped
+    folders = [*([asked.adapter] if asked.adapter else []), *asked.against]
     models, adapters, templates = {}, {}, set()
     for folder, name in zip(folders, adapter_names(folders), strict=True):
         models[name] = without_adapter(base)

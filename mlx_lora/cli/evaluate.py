@@ -20,7 +20,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from mlx_lora.api.evaluate import (
     CHAT,
     TEXT,
     EvaluationRequest,
-    ForgettingRequest,
     TasksRequest,
     check_evaluation,
     check_tasks,
@@ -154,8 +153,9 @@ def main(
         general = {name: source for name, source in general.items() if source}
         more = [resolve_adapter(flags.adapter_source(one)) for one in only["against"]]
         settings = settings_of_run(folder, given) if held_out else with_settings_of_run(settings, given, folder)
-        asked = ForgettingRequest(settings.data, general, adapter.ignore_fingerprint, batch_tokens, held_out)
-        return _forgetting(settings, [folder, *(one for one in more if one)], asked, page, as_json)
+        against = [one for one in more if one]
+        asked = EvaluationRequest(folder, against, general, adapter.ignore_fingerprint, batch_tokens, 0, held_out)
+        return _forgetting(settings, asked, page, as_json)
     facts = {"adapter_path": adapter.adapter_path, "data": settings.data.data}
     if settings.objective.objective == "embed":
         base = load_base(settings.model)
@@ -173,7 +173,7 @@ def main(
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=not dividing_flag(settings.loop))
-        asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
+        asked = EvaluationRequest(folder, (), {}, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
         result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
             facts = {**result, **facts, "data": settings.data.data}
@@ -181,6 +181,12 @@ def main(
             if "loss" in facts:
                 _keep(facts | {"held_out": held_out}, folder, page)
     return 130 if result.get("partial") else 0
+
+
+def _write(page: Path, write: Callable[..., None], facts: dict[str, Any]) -> None:
+    """Write the page of --report."""
+    write(page, facts, this_command(), device.current_device().header())
+    console.echo(f"page   {page}")
 
 
 def print_retrieval(found: dict[str, Any], compared: bool) -> None:
@@ -197,8 +203,7 @@ def print_retrieval(found: dict[str, Any], compared: bool) -> None:
 def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:
     """Write the page of --report, and keep whole results in the folder of the adapter's run, with its report page."""
     if page is not None:
-        write_evaluation_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_evaluation_page, facts)
     if adapter is None or "base_loss" not in facts or facts["partial"] or not (adapter / "run.yaml").is_file():
         return
     if lock_holder(adapter) is not None:
@@ -213,16 +218,13 @@ def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> Non
         console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
 
 
-def _forgetting(
-    settings: TrainSettings, adapters: list[Path], asked: ForgettingRequest, page: Path | None, as_json: bool
-) -> int:
+def _forgetting(settings: TrainSettings, asked: EvaluationRequest, page: Path | None, as_json: bool) -> int:
     """Measure and print what adapters made the model forget, and return the exit code."""
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        facts = measure_forgetting(base, adapters, replace(asked, stopped=stopped)) | {"partial": stopped()}
+        facts = measure_forgetting(settings.data, base, replace(asked, stopped=stopped)) | {"partial": stopped()}
     if page is not None and facts["sets"]:
-        write_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_page, facts)
     if as_json:
         console.print_json(facts)
     elif facts["sets"]:
@@ -375,7 +377,6 @@ def tasks_command(
         found = measure_tasks(base, replace(asked, stopped=stopped), known)
     facts = found.to_dict() | {"model": base.model_id, "seconds": round(time.monotonic() - begun, 3)}
     if page is not None:
-        write_task_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_task_page, facts)
     console.print_json(facts) if as_json else click.echo(flags.render(PAGES / "scores.txt", vars(found)))
     return 0
