@@ -125,7 +125,7 @@ def of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[
         words = f"Held-out squared error {ends}"
     words += f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
     if (most := kept.get("majority")) is None:
-        return words, tone  # several labels, numbers, or a run of an earlier version
+        return words, tone  # several labels, or numbers
     if most == 1:
         return f"{words}; all held-out texts have the same label, so this shows nothing", PLAIN
     if kept["accuracy"] > most:
@@ -137,8 +137,7 @@ def of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
     """Return headline and tone for a reranker: its mean reciprocal rank, and that of a random order."""
     ends, tone = compared(validations, kept, "mrr", ".3f")
     words = f"Held-out MRR {ends}, best document first in {kept['accuracy']:.0%} of the queries"
-    if (chance := kept.get("random_mrr")) is None:
-        return words, tone  # a run of an earlier version
+    chance = kept["random_mrr"]
     most = chance + CERTAIN * kept["random_mrr_sd"]
     if most >= 1:
         return f"{words}; too few held-out queries to tell this from a random order, which has {chance:.3f}", PLAIN
@@ -1125,7 +1124,7 @@ class RunReport:
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
         pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.
-        kept_step: the step of the adapter in the folder; None: the run has not ended, or an earlier version did not write it.
+        kept_step: the step of the adapter in the folder; None: the run has not ended.
         rounded_from: the step from which validations are with rounding (--qat); None: none is, or it was not written.
         begins_at: the step before which nothing is on record, because the run went on from a checkpoint alone.
     """
