@@ -497,26 +497,6 @@ def counts_of(
     return own, new
 
 
-def named_by(counts: Sequence[Count], begun: bool, fell: bool) -> str:
-    """Return what became of a run by its right answers.
-
-    Args:
-        counts: in the words of the training rows, in new words, or both.
-        begun: whether it has only begun: it took few steps, or the training loss still falls.
-        fell: whether the training loss fell. With not one more right, the form of the answers may have been learned.
-    """
-    main = counts[-1]
-    if any(count.fell for count in counts):
-        own_rose = len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
-        return OVER_FITTED if own_rose and not main.half else WORSE
-    if any(count.half for count in counts):
-        clear = any(count.gain >= CLEAR * count.of for count in counts)
-        return AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
-    if begun:
-        return TOO_FEW_STEPS
-    return LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
-
-
 def counts_words(own: Count | None, new: Count | None) -> str:
     """Return two counts as words: `30 of 32 right in your words, 14 of 20 in new words (the base: 0 and 1)`."""
     named = [(own, "in your words"), (new, "in new words")]
@@ -638,7 +618,18 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         return found
     fell = _training_left(evidence, 0) <= 1 - SMALL
     begun = evidence.steps < ENOUGH_STEPS or (fell and still_falling(evidence.losses))
-    return replace(found, name=named_by(counts, begun, fell))
+    main = counts[-1]  # in new words, if there are any
+    if any(count.fell for count in counts):
+        own_rose = len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
+        name = OVER_FITTED if own_rose and not main.half else WORSE
+    elif any(count.half for count in counts):
+        clear = any(count.gain >= CLEAR * count.of for count in counts)
+        name = AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
+    elif begun:
+        name = TOO_FEW_STEPS
+    else:  # with not one more right, the form of the answers may have been learned
+        name = LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
+    return replace(found, name=name)
 
 
 def _by_losses(evidence: Evidence) -> Diagnosis:
@@ -664,7 +655,10 @@ def _by_losses(evidence: Evidence) -> Diagnosis:
     if alike >= MOST_ALIKE and gain > NONE:
         return Diagnosis(MEMORIZED, **found)
     best_step, best = min([held_out[0], *same], key=lambda pair: pair[1])
-    rose = last_step > best_step and _rose(evidence, best_step, last_step, first - best)
+    # By a share of the fall before, and if rows can tell, beyond chance.
+    rise = change_between(evidence, best_step, last_step)
+    sure = _is_certain(rise) or rise.rows < SOUND_ROWS
+    rose = last_step > best_step and sure and rise.change >= max(RISE * best, RISE_SHARE * (first - best))
     if rose and not few:
         looked = best_step > first_step or (len(held_out) < 3 and same[0] == held_out[0])
         if looked and _training_left(evidence, best_step) < 1:
@@ -721,13 +715,6 @@ def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[in
 def _is_certain(change: Change) -> bool:
     """Return whether a change is not chance; without the losses of rows nobody knows, and its size decides."""
     return change.certain or not math.isfinite(change.low)
-
-
-def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
-    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and if rows can tell, beyond chance."""
-    rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
-    certain = _is_certain(rise) or rise.rows < SOUND_ROWS
-    return rise.change >= max(RISE * best, RISE_SHARE * fall) and certain
 
 
 def _training_left(evidence: Evidence, since: int) -> float:
@@ -999,8 +986,12 @@ def verdict(
     for applies, words_of_objective in of_its_own:
         if applies and kept:
             headline, tone = words_of_objective(validations, kept)
-            if words_of_objective is not of_rewards:  # the loss of sampled answers says nothing about that
-                notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
+            found = diagnose(evidence)
+            # The loss of sampled answers says nothing about that.
+            if words_of_objective is not of_rewards and found.name in (OVER_FITTED, WORSE):
+                where = f"at step {found.best_step:,}" if found.best_step else "before training"
+                lowest = f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}."
+                notes.insert(0, f"{lowest} {mending(found, run)[0]}")
             return Verdict(headline + begins, tone, notes)
     found = diagnose(evidence)
     mend, command = mending(found, run, own, new)
@@ -1020,7 +1011,12 @@ def _perplexities(found: Diagnosis, evidence: Evidence) -> str:
     if found.change is None:
         return f"Held-out perplexity {perplexity(found.first)}, measured once"
     ends = f"{perplexity(found.first)} to {perplexity(found.last)}"
-    return f"Held-out perplexity {ends}, {found.change.words()}{_rows_words(evidence)}"
+    (before, _), (after, _) = evidence.held_out[0], _kept(evidence, evidence.held_out)
+    rows = ""
+    if rows_differ(evidence, before, after):
+        counts = [len(evidence.rows[step].tokens) for step in (before, after)]
+        rows = f" (on other rows: {counted(counts[0], 'row')} at step {before:,}, {counts[1]:,} at step {after:,})"
+    return f"Held-out perplexity {ends}, {found.change.words()}{rows}"
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
@@ -1050,24 +1046,6 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
             f", and {same} of {counted(len(evidence.texts), 'text')} as before" if same else ""
         )
     return f"{found.name.capitalize()}: {measured}"
-
-
-def _rows_words(evidence: Evidence) -> str:
-    """Return on how many rows the two validations of a headline were measured, if not on the same ones; else an empty string."""
-    first, last = evidence.held_out[0][0], _kept(evidence, evidence.held_out)[0]
-    if not rows_differ(evidence, first, last):
-        return ""
-    counts = [len(evidence.rows[step].tokens) for step in (first, last)]
-    return f" (on other rows: {counted(counts[0], 'row')} at step {first:,}, {counts[1]:,} at step {last:,})"
-
-
-def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
-    """Return a note on the loss of an objective whose headline is about another number."""
-    if found.name not in (OVER_FITTED, WORSE):
-        return ""
-    where = f"at step {found.best_step:,}" if found.best_step else "before training"
-    mend, _ = mending(found, run)
-    return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
 
 
 # The page
