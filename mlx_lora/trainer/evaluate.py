@@ -26,8 +26,6 @@ import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.data.dataset import EncodedSet, positions_by_example, spaced_by_length
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.check import choose_loss
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.guards import VALIDATED
 from mlx_lora.utils.progress import tracked
@@ -36,6 +34,7 @@ from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
+    from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
     from mlx_lora.rollouts.rollout import HeldOutRollouts
 
@@ -119,6 +118,8 @@ def choose_held_out(
 
 def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
     """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
+    from mlx_lora.data.sampler import BatchPlan  # the loop, which measures, plans nothing
+
     tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
     return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
 
@@ -159,6 +160,8 @@ def held_out_loss(ctx: RunContext, rows: EncodedSet) -> Measured:
         ctx: of the measurement; an adapter is on the base if one is measured.
         rows: to measure.
     """
+    from mlx_lora.losses.check import choose_loss  # a run has chosen its loss by then, and the loop needs none of it
+
     base, loop, objective, strategy = ctx.base, ctx.settings.loop, ctx.objective, ctx.strategy
     loss = choose_loss(base.model, base.config, loop.kernels, strategy=strategy)
     bound = objective.bind(ctx, loss, rows)
