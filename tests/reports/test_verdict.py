@@ -347,7 +347,10 @@ def test_preference_training_is_judged_by_accuracy_and_margin():
 
 def test_a_loss_that_rose_is_told_in_the_terminal_too_where_the_headline_is_about_another_number():
     held_out = {0: 1.0, 20: 4.9}
-    lines = [record(step, val_loss=loss, mrr=0.5, accuracy=0.0) for step, loss in held_out.items()]
+    lines = [
+        record(step, val_loss=loss, mrr=0.5, accuracy=0.0, random_mrr=0.3, random_mrr_sd=0.01)
+        for step, loss in held_out.items()
+    ]
     lines += [record(step, loss=1 / step) for step in range(1, 21)]
     lines.sort(key=lambda line: line["step"])
     found = verdict(lines, {"objective": "rerank"}).to_dict()
