@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from mlx_lora.api.base import Base, InputError, generate, load
     from mlx_lora.api.evaluate import evaluate, evaluate_tasks
     from mlx_lora.api.export import export
-    from mlx_lora.api.merge import merge
+    from mlx_lora.api.fuse import merge
     from mlx_lora.api.plan import plan
-    from mlx_lora.api.sweep import sweep
     from mlx_lora.api.texts import embed, predict, rerank
-    from mlx_lora.api.train import Run, train, train_several
+    from mlx_lora.api.train import Run, sweep, train, train_several
     from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
     from mlx_lora.utils.errors import RunError
 
@@ -53,11 +52,11 @@ _HOMES = {
     "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",
-    "merge": "mlx_lora.api.merge",
+    "merge": "mlx_lora.api.fuse",
     "plan": "mlx_lora.api.plan",
     "predict": "mlx_lora.api.texts",
     "rerank": "mlx_lora.api.texts",
-    "sweep": "mlx_lora.api.sweep",
+    "sweep": "mlx_lora.api.train",
     "train": "mlx_lora.api.train",
     "train_several": "mlx_lora.api.train",
 }
