@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.utils.blas import load_fast_blas, share_cores
 
 if TYPE_CHECKING:
-    from mlx_lora.api.base import Base, generate, load
-    from mlx_lora.api.errors import InputError
-    from mlx_lora.api.evaluate import evaluate
-    from mlx_lora.api.evaluate_tasks import evaluate_tasks
+    from mlx_lora.api.base import Base, InputError, generate, load
+    from mlx_lora.api.evaluate import evaluate, evaluate_tasks
     from mlx_lora.api.export import export
-    from mlx_lora.api.merge import merge
+    from mlx_lora.api.fuse import merge
     from mlx_lora.api.plan import plan
-    from mlx_lora.api.sweep import sweep
     from mlx_lora.api.texts import embed, predict, rerank
-    from mlx_lora.api.train import Run, train, train_several
+    from mlx_lora.api.train import Run, sweep, train, train_several
     from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
     from mlx_lora.utils.errors import RunError
 
@@ -42,7 +39,7 @@ BLAS = load_fast_blas()
 _HOMES = {
     "Base": "mlx_lora.api.base",
     "Callback": "mlx_lora.trainer.callbacks",
-    "InputError": "mlx_lora.api.errors",
+    "InputError": "mlx_lora.api.base",
     "Run": "mlx_lora.api.train",
     "RunError": "mlx_lora.utils.errors",
     "SwanLab": "mlx_lora.trainer.callbacks",
@@ -51,15 +48,15 @@ _HOMES = {
     "Wandb": "mlx_lora.trainer.callbacks",
     "embed": "mlx_lora.api.texts",
     "evaluate": "mlx_lora.api.evaluate",
-    "evaluate_tasks": "mlx_lora.api.evaluate_tasks",
+    "evaluate_tasks": "mlx_lora.api.evaluate",
     "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",
-    "merge": "mlx_lora.api.merge",
+    "merge": "mlx_lora.api.fuse",
     "plan": "mlx_lora.api.plan",
     "predict": "mlx_lora.api.texts",
     "rerank": "mlx_lora.api.texts",
-    "sweep": "mlx_lora.api.sweep",
+    "sweep": "mlx_lora.api.train",
     "train": "mlx_lora.api.train",
     "train_several": "mlx_lora.api.train",
 }

@@ -1,24 +1,30 @@
-"""Load a base model, and generate text with it, with or without an adapter."""
+"""Load a base model, and generate text with it, with or without an adapter, also about pictures.
+
+Errors are as Python users expect them: a ValueError, and settings spelled as keyword arguments instead of flags.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm import stream_generate
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.config.fields import field_type, row_of
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.config import check_language_model
@@ -28,11 +34,95 @@ from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.utils import console
-from mlx_lora.utils.errors import InputError, refuse
+from mlx_lora.utils import console, errors
+from mlx_lora.utils.errors import refuse
+from mlx_lora.utils.files import GIVEN
 from mlx_lora.utils.hub import resolve_adapter
 
 PathLike = str | os.PathLike[str]
+
+# Errors
+
+P = ParamSpec("P")
+T = TypeVar("T")
+FLAG = re.compile(r"--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[^\s:;,]+)(?P<end>:?))?")
+RECORDS = re.compile(r"\S*/records/[0-9a-f]{32}(/train\.jsonl)?")  # the file that records in memory become
+# Advice on a command -> the same on Python.
+PHRASES = {
+    "use --bits 4": "load the model with bits=4",
+    "use --bits 8": "load the model with bits=8",
+    "lora and --bits 4": "lora, and load the model with bits=4",
+    "(--help-all lists the options)": "(`mlx-lora train --help-all` lists the settings)",
+    "(--help says what each takes)": "(see help(mlx_lora.train))",
+    "settings: unknown setting": "unknown setting",
+}
+
+
+class InputError(errors.InputError, ValueError):
+    """An argument, a file or a combination of settings that cannot be used; the message says what to do."""
+
+
+InputError.__module__ = "mlx_lora"  # its public name, shown in tracebacks
+
+
+def python_words(message: str, names: dict[str, str]) -> str:
+    """Return an error message with `name=value` in place of `--name value`.
+
+    Args:
+        message: in the commands' spelling.
+        names: setting -> the argument that it has here, where the two differ.
+    """
+    message = RECORDS.sub(GIVEN, message)
+    for ours, theirs in PHRASES.items():
+        message = message.replace(ours, theirs)
+
+    def spell(found: re.Match[str]) -> str:
+        flag, value = found["name"].replace("-", "_"), found["value"] or ""
+        off = flag.startswith("no_") and flag[3:] in FIELDS
+        name = names.get(flag, flag[3:] if off else flag)
+        field = FIELDS.get(flag)
+        # `--rank 0: must be`, `--iters 1 with` and `use --method lora`, but not `give --adapter-path and`
+        is_value = field is not None and (
+            value in (row_of(field).choices or ()) or value.replace(".", "", 1).isdecimal()
+        )
+        if value and (found["end"] or is_value):
+            text = value if value[0] in "'\"" or field is None or field_type(field) is not str else f'"{value}"'
+            return f"{name}={text}{found['end']}"
+        if off or (field is not None and field_type(field) is bool):
+            name += f"={not off}"
+        elif flag == "resume":
+            name += '="auto"'
+        return f"{name} {value}".rstrip()
+
+    return FLAG.sub(spell, message)
+
+
+def speaks_python(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator: the function's errors are InputErrors above, and spell settings as arguments.
+
+    Args:
+        names: setting -> the argument that the function has for it, where the two differ.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except InputError:
+                raise
+            except errors.InputError as error:
+                raise InputError(python_words(str(error), names)) from error.__cause__
+            except errors.RunError as error:
+                error.args = (python_words(str(error), names),)
+                raise
+
+        return call
+
+    return decorate
+
+
+# The base
 
 
 class Base:
@@ -168,7 +258,9 @@ def as_base(base: Base | PathLike, caller: str) -> Base:
         return base
     if isinstance(base, str | os.PathLike):
         return load(base)
-    raise InputError(f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name")
+    raise errors.InputError(
+        f"{caller}: found {type(base).__name__}; give the result of mlx_lora.load, or a model's name"
+    )
 
 
 def generate(base: Base | PathLike, prompt: str, adapter: PathLike | None = None, **settings: Any) -> str:
@@ -259,7 +351,7 @@ def text_pieces(
     """
     check_language_model(base.model, base.model_id)
     if not prompt:
-        raise InputError("--prompt: empty; give some text")
+        raise errors.InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
     responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy)
@@ -292,7 +384,64 @@ def generated(
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
-        raise InputError(
+        raise errors.InputError(
             f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
             "try a newer mlx-lm, or choose another model"
         ) from error
+
+
+def image_answer_pieces(
+    base: LoadedBase,
+    question: str,
+    pictures: Sequence[str | Path],
+    template: str | None,
+    system_prompt: str | None,
+    settings: TextSettings,
+    max_pixels: int | None = None,
+) -> Iterator[GenerationResponse]:
+    """Yield mlx-lm's responses to a question about pictures, each with a piece of the text.
+
+    Args:
+        base: with or without an adapter.
+        question: its text, which follows the pictures.
+        pictures: files or web addresses, at least one; whoever names an address here wants it downloaded.
+        template: Jinja text of the chat template; None: the model's own.
+        system_prompt: a system message before it.
+        settings: how.
+        max_pixels: of a picture; a larger one is made smaller.
+
+    Raises:
+        InputError: a picture cannot be used, or the model sees none.
+    """
+    # Text alone needs none of it.
+    from mlx_lora.data.downloads import is_on_web
+    from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
+    from mlx_lora.models.image_inputs import ModelWithImages
+    from mlx_lora.models.vision import open_tower
+    from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
+
+    names = [
+        str(picture) if is_on_web(str(picture)) else str(Path(picture).expanduser().resolve()) for picture in pictures
+    ]
+    table = ImageTable.empty()
+    vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
+    template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family)
+    if template is None:
+        raise errors.InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
+    roots = [Path(name).parent for name in names if not is_on_web(name)]
+    reader = ImageReader(vision.processor, roots, table, vision.tower.token).fetching(True)
+    tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
+    check_token_ids(base, max(tokens), "--prompt")
+    arrays = vision.shown(vision.arrays(np.array([tokens], np.int32), [digests]))
+    sampler = settings.sampler(base)
+    hold_weights(base)
+    model = ModelWithImages(base.model, vision.spec, arrays, tokens)
+    yield from stream_generate(
+        model,  # pyright: ignore[reportArgumentType] # mlx-lm only calls it
+        base.tokenizer,
+        tokens,
+        max_tokens=settings.max_tokens,
+        sampler=sampler,
+        prompt_cache=model.caches(),
+        prefill_step_size=len(tokens),  # the tokens of a picture may have to see one another
+    )

@@ -15,8 +15,7 @@ from mlx_lora.adapters.base import SWITCH
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
-from mlx_lora.api.base import PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.exporters.adapter_config import (
     LABELS_FILE,
     SAME_LAYOUT,

@@ -24,7 +24,6 @@ from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS, 
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
-from mlx_lora.utils.http import is_local, listen
 from mlx_lora.utils.text import counted, gigabytes
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
@@ -128,6 +127,8 @@ def look_at_flags(command: str, args: Sequence[str]) -> None:
         if not HUB_ID.fullmatch(source) and not path.exists():
             raise InputError(f"{flag} {source}: {no_adapter_folder(path)}; give the folder that a training run wrote")
     if command == "serve" and port.isdecimal() and int(port) < 2**16:
+        from mlx_lora.utils.http import listen
+
         listen(given.get("--host", ServeSettings.host), int(port))[0].close()
 
 
@@ -407,6 +408,8 @@ def server_key(command: str, host: str, given: str | None) -> str | None:
     """
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise InputError(f"{command}: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
+    from mlx_lora.utils.http import is_local  # only servers need it
+
     key = given or os.environ.get(KEY_VARIABLE) or None
     if not is_local(host) and not key:
         raise InputError(

@@ -19,8 +19,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.base import Base, PathLike
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import Base, PathLike, speaks_python
 from mlx_lora.api.train import data_source, plain
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.defaults import (
@@ -93,6 +92,7 @@ from mlx_lora.planner.speed import (
     step_seconds,
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
+from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
@@ -106,7 +106,6 @@ from mlx_lora.trainer.fit import (
     with_kernels,
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
-from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.request import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.utils import device

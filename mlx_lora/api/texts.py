@@ -16,8 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.api.base import Base as PublicBase
-from mlx_lora.api.base import PathLike, as_base
-from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.api.train import run_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
@@ -89,16 +88,19 @@ def ranks_of(queries: np.ndarray, documents: np.ndarray, own: Sequence[Sequence[
         own: numbers of each query's documents.
     """
     found: list[np.ndarray] = []
-    for first in range(0, len(queries), QUERIES_AT_A_TIME):
-        part = mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T
-        similarities = np.array(part)  # (C, M)
-        for row, numbers in zip(similarities, own[first : first + QUERIES_AT_A_TIME], strict=True):
-            mine = row[list(numbers)]
-            others = np.delete(row, list(numbers))
-            ahead = (others[None] >= mine[:, None]).sum(axis=1)  # of others
-            before = (mine[None] > mine[:, None]).sum(axis=1)  # of its own
-            found.append(ahead + before)
+    for row, numbers in zip(similarities(queries, documents), own, strict=True):
+        mine = row[list(numbers)]
+        others = np.delete(row, list(numbers))
+        ahead = (others[None] >= mine[:, None]).sum(axis=1)  # of others
+        before = (mine[None] > mine[:, None]).sum(axis=1)  # of its own
+        found.append(ahead + before)
     return found
+
+
+def similarities(queries: np.ndarray, documents: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the similarities of each query to all documents, (M,)."""
+    for first in range(0, len(queries), QUERIES_AT_A_TIME):
+        yield from np.array(mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T)  # (C, M)
 
 
 @dataclass(frozen=True)
@@ -239,22 +241,19 @@ def mine(
         had.setdefault((pair.query, pair.document), {}).update(dict.fromkeys(pair.negatives))
     queries, documents = embedder(corpus.queries, True, "Queries"), embedder(corpus.documents, False, "Documents")
     mined = Mined()
-    for first in range(0, len(queries), QUERIES_AT_A_TIME):
-        part = np.array(mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T)
-        for place, row in enumerate(part, first):
-            query, own = corpus.queries[place], corpus.own[place]
-            nearest = [number for number in np.argsort(-row, kind="stable").tolist() if number not in own]
-            for number in own:
-                positive = corpus.documents[number]
-                kept = had[query, positive]
-                limit = row[number] - abs(row[number]) * options.margin
-                known = {query, *kept}
-                near = [other for other in nearest if corpus.documents[other] not in known][options.skip :]
-                found = [corpus.documents[other] for other in near if row[other] <= limit][: options.negatives]
-                on_row({"query": query, "positive": positive, "negatives": [*kept, *found]})
-                mined.with_some += bool(kept or found)
-                mined.found += len(found)
-                mined.kept += len(kept)
+    for query, own, row in zip(corpus.queries, corpus.own, similarities(queries, documents), strict=True):
+        nearest = [number for number in np.argsort(-row, kind="stable").tolist() if number not in own]
+        for number in own:
+            positive = corpus.documents[number]
+            kept = had[query, positive]
+            limit = row[number] - abs(row[number]) * options.margin
+            known = {query, *kept}
+            near = [other for other in nearest if corpus.documents[other] not in known][options.skip :]
+            found = [corpus.documents[other] for other in near if row[other] <= limit][: options.negatives]
+            on_row({"query": query, "positive": positive, "negatives": [*kept, *found]})
+            mined.with_some += bool(kept or found)
+            mined.found += len(found)
+            mined.kept += len(kept)
     return mined
 
 

@@ -142,6 +142,25 @@ def shown(text: str) -> str:
 # What a user types
 
 
+# Name -> how to write it, what it does, and whether a text after its name is required (True), optional (None) or not allowed (False).
+COMMANDS: dict[str, tuple[str, str, bool | None]] = {
+    "adapter": ("/adapter NAME", "lets NAME answer from now on; the name base stands for the base", True),
+    "adapters": ("/adapters", "lists the base and the adapters", False),
+    "compare": (
+        "/compare TEXT",
+        "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
+        "to choose some, write @NAME ... before TEXT",
+        True,
+    ),
+    "image": ("/image FILE|URL", "shows a picture with the next question", True),
+    "load": ("/load NAME=DIR", "loads an adapter, or replaces one", True),
+    "system": ("/system TEXT", "sets the system prompt; without TEXT, removes it", None),
+    "reset": ("/reset", "empties the conversation", False),
+    "help": ("/help", "shows this list", False),
+    "quit": ("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", False),
+}
+
+
 class ChatLines:
     """Runs the commands and asks the questions of each line."""
 
@@ -149,26 +168,6 @@ class ChatLines:
         self._chat = conversation
         self._answering = self._stopped = False
         self._answers: list[ChatAnswer] = []
-        # Name -> how to write it, what it does, what runs it, given the text after its name, and whether that text is
-        # required (True), optional (None) or not allowed (False).
-        self._commands: dict[str, tuple[str, str, Callable[[str], None] | None, bool | None]] = {
-            "adapter": (
-                "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True,
-            ),
-            "adapters": ("/adapters", "lists the base and the adapters", self._list, False),
-            "compare": (
-                "/compare TEXT",
-                "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
-                "to choose some, write @NAME ... before TEXT",
-                self._compare, True,
-            ),
-            "image": ("/image FILE|URL", "shows a picture with the next question", self._image, True),
-            "load": ("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
-            "system": ("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
-            "reset": ("/reset", "empties the conversation", self._reset, False),
-            "help": ("/help", "shows this list", self._help, False),
-            "quit": ("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", None, False),
-        }  # fmt: skip
 
     def take(self, line: str) -> bool:
         """Handle a line; return False if it ends the chat.
@@ -180,14 +179,14 @@ class ChatLines:
             line.encode()
             if line.startswith("/") and not line.startswith("//"):
                 name, _, rest = line[1:].strip().partition(" ")
-                if name not in self._commands:
+                if name not in COMMANDS:
                     raise InputError(f"/{name}: no such command; /help lists them, and //{name} sends it to the model")
-                usage, _, run, wants = self._commands[name]
+                usage, _, wants = COMMANDS[name]
                 if wants is not None and wants != bool(rest.strip()):
                     raise InputError(f"/{name} {rest}".strip() + f": write it as {usage}")
-                if run is None:
+                if name == "quit":
                     return False
-                run(rest.strip())
+                self._run(name, rest.strip())
             elif line.strip():
                 text = line.removeprefix("/") if line.startswith("//") else line
                 with self._answers_of(text, [self._chat.adapter]) as (answer,):
@@ -209,6 +208,34 @@ class ChatLines:
         for answer in self._answers:
             answer.stop()
         return True
+
+    def _run(self, command: str, rest: str) -> None:
+        """Run a command, given the text after its name."""
+        match command:
+            case "adapter":
+                self._chat.adapter = self._chat.adapter_named(rest)
+            case "adapters":
+                for name in self._chat.names:
+                    card = self._chat.engine.store.cards.get(name)
+                    about = card.describe() if card else self._chat.base_names[-1]
+                    console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
+            case "compare":
+                self._compare(rest)
+            case "image":
+                self._chat.attach(rest)
+                console.echo(f"{rest}: shown with the next question")
+            case "load":
+                self._load(rest)
+            case "system":
+                self._chat.system = rest or None
+                console.echo("the system prompt is set" if rest else "there is no system prompt now")
+            case "reset":
+                self._chat.reset()
+                console.echo("the conversation is empty")
+            case "help":
+                width = max(len(usage) for usage, *_ in COMMANDS.values())
+                for usage, words, _ in COMMANDS.values():
+                    console.echo(f"{usage:{width}}  {words}")
 
     def _compare(self, rest: str) -> None:
         names = []
@@ -255,19 +282,6 @@ class ChatLines:
         if answer.finish == "length" and answer.cut_by_context:
             console.echo("(the answer ends here because the model's context is full; /reset empties the conversation)")
 
-    def _adapter(self, name: str) -> None:
-        self._chat.adapter = self._chat.adapter_named(name)
-
-    def _list(self, rest: str) -> None:
-        for name in self._chat.names:
-            card = self._chat.engine.store.cards.get(name)
-            about = card.describe() if card else self._chat.base_names[-1]
-            console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
-
-    def _image(self, rest: str) -> None:
-        self._chat.attach(rest)
-        console.echo(f"{rest}: shown with the next question")
-
     def _load(self, rest: str) -> None:
         try:
             name, source = named_source("/load", rest)
@@ -278,19 +292,6 @@ class ChatLines:
         except Stopped:
             raise self._chat.engine.failed() from None
         console.echo(f"{name}: {card.describe()}; type /adapter {name} to use it")
-
-    def _system(self, text: str) -> None:
-        self._chat.system = text or None
-        console.echo("the system prompt is set" if text else "there is no system prompt now")
-
-    def _reset(self, rest: str) -> None:
-        self._chat.reset()
-        console.echo("the conversation is empty")
-
-    def _help(self, rest: str) -> None:
-        width = max(len(usage) for usage, *_ in self._commands.values())
-        for usage, words, *_ in self._commands.values():
-            console.echo(f"{usage:{width}}  {words}")
 
 
 # The conversation: turns + question -> the adapter's chat template -> tokens -> engine -> ChatAnswer -> turns

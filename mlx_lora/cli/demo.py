@@ -7,11 +7,12 @@ python -m mlx_lora demo --out somewhere --force
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.demo import ITERS, OUT, Demo, DemoScreen, run_demo
+from mlx_lora.api.demo import ITERS, OUT, run_demo
 
 
 @click.command(cls=flags.ShortCommand)
@@ -25,9 +26,9 @@ from mlx_lora.api.demo import ITERS, OUT, Demo, DemoScreen, run_demo
 @click.option("--model", default=None, help="Another chat model instead of SmolLM2-135M: hub id, folder or .gguf file.")
 @click.option("--iters", type=click.IntRange(min=1), default=ITERS, show_default=True, help="Optimizer steps.")
 @click.option("--force", is_flag=True, help="Train again if --out already holds a demo's run.")
-def main(out: Path, model: str | None, iters: int, force: bool) -> int:
+def main(**given: Any) -> int:
     """Train a small model to answer in verse, and show its answers before and after (two to six minutes on two CPU cores).
 
     To continue a demo that was interrupted, start it again with the same --out.
     """
-    return run_demo(Demo(out, model, iters, force), DemoScreen())
+    return run_demo(**given)

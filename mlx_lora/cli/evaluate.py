@@ -20,7 +20,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,23 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
-from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
-from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
-from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
+from mlx_lora.api.evaluate import (
+    CHAT,
+    TEXT,
+    EvaluationRequest,
+    TasksRequest,
+    check_evaluation,
+    check_tasks,
+    compares,
+    measure_forgetting,
+    measure_loss,
+    measure_tasks,
+    settings_of_run,
+    verdict_rows,
+    with_settings_of_run,
+    with_settings_of_runs,
+    write_page,
+)
 from mlx_lora.api.texts import measure_embeddings
 from mlx_lora.cli import PAGES
 from mlx_lora.config.fields import flag_of
@@ -44,9 +57,10 @@ from mlx_lora.engine.adapter_store import adapter_sources
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
-from mlx_lora.reports.diagnosis import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
+    class_rows,
+    confusion_rows,
     keep_evaluation,
     loss_words,
     read_report,
@@ -139,8 +153,9 @@ def main(
         general = {name: source for name, source in general.items() if source}
         more = [resolve_adapter(flags.adapter_source(one)) for one in only["against"]]
         settings = settings_of_run(folder, given) if held_out else with_settings_of_run(settings, given, folder)
-        asked = ForgettingRequest(settings.data, general, adapter.ignore_fingerprint, batch_tokens, held_out)
-        return _forgetting(settings, [folder, *(one for one in more if one)], asked, page, as_json)
+        against = [one for one in more if one]
+        asked = EvaluationRequest(folder, against, general, adapter.ignore_fingerprint, batch_tokens, 0, held_out)
+        return _forgetting(settings, asked, page, as_json)
     facts = {"adapter_path": adapter.adapter_path, "data": settings.data.data}
     if settings.objective.objective == "embed":
         base = load_base(settings.model)
@@ -158,7 +173,7 @@ def main(
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=not dividing_flag(settings.loop))
-        asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
+        asked = EvaluationRequest(folder, (), {}, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
         result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
             facts = {**result, **facts, "data": settings.data.data}
@@ -166,6 +181,12 @@ def main(
             if "loss" in facts:
                 _keep(facts | {"held_out": held_out}, folder, page)
     return 130 if result.get("partial") else 0
+
+
+def _write(page: Path, write: Callable[..., None], facts: dict[str, Any]) -> None:
+    """Write the page of --report."""
+    write(page, facts, this_command(), device.current_device().header())
+    console.echo(f"page   {page}")
 
 
 def print_retrieval(found: dict[str, Any], compared: bool) -> None:
@@ -182,8 +203,7 @@ def print_retrieval(found: dict[str, Any], compared: bool) -> None:
 def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:
     """Write the page of --report, and keep whole results in the folder of the adapter's run, with its report page."""
     if page is not None:
-        write_evaluation_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_evaluation_page, facts)
     if adapter is None or "base_loss" not in facts or facts["partial"] or not (adapter / "run.yaml").is_file():
         return
     if lock_holder(adapter) is not None:
@@ -198,16 +218,13 @@ def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> Non
         console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
 
 
-def _forgetting(
-    settings: TrainSettings, adapters: list[Path], asked: ForgettingRequest, page: Path | None, as_json: bool
-) -> int:
+def _forgetting(settings: TrainSettings, asked: EvaluationRequest, page: Path | None, as_json: bool) -> int:
     """Measure and print what adapters made the model forget, and return the exit code."""
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        facts = measure_forgetting(base, adapters, replace(asked, stopped=stopped)) | {"partial": stopped()}
+        facts = measure_forgetting(settings.data, base, replace(asked, stopped=stopped)) | {"partial": stopped()}
     if page is not None and facts["sets"]:
-        write_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_page, facts)
     if as_json:
         console.print_json(facts)
     elif facts["sets"]:
@@ -360,7 +377,6 @@ def tasks_command(
         found = measure_tasks(base, replace(asked, stopped=stopped), known)
     facts = found.to_dict() | {"model": base.model_id, "seconds": round(time.monotonic() - begun, 3)}
     if page is not None:
-        write_task_page(page, facts, this_command(), device.current_device().header())
-        console.echo(f"page   {page}")
+        _write(page, write_task_page, facts)
     console.print_json(facts) if as_json else click.echo(flags.render(PAGES / "scores.txt", vars(found)))
     return 0

@@ -9,6 +9,7 @@ python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused -
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, 
     given = {"--compensate": fused.rounding.compensate, "--bits-budget": fused.rounding.budget is not None}
     console.echo(f"{out}: {words(summary, gain, tuple(flag for flag, is_given in given.items() if is_given))}")
     if as_json:
-        measured = gain.facts() if gain else NOT_MEASURED
+        measured = {**asdict(gain), "kept": gain.kept} if gain else NOT_MEASURED
         console.print_json(
             {"out": str(out), "model": fused.model_id, "adapter_path": adapter.adapter_path, **summary, **measured}
         )

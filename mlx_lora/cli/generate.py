@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.base import TextSettings, text_pieces
+from mlx_lora.api.base import TextSettings, image_answer_pieces, text_pieces
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.data.chat_template import own_template
@@ -74,8 +74,6 @@ def main(
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
-            from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
-
             data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
             pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
         else:

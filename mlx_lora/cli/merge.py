@@ -14,7 +14,7 @@ import click
 
 from mlx_lora.adapters.merge import ALIASES, COMBINATIONS, SIGNS, MergeSettings
 from mlx_lora.api import options as flags
-from mlx_lora.api.merge import check_out, check_weights, merge_adapters
+from mlx_lora.api.fuse import check_out, check_weights, merge_adapters
 from mlx_lora.cli.evaluate import print_table
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options

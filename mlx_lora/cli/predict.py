@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.api.texts import data_columns, example_of, load_scorer, predicted_records
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.examples import Fields

@@ -53,7 +53,7 @@ def main(
     }
     settings = train_settings(given, content)
     amount = read_budget(budget)
-    from mlx_lora.api.sweep import SweepJob  # slow to import, and --help does not need it
+    from mlx_lora.api.train import SweepJob  # slow to import, and --help does not need it
     from mlx_lora.reports.sweep_page import advice
     from mlx_lora.trainer.progress import LiveProgress
     from mlx_lora.trainer.sweep import Interrupted

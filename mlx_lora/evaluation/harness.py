@@ -36,14 +36,13 @@ from mlx_lora.compat.foreign import BARS, LOAD_YAML
 from mlx_lora.compat.functions import exchanged
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
-from mlx_lora.evaluation.paired import Answered, ModelScore, TaskResults, TaskScore, compare_weighted
+from mlx_lora.evaluation.paired import MOST_QUESTION, Answered, ModelScore, TaskResults, TaskScore, compare_weighted
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.generator import Sampling
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest
 
 NEW_TOKENS = 256  # of an answer, where a task does not say, as in lm-eval
-MOST_QUESTION = 2000  # characters of a question that are shown
 SEED, FEWSHOT_SEED = 0, 1234  # lm-eval's own
 NO_FILTER = "none"
 NUMBERS = (bool, int, float, np.number)
@@ -92,7 +91,10 @@ def run_tasks(
                 np.random.set_state(random_streams[1])
     measured, by_task = TaskResults(), {}
     for name, task in loaded["tasks"].items():
-        rows = {model: _by_row(result["samples"][name]) for model, result in found.items()}
+        rows: dict[str, dict[int, dict[str, Mapping[str, Any]]]] = {model: {} for model in found}  # by row and filter
+        for model, result in found.items():
+            for sample in result["samples"][name]:
+                rows[model].setdefault(sample["doc_id"], {})[sample["filter"]] = sample
         for key in (key for key in found[BASE]["results"][name] if "," in key and "_stderr," not in key):
             metric, _, kind = key.partition(",")
             values = {model: [row[kind][metric] for row in own.values()] for model, own in rows.items()}
@@ -367,14 +369,6 @@ class HarnessModel(TemplateLM):
 
 
 # What lm-eval found
-
-
-def _by_row(samples: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Mapping[str, Any]]]:
-    """Return lm-eval's samples by row and filter."""
-    rows: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for sample in samples:
-        rows.setdefault(sample["doc_id"], {})[sample["filter"]] = sample
-    return rows
 
 
 def _answers(task: Any, rows: Mapping[str, dict[int, dict[str, Mapping[str, Any]]]]) -> list[Answered]:

@@ -1,4 +1,8 @@
-"""Score answers to a user's rows: metrics by name, and functions of a user's file.
+"""Let models answer the rows of a user's file, and score the answers: by metrics, by functions of the user's, by another model.
+
+Rows are read as those of a run that samples answers (data/prompts.py): chats up to the last answer, prompts, or questions,
+with the record's own answer as what is expected. Each model is asked with its own chat template, and all answer in one
+batch.
 
     exact_match      the answer is the expected one, but for white space around it
     number_match     its last number is that of the expected answer
@@ -12,6 +16,15 @@
 
 A metric gives each answer a number, or None where a row has nothing to compare with; such rows are left out and counted.
 All of them that rewards have too are the functions of rewards (rollouts/rewards.py).
+
+Another local model, the judge, says which of two answers is better. It reads question and both answers in its chat template, and
+is not asked to write: the log-probabilities of "A" and "B" as its next word are compared, so each question costs one batch row and
+always has an answer. A small judge often prefers the first answer, or the second, whatever they are. So each pair is asked in both
+orders, an answer wins if it is preferred in both, and all else is a tie. How often the two orders agree is reported; a judge with
+low agreement says little. If all of this is longer than the judge's context, the answers and the expected one are cut at their
+ends, all at the same length, and the question stays whole. Where it alone leaves no room for them, the pair is not judged.
+
+Source: Zheng et al., arXiv 2306.05685, section 3.4 (position bias, swapping).
 """
 
 from __future__ import annotations
@@ -20,15 +33,34 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from mlx_lora.rollouts.environment import Said
+import jinja2
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.chat_template import chat_tokens, own_template
+from mlx_lora.data.examples import Conversation
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.tool_turns import ToolTurns
+from mlx_lora.evaluation.models import BASE, Models, Scored, TextRequest, Written
+from mlx_lora.evaluation.paired import (
+    FEWEST_ROWS,
+    MOST_QUESTION,
+    Answered,
+    Comparison,
+    ModelScore,
+    TaskResults,
+    TaskScore,
+    score_interval,
+)
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.rollouts.environment import CallReader, Said
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
 from mlx_lora.rollouts.user_code import FAILURES, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.text import closest
+from mlx_lora.utils.text import closest, counted
 
 WORD = re.compile(r"[^\W_]+")
 TOOLS = "tool_calls"
@@ -292,3 +324,284 @@ def _allowed(schema: Mapping[str, Any], value: Any) -> bool:
     if isinstance(value, list) and isinstance(schema.get("items"), dict):
         return all(_allowed(schema["items"], one) for one in value)
     return True
+
+
+# Answers
+
+
+def answer_rows(
+    models: Models,
+    data: DataSettings,
+    metrics: Sequence[Metric],
+    max_tokens: int = 256,
+    limit: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[list[AskedRow], dict[str, list[ModelAnswer]]]:
+    """Let all models answer all rows, and return the rows, and each model's answers to them.
+
+    Args:
+        models: a base and adapters.
+        data: file, and how it is read.
+        metrics: that will be taken; those of tools need a chat template that shows tools.
+        max_tokens: of an answer.
+        limit: rows, from the first on; None: all.
+        stopped: asked before each step whether to end.
+
+    Raises:
+        InputError: the data cannot be read, has no prompts, or has nothing that a metric compares with.
+        KeyboardInterrupt: it was stopped.
+    """
+    base, sets, readers, prompts = models.base, {}, {}, []
+    tokenizer, own = base.hf_tokenizer, base.hf_tokenizer.chat_template
+    for name in models.names:
+        template = None if data.chat_template else models.templates[name]
+        if template not in sets:
+            tokenizer.chat_template = own if template is None else template
+            try:
+                rows = load_eval_set(data.data or "", data, tokenizer, "prompts")
+            finally:
+                tokenizer.chat_template = own
+            check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+            sets[template] = rows.select(range(min(rows.examples, limit))) if limit else rows
+        asked = [tuple(sets[template].row(number)[0].tolist()) for number in range(len(sets[template]))]
+        prompts += [TextRequest(name, tokens, max_tokens, special=True) for tokens in asked]
+        used = template if template is not None else data.chat_template or own_template(tokenizer)
+        readers[name] = None
+        if used is not None and any(metric.name == TOOLS for metric in metrics):
+            turns = ToolTurns(tokenizer, used, frozenset(base.tokenizer.eos_token_ids))
+            try:
+                readers[name] = CallReader.of(turns)
+            except InputError as error:  # the template shows no tools, or its form is not known
+                raise InputError(f"--metric {TOOLS}: {error}") from None
+    counts = {len(rows) for rows in sets.values()}
+    if len(counts) > 1:
+        raise InputError(
+            f"--data {data.data}: {' and '.join(map(str, sorted(counts)))} rows fit --max-seq-length by the models' "
+            "chat templates; raise it, or give one with --chat-template"
+        )
+    rows = []
+    for fact in next(iter(sets.values())).facts or []:
+        example, calls, tools = fact["example"], None, ()
+        if isinstance(example, Conversation):
+            tools, last = tuple(example.tools or ()), example.messages[-1]
+            calls = last.get("tool_calls", []) if tools or "tool_calls" in last else None
+        rows.append(AskedRow(fact["prompt"], fact["chat"], fact["columns"], calls, tools))
+    for metric in metrics:
+        if not any(map(metric.applies, rows)):
+            raise InputError(
+                f"--metric {metric.name}: no row has what it compares with; docs/is-my-model-better.md says what it needs"
+            )
+    written = iter(models.texts(prompts, stopped))
+    return rows, {name: [_answer(base, readers[name], row, next(written)) for row in rows] for name in models.names}
+
+
+def score_rows(
+    name: str, rows: Sequence[AskedRow], answers: Mapping[str, list[ModelAnswer]], metrics: Sequence[Metric]
+) -> TaskResults:
+    """Return the scores of answers.
+
+    Args:
+        name: of the rows.
+        rows, answers: from `answer_rows`.
+        metrics: to take.
+
+    Raises:
+        RunError: a user's function failed.
+    """
+    measured = TaskResults()
+    shown: list[dict[str, dict[str, float]]] = [{} for _ in rows]
+    for metric in metrics:
+        taken = {model: metric.of(rows, own) for model, own in answers.items()}
+        for part in next(iter(taken.values())):
+            values = {model: own[part] for model, own in taken.items()}
+            known = [at for at in range(len(rows)) if all(own[at] is not None for own in values.values())]
+            if not known:
+                measured.notes.append(f"{part}: no row can be compared")
+                continue
+            of_known = {model: [float(own[at] or 0) for at in known] for model, own in values.items()}
+            measured.scores.append(TaskScore.of(name, part, of_known))
+            if len(known) < len(rows):
+                measured.notes.append(f"{part}: of {len(known)} of {len(rows)} rows; the others cannot be compared")
+            for place, at in enumerate(known):
+                shown[at][part] = {model: own[place] for model, own in of_known.items()}
+    measured.answers[name] = [
+        Answered(question_text(row), expected_text(row), {m: own[at].text for m, own in answers.items()}, shown[at])
+        for at, row in enumerate(rows)
+    ]
+    return measured
+
+
+def question_text(row: AskedRow) -> str:
+    """Return a row's question as a person reads it: the last turn, with those before it if there are several."""
+    if isinstance(row.prompt, str):
+        text = row.prompt
+    else:
+        turns = [f"{turn['role']}: {turn['content']}" for turn in row.prompt]
+        text = str(row.prompt[-1]["content"]) if len(turns) == 1 else "\n".join(turns)
+    return text if len(text) <= MOST_QUESTION else "… " + text[-MOST_QUESTION:]
+
+
+def expected_text(row: AskedRow) -> str:
+    """Return the expected answer as text, with the calls that it makes."""
+    answer = row.columns.get("answer")
+    calls = [f"→ {one['function']['name']} {one['function']['arguments']}" for one in row.calls or ()]
+    return "\n".join(filter(None, ["" if answer is None else str(answer), *calls]))
+
+
+def _answer(base: Base, reader: CallReader | None, row: AskedRow, written: Written) -> ModelAnswer:
+    text = str(base.hf_tokenizer.decode(list(written.tokens), skip_special_tokens=True)).strip()
+    if reader is None:
+        return ModelAnswer(text, written.tokens, Said(text))
+    said = replace(reader, turns=replace(reader.turns, tools=row.tools))(written.tokens)
+    calls = [f"→ {call['name']} {call['arguments']}" for call in said.calls]
+    return ModelAnswer("\n".join(filter(None, [said.content, *calls])), written.tokens, said)
+
+
+# The judge
+
+QUESTION = """Here are a question and two answers to it, A and B.{reference}
+
+[Question]
+{question}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Which answer is better: more correct, more helpful, and to the point? Reply with one letter, A or B."""
+REFERENCE = "\nA correct answer, to compare with:\n\n[Reference]\n{expected}"
+MOST_CHARACTERS = 6000  # of each text
+LEAST_CHARACTERS = 100  # to which an answer is cut
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """A question with the base's answer and an adapter's, and the expected answer, empty if there is none."""
+
+    question: str
+    base: str
+    other: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge said of pairs.
+
+    Attributes:
+        wins: of the adapter's answer.
+        losses: of it.
+        rows: all pairs but those that do not fit; the others are ties.
+        asked: pairs whose answers differ; the others were not asked.
+        agreed: of these, in which both orders prefer the same answer.
+        verdicts: of each pair, 1, 0 (a tie) or -1; None if it does not fit the judge's context.
+        shortened: pairs whose answers were cut.
+    """
+
+    wins: int
+    losses: int
+    rows: int
+    asked: int
+    agreed: int
+    verdicts: tuple[int | None, ...]
+    shortened: int = 0
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of asked pairs in which both orders agree; None if none was asked."""
+        return self.agreed / self.asked if self.asked else None
+
+    def notes(self, judge: str, adapter: str) -> list[str]:
+        """Return what is said of the verdicts, in lines."""
+        ties = self.rows - self.wins - self.losses
+        words = f"judge {judge}, {adapter} against base: {self.wins} wins, {self.losses} losses, {ties} ties"
+        if self.agreement is not None:
+            words += f"; both orders agree on {self.agreement:.0%} of {self.asked} pairs"
+            words += " (below two thirds, do not rely on it)" if self.agreement < 2 / 3 else ""
+        cut = f"answers of {counted(self.shortened, 'pair')} were cut" if self.shortened else ""
+        lost = f"{counted(len(self.verdicts) - self.rows, 'pair')} could not be judged" if None in self.verdicts else ""
+        found = " and ".join(filter(None, (cut, lost)))
+        return [words] + (
+            [f"judge {judge}: {found}, to fit its context; choose one with a longer context"] if found else []
+        )
+
+    def score(self, task: str, judge: str, adapter: str) -> TaskScore:
+        """Return the shares of wins as a score: of the base those that the adapter lost."""
+        difference = (self.wins - self.losses) / max(1, self.rows)
+        few = self.rows < FEWEST_ROWS
+        low, high = (-float("inf"), float("inf")) if few else score_interval(self.wins, self.losses, self.rows)
+        scores = {}
+        for name, count in ((BASE, self.losses), (adapter, self.wins)):
+            share = count / max(1, self.rows)
+            scores[name] = ModelScore(share, (share * (1 - share) / max(1, self.rows - 1)) ** 0.5)
+        compared = {adapter: Comparison(difference, low, high, self.rows)}
+        return TaskScore(task, f"judge {judge}", True, self.rows, scores, {**compared})
+
+
+def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[], bool] = lambda: False) -> Judged:
+    """Let a model judge pairs of answers.
+
+    Args:
+        judge: its base alone is asked.
+        pairs: with different or equal answers; equal ones are ties.
+        stopped: asked before each batch whether to end.
+
+    Raises:
+        InputError: the judge has no chat template.
+        KeyboardInterrupt: it was stopped.
+    """
+    # The tokens of the two letters, as an answer begins with them.
+    letters = [judge.base.hf_tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in "AB"]
+    verdicts: list[int | None] = [0] * len(pairs)
+    asked: list[Scored] = []
+    differing, shortened = [], 0
+    for number, pair in enumerate(pairs):
+        if pair.base.strip() == pair.other.strip():
+            continue
+        contexts, cut = _contexts(judge, pair)
+        if not contexts:
+            verdicts[number] = None
+            continue
+        differing.append(number)
+        shortened += cut
+        asked += [Scored(BASE, context, (letter,)) for context in contexts for letter in letters]
+    found, agreed = judge.log_likelihoods(asked, stopped), 0
+    for at, number in enumerate(differing):
+        one, two, three, four = (likelihood.total for likelihood in found[4 * at : 4 * at + 4])
+        # Whether the adapter's answer is preferred: 1, -1, or 0, as logits of 16 bits are often equal.
+        first_order, second_order = ((own > other) - (own < other) for own, other in ((two, one), (three, four)))
+        if first_order == second_order != 0:
+            agreed += 1
+            verdicts[number] = first_order
+    wins, losses = verdicts.count(1), verdicts.count(-1)
+    rows = len(pairs) - verdicts.count(None)
+    return Judged(wins, losses, rows, len(differing), agreed, tuple(verdicts), shortened)
+
+
+def _contexts(judge: Models, pair: AnswerPair) -> tuple[list[tuple[int, ...]], bool]:
+    """Return what the judge reads in both orders, nothing if it does not fit its context, and whether answers were cut for it."""
+    most, cut = min(MOST_CHARACTERS, max(map(len, (pair.base, pair.other, pair.expected)))), False
+    while True:
+        orders = ((pair.base, pair.other), (pair.other, pair.base))
+        contexts = [_context(judge, pair, *order, most) for order in orders]
+        if max(map(len, contexts)) <= judge.context_tokens:
+            return contexts, cut
+        if most <= LEAST_CHARACTERS:
+            return [], False
+        most, cut = max(LEAST_CHARACTERS, most * 3 // 4), True
+
+
+def _context(judge: Models, pair: AnswerPair, first: str, second: str, most: int) -> tuple[int, ...]:
+    """Return what the judge reads: the question, and at most so many characters of each other text."""
+    template = judge.templates[BASE]
+    if template is None:
+        raise InputError(f"--judge {judge.base.model_id}: it has no chat template; choose an instruction-tuned model")
+    cut = {"question": pair.question[:MOST_CHARACTERS], "first": first[:most], "second": second[:most]}
+    reference = REFERENCE.format(expected=pair.expected[:most]) if pair.expected else ""
+    message = {"role": "user", "content": QUESTION.format(reference=reference, **cut)}
+    try:
+        return tuple(chat_tokens(judge.base.hf_tokenizer, [message], template))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"--judge {judge.base.model_id}: its chat template refuses the question ({error})") from None

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.forgetting import badges
+from mlx_lora.api.evaluate import badges
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
 from mlx_lora.config.objectives import row_of

@@ -20,8 +20,7 @@ from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.right import is_right, normalized
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts
-from mlx_lora.reports.diagnosis import MODELS, MOST_ALIKE
-from mlx_lora.reports.run_report import Sample
+from mlx_lora.reports.run_report import MODELS, MOST_ALIKE, Sample
 from mlx_lora.trainer.callbacks import before_answer, greedy_text, row_answer, whole_words
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import tracked
@@ -122,7 +121,7 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
     """
     base, found = ctx.base, []
     asked = ctx.settings.objective
-    if not asked.row.of_answers or asked.images or not ctx.settings.loop.sample_tokens:
+    if not asked.row.of_answers or asked.images:
         return []
     own = _trained(base, data.train) if ctx.settings.data.mask_prompt else []
     given = [n for n in range(len(data.asked)) if row_answer(data.asked, n)] if data.asked is not None else []

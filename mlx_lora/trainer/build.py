@@ -23,12 +23,12 @@ from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
+from mlx_lora.trainer.evaluate import choose_held_out, measured_batches
 from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan, with_examples
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing, chunk_positions
 from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run, shared_work
-from mlx_lora.trainer.held_out import choose_held_out, measured_batches
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import BoundObjective, RunContext
-    from mlx_lora.trainer.held_out import HeldOutBatches
+    from mlx_lora.trainer.evaluate import HeldOutBatches
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,21 @@ from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.generator import TokenSteps, held_weights
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.reports.diagnosis import CLASSES_FILE, add_classes, begin_lines
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
+    CLASSES_FILE,
     REPORT_FILE,
+    ROWS_FILE,
     RunReport,
     Sample,
     add_answers,
+    add_classes,
+    add_rows,
+    begin_lines,
     first_and_kept,
     read_answers,
 )
 from mlx_lora.trainer.adapter import first_qat_step
-from mlx_lora.trainer.evaluate import ROWS_FILE, RowsFile
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.trainer.run_folder import run_of_checkpoint
 from mlx_lora.utils import console, device
@@ -603,14 +606,14 @@ def reporting(
     resumed_at = folder.at.taken if run.found else None
     metrics = MetricsFile(folder.path / "metrics.jsonl", resumed_at)
     begin_lines(folder.path / CLASSES_FILE, resumed_at)
-    rows = RowsFile(folder.path / ROWS_FILE, resumed_at)
+    begin_lines(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
         page.begin_answers(resumed_at)
     progress = show(run.steps) if show else PlainProgress(run.steps)
 
     def report(record: Metrics) -> None:
         metrics(record)
-        rows(record.step, record.rows)
+        add_rows(folder.path / ROWS_FILE, record.step, record.rows)
         progress.report(record)
         told.tell("on_report" if record.val_loss is None else "on_validation", record.to_flat())
         answered(record)
@@ -624,7 +627,6 @@ def reporting(
     finally:
         progress.close()
         metrics.close()
-        rows.close()
 
 
 def leave_card(folder: Path, base: Base, info: AdapterInfo) -> None:

@@ -24,8 +24,8 @@ from mlx_lora.config.sweep import PAGE_FILE, SWEEP_FILE, TRIALS, Candidate, Rung
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.reports.run_report import ROWS_FILE
 from mlx_lora.reports.sweep_page import write_page
-from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.request import check_request
 from mlx_lora.trainer.run_folder import CHECKPOINTS, remove_results
 from mlx_lora.trainer.several_runs import check_trials

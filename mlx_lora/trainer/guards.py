@@ -31,7 +31,6 @@ import mlx.core as mx
 from mlx_lora.data.batch import Batch, split_rows
 from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.files import cache_dir, replacing_file
-from mlx_lora.utils.progress import told_display
 from mlx_lora.utils.supervise import SUPERVISOR
 from mlx_lora.utils.text import words_of
 
@@ -66,8 +65,6 @@ def interrupt_flag(words: str = WORDS) -> Iterator[Callable[[], bool]]:
                 signal.signal(each, signal.SIG_DFL)
             raise KeyboardInterrupt
         seen.append(number)
-        if told_display(words):
-            return
         try:
             # os.write, not print: a handler may run in the middle of another write to the same stream.
             os.write(2, f"\n{words}\n".encode())

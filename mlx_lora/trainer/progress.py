@@ -62,7 +62,7 @@ class Metrics:
         elapsed_s: since the first step.
         reports: the numbers that the objective reports besides the loss, as means over its examples; in metrics.jsonl
             each has a key of its own.
-        rows: the loss of each held-out row, which a file of its own takes (`evaluate.RowsFile`); None: no such validation.
+        rows: the loss of each held-out row, which a file of its own takes (reports/run_report.py); None: no such validation.
     """
 
     step: int

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.trainer.guards import LOSS
 from mlx_lora.trainer.run_folder import continues_here, holds_adapter
-from mlx_lora.trainer.validation_task import check_task
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 
@@ -28,8 +28,11 @@ def check_request(
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     objective_of(settings.objective).check(settings.objective, functions or {})
-    check_task(settings)
     loop, trains = settings.loop, wants_training(settings)
+    if loop.metric_for_best_model != LOSS or settings.data.ask or loop.eval_tasks:
+        from mlx_lora.trainer.validation_task import check_task  # few runs need it
+
+        check_task(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     if settings.objective.row.taught:
         del needed["--data"]  # without it, the model writes the prompts itself

@@ -18,18 +18,16 @@ from mlx_lora.objectives.table import check_kind, objective_of, with_pictures
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
-from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, RunPage, leave_card, logger_callbacks, reporting
 from mlx_lora.trainer.checkpoint import take_first_ranks
+from mlx_lora.trainer.evaluate import held_out_loss
 from mlx_lora.trainer.fit import READ_WORDS, choose_strategy, may_read_base, strategy_of
 from mlx_lora.trainer.guards import Diverged, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
-from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.request import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
-from mlx_lora.trainer.validation_task import scorer_of
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.progress import waiting
@@ -207,7 +205,11 @@ def _reported(
     device.wire_working_set()
     strategy.bound_memory(memory.peak_bytes)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
-    score = scorer_of(run)
+    scored: dict[str, Any] = {}
+    if settings.loop.eval_tasks:
+        from mlx_lora.trainer.validation_task import scorer_of  # few runs need it
+
+        scored["score"] = scorer_of(run)
     page = None
     if strategy.ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -226,7 +228,7 @@ def _reported(
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 on_step = qat_from(settings.adapter, base.model, run.steps, at, shown)
-                hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch, **scored)
                 ends_from = first_qat_step(settings.adapter.qat, run.steps) or 0
                 trainer = Trainer(run.ctx, step, run.bound, run.plan, run.validation, hooks, at, guard, ends_from)
                 with interrupt_flag() if signaled is None else nullcontext(signaled) as trainer.signaled:
@@ -239,7 +241,10 @@ def _reported(
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
+        asks = settings.loop.sample_tokens and strategy.ranks.size == 1 and not folder.info.scores
+        if asks and not outcome.interrupted:
+            from mlx_lora.trainer.ask import ask_run  # a run without texts needs none of it
+
             page.report.answers = ask_run(run.ctx, data)
         page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)

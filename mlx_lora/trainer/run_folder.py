@@ -43,8 +43,7 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.reports.diagnosis import CLASSES_FILE
-from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
+from mlx_lora.reports.run_report import ANSWERS_FILE, CLASSES_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE, ROWS_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
     differences,
@@ -59,7 +58,6 @@ from mlx_lora.trainer.checkpoint import (
     thin_out,
     write_checkpoint,
 )
-from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.guards import LOSS, Diverged, Position, score_words
 from mlx_lora.utils.errors import InputError, RunError, describe_gpu_failure
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder

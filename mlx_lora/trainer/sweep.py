@@ -3,7 +3,7 @@
     trials = trials_of(settings, candidates, seeds, folder / TRIALS)
     Sweep(folder, SweepState(asked, candidates), trials, rungs(len(candidates), seeds, budget)).choose(base)
 
-The whole job, with the winner's own run and the page, is api/sweep.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
+The whole job, with the winner's own run and the page, is api/train.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
 Trials are compared on the held-out rows, which are the same for all trials of a seed: by their loss, or by --metric-for-best-model. Runs that are computed together are rounded together,
 so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
 each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
@@ -39,8 +39,7 @@ from mlx_lora.config.sweep import (
 )
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
-from mlx_lora.reports.diagnosis import compared_validations, rounding_begins
-from mlx_lora.reports.run_report import read_facts, read_records
+from mlx_lora.reports.run_report import compared_validations, read_facts, read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.fit import outlined_shape, shared_shapes
 from mlx_lora.trainer.guards import LOSS, TASK
@@ -168,7 +167,7 @@ def score_of(trial: Trial, until: int) -> Score:
         raise NothingHeldOut
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     if used["keep_best"]:
-        rounded_from = rounding_begins(records, used, read_facts(trial.folder).get("rounded_from"))
+        rounded_from = read_facts(trial.folder).get("rounded_from") or 0
         validations = compared_validations(validations, rounded_from)
     metric = trial.settings.loop.metric_for_best_model
     scores = [

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import BoundObjective, RunContext
-    from mlx_lora.trainer.held_out import HeldOutBatches
+    from mlx_lora.trainer.evaluate import HeldOutBatches
     from mlx_lora.trainer.step import Step, StepResult
 
 log = logging.getLogger(__name__)

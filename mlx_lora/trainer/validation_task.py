@@ -40,9 +40,6 @@ USUAL_METRIC = "exact_match"  # of a file of rows
 # The flags of `evaluate`, in errors -> those of a run.
 FLAGS = {"--tasks": "--eval-tasks", "--data": "--eval-tasks", "--metric": "--eval-metric"}
 
-Scorer = Callable[[Callable[[], bool]], dict[str, float]]
-"""Takes what is asked whether to end, and returns numbers of a validation; none if it was ended."""
-
 
 def has_rows(asked: str) -> bool:
     """Return whether --eval-tasks names a file of rows, and not a task of lm-eval."""
@@ -91,15 +88,14 @@ def check_task(settings: TrainSettings) -> None:
             metric_of(loop.eval_metric or USUAL_METRIC)
 
 
-def scorer_of(run: BuiltRun) -> Scorer:
-    """Return what adds numbers to a run's validations; nothing without --eval-tasks.
+def scorer_of(run: BuiltRun) -> ValidationTask:
+    """Return what adds the score of --eval-tasks to a run's validations.
 
     Raises:
         InputError: the run has no held-out rows, or its base is divided among processes.
     """
-    asked = run.ctx.settings.loop.eval_tasks
-    if asked is None:
-        return lambda stopped: {}
+    loop = run.ctx.settings.loop
+    asked = loop.eval_tasks or ""
     refuse(
         {
             f"--eval-tasks {asked}: it is scored at validations, and there are no held-out rows; give a validation file, or "
@@ -109,7 +105,6 @@ def scorer_of(run: BuiltRun) -> Scorer:
             ),
         }
     )
-    loop = run.ctx.settings.loop
     metric = loop.eval_metric or (USUAL_METRIC if has_rows(asked) else "its own metric")
     log.info(f"Task: {asked}, {metric} of at most {counted(loop.eval_rows, 'row')}, at each validation")
     return ValidationTask(run.ctx, asked)
@@ -159,8 +154,7 @@ class ValidationTask:
         if self._models is None:
             self._models = Models(self.ctx.base, {}, False, DEFAULT_BATCH_TOKENS)
         if has_rows(self.asked):
-            from mlx_lora.evaluation.metrics import metric_of
-            from mlx_lora.evaluation.own_rows import answer_rows, score_rows
+            from mlx_lora.evaluation.metrics import answer_rows, metric_of, score_rows
 
             metrics = [metric_of(loop.eval_metric or USUAL_METRIC)]
             data = replace(self.ctx.settings.data, data=self.asked)

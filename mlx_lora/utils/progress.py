@@ -25,35 +25,12 @@ LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
 FIRST_LINE = 1 / 2  # of that: until the first count, so that quick runs leave short logs
 
 T = TypeVar("T")
-_TAKEN: ContextVar[Callable[[str], None] | None] = ContextVar("takes lines for the display on the screen", default=None)
 _AROUND: ContextVar[LongTask | None] = ContextVar("the work that the present one is a part of", default=None)
 
 
 def has_live_display() -> bool:
-    """Tell whether standard error can show a bar: it is a terminal or a notebook's cell, and no display has it already."""
-    return (sys.stderr.isatty() or in_notebook()) and not _TAKEN.get()
-
-
-@contextmanager
-def screen_taken(tell: Callable[[str], None]) -> Iterator[None]:
-    """Show no bars in this block, because a display of its own would be torn by them.
-
-    Args:
-        tell: called with a line that the display is to show; also from a signal handler, so it may only note the line.
-    """
-    token = _TAKEN.set(tell)
-    try:
-        yield
-    finally:
-        _TAKEN.reset(token)
-
-
-def told_display(line: str) -> bool:
-    """Give a line to the display that has the screen, and return whether there is one."""
-    tell = _TAKEN.get()
-    if tell:
-        tell(line)
-    return tell is not None
+    """Tell whether standard error can show a bar: it is a terminal, or a notebook's cell."""
+    return sys.stderr.isatty() or in_notebook()
 
 
 class LongTask:
@@ -185,7 +162,7 @@ def waiting(what: str) -> AbstractContextManager[LongTask]:
 
     A notebook gets lines, because its cell already has a display for the run.
     """
-    return long_task(what, 0, "", live=sys.stderr.isatty() and not _TAKEN.get())
+    return long_task(what, 0, "", live=sys.stderr.isatty())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A person starts this program with `mlx-lora X` where that script is installed, e
 from __future__ import annotations
 
 import difflib
+import os
 import platform
 import resource
 import shlex
@@ -123,6 +124,8 @@ def command_line(words: list[str]) -> str:
     Args:
         words: the command's name, and its arguments.
     """
+    if os.environ.get("UV") and any(part.startswith("archive-v") for part in Path(sys.prefix).parts):
+        return f"uvx {SCRIPT} {shlex.join(words)}"  # in uvx's own environment, which the user's shell does not search
     return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
 
 

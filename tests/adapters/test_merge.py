@@ -17,7 +17,7 @@ import mlx_lora
 from mlx_lora.adapters.inject import adapter_layers, path_key
 from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.merge import COMBINATIONS, AdapterTerm, MergeSettings, add_up, low_rank, merge_layer, prune
-from mlx_lora.api.merge import merge_adapters
+from mlx_lora.api.fuse import merge_adapters
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base

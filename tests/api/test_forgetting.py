@@ -17,10 +17,10 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run, succeeds
 
-from mlx_lora.api.forgetting import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
+from mlx_lora.api.evaluate import GENERAL, TONES, Drift, adapter_names, badges, has_answer, measure_drifts
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.evaluation.token_losses import Readout
+from mlx_lora.evaluation.paired import Readout
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 
@@ -94,7 +94,7 @@ def few_rows(tmp_path_factory):
     for file in GENERAL.glob("*.jsonl"):
         (folder / file.name).write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_lora.api.forgetting.GENERAL", folder)
+        patch.setattr("mlx_lora.api.evaluate.GENERAL", folder)
         yield
 
 
@@ -129,7 +129,7 @@ def adapted(tmp_path_factory):
 def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
     tile_bytes = 4 * TINY["vocab_size"] * 7  # several tiles a batch
-    monkeypatch.setattr("mlx_lora.evaluation.token_losses.loss_tile_bytes", lambda: tile_bytes)
+    monkeypatch.setattr("mlx_lora.evaluation.paired.loss_tile_bytes", lambda: tile_bytes)
     batches = some_batches(TINY["vocab_size"])
     found = drift_of(base, tuned, batches)
     wanted = expected(base.model, tuned.model, batches)

@@ -424,6 +424,9 @@ def test_commands_are_spelled_as_a_person_can_start_them(monkeypatch, tmp_path):
         assert program.this_command() == "mlx-lora train --rank 8"
     monkeypatch.setattr(sys, "orig_argv", ["python", "mine.py", "a b"])
     assert program.this_command() == "python mine.py 'a b'"
+    monkeypatch.setenv("UV", "/somewhere/uv")
+    monkeypatch.setattr(sys, "prefix", "/cache/uv/archive-v0/abc")
+    assert program.command_line(["chat"]) == "uvx mlx-lora chat"
 
 
 def test_the_runs_files_name_the_script(german_run):

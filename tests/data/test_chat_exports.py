@@ -10,7 +10,7 @@ from byte_tokenizer import CHATML, byte_tokenizer
 from refusing import refuses
 from row_files import loaded, row_texts
 
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import chat_exports as chat_sides

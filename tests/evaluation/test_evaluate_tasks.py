@@ -13,9 +13,8 @@ from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
 
 import mlx_lora
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.evaluation.metrics import metric_of
+from mlx_lora.evaluation.metrics import answer_rows, metric_of, score_rows
 from mlx_lora.evaluation.models import BASE, Written
-from mlx_lora.evaluation.own_rows import answer_rows, score_rows
 from mlx_lora.reports.sweep_page import write_task_page
 from mlx_lora.utils.errors import InputError
 

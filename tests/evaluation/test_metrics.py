@@ -11,9 +11,8 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from tiers import by_default
 
-from mlx_lora.evaluation import judge as judging
-from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
-from mlx_lora.evaluation.metrics import AskedRow, ModelAnswer, metric_of, rouge_l
+from mlx_lora.evaluation import metrics as judging
+from mlx_lora.evaluation.metrics import AnswerPair, AskedRow, ModelAnswer, judge_pairs, metric_of, rouge_l
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.evaluation.paired import Comparison, compare, compare_weighted, score_interval, standard_error
 from mlx_lora.rollouts.environment import Said

@@ -15,7 +15,7 @@ from conftest import quantized, tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import by_default
 
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import IMITATION, LABELED, OBJECTIVES, RANKED, SAMPLING, ObjectiveSettings
 from mlx_lora.config.rules import OWNERS

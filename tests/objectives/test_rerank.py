@@ -37,7 +37,7 @@ from mlx_lora.losses.scores import (
 from mlx_lora.models.head import put_score_head
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.reports.diagnosis import of_rankings
+from mlx_lora.reports.run_report import of_rankings
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated.

@@ -20,8 +20,7 @@ from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import SIZES, chats_of, conversation, picture, read_rows, write_rows
 
-from mlx_lora.api import image_answers
-from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.agree import choose_loss
@@ -380,7 +379,7 @@ def test_a_picture_has_the_pixels_that_it_had_in_the_run(trained, model, colors,
     def told(*given):
         raise InputError(f"{given[-1]} pixels")
 
-    monkeypatch.setattr(image_answers, "image_answer_pieces", told)
+    monkeypatch.setattr("mlx_lora.cli.generate.image_answer_pieces", told)
     command = (
         "generate",
         "--model",

@@ -28,7 +28,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, together
 from mlx_lora.parallel.strategy import deal_rows
-from mlx_lora.trainer.evaluate import ROWS_FILE, read_rows_file
+from mlx_lora.reports.run_report import ROWS_FILE, read_rows
 from mlx_lora.trainer.guards import Agreement
 from mlx_lora.trainer.request import check_request
 from mlx_lora.trainer.step import StepResult
@@ -66,7 +66,7 @@ def test_two_processes_take_the_steps_of_one(alone, pair):
     folder, printed = pair
     assert_same_run(alone, folder)
     assert printed.count("steps done") == 1
-    rows = [read_rows_file(path / ROWS_FILE) for path in (alone, folder)]
+    rows = [read_rows(path / ROWS_FILE) for path in (alone, folder)]
     assert [list(of) for of in rows] == [[0, 4, STEPS]] * 2
     for step, one in rows[0].items():
         assert rows[1][step].tokens.tolist() == one.tokens.tolist()

@@ -10,7 +10,7 @@ import pytest
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.reports.diagnosis import (
+from mlx_lora.reports.run_report import (
     AS_BASE,
     LEARNED,
     LITTLE,
@@ -28,10 +28,12 @@ from mlx_lora.reports.diagnosis import (
     counts_of,
     counts_words,
     diagnose,
+    keep_evaluation,
     mending,
+    read_report,
+    tick,
     verdict,
 )
-from mlx_lora.reports.run_report import keep_evaluation, read_report, tick
 from mlx_lora.trainer import ask
 
 WORDS = ("red", "blue", "gold", "pink")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from run_cli import holds
 
-from mlx_lora.reports.diagnosis import class_rows, measured_words
+from mlx_lora.reports.run_report import class_rows, measured_words
 
 MEASURED = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "texts": 2, "predicted": 2}
 ABSENT = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "texts": 0, "predicted": 1}

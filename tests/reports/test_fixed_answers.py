@@ -16,15 +16,17 @@ from resumed_runs import metrics
 from run_cli import run, succeeds
 
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.reports.diagnosis import begin_lines, rollout_charts, verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
     MOST_VALIDATIONS,
     RunReport,
     add_answers,
+    begin_lines,
     read_answers,
+    rollout_charts,
     shown_answers,
     tiles,
+    verdict,
 )
 from mlx_lora.rollouts.rollout import Rollouts
 

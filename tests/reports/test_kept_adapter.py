@@ -11,10 +11,19 @@ from run_cli import run, succeeds
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
-from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, measured_adapter, verdict
-from mlx_lora.reports.run_report import RunReport, read_facts, read_records
+from mlx_lora.reports.run_report import (
+    OVER_FITTED,
+    UNCHANGED,
+    WORSE,
+    RunReport,
+    VerdictContext,
+    measured_adapter,
+    read_facts,
+    read_records,
+    read_rows,
+    verdict,
+)
 from mlx_lora.trainer import sweep
-from mlx_lora.trainer.evaluate import read_rows_file
 from mlx_lora.trainer.run_folder import run_of_checkpoint
 
 STEPS = 8
@@ -35,22 +44,15 @@ def lines(held_out, training=lambda step: 4.0):
 
 
 @pytest.mark.parametrize(
-    ("settings", "known", "kept"),
-    [
-        (SHARE, 90, 90),  # report.json has it
-        (SHARE, None, 90),  # an earlier version's folder
-        (SHARE | {"keep_best": False}, 100, 100),
-        ({"keep_best": True}, None, 60),
-        (SHARE | {"qat": 1.0}, None, 60),
-        (SHARE, 101, 100),  # it ended after its last validation
-    ],
+    ("known", "kept"),
+    [(90, 90), (100, 100), (101, 100)],  # the last one ended after its last validation
 )
-def test_the_adapter_in_the_folder_is_the_one_of_the_headline(settings, known, kept):
-    records, context = lines(ROUNDED), VerdictContext(kept_step=known)
-    assert measured_adapter(records, settings, known, None)["step"] == kept
-    found = verdict(records, settings, True, context)
+def test_the_adapter_in_the_folder_is_the_one_of_the_headline(known, kept):
+    records, context = lines(ROUNDED), VerdictContext(kept_step=known, rounded_from=70)
+    assert measured_adapter(records, True, known)["step"] == kept
+    found = verdict(records, SHARE, True, context)
     assert found.change["change"] == pytest.approx(ROUNDED[kept] - ROUNDED[0])
-    assert measured_adapter(records, None, known, None)["step"] == 100
+    assert measured_adapter(records, False, known)["step"] == 100
 
 
 def test_an_adapter_that_was_never_measured_here_gets_no_figure():
@@ -70,16 +72,18 @@ def test_the_beginning_of_rounding_is_no_overfitting(tmp_path):
     for end, name in ((6.5, WORSE), (5.99, UNCHANGED)):
         held_out = {0: 6.0, 40: 4.0, 60: 3.0, 70: end + 0.02, 85: end + 0.01, 100: end}
         settings = SHARE | {"keep_best": False}
-        found = verdict(lines(held_out, falling), settings, context=VerdictContext(tmp_path, kept_step=100))
+        found = verdict(
+            lines(held_out, falling), settings, context=VerdictContext(tmp_path, kept_step=100, rounded_from=70)
+        )
         assert found.name == name
         assert found.command.endswith("--qat")
         twice = {0: 6.0, 100: end}  # validated before and after only
-        assert verdict(lines(twice, falling), settings).name == name
+        assert verdict(lines(twice, falling), settings, context=VerdictContext(rounded_from=70)).name == name
     # A rise among rounded validations is one, and so is a rise of a run whose every step is rounded.
     rising = {0: 6.0, 60: 3.0, 70: 4.0, 85: 4.5, 100: 5.0}
-    for share in (0.3, 1.0):
-        settings = SHARE | {"keep_best": False, "qat": share}
-        assert verdict(lines(rising, falling), settings).name == OVER_FITTED
+    for rounded_from in (70, 0):
+        context = VerdictContext(rounded_from=rounded_from)
+        assert verdict(lines(rising, falling), {}, context=context).name == OVER_FITTED
 
 
 def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_folder, chats, tmp_path):
@@ -113,7 +117,7 @@ def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, ch
 
     def history(folder):
         records = read_records(folder / "metrics.jsonl")
-        return [(r["step"], r["loss"], r["val_loss"]) for r in records], read_rows_file(folder / "held_out_rows.jsonl")
+        return [(r["step"], r["loss"], r["val_loss"]) for r in records], read_rows(folder / "held_out_rows.jsonl")
 
     (whole, rows), (gone_on, rows_too) = history(first), history(second)
     assert gone_on == whole

@@ -16,8 +16,7 @@ from run_cli import holds, lacks, run, succeeds
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.reports.charts import MOST_POINTS, Series, line_chart, number, ticks
-from mlx_lora.reports.diagnosis import verdict
-from mlx_lora.reports.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
+from mlx_lora.reports.run_report import RunReport, Sample, charts, elapsed_s, tiles, verdict, without_untrained_accuracy
 from mlx_lora.trainer import callbacks as report_page
 from mlx_lora.trainer.callbacks import greedy_text, held_out_prompts, whole_words
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing

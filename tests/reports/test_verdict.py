@@ -12,7 +12,7 @@ from byte_tokenizer import CHATML, GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, TEMP
 from run_cli import holds
 
 from mlx_lora.data.chat_template import spoken_turns, without_markers
-from mlx_lora.reports.diagnosis import (
+from mlx_lora.reports.run_report import (
     BAD,
     GOOD,
     LEARNED,
@@ -26,11 +26,14 @@ from mlx_lora.reports.diagnosis import (
     YOUR_WORDS,
     Evidence,
     VerdictContext,
+    add_rows,
+    begin_lines,
     diagnose,
     of_labels,
+    read_rows,
     verdict,
 )
-from mlx_lora.trainer.evaluate import Change, RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.evaluate import Change, RowLosses, paired_change
 from mlx_lora.trainer.header import told_after
 
 MESSAGES = [
@@ -103,7 +106,8 @@ def test_overfitting_is_told_with_its_step_and_what_to_do(tmp_path):
 
 def test_keep_best_is_the_adapter_that_the_headline_is_about():
     records = run_of([4.0, 3.0, 2.8, 3.1, 3.4], FALLING)
-    ended, running = (verdict(records, {"keep_best": True}, ended) for ended in (True, False))
+    kept = VerdictContext(kept_step=20)
+    ended, running = (verdict(records, {"keep_best": True}, ended, kept) for ended in (True, False))
     assert "54.6 to 16.4" in ended.headline
     assert any("kept the adapter of step 20" in note for note in ended.notes)
     assert running.name == OVER_FITTED
@@ -223,7 +227,11 @@ def chosen_run(rng, walk, rows=20):
 def test_of_runs_that_changed_nothing_three_in_a_hundred_are_called_better(walk):
     rng, draws = np.random.default_rng(4), 600
     runs = [chosen_run(rng, walk) for _ in range(draws)]
-    found = [verdict(records, {"keep_best": True}, context=VerdictContext(rows=rows)) for records, rows in runs]
+    found = []
+    for records, rows in runs:
+        kept = min(records, key=lambda one: one["val_loss"])["step"] or records[-1]["step"]
+        context = VerdictContext(rows=rows, kept_step=kept)
+        found.append(verdict(records, {"keep_best": True}, context=context))
     better = np.mean([one.change["high"] < 0 for one in found])
     assert better <= 0.03 + 3 * math.sqrt(0.03 * 0.97 / draws)
 
@@ -308,22 +316,20 @@ def test_validations_of_other_rows_are_not_compared_without_a_word():
 
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):
     path = tmp_path / "rows.jsonl"
-    file = RowsFile(path)
     for step in (0, 10, 20):
-        file(step, losses_of(3.0 - step / 10))
-    file(30, None)
-    file(40, RowLosses(np.array([math.nan]), np.array([3])))
-    file.close()
-    assert list(read_rows_file(path)) == [0, 10, 20]
+        add_rows(path, step, losses_of(3.0 - step / 10))
+    add_rows(path, 30, None)
+    add_rows(path, 40, RowLosses(np.array([math.nan]), np.array([3])))
+    assert list(read_rows(path)) == [0, 10, 20]
     with path.open("a") as other:
         other.write('{"step": 50, "loss_su')
-    RowsFile(path, resumed_at=10).close()
-    found = read_rows_file(path)
+    begin_lines(path, 10)
+    found = read_rows(path)
     assert list(found) == [0, 10]
     assert found[10].loss == pytest.approx(2.0, abs=1e-4)
     assert paired_change(found[0], found[10]).change == pytest.approx(-1.0, abs=1e-4)
-    RowsFile(path).close()
-    assert read_rows_file(path) == {}
+    begin_lines(path, None)
+    assert read_rows(path) == {}
 
 
 def test_preference_training_is_judged_by_accuracy_and_margin():
@@ -341,7 +347,10 @@ def test_preference_training_is_judged_by_accuracy_and_margin():
 
 def test_a_loss_that_rose_is_told_in_the_terminal_too_where_the_headline_is_about_another_number():
     held_out = {0: 1.0, 20: 4.9}
-    lines = [record(step, val_loss=loss, mrr=0.5, accuracy=0.0) for step, loss in held_out.items()]
+    lines = [
+        record(step, val_loss=loss, mrr=0.5, accuracy=0.0, random_mrr=0.3, random_mrr_sd=0.01)
+        for step, loss in held_out.items()
+    ]
     lines += [record(step, loss=1 / step) for step in range(1, 21)]
     lines.sort(key=lambda line: line["step"])
     found = verdict(lines, {"objective": "rerank"}).to_dict()

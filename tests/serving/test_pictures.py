@@ -18,8 +18,7 @@ from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import picture
 
-from mlx_lora.api.base import TextSettings
-from mlx_lora.api.image_answers import image_answer_pieces
+from mlx_lora.api.base import TextSettings, image_answer_pieces
 from mlx_lora.cli.chat import ChatSession
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data import images

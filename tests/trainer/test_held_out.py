@@ -19,8 +19,8 @@ from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.trainer import progress
 from mlx_lora.trainer import progress as display
+from mlx_lora.trainer.evaluate import FEWEST, choose_held_out, validations
 from mlx_lora.trainer.guards import VALIDATED
-from mlx_lora.trainer.held_out import FEWEST, choose_held_out, validations
 from mlx_lora.trainer.progress import LiveProgress, PlainProgress
 from mlx_lora.utils import progress as long_task
 

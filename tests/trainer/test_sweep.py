@@ -23,7 +23,7 @@ from run_cli import one_line, run
 from tiers import by_default
 
 import mlx_lora
-from mlx_lora.api.sweep import SweepJob
+from mlx_lora.api.train import SweepJob
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.trainer import sweep as sweeping

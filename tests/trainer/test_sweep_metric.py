@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_lora.api.sweep import SweepJob
+from mlx_lora.api.train import SweepJob
 from mlx_lora.config.load import train_settings
 from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
 from mlx_lora.trainer.find_learning_rate import _reason, rounds_for
