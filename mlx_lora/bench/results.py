@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.run import TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
+from mlx_lora.bench.run import ROW_SHAPES, TIERS, WORKLOADS, Workload, digest_of, predict_chips, predict_sizes
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
 from mlx_lora.utils.errors import InputError, first_of
@@ -856,14 +856,13 @@ def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
 def words_of(definition: dict[str, Any]) -> str:
     """Return a description of a workload."""
     base = "4-bit base (QLoRA)" if definition["packed"] else "float base (LoRA)"
-    rows = {"chat": "short chats", "2k": "rows of 2,048 tokens", "8k": "rows of 8,192 tokens"}
-    rows["dpo"] = "DPO on pairs of short answers"
+    form = definition["form"]
     sizes = (
         f"{definition['batch_tokens']:,} positions per step, rank {definition['rank']}, checkpointing {definition['checkpointing']}"
         if {"batch_tokens", "rank", "checkpointing"} <= definition.keys()
         else ""
     )
-    words = [f"{definition['model']}, {base}", rows.get(definition["form"], definition["form"]), sizes]
+    words = [f"{definition['model']}, {base}", ROW_SHAPES[form].words if form in ROW_SHAPES else form, sizes]
     return "; ".join([*filter(None, words), f"version {definition['version']}"])
 
 

@@ -16,7 +16,18 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import (
+    ANSWERED,
+    IMITATION,
+    LABELED,
+    PAIRS,
+    RANKED,
+    RATED,
+    SAMPLING,
+    TAUGHT,
+    VERIFIERS,
+    ObjectiveSettings,
+)
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import (
     COLUMNS,
@@ -156,7 +167,7 @@ RULES: tuple[Rule, ...] = (
     excludes("mask_prompt", ONLY_ANSWERS, **NOT_IMITATED),
     excludes("mask_prompt", ONLY_ANSWERS, on_policy=True),
     excludes(("completion_column", "chat_column", "text_column"), "it reads no such column", objective=PAIRS),
-    excludes("text_column", "it reads no such column", objective="kto"),
+    excludes("text_column", "it reads no such column", objective=RATED),
     excludes(("prompt_column", "completion_column", "system_column"), "it reads no such column", objective=LABELED),
     excludes(COLUMNS, "it reads no such column", objective=RANKED),
     excludes(
@@ -190,12 +201,15 @@ RULES: tuple[Rule, ...] = (
     ),
     excludes("rank_pattern", "it reduces all ranks from one initial rank to --rank", method="adalora"),
     # What is trained towards
-    needs(
-        "objective=distill",
-        "there is no teacher",
-        "give --teacher MODEL, or --teacher-prompt FILE to make the untrained model with that prompt the teacher",
-        teacher=GIVEN,
-        teacher_prompt=GIVEN,
+    *(
+        needs(
+            f"objective={name}",
+            "there is no teacher",
+            "give --teacher MODEL, or --teacher-prompt FILE to make the untrained model with that prompt the teacher",
+            teacher=GIVEN,
+            teacher_prompt=GIVEN,
+        )
+        for name in TAUGHT
     ),
     excludes("own_prompts", "the prompts are in the data", BOTH, data=GIVEN),
     needs("jsd_beta", "only that uses it", divergence="jsd"),
@@ -210,7 +224,7 @@ RULES: tuple[Rule, ...] = (
     excludes(
         ("group_size", "mask_truncated", "updates_per_rollout"),
         "nothing is sampled without --on-policy",
-        objective="distill",
+        objective=TAUGHT,
         on_policy=False,
     ),
     excludes("group_size=1", "it compares the answers to a prompt", "give at least 2", objective=SAMPLING),
@@ -243,7 +257,7 @@ RULES: tuple[Rule, ...] = (
     needs("early_stopping_threshold", "nothing ends the run early", GIVE_BOTH, early_stopping_patience=bool),
     # Where the base and what is kept of it are
     excludes("shard_base", "it decides what each process has", BOTH, parallel="auto"),
-    excludes("shard_base", "a teacher needs the whole base in one process", objective="distill", on_policy=False),
+    excludes("shard_base", "a teacher needs the whole base in one process", objective=TAUGHT, on_policy=False),
     excludes(("shard_base", "parallel"), "each is another way to divide the base", BOTH, offload_base="on"),
     excludes(("shard_base", "parallel"), "only training shares a base", test=True, train=(None, False)),
     needs("offload_activations", "works with it only", "add it, or leave this out", offload_base="on"),
@@ -263,7 +277,7 @@ RULES: tuple[Rule, ...] = (
             ("it computes each layer's whole fused weight", BOTH, {"qat": GIVEN}),
             ("weights that are trained cannot be shared", BOTH, {"modules_to_save": GIVEN}),
             (IN_MEMORY, LEAVE_OUT, {"objective": SAMPLING}),
-            (IN_MEMORY, LEAVE_OUT, {"objective": "distill", "on_policy": True}),
+            (IN_MEMORY, LEAVE_OUT, {"objective": TAUGHT, "on_policy": True}),
             ("the whole base computes the reference", BOTH, {"reference_adapter": GIVEN}),
             ("no process has the whole weights", BOTH, {"decode_weights": "dense"}),
             ("a task needs the whole base", BOTH, {"eval_tasks": GIVEN}),
@@ -315,7 +329,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         excludes("show", "it asks questions of its own", BOTH, forgetting=True),
         needs("forgetting", "there is nothing to compare", "give it", adapter_path=GIVEN),
         excludes(("corpus", *OWN_OPTIONS), "it measures the loss of texts", forgetting=True),
-        excludes("forgetting", "it measures the loss of texts", objective=other_than("sft", None)),
+        excludes("forgetting", "it measures the loss of texts", objective=other_than(*ANSWERED, None)),
         needs(("against", "general_text", "general_chat"), "only that uses it", "add it", forgetting=True),
         needs("objective=embed", "it measures queries and their documents", "name some", data=GIVEN),
         excludes(("report", "show"), "it writes no text", objective="embed"),

@@ -52,6 +52,8 @@ from mlx_lora.bench.doctor.check import (
 from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
 from mlx_lora.config.fields import flag_words
+from mlx_lora.config.objectives import OBJECTIVES as ROWS
+from mlx_lora.config.objectives import PAIRS, ObjectiveSettings, row_of
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
@@ -76,36 +78,39 @@ ADVICE = "do not train toward this objective here; report it with these numbers"
 
 
 SAMPLED = {"group_size": 2, "max_new_tokens": 8}
+DEFAULT, ON_PAIRS = ObjectiveSettings.objective, PAIRS[0]
+# The records of an objective -> what its run needs; labels, documents and vectors are not checked here.
+NEEDED: dict[str, dict[str, Any]] = {
+    "examples": {},
+    "pairs": {},
+    "rated": {"batch_size": 4},
+    "prompts": {"reward": "letters", **SAMPLED},
+}
 # Name -> settings of the run. Sampled answers may differ between devices by a rounding, so only their runs are checked.
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {},
-    "sft, 4-bit base": {"packed": True},
-    "sft, dora": {"method": "dora"},
-    "sft, qa-lora, 4-bit base": {"method": "qa-lora", "packed": True},
-    "sft, qat, 4-bit base": {"qat": 1.0, "packed": True},
-    "sft, full": {"method": "full", "learning_rate": 1e-4},
-    "dpo": {"objective": "dpo"},
-    "orpo": {"objective": "orpo"},
-    "simpo": {"objective": "simpo"},
-    "cpo": {"objective": "cpo"},
-    "kto": {"objective": "kto", "batch_size": 4},
-    "reward": {"objective": "reward"},
-    "distill": {"objective": "distill", "teacher": True},
-    "grpo": {"objective": "grpo", "reward": "letters", **SAMPLED},
-    "rloo": {"objective": "rloo", "reward": "letters", **SAMPLED},
-    "distill, on policy": {"objective": "distill", "teacher": True, "on_policy": True, **SAMPLED},
+    DEFAULT: {},
+    f"{DEFAULT}, 4-bit base": {"packed": True},
+    f"{DEFAULT}, dora": {"method": "dora"},
+    f"{DEFAULT}, qa-lora, 4-bit base": {"method": "qa-lora", "packed": True},
+    f"{DEFAULT}, qat, 4-bit base": {"qat": 1.0, "packed": True},
+    f"{DEFAULT}, full": {"method": "full", "learning_rate": 1e-4},
 }
+for _name, _row in ROWS.items():
+    if _row.records in NEEDED and not _row.vectors:
+        OBJECTIVES[_name] = {"objective": _name, **NEEDED[_row.records], **({"teacher": True} if _row.taught else {})}
+    if _row.taught:
+        OBJECTIVES[f"{_name}, on policy"] = {**OBJECTIVES[_name], "on_policy": True, **SAMPLED}
 
-QUICK = ("sft", "sft, 4-bit base", "dpo")  # of these, in the quick share
+QUICK = (DEFAULT, f"{DEFAULT}, 4-bit base", ON_PAIRS)  # of these, in the quick share
 
 
-def _rows(objective: str) -> list[dict[str, Any]]:
-    """Return rows of the form that an objective reads."""
-    pairs = objective not in ("sft", "distill", "grpo", "rloo")
+def _rows(records: str) -> list[dict[str, Any]]:
+    """Return records of a kind."""
+    pairs = records in ("pairs", "rated")
     rows = [json.loads(line) for line in chat_rows(8, (4, 8), (4, 12), pairs=pairs).splitlines()]
-    if objective in ("grpo", "rloo"):
+    if records == "prompts":
         return [{"prompt": row["messages"][0]["content"], "answer": "a"} for row in rows]
-    if objective == "kto":  # good and bad by turns
+    if records == "rated":  # good and bad by turns
         answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
         return [{**row, "label": bool(number % 2)} for number, row in enumerate(answers)]
     return rows
@@ -117,9 +122,9 @@ def letters(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
     return [sum(letter.isalpha() for letter in text) / max(1, len(text)) for text in texts]
 
 
-def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) -> list[dict[str, Any]]:
+def train_tiny(kit: Kit, folder: Path, steps: int, **asked: Any) -> list[dict[str, Any]]:
     """Train from a new folder, and return the lines of metrics.jsonl."""
-    asked = {**COMMON, **OBJECTIVES[name], **changes}
+    asked = {**COMMON, **asked}
     packed = asked.pop("packed", False)
     # Our dense product of a quantized weight has its own lines.
     path = "packed" if packed else "auto"
@@ -128,7 +133,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
         asked["teacher"] = str(other_tiny_folder(kit.work))
     if asked.get("reward") == "letters":
         asked["reward"] = letters
-    run = train(base, _rows(asked.get("objective", "sft")), folder, iters=steps, **asked)
+    run = train(base, _rows(row_of(asked.get("objective")).records), folder, iters=steps, **asked)
     if run.interrupted:
         raise KeyboardInterrupt
     return [line for line in run.metrics if line["val_loss"] is None]
@@ -139,7 +144,7 @@ def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     root = Path(kit.work) / f"step-{name.replace(', ', '-').replace(' ', '-')}"
     shutil.rmtree(root, ignore_errors=True)
     dtype = dtype_name(device.compute_dtype())
-    lines = train_tiny(kit, name, root / "a", 2)
+    lines = train_tiny(kit, root / "a", 2, **OBJECTIVES[name])
     losses = [line["loss"] for line in lines]
     finite = len(losses) == 2 and all(loss is not None and math.isfinite(loss) for loss in losses)
     norms = [line["grad_norm"] for line in lines]
@@ -149,13 +154,14 @@ def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
     if sampled:
         return
-    mine = train_tiny(kit, name, root / "b", 2, dtype="float32")
+    exactly = {**OBJECTIVES[name], "dtype": "float32"}
+    mine = train_tiny(kit, root / "b", 2, **exactly)
     if kit.on_gpu:
         with on_cpu():
-            exact = train_tiny(kit, name, root / "c", 2, dtype="float32")
+            exact = train_tiny(kit, root / "c", 2, **exactly)
         what = "losses and gradient norms of two float32 steps against the CPU's"
     else:
-        exact = train_tiny(kit, name, root / "c", 2, dtype="float32", grad_checkpoint="block")
+        exact = train_tiny(kit, root / "c", 2, **exactly, grad_checkpoint="block")
         what = "losses and gradient norms of two steps against the same with --grad-checkpoint block"
     yield bounded("numbers", _farthest(mine, exact), LOSS_BOUND, what, ADVICE)
 
@@ -184,14 +190,14 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Train, and train again from a checkpoint: the stored factors must be the same bytes."""
     root = Path(kit.work) / f"resume-{changes.get('method', 'lora')}"
     shutil.rmtree(root, ignore_errors=True)
-    train_tiny(kit, "sft", root / "whole", STEPS, save_every=STOPPED, keep=0, **changes)
+    train_tiny(kit, root / "whole", STEPS, save_every=STOPPED, keep=0, **changes)
     whole = (root / "whole" / WEIGHTS).read_bytes()
     shutil.copytree(root / "whole", root / "stopped")
     for checkpoint in (root / "stopped" / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > STOPPED:
             shutil.rmtree(checkpoint)
     before = (root / "stopped" / "checkpoints" / f"step-{STOPPED:06d}" / WEIGHTS).read_bytes()
-    train_tiny(kit, "sft", root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
+    train_tiny(kit, root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
     again = (root / "stopped" / WEIGHTS).read_bytes()
     same = again == whole and before != whole
     words = "the same bytes"
@@ -257,7 +263,7 @@ def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
     folder, dtype = tiny_folder(kit.work, packed), device.compute_dtype()
     adapter = kit.work / f"spoken{'-4bit' if packed else ''}"
     shutil.rmtree(adapter, ignore_errors=True)
-    train_tiny(kit, "sft", adapter, 6, packed=packed, learning_rate=3e-2)  # so far that the model says something else
+    train_tiny(kit, adapter, 6, packed=packed, learning_rate=3e-2)  # so far that the model says something else
     for words, path in (("without an adapter", None), ("with an adapter", adapter)):
         base = load_base(ModelSettings(model=str(folder)))
         if path is not None:
@@ -416,19 +422,19 @@ MODEL_ON_GPU = {**LLAMA_1B.config, "num_hidden_layers": 8}
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: rank, rows per step, --grad-checkpoint, method, whether the base is in 4 bits, and the objective."""
+    """One run: rank, rows per step, --grad-checkpoint, method, and whether the base is in 4 bits and the data are pairs."""
 
     rank: int
     rows: int
     checkpointing: str
     method: str = "lora"
     packed: bool = False
-    objective: str = "sft"
+    pairs: bool = False
 
     @property
     def words(self) -> str:
         """Its name in the result."""
-        kind = "dpo" if self.objective == "dpo" else self.method
+        kind = ON_PAIRS if self.pairs else self.method
         base = "4-bit" if self.packed else "float"
         return f"{kind}, {base} base, rank {self.rank}, {self.rows} rows, checkpointing {self.checkpointing}"
 
@@ -440,8 +446,8 @@ RUNS = (
     PlannedRun(16, 4, "block"),
     PlannedRun(16, 4, "none", packed=True),
     PlannedRun(16, 4, "block", "dora", packed=True),
-    PlannedRun(8, 2, "none", objective="dpo"),
-    PlannedRun(8, 4, "block", packed=True, objective="dpo"),
+    PlannedRun(8, 2, "none", pairs=True),
+    PlannedRun(8, 4, "block", packed=True, pairs=True),
 )
 
 
@@ -451,9 +457,9 @@ def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
     folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
     config = MODEL_ON_GPU if kit.as_fast_as_a_gpu else MODEL_ON_CPU
     model = write_model(folder, config, device.compute_dtype(), LAYOUT if one.packed else None)
-    data, dpo = _data(kit.work, one, positions), one.objective == "dpo"
+    data = _data(kit.work, one, positions)
     settings = {
-        **({"objective": "dpo"} if dpo else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
+        **({"objective": ON_PAIRS} if one.pairs else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
         "batch_size": one.rows, "iters": 3, "grad_checkpoint": one.checkpointing, "max_seq_length": positions + 1,
     }  # fmt: skip
     planned, measured = _peaks(kit, one, model, data, settings)
@@ -480,8 +486,8 @@ def _peaks(kit: Kit, one: PlannedRun, model: Path, data: Path, settings: dict[st
 
 def _data(work: Path, one: PlannedRun, positions: int) -> Path:
     """Write texts that each fill a row, or pairs of answers that nearly do; a token is a byte."""
-    path = work / f"memory-{one.objective}.jsonl"
-    if one.objective == "dpo":
+    path = work / f"memory-{'pairs' if one.pairs else 'texts'}.jsonl"
+    if one.pairs:
         words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
         path.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
     else:

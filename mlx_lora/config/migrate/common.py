@@ -505,6 +505,20 @@ def note_first_set(sheet: Sheet, sets: str, first: Any) -> None:
 
 # Preferences, and answers that are sampled
 
+# Other trainers' names of what is trained toward -> our objective, with the name of its loss if that is not the usual one.
+RL_OF_AXOLOTL = {
+    "dpo": ("dpo", None), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None), "simpo": ("simpo", None), "kto": ("kto", None),
+    "grpo": ("grpo", None),
+}  # fmt: skip
+STAGES_OF_LLAMA_FACTORY = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
+PREFERENCE_LOSSES_OF_LLAMA_FACTORY = {
+    "sigmoid": ("dpo", None), "hinge": ("dpo", "hinge"), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None),
+    "simpo": ("simpo", None), "kto_pair": ("kto", None),
+}  # fmt: skip
+MODES_OF_MLX_LM_LORA = {
+    "sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo",
+}  # fmt: skip
+LOSSES_OF_MLX_LM_LORA = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}  # by our objective
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LIKELIHOOD = (
     "rpo_alpha",
