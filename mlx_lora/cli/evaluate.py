@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, compares, measure_loss
+from mlx_lora.api.evaluate import EvaluationRequest, check_evaluation, measure_loss
 from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_settings_of_run, with_settings_of_runs
@@ -150,8 +150,7 @@ def main(
     if held_out:
         settings = settings_of_run(folder, given)
     check_evaluation(settings, folder, show or 0)
-    if page is not None and not compares(settings):
-        raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
+    check_options("evaluate", {**settings.to_flat(), "report": report})
     if not held_out:
         settings = with_settings_of_run(settings, given, folder)
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):

@@ -57,8 +57,9 @@ def main(
     config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
+    named = {"runs": runs, "config": config_file, "allow_code": allow_code}
+    check_options("train", {**given, **named, "dry_run": dry_run})
     if runs:
-        check_options("train", {**given, "runs": runs, "config": config_file, "dry_run": dry_run})
         return run_several(runs, given, allow_code)
     settings = train_settings(given, read_settings(config_file, given, allow_code))
     for note in idle_notes(settings.to_flat(), given):

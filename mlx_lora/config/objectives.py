@@ -13,6 +13,7 @@ OBJECTIVE = "Objective"  # heading of the help
 # Settings of sampling that are used for a teacher's answers too.
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 EMBED_SCORED = ("cosent", "cosine")  # losses of pairs with a score (losses/contrastive.py)
 EMBED_LOSSES = ("infonce", "triplet", *EMBED_SCORED)
 POOLINGS = ("mean", "last", "cls")

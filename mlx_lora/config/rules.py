@@ -18,12 +18,16 @@ from typing import Any
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import (
     ANSWERED,
+    COMPARED,
+    EMBED_SCORED,
     IMITATION,
     LABELED,
+    OBJECTIVES,
     PAIRS,
     RANKED,
     RATED,
     SAMPLING,
+    SMOOTHED,
     TAUGHT,
     VERIFIERS,
     ObjectiveSettings,
@@ -66,6 +70,11 @@ def other_than(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value not in values
 
 
+def without(*values: str) -> Callable[[Any], bool]:
+    """Return the condition that a setting, a list by commas, has none of some values."""
+    return lambda listed: not set(values) & set(str(listed).split(","))
+
+
 def holds(settings: Mapping[str, Any], name: str, wanted: Any, usual: Mapping[str, Any] = USUAL) -> bool:
     """Tell whether a setting has a value, one of several, or what a function accepts."""
     value = settings.get(name)
@@ -87,7 +96,7 @@ class Rule:
     """One row of the table.
 
     Attributes:
-        names: settings; those that are given, or have the value of `NAME=VALUE`, break the rule together.
+        names: settings; those that are given, or have the value of `NAME=VALUE` (or list it), break the rule together.
         why: why not.
         do: what to do about it.
         when: other setting -> the value, or several, or a function that tells, with which the rule counts.
@@ -108,7 +117,7 @@ class Rule:
         asked = []
         for name, _, value in (one.partition("=") for one in self.names):
             own = settings.get(name)
-            if (str(own) == value) if value else given(name, own, usual):
+            if (value in str(own).split(",")) if value else given(name, own, usual):
                 asked.append(spelled(name, own))
         if not asked:
             return None
@@ -153,11 +162,27 @@ OF_EMBED = ("data", "prompt_column", "completion_column", "max_seq_length", "val
 OF_TASKS = ("eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template")
 NO_VALIDATION, IN_MEMORY = "no validation takes place", "sampling needs the whole base in one process"
 BY_KEYS, ONLY_ANSWERS = "the format of these records is recognized by its keys", "only answers are trained"
+DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
 OWN_OPTIONS = tuple(one.name for one in fields(ObjectiveSettings) if one.name != "objective")
+REPORTED_BY = {
+    metric: tuple(name for name, row in OBJECTIVES.items() if metric in row.metrics)
+    for metric in ROWS["metric_for_best_model"].choices or ()
+    if metric not in ("loss", "task")
+}
 NOT_IMITATED: dict[str, Any] = {"objective": other_than(*IMITATION)}
 
 RULES: tuple[Rule, ...] = (
     # Data
+    *(
+        excludes(
+            "rephrase",
+            "the base writes the wordings, for which one process needs all of it in memory",
+            "give --rephrase-model, or leave out one of the two",
+            rephrase_model=None,
+            **dividing,
+        )
+        for dividing in (*DIVIDED, {"parallel": other_than("data")})
+    ),
     needs("rephrase_model", "say how many wordings of each question, as in --rephrase 3", rephrase=GIVEN),
     excludes("data_format", BY_KEYS, **NOT_IMITATED),
     excludes("data_format", BY_KEYS, on_policy=True),
@@ -212,6 +237,14 @@ RULES: tuple[Rule, ...] = (
         for name in TAUGHT
     ),
     excludes("own_prompts", "the prompts are in the data", BOTH, data=GIVEN),
+    excludes(
+        "label_smoothing",
+        f"of dpo's losses only {', '.join(SMOOTHED)} have it",
+        objective=COMPARED,
+        loss_type=without(*SMOOTHED),
+    ),
+    excludes("discopop_tau", "no other loss has it", objective=COMPARED, loss_type=without("discopop")),
+    needs("loss_type=exo_pair", "it is defined by its smoothing", "give 0.001, as in its paper", label_smoothing=bool),
     needs("jsd_beta", "only that uses it", divergence="jsd"),
     excludes("teacher_prompt", "the two see other prompts, so only answers can be compared", mask_prompt=False),
     needs("divergence=sampled_kl", "it needs sampled answers", "add it, or give reverse_kl", on_policy=True),
@@ -234,6 +267,7 @@ RULES: tuple[Rule, ...] = (
         BOTH,
         method="relora",
     ),
+    needs("shared_prefix", "there is one answer to a prompt", objective=(*PAIRS, *SAMPLING), images=True),
     excludes("shared_prefix=on", "each answer is computed with its prompt's pictures", images=True),
     excludes(("environment", "tools"), "an answer about pictures is one turn", "give --reward instead", images=True),
     excludes(("reward", "tools"), "the environment has its own rewards and tools", BOTH, environment=is_verifiers),
@@ -252,6 +286,21 @@ RULES: tuple[Rule, ...] = (
         for asking in ({"keep_best": True}, {"early_stopping_patience": bool}, {"metric_for_best_model": GIVEN})
     ),
     excludes("save_every=0", "there is no checkpoint to go back to", BOTH, keep_best=True),
+    *(
+        needs(
+            f"metric_for_best_model={metric}",
+            "no other reports it",
+            "leave it out to keep the validation with the lowest loss",
+            objective=reporting,
+        )
+        for metric, reporting in REPORTED_BY.items()
+    ),
+    *(
+        excludes(
+            tuple(f"metric_for_best_model={metric}" for metric in REPORTED_BY), "numbers have only a loss", **scored
+        )
+        for scored in ({"problem_type": "regression"}, {"embed_loss": EMBED_SCORED})
+    ),
     needs("metric_for_best_model=task", "there is no score", GIVE_BOTH, eval_tasks=GIVEN),
     needs(OF_TASKS, "there is no task", eval_tasks=GIVEN),
     needs("early_stopping_threshold", "nothing ends the run early", GIVE_BOTH, early_stopping_patience=bool),
@@ -281,6 +330,7 @@ RULES: tuple[Rule, ...] = (
             ("the whole base computes the reference", BOTH, {"reference_adapter": GIVEN}),
             ("no process has the whole weights", BOTH, {"decode_weights": "dense"}),
             ("a task needs the whole base", BOTH, {"eval_tasks": GIVEN}),
+            ("only whole bases see pictures", BOTH, {"images": True}),
         )
     ),
 )
@@ -289,13 +339,14 @@ IDLE: tuple[Rule, ...] = (
     excludes("weight_decay", "", optimizer=tuple(name for name, row in OPTIMIZERS.items() if not row.takes_decay)),
     excludes(("rank", "alpha"), "", method="full"),
     needs("project_name", "", report_to=GIVEN),
+    excludes("batch_tokens", "", batch_size=GIVEN),
     needs("test_batches", "", test=True),
 )
 
 OF_CLIENTS = ("model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget")  # of a training server
-DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
 NAMED = "each names the machines in another way"
-# Rules of the options of commands that do not train, by command.
+OF_A_FILE = needs("allow_code", "only a settings file may need it", config=GIVEN, runs=GIVEN)
+# Rules of the options of commands, by command.
 COMMANDS: dict[str, tuple[Rule, ...]] = {
     "convert": (
         excludes(("bits", "group_size", "mode"), "nothing is quantized", BOTH, no_quantize=True),
@@ -333,6 +384,12 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         needs(("against", "general_text", "general_chat"), "only that uses it", "add it", forgetting=True),
         needs("objective=embed", "it measures queries and their documents", "name some", data=GIVEN),
         excludes(("report", "show"), "it writes no text", objective="embed"),
+        *(
+            excludes(
+                "report", "only imitation with the whole base has a page", "leave it out, or use --json", **otherwise
+            )
+            for otherwise in ({"objective": other_than(*ANSWERED, None)}, {"images": True}, *DIVIDED)
+        ),
         needs("corpus", "only that searches in one", objective="embed"),
         *(excludes(("forgetting", "objective=embed"), "it needs the whole base", BOTH, **one) for one in DIVIDED),
     ),
@@ -353,6 +410,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
     ),
     "merge": (excludes("data", "nothing is measured", BOTH, no_evaluate=True),),
     "plan": (
+        OF_A_FILE,
         *(
             excludes("sweep", "it is planned for one machine", BOTH, **{name: GIVEN})
             for name in ("macs", "hostfile", "all_chips")
@@ -381,7 +439,8 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
             training=True,
         ),
     ),
-    "train": (excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),),
+    "sweep": (OF_A_FILE,),
+    "train": (OF_A_FILE, excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN)),
 }
 
 

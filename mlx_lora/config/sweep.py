@@ -164,10 +164,6 @@ def check_varied(found: Sequence[Candidate], flat: Mapping[str, Any]) -> None:
             raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
         if twice := other_names(name) & set(names):
             raise InputError(f"--vary {name} and {twice.pop()}: a run has only one of the two; vary one of them")
-    if "batch_tokens" in names and flat["batch_size"] is not None:
-        raise InputError(
-            f"--vary batch_tokens: has no effect with --batch-size {flat['batch_size']}; leave that out, or vary batch_size"
-        )
     for candidate in found:
         if idle := idle_notes({**flat, **candidate}, names):
             raise InputError(f"--vary: {idle[0]}; leave it out, or change the other setting")

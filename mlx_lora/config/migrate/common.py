@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lora.config.objectives import IMITATION, SAMPLING
+from mlx_lora.config.objectives import IMITATION, SAMPLING, SMOOTHED
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
@@ -519,7 +519,6 @@ MODES_OF_MLX_LM_LORA = {
     "sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo",
 }  # fmt: skip
 LOSSES_OF_MLX_LM_LORA = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}  # by our objective
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 LIKELIHOOD = (
     "rpo_alpha",
     "pref_ftx",
