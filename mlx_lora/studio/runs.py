@@ -32,7 +32,7 @@ from typing import Any
 from mlx_lora.api.forgetting import badges
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
-from mlx_lora.config.objectives import ObjectiveSettings, row_of
+from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.records import SUFFIXES
@@ -293,7 +293,7 @@ class RunListing:
             "id": run_id(folder), "name": folder.name, "path": str(folder), "step": step, "steps": steps or None,
             **{name: last.get(name) for name in ("loss", "val_loss", "val_step", "peak_bytes", "tokens_per_s")},
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
-            "objective": settings.get("objective") or ObjectiveSettings.objective, "seconds": seconds, "step_s": step_s,
+            "objective": settings.get("objective") or FIELDS["objective"].default, "seconds": seconds, "step_s": step_s,
             "started": started.created if started else _time(folder / SETTINGS),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
             "in_studio": started is not None, "elsewhere": self.elsewhere(folder),

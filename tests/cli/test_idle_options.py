@@ -62,7 +62,7 @@ VALUES = {
 }
 REQUIRED = {
     "embed": ("--data", "FILE", "--out", "v.npy"), "export": ("--to", "gguf", "--out", "o"), "generate": ("--prompt", "Hi"),
-    "convert": ("--out", "o"), "fuse": ("--out", "o", "--adapter-path", "ADAPTER"), "merge": ("--adapter", "a=1", "--out", "o"),
+    "sweep": ("--out", "o", "--vary", "rank=4,8"), "convert": ("--out", "o"), "fuse": ("--out", "o", "--adapter-path", "ADAPTER"), "merge": ("--adapter", "a=1", "--out", "o"),
 }  # fmt: skip
 ALONE = {"doctor", "merge", "train"}  # commands that take no --model, or need none
 

@@ -8,13 +8,11 @@ from mlx_lora.config.fields import flag_of, read_value
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.config.rules import (
-    COMMANDS,
     IDLE,
     OWNERS,
     RULES,
     USUAL,
     Rule,
-    check_options,
     given,
     holds,
     idle_notes,
@@ -61,33 +59,6 @@ def test_a_rule_refuses_what_it_is_about(rule):
         assert rule.problem(USUAL | (others if rule.needed else {}) | {name: value}) is None
     if not any("=" in name for name in rule.names):
         assert rule.problem(USUAL | ({} if rule.needed else others)) is None
-
-
-OF_COMMANDS = [(command, rule) for command, rules in COMMANDS.items() for rule in rules]
-
-
-@pytest.mark.parametrize(
-    ("command", "rule"), OF_COMMANDS, ids=lambda one: one if isinstance(one, str) else one.names[0]
-)
-def test_a_command_refuses_what_a_rule_is_about(command, rule):
-    """Options of commands have no defaults and no rows: what is not given is not there."""
-    accepted = {name: option_for(wanted) for name, wanted in rule.when.items()}
-    others = {name: value for name, value in accepted.items() if value is not None}
-    for name, _, value in (one.partition("=") for one in rule.names):
-        asked = {name: value or "x"}
-        with pytest.raises(InputError) as caught:
-            check_options(command, asked if rule.needed else others | asked)
-        assert flag_of(name) in str(caught.value)
-        assert "\n" not in str(caught.value)
-        if rule.needed or not all(holds({}, *condition, {}) for condition in rule.when.items()):
-            assert rule.problem(others | asked if rule.needed else asked, {}) is None
-    assert rule.problem({} if rule.needed else others, {}) is None
-
-
-def option_for(wanted):
-    """A value of a command's option that a condition accepts."""
-    values = [*(wanted if isinstance(wanted, tuple) else (wanted,)), "x", True]
-    return next(value for value in values if not callable(value) and holds({"a": value}, "a", wanted, {}))
 
 
 @pytest.mark.parametrize("name", OWNERS)

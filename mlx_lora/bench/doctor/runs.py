@@ -53,8 +53,8 @@ from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.objectives import OBJECTIVES as ROWS
-from mlx_lora.config.objectives import PAIRS, ObjectiveSettings, row_of
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.config.objectives import PAIRS
+from mlx_lora.config.settings import FIELDS, ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
 from mlx_lora.exporters.adapter_folder import load_adapter
@@ -78,7 +78,7 @@ ADVICE = "do not train toward this objective here; report it with these numbers"
 
 
 SAMPLED = {"group_size": 2, "max_new_tokens": 8}
-DEFAULT, ON_PAIRS = ObjectiveSettings.objective, PAIRS[0]
+DEFAULT, ON_PAIRS = FIELDS["objective"].default, PAIRS[0]
 # The records of an objective -> what its run needs; labels, documents and vectors are not checked here.
 NEEDED: dict[str, dict[str, Any]] = {
     "examples": {},
@@ -133,7 +133,7 @@ def train_tiny(kit: Kit, folder: Path, steps: int, **asked: Any) -> list[dict[st
         asked["teacher"] = str(other_tiny_folder(kit.work))
     if asked.get("reward") == "letters":
         asked["reward"] = letters
-    run = train(base, _rows(row_of(asked.get("objective")).records), folder, iters=steps, **asked)
+    run = train(base, _rows(ROWS[asked.get("objective", DEFAULT)].records), folder, iters=steps, **asked)
     if run.interrupted:
         raise KeyboardInterrupt
     return [line for line in run.metrics if line["val_loss"] is None]
