@@ -19,6 +19,7 @@ from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.api.texts import data_columns, example_of, load_scorer, predicted_records
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import CLASSIFY
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.examples import Fields
 from mlx_lora.data.files import all_files
 from mlx_lora.models.load import load_base
@@ -56,9 +57,8 @@ def main(
     **given: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
+    check_options("predict", {"adapter_path": adapter.adapter_path, "text": texts, "data": given.get("data")})
     settings = train_settings({**given, "objective": CLASSIFY})
-    if bool(texts) == bool(settings.data.data):
-        raise InputError("predict: give --text TEXT, or --data FILE")
     path = Path(out).expanduser() if out else None
     if path is not None and (path.suffix.lower() not in FORMS or not path.parent.is_dir()):
         raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")

@@ -272,11 +272,6 @@ class ObjectiveSettings:
         return "prompts" if self.samples else self.row.records
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Numbers of a validation by which the best one may be chosen; labels and scores that are numbers have none."""
-        return () if self.problem_type == "regression" or self.embed_loss in EMBED_SCORED else self.row.metrics
-
-    @property
     def shares_prompts(self) -> bool:
         """Whether the answers to a prompt may share its row (--shared-prefix)."""
         return self.objective in (*PAIRS, *SAMPLING) and not self.images

@@ -425,6 +425,10 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         excludes(("chip", "memory_gb", "all_chips"), NAMED, "keep one", hostfile=GIVEN),
         excludes("all_chips", NAMED, "keep one, or write --macs 2 --all-chips for pairs", macs=names_chips),
     ),
+    "predict": (
+        excludes("text", "each brings the texts", BOTH, data=GIVEN),
+        needs("adapter_path", "there is no text to label", "give one of the two", text=GIVEN, data=GIVEN),
+    ),
     "serve": (
         excludes(("allow_origin", "allow_hub"), "pages and the hub play no part in it", training=True),
         excludes(
@@ -440,7 +444,11 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "sweep": (OF_A_FILE,),
-    "train": (OF_A_FILE, excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN)),
+    "train": (
+        OF_A_FILE,
+        excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),
+        excludes("dry_run", "nothing would be trained", "give --train too", test=True, train=(None, False)),
+    ),
 }
 
 
