@@ -164,6 +164,7 @@ NO_VALIDATION, IN_MEMORY = "no validation takes place", "sampling needs the whol
 BY_KEYS, ONLY_ANSWERS = "the format of these records is recognized by its keys", "only answers are trained"
 DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
 OWN_OPTIONS = tuple(one.name for one in fields(ObjectiveSettings) if one.name != "objective")
+SCORED: tuple[dict[str, Any], ...] = ({"problem_type": "regression"}, {"embed_loss": EMBED_SCORED})
 REPORTED_BY = {
     metric: tuple(name for name, row in OBJECTIVES.items() if metric in row.metrics)
     for metric in ROWS["metric_for_best_model"].choices or ()
@@ -299,7 +300,7 @@ RULES: tuple[Rule, ...] = (
         excludes(
             tuple(f"metric_for_best_model={metric}" for metric in REPORTED_BY), "numbers have only a loss", **scored
         )
-        for scored in ({"problem_type": "regression"}, {"embed_loss": EMBED_SCORED})
+        for scored in SCORED
     ),
     needs("metric_for_best_model=task", "there is no score", GIVE_BOTH, eval_tasks=GIVEN),
     needs(OF_TASKS, "there is no task", eval_tasks=GIVEN),

@@ -53,7 +53,7 @@ from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.objectives import OBJECTIVES as ROWS
-from mlx_lora.config.objectives import PAIRS
+from mlx_lora.config.objectives import PAIRS, TAUGHT
 from mlx_lora.config.settings import FIELDS, ModelSettings
 from mlx_lora.engine.adapter_store import AdapterSource
 from mlx_lora.engine.engine import Engine, Event, Limits, Request, Sampling
@@ -94,12 +94,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     f"{DEFAULT}, qa-lora, 4-bit base": {"method": "qa-lora", "packed": True},
     f"{DEFAULT}, qat, 4-bit base": {"qat": 1.0, "packed": True},
     f"{DEFAULT}, full": {"method": "full", "learning_rate": 1e-4},
+    **{
+        name: {"objective": name, **NEEDED[row.records], **({"teacher": True} if row.taught else {})}
+        for name, row in ROWS.items()
+        if row.records in NEEDED and not row.vectors
+    },
+    **{f"{name}, on policy": {"objective": name, "teacher": True, "on_policy": True, **SAMPLED} for name in TAUGHT},
 }
-for _name, _row in ROWS.items():
-    if _row.records in NEEDED and not _row.vectors:
-        OBJECTIVES[_name] = {"objective": _name, **NEEDED[_row.records], **({"teacher": True} if _row.taught else {})}
-    if _row.taught:
-        OBJECTIVES[f"{_name}, on policy"] = {**OBJECTIVES[_name], "on_policy": True, **SAMPLED}
 
 QUICK = (DEFAULT, f"{DEFAULT}, 4-bit base", ON_PAIRS)  # of these, in the quick share
 
@@ -457,7 +458,14 @@ def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
     folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
     config = MODEL_ON_GPU if kit.as_fast_as_a_gpu else MODEL_ON_CPU
     model = write_model(folder, config, device.compute_dtype(), LAYOUT if one.packed else None)
-    data = _data(kit.work, one, positions)
+    data = kit.work / f"memory-{'pairs' if one.pairs else 'texts'}.jsonl"
+    if one.pairs:  # answers that nearly fill a row; a token is a byte
+        words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
+        data.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
+    else:
+        rows = [json.loads(line) for line in chat_rows(16, (4, 5), (positions, positions), 0).splitlines()]
+        texts = [json.dumps({"text": row["messages"][1]["content"][:positions]}) for row in rows]
+        data.write_text("\n".join(texts) + "\n", encoding="utf-8")
     settings = {
         **({"objective": ON_PAIRS} if one.pairs else {"mask_prompt": False}), "method": one.method, "rank": one.rank,
         "batch_size": one.rows, "iters": 3, "grad_checkpoint": one.checkpointing, "max_seq_length": positions + 1,
@@ -482,19 +490,6 @@ def _peaks(kit: Kit, one: PlannedRun, model: Path, data: Path, settings: dict[st
     """Return the planned and the measured peak of one run, in bytes."""
     records, facts = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
     return facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in records)
-
-
-def _data(work: Path, one: PlannedRun, positions: int) -> Path:
-    """Write texts that each fill a row, or pairs of answers that nearly do; a token is a byte."""
-    path = work / f"memory-{'pairs' if one.pairs else 'texts'}.jsonl"
-    if one.pairs:
-        words = positions // 8  # of an answer, at about five bytes each, with the prompt and the template beside them
-        path.write_text(chat_rows(16, (4, 5), (words, words), pairs=True), encoding="utf-8")
-    else:
-        rows = [json.loads(line) for line in chat_rows(16, (4, 5), (positions, positions), 0).splitlines()]
-        texts = [json.dumps({"text": row["messages"][1]["content"][:positions]}) for row in rows]
-        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return path
 
 
 # Speed

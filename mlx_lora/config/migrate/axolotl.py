@@ -288,7 +288,7 @@ def read_loop(sheet: Sheet) -> None:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.found["grad_accumulation_steps"] = max(1, round((sheet.number("batch_size") or 0) / rows))
-    common.read_loop(sheet, NAMES, common.read_rows)
+    common.read_loop(sheet, NAMES)
     if sheet.rest.get("evals_per_epoch") == 0:
         sheet.take("evals_per_epoch")
         sheet.found["val_batches"] = 0

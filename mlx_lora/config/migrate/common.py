@@ -240,15 +240,15 @@ PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
 
-def read_loop(sheet: Sheet, names: Names, rows: Callable[[Sheet, Names], None] | None = None) -> None:
-    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype; `rows` instead of `read_batch`."""
+def read_loop(sheet: Sheet, names: Names) -> None:
+    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype."""
     steps, passes = sheet.number("max_steps"), sheet.number(names.epochs)
     if steps is not None and steps > 0:  # it overrides epochs there too
         sheet.found["iters"] = steps
     elif passes is not None:
         sheet.found["epochs"] = passes
     sheet.assume(epochs=names.default_epochs)
-    (rows or read_batch)(sheet, names)
+    read_rows(sheet, names)
     read_warmup(sheet, names.schedule)
     read_optimizer(sheet, names.optimizer)
     share = sheet.number(names.held_out)
