@@ -152,8 +152,7 @@ def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     moves = finite and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
     words = f"two steps in {dtype}: losses {_listed(losses)}, gradient norms {_listed(norms)}"
     yield CheckFinding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
-    sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
-    if sampled:
+    if OBJECTIVES[name].keys() & SAMPLED.keys():
         return
     exactly = {**OBJECTIVES[name], "dtype": "float32"}
     mine = train_tiny(kit, root / "b", 2, **exactly)
