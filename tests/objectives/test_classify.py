@@ -191,7 +191,6 @@ def test_predictions_are_written_as_lines_of_json_and_as_csv(tiny_folder, data, 
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line.get("predicted") for line in lines] == ["cold", "hot", "mild", "cold", None]
     assert lines[1]["text"] == rows[1]["text"]
-    one_line(run(*common), "--text TEXT, or --data FILE")
     one_line(run(*common, "--text", ""), "empty text")
     one_line(run(*common, "--data", file, "--out", "x.txt"), ".jsonl or .csv")
     one_line(run(*common, "--data", data), "is a folder")
