@@ -672,7 +672,7 @@ def merge_adapters(
     )  # fmt: skip
     with _adapted(base, factors):
         save_adapter(out, base.model, info)
-    write_card(out, "mlx", base, info, CardFacts(objective=vectors.get("objective", "sft")))
+    write_card(out, "mlx", base, info, CardFacts(objective=vectors.get("objective", CardFacts.objective)))
     remove_earlier(out, WEIGHTS_FILE, FACTS_FILE)
     if vectors:
         with replacing_file(out / RUN_FILE) as temporary:

@@ -106,7 +106,7 @@ from mlx_lora.trainer.fit import (
     with_kernels,
 )
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
-from mlx_lora.trainer.request import check_request, check_test_split, wants_training
+from mlx_lora.trainer.request import check_request, check_test_split
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -659,8 +659,6 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
         InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
     """
     check_request(settings, ALONE)
-    if not wants_training(settings):
-        raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
     settings = with_pictures(settings)
     settings = settled_offload(settings, ALONE)
     model = settings.model

@@ -18,6 +18,7 @@ import numpy as np
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base, speaks_python
 from mlx_lora.api.train import run_settings
+from mlx_lora.config.objectives import CLASSIFY, RERANK
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
@@ -288,7 +289,7 @@ def predict(
         InputError: base, adapter or a setting that cannot be used, or an empty text.
     """
     base = as_base(base, "predict")
-    data = run_settings(base.settings, {**settings, "objective": "classify"}, of=("data", "objective")).data
+    data = run_settings(base.settings, {**settings, "objective": CLASSIFY}, of=("data", "objective")).data
     given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
     examples = []
     for number, one in enumerate(given):
@@ -315,7 +316,7 @@ def load_scorer(
     data: DataSettings,
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
-    objective: str = "classify",
+    objective: str = CLASSIFY,
 ) -> TextScorer:
     """Put the adapter of an objective on a base, and return what scores texts with it.
 
@@ -326,7 +327,7 @@ def load_scorer(
     if info.chat_template and not data.chat_template:
         base.hf_tokenizer.chat_template = info.chat_template
     scorer = TextScorer.of(base, info.head, data, batch_tokens)
-    if info.head is None and objective == "rerank" and len(scorer.head["labels"]) == 0:
+    if info.head is None and objective == RERANK and len(scorer.head["labels"]) == 0:
         scorer = replace(scorer, head=scorer.head | {"objective": objective})  # PEFT does not say what one output means
     if scorer.head["objective"] != objective:
         raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
@@ -363,14 +364,14 @@ def rerank(
     Raises:
         InputError: base, adapter or a setting that cannot be used, or an empty text.
     """
-    base = as_base(base, "rerank")
-    data = run_settings(base.settings, {**settings, "objective": "rerank"}, of=("data", "objective")).data
+    base = as_base(base, RERANK)
+    data = run_settings(base.settings, {**settings, "objective": RERANK}, of=("data", "objective")).data
     if not all(isinstance(text, str) and text.strip() for text in (query, *documents)):
         raise InputError("rerank: the query and each document must be a text that is not empty")
     folder: Any = resolve_adapter(os.fspath(adapter), None)
     data = with_limits_of_run(data, settings, folder)
     with base.loaded.lent() as lent:
-        scores, _ = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint, "rerank").rank(query, documents)
+        scores, _ = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint, RERANK).rank(query, documents)
     return [{"index": i, "score": score, "document": documents[i]} for i, score in in_order(scores)[:top_n]]
 
 

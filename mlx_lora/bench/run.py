@@ -50,6 +50,7 @@ import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import PAIRS
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import run_of
@@ -197,7 +198,9 @@ class RowShape:
         typical_width: positions of a typical row, for predictions without a tokenizer.
         real_share, trained_share: fractions of a batch's positions that are not padding, and that are trained, for the
             same use.
-        objective: what is trained toward.
+        words: a description.
+        objective: what is trained toward; None: imitation, which has no name in definitions from the time when it was the
+            only objective.
     """
 
     rows: ChatData
@@ -205,15 +208,16 @@ class RowShape:
     typical_width: int
     real_share: float
     trained_share: float
-    objective: str = "sft"
+    words: str
+    objective: str | None = None
 
 
 # There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
 ROW_SHAPES = {
-    "chat": RowShape(ChatData(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
-    "2k": RowShape(ChatData(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
-    "dpo": RowShape(ChatData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
-    "8k": RowShape(ChatData(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+    "chat": RowShape(ChatData(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61, "short chats"),
+    "2k": RowShape(ChatData(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97, "rows of 2,048 tokens"),
+    "dpo": RowShape(ChatData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "DPO on pairs of short answers", "dpo"),
+    "8k": RowShape(ChatData(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99, "rows of 8,192 tokens"),
 }
 
 
@@ -264,12 +268,11 @@ class Workload:
 
     def text(self) -> str:
         """Return the content of its data file."""
-        return chat_rows(**vars(self.shape.rows), pairs=self.shape.objective == "dpo")
+        return chat_rows(**vars(self.shape.rows), pairs=self.shape.objective in PAIRS)
 
     def flags(self) -> dict[str, Any]:
         """Return its train settings by name."""
-        # Imitation is not named, so that definitions from the time when it was the only objective stay the same.
-        toward = {} if self.shape.objective == "sft" else {"objective": self.shape.objective, "beta": 0.1}
+        toward = {"objective": self.shape.objective, "beta": 0.1} if self.shape.objective else {}
         return {
             **toward,
             "method": "lora",

@@ -35,7 +35,6 @@ from mlx_lora.api.evaluate import (
     TasksRequest,
     check_evaluation,
     check_tasks,
-    compares,
     measure_forgetting,
     measure_loss,
     measure_tasks,
@@ -165,8 +164,7 @@ def main(
     if held_out:
         settings = settings_of_run(folder, given)
     check_evaluation(settings, folder, show or 0)
-    if page is not None and not compares(settings):
-        raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
+    check_options("evaluate", {**settings.to_flat(), "report": report})
     if not held_out:
         settings = with_settings_of_run(settings, given, folder)
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):

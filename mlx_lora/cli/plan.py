@@ -132,7 +132,14 @@ def main(
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     hostfile, link_gbit = given.pop("hostfile"), given.pop("link_gbit")
     sweep, clients = given.pop("sweep"), given.pop("clients")
-    asked = {"config": config_file, "chip": chip, "memory_gb": memory_gb, "all_chips": all_chips, "macs": macs}
+    asked = {
+        "config": config_file,
+        "allow_code": allow_code,
+        "chip": chip,
+        "memory_gb": memory_gb,
+        "all_chips": all_chips,
+        "macs": macs,
+    }
     asked |= {"hostfile": hostfile, "link_gbit": link_gbit, "sweep": sweep, "clients": clients, **given}
     check_options("plan", asked)
     budget = None if sweep is None else read_budget(sweep)
@@ -163,7 +170,7 @@ def plan_several(
     link, source = Link((link_gbit or LINK_GBIT) * 1e9 / 8, LATENCY_S), "an assumed rate of the link (--link-gbit)"
     if macs.isdecimal():
         if not 2 <= int(macs) <= MOST_MACS:
-            raise InputError(f"--macs {macs} --all-chips: from 2 to {MOST_MACS} equal Macs can be planned")
+            raise InputError(f"--macs {macs}: from 2 to {MOST_MACS} equal Macs can be planned")
         planned = {"macs": equal_macs(settings, int(macs), link)}
         return planned, render_plan("equal_macs", planned, link=source)
     if hostfile is None:

@@ -18,6 +18,8 @@ from mlx_lora.api import options as flags
 from mlx_lora.api.evaluate import with_settings_of_run
 from mlx_lora.api.texts import data_columns, example_of, load_scorer, predicted_records
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import CLASSIFY
+from mlx_lora.config.rules import check_options
 from mlx_lora.data.examples import Fields
 from mlx_lora.data.files import all_files
 from mlx_lora.models.load import load_base
@@ -55,21 +57,19 @@ def main(
     **given: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
-    settings = train_settings({**given, "objective": "classify"})
-    if bool(texts) == bool(settings.data.data):
-        raise InputError("predict: give --text TEXT, or --data FILE")
-    path = Path(out).expanduser() if out else None
-    if path is not None and (path.suffix.lower() not in FORMS or not path.parent.is_dir()):
-        raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
-    columns = None
+    check_options("predict", {"adapter_path": adapter.adapter_path, "text": texts, "data": given.get("data")})
+    settings = train_settings({**given, "objective": CLASSIFY})
+    path, columns = Path(out).expanduser() if out else None, None
     if path is not None:
+        if path.suffix.lower() not in FORMS or not path.parent.is_dir():
+            raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
         read = [] if texts else all_files(settings.data.data or "")
         flags.NewFile(path, force).check(one.path for one in read)
         if path.suffix.lower() == ".csv":
             # A column for the error follows the others, and the probabilities of all labels are left out: JSON has them.
             names = ["text"] if texts else data_columns(settings.data)
-            kept = [name for name in names if name not in ("probabilities", ERROR)]
-            columns = list(dict.fromkeys([*kept, "predicted", "probability", ERROR]))
+            columns = [name for name in (*names, "predicted", "probability") if name not in ("probabilities", ERROR)]
+            columns = [*dict.fromkeys(columns), ERROR]
     folder: Any = adapter.folder()
     settings = with_settings_of_run(settings, given, folder)
     examples, plain = [], replace(settings.data, text_column=None, chat_column=None)
@@ -77,11 +77,10 @@ def main(
         if isinstance(found := example_of({"text": text}, plain), str):
             raise InputError(f"--text {text!r}: {found}")
         examples.append(found)
-    base = load_base(settings.model)
-    scorer = load_scorer(base, folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
+    scorer = load_scorer(load_base(settings.model), folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
     if texts:
-        answers = scorer.predict(examples)
-        records = (({"text": text, **one}, ERROR in one) for text, one in zip(texts, answers, strict=True))
+        answered = zip(texts, scorer.predict(examples), strict=True)
+        records = (({"text": text, **one}, ERROR in one) for text, one in answered)
     else:
         records = predicted_records(scorer, settings.data)
     done = refused = 0

@@ -15,6 +15,7 @@ import click
 
 from mlx_lora.api import options as flags
 from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import MODEL
 from mlx_lora.config.sweep import BUDGET, SET_BY_SWEEP, read_budget
 from mlx_lora.utils import console
@@ -48,6 +49,7 @@ def main(
 ) -> int:  # fmt: skip
     """Train all combinations of the values for a few steps, the better ones for more, and the best one in full."""
     force, allow_code = given.pop("force"), given.pop("allow_code")
+    check_options("sweep", {"config": config_file, "allow_code": allow_code})
     content = {
         name: value for name, value in read_settings(config_file, given, allow_code).items() if name not in SET_BY_SWEEP
     }

@@ -57,10 +57,12 @@ def main(
     config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
+    named = {"runs": runs, "config": config_file, "allow_code": allow_code, "dry_run": dry_run}
     if runs:
-        check_options("train", {**given, "runs": runs, "config": config_file, "dry_run": dry_run})
+        check_options("train", {**given, **named})
         return run_several(runs, given, allow_code)
     settings = train_settings(given, read_settings(config_file, given, allow_code))
+    check_options("train", {**settings.to_flat(), **named})
     for note in idle_notes(settings.to_flat(), given):
         console.echo(f"note: {note}")
     if find_launch(dict(os.environ)) is None:  # else each process would say it

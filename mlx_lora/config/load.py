@@ -243,8 +243,6 @@ def read_settings(path: str | None, flags: Mapping[str, Any], allow_code: bool =
             names code, and nobody agreed to run it.
     """
     if not path:
-        if allow_code:
-            raise InputError("--allow-code: only for the file of --config or --runs; leave it out")
         return {}
     is_recipe = names_recipe(path)
     content = read_yaml(str(recipe_file(path)) if is_recipe else path)

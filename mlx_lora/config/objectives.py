@@ -13,11 +13,14 @@ OBJECTIVE = "Objective"  # heading of the help
 # Settings of sampling that are used for a teacher's answers too.
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
 EMBED_SCORED = ("cosent", "cosine")  # losses of pairs with a score (losses/contrastive.py)
 EMBED_LOSSES = ("infonce", "triplet", *EMBED_SCORED)
 POOLINGS = ("mean", "last", "cls")
 TASK_SETS = "reasoning-gym:"  # before the name of a set of tasks of that package, in --data
 VERIFIERS = "verifiers:"  # before the name of an environment of that package, in --environment and --data
+# --grpo-loss -> of what the probabilities are compared: each token, or the mean of an answer.
+RATIOS = {"grpo": "token", "bnpo": "token", "dapo": "token", "dr_grpo": "token", "gspo": "mean"}
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -113,12 +116,17 @@ def row_of(name: str | None) -> ObjectiveRow:
     return OBJECTIVES[name]
 
 
-SAMPLING = tuple(name for name, row in OBJECTIVES.items() if row.rewarded)
-LABELED = tuple(name for name, row in OBJECTIVES.items() if row.records == "labeled")
-RANKED = tuple(name for name, row in OBJECTIVES.items() if row.records == "candidates")
-IMITATION = tuple(name for name, row in OBJECTIVES.items() if row.imitates)
-PAIRS = tuple(name for name, row in OBJECTIVES.items() if row.records == "pairs" and not row.vectors)
-WITH_IMAGES = tuple(name for name, row in OBJECTIVES.items() if row.pictures)
+def names_of(fact: str, value: Any = True) -> tuple[str, ...]:
+    """Return the names of the objectives in whose row a fact has a value."""
+    return tuple(name for name, row in OBJECTIVES.items() if getattr(row, fact) == value)
+
+
+SAMPLING, IMITATION, ANSWERED, TAUGHT = map(names_of, ("rewarded", "imitates", "of_answers", "taught"))
+LABELED, RANKED, RATED = (names_of("records", records) for records in ("labeled", "candidates", "rated"))
+VECTORS, COMPARED, WITH_IMAGES = map(names_of, ("vectors", "reference", "pictures"))
+PAIRS = tuple(name for name in names_of("records", "pairs") if name not in VECTORS)
+MAY_SAMPLE = (*SAMPLING, *TAUGHT)
+(CLASSIFY,), (RERANK,) = LABELED, RANKED  # which have functions of their own: predict, rerank
 
 
 # fmt: off
@@ -152,15 +160,15 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1000, only=("simpo",))
     cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
         OBJECTIVE, at_least=0, at_most=1000, only=("cpo",))
-    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
-    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000, only=("kto",))
+    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000, only=RATED)
+    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000, only=RATED)
     shared_prefix: str = setting("auto", "Compute a prompt once for all its answers (a pair's, or the sampled ones): "
         "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
     center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
         OBJECTIVE, at_least=0, at_most=1000, only=("reward",))
     reference_adapter: str | None = setting(None,
         "Adapter folder whose model is the reference (default: the model at the start of the run).",
-        OBJECTIVE, may_change=True, per_machine=True, only=("dpo", "kto"))
+        OBJECTIVE, may_change=True, per_machine=True, only=COMPARED)
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
         "exact_match, number_match, math-verify, reasoning-gym, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
@@ -180,17 +188,17 @@ class ObjectiveSettings:
     reward_timeout: float = setting(60.0, "Seconds that a reward function may take for the answers of a batch.",
         OBJECTIVE, more_than=0, at_most=86400, may_change=True, only=SAMPLING)
     group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
-        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024, only=(*SAMPLING, "distill"))
+        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024, only=MAY_SAMPLE)
     max_new_tokens: int = setting(256, "grpo, rloo, distill: maximum number of tokens of a sampled answer.",
-        OBJECTIVE, at_least=1, at_most=10**6, only=(*SAMPLING, "distill"))
+        OBJECTIVE, at_least=1, at_most=10**6, only=MAY_SAMPLE)
     temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100,
-        only=(*SAMPLING, "distill"))
+        only=MAY_SAMPLE)
     top_p: float = setting(1.0, "grpo, rloo, distill: sample from the most likely tokens whose probabilities add up to this.",
-        OBJECTIVE, more_than=0, at_most=1, only=(*SAMPLING, "distill"))
+        OBJECTIVE, more_than=0, at_most=1, only=MAY_SAMPLE)
     min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the most likely token.",
-        OBJECTIVE, at_least=0, at_most=1, only=(*SAMPLING, "distill"))
+        OBJECTIVE, at_least=0, at_most=1, only=MAY_SAMPLE)
     grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
-        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"), only=("grpo",))
+        "which takes one ratio for an answer.", OBJECTIVE, choices=tuple(RATIOS), only=("grpo",))
     epsilon: float = setting(0.2, "grpo, rloo: clip the ratio of the new probability to the old this far below 1.",
         OBJECTIVE, more_than=0, at_most=1, only=SAMPLING)
     epsilon_high: float | None = setting(None, "grpo, rloo: clip the ratio this far above 1 (default: as --epsilon).",
@@ -201,26 +209,26 @@ class ObjectiveSettings:
         "prompt's group, of the whole step's batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"),
         only=("grpo",))
     mask_truncated: bool = setting(False, "grpo, rloo, --on-policy: do not train answers that were cut at --max-new-tokens.",
-        OBJECTIVE, only=(*SAMPLING, "distill"))
+        OBJECTIVE, only=MAY_SAMPLE)
     updates_per_rollout: int = setting(1, "grpo, rloo, --on-policy: how often each sampled answer is trained on.",
-        OBJECTIVE, at_least=1, at_most=1000, only=(*SAMPLING, "distill"))
+        OBJECTIVE, at_least=1, at_most=1000, only=MAY_SAMPLE)
     teacher: str | None = setting(None,
         "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
-        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True, only=("distill",))
+        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True, only=TAUGHT)
     teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
-        "every chat.", OBJECTIVE, may_change=True, per_machine=True, only=("distill",))
+        "every chat.", OBJECTIVE, may_change=True, per_machine=True, only=TAUGHT)
     own_prompts: int | None = setting(None, "distill without --data: prompts that the model writes itself, and the teacher "
-        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6, only=("distill",))
+        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6, only=TAUGHT)
     teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
-        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6, only=("distill",))
+        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6, only=TAUGHT)
     divergence: str | None = setting(None, "distill: the divergence to minimize. forward_kl: KL(teacher, student), reverse_kl: "
         "KL(student, teacher), jsd: between the two, as in TRL's GKD; sampled_kl: with --on-policy, reverse_kl from the "
         "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES,
-        only=("distill",))
+        only=TAUGHT)
     jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",
-        OBJECTIVE, at_least=0, at_most=1, only=("distill",))
+        OBJECTIVE, at_least=0, at_most=1, only=TAUGHT)
     distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
-        OBJECTIVE, more_than=0, at_most=100, only=("distill",))
+        OBJECTIVE, more_than=0, at_most=100, only=TAUGHT)
     problem_type: str = setting("auto", "classify: whether a text has one label, several, or a number, by transformers' names; auto: "
         "lists are several labels, and numbers that are not all whole are numbers.", OBJECTIVE, choices=PROBLEMS, only=LABELED)
     labels: str | None = setting(None, "classify: the labels in the order of the head's outputs, separated by commas (default: "
@@ -233,25 +241,25 @@ class ObjectiveSettings:
     candidates: int = setting(8, "rerank: maximum number of documents of a query; those with the best grades are used.", OBJECTIVE, at_least=2,
         at_most=1000, only=RANKED)
     on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
-        "trained; the teacher stays in memory.", OBJECTIVE, only=("distill",))
+        "trained; the teacher stays in memory.", OBJECTIVE, only=TAUGHT)
 
     embed_loss: str | None = setting(None, "embed: the loss. infonce: a query's own document against all others of a step; triplet: "
         "against its own negatives; cosent, cosine: pairs with a score (default: infonce, or cosent for scores).",
-        OBJECTIVE, choices=EMBED_LOSSES, only=("embed",))
+        OBJECTIVE, choices=EMBED_LOSSES, only=VECTORS)
     embed_temp: float = setting(0.05, "embed: divide cosines by this (infonce, cosent).", OBJECTIVE, more_than=0, at_most=100,
-        only=("embed",))
+        only=VECTORS)
     triplet_margin: float = setting(0.5, "embed: cosine distance by which a negative should be farther away than the document (triplet).",
-        OBJECTIVE, more_than=0, at_most=2, only=("embed",))
+        OBJECTIVE, more_than=0, at_most=2, only=VECTORS)
     negatives: int | None = setting(None, "embed: maximum number of negatives of an example (default: all).",
-        OBJECTIVE, at_least=0, at_most=1000, only=("embed",))
+        OBJECTIVE, at_least=0, at_most=1000, only=VECTORS)
     matryoshka_dims: str | None = setting(None, "embed: train vectors whose first numbers also work alone, for these counts, such as 384,128,64.",
-        OBJECTIVE, only=("embed",))
+        OBJECTIVE, only=VECTORS)
     pooling: str | None = setting(None, "embed: what becomes a text's vector: the mean of its tokens' states, or that of the last or the "
         "first token (default: as the model's own files say, else last; mean for an encoder).", OBJECTIVE, choices=POOLINGS,
-        only=("embed",))
+        only=VECTORS)
     query_prompt: str | None = setting(None, "embed: text before each query, such as 'query: ' (default: as the model's own files say, "
-        "else none).", OBJECTIVE, only=("embed",))
-    document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE, only=("embed",))
+        "else none).", OBJECTIVE, only=VECTORS)
+    document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE, only=VECTORS)
 
     @property
     def row(self) -> ObjectiveRow:
@@ -262,11 +270,6 @@ class ObjectiveSettings:
     def records(self) -> str:
         """The kind of records that the data must have."""
         return "prompts" if self.samples else self.row.records
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Numbers of a validation by which the best one may be chosen; labels and scores that are numbers have none."""
-        return () if self.problem_type == "regression" or self.embed_loss in EMBED_SCORED else self.row.metrics
 
     @property
     def shares_prompts(self) -> bool:

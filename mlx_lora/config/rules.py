@@ -16,7 +16,22 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import (
+    ANSWERED,
+    COMPARED,
+    EMBED_SCORED,
+    IMITATION,
+    LABELED,
+    OBJECTIVES,
+    PAIRS,
+    RANKED,
+    RATED,
+    SAMPLING,
+    SMOOTHED,
+    TAUGHT,
+    VERIFIERS,
+    ObjectiveSettings,
+)
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import (
     COLUMNS,
@@ -55,6 +70,11 @@ def other_than(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value not in values
 
 
+def without(*values: str) -> Callable[[Any], bool]:
+    """Return the condition that a setting, a list by commas, has none of some values."""
+    return lambda listed: not set(values) & set(str(listed).split(","))
+
+
 def holds(settings: Mapping[str, Any], name: str, wanted: Any, usual: Mapping[str, Any] = USUAL) -> bool:
     """Tell whether a setting has a value, one of several, or what a function accepts."""
     value = settings.get(name)
@@ -76,7 +96,7 @@ class Rule:
     """One row of the table.
 
     Attributes:
-        names: settings; those that are given, or have the value of `NAME=VALUE`, break the rule together.
+        names: settings; those that are given, or have the value of `NAME=VALUE` (or list it), break the rule together.
         why: why not.
         do: what to do about it.
         when: other setting -> the value, or several, or a function that tells, with which the rule counts.
@@ -97,7 +117,7 @@ class Rule:
         asked = []
         for name, _, value in (one.partition("=") for one in self.names):
             own = settings.get(name)
-            if (str(own) == value) if value else given(name, own, usual):
+            if (value in str(own).split(",")) if value else given(name, own, usual):
                 asked.append(spelled(name, own))
         if not asked:
             return None
@@ -142,11 +162,28 @@ OF_EMBED = ("data", "prompt_column", "completion_column", "max_seq_length", "val
 OF_TASKS = ("eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template")
 NO_VALIDATION, IN_MEMORY = "no validation takes place", "sampling needs the whole base in one process"
 BY_KEYS, ONLY_ANSWERS = "the format of these records is recognized by its keys", "only answers are trained"
+DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
 OWN_OPTIONS = tuple(one.name for one in fields(ObjectiveSettings) if one.name != "objective")
+SCORED: tuple[dict[str, Any], ...] = ({"problem_type": "regression"}, {"embed_loss": EMBED_SCORED})
+REPORTED_BY = {
+    metric: tuple(name for name, row in OBJECTIVES.items() if metric in row.metrics)
+    for metric in ROWS["metric_for_best_model"].choices or ()
+    if metric not in ("loss", "task")
+}
 NOT_IMITATED: dict[str, Any] = {"objective": other_than(*IMITATION)}
 
 RULES: tuple[Rule, ...] = (
     # Data
+    *(
+        excludes(
+            "rephrase",
+            "the base writes the wordings, for which one process needs all of it in memory",
+            "give --rephrase-model, or leave out one of the two",
+            rephrase_model=None,
+            **dividing,
+        )
+        for dividing in (*DIVIDED, {"parallel": other_than("data")})
+    ),
     needs("rephrase_model", "say how many wordings of each question, as in --rephrase 3", rephrase=GIVEN),
     excludes("data_format", BY_KEYS, **NOT_IMITATED),
     excludes("data_format", BY_KEYS, on_policy=True),
@@ -156,7 +193,7 @@ RULES: tuple[Rule, ...] = (
     excludes("mask_prompt", ONLY_ANSWERS, **NOT_IMITATED),
     excludes("mask_prompt", ONLY_ANSWERS, on_policy=True),
     excludes(("completion_column", "chat_column", "text_column"), "it reads no such column", objective=PAIRS),
-    excludes("text_column", "it reads no such column", objective="kto"),
+    excludes("text_column", "it reads no such column", objective=RATED),
     excludes(("prompt_column", "completion_column", "system_column"), "it reads no such column", objective=LABELED),
     excludes(COLUMNS, "it reads no such column", objective=RANKED),
     excludes(
@@ -190,14 +227,25 @@ RULES: tuple[Rule, ...] = (
     ),
     excludes("rank_pattern", "it reduces all ranks from one initial rank to --rank", method="adalora"),
     # What is trained towards
-    needs(
-        "objective=distill",
-        "there is no teacher",
-        "give --teacher MODEL, or --teacher-prompt FILE to make the untrained model with that prompt the teacher",
-        teacher=GIVEN,
-        teacher_prompt=GIVEN,
+    *(
+        needs(
+            f"objective={name}",
+            "there is no teacher",
+            "give --teacher MODEL, or --teacher-prompt FILE to make the untrained model with that prompt the teacher",
+            teacher=GIVEN,
+            teacher_prompt=GIVEN,
+        )
+        for name in TAUGHT
     ),
     excludes("own_prompts", "the prompts are in the data", BOTH, data=GIVEN),
+    excludes(
+        "label_smoothing",
+        f"of dpo's losses only {', '.join(SMOOTHED)} have it",
+        objective=COMPARED,
+        loss_type=without(*SMOOTHED),
+    ),
+    excludes("discopop_tau", "no other loss has it", objective=COMPARED, loss_type=without("discopop")),
+    needs("loss_type=exo_pair", "it is defined by its smoothing", "give 0.001, as in its paper", label_smoothing=bool),
     needs("jsd_beta", "only that uses it", divergence="jsd"),
     excludes("teacher_prompt", "the two see other prompts, so only answers can be compared", mask_prompt=False),
     needs("divergence=sampled_kl", "it needs sampled answers", "add it, or give reverse_kl", on_policy=True),
@@ -210,7 +258,7 @@ RULES: tuple[Rule, ...] = (
     excludes(
         ("group_size", "mask_truncated", "updates_per_rollout"),
         "nothing is sampled without --on-policy",
-        objective="distill",
+        objective=TAUGHT,
         on_policy=False,
     ),
     excludes("group_size=1", "it compares the answers to a prompt", "give at least 2", objective=SAMPLING),
@@ -220,6 +268,7 @@ RULES: tuple[Rule, ...] = (
         BOTH,
         method="relora",
     ),
+    needs("shared_prefix", "there is one answer to a prompt", objective=(*PAIRS, *SAMPLING), images=True),
     excludes("shared_prefix=on", "each answer is computed with its prompt's pictures", images=True),
     excludes(("environment", "tools"), "an answer about pictures is one turn", "give --reward instead", images=True),
     excludes(("reward", "tools"), "the environment has its own rewards and tools", BOTH, environment=is_verifiers),
@@ -238,12 +287,27 @@ RULES: tuple[Rule, ...] = (
         for asking in ({"keep_best": True}, {"early_stopping_patience": bool}, {"metric_for_best_model": GIVEN})
     ),
     excludes("save_every=0", "there is no checkpoint to go back to", BOTH, keep_best=True),
+    *(
+        needs(
+            f"metric_for_best_model={metric}",
+            "no other reports it",
+            "leave it out to keep the validation with the lowest loss",
+            objective=reporting,
+        )
+        for metric, reporting in REPORTED_BY.items()
+    ),
+    *(
+        excludes(
+            tuple(f"metric_for_best_model={metric}" for metric in REPORTED_BY), "numbers have only a loss", **scored
+        )
+        for scored in SCORED
+    ),
     needs("metric_for_best_model=task", "there is no score", GIVE_BOTH, eval_tasks=GIVEN),
     needs(OF_TASKS, "there is no task", eval_tasks=GIVEN),
     needs("early_stopping_threshold", "nothing ends the run early", GIVE_BOTH, early_stopping_patience=bool),
     # Where the base and what is kept of it are
     excludes("shard_base", "it decides what each process has", BOTH, parallel="auto"),
-    excludes("shard_base", "a teacher needs the whole base in one process", objective="distill", on_policy=False),
+    excludes("shard_base", "a teacher needs the whole base in one process", objective=TAUGHT, on_policy=False),
     excludes(("shard_base", "parallel"), "each is another way to divide the base", BOTH, offload_base="on"),
     excludes(("shard_base", "parallel"), "only training shares a base", test=True, train=(None, False)),
     needs("offload_activations", "works with it only", "add it, or leave this out", offload_base="on"),
@@ -263,10 +327,11 @@ RULES: tuple[Rule, ...] = (
             ("it computes each layer's whole fused weight", BOTH, {"qat": GIVEN}),
             ("weights that are trained cannot be shared", BOTH, {"modules_to_save": GIVEN}),
             (IN_MEMORY, LEAVE_OUT, {"objective": SAMPLING}),
-            (IN_MEMORY, LEAVE_OUT, {"objective": "distill", "on_policy": True}),
+            (IN_MEMORY, LEAVE_OUT, {"objective": TAUGHT, "on_policy": True}),
             ("the whole base computes the reference", BOTH, {"reference_adapter": GIVEN}),
             ("no process has the whole weights", BOTH, {"decode_weights": "dense"}),
             ("a task needs the whole base", BOTH, {"eval_tasks": GIVEN}),
+            ("only whole bases see pictures", BOTH, {"images": True}),
         )
     ),
 )
@@ -275,13 +340,14 @@ IDLE: tuple[Rule, ...] = (
     excludes("weight_decay", "", optimizer=tuple(name for name, row in OPTIMIZERS.items() if not row.takes_decay)),
     excludes(("rank", "alpha"), "", method="full"),
     needs("project_name", "", report_to=GIVEN),
+    excludes("batch_tokens", "", batch_size=GIVEN),
     needs("test_batches", "", test=True),
 )
 
 OF_CLIENTS = ("model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget")  # of a training server
-DIVIDED: tuple[dict[str, Any], ...] = ({"shard_base": other_than("off", None)}, {"offload_base": "on"})
 NAMED = "each names the machines in another way"
-# Rules of the options of commands that do not train, by command.
+OF_A_FILE = needs("allow_code", "only a settings file may need it", config=GIVEN, runs=GIVEN)
+# Rules of the options of commands, by command.
 COMMANDS: dict[str, tuple[Rule, ...]] = {
     "convert": (
         excludes(("bits", "group_size", "mode"), "nothing is quantized", BOTH, no_quantize=True),
@@ -315,10 +381,16 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         excludes("show", "it asks questions of its own", BOTH, forgetting=True),
         needs("forgetting", "there is nothing to compare", "give it", adapter_path=GIVEN),
         excludes(("corpus", *OWN_OPTIONS), "it measures the loss of texts", forgetting=True),
-        excludes("forgetting", "it measures the loss of texts", objective=other_than("sft", None)),
+        excludes("forgetting", "it measures the loss of texts", objective=other_than(*ANSWERED, None)),
         needs(("against", "general_text", "general_chat"), "only that uses it", "add it", forgetting=True),
         needs("objective=embed", "it measures queries and their documents", "name some", data=GIVEN),
         excludes(("report", "show"), "it writes no text", objective="embed"),
+        *(
+            excludes(
+                "report", "only imitation with the whole base has a page", "leave it out, or use --json", **otherwise
+            )
+            for otherwise in ({"objective": other_than(*ANSWERED, None)}, {"images": True}, *DIVIDED)
+        ),
         needs("corpus", "only that searches in one", objective="embed"),
         *(excludes(("forgetting", "objective=embed"), "it needs the whole base", BOTH, **one) for one in DIVIDED),
     ),
@@ -339,6 +411,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
     ),
     "merge": (excludes("data", "nothing is measured", BOTH, no_evaluate=True),),
     "plan": (
+        OF_A_FILE,
         *(
             excludes("sweep", "it is planned for one machine", BOTH, **{name: GIVEN})
             for name in ("macs", "hostfile", "all_chips")
@@ -352,6 +425,10 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         excludes(("chip", "memory_gb", "hostfile"), NAMED, "keep one", macs=GIVEN),
         excludes(("chip", "memory_gb", "all_chips"), NAMED, "keep one", hostfile=GIVEN),
         excludes("all_chips", NAMED, "keep one, or write --macs 2 --all-chips for pairs", macs=names_chips),
+    ),
+    "predict": (
+        excludes("text", "each brings the texts", BOTH, data=GIVEN),
+        needs("adapter_path", "there is no text to label", "give one of the two", text=GIVEN, data=GIVEN),
     ),
     "serve": (
         excludes(("allow_origin", "allow_hub"), "pages and the hub play no part in it", training=True),
@@ -367,7 +444,12 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
             training=True,
         ),
     ),
-    "train": (excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),),
+    "sweep": (OF_A_FILE,),
+    "train": (
+        OF_A_FILE,
+        excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),
+        excludes("dry_run", "nothing would be trained", "give --train too", test=True, train=(None, False)),
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
-from mlx_lora.config.objectives import LABELED, VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import ANSWERED, LABELED, VERIFIERS, ObjectiveSettings
 from mlx_lora.config.objectives import PAIRS as PAIRED
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
@@ -81,7 +81,7 @@ class DataSettings:
         MODEL, common=True, may_change=True, per_machine=True, runs=VERIFIERS)
     ask: str | None = setting(None,
         "Your own test questions with their answers, in any form that --data takes; the run ends with how many it answers right. "
-        "They are never trained.", MODEL, may_change=True, per_machine=True, runs=VERIFIERS, only=("sft",))
+        "They are never trained.", MODEL, may_change=True, per_machine=True, runs=VERIFIERS, only=ANSWERED)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
         "Column of the prompt; several columns, separated by commas, are joined with line breaks (default: the usual names).", MODEL)
@@ -121,7 +121,7 @@ class DataSettings:
         MODEL, at_least=0, at_most=0.9)
     rephrase: int | None = setting(None,
         "sft: let a model write this many other wordings of each question, and train them with the same answer; up to 20 more are "
-        "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100, only=("sft",))
+        "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100, only=ANSWERED)
     rephrase_model: str | None = setting(None,
         "With --rephrase: the model that writes the wordings, given as for --model, or the address of a server with OpenAI's "
         "protocol, such as http://127.0.0.1:1234/v1 of LM Studio (default: the base).", MODEL, may_change=True, per_machine=True)

@@ -20,7 +20,7 @@ from typing import Any
 from mlx_lora.config.fields import field_type, flag_of, read_value
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.rules import idle_notes
-from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, other_names
+from mlx_lora.config.settings import FIELDS, ROWS, DataSettings, ModelSettings, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, counted
 
@@ -35,8 +35,8 @@ MOST_VALUES = 64
 LENGTHS = ("iters", "epochs")
 # Settings that the loss depends on: candidates that differ in one have losses of different kinds.
 OF_LOSS = frozenset(ObjectiveSettings.__dataclass_fields__)
-# What a sweep sets itself.
-OWN = {"seed": "give --seeds"}
+# Settings of the rows and the base, which all candidates have in common.
+OF_ROWS = frozenset(ModelSettings.__dataclass_fields__) | frozenset(DataSettings.__dataclass_fields__)
 # Settings of a run that a sweep sets for each of its runs.
 SET_BY_SWEEP = ("adapter_path", "resume", "force", "train", "test", "test_batches", "max_restarts", "short_buffers")
 _EXAMPLE = "write it like learning_rate=5e-5..2e-3 or rank=8,16,32"
@@ -56,10 +56,28 @@ def read_vary(given: Sequence[str] | Mapping[str, Any]) -> dict[str, list[Any]]:
     Raises:
         InputError: a text or a value that cannot be used, or too many combinations.
     """
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(given, Mapping):
+        pairs += given.items()
+    else:
+        for text in given:
+            name, _, values = text.partition("=")
+            if not name.strip() or not values.strip():
+                raise InputError(f"--vary {text}: has no setting with values; {_EXAMPLE}")
+            pairs.append((name, values))
     found: dict[str, list[Any]] = {}
-    for name, values in given.items() if isinstance(given, Mapping) else map(_parted, given):
+    for name, values in pairs:
         name = name.strip().lstrip("-").replace("-", "_")
-        _check_name(name)
+        if name == "seed":
+            raise InputError("--vary seed: a sweep sets it itself; give --seeds")
+        if name not in FIELDS:
+            near = closest(name, FIELDS)
+            advice = f"did you mean {near[0]}?" if near else "mlx-lora train --help-all lists the settings"
+            raise InputError(f"--vary {name}: no such setting; {advice}")
+        if name in OF_ROWS or (ROWS[name].may_change and name not in LENGTHS):
+            raise InputError(
+                f"--vary {name}: it does not change what a run learns from the same rows; vary another setting"
+            )
         if name in found:
             raise InputError(f"--vary {name}: given twice; give it once, with all values")
         found[name] = _values(name, values)
@@ -67,28 +85,6 @@ def read_vary(given: Sequence[str] | Mapping[str, Any]) -> dict[str, list[Any]]:
     if count > MOST_CANDIDATES:
         raise InputError(f"--vary: {count:,} combinations; at most {MOST_CANDIDATES} are allowed, so give fewer values")
     return found
-
-
-def _parted(text: str) -> tuple[str, str]:
-    name, equals, values = text.partition("=")
-    if not equals or not name.strip() or not values.strip():
-        raise InputError(f"--vary {text}: has no setting with values; {_EXAMPLE}")
-    return name, values
-
-
-def _check_name(name: str) -> None:
-    """Refuse a setting that a sweep cannot vary."""
-    if name in OWN:
-        raise InputError(f"--vary {name}: a sweep sets it itself; {OWN[name]}")
-    if name not in FIELDS:
-        near = closest(name, FIELDS)
-        advice = f"did you mean {near[0]}?" if near else "mlx-lora train --help-all lists the settings"
-        raise InputError(f"--vary {name}: no such setting; {advice}")
-    section = next(part for part, kind in SECTIONS.items() if name in kind.__dataclass_fields__)
-    if section in ("model", "data") or (ROWS[name].may_change and name not in LENGTHS):
-        raise InputError(
-            f"--vary {name}: it does not change what a run learns from the same rows; vary another setting"
-        )
 
 
 def _values(name: str, given: Any) -> list[Any]:
@@ -164,10 +160,6 @@ def check_varied(found: Sequence[Candidate], flat: Mapping[str, Any]) -> None:
             raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
         if twice := other_names(name) & set(names):
             raise InputError(f"--vary {name} and {twice.pop()}: a run has only one of the two; vary one of them")
-    if "batch_tokens" in names and flat["batch_size"] is not None:
-        raise InputError(
-            f"--vary batch_tokens: has no effect with --batch-size {flat['batch_size']}; leave that out, or vary batch_size"
-        )
     for candidate in found:
         if idle := idle_notes({**flat, **candidate}, names):
             raise InputError(f"--vary: {idle[0]}; leave it out, or change the other setting")

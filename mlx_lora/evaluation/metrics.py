@@ -143,10 +143,7 @@ def metric_of(name: str) -> Metric:
         return Metric(called, partial(_function_values, called, name, from_file("--metric", name, "function")))
     kind = name.partition(":")[0]
     if name in READY or (kind in ("regex", "json_schema") and name != kind):
-        try:
-            function = ready_reward(name)
-        except InputError as error:
-            raise InputError(str(error).replace("--reward", "--metric")) from None
+        function = ready_reward(name, "--metric")
         of = partial(_function_values, name, name, function)
         return Metric(name, of, _has_answer) if name in READY else Metric(name, of)
     near = closest(name, [*READY, *OWN])

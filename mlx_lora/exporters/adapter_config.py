@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.compat.foreign import CLASSIFIERS
+from mlx_lora.config.objectives import LABELED
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.models.config import ENCODERS
 from mlx_lora.models.folder import write_json
@@ -245,7 +246,7 @@ def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None
         if head := head_of(config, origin):
             raise InputError(
                 f"{origin}: this adapter is for --objective {head['objective']}, and gives scores, not text; use evaluate, "
-                f"{'predict, ' if head['objective'] == 'classify' else ''}serve, or export --to peft or hf"
+                f"{'predict, ' if head['objective'] in LABELED else ''}serve, or export --to peft or hf"
             )
         raise InputError(
             f"{origin}: this adapter is a reward model, which gives scores, not text; use evaluate --objective reward, or "

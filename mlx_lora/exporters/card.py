@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from mlx_lora.config.objectives import ANSWERED, VECTORS, ObjectiveSettings
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.exporters.adapter_config import LABELS_FILE, padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo, run_of
@@ -71,7 +72,7 @@ class CardFacts:
     data: str | None = None
     steps: int | None = None
     val_loss: float | None = None
-    objective: str = "sft"
+    objective: str = ObjectiveSettings.objective
     verdict: str | None = None
 
 
@@ -92,7 +93,7 @@ def read_facts(folder: Path) -> CardFacts:
     headline = str(verdict.get("headline") or "") if isinstance(verdict, dict) else ""
     headline = re.sub(r"[^\w.,:%() -]", "_", headline)[:300] or None
     losses = [loss for step, loss in taken if step == (steps if kept is None else kept) and loss is not None]
-    data, objective = settings.get("data"), plain(str(settings.get("objective", "sft")))
+    data, objective = settings.get("data"), plain(str(settings.get("objective", CardFacts.objective)))
     return CardFacts(
         data if isinstance(data, str) else None, steps, losses[-1] if losses else None, objective, headline
     )
@@ -129,7 +130,7 @@ def write_card(
     found = base_id or float_base(base, info)
     model = named or info.base_model  # of a path only the last part, because the rest shows the author's folders
     model = plain(model if HUB_ID.fullmatch(model) else Path(model).name) or "base"
-    vectors, has_factors = facts.objective == "embed", PRESETS[info.method].layer_type != "full"
+    vectors, has_factors = facts.objective in VECTORS, PRESETS[info.method].layer_type != "full"
     tags = ["lora", "mlx", "mlx-lora"] if format == "mlx" else ["lora", "peft", "mlx-lora"]
     task = "feature-extraction" if vectors else "text-generation"
     head = ModelCardData(  # which the hub reads
@@ -142,7 +143,7 @@ def write_card(
     header = read_safetensors_header(file) if file.exists() else {}
     names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))
     loss = None if facts.val_loss is None else f"{facts.val_loss:.4f}"
-    if facts.val_loss is not None and facts.objective == "sft" and facts.val_loss < 700:
+    if facts.val_loss is not None and facts.objective in ANSWERED and facts.val_loss < 700:
         loss = f"{loss} (perplexity {math.exp(facts.val_loss):.3f})"
     data = facts.data  # of a path the last part
     if data is not None and not (HUB_ID.fullmatch(data) and not Path(data).exists()):
@@ -150,7 +151,7 @@ def write_card(
     rows = {
         "base": model + (f", revision {plain(info.base_revision)}" if info.base_revision else ""),
         "method": info.method,
-        "objective": None if facts.objective == "sft" else facts.objective,
+        "objective": None if facts.objective == CardFacts.objective else facts.objective,
         "rank": info.rank if has_factors else None,
         "alpha": f"{info.alpha:g}" if has_factors else None,
         "targets": names if has_factors else None,

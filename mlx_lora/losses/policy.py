@@ -22,8 +22,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora.config.objectives import RATIOS, names_of
+
 TOKEN, MEAN, SUM = "token", "mean", "sum"
-RATIO_OF = {"grpo": TOKEN, "bnpo": TOKEN, "dapo": TOKEN, "dr_grpo": TOKEN, "gspo": MEAN, "rloo": SUM}
+RATIO_OF = RATIOS | dict.fromkeys(names_of("leaves_one_out"), SUM)
 # Added to the standard deviation of rewards, as in TRL, so that equal rewards give advantages of 0.
 TINY = 1e-4
 

@@ -207,21 +207,11 @@ def odds_ratio(pairs: Pairs, options: PairOptions) -> mx.array:
 
 # DPO's family by TRL's names.
 PAIR_LOSSES: dict[str, PairLoss] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "robust": robust,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "sft": sft,
-    "sigmoid_norm": sigmoid_norm,
+    loss.__name__: loss
+    for loss in (
+        *(sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down),
+        *(discopop, sft, sigmoid_norm),
+    )
 }
 
 
@@ -315,7 +305,7 @@ def apo_zero_unpaired(ratings: Ratings, options: RatedOptions) -> mx.array:
 
 
 # The names are TRL's.
-RATED_LOSSES: dict[str, RatedLoss] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
+RATED_LOSSES: dict[str, RatedLoss] = {loss.__name__: loss for loss in (kto, apo_zero_unpaired)}
 
 
 def _weighted(good: mx.array, bad: mx.array, ratings: Ratings, options: RatedOptions) -> mx.array:

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
 SORTING = ("aot", "aot_unpaired")  # those of a pair whose loss depends on the other pairs of its batch
 
 
@@ -149,15 +148,6 @@ class Preference(Objective):
 def dpo(settings: ObjectiveSettings) -> Preference:
     names = loss_names(settings.loss_type, PAIR_LOSSES)
     weights = _weights(settings.loss_weights, names)
-    smoothed = [name for name in names if name in SMOOTHED]
-    if settings.label_smoothing and not smoothed:
-        raise InputError(
-            f"--label-smoothing with --loss-type {settings.loss_type}: only {', '.join(SMOOTHED)} use it; leave it out"
-        )
-    if settings.discopop_tau != ObjectiveSettings.discopop_tau and "discopop" not in names:
-        raise InputError(f"--discopop-tau with --loss-type {settings.loss_type}: only discopop uses it; leave it out")
-    if "exo_pair" in names and not settings.label_smoothing:
-        raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper uses 0.001)")
     parts = [(weight, PAIR_LOSSES[name]) for name, weight in zip(names, weights, strict=True)]
     words = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)

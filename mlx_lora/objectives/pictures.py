@@ -391,13 +391,9 @@ class Pictures:
         """Load the tower, and let the base take the positions of pictures.
 
         Raises:
-            InputError: the model sees no pictures, or processes divide it, or it cannot be trained like this.
+            InputError: the model sees no pictures, or it cannot be trained like this.
         """
         adapter, base = ctx.settings.adapter, ctx.base
-        if ctx.strategy.divides_base:
-            raise InputError(
-                f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base and --offload-base"
-            )
         reasons = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: trains_prompts}
         if ImageInputSpec.of(base.config).prompt and any(reasons.values()):
             raise InputError(

@@ -96,12 +96,7 @@ def read_rephrased(objective: Objective, ctx: RunContext) -> DataSplits:
 
 def _written(settings: TrainSettings, base: Base) -> Path:
     """Return the folder of a run's records with other wordings of their questions."""
-    data, loop = settings.data, settings.loop
-    if not data.rephrase_model and (loop.offload_base == "on" or loop.shard_base != "off" or loop.parallel != "data"):
-        raise InputError(
-            f"--rephrase {data.rephrase}: the base writes the wordings, for which one process needs all of it in memory; give "
-            "--rephrase-model, or leave out what divides the base (--offload-base, --shard-base, --parallel)"
-        )
+    data, seed = settings.data, settings.loop.seed
     sets = find_sets(data.data or "")
     if weighted := [f"{one.name}={one.weight:g}" for one in sets if one.weight != 1]:
         raise InputError(f"--rephrase {data.rephrase} with --data {weighted[0]}: a weight; leave it out")
@@ -111,10 +106,10 @@ def _written(settings: TrainSettings, base: Base) -> Path:
     )
     # The default share is not held out: each fact is trained, and wordings of some are the test.
     share = 0.0 if valid or data.valid_fraction == DataSettings().valid_fraction else data.valid_fraction
-    held = [one for one in train if int(sha256_of(f"{loop.seed}:{one.text}")[:8], 16) < share * 16**8]
+    held = [one for one in train if int(sha256_of(f"{seed}:{one.text}")[:8], 16) < share * 16**8]
     asked = [one for one in train if one.text and one not in held]
     count = min(HELD_OUT, len(asked))
-    tested = [asked[(loop.seed + n * len(asked) // count) % len(asked)] for n in range(count)]
+    tested = [asked[(seed + n * len(asked) // count) % len(asked)] for n in range(count)]
     about = rephrase(asked, [(data.rephrase or 0) + (one in tested) for one in asked], settings, base)
     # Others make up for those of which no wording counted.
     tested = [one for one in dict.fromkeys([*tested, *asked]) if one.wordings][:HELD_OUT]

@@ -30,11 +30,6 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
     """
     file, _, name = settings.row.made_by.partition(".")
     objective: Objective = getattr(import_module(f"mlx_lora.objectives.{file}"), name)(settings)
-    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (settings.shares_prompts or settings.images):
-        raise InputError(
-            f"--shared-prefix {settings.shared_prefix} with --objective {settings.objective}: only objectives with several answers to a "
-            "prompt use it; leave it out"
-        )
     if settings.images:
         from mlx_lora.objectives.pictures import Pictures  # few runs need it
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lora.config.objectives import LABELED, RANKED
+from mlx_lora.config.objectives import LABELED, RANKED, TAUGHT, VECTORS
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.sweep import SWEEP_FILE, TRIALS, WINNER
 from mlx_lora.data.chat_template import spoken_turns, without_markers
@@ -972,10 +972,10 @@ def verdict(
     of_its_own = (
         (any(r.get("reward") is not None for r in validations), of_rewards),
         (any("margin" in r for r in validations), of_preferences),
-        (settings.get("objective") == "distill", of_divergence),
+        (settings.get("objective") in TAUGHT, of_divergence),
         (settings.get("objective") in LABELED, of_labels),
         (settings.get("objective") in RANKED, of_rankings),
-        (settings.get("objective") == "embed", of_search),
+        (settings.get("objective") in VECTORS, of_search),
     )
     chosen = choices(validations, settings if ended else {}, rounded_from, context.folder)
     evidence = Evidence(

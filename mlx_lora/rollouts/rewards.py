@@ -171,8 +171,8 @@ NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
 GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
 
 
-def ready_reward(name: str) -> Callable[..., Any] | None:
-    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
+def ready_reward(name: str, flag: str = "--reward") -> Callable[..., Any] | None:
+    """Return the ready function of a name, such as exact_match or length:200, which `flag` asks for; None if there is none.
 
     Raises:
         InputError: what follows the colon cannot be used.
@@ -182,30 +182,30 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
         if kind == MATH:
             _math_verify()  # told before a model is loaded
         if kind == GYM:
-            gym(f"--reward {GYM}")
+            gym(f"{flag} {GYM}")
         return PLAIN.get(kind)
     if kind == "length":
         if not argument.isdecimal() or not int(argument):
-            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
+            raise InputError(f"{flag} {name}: write a number of tokens, as in length:200")
         return partial(length, int(argument))
     if kind == "regex":
         try:
             return partial(matches, re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
         except re.error as error:
-            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
+            raise InputError(f"{flag} {name}: not a regular expression ({error}); correct it") from None
     if kind != "json_schema":
         return None
     try:
         import jsonschema
         from jsonschema.validators import validator_for
     except ImportError:
-        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
+        raise InputError(f"{flag} {name}: needs jsonschema; install it: pip install jsonschema") from None
     try:
         schema = json.loads(Path(argument).read_text(encoding="utf-8"))
         validator = validator_for(schema)
         validator.check_schema(schema)
     except (OSError, ValueError, jsonschema.SchemaError) as error:
-        raise InputError(f"--reward {name}: {argument} holds no JSON schema ({error}); correct it") from None
+        raise InputError(f"{flag} {name}: {argument} holds no JSON schema ({error}); correct it") from None
     return partial(fits_schema, validator(schema))
 
 

@@ -45,7 +45,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -66,6 +66,7 @@ from starlette.routing import BaseRoute, Route
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
@@ -759,14 +760,14 @@ class TextModels:
         paths |= dict.fromkeys(("/embeddings", "/v1/embeddings"), self.embeddings)
         return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
 
-    def _of(self, objective: str, body: dict[str, Any]) -> tuple[str, TextScorer]:
-        own = {name: one for name, one in self._scorers.items() if one.head["objective"] == objective}
-        return named_model(own, body.get("model"), objective, "start the server with --adapter NAME=DIR")
+    def _of(self, objectives: Collection[str], body: dict[str, Any]) -> tuple[str, TextScorer]:
+        own = {name: one for name, one in self._scorers.items() if one.head["objective"] in objectives}
+        return named_model(own, body.get("model"), " or ".join(objectives), "start the server with --adapter NAME=DIR")
 
     async def classify(self, request: HttpRequest) -> Response:
         """POST /classify."""
         body = read_fields(await request.body(), CLASSIFY_FIELDS)
-        name, scorer = self._of("classify", body)
+        name, scorer = self._of(LABELED, body)
         given = body.get("input")
         texts = texts_of([given] if isinstance(given, str) else given, "input")
 
@@ -799,7 +800,7 @@ class TextModels:
     async def rerank(self, request: HttpRequest) -> Response:
         """POST /v1/rerank."""
         body = read_fields(await request.body(), RERANK_FIELDS)
-        name, scorer = self._of("rerank", body)
+        name, scorer = self._of(RANKED, body)
         (query,) = texts_of([body.get("query")], "query")
         given = body.get("documents")
         plain = (
@@ -909,7 +910,7 @@ def described(head: Mapping[str, Any]) -> str:
     """Return in a few words what the scores are."""
     labels = head["labels"]
     more = f" and {len(labels) - 8} more" if len(labels) > 8 else ""
-    of_number = ", a number" if head["objective"] == "classify" else ""
+    of_number = ", a number" if head["objective"] in LABELED else ""
     return f"{head['objective']}{': ' if labels else of_number}{', '.join(labels[:8])}{more}"
 
 

@@ -289,7 +289,7 @@ class RunListing:
             "id": run_id(folder), "name": folder.name, "path": str(folder), "step": step, "steps": steps or None,
             **{name: last.get(name) for name in ("loss", "val_loss", "val_step", "peak_bytes", "tokens_per_s", "seconds", "step_s")},
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
-            "objective": settings.get("objective") or "sft",
+            "objective": settings.get("objective") or FIELDS["objective"].default,
             "started": started.created if started else _time(folder / SETTINGS),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
             "in_studio": started is not None, "elsewhere": self.elsewhere(folder),

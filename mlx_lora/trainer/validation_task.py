@@ -18,11 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_lora.config.objectives import OBJECTIVES
 from mlx_lora.data.examples import Text
 from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
-from mlx_lora.trainer.guards import LOSS, TASK
+from mlx_lora.trainer.guards import TASK
 from mlx_lora.utils.errors import InputError, refuse
 from mlx_lora.utils.text import counted
 
@@ -53,13 +52,6 @@ def check_task(settings: TrainSettings) -> None:
     Raises:
         InputError: there is no such file, metric or package, or the run's model writes no text.
     """
-    metric = settings.loop.metric_for_best_model
-    if metric not in (LOSS, TASK, *settings.objective.metrics):
-        reporting_it = [name for name, row in OBJECTIVES.items() if metric in row.metrics]
-        raise InputError(
-            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
-            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
-        )
     if settings.data.ask:
         rows = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
         if all(isinstance(one, Text) for one in rows):

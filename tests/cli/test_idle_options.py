@@ -62,7 +62,7 @@ VALUES = {
 }
 REQUIRED = {
     "embed": ("--data", "FILE", "--out", "v.npy"), "export": ("--to", "gguf", "--out", "o"), "generate": ("--prompt", "Hi"),
-    "convert": ("--out", "o"), "fuse": ("--out", "o", "--adapter-path", "ADAPTER"), "merge": ("--adapter", "a=1", "--out", "o"),
+    "predict": ("--adapter-path", "ADAPTER"), "sweep": ("--out", "o", "--vary", "rank=4,8"), "convert": ("--out", "o"), "fuse": ("--out", "o", "--adapter-path", "ADAPTER"), "merge": ("--adapter", "a=1", "--out", "o"),
 }  # fmt: skip
 ALONE = {"doctor", "merge", "train"}  # commands that take no --model, or need none
 
@@ -72,6 +72,8 @@ def words_of(command, name, wanted, file):
     main = load_command(command)
     flag = flag_of(name)
     option = next(one for one in main.params if flag in (*one.opts, *one.secondary_opts))
+    if isinstance(wanted, tuple) and None in wanted:
+        return []
     if option.is_flag:
         return [flag]
     if isinstance(wanted, str | int) and not isinstance(wanted, bool):

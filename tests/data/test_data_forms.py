@@ -446,7 +446,6 @@ def test_a_dry_run_reports_and_plans_and_writes_nothing(tiny_folder, chats, tmp_
     assert said[1].startswith("Data: ")
     for more, words in (
         (("--memory-budget", 1e-4), "at its peak by the plan"),
-        (("--test",), "nothing would be trained"),
         (("--test", "--train"), "has no test split"),
         (("--strict", "--prompt-column", "nothing"), "--prompt-column nothing is not there"),
         (("--target-modules", "nothing"), "nothing"),

@@ -191,7 +191,6 @@ def test_predictions_are_written_as_lines_of_json_and_as_csv(tiny_folder, data, 
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line.get("predicted") for line in lines] == ["cold", "hot", "mild", "cold", None]
     assert lines[1]["text"] == rows[1]["text"]
-    one_line(run(*common), "--text TEXT, or --data FILE")
     one_line(run(*common, "--text", ""), "empty text")
     one_line(run(*common, "--data", file, "--out", "x.txt"), ".jsonl or .csv")
     one_line(run(*common, "--data", data), "is a folder")
@@ -316,8 +315,6 @@ def test_what_cannot_be_learned_is_one_line(tiny_folder, data, trained, tmp_path
     assert "mile is not among" in refused(None, "--class-weights", "mile=2")
     assert "write balanced" in refused(None, "--class-weights", "mild=0")
     assert "which is no number" in refused(None, "--problem-type", NUMBER)
-    assert "reads no such column" in refused(None, "--prompt-column", "text")
-    assert "only classify" in refused(None, "--label-column", "text", "--objective", "sft")
     split = tmp_path / "split"
     split.mkdir()
     write(split / "train.jsonl", texts())

@@ -245,14 +245,9 @@ def outcome_of(model, data, folder: Path, *more: object) -> list:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_option_changes_the_run_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+def test_every_option_changes_the_run(name, tiny_folder, data, plain, tmp_path):
     common, more = CHANGES[name]
     assert outcome_of(tiny_folder, data, tmp_path / "a", *common, *more) != plain(*common)
-    refused = run(
-        "train", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "b", *more
-    )
-    assert refused.code == 2
-    assert more[0] in refused.err
 
 
 @pytest.mark.slow

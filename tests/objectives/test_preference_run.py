@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from run_cli import one_line, run
+from run_cli import run
 from tiers import by_default
 
 from mlx_lora.api.evaluate import with_settings_of_run
@@ -132,14 +132,11 @@ def test_every_option_is_tried():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+def test_every_option_changes_the_loss(name, tiny_folder, data, plain, tmp_path):
     objective, value, *more = CHANGES[name]
     flag = ["--" + name.replace("_", "-"), *([] if value is None else [value])]
     changed = trained(tmp_path / "changed", tiny_folder, data, objective, *more, *flag, "--iters", 2)
     assert [line["loss"] for line in changed] != plain(objective, *more)
-    refused = run("train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", *flag)
-    assert refused.code == 2
-    assert flag[0] in refused.err
 
 
 @pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
@@ -469,15 +466,6 @@ def test_the_threshold_is_of_the_accuracy():
     assert (untrained.best_score, untrained.worse, untrained.val_loss) == (None, 0, 0.6)
 
 
-@pytest.mark.parametrize("objective", ["sft", "kto"])
-def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data, tmp_path):
-    ran = run(
-        "train", "--model", tiny_folder, "--data", data["rated"], "--adapter-path", tmp_path / "a", "--objective",
-        objective, *QUICK, *STOPPING, "--metric-for-best-model", "accuracy",
-    )  # fmt: skip
-    one_line(ran, f"--objective {objective}", "report it")
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -488,9 +476,6 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
         (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
         (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
-        (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
-        (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
-        (("--objective", "dpo", "--discopop-tau", 1), "only discopop"),
         (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "kto has one loss"),
         (("--objective", "kto"), "a rated answer needs"),
         (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),

@@ -291,12 +291,10 @@ def test_likelihoods_are_those_of_the_answers_tokens(tiny_folder):
     assert len(set(found)) == 3
 
 
-def test_what_cannot_be_rephrased_is_refused_in_one_line(tiny_folder, table, server, tmp_path):
+def test_what_cannot_be_rephrased_is_refused_in_one_line(tiny_folder, table, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("Only a text.\n")
     common = ("train", "--model", tiny_folder, "--adapter-path", tmp_path / "a")
-    one_line(run(*common, "--data", table, "--rephrase", 2, "--objective", "dpo"), "--rephrase", "sft")
-    one_line(run(*common, "--data", table, "--rephrase-model", server.url), "--rephrase 3")
     one_line(run(*common, "--data", f"{table}=2", "--rephrase", 2), "--rephrase 2", "animals.csv=2")
     one_line(run(*common, "--data", text, "--rephrase", 2), "notes.txt", "question")
     one_line(run(*common, "--data", table, "--rephrase", 2, "--rephrase-model", "http://127.0.0.1:9/v1"), "127.0.0.1:9")

@@ -132,8 +132,6 @@ def test_what_cannot_be_learned_is_one_line(tiny_folder, data, trained, tmp_path
     assert "equally good" in refused({"query": "a", "documents": ["b", "c"], "labels": [1, 1]})
     assert "empty" in refused({"query": "a", "positive": "", "negative": "c"})
     assert "needs positive and negative" in refused({"query": "a", "completion": "b"})
-    assert "only rerank" in refused({"query": "a"}, "--objective", "sft", "--candidates", 4)
-    assert "reads no such column" in refused({"query": "a"}, "--text-column", "query")
     common = ("--model", tiny_folder, "--adapter-path", trained, "--data", data)
     one_line(run("evaluate", *common, "--objective", "classify"), "was trained with --objective rerank")
 

@@ -220,9 +220,6 @@ def test_what_is_no_prompt_about_pictures():
 
 
 def test_what_cannot_be_sampled_is_told_in_one_line(model, colors, tiny_folder, tmp_path):
-    asked = command(model, colors, tmp_path / "a")
-    one_line(run(*asked, "--tools", colors / "reward.py"), "--tools")
     one_line(run(*command(tiny_folder, colors, tmp_path / "a")), "llama")
-    one_line(run(*asked, "--shared-prefix", "on"), "--shared-prefix")
     pali = write_model_here("paligemma", tmp_path / "model")
     one_line(run(*command(pali, colors, tmp_path / "a")), "paligemma")

@@ -259,9 +259,7 @@ def test_what_cannot_see_is_told_in_one_line(model, colors, tiny_folder, tmp_pat
     blind = ("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1)
     one_line(run(*blind, "--objective", "dpo"), "vision-language")
     one_line(run(*blind, "--objective", "classify", "--images"), "--images")
-    one_line(run(*command(model, data, tmp_path / "a", "--objective", "reward", "--images")), "--images", "reward")
     one_line(run(*command(model, data, tmp_path / "a", "--shared-prefix", "on")), "--shared-prefix")
-    one_line(run(*command(model, data, tmp_path / "a", "--cache-trunk", "on")), "--cache-trunk")
 
 
 def test_a_prompt_that_sees_itself_is_not_trained(tmp_path):

@@ -212,10 +212,8 @@ def test_what_needs_the_whole_base_says_so(alone, tiny_folder, chats):
             run("generate", *words, "--prompt", "a", *SHARED),
             "mlx.launch",
         ),
-        (run("evaluate", *words, "--data", chats, "--forgetting", *SHARED), "--forgetting with --shard-base"),
         (run("evaluate", *words, "--data", chats, "--objective", "dpo", *SHARED), "the reference is the whole base"),
         (run("evaluate", *words, "--data", chats, "--decode-weights", "dense", *SHARED), "no such option"),
-        (run("generate", *words, "--prompt", "a", "--decode-weights", "dense", *SHARED), "no process has the whole"),
     ):
         assert ran.code == 2
         assert text in ran.err

@@ -114,6 +114,3 @@ def test_what_cannot_be_played_is_one_line(folder, tmp_path):
 
     one_line(refused("--environment", "verifiers:vr_judged"), "cannot be played", "no judge answers")
     one_line(refused("--environment", "verifiers:nowhere"), "no package nowhere")
-    one_line(refused("--reward", "exact_match"), "its own rewards")
-    one_line(refused("--data", "x.jsonl"), "leave --data out")
-    one_line(refused("--objective", "sft"), "--environment")

@@ -127,7 +127,6 @@ def test_a_run_without_held_out_rows_says_so_before_its_first_step(asked, tiny_f
         (("--eval-tasks", "{rows}", "--eval-metric", "exactmatch"), "--eval-metric exactmatch: did you mean exact_match"),
         (("--eval-tasks", "{rows}", "--eval-chat-template"), "--eval-chat-template"),
         (("--eval-tasks", "{rows}", "--objective", "embed"), "writes no text"),
-        (("--metric-for-best-model", "macro_f1"), "only classify report"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused(flags, said, asked, tiny_folder, chats, tmp_path):

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import ROLES, SHARED, Dialect, Names, Sheet, filled
+from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, ROLES, SHARED, Dialect, Names, Sheet, filled
+from mlx_lora.config.objectives import RATED, SAMPLING
+from mlx_lora.config.rules import OWNERS
 from mlx_lora.utils.parsing import hashable
 
 # Keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
@@ -24,7 +26,6 @@ NAMES = Names(
     optimizer="optimizer", held_out="val_set_size", targets="lora_target_modules", all_layers="all-linear",
     modules_to_save="lora_modules_to_save", default_rows=1, default_length=512, default_epochs=1.0,
 )  # fmt: skip
-RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}  # `rl` -> our objective
 # Its names of preference options -> ours.
 RL_OPTIONS = {
     "rl_beta": "beta",
@@ -94,21 +95,22 @@ def recognizes(content: Mapping[str, Any]) -> bool:
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is neither supervised nor on preferences."""
     asked = hashable(sheet.take("rl"))
-    if asked and asked not in (*RL, "grpo"):
-        raise sheet.refusal(f"rl {asked}: only {', '.join((*RL, 'grpo'))} are supported; use Axolotl for it")
-    if asked == "grpo":
-        read_sampling(sheet)
+    if asked and asked not in RL_OF_AXOLOTL:
+        raise sheet.refusal(f"rl {asked}: only {', '.join(RL_OF_AXOLOTL)} are supported; use Axolotl for it")
+    objective, loss = RL_OF_AXOLOTL.get(asked, (None, None))
+    if objective in SAMPLING:
+        read_sampling(sheet, objective)
         return
-    if asked:
+    if objective:
         more = sheet.part("trl")
         if "beta" in more.rest:  # it counts before the others there
             sheet.rest["rl_beta"] = more.take("beta")
         more.leave_rest()
-        if asked == "ipo":
-            sheet.rest["dpo_loss_type"] = "ipo"
-        if asked == "simpo":
+        if loss:
+            sheet.rest["dpo_loss_type"] = loss
+        if objective in OWNERS["simpo_gamma"]:
             common.note_plain_simpo(sheet)
-        common.put_objective(sheet, RL[asked], RL_OPTIONS)
+        common.put_objective(sheet, objective, RL_OPTIONS)
         common.turn_off_dropout(sheet)
         sheet.take("precompute_ref_log_probs")  # we always do
     if sheet.switch("reward_model"):
@@ -118,10 +120,10 @@ def read_kind(sheet: Sheet) -> None:
         raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
 
 
-def read_sampling(sheet: Sheet) -> None:
+def read_sampling(sheet: Sheet, objective: str) -> None:
     """Set what samples and rewards answers, from the keys under `trl:`; they are TRL's, with its defaults."""
     more = sheet.part("trl")
-    common.put_sampling(more, "grpo")
+    common.put_sampling(more, objective)
     common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
     sheet.assume(group_size=8, max_new_tokens=512)
     sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
@@ -192,7 +194,7 @@ def data_path(dataset: dict[str, Any]) -> str | None:
 
 def read_columns(dataset: Sheet) -> None:
     """Set the columns, and the names of turns' fields and roles, that a dataset names."""
-    chats = common.trains_on_chats(dataset) or dataset.found["objective"] == "kto"
+    chats = common.trains_on_chats(dataset) or dataset.found["objective"] in RATED
     if chats or dataset.rest.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
         common.read_columns(dataset, FIELDS)
     fields: dict[str, Any] = {}
@@ -252,7 +254,7 @@ def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
         sheet.note(f"{key}: --chat-template gives the text around prompt and answer")
     else:
         answer = {"field_completion": ("completion_column", ("completion",))}
-        common.read_columns(kind, USER_COLUMNS | (answer if sheet.found["objective"] == "kto" else {}))
+        common.read_columns(kind, USER_COLUMNS | (answer if sheet.found["objective"] in RATED else {}))
         kind.drop(USER_FIELDS)
         if kind.rest:
             sheet.note(f"{key}: columns are found by their names, and --chat-template gives the text around them")
@@ -286,7 +288,7 @@ def read_loop(sheet: Sheet) -> None:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.found["grad_accumulation_steps"] = max(1, round((sheet.number("batch_size") or 0) / rows))
-    common.read_loop(sheet, NAMES, common.read_rows)
+    common.read_loop(sheet, NAMES)
     if sheet.rest.get("evals_per_epoch") == 0:
         sheet.take("evals_per_epoch")
         sheet.found["val_batches"] = 0

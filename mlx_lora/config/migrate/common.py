@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lora.config.objectives import IMITATION, SAMPLING
+from mlx_lora.config.objectives import IMITATION, SAMPLING, SMOOTHED
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
@@ -240,15 +240,15 @@ PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
 
-def read_loop(sheet: Sheet, names: Names, rows: Callable[[Sheet, Names], None] | None = None) -> None:
-    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype; `rows` instead of `read_batch`."""
+def read_loop(sheet: Sheet, names: Names) -> None:
+    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype."""
     steps, passes = sheet.number("max_steps"), sheet.number(names.epochs)
     if steps is not None and steps > 0:  # it overrides epochs there too
         sheet.found["iters"] = steps
     elif passes is not None:
         sheet.found["epochs"] = passes
     sheet.assume(epochs=names.default_epochs)
-    (rows or read_batch)(sheet, names)
+    read_rows(sheet, names)
     read_warmup(sheet, names.schedule)
     read_optimizer(sheet, names.optimizer)
     share = sheet.number(names.held_out)
@@ -505,7 +505,20 @@ def note_first_set(sheet: Sheet, sets: str, first: Any) -> None:
 
 # Preferences, and answers that are sampled
 
-SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
+# Other trainers' names of what is trained toward -> our objective, with the name of its loss if that is not the usual one.
+RL_OF_AXOLOTL = {
+    "dpo": ("dpo", None), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None), "simpo": ("simpo", None), "kto": ("kto", None),
+    "grpo": ("grpo", None),
+}  # fmt: skip
+STAGES_OF_LLAMA_FACTORY = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto"}
+PREFERENCE_LOSSES_OF_LLAMA_FACTORY = {
+    "sigmoid": ("dpo", None), "hinge": ("dpo", "hinge"), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None),
+    "simpo": ("simpo", None), "kto_pair": ("kto", None),
+}  # fmt: skip
+MODES_OF_MLX_LM_LORA = {
+    "sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo",
+}  # fmt: skip
+LOSSES_OF_MLX_LM_LORA = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}  # by our objective
 LIKELIHOOD = (
     "rpo_alpha",
     "pref_ftx",

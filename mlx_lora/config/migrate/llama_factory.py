@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
-from mlx_lora.config.objectives import PAIRS, VERIFIERS
+from mlx_lora.config.migrate.common import (
+    PREFERENCE_LOSSES_OF_LLAMA_FACTORY,
+    SHARED,
+    STAGES_OF_LLAMA_FACTORY,
+    Dialect,
+    Names,
+    Sheet,
+)
+from mlx_lora.config.objectives import PAIRS, RATED, VERIFIERS, row_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable, read_json
 from mlx_lora.utils.text import did_you_mean
@@ -34,12 +41,6 @@ NAMES = Names(
     length="cutoff_len", held_out="val_size", targets="lora_target", all_layers="all",
     modules_to_save="additional_target", default_length=2048,
 )  # fmt: skip
-STAGES = ("sft", "pt", "rm", "dpo", "kto")
-# Its `pref_loss` -> our objective and its loss type.
-PREFERENCE_LOSSES = {
-    "sigmoid": ("dpo", None), "hinge": ("dpo", "hinge"), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None),
-    "simpo": ("simpo", None), "kto_pair": ("kto", None),
-}  # fmt: skip
 PREFERENCE_OPTIONS = {
     "pref_loss": "loss_type",
     "pref_beta": "beta",
@@ -85,32 +86,35 @@ def recognizes(content: Mapping[str, Any]) -> bool:
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
     stage = sheet.take("stage")
-    if stage not in (None, *STAGES):
-        raise sheet.refusal(f"stage {stage}: only {', '.join(STAGES)} are supported; use LLaMA-Factory for it")
-    if stage == "rm":
-        common.put_objective(sheet, "reward", {})
-    elif stage in ("dpo", "kto"):
-        read_preference(sheet, stage)
+    if stage not in (None, *STAGES_OF_LLAMA_FACTORY):
+        known = ", ".join(STAGES_OF_LLAMA_FACTORY)
+        raise sheet.refusal(f"stage {stage}: only {known} are supported; use LLaMA-Factory for it")
+    row = row_of(objective := STAGES_OF_LLAMA_FACTORY.get(str(stage)))
+    if objective and row.scores:
+        common.put_objective(sheet, objective, {})
+    elif objective and not row.imitates:
+        read_preference(sheet, objective)
     if stage == "pt":
         sheet.found["data_format"] = "text"
         sheet.rest.setdefault("packing", True)  # the default in this stage
     sheet.copy({"do_train": "train"}, Sheet.switch)
 
 
-def read_preference(sheet: Sheet, stage: str) -> None:
-    """Set the objective of stage dpo or kto, its loss and its options."""
+def read_preference(sheet: Sheet, objective: str) -> None:
+    """Set the objective of a stage of preferences, its loss and its options; `pref_loss` chooses among those on pairs."""
     loss = hashable(sheet.take("pref_loss")) or "sigmoid"
-    if loss not in PREFERENCE_LOSSES:
-        known = ", ".join(PREFERENCE_LOSSES)
+    if loss not in PREFERENCE_LOSSES_OF_LLAMA_FACTORY:
+        known = ", ".join(PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
         raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
-    objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
-    if loss_type:
-        sheet.rest["pref_loss"] = loss_type
+    if objective in PAIRS:
+        objective, loss_type = PREFERENCE_LOSSES_OF_LLAMA_FACTORY[loss]
+        if loss_type:
+            sheet.rest["pref_loss"] = loss_type
+        if objective in RATED:
+            sheet.note(f"pref_loss {loss}: each pair becomes a good and a bad answer for {objective}")
     common.put_objective(sheet, objective, PREFERENCE_OPTIONS)
     common.turn_off_dropout(sheet)
     common.read_reference(sheet, "model_name_or_path", "ref_model")
-    if stage == "dpo" and objective == "kto":
-        sheet.note("pref_loss kto_pair: each pair becomes a good and a bad answer for kto")
 
 
 def read_method(sheet: Sheet) -> None:

@@ -17,7 +17,9 @@ from functools import partial
 from typing import Any
 
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import FEATURES, Dialect, Sheet
+from mlx_lora.config.migrate.common import FEATURES, LOSSES_OF_MLX_LM_LORA, MODES_OF_MLX_LM_LORA, Dialect, Sheet
+from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.utils.parsing import hashable
 
@@ -186,8 +188,6 @@ RENAMED = {
     "train_type": "fine_tune_type",
     "gradient_accumulation_steps": "grad_accumulation_steps",
 }
-MODES = {"sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo"}
-LOSSES = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}
 BITS = {"load_in_4bits": 4, "load_in_6bits": 6, "load_in_8bits": 8, "load_in_mxfp4": 4}
 # Of grpo: its names of numbers, and its defaults.
 NUMBERS = {
@@ -198,7 +198,7 @@ NUMBERS = {
     "epsilon_high": "epsilon_high",
     "beta": "kl_beta",
 }
-GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": "grpo"}
+GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": common.LOSSES[0]}
 
 
 def read_mode(sheet: Sheet) -> None:
@@ -211,26 +211,27 @@ def read_mode(sheet: Sheet) -> None:
         sheet.found |= {"report_to": "wandb", "project_name": sheet.take("wandb")}
     if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
         sheet.leave("epochs")
-    mode = str(sheet.take("train_mode") or "sft").replace("-", "_")
-    if mode not in MODES:
-        known = ", ".join(name for name in MODES if name != "normal")
+    mode = str(sheet.take("train_mode") or "normal").replace("-", "_")
+    objective = MODES_OF_MLX_LM_LORA.get(mode)
+    if objective is None:
+        known = ", ".join(dict.fromkeys(MODES_OF_MLX_LM_LORA.values()))
         raise sheet.refusal(f"train_mode {mode}: only {known} are supported; use mlx-lm-lora for it")
-    if mode == "grpo":
-        read_sampling(sheet)
+    if objective in SAMPLING:
+        read_sampling(sheet, objective)
         return
     loss = sheet.rest.get("dpo_cpo_loss_type", "sigmoid")
-    if mode in LOSSES and loss not in LOSSES[mode]:
-        known = ", ".join(LOSSES[mode])
+    if loss not in LOSSES_OF_MLX_LM_LORA.get(objective, (loss,)):
+        known = ", ".join(LOSSES_OF_MLX_LM_LORA[objective])
         raise sheet.refusal(f"dpo_cpo_loss_type {loss} with train_mode {mode}: only {known} are supported")
     if loss == "sigmoid":
         sheet.take("dpo_cpo_loss_type")
-    common.put_objective(sheet, MODES[mode], {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
+    common.put_objective(sheet, objective, {"beta": "beta", "dpo_cpo_loss_type": "loss_type"})
     common.read_reference(sheet, "model", "reference_model_path")
     sheet.leave("alpha", "beta")  # alpha: of xpo, not the adapter's
     sheet.leave(*NUMBERS, "reward_weights")  # of grpo; its files often have them in other modes too
-    if mode == "cpo":
+    if objective in OWNERS["cpo_alpha"]:
         sheet.found["cpo_alpha"] = 0.0
-        sheet.note("cpo: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")
+        sheet.note(f"{mode}: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it")
     if not common.trains_on_chats(sheet):
         sheet.leave("mask_prompt")
         sheet.note(f"{mode}: answers are compared by their own tokens; in mlx-lm-lora, the prompt's tokens count too")
@@ -238,9 +239,9 @@ def read_mode(sheet: Sheet) -> None:
         sheet.assume(mask_prompt=False)
 
 
-def read_sampling(sheet: Sheet) -> None:
+def read_sampling(sheet: Sheet, objective: str) -> None:
     """Set what samples and rewards answers; functions that are registered in a file of the user's are named by it here."""
-    common.put_sampling(sheet, "grpo", NUMBERS, "grpo_loss_type")
+    common.put_sampling(sheet, objective, NUMBERS, "grpo_loss_type")
     file, asked = sheet.take("reward_functions_file"), common.texts(sheet.take("reward_functions"))
     functions = {name: f"{file}:{name}" if file else None for name in asked}
     if not functions:

@@ -226,7 +226,7 @@ def read_loop(sheet: Sheet) -> None:
         sheet.rest["max_length"] = sheet.take("max_seq_length")
     if sheet.rest.get("max_length") == UNCUT:
         sheet.rest["max_length"] = NULL_LENGTHS.get(sheet.found["objective"], UNCUT)
-    common.read_loop(sheet, NAMES, common.read_rows)
+    common.read_loop(sheet, NAMES)
     if "learning_rate" not in sheet.rest:
         sheet.assume(learning_rate=LEARNING_RATES.get(sheet.found["objective"], LEARNING_RATE))
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from mlx_lora.config.objectives import ANSWERED
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts, tick
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import stamps
@@ -202,7 +203,7 @@ def ask(studio: Studio, number: str, body: dict[str, Any]) -> dict[str, Any]:
         ApiError: 409, as of `finished_run`, or the run imitates nothing; others: the data cannot be read.
     """
     run, folder = finished_run(studio, number)
-    if run["objective"] != "sft":
+    if run["objective"] not in ANSWERED:
         raise ApiError(409, f"{run['name']}: its rows have no single right answer; talk to it instead", "no_answers")
     data = None if body.get("data") is None else studio.checker.data(body["data"])
     words = words_of_asking(folder, run["settings"], run["data"], data)

@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import TAUGHT
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import PAGE_FILE, SET_BY_SWEEP, SWEEP_FILE
 from mlx_lora.reports.sweep_page import LOSS, advice
@@ -82,7 +83,7 @@ def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, An
 
 def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/train/start."""
-    settings, peak, steps = settings_with(studio, body, without_data=("distill",)), None, None
+    settings, peak, steps = settings_with(studio, body, without_data=TAUGHT), None, None
     with contextlib.suppress(InputError):  # the command itself says what is wrong, in its log
         settings = with_card(studio, body, settings)
         # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
