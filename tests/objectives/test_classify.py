@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -58,8 +58,7 @@ def data(tmp_path_factory):
 def trained(tiny_folder, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("classify") / "a"
     more = ("--save-every", 12, "--dropout", 0.1)
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more)
     assert "Labels: cold 12, hot 12, mild 12" in ran.err
     assert "predict --model" in ran.err
     return folder
@@ -73,8 +72,7 @@ def several(tiny_folder, tmp_path_factory):
         {"mail": f"{n}{'abz'[n % 3] * 3}{'q' * (n % 2)}", "tags": [LABELS[n % 3]] + ["odd"] * (n % 2)}
         for n in range(36)
     ]
-    ran = run(*several_command(tiny_folder, write(folder / "train.jsonl", rows), folder / "a"))
-    assert ran.code == 0, ran.err
+    succeeds(*several_command(tiny_folder, write(folder / "train.jsonl", rows), folder / "a"))
     return folder
 
 
@@ -86,8 +84,7 @@ def several_command(model, data, folder) -> list:
 
 def measured(model, adapter, data, *more) -> dict:
     common = ("--model", model, "--adapter-path", adapter, "--data", data, "--objective", "classify")
-    ran = run("evaluate", *common, "--json", *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds("evaluate", *common, "--json", *more)
     return json.loads(ran.out)
 
 
@@ -140,8 +137,7 @@ def test_a_run_that_starts_from_a_classifier_goes_on_with_its_labels(tiny_folder
     known = {}
     for name, labels in (("same", ()), ("other", ("--labels", "mild,cold,hot"))):
         folder = tmp_path / name
-        ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more, *labels)
-        assert ran.code == 0, ran.err
+        succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more, *labels)
         known[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert known["other"]["accuracy"] == known["same"]["accuracy"] > 0.8
     assert known["other"]["val_loss"] == pytest.approx(known["same"]["val_loss"], rel=1e-4)
@@ -161,8 +157,7 @@ def test_a_run_that_starts_from_a_classifier_of_other_labels_is_refused(tiny_fol
 def test_the_best_validation_is_the_most_accurate(tiny_folder, data, tmp_path):
     more = ("--metric-for-best-model", "accuracy", "--keep-best", "--steps-per-eval", 6, "--save-every", 6)
     command = ("train", "--model", tiny_folder, "--data", data, *QUICK, *more)
-    ran = run(*command, "--adapter-path", tmp_path / "a")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, "--adapter-path", tmp_path / "a")
     assert "highest held-out accuracy" in ran.err
     numbers = write(tmp_path / "numbers.jsonl", [{"text": str(n), "label": n / 2} for n in range(12)])
     one_line(run(*command, "--adapter-path", tmp_path / "b", "--problem-type", NUMBER), "accuracy")
@@ -280,8 +275,7 @@ def test_thresholds_of_the_last_validation_are_kept_by_a_run_that_goes_on(tiny_f
     state = json.loads((file.parent / "state.json").read_text())
     state["sha256"][file.name] = sha256_of(file)
     (file.parent / "state.json").write_text(json.dumps(state))
-    ran = run(*several_command(tiny_folder, several / "train.jsonl", tmp_path / "c"), "--resume")
-    assert ran.code == 0, ran.err
+    succeeds(*several_command(tiny_folder, several / "train.jsonl", tmp_path / "c"), "--resume")
     assert json.loads((tmp_path / "c/adapter_config.json").read_text())["mlx_lora"]["head"]["thresholds"] == chosen
 
 
@@ -363,8 +357,7 @@ def test_transformers_reads_the_fused_model(tiny_folder, trained, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "fused"
-    ran = run("export", "--model", tiny_folder, "--adapter-path", trained, "--to", "hf", "--out", out)
-    assert ran.code == 0, ran.err
+    succeeds("export", "--model", tiny_folder, "--adapter-path", trained, "--to", "hf", "--out", out)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert model.config.id2label == {0: "cold", 1: "hot", 2: "mild"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -417,8 +410,7 @@ def test_balanced_weights_are_those_of_the_training_rows(tiny_folder, data, tmp_
     write(folder / "train.jsonl", rows)
     write(folder / "valid.jsonl", [row for row in texts(24) if row["label"] != "hot"])  # others are more frequent here
     flags = ("--model", tiny_folder, "--data", folder, *QUICK, "--iters", 3, "--class-weights", "balanced")
-    ran = run("train", *flags, "--adapter-path", tmp_path / "a", "--val-batches", -1, "--sample-tokens", 0)
-    assert ran.code == 0, ran.err
+    succeeds("train", *flags, "--adapter-path", tmp_path / "a", "--val-batches", -1, "--sample-tokens", 0)
     kept = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["mlx_lora"]["head"]["weights"]
     assert kept[0] < min(kept[1:])  # cold is the most frequent label
     losses = [json.loads(line).get("val_loss") for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -455,8 +447,7 @@ def test_the_scale_of_weights_does_not_change_the_step(tiny_folder, tmp_path):
             0,
             "--force",
         )
-        ran = run("train", *flags, "--class-weights", weights, "--adapter-path", tmp_path / "a", "--sample-tokens", 0)
-        assert ran.code == 0, ran.err
+        succeeds("train", *flags, "--class-weights", weights, "--adapter-path", tmp_path / "a", "--sample-tokens", 0)
         norms += [json.loads(line)["grad_norm"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert norms[0] == pytest.approx(norms[1], rel=by_dtype(1e-3, 5e-2))
 

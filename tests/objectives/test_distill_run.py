@@ -14,7 +14,7 @@ from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer
 from conftest import TINY, tiny_model, write_folder
 from ranks import Started
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
 from mlx_lora.config.rules import OWNERS
@@ -80,10 +80,9 @@ def stores() -> list[Path]:
 
 @pytest.mark.parametrize("divergence", by_default(["forward_kl", "reverse_kl", "jsd"], "jsd"))
 def test_the_student_comes_closer(divergence, tiny_folder, teacher, chats, tmp_path):
-    ran = run(
+    ran = succeeds(
         *command(tiny_folder, chats, tmp_path / "a", "--teacher", teacher, "--divergence", divergence, "--iters", 30)
     )
-    assert ran.code == 0, ran.err
     found = [line for line in lines(tmp_path / "a") if line["val_loss"] is not None]
     assert found[-1]["val_loss"] < 0.7 * found[0]["val_loss"]
     assert found[-1]["kl"] < 0.8 * found[0]["kl"]
@@ -93,11 +92,10 @@ def test_the_student_comes_closer(divergence, tiny_folder, teacher, chats, tmp_p
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Held-out divergence from the teacher" in page
     assert ("KL of teacher and student" in page) == (divergence != "forward_kl")
-    measured = run(
+    measured = succeeds(
         "evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--data", chats, "--objective", "distill",
         "--teacher", teacher, "--divergence", divergence, "--json",
     )  # fmt: skip
-    assert measured.code == 0, measured.err
     whole = json.loads(measured.out)
     assert whole["loss"] < 0.8 * found[0]["val_loss"]
     assert whole["kl"] > 0
@@ -106,8 +104,7 @@ def test_the_student_comes_closer(divergence, tiny_folder, teacher, chats, tmp_p
 def test_a_prompt_is_distilled_into_the_adapter(tiny_folder, prompt, chats, tmp_path):
     """The base itself with a prompt is the teacher, and no data but prompts and answers is needed."""
     flags = ("--teacher-prompt", prompt, "--teacher-top-k", 0, "--iters", 30)
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *flags))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, tmp_path / "a", *flags))
     found = [line["val_loss"] for line in lines(tmp_path / "a") if line["val_loss"] is not None]
     assert found[0] > 1e-3
     assert found[-1] < 0.5 * found[0]
@@ -117,25 +114,20 @@ def test_a_prompt_is_distilled_into_the_adapter(tiny_folder, prompt, chats, tmp_
     folder.mkdir()
     shutil.copy(chats, folder / "train.jsonl")
     shutil.copy(chats, folder / "test.jsonl")
-    ran = run(*command(tiny_folder, folder, tmp_path / "a", *flags[:-2], "--test"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, folder, tmp_path / "a", *flags[:-2], "--test"))
     assert "supervised tokens" in ran.err
     after = float(ran.err.rpartition("Test loss ")[2].partition(",")[0])
     assert after < 0.6 * found[0]
 
 
 def test_without_a_difference_there_is_nothing_to_learn(tiny_folder, chats, tmp_path):
-    ran = run(
-        *command(tiny_folder, chats, tmp_path / "a", "--teacher", tiny_folder, "--teacher-top-k", 8, "--iters", 1)
-    )
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", "--teacher", tiny_folder, "--teacher-top-k", 8, "--iters", 1))
     assert lines(tmp_path / "a")[0]["val_loss"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_second_run_reads_what_the_first_computed_and_repairs_it(tiny_folder, teacher, chats, own_cache, tmp_path):
     asked = ("--teacher", teacher, "--iters", 4)
-    first = run(*command(tiny_folder, chats, tmp_path / "a", *asked))
-    assert first.code == 0, first.err
+    first = succeeds(*command(tiny_folder, chats, tmp_path / "a", *asked))
     assert "computed in" in first.err
     kept = {file: file.read_bytes() for file in stores()}
     assert len(kept) == 2
@@ -165,8 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, teacher, pro
     assert run(*command(tiny_folder, chats, tmp_path / "whole", *asked)).code == 0
     rest = stopped_after(tmp_path / "whole", tmp_path / "rest", 4)
     shutil.rmtree(cache_dir("teacher"))  # and the table is computed again
-    ran = run(*command(tiny_folder, chats, rest, *asked, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, rest, *asked, "--resume"))
     assert weights(rest) == weights(tmp_path / "whole")
 
 
@@ -187,21 +178,18 @@ def test_frozen_blocks_may_be_kept(tiny_folder, teacher, chats, tmp_path):
     for asked in ("on", "off"):
         folder = tmp_path / asked
         flags = ("--teacher", teacher, "--num-layers", 1, "--epochs", 3, "--cache-trunk", asked)
-        ran = run(*command(tiny_folder, chats, folder, *flags))
-        assert ran.code == 0, ran.err
+        succeeds(*command(tiny_folder, chats, folder, *flags))
         found.append(lines(folder)[-1]["val_loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_plan_and_dry_run_count_the_teacher(tiny_folder, teacher, chats, tmp_path):
     flags = ("--model", tiny_folder, "--data", chats, "--objective", "distill", "--teacher", teacher)
-    planned = run("plan", *flags, "--json")
-    assert planned.code == 0, planned.err
+    planned = succeeds("plan", *flags, "--json")
     found = json.loads(planned.out)
     assert found["phases"]["teacher"] > found["model"]["base_bytes"]
     assert found["predicted"]["reference_s"] > 0
-    dry = run("train", *flags, "--adapter-path", tmp_path / "a", "--dry-run")
-    assert dry.code == 0, dry.err
+    dry = succeeds("train", *flags, "--adapter-path", tmp_path / "a", "--dry-run")
     assert "teacher is asked once" in dry.out + dry.err
     assert not (tmp_path / "a").exists()
     byte_tokenizer(special_tokens=[*SPECIAL_TOKENS, "<think>"]).save_pretrained(
@@ -263,8 +251,7 @@ def test_every_option_changes_the_run(name, tiny_folder, teacher, chats, tmp_pat
     found = []
     for number, flags in enumerate((common, (*common, *more))):
         folder = tmp_path / str(number)
-        ran = run(*command(tiny_folder, chats, folder, "--teacher", teacher, "--iters", 3, *flags))
-        assert ran.code == 0, ran.err
+        succeeds(*command(tiny_folder, chats, folder, "--teacher", teacher, "--iters", 3, *flags))
         found.append([(line["loss"], line["val_loss"], line["grad_norm"]) for line in lines(folder)])
     assert found[0] != found[1]
     one_line(

@@ -12,7 +12,7 @@ from comparing import by_dtype
 from embedding_cases import bound, random_examples
 from mlx.utils import tree_flatten
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.adapters.inject import inject
@@ -356,10 +356,7 @@ def data(tmp_path_factory):
 
 
 def train(model, data, folder, *more):
-    ran = run(
-        "train", "--objective", "embed", "--model", model, "--data", data, "--adapter-path", folder, *QUICK, *more
-    )
-    assert ran.code == 0, ran.err
+    succeeds("train", "--objective", "embed", "--model", model, "--data", data, "--adapter-path", folder, *QUICK, *more)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from serving_process import Server
 from tiny_encoders import KINDS, pair_tokenizer, tiny_encoder
 
@@ -58,8 +58,7 @@ def trained(models, tmp_path_factory):
     ):
         adapter = room / f"{kind}-{objective}"
         data = ("--data", room / f"{objective}.jsonl", "--objective", objective)
-        ran = run("train", "--model", models[kind], *data, "--adapter-path", adapter, *QUICK)
-        assert ran.code == 0, ran.err
+        ran = succeeds("train", "--model", models[kind], *data, "--adapter-path", adapter, *QUICK)
         assert "Score head: new (the model has none)" in ran.err
         found[kind, objective] = adapter
     return found
@@ -93,8 +92,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(kind, objective, models, t
     shutil.copytree(known, tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/step-000020")
     data = ("--data", known.parent / f"{objective}.jsonl", "--objective", objective)
-    ran = run("train", "--model", models[kind], *data, "--adapter-path", tmp_path / "b", *QUICK, "--resume")
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", models[kind], *data, "--adapter-path", tmp_path / "b", *QUICK, "--resume")
     first, resumed = ((folder / "adapters.safetensors").read_bytes() for folder in (known, tmp_path / "b"))
     assert first == resumed
     assert first != (tmp_path / "b/checkpoints/step-000010/adapters.safetensors").read_bytes()
@@ -104,8 +102,7 @@ def test_a_run_may_start_from_another_adapter(models, trained, tmp_path):
     adapter = trained["bert", "rerank"]
     data = ("--data", adapter.parent / "rerank.jsonl", "--objective", "rerank", "--resume-adapter-file", adapter)
     still = ("--learning-rate", "1e-12", "--iters", 1, "--rank", 4, "--kernels", "ours")
-    ran = run("train", "--model", models["bert"], *data, "--adapter-path", tmp_path / "a", *still)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", models["bert"], *data, "--adapter-path", tmp_path / "a", *still)
     one, other = (
         mlx_lora.rerank(models["bert"], "q7", ["7 no", "7 yes!"], folder) for folder in (adapter, tmp_path / "a")
     )
@@ -138,8 +135,7 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, m
     common = ("--model", models[kind], "--adapter-path", adapter)
     assert run("export", *common, "--to", "peft", "--out", tmp_path / "peft").code == 0
     assert scores(models[kind], tmp_path / "peft") == pytest.approx(wanted, abs=by_dtype(1e-5, 2e-2))
-    ran = run("fuse", *common, "--out", tmp_path / "fused")
-    assert ran.code == 0, ran.err
+    ran = succeeds("fuse", *common, "--out", tmp_path / "fused")
     base = load_base(ModelSettings(model=str(tmp_path / "fused")))
     assert "goes on from" in start_words(base.model, TESTS[objective])
     # A merged model goes on: a run without a step of any size leaves its scores.
@@ -156,8 +152,7 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, m
         "--rank",
         2,
     )
-    ran = run("train", "--model", tmp_path / "fused", *data, "--adapter-path", tmp_path / "again", "--kernels", "ours")
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tmp_path / "fused", *data, "--adapter-path", tmp_path / "again", "--kernels", "ours")
     assert scores(tmp_path / "fused", tmp_path / "again") == pytest.approx(wanted, abs=by_dtype(1e-4, 3e-2))
 
 
@@ -179,8 +174,7 @@ def test_the_server_orders_documents(models, trained, tmp_path):
 def test_a_run_is_planned(models, trained):
     for kind, objective in (("bert", "rerank"), ("xlm-roberta", "classify")):
         data = ("--data", trained[kind, objective].parent / f"{objective}.jsonl", "--objective", objective)
-        ran = run("plan", "--model", models[kind], *data)
-        assert ran.code == 0, ran.err
+        succeeds("plan", "--model", models[kind], *data)
 
 
 def test_a_plan_without_data_has_rows_that_the_model_can_take(models):
@@ -228,8 +222,7 @@ def test_outputs_of_the_same_names_are_put_in_our_order(tmp_path):
 
 def test_a_quantized_encoder_keeps_its_head(tmp_path):
     folder = tiny_encoder("modernbert", tmp_path / "m", 1)
-    ran = run("convert", "--model", folder, "--out", tmp_path / "q", "--bits", 8, "--group-size", 32)
-    assert ran.code == 0, ran.err
+    succeeds("convert", "--model", folder, "--out", tmp_path / "q", "--bits", 8, "--group-size", 32)
     plain, packed = (load_base(ModelSettings(model=str(one), dtype="float32")) for one in (folder, tmp_path / "q"))
     for base in (plain, packed):
         put_head(base)

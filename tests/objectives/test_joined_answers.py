@@ -14,7 +14,7 @@ import pytest
 from bound import bind
 from comparing import by_dtype
 from mlx.utils import tree_flatten
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
@@ -373,8 +373,9 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, model: Path, data: Path, *more: object):
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "grpo", *QUICK, *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "grpo", *QUICK, *more
+    )
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

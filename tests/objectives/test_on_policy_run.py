@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_model, write_folder
 from ranks import Started
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
 from mlx_lora.config.rules import OWNERS
@@ -56,8 +56,7 @@ def held_out(folder: Path, name: str = "kl") -> list[float]:
 )
 def test_the_student_comes_closer_to_the_teacher(flags, tiny_folder, teacher, data, tmp_path):
     asked = ("--teacher", teacher, *flags, "--iters", 20, "--steps-per-eval", 20, "--val-batches", -1)
-    ran = run(*command(tiny_folder, data, tmp_path / "a", *asked))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "a", *asked))
     assert "stays in memory" in ran.err
     first, last = held_out(tmp_path / "a")
     assert last < 0.8 * first
@@ -75,19 +74,16 @@ def test_the_student_comes_closer_to_the_teacher(flags, tiny_folder, teacher, da
 
 def test_evaluate_and_test_measure_sampled_answers(tiny_folder, teacher, data, tmp_path):
     asked = ("--teacher", teacher, "--iters", 20)
-    ran = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--train", "--test"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "a", *asked, "--train", "--test"))
     tested = next(line for line in ran.lines if line.startswith("Test loss"))
     assert "kl" in tested
     assert "supervised tokens" in tested
-    again = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--test"))
-    assert again.code == 0, again.err
+    again = succeeds(*command(tiny_folder, data, tmp_path / "a", *asked, "--test"))
     assert tested.split(", over")[0] in again.err
     found = []
     for more in ((), ("--adapter-path", tmp_path / "a")):
-        measured = run("evaluate", "--model", tiny_folder, *more, "--data", data / "prompts", "--objective", "distill",
+        measured = succeeds("evaluate", "--model", tiny_folder, *more, "--data", data / "prompts", "--objective", "distill",
                        "--on-policy", "--teacher", teacher, "--max-new-tokens", 8, "--json")  # fmt: skip
-        assert measured.code == 0, measured.err
         found.append(json.loads(measured.out))
     before, after = found
     assert after.keys() >= REPORTS
@@ -97,13 +93,11 @@ def test_evaluate_and_test_measure_sampled_answers(tiny_folder, teacher, data, t
 def test_steps_whose_answers_are_all_cut_are_no_divergence(tiny_folder, teacher, data, tmp_path):
     """The run ended with exit code 1 and the advice to lower the rate."""
     asked = ("--teacher", teacher, "--mask-truncated", "--max-new-tokens", 1, "--save-every", 1)
-    ran = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 3))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 3))
     [note] = [line for line in ran.lines if "trained no token" in line]
     assert "--max-new-tokens" in note
     assert all(line["skipped_steps"] == 0 for line in lines(tmp_path / "a"))
-    longer = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 4, "--resume"))
-    assert longer.code == 0, longer.err
+    succeeds(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 4, "--resume"))
     assert lines(tmp_path / "a")[-1]["step"] == 4
 
 
@@ -111,15 +105,13 @@ def test_the_base_is_its_own_teacher(tiny_folder, data, tmp_path):
     """Without --teacher, the base with the adapter off is the teacher: the same bytes as with a second copy of it."""
     asked = ("--teacher-prompt", data / "persona.txt", "--iters", 3)
     for name, more in (("own", ()), ("copy", ("--teacher", tiny_folder))):
-        ran = run(*command(tiny_folder, data, tmp_path / name, *asked, *more))
-        assert ran.code == 0, ran.err
+        ran = succeeds(*command(tiny_folder, data, tmp_path / name, *asked, *more))
         assert ("no copy of weights" in ran.err) == (name == "own")
     assert weights(tmp_path / "own") == weights(tmp_path / "copy")
     assert held_out(tmp_path / "own") == held_out(tmp_path / "copy")
     assert held_out(tmp_path / "own")[0] > 1e-3
     # Without a prompt the base says what the student says, until the student has learned something.
-    ran = run(*command(tiny_folder, data, tmp_path / "same", "--teacher", tiny_folder, "--iters", 1))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "same", "--teacher", tiny_folder, "--iters", 1))
     assert held_out(tmp_path / "same")[0] == pytest.approx(0, abs=1e-5)
 
 
@@ -148,8 +140,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
     asked = (*flags, "--teacher-prompt", data / "persona.txt", "--iters", 8, "--save-every", 2)
     assert run(*command(tiny_folder, data, whole, *asked)).code == 0
     stopped_after(whole, rest, 4)
-    ran = run(*command(tiny_folder, data, rest, *asked, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, data, rest, *asked, "--resume"))
     assert weights(whole) == weights(rest)
     other = tmp_path / "other"
     assert run(*command(tiny_folder, data, other, *asked, "--seed", 1)).code == 0
@@ -175,8 +166,7 @@ def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes
     with monkeypatch.context() as patch:
         patch.setattr(TeacherScorer, "scored", scored)
         assert run(*command(tiny_folder, data, tmp_path / "killed", *asked)).code == 9
-    ran = run(*command(tiny_folder, data, tmp_path / "killed", *asked, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, data, tmp_path / "killed", *asked, "--resume"))
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
 
@@ -191,8 +181,9 @@ def test_another_teacher_is_another_run(tiny_folder, teacher, data, tmp_path):
 
 def test_the_plan_counts_a_teacher_that_stays(tiny_folder, teacher, data):
     def planned(*more: object) -> dict:
-        ran = run("plan", "--model", tiny_folder, "--data", data / "prompts", "--objective", "distill", *more, "--json")
-        assert ran.code == 0, ran.err
+        ran = succeeds(
+            "plan", "--model", tiny_folder, "--data", data / "prompts", "--objective", "distill", *more, "--json"
+        )
         return json.loads(ran.out)
 
     prompt = ("--teacher-prompt", data / "persona.txt")
@@ -206,11 +197,9 @@ def test_the_plan_counts_a_teacher_that_stays(tiny_folder, teacher, data):
         if name not in ("load", "teacher")
     )
     assert beside["predicted"]["reference_s"] is None
-    text = run("plan", "--model", tiny_folder, "--objective", "distill", "--on-policy", "--teacher", teacher)
-    assert text.code == 0, text.err
+    text = succeeds("plan", "--model", tiny_folder, "--objective", "distill", "--on-policy", "--teacher", teacher)
     assert "stays in memory" in text.out
-    dry = run(*command(tiny_folder, data, "nowhere", "--teacher", teacher, "--dry-run"))
-    assert dry.code == 0, dry.err
+    succeeds(*command(tiny_folder, data, "nowhere", "--teacher", teacher, "--dry-run"))
 
 
 BAD = {

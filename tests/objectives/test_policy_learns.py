@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import run, succeeds
 
 pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
@@ -26,10 +26,9 @@ def base(tmp_path_factory) -> Path:
         rows.append({"prompt": f"{a}+{b}=", "completion": f"<{c}>" if chance.random() < 0.5 else f"it is {c}"})
     (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
     asked = ("--method", "full", "--epochs", 3, "--learning-rate", 3e-3, "--batch-tokens", 512, "--sample-tokens", 0)
-    ran = run(
+    succeeds(
         "train", "--model", folder / "tiny", "--data", folder / "sft.jsonl", "--adapter-path", folder / "a", *asked
     )
-    assert ran.code == 0, ran.err
     fused = ("--model", folder / "tiny", "--adapter-path", folder / "a", "--out", folder / "base")
     assert run("fuse", *fused).code == 0
     pairs = [{"prompt": f"{a}+{b}=", "answer": f"<{a + b}>"} for a in range(6) for b in range(6)]
@@ -42,13 +41,12 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_reward_on_held_out_prompts_rises(seed, base, tmp_path, capsys):
-    ran = run(
+    succeeds(
         "train", "--model", base / "base", "--data", base / "prompts", "--adapter-path", tmp_path / "a",
         "--objective", "grpo", "--reward", "exact_match", "--group-size", 8, "--batch-size", 8, "--max-new-tokens", 10,
         "--iters", 60, "--learning-rate", 2e-3, "--steps-per-eval", 20, "--val-batches", -1, "--sample-tokens", 0,
         "--seed", seed,
     )  # fmt: skip
-    assert ran.code == 0, ran.err
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     held_out = [record["reward"] for record in records if record["val_loss"] is not None]
     trained = [record["reward"] for record in records if record["loss"] is not None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.config.objectives import SAMPLING
 from mlx_lora.config.rules import OWNERS
@@ -59,8 +59,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
-    ran = run(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
     found = lines(tmp_path / "a")
     first, last = (line["reward"] for line in found if line["val_loss"] is not None)
     assert last > first + 0.1
@@ -71,11 +70,10 @@ def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     assert all(line["reward_std"] > 0 and 0 <= line["frac_reward_zero_std"] < 1 for line in trained)
     assert any(line["kl"] > 0 for line in trained) == ("--kl-beta" in flags)
     assert "Held-out reward" in (tmp_path / "a" / "report.html").read_text()
-    measured = run(
+    measured = succeeds(
         "evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--data", data / "prompts.jsonl",
         "--objective", "grpo", "--reward", f"{data / 'mine.py'}:odd", "--max-new-tokens", 8, "--json",
     )  # fmt: skip
-    assert measured.code == 0, measured.err
     assert json.loads(measured.out)["reward"] > first + 0.1
 
 
@@ -103,8 +101,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
     asked = (*flags, "--iters", 8, "--save-every", 2)
     assert run(*command(tiny_folder, data, whole, *asked)).code == 0
     stopped_after(whole, rest, 4)
-    ran = run(*command(tiny_folder, data, rest, *asked, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, data, rest, *asked, "--resume"))
     weights = [(folder / "adapters.safetensors").read_bytes() for folder in (whole, rest)]
     assert weights[0] == weights[1]
     other = tmp_path / "other"
@@ -127,9 +124,8 @@ def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data,
 
     monkeypatch.setattr(Rollouts, "answer", kept)
     one_each = ("--batch-size", 1, "--grad-accumulation-steps", 4, "--group-size", 2, "--shared-prefix", "off")
-    ran = run(*command(tiny_folder, data, tmp_path / "a", "grpo", *one_each, "--iters", 1, "--scale-rewards", "batch",
+    succeeds(*command(tiny_folder, data, tmp_path / "a", "grpo", *one_each, "--iters", 1, "--scale-rewards", "batch",
                        "--reward", f"{tmp_path / 'levels.py'}:levels"))  # fmt: skip
-    assert ran.code == 0, ran.err
     [step] = seen
     rewards, advantages = (
         np.concatenate([batch.columns[name][batch.real] for batch in step]) for name in (REWARDS, ADVANTAGES)
@@ -160,9 +156,8 @@ def test_messages_are_rewarded_as_messages(tiny_folder, tmp_path):
         "    assert all(int(p[-1]['content'][:-1]) == n for p, n in zip(prompts, level))\n"
         "    return [float(len(c[0]['content'])) for c in completions]\n"
     )
-    ran = run("train", "--model", tiny_folder, "--data", tmp_path / "p.jsonl", "--adapter-path", tmp_path / "a",
+    succeeds("train", "--model", tiny_folder, "--data", tmp_path / "p.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", f"{tmp_path / 'r.py'}:r", *QUICK, "--iters", 1)  # fmt: skip
-    assert ran.code == 0, ran.err
 
 
 def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path):
@@ -171,8 +166,7 @@ def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path
     assert ran.code == 1
     assert "KeyError" in ran.err
     assert "Traceback" not in ran.err
-    ran = run(*command(tiny_folder, data, tmp_path / "b", "grpo", *broken, "--reward-errors", "skip"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "b", "grpo", *broken, "--reward-errors", "skip"))
     assert "skipped" in ran.err
 
 
@@ -237,8 +231,7 @@ def plain(tiny_folder, data, tmp_path_factory):
 
 
 def outcome_of(model, data, folder: Path, *more: object) -> list:
-    ran = run(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
     names = ("loss", "val_loss", "grad_norm", *POLICY_REPORTS)
     return [{name: line.get(name) for name in names} for line in lines(folder)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
 from mlx_lora.api.run_data import with_settings_of_run
@@ -66,7 +66,7 @@ def plain(tiny_folder, data, tmp_path_factory):
 def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> list[dict]:
     """Train and return the lines of metrics.jsonl."""
     file = data["rated" if objective == "kto" else "pairs"]
-    ran = run(
+    succeeds(
         "train",
         "--model",
         tiny_folder,
@@ -79,7 +79,6 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
         *QUICK,
         *more,
     )
-    assert ran.code == 0, ran.err
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -190,8 +189,7 @@ def test_a_loss_that_sorts_pairs_says_that_its_batches_are_cut(loss_type, parts,
         "--objective",
         "dpo",
     )
-    ran = run(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
     assert len([line for line in ran.lines if "--loss-type aot" in line]) == told
 
 
@@ -374,10 +372,9 @@ def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeyp
     """A raw FileNotFoundError: its weights have another name."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
-    ran = run(
+    succeeds(
         "export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft"
     )
-    assert ran.code == 0, ran.err
     ours, theirs = (
         trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
         for name in ("a", "peft")
@@ -558,9 +555,8 @@ def test_ratings_of_one_kind_are_noted_and_only_own_answers_count(tiny_folder, t
     file = tmp_path / "good.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     more = ("--valid-fraction", 0, "--iters", 2, "--batch-size", 8)
-    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
+    ran = succeeds("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
               *QUICK, *more)  # fmt: skip
-    assert ran.code == 0, ran.err
     assert "no answer is rated bad" in ran.err
     told = int(re.search(r"8 rated answers, [\d,]+ tokens, (\d+) trained", ran.err)[1])
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]

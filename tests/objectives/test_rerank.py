@@ -12,7 +12,7 @@ import pytest
 from bound import bind
 from comparing import by_dtype
 from conftest import TINY, tiny_model
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -71,15 +71,13 @@ def data(tmp_path_factory):
 def trained(tiny_folder, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rerank") / "a"
     more = ("--save-every", 15, "--dropout", 0.1)
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more)
     return folder
 
 
 def measured(model, adapter, data, *more) -> dict:
     common = ("--model", model, "--adapter-path", adapter, "--data", data, "--objective", "rerank")
-    ran = run("evaluate", *common, "--json", *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds("evaluate", *common, "--json", *more)
     return json.loads(ran.out)
 
 
@@ -101,8 +99,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(tiny_folder, data, trained
     shutil.copytree(trained, tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/step-000030")
     more = ("--save-every", 15, "--dropout", 0.1, "--resume")
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "b", *QUICK, *more)
-    assert ran.code == 0, ran.err
+    succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "b", *QUICK, *more)
     known, resumed = ((folder / "adapters.safetensors").read_bytes() for folder in (trained, tmp_path / "b"))
     assert known == resumed
     assert known != (tmp_path / "b/checkpoints/step-000015/adapters.safetensors").read_bytes()
@@ -196,9 +193,8 @@ def test_an_empty_cell_of_a_table_is_no_negative(tmp_path, suffix, between):
 def test_rows_of_one_query_are_one_example(tiny_folder, tmp_path):
     rows = [{"query": f"q{n // 3}", "document": f"d{n}", "label": int(n % 3 == 0)} for n in range(12)]
     file = write(tmp_path / "rows.jsonl", rows)
-    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", *QUICK, "--iters", 1,
+    ran = succeeds("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", *QUICK, "--iters", 1,
               "--valid-fraction", 0)  # fmt: skip
-    assert ran.code == 0, ran.err
     assert "train      4 query lists" in ran.err
 
 

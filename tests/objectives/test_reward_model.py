@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from comparing import by_dtype
 from conftest import tiny_model, write_folder
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.dataset import EncodedSet
@@ -68,10 +68,9 @@ def imitated(untied, data, tmp_path_factory):
 
 
 def train(model, data, folder, *more, objective="reward"):
-    ran = run(
+    succeeds(
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", objective, *QUICK, *more
     )
-    assert ran.code == 0, ran.err
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -212,8 +211,7 @@ def test_transformers_reads_the_fused_model(command, untied, trained, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     out = tmp_path / "fused"
-    ran = run(command[0], "--model", untied, "--adapter-path", trained, *command[1:], "--out", out)
-    assert ran.code == 0, ran.err
+    succeeds(command[0], "--model", untied, "--adapter-path", trained, *command[1:], "--out", out)
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out)

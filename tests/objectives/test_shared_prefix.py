@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 from tiny_steps import adapted
 
@@ -221,8 +221,9 @@ def data(tmp_path_factory):
 
 
 def trained(folder, model, data, *more: object):
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", *QUICK, *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds(
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", *QUICK, *more
+    )
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

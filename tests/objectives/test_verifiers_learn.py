@@ -6,7 +6,7 @@ import json
 import os
 
 import pytest
-from run_cli import run
+from run_cli import succeeds
 from tool_model import shelf_folder
 from verifiers_environments import SHELF, write_environments
 
@@ -29,15 +29,13 @@ def test_more_right_answers_about_new_words(tmp_path, monkeypatch):
 
     def right(*adapter: object) -> float:
         test = ("--environment", f"verifiers:{tmp_path / 'test.toml'}", "--group-size", 32)
-        ran = run("evaluate", "--model", base, *adapter, *test, *common, "--json")
-        assert ran.code == 0, ran.err
+        ran = succeeds("evaluate", "--model", base, *adapter, *test, *common, "--json")
         return json.loads(ran.out)["reward"]
 
     trained = ("--environment", f"verifiers:{tmp_path / 'train.toml'}", "--adapter-path", tmp_path / "adapter")
     quick = ("--group-size", 16, "--batch-size", 4, "--iters", 20, "--learning-rate", 3e-3, "--warmup", 0, "--rank", 8,
              "--val-batches", 0, "--valid-fraction", 0, "--sample-tokens", 0, "--kernels", "ours")  # fmt: skip
-    ran = run("train", "--model", base, *trained, *common, *quick)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", base, *trained, *common, *quick)
     before, after = right(), right("--adapter-path", tmp_path / "adapter")
     close_hosts()
     print(f"right answers {before:.2f} to {after:.2f}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_cli import run
+from run_cli import succeeds
 from tiny_vision import write_model
 from vision_judge import ALPHA, RANK, Judge, judge_inputs, judge_processor
 from vision_rows import conversation, picture, write_rows
@@ -38,11 +38,10 @@ CHATS = [
 
 def trained_here(model: Path, data: Path, folder: Path) -> tuple[list[float], TrainSettings]:
     """Return the losses of a run of the command, and its settings."""
-    ran = run("train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS,
+    succeeds("train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", STEPS,
               "--batch-size", BATCH, "--rank", RANK, "--alpha", ALPHA, "--learning-rate", RATE, "--lr-schedule", "constant",
               "--warmup", 0, "--dtype", "float32", "--kernels", "ours", "--steps-per-report", 1, "--valid-fraction", 0,
               "--save-every", 0)  # fmt: skip
-    assert ran.code == 0, ran.err
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     assert len(losses) == STEPS

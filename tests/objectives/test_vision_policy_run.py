@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import preference, read_rows, write_pairs
@@ -88,8 +88,7 @@ def test_a_run_learns_what_a_picture_is_rewarded_for(trained):
 def test_the_answers_at_validations_are_shown_with_their_pictures(model, colors, tmp_path):
     folder = tmp_path / "out"
     more = ("--iters", 2, "--valid-fraction", 0.5, "--val-batches", 1, "--group-size", 2, "--steps-per-eval", 1)
-    ran = run(*command(model, colors, folder, *more))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, colors, folder, *more))
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     facts = json.loads((folder / "report.json").read_text())
     assert {one["step"] for one in answers} >= {0, 2}
@@ -109,16 +108,14 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path
 
 def test_rloo_with_a_divergence_sees_pictures_too(model, colors, tmp_path):
     more = ("--objective", "rloo", "--kl-beta", 0.1, "--updates-per-rollout", 2, "--iters", 2)
-    ran = run(*command(model, colors, tmp_path / "a", *more))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, colors, tmp_path / "a", *more))
     found = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(line["loss"]) for line in found if line.get("loss") is not None)
 
 
 def test_a_plan_counts_the_pictures(model, colors):
     asked = ("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "grpo", "--images", "--json")
-    ran = run(*asked, "--group-size", 4, "--max-new-tokens", 8, "--reward", "exact_match")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*asked, "--group-size", 4, "--max-new-tokens", 8, "--reward", "exact_match")
     planned = json.loads(ran.out)
     assert planned["data"]["longest"] > 8 + 16  # a picture has more tokens than the words
     assert planned["parts"]["other models"] > 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiny_vision import write_model_here
 from vision_rows import PAIRS, picture, preference, read_rows, write_pairs
 
@@ -81,15 +81,13 @@ def test_a_run_learns_which_answer_a_picture_asks_for(trained, model, colors):
 @pytest.mark.slow
 def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(trained, model, colors, tmp_path):
     more = ("--resume-adapter-file", trained[0], "--learning-rate", "1e-9", "--iters", 1)
-    ran = run(*command(model, colors / "train.jsonl", tmp_path / "a", *more))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, colors / "train.jsonl", tmp_path / "a", *more))
     asked = ("--objective", "dpo", "--images", "--model", model, "--data", colors / "train.jsonl")
     found = run("evaluate", *asked, "--adapter-path", tmp_path / "a", "--json")
     assert json.loads(found.out)["margin"] == pytest.approx(0, abs=1e-4)
     shutil.copytree(colors, tmp_path / "data")
     shutil.copy(colors / "train.jsonl", tmp_path / "data/test.jsonl")
-    alone = run("train", *asked, "--data", tmp_path / "data", "--adapter-path", tmp_path / "a", "--test")
-    assert alone.code == 0, alone.err
+    alone = succeeds("train", *asked, "--data", tmp_path / "data", "--adapter-path", tmp_path / "a", "--test")
     assert "margin 0.0000" in alone.err or "margin -0.0000" in alone.err
 
 
@@ -103,10 +101,9 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path
 
 def test_a_plan_counts_the_pictures(model, colors, tmp_path):
     def planned(data: Path) -> dict:
-        ran = run(
+        ran = succeeds(
             "plan", "--model", model, "--data", data, "--objective", "dpo", "--images", "--batch-size", 4, "--json"
         )
-        assert ran.code == 0, ran.err
         return json.loads(ran.out)
 
     seen = planned(colors / "train.jsonl")
@@ -121,8 +118,7 @@ def test_a_plan_counts_the_pictures(model, colors, tmp_path):
 
 @pytest.mark.parametrize("objective", ["orpo", "kto"])
 def test_other_objectives_see_pictures_too(objective, model, colors, tmp_path):
-    ran = run(*command(model, colors / "train.jsonl", tmp_path / "a", "--objective", objective, "--iters", 2))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(model, colors / "train.jsonl", tmp_path / "a", "--objective", objective, "--iters", 2))
     assert "16 pictures" in ran.err
 
 

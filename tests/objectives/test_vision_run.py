@@ -15,7 +15,7 @@ from bound import bind
 from comparing import by_dtype
 from PIL import Image
 from resumed_runs import stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import SIZES, chats_of, conversation, picture, read_rows, write_rows
@@ -109,8 +109,7 @@ def test_the_report_shows_the_pictures_of_its_texts(trained, model, colors, tmp_
     assert "<image>" not in sample["prompt"]
     assert "Which color?" in sample["prompt"]
     assert len(url) < 30_000
-    quiet = run(*command(model, colors / "train.jsonl", tmp_path / "quiet", "--iters", 1, "--sample-tokens", 0))
-    assert quiet.code == 0, quiet.err
+    succeeds(*command(model, colors / "train.jsonl", tmp_path / "quiet", "--iters", 1, "--sample-tokens", 0))
     assert "data:image" not in (tmp_path / "quiet/report.html").read_text()
 
 
@@ -134,8 +133,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path
     asked = command(model, colors / "train.jsonl", copy, "--save-every", 6, "--keep", 0, "--resume", "auto")
     assert run(*asked).code == 0
     assert weights(copy) == weights(folder)
-    other = run(*command(model, colors / "train.jsonl", tmp_path / "other", "--seed", 1))
-    assert other.code == 0
+    succeeds(*command(model, colors / "train.jsonl", tmp_path / "other", "--seed", 1))
     assert weights(tmp_path / "other") != weights(folder)
 
 
@@ -167,8 +165,7 @@ def test_memory_parts_and_checkpointing_give_the_same_losses(trained, model, col
         "block": ("--grad-checkpoint", "block"),
         "parts": ("--grad-accumulation-steps", 1, "--batch-parts", 2),
     }.items():
-        ran = run(*command(model, colors / "train.jsonl", tmp_path / name, *more))
-        assert ran.code == 0, ran.err
+        succeeds(*command(model, colors / "train.jsonl", tmp_path / name, *more))
         assert np.allclose(losses(tmp_path / name), losses(folder), rtol=1e-3)
 
 
@@ -186,8 +183,7 @@ def seeing(model, colors, tmp_path_factory):
 
 
 def loss_of(model, colors, *more: object) -> float:
-    ran = run("evaluate", "--model", model, "--data", colors / "train.jsonl", "--json", *more)
-    assert ran.code == 0, ran.err
+    ran = succeeds("evaluate", "--model", model, "--data", colors / "train.jsonl", "--json", *more)
     return json.loads(ran.out)["loss"]
 
 
@@ -203,18 +199,14 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
     assert after < before
     assert last is not None
     asked = ("--model", model, "--adapter-path", folder)
-    answer = run(
-        "generate", *asked, "--image", colors / "1.png", "--prompt", "Which color?", "--max-tokens", 2, "--json"
-    )
-    assert answer.code == 0, answer.err
+    succeeds("generate", *asked, "--image", colors / "1.png", "--prompt", "Which color?", "--max-tokens", 2, "--json")
     assert run("fuse", *asked, "--out", tmp_path / "fused").code == 0
     assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=by_dtype(1e-4, 5e-3))
 
 
 def test_training_the_tower_is_planned(model, colors, tmp_path):
     def planned(*more: object) -> int:
-        ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--batch-size", 4, "--json", *more)  # fmt: skip
-        assert ran.code == 0, ran.err
+        ran = succeeds("plan", "--model", model, "--data", colors / "train.jsonl", "--batch-size", 4, "--json", *more)  # fmt: skip
         return json.loads(ran.out)["peak_bytes"]
 
     sizes = [planned(), planned("--train-connector"), planned("--train-connector", "--train-vision", "lora")]
@@ -230,8 +222,7 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
         return asked[-1][0]
 
     monkeypatch.setattr(Pictures, "tower_bytes", noted)
-    ran = run(*command(model, colors / "train.jsonl", tmp_path / "out", "--iters", 1))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, colors / "train.jsonl", tmp_path / "out", "--iters", 1))
     last, pictures = asked[-1]
     assert pictures == 24
     planned = json.loads((tmp_path / "out/report.json").read_text())["planned_peak_bytes"]

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from conftest import TINY, tiny_model
 from resumed_runs import STEPS, command, stopped_after, weights
-from run_cli import run
+from run_cli import run, succeeds
 from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapt_model
@@ -32,8 +32,7 @@ from mlx_lora.utils import supervise
 def finished(tiny_folder, chats, tmp_path_factory):
     """A run with checkpoints after steps 5, 10 and 12."""
     folder = tmp_path_factory.mktemp("finished") / "a"
-    ran = run(*command(tiny_folder, chats, folder, "--save-every", 5, "--keep", 0))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, folder, "--save-every", 5, "--keep", 0))
     return folder
 
 
@@ -73,8 +72,7 @@ def test_resume_without_a_checkpoint_does_not_replace_an_adapter(finished, tiny_
     ran = run(*command(tiny_folder, chats, folder, "--iters", 2, "--resume"))
     assert (ran.code, "--resume-adapter-file" in ran.err, "--force" in ran.err) == (2, True, True)
     assert (weights(folder), (folder / "metrics.jsonl").read_bytes()) == (before, metrics)
-    ran = run(*command(tiny_folder, chats, folder, "--iters", 2, "--resume", "--force"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, folder, "--iters", 2, "--resume", "--force"))
     assert weights(folder) != before
 
 
@@ -85,8 +83,7 @@ def test_a_checkpoint_of_another_folder_does_not_replace_an_adapter(finished, ti
     ran = run(*command(tiny_folder, chats, other, *resume))
     assert (ran.code, "--force" in ran.err) == (2, True)
     assert weights(other) == before
-    ran = run(*command(tiny_folder, chats, other, *resume, "--force"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, other, *resume, "--force"))
     assert max(steps_of(other)) == STEPS
     assert 5 not in steps_of(other)  # of the earlier run there
     assert not (other / "earlier-run").exists()
@@ -96,16 +93,14 @@ def test_the_best_step_comes_along_into_another_folder(tiny_folder, chats, tmp_p
     best = ("--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
     assert run(*command(tiny_folder, chats, tmp_path / "a", *best)).code == 0
     stopped = tmp_path / "a" / "checkpoints" / "step-000010"
-    ran = run(*command(tiny_folder, chats, tmp_path / "b", *best, "--resume", stopped))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "b", *best, "--resume", stopped))
     assert weights(tmp_path / "b") == weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
 
 
 def test_later_checkpoints_of_another_way_are_gone_after_the_next_save(finished, tiny_folder, chats, tmp_path):
     folder = copied(finished, tmp_path / "a")
     resume = ("--resume", folder / "checkpoints" / "step-000005", "--save-every", 4)
-    ran = run(*command(tiny_folder, chats, folder, *resume, "--iters", 9))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, folder, *resume, "--iters", 9))
     assert steps_of(folder) == [5, 8, 9]
     ran = run(*command(tiny_folder, chats, folder, "--iters", 14, "--resume"))
     assert "Resuming from step 9" in ran.err
@@ -149,8 +144,7 @@ def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp
         "--keep",
         0,
     )
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *relora))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *relora))
     assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
 
 
@@ -168,8 +162,7 @@ def test_the_best_step_of_adalora_may_be_before_the_first_cut(tiny_folder, chats
         "--keep-best",
     )
     each = ("--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *adalora, *each))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *adalora, *each))
     stored = {step: mx.load(str(checkpoint_of(tmp_path / "a", step) / "state.safetensors")) for step in (4, 8)}
     assert [any(name.startswith("extras.") for name in arrays) for arrays in stored.values()] == [False, True]
     assert (
@@ -233,8 +226,7 @@ def test_a_run_with_a_skipped_update_resumes_to_the_same_bytes(tiny_folder, chat
         return sums._replace(loss_sum=sums.loss_sum * float("nan")) if len(calls) == 3 else sums
 
     monkeypatch.setattr(Step, "forward_backward", poisoned)
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *events))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *events))
     assert len(calls) == STEPS
     stopped = stopped_after(tmp_path / "a", tmp_path / "b", 7)
     assert run(*command(tiny_folder, chats, stopped, *events, "--resume")).code == 0
@@ -245,8 +237,7 @@ def test_a_share_of_qat_compares_only_validations_with_rounding(tiny_4bit_folder
     share = ("--qat", 0.5, "--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
     # So high a rate that the first validations without rounding are the best, and the patience is over before it begins.
     worse = ("--learning-rate", 0.5, "--lr-schedule", "constant", "--early-stopping-patience", 2)
-    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "a", *share, *worse))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_4bit_folder, chats, tmp_path / "a", *share, *worse))
     losses = held_out(tmp_path / "a")
     first = STEPS // 2
     assert max(losses) >= first

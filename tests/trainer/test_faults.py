@@ -18,7 +18,7 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.data.batch import Batch, split_rows
@@ -89,8 +89,7 @@ def poisoned(tmp_path_factory):
 @pytest.mark.parametrize("kind", by_default(["nan", "inf"], "nan"))
 def test_batches_that_are_not_finite_are_skipped_and_the_others_learn(kind, poisoned, tmp_path):
     folders, data = poisoned
-    ran = run(*command(folders[kind], data, tmp_path / "a", "--batch-size", 4, "--iters", 20, "--val-batches", 0))
-    assert ran.code == 0, ran.err
+    succeeds(*command(folders[kind], data, tmp_path / "a", "--batch-size", 4, "--iters", 20, "--val-batches", 0))
     skipped = [record["skipped_steps"] for record in records(tmp_path / "a")]
     assert 0 < skipped[-1] < 20
     assert skipped == sorted(skipped)
@@ -171,8 +170,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(writing, disk, tiny_f
     for checkpoint in (disk / "a" / "checkpoints").glob("step-*"):
         read_checkpoint(checkpoint)
     taken = max(int(path.name[5:]) for path in (disk / "a" / "checkpoints").glob("step-*"))
-    ran = run(*endless, "--resume", "--iters", taken + 3)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*endless, "--resume", "--iters", taken + 3)
     assert f"Resuming from step {taken}" in ran.err
 
 
@@ -191,8 +189,7 @@ def test_a_data_file_that_goes_away_is_missed_only_by_the_next_run(tiny_folder, 
 
 @pytest.mark.slow
 def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_path):
-    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--iters", 300, "--save-every", 5, "--keep", 2))
-    assert whole.code == 0
+    succeeds(*command(tiny_folder, chats, tmp_path / "whole", "--iters", 300, "--save-every", 5, "--keep", 2))
     storm = command(tiny_folder, chats, tmp_path / "a", "--iters", 300, "--save-every", 5, "--keep", 2)
     with start(*storm) as process:
         wait_for(process, "step 7/")
@@ -204,8 +201,7 @@ def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_
     assert "Traceback" not in rest
     for checkpoint in (tmp_path / "a" / "checkpoints").glob("step-*"):
         read_checkpoint(checkpoint)
-    ran = run(*storm, "--resume")
-    assert ran.code == 0, ran.err
+    succeeds(*storm, "--resume")
     assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == (
         tmp_path / "whole" / "adapters.safetensors"
     ).read_bytes()
@@ -327,8 +323,7 @@ def test_a_closed_terminal_is_an_interruption_unless_nohup_says_otherwise():
 def test_early_stopping_ends_at_the_first_failures_and_the_best_is_kept(tiny_folder, chats, tmp_path):
     # A rate at which the held-out loss falls, then rises.
     words = command(tiny_folder, chats, tmp_path / "a", "--iters", 200, "--learning-rate", 3e-2, "--steps-per-eval", 5)
-    ran = run(*words, "--early-stopping-patience", 2, "--keep-best", "--keep", 1, "--valid-fraction", 0.4)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*words, "--early-stopping-patience", 2, "--keep-best", "--keep", 1, "--valid-fraction", 0.4)
     validations = [(r["step"], r["val_loss"]) for r in records(tmp_path / "a") if r["val_loss"] is not None]
     best_step, _ = min(validations, key=lambda pair: pair[1])
     assert validations[-1][0] < 200, "it never got worse"
@@ -489,8 +484,7 @@ def test_a_gpu_that_gives_up_is_one_line_and_the_run_goes_on(tiny_folder, chats,
     assert (ran.code, "--resume" in ran.lines[-1]) == (GPU_FAILURES[told], True), ran.err
     assert told in ran.lines[-1]
     monkeypatch.setattr(Step, "__call__", plain)
-    again = run("train", *words, "--resume")
-    assert again.code == 0, again.err
+    again = succeeds("train", *words, "--resume")
     assert "Resuming from step 4" in again.err
 
 

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from architectures.build import tiny_architecture, tiny_config
 from conftest import TINY, tiny_model
-from run_cli import run
+from run_cli import succeeds
 from tiny_steps import adapted
 
 from mlx_lora.adapters.inject import inject, select_targets, without_adapters
@@ -181,8 +181,7 @@ def test_texts_of_the_untrained_model_are_written_before_the_first_step_only_if_
     taken = Step.__call__
     monkeypatch.setattr(step, lambda *given, **named: happened.append("step") or taken(*given, **named))
     words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 4)
-    ran = run(*words, "--learning-rate", 1e-2, "--sample-tokens", 8, "--batch-size", 2, *flags)
-    assert ran.code == 0, ran.err
+    succeeds(*words, "--learning-rate", 1e-2, "--sample-tokens", 8, "--batch-size", 2, *flags)
     assert happened[0] == first
     assert happened.count("text") == 2
     (sample,) = json.loads((tmp_path / "a" / "report.json").read_text())["samples"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
@@ -130,8 +130,7 @@ def begun(tiny_folder, chats, tmp_path):
         "--batch-tokens", 256, "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 2, "--steps-per-eval", 2,
         "--sample-tokens", 0, "--save-every", 2, "--kernels", "mlx", "--iters",
     )  # fmt: skip
-    ran = run(*command, 4)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, 4)
     return tmp_path / "a", command, ran
 
 
@@ -150,8 +149,7 @@ def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun
     state = json.loads(sorted(folder.glob("checkpoints/*/state.json"))[-1].read_text())
     assert f"Validation: {state['identity'][VALIDATED]} of " in line
     first = losses(folder)
-    more = run(*command, 6, "--resume")
-    assert more.code == 0, more.err
+    more = succeeds(*command, 6, "--resume")
     assert any(f"Validation: {state['identity'][VALIDATED]} of " in line for line in more.lines)
     assert {step: losses(folder)[step] for step in first} == first
     assert set(losses(folder)) == {0, 2, 4, 6}

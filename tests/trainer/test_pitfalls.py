@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from comparing import by_dtype
 from conftest import tiny_model
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
@@ -162,8 +162,7 @@ def test_generate_runs_the_adapter_and_not_the_base(tiny_folder, chats, tmp_path
 def test_no_validation_rows_no_validation_line(tiny_folder, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *SHORT)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *SHORT)
     assert "nan" not in ran.err
     assert "val loss" not in ran.err
     assert all(json.loads(x)["val_loss"] is None for x in (tmp_path / "a/metrics.jsonl").read_text().splitlines())

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import mlx.core as mx
 import pytest
 from resumed_runs import STEPS, command, stopped_after, weights
-from run_cli import run
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.trainer import trainer
@@ -44,23 +44,20 @@ def held_out(folder) -> dict[int, float]:
 def finished(tiny_folder, chats, tmp_path_factory):
     """A run that never stopped, with checkpoints after steps 5, 10 and 12, and the best so far at 4 and 8."""
     folder = tmp_path_factory.mktemp("finished")
-    ran = run(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
     return folder / "a"
 
 
 @pytest.mark.parametrize("name", by_default(RUNS, "lora", "adalora"))
 def test_the_result_is_the_same_bytes(name, tiny_folder, chats, tmp_path):
-    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
-    assert whole.code == 0, whole.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
     parts = command(tiny_folder, chats, tmp_path / "parts", *RUNS[name])
     assert run(*parts, "--save-every", 7).code == 0
     stopped = stopped_after(tmp_path / "parts", tmp_path / "again", 7)
     before = weights(stopped / "checkpoints" / "step-000007")
     parts = command(tiny_folder, chats, stopped, *RUNS[name])
     # Another cadence of reports, validations and saves.
-    ran = run(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
     assert "Resuming from step 7" in ran.err
     assert weights(stopped) == weights(tmp_path / "whole")
     assert weights(stopped) != before
@@ -105,8 +102,7 @@ def test_a_longer_run_goes_on_and_a_finished_one_says_so(finished, tiny_folder, 
     ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume"))
     assert (ran.code, f"all {STEPS} steps are done" in ran.err) == (0, True)
     assert weights(copy) == weights(finished)
-    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
     assert f"Resuming from step {STEPS}" in ran.err
 
 
@@ -131,8 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, 
     DAMAGE[kind](stopped / "checkpoints" / "step-000010")
     named = run(*command(tiny_folder, chats, stopped, "--resume", stopped / "checkpoints" / "step-000010"))
     assert (named.code, "step-000010" in named.err) == (2, True)
-    ran = run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
     assert "skipped: " in ran.err
     assert "Resuming from step 8" in ran.err
     assert weights(stopped) == weights(finished)
@@ -154,8 +149,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_the_run_stays_as_it_is(
         assert "--resume-adapter-file" in ran.lines[-1]
         assert ("mlx-lora 9.8.7" in ran.lines[-1]) == (program == "9.8.7")
     assert weights(stopped) == before
-    again = run(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
-    assert again.code == 0, again.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
 
 
 OTHER = {
@@ -187,15 +181,13 @@ def test_another_base_is_refused(finished, tiny_4bit_folder, chats, tmp_path):
 
 
 def test_without_a_checkpoint_it_starts_at_the_beginning(finished, tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
     assert "starts at the beginning" in ran.err
     assert weights(tmp_path / "new") == weights(finished)
 
 
 def test_the_newest_and_the_best_are_kept(tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
     kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
     losses = {}
     for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
@@ -252,8 +244,7 @@ def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_fo
         child.kill()
         child.wait()
     assert kills > 0
-    ran = run(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
     assert weights(folder) == weights(finished)
     assert not list(folder.rglob(".*"))
 
@@ -306,8 +297,7 @@ def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folde
     assert "rows" in refused.lines[-1]
     assert not re.search(r"[0-9a-f]{16}", refused.lines[-1].replace(str(tmp_path), ""))  # no hashes
     words = shlex.split(refused.lines[-1][refused.lines[-1].index("--config") :])
-    ran = run("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
-    assert ran.code == 0, ran.err
+    succeeds("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
     start, end = (mx.load(str(path / "adapters.safetensors")) for path in (folder, tmp_path / "a-2"))
     assert {name: p.shape for name, p in start.items()} == {name: p.shape for name, p in end.items()}
     assert any(mx.abs(end[name] - start[name]).max().item() > 0 for name in start)

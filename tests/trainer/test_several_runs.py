@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from architectures.build import write_architecture
 from conftest import quantized, tiny_model, write_folder
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default, named
 
 from mlx_lora.api.train import train_several
@@ -349,8 +349,7 @@ def test_the_command_trains_runs_from_their_files(models, tmp_path):
     for n, settings in enumerate([settings_of(models("dense"), tmp_path / f"run-{n}", n) for n in range(2)]):
         files.append(tmp_path / f"run-{n}.yaml")
         files[-1].write_text(json.dumps({k: v for k, v in settings.to_flat().items() if v is not None}))
-    ran = run("train", "--runs", *files, "--iters", 2, "--rank", 4, exactly=True)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--runs", *files, "--iters", 2, "--rank", 4, exactly=True)
     for n in range(2):
         assert lines(tmp_path / f"run-{n}")[-1]["step"] == 2
         assert any(line.startswith(f"run-{n}: ") for line in ran.lines)

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 from tiers import by_default
 
 import mlx_lora
@@ -358,10 +358,9 @@ def test_the_command(tiny_folder, data, tmp_path):
         "--sample-tokens",
         0,
     )
-    done = run(
+    done = succeeds(
         "sweep", *flags, "--vary", "learning_rate=1e-4..1e-2/2", "--budget", "2x", "--out", tmp_path / "out", "--json"
     )
-    assert done.code == 0, done.err
     answer = json.loads(done.out)
     assert answer["best"] == {"learning_rate": 1e-2}
     assert answer["advice"].startswith("Use --learning-rate 0.01")
@@ -456,16 +455,16 @@ def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_pat
         "--sample-tokens",
         0,
     )
-    done = run("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
-    assert done.code == 0, done.err
+    done = succeeds("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
     assert "Learning rate: trying" in done.err
     result = mlx_lora.train(
         tiny_folder, data, tmp_path / "b", learning_rate="auto", iters=40, batch_size=4, valid_fraction=0.2, sample_tokens=0,
         progress=False,
     )  # fmt: skip
     assert result.settings["learning_rate"] == parse_yaml((tmp_path / "a" / "run.yaml").read_text())["learning_rate"]
-    again = run("train", *flags, "--iters", 44, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume")
-    assert again.code == 0
+    again = succeeds(
+        "train", *flags, "--iters", 44, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume"
+    )
     assert "trying" not in again.err
 
 

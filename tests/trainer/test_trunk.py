@@ -16,7 +16,7 @@ from architectures.build import tiny_architecture, tiny_config
 from conftest import TINY, tiny_model, write_folder
 from mlx.utils import tree_flatten
 from resumed_runs import command, stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
@@ -152,8 +152,7 @@ def losses(folder) -> list[float]:
 def test_a_run_has_the_losses_of_one_that_computes_everything(tiny_folder, chats, tmp_path):
     off = command(tiny_folder, chats, tmp_path / "off", *ONE_BLOCK[:2], "--cache-trunk", "off", "--dropout", 0.2)
     assert run(*off).code == 0
-    ran = run(*command(tiny_folder, chats, tmp_path / "on", *ONE_BLOCK, "--dropout", 0.2))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, tmp_path / "on", *ONE_BLOCK, "--dropout", 0.2))
     assert "output of the 1 frozen block kept on disk" in ran.err
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-5)
     assert len(set(losses(tmp_path / "on"))) > 4
@@ -163,8 +162,7 @@ def test_auto_keeps_it_in_a_run_of_further_epochs(tiny_folder, chats, tmp_path):
     for epochs, kept in ((1, False), (3, True)):
         settings = ("--num-layers", 1, "--epochs", epochs, "--batch-tokens", 384, "--sample-tokens", 0, "--force")
         data = ("--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a")
-        ran = run("train", *data, *settings)
-        assert ran.code == 0, ran.err
+        ran = succeeds("train", *data, *settings)
         assert ("kept on disk" in ran.err) is kept
         assert any(cache_dir("trunk").glob("*/values.bin")) is kept
 
@@ -210,8 +208,7 @@ RUNS = {
 )
 def test_a_resumed_run_has_the_same_bytes_whatever_is_left_of_the_cache(name, tiny_folder, chats, tmp_path):
     extra = (*ONE_BLOCK[2:], "--num-layers", 1, *RUNS[name])
-    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 2, "--keep", 0, *extra))
-    assert whole.code == 0, whole.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 2, "--keep", 0, *extra))
     for step, lose in ((2, "nothing"), (8, "everything"), (8, "some")):
         stopped = stopped_after(tmp_path / "whole", tmp_path / f"{step}-{lose}", step)
         for folder in cache_dir("trunk").iterdir():
@@ -221,8 +218,9 @@ def test_a_resumed_run_has_the_same_bytes_whatever_is_left_of_the_cache(name, ti
                 values = folder / VALUES_FILE
                 values.write_bytes(values.read_bytes()[: values.stat().st_size // 2])
         before = weights(stopped / "checkpoints" / f"step-{step:06d}")
-        ran = run(*command(tiny_folder, chats, stopped, "--save-every", 2, *RUNS[name], "--num-layers", 1, "--resume"))
-        assert ran.code == 0, ran.err
+        ran = succeeds(
+            *command(tiny_folder, chats, stopped, "--save-every", 2, *RUNS[name], "--num-layers", 1, "--resume")
+        )
         assert f"Resuming from step {step}" in ran.err
         assert weights(stopped) == weights(tmp_path / "whole"), lose
         assert weights(stopped) != before
@@ -276,8 +274,7 @@ def test_pairs_in_rows_of_their_own_are_kept(tiny_folder, tmp_path):
     found = {}
     for asked in ("off", "on"):
         extra = ("--objective", "dpo", "--shared-prefix", "off", "--num-layers", 1, "--cache-trunk", asked)
-        ran = run(*command(tiny_folder, data, tmp_path / asked, *extra, "--sample-tokens", 0))
-        assert ran.code == 0, ran.err
+        succeeds(*command(tiny_folder, data, tmp_path / asked, *extra, "--sample-tokens", 0))
         found[asked] = losses(tmp_path / asked)
     assert found["on"] == pytest.approx(found["off"], rel=1e-5)
 

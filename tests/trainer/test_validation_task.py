@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from resumed_runs import command, stopped_after, weights
-from run_cli import one_line, run
+from run_cli import one_line, run, succeeds
 
 from mlx_lora.trainer.validation_task import ValidationTask, chosen_score
 
@@ -31,8 +31,7 @@ def asked(chats, tmp_path_factory) -> tuple:
 
 
 def trained(folder: Path, model: Path, data: Path, *flags) -> list[dict]:
-    ran = run(*command(model, data, folder, "--iters", 12, "--dropout", 0.1, *flags))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, data, folder, "--iters", 12, "--dropout", 0.1, *flags))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["val_loss"] is not None]
 
@@ -41,9 +40,8 @@ def test_a_run_finds_what_evaluate_finds_and_is_not_changed(asked, tiny_folder, 
     found = trained(tmp_path / "a", tiny_folder, chats, *asked)
     trained(tmp_path / "plain", tiny_folder, chats)
     assert weights(tmp_path / "a") == weights(tmp_path / "plain")
-    measured = run("evaluate", "--model", tiny_folder, "--adapter", f"mine={tmp_path / 'a'}", "--data", asked[1],
+    measured = succeeds("evaluate", "--model", tiny_folder, "--adapter", f"mine={tmp_path / 'a'}", "--data", asked[1],
                    "--metric", asked[3], "--max-tokens", 8, "--json")  # fmt: skip
-    assert measured.code == 0, measured.err
     [score] = json.loads(measured.out)["tasks"]
     assert found[0]["task"] == pytest.approx(score["models"]["base"]["score"])
     assert found[-1]["task"] == pytest.approx(score["models"]["mine"]["score"])
