@@ -133,16 +133,13 @@ def test_without_a_difference_there_is_nothing_to_learn(tiny_folder, chats, tmp_
 
 def test_a_second_run_reads_what_the_first_computed_and_repairs_it(tiny_folder, teacher, chats, own_cache, tmp_path):
     asked = ("--teacher", teacher, "--iters", 4)
-    first = succeeds(*command(tiny_folder, chats, tmp_path / "a", *asked))
-    assert "computed in" in first.err
+    assert "computed in" in succeeds(*command(tiny_folder, chats, tmp_path / "a", *asked)).err
     kept = {file: file.read_bytes() for file in stores()}
     assert len(kept) == 2
-    second = run(*command(tiny_folder, chats, tmp_path / "b", *asked))
-    assert "from an earlier run" in second.err
+    assert "from an earlier run" in run(*command(tiny_folder, chats, tmp_path / "b", *asked)).err
     for file, content in kept.items():
         file.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:-200])  # a flipped bit, a lost end
-    third = run(*command(tiny_folder, chats, tmp_path / "c", *asked))
-    assert "computed in" in third.err
+    assert "computed in" in run(*command(tiny_folder, chats, tmp_path / "c", *asked)).err
     assert {file: file.read_bytes() for file in stores()} == kept
     assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
     other = run(*command(tiny_folder, chats, tmp_path / "d", *asked, "--distill-temp", 2))
@@ -191,8 +188,7 @@ def test_frozen_blocks_may_be_kept(tiny_folder, teacher, chats, tmp_path):
 
 def test_plan_and_dry_run_count_the_teacher(tiny_folder, teacher, chats, tmp_path):
     flags = ("--model", tiny_folder, "--data", chats, "--objective", "distill", "--teacher", teacher)
-    planned = succeeds("plan", *flags, "--json")
-    found = json.loads(planned.out)
+    found = json.loads(succeeds("plan", *flags, "--json").out)
     assert found["phases"]["teacher"] > found["model"]["base_bytes"]
     assert found["predicted"]["reference_s"] > 0
     dry = succeeds("train", *flags, "--adapter-path", tmp_path / "a", "--dry-run")
@@ -657,8 +653,7 @@ def test_sampled_answers_stand_behind_the_teachers_prompt():
     rows = encode_entries(encoder, prompts, teacher_prompt=PROMPT).rows.with_room(2, 6)
     batch = BatchPlan(rows, batch_tokens=10**4, batch_size=3, seed=0).batch(0, 0)
     answered = batch.targets.copy()
-    random = np.random.default_rng(0)
-    answered[batch.mask] = random.integers(0, 256, int(batch.mask.sum()))
+    answered[batch.mask] = np.random.default_rng(0).integers(0, 256, int(batch.mask.sum()))
     mask = batch.mask.copy()
     mask[1] = False  # an answer that is not trained
     batch = replace(batch, targets=answered, mask=mask)
@@ -667,8 +662,7 @@ def test_sampled_answers_stand_behind_the_teachers_prompt():
     assert np.array_equal(seen.mask.sum(axis=1), batch.mask.sum(axis=1))
     for row in range(len(mask)):
         if mask[row].any():
-            begin = int(np.argmax(seen.mask[row]))
-            text = encoder.tokenizer.decode(seen.inputs[row, : begin + 1])
+            text = encoder.tokenizer.decode(seen.inputs[row, : int(np.argmax(seen.mask[row])) + 1])
             assert PROMPT in text
             assert text.endswith("assistant\n")
 

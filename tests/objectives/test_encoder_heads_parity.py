@@ -125,8 +125,7 @@ def check_gradients(model, gradients: dict[str, np.ndarray], kind: str):
 def test_a_reranker_has_transformers_loss_and_gradients(kind, config, tmp_path):
     torch = pytest.importorskip("torch")
     folder = tiny_encoder(kind, tmp_path / "model", 1, **config)
-    objective = objective_of(ObjectiveSettings("rerank"))
-    found, gradients = ours(objective, QUERIES, folder, tmp_path)
+    found, gradients = ours(objective_of(ObjectiveSettings("rerank")), QUERIES, folder, tmp_path)
     model, tokenizer = in_transformers(folder, tmp_path / "peft", 1)
     parts = []
     for row in QUERIES:

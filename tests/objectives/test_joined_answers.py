@@ -105,8 +105,7 @@ def sampled_batches(
         moved(base, 1)
         answering = Rollouts(base, settings, env, loss, base.model.trainable_parameters(), joining=how)
         moved(base, 2)
-        plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
-        batch = plan.batch(0, 0)
+        batch = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0).batch(0, 0)
         facts = [planned.facts[number // batch.group] for number in batch.numbers[:: batch.group] if number != EMPTY]
         found += answering.answer([Planned(batch, facts, 5, planned)], trains=True)
     return found[0], found[1]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from bound import bind
 from conftest import tiny_model, write_folder
-from frozen_answers import ALPHA, RANK, frozen_batch, moved_base
+from curves import assert_same_gradients, over_peft
+from frozen_answers import frozen_batch, moved_base
 from mlx.utils import tree_flatten
-from torch_judge import name_here, torch_base
+from torch_judge import torch_base
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
@@ -63,7 +64,6 @@ def torch_loss(name, top_k, logits, teacher, targets, mask, old):
 
 @pytest.mark.parametrize(("name", "top_k"), CASES)
 def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
-    import peft
     import torch
 
     base, initial = moved_base(tiny_folder)
@@ -85,12 +85,8 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     assert reports["length"].item() == batch.mask.sum()
     assert reports["answers"].item() == len(batch.inputs)
 
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
-    model = peft.get_peft_model(torch_base(tiny_folder), config).train()
-    trained = {name_here(key): value for key, value in model.named_parameters() if value.requires_grad}
-    assert trained.keys() == initial.keys()
-    for key, value in trained.items():
-        value.data = torch.tensor(initial[key].T.copy())
+    model, trained = over_peft(torch_base(tiny_folder), initial)
+    model.train()
     inputs, targets = (torch.tensor(values.astype(np.int64)) for values in (batch.inputs, batch.targets))
     with torch.no_grad():
         teacher = torch_base(teacher_folder)(inputs).logits
@@ -98,10 +94,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     wanted = torch_loss(name, top_k, logits, teacher, targets, torch.tensor(batch.mask), torch.tensor(old))
     wanted.backward()
     assert (total / count).item() == pytest.approx(wanted.item(), rel=1e-4)
-    for key, value in trained.items():
-        other = value.grad.numpy().T
-        assert np.linalg.norm(other) > 0
-        assert np.linalg.norm(ours[key] - other) < 1e-4 * np.linalg.norm(other), key
+    assert_same_gradients(ours, trained)
     if name != "sampled_kl":  # what is reported is KL(student, teacher), whatever is trained
         shown = torch_loss("reverse_kl", top_k, logits, teacher, targets, torch.tensor(batch.mask), None)
         assert (reports["kl"] / count).item() == pytest.approx(shown.item(), rel=1e-4)

@@ -8,9 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from bound import bind
-from frozen_answers import ALPHA, LONGEST, RANK, frozen_batch, moved_base
+from curves import assert_same_gradients, over_peft
+from frozen_answers import LONGEST, frozen_batch, moved_base
 from mlx.utils import tree_flatten
-from torch_judge import name_here, torch_base
+from torch_judge import torch_base
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.losses.check import choose_loss
@@ -26,7 +27,6 @@ CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.2) if name != "rl
 
 @pytest.mark.parametrize(("name", "beta"), CASES)
 def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
-    import peft
     import torch
     from trl_policy_judge import policy_objective
 
@@ -45,12 +45,8 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
 
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
-    model = peft.get_peft_model(torch_base(tiny_folder), config).train()
-    trained = {name_here(key): value for key, value in model.named_parameters() if value.requires_grad}
-    assert trained.keys() == initial.keys()
-    for key, value in trained.items():
-        value.data = torch.tensor(initial[key].T.copy())
+    model, trained = over_peft(torch_base(tiny_folder), initial)
+    model.train()
     inputs, targets = (torch.tensor(values.astype(np.int64)) for values in (batch.inputs, batch.targets))
     logps = torch.log_softmax(model(inputs).logits, dim=-1).gather(2, targets[..., None]).squeeze(2)
     others = [torch.tensor(values) for values in (old, reference, batch.mask, batch.columns[ADVANTAGES])]
@@ -58,7 +54,4 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     wanted, _ = policy_objective(logps, *others, name, **options)
     wanted.backward()
     assert (total / count).item() == pytest.approx(wanted.item(), rel=1e-4)
-    for key, value in trained.items():
-        theirs = value.grad.numpy().T
-        assert np.linalg.norm(ours[key] - theirs) < 1e-4 * np.linalg.norm(theirs), key
-        assert np.linalg.norm(theirs) > 0
+    assert_same_gradients(ours, trained)

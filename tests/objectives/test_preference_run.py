@@ -87,7 +87,7 @@ OTHERS = (*IMITATION, *SAMPLING, *LABELED, *RANKED, "embed")  # objectives witho
 
 @pytest.mark.parametrize(
     "objective",
-    by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo", "kto", "reward"),
+    by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo"),
 )
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
@@ -141,24 +141,11 @@ def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folde
     assert flag[0] in refused.err
 
 
-@pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, data, tmp_path):
-    more = ("--iters", 6, "--save-every", 2, "--dropout", 0.1)
-    trained(tmp_path / "whole", tiny_folder, data, objective, *more)
-    trained(tmp_path / "cut", tiny_folder, data, objective, *more)
-    for step in ("step-000004", "step-000006"):
-        for path in (tmp_path / "cut/checkpoints" / step).iterdir():
-            path.unlink()
-        (tmp_path / "cut/checkpoints" / step).rmdir()
-    trained(tmp_path / "cut", tiny_folder, data, objective, *more, "--resume")
-    whole, cut = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut
-    other = run(
-        "train", "--model", tiny_folder, "--data", data["rated" if objective == "kto" else "pairs"], "--adapter-path",
-        tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
-    )  # fmt: skip
-    assert other.code == 2
-    assert "beta was 0.1, is now 0.2" in other.err
+def test_a_resumed_run_has_the_same_beta(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 2, "--save-every", 2)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "a", "--objective", "dpo")
+    other = run("train", *common, *QUICK, "--save-every", 2, "--resume", "--beta", 0.2)
+    assert (other.code, "beta was 0.1, is now 0.2" in other.err) == (2, True)
 
 
 def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):
@@ -279,8 +266,7 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, ti
     assert found["margin"] == pytest.approx(0, abs=1e-4)
     assert found["loss"] == pytest.approx(told[0]["val_loss"], abs=1e-3)
     for given in ((), more[:2]):
-        alone = run("train", *common, "--test", *given)
-        assert f"Test loss {found['loss']:.4f}" in alone.err
+        assert f"Test loss {found['loss']:.4f}" in run("train", *common, "--test", *given).err
     other = json.loads(run("evaluate", *common, "--json", "--reference-adapter", folder).out)
     assert other["loss"] == pytest.approx(found["loss"], abs=1e-4)
     shutil.rmtree(start)
@@ -444,8 +430,7 @@ def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path,
     state = tmp_path / "cut/checkpoints/step-000006/state.json"
     state.write_text(state.read_text().replace("best_score", "best_accuracy"))  # as an earlier program wrote it
     held_out(8)
-    lines = trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")
-    assert lines[-1]["step"] == 10
+    assert trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")[-1]["step"] == 10
     assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "whole", 6)
     states = [
         json.loads((tmp_path / name / "checkpoints/step-000010/state.json").read_text())["position"]

@@ -173,7 +173,7 @@ def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, 
         server.url,
         *QUICK,
     )
-    ran = succeeds(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
+    succeeds(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
     trained, held = records(tmp_path / "a", "train"), records(tmp_path / "a", "valid")
     original = [one for one in held if one["question"].startswith("Where")]
     assert original
@@ -207,8 +207,7 @@ def test_a_plan_counts_the_wordings(tiny_folder, table, tmp_path):
         "train", "--model", tiny_folder, "--data", table, "--rephrase", 3, "--adapter-path", tmp_path / "a", "--dry-run"
     )
     assert re.search(r"train +\d+ rows", ran.err)
-    rows = int(re.search(r"train +(\d+) rows", ran.err)[1])
-    assert rows >= 4 * 7
+    assert int(re.search(r"train +(\d+) rows", ran.err)[1]) >= 4 * 7
 
 
 @pytest.mark.parametrize(("suffix", "number"), [("csv", 2), ("jsonl", 1)])

@@ -115,8 +115,7 @@ def several_command(model, labels, folder) -> list:
 
 def measured(model, adapter, labels, *more) -> dict:
     common = ("--model", model, "--adapter-path", adapter, "--data", labels, "--objective", "classify")
-    ran = succeeds("evaluate", *common, "--json", *more)
-    return json.loads(ran.out)
+    return json.loads(succeeds("evaluate", *common, "--json", *more).out)
 
 
 def test_the_labels_are_learned_and_kept_with_the_adapter(tiny_folder, labels, classifier):
@@ -283,8 +282,7 @@ def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_fold
     assert found["macro_f1"] > 0.9
     assert list(found["thresholds"].values()) == head["thresholds"]
     base = mlx_lora.load(str(tiny_folder))
-    answer = mlx_lora.predict(base, "1bbbq", several / "a")
-    assert answer["predicted"] == ["hot", "odd"]
+    assert mlx_lora.predict(base, "1bbbq", several / "a")["predicted"] == ["hot", "odd"]
     high = json.loads((several / "a/adapter_config.json").read_text())
     high["mlx_lora"]["head"]["thresholds"] = [0.5, 0.5, 0.5, 1.0]
     shutil.copytree(several / "a", several / "b")
@@ -535,8 +533,7 @@ def reranker(tiny_folder, ranked, tmp_path_factory):
 
 def measured_order(model, adapter, ranked, *more) -> dict:
     common = ("--model", model, "--adapter-path", adapter, "--data", ranked, "--objective", "rerank")
-    ran = succeeds("evaluate", *common, "--json", *more)
-    return json.loads(ran.out)
+    return json.loads(succeeds("evaluate", *common, "--json", *more).out)
 
 
 def test_the_order_is_learned(tiny_folder, ranked, reranker):
@@ -722,8 +719,7 @@ def in_sentence_transformers(kind: str, scores: np.ndarray, grades: np.ndarray) 
 @pytest.mark.parametrize("kind", RANKING_LOSSES)
 def test_losses_and_gradients_are_those_of_sentence_transformers(kind):
     pytest.importorskip("sentence_transformers")
-    random = np.random.default_rng(0)
-    scores = (3 * random.normal(size=(5, 4))).astype(np.float32)
+    scores = (3 * np.random.default_rng(0).normal(size=(5, 4))).astype(np.float32)
     grades = np.array([[1, 0, 0, -1], [1, 1, 0, 0], [0, 1, -1, -1], [1, 0, 1, 0], [0, 0, 0, 1]], np.float32)
 
     def ours(scores: mx.array) -> mx.array:
@@ -739,8 +735,7 @@ def test_losses_and_gradients_are_those_of_sentence_transformers(kind):
 
 def test_measures_are_those_of_a_ranking_by_hand():
     scores = np.array([[0.1, 0.9, 0.5], [3.0, 2.0, 1.0], [0.0, 1.0, 9.0]], np.float32)
-    grades = np.array([[1, 0, 0], [2, 0, 1], [1, 0, -1]], np.float32)
-    found = ranking_measures(scores, grades)
+    found = ranking_measures(scores, np.array([[1, 0, 0], [2, 0, 1], [1, 0, -1]], np.float32))
     assert found["mrr"] == pytest.approx((1 / 3 + 1 + 1 / 2) / 3)
     assert found["accuracy"] == pytest.approx(1 / 3)
     second = (3 + 1 / 2) / (3 + 1 / np.log2(3))

@@ -113,8 +113,7 @@ def test_a_divergence_puts_the_last_good_checkpoint_back(poisoned, tmp_path):
     assert "is restored" in ran.lines[-1]
     assert "--learning-rate" in ran.lines[-1]
     left = sorted((tmp_path / "a" / "checkpoints").iterdir())
-    newest = read_checkpoint(left[-1])
-    assert newest.position.skipped_in_a_row == 0
+    assert read_checkpoint(left[-1]).position.skipped_in_a_row == 0
     assert is_finite(tmp_path / "a")
     assert (left[-1] / "adapters.safetensors").read_bytes() == (tmp_path / "a" / "adapters.safetensors").read_bytes()
     # Without a checkpoint: what the factors were before.
@@ -170,8 +169,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(writing, disk, tiny_f
     for checkpoint in (disk / "a" / "checkpoints").glob("step-*"):
         read_checkpoint(checkpoint)
     taken = max(int(path.name[5:]) for path in (disk / "a" / "checkpoints").glob("step-*"))
-    ran = succeeds(*endless, "--resume", "--iters", taken + 3)
-    assert f"Resuming from step {taken}" in ran.err
+    assert f"Resuming from step {taken}" in succeeds(*endless, "--resume", "--iters", taken + 3).err
 
 
 @pytest.mark.slow
@@ -484,8 +482,7 @@ def test_a_gpu_that_gives_up_is_one_line_and_the_run_goes_on(tiny_folder, chats,
     assert (ran.code, "--resume" in ran.lines[-1]) == (GPU_FAILURES[told], True), ran.err
     assert told in ran.lines[-1]
     monkeypatch.setattr(Step, "__call__", plain)
-    again = succeeds("train", *words, "--resume")
-    assert "Resuming from step 4" in again.err
+    assert "Resuming from step 4" in succeeds("train", *words, "--resume").err
 
 
 def test_another_error_of_mlx_stays_a_traceback():
@@ -495,6 +492,7 @@ def test_another_error_of_mlx_stays_a_traceback():
     assert describe_error(RuntimeError(longest))[1] == supervise.OUT_OF_MEMORY
 
 
+@pytest.mark.slow
 def test_a_supervised_run_dies_and_goes_on(tiny_folder, chats, tmp_path):
     words = command(tiny_folder, chats, tmp_path / "a", "--iters", 400, "--max-restarts", 2)
     with start(*words) as process:
@@ -507,8 +505,7 @@ def test_a_supervised_run_dies_and_goes_on(tiny_folder, chats, tmp_path):
         rest = process.stderr.read()
         assert process.wait(30) == 130, rest
     assert "Interrupted after" in rest
-    newest = max((tmp_path / "a" / "checkpoints").glob("step-*"))
-    assert read_checkpoint(newest).position.parts == 2
+    assert read_checkpoint(max((tmp_path / "a" / "checkpoints").glob("step-*"))).position.parts == 2
 
 
 @pytest.mark.slow

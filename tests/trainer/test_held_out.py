@@ -65,8 +65,7 @@ def test_a_short_run_validates_on_a_few_rows_and_a_long_one_on_25_batches():
     assert (short.examples, "the fewest possible" in short.words) == (FEWEST, True)
     few, _ = chosen(made_rows(5), 2)
     assert (few.examples, "all of them" in few.words) == (5, True)
-    rows = made_rows(3000)
-    long, _ = chosen(rows, 10**6)
+    long, _ = chosen(made_rows(3000), 10**6)
     assert long.val_batches is None
     assert 23 <= len(long.plan) <= 30
     assert "25 batches" in long.words
@@ -133,8 +132,7 @@ def begun(tiny_folder, chats, tmp_path):
         "--batch-tokens", 256, "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 2, "--steps-per-eval", 2,
         "--sample-tokens", 0, "--save-every", 2, "--kernels", "mlx", "--iters",
     )  # fmt: skip
-    ran = succeeds(*command, 4)
-    return tmp_path / "a", command, ran
+    return tmp_path / "a", command, succeeds(*command, 4)
 
 
 def losses(folder) -> dict[int, float]:
@@ -146,8 +144,7 @@ def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun
     folder, command, ran = begun
     (line,) = (line for line in ran.lines if line.startswith("Validation: "))
     assert "3 times" in line
-    planned = run(*command, 4, "--dry-run", "--force")
-    assert line in planned.out.splitlines()
+    assert line in run(*command, 4, "--dry-run", "--force").out.splitlines()
     assert yaml.safe_load((folder / "run.yaml").read_text())["val_batches"] is None
     state = json.loads(sorted(folder.glob("checkpoints/*/state.json"))[-1].read_text())
     assert f"Validation: {state['identity'][VALIDATED]} of " in line

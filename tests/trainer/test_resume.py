@@ -191,8 +191,7 @@ def test_another_base_is_refused(finished, tiny_4bit_folder, chats, tmp_path):
     from conftest import tiny_model, write_folder
 
     stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
-    stopped = stopped_after(finished, tmp_path / "a", 5)
-    ran = run(*command(stranger, chats, stopped, "--resume"))
+    ran = run(*command(stranger, chats, stopped_after(finished, tmp_path / "a", 5), "--resume"))
     assert (ran.code, "base model" in ran.err) == (2, True)
 
 

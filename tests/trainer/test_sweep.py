@@ -159,7 +159,8 @@ def _known_runs() -> list[str]:
     return runs_file().read_text().splitlines() if runs_file().exists() else []
 
 
-@pytest.mark.parametrize("after", by_default([3, 12], 12))
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [3, 12])
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, data, tmp_path, monkeypatch, after):
     out = tmp_path / "again"
     with monkeypatch.context() as patched:
@@ -196,12 +197,12 @@ def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch)
         assert entry["loss"] == pytest.approx(wide["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
     job = job_of(settings_of(tiny_folder, data), tmp_path / "out", "learning_rate=5e-3,1e-2,900", budget=2.9)
     job.run()
     assert job.sweep.state.candidates[job.sweep.state.winner]["learning_rate"] < 1
-    scores = job.sweep.state.scores(0)
-    assert list(scores)[-1] == 2
+    assert list(job.sweep.state.scores(0))[-1] == 2
 
 
 @pytest.mark.parametrize(("given", "vary"), [({}, "epochs=1,2"), ({"iters": None, "epochs": 1.0}, "iters=10,20")])
@@ -430,8 +431,7 @@ def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, 
     )
     steps = {entry["name"]: entry["step"] for entries in state["rounds"] for entry in entries}
     assert 0 < sum(steps.values()) - last[0]["step"] <= MOST_EXTRA * 40 + len(steps)
-    outcome = train_run(settings, base=base)
-    assert outcome.steps == 40
+    assert train_run(settings, base=base).steps == 40
     used = parse_yaml((tmp_path / "a" / "run.yaml").read_text())
     assert (used["learning_rate"], used["resume"]) == (rate, None)
     # The same as a run with this rate, but for the rounding of steps that were computed with others.
@@ -661,5 +661,4 @@ def test_betas_are_compared_by_accuracy_from_beginning_to_end(tiny_folder, tmp_p
     assert 0 <= (found.val_score or 0) <= 1
     assert f"accuracy {found.val_score:.4f} after its whole run" in advice(found)
     assert found.table()[0]["beta"] == found.candidates[found.winner or 0]["beta"]
-    state = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert state["val_score"] == found.val_score
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["val_score"] == found.val_score
