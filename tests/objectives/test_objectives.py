@@ -16,8 +16,9 @@ from tiers import by_default
 
 from mlx_lora.config.objectives import OBJECTIVES
 
-QUICK = ("--iters", 8, "--save-every", 4, "--keep", 0, "--batch-size", 4, "--learning-rate", "5e-3", "--warmup", 0, "--rank", 4,
-         "--dropout", 0.1, "--kernels", "ours", "--val-batches", -1, "--sample-tokens", 0)  # fmt: skip
+SIZE = ("--batch-size", 4, "--rank", 4)
+QUICK = ("--iters", 8, "--save-every", 4, "--keep", 0, *SIZE, "--learning-rate", "5e-3", "--warmup", 0, "--kernels", "ours",
+         "--val-batches", -1, "--sample-tokens", 0)  # fmt: skip
 LABELS = ("cold", "hot", "mild")
 
 
@@ -50,12 +51,14 @@ class Member:
         flags: of its runs; `TEACHER` stands for another tiny model.
         better: the number of a validation that rises while it learns; None: what it learns is shown by a test of its own.
         measured: whether `evaluate` finds the numbers of the last validation: answers are sampled anew.
+        dropout: of its runs, which a resumed run draws again.
     """
 
     row: Callable[[int], dict]
     flags: tuple = ()
     better: str | None = "margin"
     measured: bool = True
+    dropout: float = 0.1
 
 
 ANSWERS = ("--max-new-tokens", 8, "--group-size", 3)
@@ -69,7 +72,7 @@ MEMBERS = {
     "distill on-policy": Member(chat, ("--teacher", "TEACHER", "--on-policy", *ANSWERS), "-kl", measured=False),
     "classify": Member(labeled, better="-val_loss"),
     "rerank": Member(ranked, better="-val_loss"),
-    "embed": Member(pair, ("--dropout", 0), "-val_loss"),
+    "embed": Member(pair, better="-val_loss", dropout=0),
 }
 # One of each way that arrays take to the loss.
 DEFAULT = ("sft", "dpo", "kto", "reward", "grpo", "distill", "distill on-policy", "classify", "rerank", "embed")
@@ -78,41 +81,41 @@ MEASURED = [name for name, member in MEMBERS.items() if member.measured]
 
 @pytest.fixture(scope="module")
 def command(tiny_folder, tmp_path_factory) -> Callable[..., list]:
-    """Return the words of a member's run in a folder; its data are written once."""
+    """Return what all commands on a member are told; its data are written once."""
     root = tmp_path_factory.mktemp("objectives")
     teacher = write_folder(root / "teacher", tiny_model(seed=7))
 
-    def words(name: str, folder: Path, *more: object) -> list:
+    def words(name: str, *more: object) -> list:
         member, data = MEMBERS[name], root / name
         if not data.exists():
             data.mkdir()
             for part, numbers in (("train", range(24)), ("valid", range(30, 39))):
                 (data / f"{part}.jsonl").write_text("\n".join(json.dumps(member.row(n)) for n in numbers))
         flags = [teacher if flag == "TEACHER" else flag for flag in member.flags]
-        return [
-            "--model",
-            tiny_folder,
-            "--data",
-            data,
-            "--adapter-path",
-            folder,
-            "--objective",
-            name.split()[0],
-            *more,
-            *flags,
-        ]
+        return ["--model", tiny_folder, "--data", data, "--objective", name.split()[0], *flags, *more]
 
     return words
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory) -> Callable[[str], Path]:
+def train(command) -> Callable[..., None]:
+    """Return what makes a member's run in a folder."""
+
+    def run_in(name: str, folder: Path, *more: object) -> None:
+        dropout = ("--dropout", MEMBERS[name].dropout)
+        succeeds("train", *command(name, "--adapter-path", folder, *QUICK, *dropout, *more))
+
+    return run_in
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Callable[[str], Path]:
     """Return the folder of a member's run, which is made once."""
     root = tmp_path_factory.mktemp("whole")
 
     def folder(name: str) -> Path:
         if not (root / name).exists():
-            succeeds("train", *command(name, root / name, *QUICK))
+            train(name, root / name)
         return root / name
 
     return folder
@@ -137,24 +140,23 @@ def test_it_learns(name, whole):
 
 
 @pytest.mark.parametrize("name", by_default(MEMBERS, *DEFAULT))
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(name, command, whole, tmp_path):
+def test_a_run_that_was_cut_goes_on_to_the_same_bytes(name, train, whole, tmp_path):
     rest = stopped_after(whole(name), tmp_path / "rest", 4)
-    succeeds("train", *command(name, rest, *QUICK, "--resume"))
+    train(name, rest, "--resume")
     assert weights(rest) == weights(whole(name)) != weights(rest / "checkpoints/step-000004")
 
 
 @pytest.mark.parametrize("name", by_default(MEASURED, "sft", "dpo", "distill", "rerank"))
 def test_evaluate_finds_what_the_last_validation_found(name, command, whole):
-    found = json.loads(succeeds("evaluate", *command(name, whole(name)), "--json").out)
+    found = json.loads(succeeds("evaluate", *command(name, "--adapter-path", whole(name)), "--json").out)
     last, first = validations(whole(name))[-1], validations(whole(name))[0]
     assert found["loss"] == pytest.approx(last["val_loss"], rel=by_dtype(1e-4, 2e-2))
     assert found["loss"] != pytest.approx(first["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", by_default(MEMBERS, "sft", "dpo", "distill on-policy", "classify"))
-def test_a_plan_has_the_peak_of_the_run(name, command, whole, tmp_path):
-    flags = [*command(name, tmp_path / "a")[:4], *command(name, tmp_path / "a")[6:], *QUICK[6:8], *QUICK[12:16]]
-    planned = json.loads(succeeds("plan", *flags, "--json").out)
+def test_a_plan_has_the_peak_of_the_run(name, command, whole):
+    planned = json.loads(succeeds("plan", *command(name, *SIZE), "--json").out)
     ran = json.loads((whole(name) / "report.json").read_text())
     assert planned["peak_bytes"] == pytest.approx(ran["planned_peak_bytes"], rel=0.05)
 
@@ -162,6 +164,6 @@ def test_a_plan_has_the_peak_of_the_run(name, command, whole, tmp_path):
 @pytest.mark.parametrize("name", by_default(MEMBERS, *({*DEFAULT} - {"sft", "distill", "distill on-policy", "grpo"})))
 def test_records_of_another_objective_are_refused_in_one_line(name, command, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"nothing": "of use"}\n')
-    words = command(name, tmp_path / "a", *QUICK, "--data", tmp_path / "train.jsonl")
+    words = command(name, "--adapter-path", tmp_path / "a", *QUICK, "--data", tmp_path / "train.jsonl")
     one_line(run("train", *words), "train.jsonl")
     assert not (tmp_path / "a").exists()
