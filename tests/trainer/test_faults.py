@@ -18,7 +18,7 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
-from run_cli import run, succeeds
+from run_cli import holds, run, succeeds
 from tiers import by_default
 
 from mlx_lora.data.batch import Batch, split_rows
@@ -109,9 +109,7 @@ def test_a_divergence_puts_the_last_good_checkpoint_back(poisoned, tmp_path):
     )
     ran = run(*words, "--save-every", 1)
     assert ran.code == 1
-    assert "not finite 10 times in a row" in ran.lines[-1]
-    assert "is restored" in ran.lines[-1]
-    assert "--learning-rate" in ran.lines[-1]
+    holds(ran.lines[-1], "not finite 10 times in a row", "is restored", "--learning-rate")
     left = sorted((tmp_path / "a" / "checkpoints").iterdir())
     assert read_checkpoint(left[-1]).position.skipped_in_a_row == 0
     assert is_finite(tmp_path / "a")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from resumed_runs import command, stopped_after, weights
 from rich.console import Console
-from run_cli import one_line, run, succeeds
+from run_cli import one_line, refused, run, succeeds
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
@@ -296,9 +296,7 @@ def test_the_score_of_a_task_that_is_compared():
 
 
 def test_a_run_without_held_out_rows_says_so_before_its_first_step(asked, tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *asked, "--valid-fraction", 0))
-    assert ran.code == 2
-    assert "no held-out rows" in ran.lines[-1]
+    refused(run(*command(tiny_folder, chats, tmp_path / "a", *asked, "--valid-fraction", 0)), "no held-out rows")
     assert not (tmp_path / "a/metrics.jsonl").exists()
 
 

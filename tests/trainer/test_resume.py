@@ -19,7 +19,7 @@ import mlx.core as mx
 import pytest
 from conftest import TINY, tiny_model
 from resumed_runs import STEPS, command, stopped_after, weights
-from run_cli import run, succeeds
+from run_cli import holds, run, succeeds
 from tiers import by_default
 from tiny_steps import batch
 
@@ -144,8 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, 
     named = run(*command(tiny_folder, chats, stopped, "--resume", stopped / "checkpoints" / "step-000010"))
     assert (named.code, "step-000010" in named.err) == (2, True)
     ran = succeeds(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
-    assert "skipped: " in ran.err
-    assert "Resuming from step 8" in ran.err
+    holds(ran.err, "skipped: ", "Resuming from step 8")
     assert weights(stopped) == weights(finished)
 
 
@@ -161,8 +160,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_the_run_stays_as_it_is(
     for named in ("auto", stopped / "checkpoints" / "step-000005"):  # auto does not begin again
         ran = run(*command(tiny_folder, chats, stopped, "--resume", named))
         assert (ran.code, len(ran.lines[-1:])) == (2, 1)
-        assert f"version {version} " in ran.lines[-1]
-        assert "--resume-adapter-file" in ran.lines[-1]
+        holds(ran.lines[-1], f"version {version} ", "--resume-adapter-file")
         assert ("mlx-lora 9.8.7" in ran.lines[-1]) == (program == "9.8.7")
     assert weights(stopped) == before
     succeeds(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from run_cli import one_line, run, succeeds
+from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 
 import mlx_lora
@@ -119,8 +119,7 @@ def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     assert 2.2 < compared.work() <= 2.7
     page = (found.sweep.folder / "sweep.html").read_text()
     best = state.candidates[state.winner]["learning_rate"]
-    assert f"Use --learning-rate {best:g}" in page
-    assert "<svg" in page
+    holds(page, f"Use --learning-rate {best:g}", "<svg")
     losses = [row["loss"] for row in compared.table()]
     assert compared.table()[0]["learning_rate"] == best
     assert losses[-1] == max(losses)
@@ -401,8 +400,7 @@ def test_a_plan_says_how_many_trials_fit_and_how_long_a_sweep_takes(tiny_folder)
     )
     assert few <= how_many_fit([settings] * 100)  # with the shortest rows
     said = run("plan", *flags[:-2], "--sweep", "--learning-rate", "auto").out
-    assert "--budget 3x" in said
-    assert "planned with the default rate" in said
+    holds(said, "--budget 3x", "planned with the default rate")
     one_line(run("plan", "--model", tiny_folder, "--sweep", "much"), "--budget much")
 
 
@@ -641,8 +639,7 @@ def test_the_reason_of_a_rate_is_the_number_that_decided(tmp_path):
         rounds_for(3),
     )
     said = _reason(sweep, trials[2])
-    assert "highest held-out accuracy" in said
-    assert "0.01: 0.8750; 0.001: 0.7500" in said
+    holds(said, "highest held-out accuracy", "0.01: 0.8750; 0.001: 0.7500")
     assert "loss" not in said
 
 
