@@ -11,7 +11,7 @@ import pytest
 from comparing import by_dtype
 from embedding_cases import bound, random_examples
 from mlx.utils import tree_flatten
-from run_cli import one_line, run, succeeds
+from run_cli import one_line, refused, run, succeeds
 
 import mlx_lora
 from mlx_lora.adapters.inject import inject
@@ -426,21 +426,23 @@ def test_a_batch_in_parts_takes_the_same_steps(trained, tiny_folder, data, tmp_p
         assert mx.linalg.norm(value - parts[name]) <= by_dtype(1e-4, 1e-1) * mx.linalg.norm(value), name
 
 
-def test_bad_input_is_one_line(tiny_folder, data, tmp_path):
+TWO = [{"anchor": f"q{n}", "positive": f"d{n}"} for n in range(8)]
+SCORED = [{"sentence1": "a", "sentence2": f"b{n}", "score": n / 8} for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "words"),
+    [
+        (TWO, ("--embed-loss", "triplet"), "no negative"),
+        ([{"anchor": "q", "positive": ""}], (), "positive is empty"),
+        ([{"anchor": "q", "negative": "n"}], (), "has no document"),
+        (TWO, ("--embed-loss", "cosent"), "the rows have no score"),
+        (SCORED, ("--embed-loss", "infonce"), "the rows have a score"),
+        ([*TWO, *SCORED], (), "some rows have a score"),
+        (TWO, ("--matryoshka-dims", "128,64"), "64 numbers"),
+        (TWO, ("--matryoshka-dims", "big"), "whole numbers"),
+    ],
+)
+def test_bad_input_is_one_line(rows, flags, words, tiny_folder, tmp_path):
     common = ("--objective", "embed", "--model", tiny_folder, "--adapter-path", tmp_path / "a", *QUICK)
-
-    def refused(rows, *more, **words):
-        ran = run("train", *common, "--data", write(tmp_path / "bad.jsonl", rows), *more)
-        assert ran.code == 2, ran.err
-        return ran.lines[-1]
-
-    two = [{"anchor": f"q{n}", "positive": f"d{n}"} for n in range(8)]
-    assert "no negative" in refused(two, "--embed-loss", "triplet")
-    assert "positive is empty" in refused([{"anchor": "q", "positive": ""}])
-    assert "has no document" in refused([{"anchor": "q", "negative": "n"}])
-    assert "the rows have no score" in refused(two, "--embed-loss", "cosent")
-    scored = [{"sentence1": "a", "sentence2": f"b{n}", "score": n / 8} for n in range(8)]
-    assert "the rows have a score" in refused(scored, "--embed-loss", "infonce")
-    assert "some rows have a score" in refused([*two, *scored])
-    assert "64 numbers" in refused(two, "--matryoshka-dims", "128,64")
-    assert "whole numbers" in refused(two, "--matryoshka-dims", "big")
+    refused(run("train", *common, "--data", write(tmp_path / "bad.jsonl", rows), *flags), words)

@@ -85,10 +85,7 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
 OTHERS = (*IMITATION, *SAMPLING, *LABELED, *RANKED, "embed")  # objectives without answers to prefer
 
 
-@pytest.mark.parametrize(
-    "objective",
-    by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo"),
-)
+@pytest.mark.parametrize("objective", by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo"))
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
     losses = [line["loss"] for line in lines if line["loss"] is not None]

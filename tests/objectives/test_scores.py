@@ -112,8 +112,8 @@ def several_command(model, labels, folder) -> list:
             "--valid-fraction", 0.3, "--iters", 60]  # fmt: skip
 
 
-def measured(model, adapter, labels, *more) -> dict:
-    common = ("--model", model, "--adapter-path", adapter, "--data", labels, "--objective", "classify")
+def measured(model, adapter, data, *more, objective: str = "classify") -> dict:
+    common = ("--model", model, "--adapter-path", adapter, "--data", data, "--objective", objective)
     return json.loads(succeeds("evaluate", *common, "--json", *more).out)
 
 
@@ -314,36 +314,41 @@ def test_numbers_are_learned_with_the_squared_error(tiny_folder, tmp_path):
     assert "squared error" in (folder / "report.html").read_text()
 
 
-def test_what_cannot_be_learned_is_one_line(tiny_folder, labels, classifier, tmp_path):
-    def refused(rows: list[dict] | None, *more: object) -> str:
-        source = labels if rows is None else write_jsonl(tmp_path / "x.jsonl", rows)
-        ran = run("train", "--model", tiny_folder, "--data", source, "--adapter-path", tmp_path / "a", *CLASSIFY, *more)
-        assert ran.code == 2
-        assert len([line for line in ran.lines if line.startswith("Error")]) == 1
-        return ran.lines[-1]
+NUMBERED = {"text": "1", "label": "x"}  # what a row has if it is like all others
 
-    assert "only the label x" in refused([{"text": str(n), "label": "x"} for n in range(9)])
-    assert "the cell text is empty" in refused([{"text": " ", "label": "x"} for _ in range(9)])
-    assert "--label-column" in refused([{"text": str(n)} for n in range(9)])
-    assert "--text-column" in refused([{"label": str(n)} for n in range(9)])
-    assert "found the label mild" in refused(None, "--labels", "hot,cold")
-    assert "at least two labels" in refused(None, "--labels", "hot")
-    assert "mile is not among" in refused(None, "--class-weights", "mile=2")
-    assert "write balanced" in refused(None, "--class-weights", "mild=0")
-    assert "which is no number" in refused(None, "--problem-type", NUMBER)
-    assert "reads no such column" in refused(None, "--prompt-column", "text")
-    assert "only classify" in refused(None, "--label-column", "text", "--objective", "sft")
-    split = tmp_path / "split"
-    split.mkdir()
-    write_jsonl(split / "train.jsonl", texts())
-    write_jsonl(split / "valid.jsonl", [{"text": "x", "label": "new"}])
-    ran = run("train", "--model", tiny_folder, "--data", split, "--adapter-path", tmp_path / "a", *CLASSIFY)
-    assert (ran.code, "found the label new" in ran.lines[-1]) == (2, True)
+
+@pytest.mark.parametrize(
+    ("row", "flags", "words"),
+    [
+        (NUMBERED, (), "only the label x"),
+        ({**NUMBERED, "text": " "}, (), "the cell text is empty"),
+        ({"text": "1"}, (), "--label-column"),
+        ({"label": "1"}, (), "--text-column"),
+        (None, ("--labels", "hot,cold"), "found the label mild"),
+        (None, ("--labels", "hot"), "at least two labels"),
+        (None, ("--class-weights", "mile=2"), "mile is not among"),
+        (None, ("--class-weights", "mild=0"), "write balanced"),
+        (None, ("--problem-type", NUMBER), "which is no number"),
+        (None, ("--prompt-column", "text"), "reads no such column"),
+        (None, ("--label-column", "text", "--objective", "sft"), "only classify"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_line(row, flags, words, tiny_folder, labels, tmp_path):
+    source = labels if row is None else write_jsonl(tmp_path / "x.jsonl", [{**row, "id": n} for n in range(9)])
+    ran = run("train", "--model", tiny_folder, "--data", source, "--adapter-path", tmp_path / "a", *CLASSIFY, *flags)
+    refused(ran, words)
+    assert len([line for line in ran.lines if line.startswith("Error")]) == 1
+
+
+def test_what_a_classifier_cannot_do_is_one_line(tiny_folder, labels, classifier, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", texts())
+    write_jsonl(tmp_path / "valid.jsonl", [{"text": "x", "label": "new"}])
+    ran = run("train", "--model", tiny_folder, "--data", tmp_path, "--adapter-path", tmp_path / "a", *CLASSIFY)
+    refused(ran, "found the label new")
     common = ("--model", tiny_folder, "--adapter-path", classifier)
     one_line(run("generate", *common, "--prompt", "x"), "gives scores, not text")
-    one_line(
-        run("evaluate", *common, "--data", labels, "--objective", "reward"), "was trained with --objective classify"
-    )
+    asked = ("--data", labels, "--objective", "reward")
+    one_line(run("evaluate", *common, *asked), "was trained with --objective classify")
 
 
 @pytest.mark.parametrize("kind", ["one", "several"])
@@ -528,24 +533,19 @@ def reranker(tiny_folder, ranked, tmp_path_factory):
     return folder
 
 
-def measured_order(model, adapter, ranked, *more) -> dict:
-    common = ("--model", model, "--adapter-path", adapter, "--data", ranked, "--objective", "rerank")
-    return json.loads(succeeds("evaluate", *common, "--json", *more).out)
-
-
 def test_the_order_is_learned(tiny_folder, ranked, reranker):
     lines = [json.loads(line) for line in (reranker / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line for line in lines if line["val_loss"] is not None]
     assert last["val_loss"] < first["val_loss"] / 2
     assert last["mrr"] > 0.9
-    found = measured_order(tiny_folder, reranker, ranked / "train.jsonl")
+    found = measured(tiny_folder, reranker, ranked / "train.jsonl", objective="rerank")
     assert (found["rows"], found["mrr"] > 0.9, found["ndcg"] > 0.9) == (32, True, True)
     assert "MRR" in (reranker / "report.html").read_text()
     shown = run(
         "evaluate", "--model", tiny_folder, "--adapter-path", reranker, "--data", ranked, "--objective", "rerank"
     )
     assert "9 query lists" in shown.out
-    few = measured_order(tiny_folder, reranker, ranked / "train.jsonl", "--candidates", 2)
+    few = measured(tiny_folder, reranker, ranked / "train.jsonl", "--candidates", 2, objective="rerank")
     assert few["supervised_tokens"] == 64
 
 
@@ -562,21 +562,22 @@ def test_python_orders_documents(tiny_folder, reranker):
         mlx_lora.predict(base, "a", reranker)
 
 
-def test_what_cannot_be_ranked_is_one_line(tiny_folder, ranked, reranker, tmp_path):
-    def refused(row: dict, *more: object) -> str:
-        ran = run("train", "--model", tiny_folder, "--data", write_jsonl(tmp_path / "x.jsonl", [row] * 9), "--adapter-path",
-                  tmp_path / "a", *RERANK, *more)  # fmt: skip
-        assert ran.code == 2
-        return ran.lines[-1]
-
-    assert "without a negative" in refused({"query": "a", "positive": "b"})
-    assert "equally good" in refused({"query": "a", "documents": ["b", "c"], "labels": [1, 1]})
-    assert "empty" in refused({"query": "a", "positive": "", "negative": "c"})
-    assert "needs positive and negative" in refused({"query": "a", "completion": "b"})
-    assert "only rerank" in refused({"query": "a"}, "--objective", "sft", "--candidates", 4)
-    assert "reads no such column" in refused({"query": "a"}, "--text-column", "query")
-    common = ("--model", tiny_folder, "--adapter-path", reranker, "--data", ranked)
-    one_line(run("evaluate", *common, "--objective", "classify"), "was trained with --objective rerank")
+@pytest.mark.parametrize(
+    ("row", "flags", "words"),
+    [
+        ({"query": "a", "positive": "b"}, (), "without a negative"),
+        ({"query": "a", "documents": ["b", "c"], "labels": [1, 1]}, (), "equally good"),
+        ({"query": "a", "positive": "", "negative": "c"}, (), "empty"),
+        ({"query": "a", "completion": "b"}, (), "needs positive and negative"),
+        ({"query": "a"}, ("--objective", "sft", "--candidates", 4), "only rerank"),
+        ({"query": "a"}, ("--text-column", "query"), "reads no such column"),
+    ],
+)
+def test_what_cannot_be_ranked_is_one_line(row, flags, words, tiny_folder, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", [row] * 9)
+    refused(
+        run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", *RERANK, *flags), words
+    )
 
 
 def test_transformers_gives_a_rerankers_score(tiny_folder, reranker, tmp_path):
@@ -896,17 +897,8 @@ def test_a_reward_model_is_refused_where_text_is_wanted(untied, pairs, rewarder,
     one_line(run("evaluate", *common, "--data", pairs, "--forgetting"), says)
     for to in ("gguf", "gguf-adapter", "ollama", "mlx-lm"):
         one_line(run("export", *common, "--to", to, "--out", tmp_path / to), says)
-    train_on_pairs = (
-        "--model",
-        untied,
-        "--data",
-        pairs,
-        "--adapter-path",
-        tmp_path / "b",
-        *REWARD,
-        "--resume-adapter-file",
-    )
-    refused(run("train", *train_on_pairs, rewarder / "adapters.safetensors", "--objective", "orpo"), says)
+    more = ("--model", untied, "--data", pairs, "--adapter-path", tmp_path / "b", *REWARD, "--resume-adapter-file")
+    refused(run("train", *more, rewarder / "adapters.safetensors", "--objective", "orpo"), says)
 
 
 def test_what_a_reward_model_cannot_be_is_one_line(untied, pairs, rewarder, imitated, tmp_path):

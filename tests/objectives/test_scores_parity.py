@@ -95,8 +95,7 @@ def weighted(problem: str, weights: str):
 
 
 @pytest.mark.parametrize(
-    ("problem", "weights"),
-    [(SINGLE, None), (SINGLE, WEIGHTS), (SEVERAL, None), (SEVERAL, WEIGHTS), (NUMBER, None)],
+    ("problem", "weights"), [(SINGLE, None), (SINGLE, WEIGHTS), (SEVERAL, None), (SEVERAL, WEIGHTS), (NUMBER, None)]
 )
 def test_classifiers_have_losses_gradients_and_curves_of_transformers(problem, weights, tiny_folder):
     import torch

@@ -175,14 +175,7 @@ def test_without_its_picture_a_row_has_another_loss(compared):
 
 BETA = 0.3
 SIDES = ("chosen", "rejected")
-OBJECTIVES = {
-    "dpo": {},
-    "dpo ipo": {"loss_type": "ipo"},
-    "orpo": {},
-    "simpo": {},
-    "cpo": {},
-    "kto": {},
-}
+OBJECTIVES = {"dpo": {}, "dpo ipo": {"loss_type": "ipo"}, "orpo": {}, "simpo": {}, "cpo": {}, "kto": {}}
 PREFERENCES = by_default(
     [(family, name) for family in sorted(MAKERS) for name in OBJECTIVES if (family[:4], name) != ("pali", "orpo")],
     *((family, "dpo") for family in ("qwen2_5_vl", "smolvlm", "gemma3", "paligemma")), ("idefics3", "orpo"),

@@ -445,18 +445,7 @@ def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, 
 
 @pytest.mark.slow
 def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_path):
-    flags = (
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--batch-size",
-        4,
-        "--valid-fraction",
-        0.2,
-        "--sample-tokens",
-        0,
-    )
+    flags = ("--model", tiny_folder, "--data", data, "--batch-size", 4, "--valid-fraction", 0.2, "--sample-tokens", 0)
     done = succeeds("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
     assert "Learning rate: trying" in done.err
     result = mlx_lora.train(
