@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +23,18 @@ from resumed_runs import stopped_after, weights
 from run_cli import holds, one_line, refused, run, succeeds
 from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model_here
-from vision_rows import PAIRS, SIZES, chats_of, conversation, picture, preference, read_rows, write_pairs, write_rows
+from vision_rows import (
+    PAIRS,
+    SIZES,
+    Rows,
+    chats_of,
+    conversation,
+    picture,
+    preference,
+    read_rows,
+    write_pairs,
+    write_rows,
+)
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.api import image_answers
@@ -69,8 +82,19 @@ COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model_here("smolvlm", tmp_path_factory.mktemp("model") / "smolvlm")
+def model_of(tmp_path_factory) -> Callable[[str], Path]:
+    """Return the folder of a family's tiny model, which is written once."""
+
+    @cache
+    def folder(family: str) -> Path:
+        return write_model_here(family, tmp_path_factory.mktemp(family) / "model")
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(model_of) -> Path:
+    return model_of("smolvlm")
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +312,20 @@ def test_a_trained_tower_sees_a_picture_of_several_rows_once(model, colors):
 # Rows
 
 
+@pytest.fixture(scope="module")
+def chats_seen_by(model_of, tmp_path_factory) -> Callable[[str], Rows]:
+    """Return the chats as a family's tiny model reads them, once; nothing of it is changed."""
+
+    @cache
+    def rows(family: str) -> Rows:
+        return read_rows(model_of(family), write_rows(tmp_path_factory.mktemp("chats"), chats_of(family)))
+
+    return rows
+
+
 @pytest.mark.parametrize("family", SEEING)
-def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
+def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, chats_seen_by):
+    rows = chats_seen_by(family)
     model, arrays = rows.base.model, rows.arrays()
     fused = choose_loss(model, rows.base.config, "ours")
     found = [bind(rows.objective, loss, model).loss.measure(model, arrays)[0].item() for loss in (PLAIN, fused)]
@@ -299,8 +334,8 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", SEEING)
-def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
+def test_rows_of_a_batch_do_not_change_one_another(family, chats_seen_by):
+    rows = chats_seen_by(family)
     measure = bind(rows.objective, PLAIN, rows.base).loss.measure
     together = measure(rows.base.model, rows.arrays())[0].item()
     apart = [measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(3)]
@@ -308,18 +343,17 @@ def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", SEEING)
-def test_swapped_pictures_have_another_loss(family, tmp_path):
+def test_swapped_pictures_have_another_loss(family, model_of, tmp_path):
     size = len(SIZES)  # pictures that are so far apart have the same size
     chats = [(conversation("Same?", numbers, ("No.",)), numbers) for numbers in ((0, size), (size, 0))]
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats))
+    rows = read_rows(model_of(family), write_rows(tmp_path / "data", chats))
     assert rows.rows.row(0)[0].tolist() == rows.rows.row(1)[0].tolist()
     measure = bind(rows.objective, PLAIN, rows.base).loss.measure
     one, two = (measure(rows.base.model, rows.arrays([number]))[0].item() for number in range(2))
     assert abs(one - two) > 1e-3 * one
 
 
-def test_no_image_token_is_trained(tmp_path):
-    model = write_model_here("smolvlm", tmp_path / "model")
+def test_no_image_token_is_trained(model, tmp_path):
     for masked in (True, False):
         rows = read_rows(model, write_rows(tmp_path / "data"), mask_prompt=masked)
         is_picture = rows.rows.tokens == rows.pictures.vision.tower.token
@@ -327,9 +361,9 @@ def test_no_image_token_is_trained(tmp_path):
         assert not (rows.rows.mask & is_picture).any()
 
 
-def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
+def test_a_row_that_is_cut_inside_a_picture_is_told(model, tmp_path):
     chat = [*conversation("Hi", (), ("Yes.",)), *conversation("Which?", (0,), ("A cat.",))]
-    model, data = write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data", [(chat, (0,))])
+    data = write_rows(tmp_path / "data", [(chat, (0,))])
     whole = read_rows(model, data).rows
     first = int(np.argmax(whole.tokens == read_rows(model, data).pictures.vision.tower.token))
     with pytest.raises(InputError, match="inside a picture"):
@@ -338,10 +372,10 @@ def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("family", SEEING)
-def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
+def test_generated_tokens_are_those_of_the_whole_row(family, chats_seen_by):
     from mlx_lm.generate import generate_step
 
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
+    rows = chats_seen_by(family)
     vision, model = rows.pictures.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
     digests = rows.pictures.table.of_numbers(rows.rows.pictures, 3)[2]
@@ -359,8 +393,8 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
         assert row[token] >= row.max() - 1e-3
 
 
-def test_pictures_are_seen_once_and_kept_on_disk(tmp_path, own_cache):
-    rows = read_rows(write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data"))
+def test_pictures_are_seen_once_and_kept_on_disk(model, tmp_path, own_cache):
+    rows = read_rows(model, write_rows(tmp_path / "data"))
     vision = rows.pictures.vision
     first = [np.array(array) for array in rows.arrays()["pictures"]]
     rows.arrays()
@@ -716,9 +750,8 @@ def test_what_cannot_see_is_told_in_one_line(model, color_pairs, tiny_folder, tm
     one_line(run(*pair_command(model, data, tmp_path / "a", "--cache-trunk", "on")), "--cache-trunk")
 
 
-def test_a_prompt_that_sees_itself_is_not_trained(tmp_path):
-    model = write_model_here("paligemma", tmp_path / "model")
-    ran = run(*pair_command(model, write_pairs(tmp_path / "data", PAIRS), tmp_path / "a", "--objective", "orpo"))
+def test_a_prompt_that_sees_itself_is_not_trained(paligemma, tmp_path):
+    ran = run(*pair_command(paligemma, write_pairs(tmp_path / "data", PAIRS), tmp_path / "a", "--objective", "orpo"))
     one_line(ran, "orpo", "paligemma")
 
 
@@ -817,12 +850,12 @@ def test_a_plan_counts_the_pictures_of_prompts(model, color_prompts):
 
 
 @pytest.mark.parametrize("family", WRITING)
-def test_the_training_pass_gives_the_samplers_log_probabilities(family, tmp_path):
+def test_the_training_pass_gives_the_samplers_log_probabilities(family, model_of, tmp_path):
     """What a step computes of whole rows is what the sampler had token by token: with one, two and no pictures."""
     rows = [preference("What is it?", numbers, "", "") for numbers in ((0,), (), (1, 3))]
     rows = [{name: row[name] for name in ("images", "prompt")} for row in rows]
     asked = {"objective": "grpo", "images": True, "reward": "exact_match", "group_size": 3, "max_new_tokens": 5}
-    read = read_rows(write_model_here(family, tmp_path / "model"), write_pairs(tmp_path / "data", rows), **asked)
+    read = read_rows(model_of(family), write_pairs(tmp_path / "data", rows), **asked)
     model, objective = read.base.model, read.objective
     prepare_rotation(model, objective.pictures.vision.spec)
     prompts = [read.rows.row(3 * number)[0][:-5].tolist() for number in range(3)]
@@ -905,13 +938,12 @@ def test_what_is_no_prompt_about_pictures():
 # What is refused
 
 
-def test_what_cannot_be_sampled_is_told_in_one_line(model, color_prompts, tiny_folder, tmp_path):
+def test_what_cannot_be_sampled_is_told_in_one_line(model, paligemma, color_prompts, tiny_folder, tmp_path):
     asked = reward_command(model, color_prompts, tmp_path / "a")
     one_line(run(*asked, "--tools", color_prompts / "reward.py"), "--tools")
     one_line(run(*reward_command(tiny_folder, color_prompts, tmp_path / "a")), "llama")
     one_line(run(*asked, "--shared-prefix", "on"), "--shared-prefix")
-    pali = write_model_here("paligemma", tmp_path / "model")
-    one_line(run(*reward_command(pali, color_prompts, tmp_path / "a")), "paligemma")
+    one_line(run(*reward_command(paligemma, color_prompts, tmp_path / "a")), "paligemma")
 
 
 NEW = ("gemma4", "gemma4_31b", "mistral3", "paligemma", "paligemma2", "pixtral", "qwen3_5")
@@ -924,8 +956,8 @@ def test_the_commands_take_a_family(family, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def paligemma(tmp_path_factory):
-    return write_model_here("paligemma", tmp_path_factory.mktemp("paligemma") / "model")
+def paligemma(model_of) -> Path:
+    return model_of("paligemma")
 
 
 def brief_command(model, data, folder, *more: object) -> tuple:
