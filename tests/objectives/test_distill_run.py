@@ -59,18 +59,8 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 def command(model, data, folder, *more: object) -> tuple:
     return (
-        "train",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--adapter-path",
-        folder,
-        "--objective",
-        "distill",
-        *QUICK,
-        *more,
-    )
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "distill", *QUICK, *more,
+    )  # fmt: skip
 
 
 def bytes_each(said: str, kept: str) -> int:

@@ -67,18 +67,9 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
     """Train and return the lines of metrics.jsonl."""
     file = data["rated" if objective == "kto" else "pairs"]
     succeeds(
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        file,
-        "--adapter-path",
-        folder,
-        "--objective",
-        objective,
-        *QUICK,
+        "train", "--model", tiny_folder, "--data", file, "--adapter-path", folder, "--objective", objective, *QUICK,
         *more,
-    )
+    )  # fmt: skip
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -163,16 +154,9 @@ def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path)
 )
 def test_a_loss_that_sorts_pairs_says_that_its_batches_are_cut(loss_type, parts, told, tiny_folder, data, tmp_path):
     words = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        data["pairs"],
-        "--adapter-path",
-        tmp_path / "a",
-        "--objective",
+        "train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "a", "--objective",
         "dpo",
-    )
+    )  # fmt: skip
     ran = succeeds(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
     assert len([line for line in ran.lines if "--loss-type aot" in line]) == told
 

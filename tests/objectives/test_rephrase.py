@@ -135,17 +135,8 @@ def test_a_run_trains_the_wordings_and_holds_some_out(tiny_folder, table, server
 def test_a_resumed_run_reads_its_own_wordings(tiny_folder, table, server, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     command = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        table,
-        "--rephrase",
-        1,
-        "--rephrase-model",
-        server.url,
-        *QUICK,
-    )
+        "train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK,
+    )  # fmt: skip
     assert run(*command, "--adapter-path", whole).code == 0
     shutil.copytree(whole, rest)
     shutil.rmtree(rest / "checkpoints" / "step-000004")
@@ -160,17 +151,8 @@ def test_a_resumed_run_reads_its_own_wordings(tiny_folder, table, server, tmp_pa
 
 def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, table, server, tmp_path):
     command = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        table,
-        "--rephrase",
-        1,
-        "--rephrase-model",
-        server.url,
-        *QUICK,
-    )
+        "train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK,
+    )  # fmt: skip
     succeeds(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
     trained, held = records(tmp_path / "a", "train"), records(tmp_path / "a", "valid")
     original = [one for one in held if one["question"].startswith("Where")]

@@ -445,16 +445,8 @@ def test_balanced_weights_are_those_of_the_training_rows(tiny_folder, labels, tm
     assert kept[0] < min(kept[1:])  # cold is the most frequent label
     losses = [json.loads(line).get("val_loss") for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     given = (
-        "--model",
-        tiny_folder,
-        "--adapter-path",
-        tmp_path / "a",
-        "--data",
-        folder,
-        "--objective",
-        "classify",
-        "--json",
-    )
+        "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--data", folder, "--objective", "classify", "--json",
+    )  # fmt: skip
     found = json.loads(run("evaluate", *given).out)
     assert found["loss"] == pytest.approx([one for one in losses if one is not None][-1], rel=by_dtype(1e-4, 2e-2))
 
@@ -464,19 +456,9 @@ def test_the_scale_of_weights_does_not_change_the_step(tiny_folder, tmp_path):
     file, norms = write_jsonl(tmp_path / "rows.jsonl", texts(4)), []
     for scale in ("cold=0.1,hot=0.2,mild=0.1", "cold=1,hot=2,mild=1"):
         flags = (
-            "--model",
-            tiny_folder,
-            "--data",
-            file,
-            *CLASSIFY,
-            "--iters",
-            1,
-            "--batch-size",
-            4,
-            "--valid-fraction",
-            0,
+            "--model", tiny_folder, "--data", file, *CLASSIFY, "--iters", 1, "--batch-size", 4, "--valid-fraction", 0,
             "--force",
-        )
+        )  # fmt: skip
         succeeds("train", *flags, "--class-weights", scale, "--adapter-path", tmp_path / "a", "--sample-tokens", 0)
         norms += [json.loads(line)["grad_norm"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert norms[0] == pytest.approx(norms[1], rel=by_dtype(1e-3, 5e-2))
@@ -1129,17 +1111,9 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, e
     # A merged model goes on: a run without a step of any size leaves its scores.
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows_of(objective))))
     data = (
-        "--data",
-        tmp_path / "rows.jsonl",
-        "--objective",
-        objective,
-        "--learning-rate",
-        "1e-12",
-        "--iters",
-        1,
-        "--rank",
+        "--data", tmp_path / "rows.jsonl", "--objective", objective, "--learning-rate", "1e-12", "--iters", 1, "--rank",
         2,
-    )
+    )  # fmt: skip
     succeeds("train", "--model", tmp_path / "fused", *data, "--adapter-path", tmp_path / "again", "--kernels", "ours")
     assert scores(tmp_path / "fused", tmp_path / "again") == pytest.approx(wanted, abs=by_dtype(1e-4, 3e-2))
 

@@ -628,18 +628,9 @@ def asked_long(tmp_path_factory) -> Path:
 
 def sampled_run(folder: Path, model: Path, asked_long: Path, *more: object):
     ran = succeeds(
-        "train",
-        "--model",
-        model,
-        "--data",
-        asked_long,
-        "--adapter-path",
-        folder,
-        "--objective",
-        "grpo",
-        *SAMPLING,
+        "train", "--model", model, "--data", asked_long, "--adapter-path", folder, "--objective", "grpo", *SAMPLING,
         *more,
-    )
+    )  # fmt: skip
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -433,16 +433,8 @@ def test_a_picture_has_the_pixels_that_it_had_in_the_run(trained, model, colors,
 
     monkeypatch.setattr(image_answers, "image_answer_pieces", told)
     command = (
-        "generate",
-        "--model",
-        model,
-        "--adapter-path",
-        tmp_path / "a",
-        "--image",
-        colors / "1.png",
-        "--prompt",
-        "x",
-    )
+        "generate", "--model", model, "--adapter-path", tmp_path / "a", "--image", colors / "1.png", "--prompt", "x",
+    )  # fmt: skip
     one_line(run(*command), "900 pixels")
     one_line(run(*command, "--max-pixels", 500), "500 pixels")
 
@@ -558,16 +550,8 @@ def test_a_run_learns_which_answer_a_picture_asks_for(preferring, model, color_p
     losses = [line["loss"] for line in found if line.get("loss") is not None]
     assert losses[-1] < 0.8 * losses[0]
     asked = (
-        "evaluate",
-        "--objective",
-        "dpo",
-        "--images",
-        "--model",
-        model,
-        "--data",
-        color_pairs / "train.jsonl",
-        "--json",
-    )
+        "evaluate", "--objective", "dpo", "--images", "--model", model, "--data", color_pairs / "train.jsonl", "--json",
+    )  # fmt: skip
     measured = json.loads(run(*asked, "--adapter-path", folder).out)
     # Both answers are right for half of the pictures, so who does not look is right in half of the pairs.
     assert measured["accuracy"] > 0.8
@@ -830,16 +814,8 @@ def test_rloo_with_a_divergence_sees_pictures_too(model, color_prompts, tmp_path
 
 def test_a_plan_counts_the_pictures_of_prompts(model, color_prompts):
     asked = (
-        "plan",
-        "--model",
-        model,
-        "--data",
-        color_prompts / "train.jsonl",
-        "--objective",
-        "grpo",
-        "--images",
-        "--json",
-    )
+        "plan", "--model", model, "--data", color_prompts / "train.jsonl", "--objective", "grpo", "--images", "--json",
+    )  # fmt: skip
     ran = succeeds(*asked, "--group-size", 4, "--max-new-tokens", 8, "--reward", "exact_match")
     planned = json.loads(ran.out)
     assert planned["data"]["longest"] > 8 + 16  # a picture has more tokens than the words

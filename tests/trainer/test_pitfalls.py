@@ -359,16 +359,9 @@ def test_test_batches_bounds_the_test(place, tmp_path):
     lines = []
     for n, more in enumerate(((), ("--test-batches", 1))):
         out = outcome(
-            tmp_path / str(n),
-            *common,
-            "--data",
-            folder,
-            "--adapter-path",
-            tmp_path / str(n),
-            "--test",
-            "--train",
+            tmp_path / str(n), *common, "--data", folder, "--adapter-path", tmp_path / str(n), "--test", "--train",
             *more,
-        )
+        )  # fmt: skip
         lines.append([line for line in out["printed"] if line.startswith("Test loss")])
     assert len(lines[0]) == len(lines[1]) == 1
     assert lines[0] != lines[1]

@@ -290,18 +290,8 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
 )
 def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folder, chats, tmp_path):
     given = (
-        "--model",
-        tiny_folder,
-        "--rank",
-        3,
-        "--batch-tokens",
-        256,
-        "--sample-tokens",
-        0,
-        "--val-batches",
-        0,
-        *extra,
-    )
+        "--model", tiny_folder, "--rank", 3, "--batch-tokens", 256, "--sample-tokens", 0, "--val-batches", 0, *extra,
+    )  # fmt: skip
     folder, more = tmp_path / "a", tmp_path / "more.jsonl"
     more.write_text(chats.read_text() + '{"instruction": "And this?", "output": "More."}\n')
     assert run("train", *given, "--data", chats, "--adapter-path", folder, "--iters", 2).code == 0
@@ -412,18 +402,8 @@ def test_a_supervised_run_that_begins_again_leaves_the_earlier_one_aside(finishe
 
 def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp_path, best_at_4):
     relora = (
-        "--method",
-        "relora",
-        "--relora-every",
-        6,
-        "--keep-best",
-        "--steps-per-eval",
-        2,
-        "--save-every",
-        2,
-        "--keep",
-        0,
-    )
+        "--method", "relora", "--relora-every", 6, "--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0,
+    )  # fmt: skip
     succeeds(*command(tiny_folder, chats, tmp_path / "a", *relora))
     assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
 
@@ -431,16 +411,8 @@ def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp
 def test_the_best_step_of_adalora_may_be_before_the_first_cut(tiny_folder, chats, tmp_path, best_at_4):
     """Its checkpoint has no list of the ranks that are off, and the run has one by then."""
     adalora = (
-        "--method",
-        "adalora",
-        "--adalora-tinit",
-        5,
-        "--adalora-tfinal",
-        2,
-        "--adalora-delta-t",
-        1,
-        "--keep-best",
-    )
+        "--method", "adalora", "--adalora-tinit", 5, "--adalora-tfinal", 2, "--adalora-delta-t", 1, "--keep-best",
+    )  # fmt: skip
     each = ("--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
     succeeds(*command(tiny_folder, chats, tmp_path / "a", *adalora, *each))
     stored = {step: mx.load(str(checkpoint_of(tmp_path / "a", step) / "state.safetensors")) for step in (4, 8)}

@@ -349,19 +349,9 @@ def test_what_is_refused_leaves_the_files_that_were_there(tiny_folder, data, tmp
 
 def test_the_command(tiny_folder, data, tmp_path):
     flags = (
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--iters",
-        20,
-        "--batch-size",
-        4,
-        "--valid-fraction",
-        0.2,
-        "--sample-tokens",
-        0,
-    )
+        "--model", tiny_folder, "--data", data, "--iters", 20, "--batch-size", 4, "--valid-fraction", 0.2,
+        "--sample-tokens", 0,
+    )  # fmt: skip
     done = succeeds(
         "sweep", *flags, "--vary", "learning_rate=1e-4..1e-2/2", "--budget", "2x", "--out", tmp_path / "out", "--json"
     )
