@@ -202,8 +202,7 @@ def bins_in_torch(logits, ids):
     if ids is None:
         return torch.log_softmax(logits, -1)
     powers = torch.softmax(logits, -1)
-    own = powers.gather(-1, ids)
-    return torch.cat([own, powers.scatter(-1, ids, 0.0).sum(-1, keepdim=True)], -1).log()
+    return torch.cat([powers.gather(-1, ids), powers.scatter(-1, ids, 0.0).sum(-1, keepdim=True)], -1).log()
 
 
 def divergence_in_torch(teacher, student, beta: float):

@@ -11,6 +11,7 @@ import pytest
 from comparing import by_dtype
 from embedding_cases import bound, random_examples
 from mlx.utils import tree_flatten
+from resumed_runs import metrics
 from run_cli import one_line, refused, run, succeeds
 
 import mlx_lora
@@ -353,7 +354,7 @@ def data(tmp_path_factory):
 
 def train(model, data, folder, *more):
     succeeds("train", "--objective", "embed", "--model", model, "--data", data, "--adapter-path", folder, *QUICK, *more)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metrics(folder)
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +365,7 @@ def trained(tiny_folder, data, tmp_path_factory):
 
 
 def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(trained)
     validations = [line for line in lines if line["val_loss"] is not None]
     assert validations[-1]["val_loss"] < validations[0]["val_loss"]
     assert {"accuracy", "recall_at_10", "mrr_at_10", "ndcg_at_10"} <= validations[-1].keys()

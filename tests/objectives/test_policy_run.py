@@ -281,7 +281,7 @@ def test_the_reward_on_held_out_prompts_rises(seed, sums, tmp_path, capsys):
         "--iters", 60, "--learning-rate", 2e-3, "--steps-per-eval", 20, "--val-batches", -1, "--sample-tokens", 0,
         "--seed", seed,
     )  # fmt: skip
-    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(tmp_path / "a")
     held_out = [record["reward"] for record in records if record["val_loss"] is not None]
     trained = [record["reward"] for record in records if record["loss"] is not None]
     with capsys.disabled():
@@ -306,7 +306,7 @@ def test_the_share_of_right_answers_on_held_out_tasks_rises(seed, shelf, tmp_pat
         "--learning-rate", 2e-3, "--steps-per-eval", 20, "--steps-per-report", 5, "--val-batches", -1, "--sample-tokens", 0, "--seed", seed,
         "--kernels", "ours",
     )  # fmt: skip
-    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(tmp_path / "a")
     held_out = [record for record in records if record["val_loss"] is not None]
     with capsys.disabled():
         for record in held_out:

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import quantized, tiny_model, write_folder
+from resumed_runs import metrics
 from run_cli import one_line, run, succeeds
 from tiers import by_default
 
@@ -70,7 +71,7 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
         "train", "--model", tiny_folder, "--data", file, "--adapter-path", folder, "--objective", objective, *QUICK,
         *more,
     )  # fmt: skip
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metrics(folder)
 
 
 OTHERS = (*IMITATION, *SAMPLING, *LABELED, *RANKED, "embed")  # objectives without answers to prefer
@@ -507,8 +508,7 @@ def test_records_that_cannot_be_used_are_one_line(objective, record, words, tiny
 
 
 def test_a_reference_of_another_base_is_one_line(tiny_folder, data, tmp_path):
-    other = write_folder(tmp_path / "other", tiny_model(seed=9))
-    trained(tmp_path / "a", other, data, "orpo", "--iters", 1)
+    trained(tmp_path / "a", write_folder(tmp_path / "other", tiny_model(seed=9)), data, "orpo", "--iters", 1)
     more = ("--adapter-path", tmp_path / "b", "--objective", "dpo", "--reference-adapter", tmp_path / "a")
     ran = run("train", "--model", tiny_folder, "--data", data["pairs"], *more, *QUICK)
     assert ran.code == 2

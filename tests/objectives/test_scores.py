@@ -18,7 +18,7 @@ import pytest
 from bound import bind
 from comparing import by_dtype
 from conftest import TINY, tiny_model, write_folder
-from resumed_runs import stopped_after, weights
+from resumed_runs import metrics, stopped_after, weights
 from run_cli import holds, one_line, refused, run, succeeds
 from serving_process import Server
 from tiers import by_default
@@ -118,7 +118,7 @@ def measured(model, adapter, data, *more, objective: str = "classify") -> dict:
 
 
 def test_the_labels_are_learned_and_kept_with_the_adapter(tiny_folder, labels, classifier):
-    lines = [json.loads(line) for line in (classifier / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(classifier)
     first, *_, last = [line for line in lines if line["val_loss"] is not None]
     assert first["val_loss"] == pytest.approx(np.log(3), abs=0.3)
     assert last["val_loss"] < first["val_loss"] - 0.4
@@ -134,8 +134,7 @@ def test_the_labels_are_learned_and_kept_with_the_adapter(tiny_folder, labels, c
     assert found["confusion"] == [[12, 0, 0], [0, 12, 0], [0, 0, 12]]
     assert found["classes"]["hot"]["texts"] == 12
     assert measured(tiny_folder, classifier, labels / "train.jsonl", "--labels", "mild,hot,cold")["accuracy"] < 0.5
-    page = (classifier / "report.html").read_text()
-    holds(page, "<h2>Labels</h2>", "taken for")
+    holds((classifier / "report.html").read_text(), "<h2>Labels</h2>", "taken for")
     assert "it labels texts" in (classifier / "README.md").read_text()
     shown = run(
         "evaluate", "--model", tiny_folder, "--adapter-path", classifier, "--data", labels, "--objective", "classify"
@@ -516,7 +515,7 @@ def reranker(tiny_folder, ranked, tmp_path_factory):
 
 
 def test_the_order_is_learned(tiny_folder, ranked, reranker):
-    lines = [json.loads(line) for line in (reranker / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(reranker)
     first, *_, last = [line for line in lines if line["val_loss"] is not None]
     assert last["val_loss"] < first["val_loss"] / 2
     assert last["mrr"] > 0.9
@@ -819,7 +818,7 @@ def train_on_pairs(model, pairs, folder, *more, objective="reward"):
     succeeds(
         "train", "--model", model, "--data", pairs, "--adapter-path", folder, "--objective", objective, *REWARD, *more
     )
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return metrics(folder)
 
 
 def base_with(model, adapter) -> Base:
@@ -853,9 +852,8 @@ def test_the_only_target_of_a_row_is_behind_its_last_token():
 
 
 def test_evaluate_measures_what_was_trained(untied, pairs, rewarder):
-    config = json.loads((rewarder / "adapter_config.json").read_text())
-    assert config["mlx_lora"]["full"] == [SCORE_WEIGHT]
-    lines = [json.loads(line) for line in (rewarder / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((rewarder / "adapter_config.json").read_text())["mlx_lora"]["full"] == [SCORE_WEIGHT]
+    lines = metrics(rewarder)
     ran = run(
         "evaluate", "--model", untied, "--adapter-path", rewarder, "--data", pairs, "--objective", "reward", "--json"
     )
@@ -1041,8 +1039,7 @@ def test_an_order_is_learned_measured_and_asked_for(kind, encoders, on_encoders)
     common = ("--model", encoders[kind], "--adapter-path", adapter, "--objective", "rerank")
     ran = run("evaluate", *common, "--data", adapter.parent / "rerank.jsonl", "--json")
     assert json.loads(ran.out)["mrr"] > 0.9, ran.err
-    found = mlx_lora.rerank(encoders[kind], "q7", ["7 no", "7 yes!", "no 7?"], adapter)
-    assert found[0]["index"] == 1
+    assert mlx_lora.rerank(encoders[kind], "q7", ["7 no", "7 yes!", "no 7?"], adapter)[0]["index"] == 1
     with pytest.raises(InputError, match="trained with objective rerank"):
         mlx_lora.predict(encoders[kind], "a", adapter)
 

@@ -15,6 +15,7 @@ from architectures.build import tiny_architecture, tiny_config
 from bound import bind
 from comparing import by_dtype
 from mlx.utils import tree_flatten
+from resumed_runs import metrics
 from run_cli import run, succeeds
 from tiers import by_default
 from tiny_steps import adapted
@@ -252,7 +253,7 @@ def run_on_pairs(folder, model, data, *more: object):
     ran = succeeds(
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", *QUICK, *more
     )
-    return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return ran.err, metrics(folder)
 
 
 @pytest.mark.float32("the runs part by rounding, which four steps of this rate multiply")
@@ -631,7 +632,7 @@ def sampled_run(folder: Path, model: Path, asked_long: Path, *more: object):
         "train", "--model", model, "--data", asked_long, "--adapter-path", folder, "--objective", "grpo", *SAMPLING,
         *more,
     )  # fmt: skip
-    return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return ran.err, metrics(folder)
 
 
 @pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")

@@ -23,6 +23,7 @@ from bound import bind
 from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten
 from PIL import Image
+from resumed_runs import metrics
 from run_cli import succeeds
 from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model
@@ -138,8 +139,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
     judge, processor = Judge(folder, trained), judge_processor(folder)
     given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in chats]
     _, total, gradients = judge.run(given, [rows.rows.row(number)[1] for number in range(len(given))])
-    bound = bind(rows.objective, PLAIN, model)
-    loss_sum, _, _, own = differentiation(model, bound.loss.train)(rows.arrays())
+    loss_sum, _, _, own = differentiation(model, bind(rows.objective, PLAIN, model).loss.train)(rows.arrays())
     assert loss_sum.item() == pytest.approx(total, rel=BAR)
     own = dict(tree_flatten(own))
     assert own.keys() == gradients.keys()
@@ -371,8 +371,7 @@ def answered(read) -> tuple[Batch, np.ndarray]:
         mask[number, len(tokens) - 1 - kept_tokens : len(tokens) - 1] = True
         sampled += logps[number][:kept_tokens]
     assert mask.sum() > GROUP * len(PICTURES)
-    batch = Batch.of(inputs, targets, mask, group=GROUP, pictures=read.rows.pictures)
-    return batch, np.array(sampled)
+    return Batch.of(inputs, targets, mask, group=GROUP, pictures=read.rows.pictures), np.array(sampled)
 
 
 def on_torch(judge, processor, records, read, batch):
@@ -422,7 +421,7 @@ def trained_here(model: Path, data: Path, folder: Path) -> tuple[list[float], Tr
               "--batch-size", BATCH, "--rank", RANK, "--alpha", ALPHA, "--learning-rate", CURVE_RATE, "--lr-schedule", "constant",
               "--warmup", 0, "--dtype", "float32", "--kernels", "ours", "--steps-per-report", 1, "--valid-fraction", 0,
               "--save-every", 0)  # fmt: skip
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = metrics(folder)
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     assert len(losses) == STEPS
     return losses, train_settings({}, read_settings(str(folder / "run.yaml"), {}))

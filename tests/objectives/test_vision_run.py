@@ -19,7 +19,7 @@ from comparing import by_dtype
 from gguf_pictures import adapt, load
 from mlx.utils import tree_flatten
 from PIL import Image
-from resumed_runs import stopped_after, weights
+from resumed_runs import metrics, stopped_after, weights
 from run_cli import holds, one_line, refused, run, succeeds
 from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model_here
@@ -379,8 +379,7 @@ def test_generated_tokens_are_those_of_the_whole_row(family, chats_seen_by):
     vision, model = rows.pictures.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
     digests = rows.pictures.table.of_numbers(rows.rows.pictures, 3)[2]
-    arrays = vision.arrays(tokens[None], [digests])
-    reader = ModelWithImages(model, vision.spec, arrays, tokens.tolist())
+    reader = ModelWithImages(model, vision.spec, vision.arrays(tokens[None], [digests]), tokens.tolist())
     given = generate_step(
         mx.array(tokens), reader, max_tokens=6, prompt_cache=reader.caches(), prefill_step_size=len(tokens)
     )
@@ -502,8 +501,7 @@ def test_gradients_reach_factors_only_where_they_are(tmp_path):
     rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data"))
     model = rows.base.model
     inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
-    loss = bind(rows.objective, PLAIN, model).loss.train
-    *_, gradients = differentiation(model, loss)(rows.arrays())
+    *_, gradients = differentiation(model, bind(rows.objective, PLAIN, model).loss.train)(rows.arrays())
     assert all("lora_" in name for name, _ in tree_flatten(gradients))
 
 
@@ -546,7 +544,7 @@ def test_a_run_learns_which_answer_a_picture_asks_for(preferring, model, color_p
     folder, ran = preferring
     assert ran.code == 0, ran.err
     holds(ran.err, "16 pictures", "no.png")
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = metrics(folder)
     losses = [line["loss"] for line in found if line.get("loss") is not None]
     assert losses[-1] < 0.8 * losses[0]
     asked = (
@@ -786,7 +784,7 @@ def test_a_run_learns_what_a_picture_is_rewarded_for(rewarded):
     folder, ran = rewarded
     assert ran.code == 0, ran.err
     holds(ran.err, "4 pictures", "no.png")
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = metrics(folder)
     rewards = [line["reward"] for line in found if line.get("loss") is not None]
     assert rewards[-1] > 0.65  # who does not look gets 0.5 on average, whatever the answer
     assert rewards[-1] > rewards[0] + 0.1
@@ -808,7 +806,7 @@ def test_the_answers_at_validations_are_shown_with_their_pictures(model, color_p
 def test_rloo_with_a_divergence_sees_pictures_too(model, color_prompts, tmp_path):
     more = ("--objective", "rloo", "--kl-beta", 0.1, "--updates-per-rollout", 2, "--iters", 2)
     succeeds(*reward_command(model, color_prompts, tmp_path / "a", *more))
-    found = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    found = metrics(tmp_path / "a")
     assert all(np.isfinite(line["loss"]) for line in found if line.get("loss") is not None)
 
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
+from resumed_runs import metrics
 from run_cli import holds, run, succeeds
 from tiers import by_default
 
@@ -67,10 +68,6 @@ def is_finite(folder) -> bool:
     return all(mx.isfinite(value).all().item() for value in weights(folder).values())
 
 
-def records(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     """Return, for NaN and infinity, a model whose embedding of one letter is that, and rows of which some have the letter."""
@@ -90,7 +87,7 @@ def poisoned(tmp_path_factory):
 def test_batches_that_are_not_finite_are_skipped_and_the_others_learn(kind, poisoned, tmp_path):
     folders, data = poisoned
     succeeds(*command(folders[kind], data, tmp_path / "a", "--batch-size", 4, "--iters", 20, "--val-batches", 0))
-    skipped = [record["skipped_steps"] for record in records(tmp_path / "a")]
+    skipped = [record["skipped_steps"] for record in metrics(tmp_path / "a")]
     assert 0 < skipped[-1] < 20
     assert skipped == sorted(skipped)
     assert is_finite(tmp_path / "a")
@@ -320,7 +317,7 @@ def test_early_stopping_ends_at_the_first_failures_and_the_best_is_kept(tiny_fol
     # A rate at which the held-out loss falls, then rises.
     words = command(tiny_folder, chats, tmp_path / "a", "--iters", 200, "--learning-rate", 3e-2, "--steps-per-eval", 5)
     ran = succeeds(*words, "--early-stopping-patience", 2, "--keep-best", "--keep", 1, "--valid-fraction", 0.4)
-    validations = [(r["step"], r["val_loss"]) for r in records(tmp_path / "a") if r["val_loss"] is not None]
+    validations = [(r["step"], r["val_loss"]) for r in metrics(tmp_path / "a") if r["val_loss"] is not None]
     best_step, _ = min(validations, key=lambda pair: pair[1])
     assert validations[-1][0] < 200, "it never got worse"
     assert [step for step, _ in validations[-3:]] == [best_step, best_step + 5, best_step + 10]
@@ -381,9 +378,9 @@ def test_parts_give_the_same_updates(tiny_folder, chats, tmp_path):
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, value in one.items():
         assert mx.allclose(value, other[name], atol=1e-5, rtol=1e-4).item(), name
-    losses = [[r["loss"] for r in records(tmp_path / name) if r["loss"]] for name in ("whole", "parts")]
+    losses = [[r["loss"] for r in metrics(tmp_path / name) if r["loss"]] for name in ("whole", "parts")]
     assert np.allclose(*losses, rtol=1e-5)
-    shapes = [{s for r in records(tmp_path / name) for s in r["shapes"]} for name in ("whole", "parts")]
+    shapes = [{s for r in metrics(tmp_path / name) for s in r["shapes"]} for name in ("whole", "parts")]
     assert shapes[0] != shapes[1]
 
 

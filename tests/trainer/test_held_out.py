@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from resumed_runs import command, stopped_after, weights
+from resumed_runs import command, metrics, stopped_after, weights
 from rich.console import Console
 from run_cli import one_line, refused, run, succeeds
 
@@ -216,7 +216,7 @@ def asked(chats, tmp_path_factory) -> tuple:
 
 def trained(folder: Path, model: Path, data: Path, *flags) -> list[dict]:
     succeeds(*command(model, data, folder, "--iters", 12, "--dropout", 0.1, *flags))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     return [line for line in lines if line["val_loss"] is not None]
 
 

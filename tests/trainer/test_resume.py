@@ -18,7 +18,7 @@ from contextlib import ExitStack
 import mlx.core as mx
 import pytest
 from conftest import TINY, tiny_model
-from resumed_runs import STEPS, command, stopped_after, weights
+from resumed_runs import STEPS, command, metrics, stopped_after, weights
 from run_cli import holds, run, succeeds
 from tiers import by_default
 from tiny_steps import batch
@@ -52,7 +52,7 @@ RUNS = {
 
 def held_out(folder) -> dict[int, float]:
     """Return the held-out loss of each validated step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     return {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
 
 

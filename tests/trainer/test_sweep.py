@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
+from resumed_runs import metrics
 from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 
@@ -97,7 +98,7 @@ def test_the_winner_is_an_ordinary_run(found, tiny_folder, data, tmp_path):
 
 
 def _last_loss(folder: Path) -> float:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
 
 
@@ -546,8 +547,7 @@ def test_the_metric_orders_the_table_and_is_what_is_told(tmp_path):
     assert "accuracy at step 10" in page
     assert "loss" not in page.split("</style>")[-1]
     assert "0.9000" not in page
-    after = replace(found, val_loss=0.3, val_score=0.9375)
-    assert "accuracy 0.9375 after its whole run" in advice(after)
+    assert "accuracy 0.9375 after its whole run" in advice(replace(found, val_loss=0.3, val_score=0.9375))
 
 
 @pytest.mark.parametrize(("candidates", "best"), [(THREE_RATES, 1), (BETAS, 0)])

@@ -15,7 +15,7 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config
 from conftest import TINY, tiny_model, write_folder
 from mlx.utils import tree_flatten
-from resumed_runs import command, stopped_after, weights
+from resumed_runs import command, metrics, stopped_after, weights
 from run_cli import holds, one_line, refused, run, succeeds
 
 from mlx_lora.adapters.inject import adapt_model
@@ -145,7 +145,7 @@ def test_numbers_are_kept_as_they_are(dtype):
 
 
 def losses(folder) -> list[float]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(folder)
     return [record[key] for record in records for key in ("loss", "val_loss") if record[key] is not None]
 
 
