@@ -195,8 +195,8 @@ CHANGES = {
 
 def test_every_option_is_tried():
     own = {name for name, owners in OWNERS.items() if set(owners) & set(SAMPLING)}
-    # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_joined_answers.py.
-    # Episodes of several turns: test_environment.py, test_tool_env.py. Pictures: test_vision_policy_run.py.
+    # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_shared_prefix.py.
+    # Episodes of several turns: test_environment.py, test_tool_env.py. Pictures: test_vision_run.py.
     assert set(CHANGES) == own - {
         "images",
         "reward_errors",

@@ -109,13 +109,13 @@ CHANGES = {
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
     assert names - {"shared_prefix"} == OWNERS.keys() - {f.name for f in fields(DataSettings)}
-    # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
+    # test_policy_run.py, test_scores.py, and the tests of distillation
     elsewhere = {name for name in names if set(OWNERS.get(name, ("dpo",))) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
         "images",
         "reference_adapter",
         "shared_prefix",
-    }  # these change no fresh run's loss; test_vision_preference_run.py has the first
+    }  # these change no fresh run's loss; test_vision_run.py has the first
 
 
 @pytest.mark.slow

@@ -263,14 +263,14 @@ ELSEWHERE = {
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",
     ),
-    "label_column": "test_classify.py: labels of another column",
+    "label_column": "test_scores.py: labels of another column",
     "fetch_images": "test_downloads.py: rows with pictures on the web are used",
     "max_pixels": "test_vision_run.py: fewer tokens of a picture",
     **dict.fromkeys(("train_connector", "train_vision"), "test_vision_run.py: other parameters are trained"),
     "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
     **dict.fromkeys(
-        ("eval_tasks", "eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template"), "test_validation_task.py"
+        ("eval_tasks", "eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template"), "test_held_out.py"
     ),
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",
