@@ -15,15 +15,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import yaml
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from resumed_runs import metrics
-from run_cli import holds, run, succeeds
+from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 
 from mlx_lora.data.batch import Batch, split_rows
-from mlx_lora.trainer.checkpoint import read_checkpoint
+from mlx_lora.trainer.checkpoint import locked, read_checkpoint
 from mlx_lora.trainer.guards import MemoryGuard, Position, interrupt_flag
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils import device, supervise
@@ -201,16 +200,8 @@ def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_
 
 
 def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
-    words = command(tiny_folder, chats, tmp_path / "a", "--iters", 20000)
-    with start(*words) as process:
-        wait_for(process, "step 2/")
-        ran = run(*words, "--resume")
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-        assert process.wait(30) == 130
-    assert (ran.code, "another run is writing to it" in ran.err) == (2, True)
-    assert f"train --config {tmp_path / 'a' / 'run.yaml'} --resume" in said
-    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["force"] is False
+    with locked(tmp_path / "a"):
+        one_line(run(*command(tiny_folder, chats, tmp_path / "a", "--resume")), "another run is writing to it")
 
 
 SPARED = """

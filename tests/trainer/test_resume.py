@@ -105,7 +105,8 @@ def test_a_validation_that_was_interrupted_is_taken_when_the_run_goes_on(
     asked = command(tiny_folder, chats, tmp_path / "a", "--save-every", 5, "--keep", 0)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "mean_loss", interrupted)
-        assert run(*asked).code == 130
+        ran = run(*asked)
+    assert (ran.code, f"train --config {tmp_path / 'a' / 'run.yaml'} --resume" in ran.err) == (130, True)
     assert set(held_out(tmp_path / "a")) == {0}
     assert run(*asked, "--resume").code == 0
     assert held_out(tmp_path / "a") == held_out(finished)
