@@ -88,8 +88,7 @@ def torch_loss(name, top_k, logits, teacher, targets, mask, old):
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     if name != "sampled_kl" and not top_k:
-        labels = torch.where(mask, targets, -100)
-        return GKDTrainer.generalized_jsd_loss(logits, teacher, labels, beta=BETAS[name])
+        return GKDTrainer.generalized_jsd_loss(logits, teacher, torch.where(mask, targets, -100), beta=BETAS[name])
     ours, theirs = torch.log_softmax(logits, -1)[mask], torch.log_softmax(teacher, -1)[mask]  # (N, V)
     if name == "sampled_kl":
         own, other = (values.gather(1, targets[mask][:, None]).squeeze(1) for values in (ours, theirs))

@@ -156,8 +156,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, teacher, pro
 def test_another_teacher_is_another_run(tiny_folder, teacher, prompt, chats, tmp_path):
     asked = ("--teacher", teacher, "--iters", 4, "--save-every", 2)
     assert run(*command(tiny_folder, chats, tmp_path / "a", *asked)).code == 0
-    other = ("--teacher", tiny_folder, "--iters", 8, "--resume")
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", *other))
+    ran = run(*command(tiny_folder, chats, tmp_path / "a", "--teacher", tiny_folder, "--iters", 8, "--resume"))
     assert ran.code == 2
     assert "teacher" in ran.err
     ran = run(*command(tiny_folder, chats, tmp_path / "a", *asked, "--teacher-prompt", prompt, "--resume"))

@@ -59,8 +59,7 @@ def judge(folder, settings: dict):
     if kind == "infonce":
         loss = losses.MultipleNegativesRankingLoss(model, scale=scale)
     elif kind == "triplet":
-        margin = settings.get("triplet_margin", 0.5)
-        loss = losses.TripletLoss(model, losses.TripletDistanceMetric.COSINE, margin)
+        loss = losses.TripletLoss(model, losses.TripletDistanceMetric.COSINE, settings.get("triplet_margin", 0.5))
     else:
         loss = losses.CoSENTLoss(model, scale=scale) if kind == "cosent" else losses.CosineSimilarityLoss(model)
     if dims := settings.get("matryoshka_dims"):

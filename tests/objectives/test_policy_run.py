@@ -331,8 +331,7 @@ def test_more_right_answers_about_new_words(tmp_path, monkeypatch):
 
     def right(*adapter: object) -> float:
         test = ("--environment", f"verifiers:{tmp_path / 'test.toml'}", "--group-size", 32)
-        ran = succeeds("evaluate", "--model", base, *adapter, *test, *common, "--json")
-        return json.loads(ran.out)["reward"]
+        return json.loads(succeeds("evaluate", "--model", base, *adapter, *test, *common, "--json").out)["reward"]
 
     trained = ("--environment", f"verifiers:{tmp_path / 'train.toml'}", "--adapter-path", tmp_path / "adapter")
     quick = ("--group-size", 16, "--batch-size", 4, "--iters", 20, "--learning-rate", 3e-3, "--warmup", 0, "--rank", 8,

@@ -225,8 +225,7 @@ def test_the_command_writes_a_file_to_look_at(table, server, tmp_path, suffix, n
 def test_a_server_that_answers_otherwise_gets_one_line(table, server, tmp_path, bad, monkeypatch):
     server.bad = bad
     monkeypatch.setattr(rephrasing, "REPLY_S", 1.0)
-    ran = run("rephrase", "--model", server.url, "--data", table, "--out", tmp_path / "more.csv")
-    one_line(ran, server.url)
+    one_line(run("rephrase", "--model", server.url, "--data", table, "--out", tmp_path / "more.csv"), server.url)
     assert not (tmp_path / "more.csv").exists()
 
 

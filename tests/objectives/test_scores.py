@@ -465,8 +465,7 @@ def test_the_scale_of_weights_does_not_change_the_step(tiny_folder, tmp_path):
 
 def test_macro_f1_is_scikit_learns():
     truth = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]], bool)
-    found = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
-    several = class_measures(truth, found, ["a", "b", "c"])
+    several = class_measures(truth, np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0]], bool), ["a", "b", "c"])
     assert macro_f1(several, SEVERAL) == pytest.approx(
         5 / 9
     )  # f1_score(truth, found, average="macro"): label c counts as 0
@@ -628,8 +627,7 @@ def test_queries_get_rows_of_their_best_documents_and_the_worst(logged):
     objective = objective_of(ObjectiveSettings("rerank", candidates=3))
     tokens = [np.arange(1, 3 + n, dtype=np.int32) for n in range(4)]
     facts = [{ROWS: tokens, "grades": [1.0, 1.0, 1.0, 0.0]}, {ROWS: tokens[:2], "grades": [0.0, 1.0]}]
-    rows = EncodedSet.from_rows([(tokens[0], np.zeros(2, bool))] * 2).with_facts(facts)
-    found = objective._with_targets(rows)
+    found = objective._with_targets(EncodedSet.from_rows([(tokens[0], np.zeros(2, bool))] * 2).with_facts(facts))
     assert found.group == 3
     assert "1 query, of up to 4; --candidates 4" in " ".join(logged)
     assert np.array(found.labels).tolist() == [1, 1, 0, 1, 0, -1]
@@ -885,8 +883,7 @@ def test_what_a_reward_model_cannot_be_is_one_line(untied, pairs, rewarder, imit
     one_line(run("evaluate", "--model", untied, "--data", pairs, "--objective", "reward"), "no score head")
     common = ("--model", untied, "--data", pairs, "--objective", "reward")
     one_line(run("evaluate", *common, "--adapter-path", imitated), "has no score head")
-    more = ("--adapter-path", tmp_path / "b", *REWARD)
-    ran = run("train", *common, *more, "--target-modules", "q_proj,lm_head")
+    ran = run("train", *common, "--adapter-path", tmp_path / "b", *REWARD, "--target-modules", "q_proj,lm_head")
     assert (ran.code, "hidden states of this model cannot be read" in ran.lines[-1]) == (2, True)
     with pytest.raises(InputError, match="no such class"):
         classifier_of("kimi_linear")
@@ -947,8 +944,7 @@ def test_transformers_reads_a_fused_reward_model(command, untied, rewarder, tmp_
     pytest.importorskip("torch")
     out = tmp_path / "fused"
     succeeds(command[0], "--model", untied, "--adapter-path", rewarder, *command[1:], "--out", out)
-    config = json.loads((out / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     assert (model.config.num_labels, model.config.pad_token_id) == (1, 256)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)

@@ -141,8 +141,7 @@ def queries(count: int = 10) -> EncodedSet:
 def test_rerankers_have_the_curve_of_transformers(kind, tiny_folder):
     import torch
 
-    settings = ObjectiveSettings("rerank", rerank_loss=kind)
-    found, initial, batches, _ = ours(tiny_folder, settings, queries(), size=3)
+    found, initial, batches, _ = ours(tiny_folder, ObjectiveSettings("rerank", rerank_loss=kind), queries(), size=3)
     model, trained = classifier_over_peft(tiny_folder, initial, 1)
 
     def loss_of(batch):

@@ -364,8 +364,7 @@ def test_no_image_token_is_trained(model, tmp_path):
 def test_a_row_that_is_cut_inside_a_picture_is_told(model, tmp_path):
     chat = [*conversation("Hi", (), ("Yes.",)), *conversation("Which?", (0,), ("A cat.",))]
     data = write_rows(tmp_path / "data", [(chat, (0,))])
-    whole = read_rows(model, data).rows
-    first = int(np.argmax(whole.tokens == read_rows(model, data).pictures.vision.tower.token))
+    first = int(np.argmax(read_rows(model, data).rows.tokens == read_rows(model, data).pictures.vision.tower.token))
     with pytest.raises(InputError, match="inside a picture"):
         read_rows(model, data, max_seq_length=first + 2)
     assert len(read_rows(model, data, max_seq_length=first).rows) == 1  # cut before the picture
@@ -814,8 +813,7 @@ def test_a_plan_counts_the_pictures_of_prompts(model, color_prompts):
     asked = (
         "plan", "--model", model, "--data", color_prompts / "train.jsonl", "--objective", "grpo", "--images", "--json",
     )  # fmt: skip
-    ran = succeeds(*asked, "--group-size", 4, "--max-new-tokens", 8, "--reward", "exact_match")
-    planned = json.loads(ran.out)
+    planned = json.loads(succeeds(*asked, "--group-size", 4, "--max-new-tokens", 8, "--reward", "exact_match").out)
     assert planned["data"]["longest"] > 8 + 16  # a picture has more tokens than the words
     assert planned["parts"]["other models"] > 0
 

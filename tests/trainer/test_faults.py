@@ -355,8 +355,7 @@ def test_parts_hold_the_batch(rows, parts, shapes):
     assert [len(part.inputs) for part in cut] == shapes
     assert len({(part.inputs.shape, part.positions.shape) for part in cut}) == 1
     assert np.array_equal(np.concatenate([part.targets for part in cut])[:rows], whole.targets)
-    trained = np.concatenate([part.targets[part.mask] for part in cut])
-    assert np.array_equal(trained, whole.targets[whole.mask])
+    assert np.array_equal(np.concatenate([part.targets[part.mask] for part in cut]), whole.targets[whole.mask])
     assert sum(part.real_tokens for part in cut) == whole.real_tokens
     for part in cut:
         assert part.weights.sum() == part.mask.sum()

@@ -230,8 +230,7 @@ def test_a_resumed_run_does_as_before_or_refuses(tiny_folder, chats, tmp_path):
         begun = ("--num-layers", 1, "--cache-trunk", asked, "--save-every", 5, "--keep", 0)
         assert run(*command(tiny_folder, chats, tmp_path / asked, *begun)).code == 0
         stopped = stopped_after(tmp_path / asked, tmp_path / f"{asked}-again", 5)
-        again = ("--num-layers", 1, "--cache-trunk", other, "--resume")
-        ran = run(*command(tiny_folder, chats, stopped, *again))
+        ran = run(*command(tiny_folder, chats, stopped, "--num-layers", 1, "--cache-trunk", other, "--resume"))
         assert ran.code == 2
         assert f"--cache-trunk {other}: " in ran.err
 
