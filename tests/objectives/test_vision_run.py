@@ -528,7 +528,7 @@ def pair_command(model, data, folder, *more: object) -> tuple:
     return (
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "dpo", "--iters", 8,
         "--batch-size", 4, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
-        "--valid-fraction", 0, *more,
+        "--valid-fraction", 0, "--sample-tokens", 0, *more,
     )  # fmt: skip
 
 
@@ -767,7 +767,7 @@ def reward_command(model, color_prompts, folder, *more: object) -> tuple:
         "train", "--model", model, "--data", color_prompts / "train.jsonl", "--adapter-path", folder, "--objective", "grpo", "--images",
         "--reward", f"{colors / 'reward.py'}:low_for_red", "--group-size", 24, "--max-new-tokens", 2, "--iters", 12,
         "--batch-size", 4, "--learning-rate", "1e-2", "--rank", 8, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
-        "--lr-schedule", "constant", "--valid-fraction", 0, *more,
+        "--lr-schedule", "constant", "--valid-fraction", 0, "--sample-tokens", 0, *more,
     )  # fmt: skip
 
 

@@ -454,7 +454,20 @@ GPU_FAILURES = {
 
 @pytest.mark.parametrize("told", by_default(GPU_FAILURES, *list(GPU_FAILURES)[:2]))
 def test_a_gpu_that_gives_up_is_one_line_and_the_run_goes_on(tiny_folder, chats, tmp_path, monkeypatch, told):
-    words = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 8, "--save-every", 2]
+    words = [
+        "--model",
+        tiny_folder,
+        "--data",
+        chats,
+        "--adapter-path",
+        tmp_path / "a",
+        "--iters",
+        8,
+        "--save-every",
+        2,
+        "--sample-tokens",
+        0,
+    ]
     plain = Step.__call__
 
     def failing(self, *args, **named):

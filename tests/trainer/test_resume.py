@@ -64,7 +64,7 @@ def finished(tiny_folder, chats, tmp_path_factory):
     return folder / "a"
 
 
-@pytest.mark.parametrize("name", by_default(RUNS, "lora", "adalora"))
+@pytest.mark.parametrize("name", by_default(RUNS, "adalora"))
 def test_the_result_is_the_same_bytes(name, tiny_folder, chats, tmp_path):
     succeeds(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
     parts = command(tiny_folder, chats, tmp_path / "parts", *RUNS[name])
