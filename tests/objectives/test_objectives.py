@@ -42,6 +42,10 @@ def ranked(n: int) -> dict:
     return {"query": f"q{n}", "positive": f"{n} yes!", "negatives": [f"{n} no{'?' * i}" for i in range(1 + n % 3)]}
 
 
+def searched(n: int) -> dict:
+    return {"query": f"Where is {n}?", "positive": f"{n} is by the river.", "negative": f"No {n * 7}."}
+
+
 @dataclass(frozen=True)
 class Member:
     """An objective in this suite.
@@ -72,7 +76,7 @@ MEMBERS = {
     "distill on-policy": Member(chat, ("--teacher", "TEACHER", "--on-policy", *ANSWERS), "-kl", measured=False),
     "classify": Member(labeled, better="-val_loss"),
     "rerank": Member(ranked, better="-val_loss"),
-    "embed": Member(pair, better="-val_loss", dropout=0),
+    "embed": Member(searched, better="-val_loss", dropout=0),
 }
 # One of each way that arrays take to the loss.
 DEFAULT = ("sft", "dpo", "kto", "reward", "grpo", "distill", "distill on-policy", "classify", "rerank", "embed")
