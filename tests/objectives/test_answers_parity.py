@@ -78,7 +78,7 @@ DIVERGENCES = [*((name, 0) for name in BETAS), ("reverse_kl", 7), ("sampled_kl",
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def teacher_folder(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("teacher") / "tiny", tiny_model(seed=7))
 
 
@@ -105,11 +105,11 @@ def torch_loss(name, top_k, logits, teacher, targets, mask, old):
 
 
 @pytest.mark.parametrize(("name", "top_k"), DIVERGENCES)
-def test_sampled_distillation_has_the_loss_and_every_gradient(name, top_k, tiny_folder, teacher):
+def test_sampled_distillation_has_the_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     import torch
 
     base, initial = moved_base(tiny_folder)
-    theirs = load_base(ModelSettings(model=str(teacher)))
+    theirs = load_base(ModelSettings(model=str(teacher_folder)))
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     asked = ObjectiveSettings("distill", teacher="tiny", divergence=name, teacher_top_k=top_k, on_policy=True)
     objective = objective_of(replace(asked, jsd_beta=BETAS["jsd"]))
@@ -133,7 +133,7 @@ def test_sampled_distillation_has_the_loss_and_every_gradient(name, top_k, tiny_
     model.train()
     inputs, targets = (torch.tensor(values.astype(np.int64)) for values in (batch.inputs, batch.targets))
     with torch.no_grad():
-        teacher = torch_base(teacher)(inputs).logits
+        teacher = torch_base(teacher_folder)(inputs).logits
     logits = model(inputs).logits
     wanted = torch_loss(name, top_k, logits, teacher, targets, torch.tensor(batch.mask), torch.tensor(old))
     wanted.backward()
@@ -144,10 +144,10 @@ def test_sampled_distillation_has_the_loss_and_every_gradient(name, top_k, tiny_
         assert (reports["kl"] / count).item() == pytest.approx(shown.item(), rel=1e-4)
 
 
-def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder, teacher):
+def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder, teacher_folder):
     """Then the student is the one that sampled: the ratio is 1, and the loss what is reported."""
     base, _ = moved_base(tiny_folder)
-    theirs = load_base(ModelSettings(model=str(teacher)))
+    theirs = load_base(ModelSettings(model=str(teacher_folder)))
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     objective = objective_of(ObjectiveSettings("distill", teacher="tiny", divergence="sampled_kl", on_policy=True))
     teacher = Teacher(theirs, choose_loss(theirs.model, theirs.config))

@@ -156,9 +156,9 @@ def test_a_run_that_starts_from_a_classifier_goes_on_with_its_labels(tiny_folder
     """Rows of the head were matched by their place, so that labels in another order had each other's rows."""
     more = ("--resume-adapter-file", classifier, "--iters", 1, "--learning-rate", "1e-9", "--val-batches", -1)
     known = {}
-    for name, labels in (("same", ()), ("other", ("--labels", "mild,cold,hot"))):
+    for name, named in (("same", ()), ("other", ("--labels", "mild,cold,hot"))):
         folder = tmp_path / name
-        succeeds("train", "--model", tiny_folder, "--data", labels, "--adapter-path", folder, *CLASSIFY, *more, *labels)
+        succeeds("train", "--model", tiny_folder, "--data", labels, "--adapter-path", folder, *CLASSIFY, *more, *named)
         known[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert known["other"]["accuracy"] == known["same"]["accuracy"] > 0.8
     assert known["other"]["val_loss"] == pytest.approx(known["same"]["val_loss"], rel=1e-4)
