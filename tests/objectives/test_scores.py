@@ -7,7 +7,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -1009,29 +1012,26 @@ def encoders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def on_encoders(encoders, tmp_path_factory):
-    """(kind, objective) -> adapter's folder."""
+def on_encoders(encoders, tmp_path_factory) -> Callable[[str, str], Path]:
+    """Return the folder of an adapter for a kind of encoder and an objective, which is trained once."""
     room = tmp_path_factory.mktemp("adapters")
-    found = {}
     for objective in TESTS:
-        (room / f"{objective}.jsonl").write_text("\n".join(map(json.dumps, rows_of(objective))))
-    for kind, objective in (
-        ("bert", "rerank"),
-        ("modernbert", "rerank"),
-        ("bert", "classify"),
-        ("xlm-roberta", "classify"),
-    ):
+        write_jsonl(room / f"{objective}.jsonl", rows_of(objective))
+
+    @cache
+    def folder(kind: str, objective: str) -> Path:
         adapter = room / f"{kind}-{objective}"
         data = ("--data", room / f"{objective}.jsonl", "--objective", objective)
         ran = succeeds("train", "--model", encoders[kind], *data, "--adapter-path", adapter, *ENCODERS)
         assert "Score head: new (the model has none)" in ran.err
-        found[kind, objective] = adapter
-    return found
+        return adapter
+
+    return folder
 
 
-@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+@pytest.mark.parametrize("kind", by_default(["bert", "modernbert"], "bert"))
 def test_an_order_is_learned_measured_and_asked_for(kind, encoders, on_encoders):
-    adapter = on_encoders[kind, "rerank"]
+    adapter = on_encoders(kind, "rerank")
     common = ("--model", encoders[kind], "--adapter-path", adapter, "--objective", "rerank")
     ran = run("evaluate", *common, "--data", adapter.parent / "rerank.jsonl", "--json")
     assert json.loads(ran.out)["mrr"] > 0.9, ran.err
@@ -1040,9 +1040,9 @@ def test_an_order_is_learned_measured_and_asked_for(kind, encoders, on_encoders)
         mlx_lora.predict(encoders[kind], "a", adapter)
 
 
-@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("kind", by_default(["bert", "xlm-roberta"], "xlm-roberta"))
 def test_labels_of_pairs_are_learned_and_predicted(kind, encoders, on_encoders):
-    adapter = on_encoders[kind, "classify"]
+    adapter = on_encoders(kind, "classify")
     records = [{"text": "day 30", "text_pair": second} for second in ("aaa", "bbb", "zzz")]
     found = mlx_lora.predict(encoders[kind], records, adapter)
     assert [one["predicted"] for one in found] == ["cold", "hot", "mild"]
@@ -1054,7 +1054,7 @@ def test_labels_of_pairs_are_learned_and_predicted(kind, encoders, on_encoders):
     ("kind", "objective"), by_default([("bert", "rerank"), ("xlm-roberta", "classify")], ("bert", "rerank"))
 )
 def test_a_run_on_an_encoder_that_was_cut_goes_on_to_the_same_bytes(kind, objective, encoders, on_encoders, tmp_path):
-    known = on_encoders[kind, objective]
+    known = on_encoders(kind, objective)
     rest = stopped_after(known, tmp_path / "b", 10)
     data = ("--data", known.parent / f"{objective}.jsonl", "--objective", objective)
     succeeds("train", "--model", encoders[kind], *data, "--adapter-path", rest, *ENCODERS, "--resume")
@@ -1062,7 +1062,7 @@ def test_a_run_on_an_encoder_that_was_cut_goes_on_to_the_same_bytes(kind, object
 
 
 def test_a_run_may_start_from_another_adapter(encoders, on_encoders, tmp_path):
-    adapter = on_encoders["bert", "rerank"]
+    adapter = on_encoders("bert", "rerank")
     data = ("--data", adapter.parent / "rerank.jsonl", "--objective", "rerank", "--resume-adapter-file", adapter)
     still = ("--learning-rate", "1e-12", "--iters", 1, "--rank", 4, "--kernels", "ours")
     succeeds("train", "--model", encoders["bert"], *data, "--adapter-path", tmp_path / "a", *still)
@@ -1073,17 +1073,21 @@ def test_a_run_may_start_from_another_adapter(encoders, on_encoders, tmp_path):
 
 
 def test_all_of_the_head_is_saved_with_the_adapter(on_encoders):
-    stored = mx.load(str(on_encoders["bert", "rerank"] / "adapters.safetensors"))
+    stored = mx.load(str(on_encoders("bert", "rerank") / "adapters.safetensors"))
     head = {name: value for name, value in stored.items() if name.startswith(("pooler", "score"))}
     assert head.keys() == {"pooler.dense.weight", "pooler.dense.bias", "score.weight", "score.bias"}
     assert {value.dtype for value in head.values()} == {mx.float32}
 
 
 @pytest.mark.parametrize(
-    ("kind", "objective"), [("bert", "rerank"), ("modernbert", "rerank"), ("xlm-roberta", "classify")]
-)
+    ("kind", "objective"),
+    by_default(
+        [("bert", "rerank"), ("modernbert", "rerank"), ("xlm-roberta", "classify")],
+        ("bert", "rerank"), ("xlm-roberta", "classify"),
+    ),
+)  # fmt: skip
 def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, encoders, on_encoders, tmp_path):
-    adapter = on_encoders[kind, objective]
+    adapter = on_encoders(kind, objective)
 
     def scores(model, adapter):
         if objective == "classify":
@@ -1115,7 +1119,7 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, e
 def test_the_server_orders_documents(encoders, on_encoders, tmp_path):
     import httpx
 
-    model, adapter = encoders["bert"], on_encoders["bert", "rerank"]
+    model, adapter = encoders["bert"], on_encoders("bert", "rerank")
     documents = ["7 no", "7 yes!", "no 7?"]
     with Server("--model", model, "--adapter", f"order={adapter}", log=tmp_path / "log") as server:
         body = {"model": "order", "query": "q7", "documents": documents}
@@ -1128,7 +1132,7 @@ def test_the_server_orders_documents(encoders, on_encoders, tmp_path):
 
 def test_a_run_is_planned(encoders, on_encoders):
     for kind, objective in (("bert", "rerank"), ("xlm-roberta", "classify")):
-        data = ("--data", on_encoders[kind, objective].parent / f"{objective}.jsonl", "--objective", objective)
+        data = ("--data", on_encoders(kind, objective).parent / f"{objective}.jsonl", "--objective", objective)
         succeeds("plan", "--model", encoders[kind], *data)
 
 
@@ -1190,7 +1194,7 @@ def test_a_quantized_encoder_keeps_its_head(tmp_path):
 
 def test_an_adapter_with_a_part_of_the_head_needs_the_rest_from_the_model(on_encoders, encoders, tmp_path):
     adapter = tmp_path / "peft"
-    common = ("--model", encoders["bert"], "--adapter-path", on_encoders["bert", "rerank"])
+    common = ("--model", encoders["bert"], "--adapter-path", on_encoders("bert", "rerank"))
     assert run("export", *common, "--to", "peft", "--out", adapter).code == 0
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["modules_to_save"] = ["classifier"]
@@ -1239,11 +1243,11 @@ def test_pairs_have_the_form_of_the_family_and_are_cut_inside(kind):
 
 
 def test_what_an_encoder_cannot_do_is_one_line(encoders, on_encoders, tmp_path):
-    data = ("--data", on_encoders["bert", "rerank"].parent / "rerank.jsonl", "--adapter-path", tmp_path / "a")
+    data = ("--data", on_encoders("bert", "rerank").parent / "rerank.jsonl", "--adapter-path", tmp_path / "a")
     ran = run("train", "--model", encoders["bert"], *data, "--objective", "rerank", "--cache-trunk", "on", "--iters", 1)
     one_line(ran, "--cache-trunk on", "encoder")
     one_line(run("train", "--model", encoders["bert"], *data, "--objective", "sft"), "it is an encoder", "rerank")
-    common = ("--model", encoders["bert"], "--adapter-path", on_encoders["bert", "rerank"])
+    common = ("--model", encoders["bert"], "--adapter-path", on_encoders("bert", "rerank"))
     one_line(run("export", *common, "--to", "gguf", "--out", tmp_path / "x.gguf"))
     one_line(run("export", *common, "--to", "sentence-transformers", "--out", tmp_path / "x"))
     one_line(run("generate", *common, "--prompt", "x"))
