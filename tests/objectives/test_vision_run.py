@@ -765,7 +765,7 @@ def color_prompts(tmp_path_factory) -> Path:
 def reward_command(model, color_prompts, folder, *more: object) -> tuple:
     return (
         "train", "--model", model, "--data", color_prompts / "train.jsonl", "--adapter-path", folder, "--objective", "grpo", "--images",
-        "--reward", f"{colors / 'reward.py'}:low_for_red", "--group-size", 24, "--max-new-tokens", 2, "--iters", 12,
+        "--reward", f"{color_prompts / 'reward.py'}:low_for_red", "--group-size", 24, "--max-new-tokens", 2, "--iters", 12,
         "--batch-size", 4, "--learning-rate", "1e-2", "--rank", 8, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
         "--lr-schedule", "constant", "--valid-fraction", 0, "--sample-tokens", 0, *more,
     )  # fmt: skip
