@@ -18,7 +18,7 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from resumed_runs import metrics
-from run_cli import holds, one_line, run, succeeds
+from run_cli import holds, refused, run, succeeds
 from tiers import by_default
 
 from mlx_lora.data.batch import Batch, split_rows
@@ -201,7 +201,7 @@ def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_
 
 def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
     with locked(tmp_path / "a"):
-        one_line(run(*command(tiny_folder, chats, tmp_path / "a", "--resume")), "another run is writing to it")
+        refused(run(*command(tiny_folder, chats, tmp_path / "a", "--resume")), "another run is writing to it")
 
 
 SPARED = """
