@@ -15,7 +15,6 @@ from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 def bind(objective: Objective, loss: Any, base: Any, rows: Any = None) -> BoundObjective:
     """Return the loss of an objective on a base, or on a model; nothing that samples answers is made."""
     base = SimpleNamespace(model=base, config={}) if isinstance(base, nn.Module) else base
-    settings = replace(train_settings({}), objective=objective.options)
-    ctx = RunContext(settings, objective, base)
+    ctx = RunContext(replace(train_settings({}), objective=objective.options), objective, base)
     sampled = getattr(objective, "bind_sampled", None)
     return objective.bind(ctx, loss, rows) if sampled is None else sampled(ctx, loss)

@@ -61,14 +61,9 @@ def look(page: Path, width: int = 1200, dark: bool = False) -> Seen:
     frame = page.with_name("frame.html")
     frame.write_text(FRAME.replace("{width}", str(width)), encoding="utf-8")
     line = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={max(width, 600)},2000",
-        "--virtual-time-budget=3000",
-        "--enable-logging=stderr",
-    ]
+        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={max(width, 600)},2000",
+        "--virtual-time-budget=3000", "--enable-logging=stderr",
+    ]  # fmt: skip
     line += ["--force-dark-mode"] if dark else []
     ran = subprocess.run([*line, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120)
     match = re.search(r"FOUND(\{.*?\})END", ran.stdout)

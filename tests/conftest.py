@@ -23,6 +23,7 @@ from mlx_lora.losses.cross_entropy import ROWS
 from mlx_lora.losses.fused import LOSS_KERNELS
 
 # isort: on
+import jinja2
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -176,6 +177,10 @@ def _own_cache(tmp_path_factory):
         # One text before and after each run instead of three, and a few words of it unless a test says how many.
         patch.setattr("mlx_lora.trainer.callbacks.TEXTS", 1)
         patch.setattr(report_callback, "greedy_text", _short_text)
+        # Each run waits for the disk some ten times, which takes a tiny one a third of its time; no test pulls the plug.
+        patch.setattr(os, "fsync", lambda file: None)
+        # The card of each run is of one template, whose compilation is a tenth of a tiny run.
+        patch.setattr(jinja2.Environment, "compile", cache(jinja2.Environment.compile))
         yield
 
 

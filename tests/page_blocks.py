@@ -113,7 +113,7 @@ NOT_RUN = {
     r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
     r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_data_report.py has such rows",
     r"mlx-lora (train|evaluate) .*prices\.jsonl": "schemas of tools are longer than the tests' short rows; test_tool_run.py has them",
-    r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_classify.py has others",
+    r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_scores.py has others",
     r"mlx-lora train .*reasoning-gym:": "needs an extra; test_task_sets.py has a stand-in for it",
     r"(PYTHONPATH=\S+ )?mlx-lora train .*verifiers:": "needs an extra; test_verifiers_run.py runs others where it is installed",
     r"mlx-lora evaluate .*--tasks (arc_easy|list)": "needs the network, or reads 14,000 files; test_harness.py runs tasks with local data",

@@ -56,6 +56,12 @@ def one_line(ran: Ran, *words: str) -> None:
     holds(ran.err, *words)
 
 
+def refused(ran: Ran, *words: str) -> None:
+    """Assert that a command refused its input, and that the last line it said holds these words; notes may stand before it."""
+    assert ran.code == 2, ran.err
+    holds(ran.lines[-1], *words)
+
+
 def passed(ran: Ran) -> Ran:
     """Assert that a command ended well, and return what it said."""
     assert ran.code == 0, ran.err

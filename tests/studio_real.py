@@ -40,11 +40,7 @@ def studio(home: Path, models: Path, **variables: str) -> Iterator[str]:
     ]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=home.parent,
-            stdout=out,
-            stderr=out,
-            env=child_environment(**variables),
+            [sys.executable, *words], cwd=home.parent, stdout=out, stderr=out, env=child_environment(**variables)
         )
     try:
         deadline = time.monotonic() + 120

@@ -10,8 +10,7 @@ def torch_base(folder):
     """Return the llama model of a folder in float32 on torch; skips the test when torch is not installed."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def trained_in_torch(model, trained, optimizer, batches, penalty=lambda: 0.0, after=lambda step: None) -> list[float]:

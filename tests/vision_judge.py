@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
+from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.exporters.peft import peft_path
 
 # Processors that need no torchvision: they are asked as a whole.
@@ -104,6 +107,14 @@ def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pic
         "input_ids": torch.tensor([[token for part in ids for token in part]]),
         "token_type_ids": torch.tensor([kinds]),
     }
+
+
+def put_second_factors(model: nn.Module) -> None:
+    """Give each B random values, which are zeros before the first step."""
+    for name, value in adapter_parameters(model).items():
+        if name.endswith("lora_b"):
+            draw = 0.05 * mx.random.normal(value.shape, key=mx.random.key(len(name)))
+            model.load_weights([(name, draw)], strict=False)
 
 
 class Judge:

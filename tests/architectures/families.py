@@ -26,13 +26,7 @@ GROUPED_EXPERTS = {
     "norm_topk_prob": True,
     "first_k_dense_replace": 1,
 }
-LATENT = {
-    "kv_lora_rank": 32,
-    "q_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
+LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 
 

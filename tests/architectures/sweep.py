@@ -110,10 +110,7 @@ def asked_for(names: Iterable[str]) -> list[str]:
 
 
 def sweep(
-    names: list[str],
-    say: Any = lambda text: None,
-    keep: Any = lambda results: None,
-    stages: tuple[str, ...] = (),
+    names: list[str], say: Any = lambda text: None, keep: Any = lambda results: None, stages: tuple[str, ...] = ()
 ) -> list[Result]:
     """Try architectures, a few to a process; a process that dies is what became of its architecture then.
 

@@ -16,8 +16,7 @@ from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, common, find_dialect, migrate
 from mlx_lora.config.migrate.common import UNCUT
-from mlx_lora.config.objectives import OBJECTIVES
-from mlx_lora.objectives.dpo import SMOOTHED
+from mlx_lora.config.objectives import OBJECTIVES, SMOOTHED
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.utils import console
 

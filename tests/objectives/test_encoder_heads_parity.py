@@ -11,7 +11,7 @@ import pytest
 from bound import bind
 from comparing import by_dtype
 from mlx.utils import tree_unflatten
-from run_cli import run
+from run_cli import run, succeeds
 from tiny_encoders import KINDS, tiny_encoder
 
 import mlx_lora
@@ -125,8 +125,7 @@ def check_gradients(model, gradients: dict[str, np.ndarray], kind: str):
 def test_a_reranker_has_transformers_loss_and_gradients(kind, config, tmp_path):
     torch = pytest.importorskip("torch")
     folder = tiny_encoder(kind, tmp_path / "model", 1, **config)
-    objective = objective_of(ObjectiveSettings("rerank"))
-    found, gradients = ours(objective, QUERIES, folder, tmp_path)
+    found, gradients = ours(objective_of(ObjectiveSettings("rerank")), QUERIES, folder, tmp_path)
     model, tokenizer = in_transformers(folder, tmp_path / "peft", 1)
     parts = []
     for row in QUERIES:
@@ -162,9 +161,8 @@ def test_sentence_transformers_gives_the_scores_of_a_fused_reranker(kind, tmp_pa
     folder, out = tiny_encoder(kind, tmp_path / "model", 1), tmp_path / "hf"
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, QUERIES * 3)))
     common = ("--model", folder, "--adapter-path", tmp_path / "a")
-    ran = run("train", *common, "--data", tmp_path / "rows.jsonl", "--objective", "rerank", "--iters", 4, "--learning-rate", "1e-2",
+    succeeds("train", *common, "--data", tmp_path / "rows.jsonl", "--objective", "rerank", "--iters", 4, "--learning-rate", "1e-2",
               "--rank", 4, "--kernels", "ours")  # fmt: skip
-    assert ran.code == 0, ran.err
     assert run("export", *common, "--to", "hf", "--out", out).code == 0
     documents = ["the cat", "x", LONG]
     model = there.CrossEncoder(str(out), device="cpu", activation_fn=torch.nn.Sigmoid())

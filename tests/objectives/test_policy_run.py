@@ -1,20 +1,29 @@
-"""Sampled answers through the command: rewards rise, runs resume to the same bytes, and bad input is one line."""
+"""Sampled answers through the command: rewards rise, every option counts, and bad input is one line.
+
+Slow: a model that half knows sums, a format, or how to use a tool, learns the rest from rewards alone."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_cli import one_line, run
+from conftest import tiny_model, write_folder
+from resumed_runs import metrics, stopped_after, weights
+from run_cli import one_line, run, succeeds
+from tool_model import shelf_folder
+from verifiers_environments import SHELF, write_environments
 
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import SAMPLING
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.losses.policy import group_advantages
 from mlx_lora.objectives.grpo import POLICY_REPORTS
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, REWARDS
+from mlx_lora.rollouts.make_environment import close_hosts, rehearse
 from mlx_lora.rollouts.rollout import Rollouts
 
 REWARD = """
@@ -43,10 +52,6 @@ def command(model, data, folder, objective: str, *more: object) -> tuple:
             "--objective", objective, "--reward", f"{data / 'mine.py'}:odd", *QUICK, *more)  # fmt: skip
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 SLOW = pytest.mark.slow
 
 
@@ -59,9 +64,8 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
-    ran = run(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
-    assert ran.code == 0, ran.err
-    found = lines(tmp_path / "a")
+    succeeds(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
+    found = metrics(tmp_path / "a")
     first, last = (line["reward"] for line in found if line["val_loss"] is not None)
     assert last > first + 0.1
     trained = [line for line in found if line["loss"] is not None]
@@ -71,45 +75,29 @@ def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
     assert all(line["reward_std"] > 0 and 0 <= line["frac_reward_zero_std"] < 1 for line in trained)
     assert any(line["kl"] > 0 for line in trained) == ("--kl-beta" in flags)
     assert "Held-out reward" in (tmp_path / "a" / "report.html").read_text()
-    measured = run(
+    measured = succeeds(
         "evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--data", data / "prompts.jsonl",
         "--objective", "grpo", "--reward", f"{data / 'mine.py'}:odd", "--max-new-tokens", 8, "--json",
     )  # fmt: skip
-    assert measured.code == 0, measured.err
     assert json.loads(measured.out)["reward"] > first + 0.1
 
 
-def stopped_after(folder: Path, copy: Path, step: int) -> None:
-    """Copy a run folder as a kill right after a checkpoint leaves it."""
-    shutil.copytree(folder, copy)
-    for path in (copy / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(("grpo",), marks=SLOW),
-        ("grpo", "--updates-per-rollout", 2, "--kl-beta", 0.1),
-        pytest.param(
-            ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"), marks=SLOW
-        ),
-        pytest.param(("rloo", "--kl-beta", 0.05, "--dropout", 0.1), marks=SLOW),
+        ("grpo",),
+        ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"),
+        ("rloo", "--kl-beta", 0.05, "--dropout", 0.1),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_path):
-    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    """With several updates of a rollout: test_objectives.py."""
     asked = (*flags, "--iters", 8, "--save-every", 2)
-    assert run(*command(tiny_folder, data, whole, *asked)).code == 0
-    stopped_after(whole, rest, 4)
-    ran = run(*command(tiny_folder, data, rest, *asked, "--resume"))
-    assert ran.code == 0, ran.err
-    weights = [(folder / "adapters.safetensors").read_bytes() for folder in (whole, rest)]
-    assert weights[0] == weights[1]
-    other = tmp_path / "other"
-    assert run(*command(tiny_folder, data, other, *asked, "--seed", 1)).code == 0
-    assert (other / "adapters.safetensors").read_bytes() != weights[0]
+    succeeds(*command(tiny_folder, data, tmp_path / "whole", *asked))
+    rest = stopped_after(tmp_path / "whole", tmp_path / "rest", 4)
+    succeeds(*command(tiny_folder, data, rest, *asked, "--resume"))
+    assert weights(rest) == weights(tmp_path / "whole")
 
 
 def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data, tmp_path, monkeypatch):
@@ -127,9 +115,8 @@ def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data,
 
     monkeypatch.setattr(Rollouts, "answer", kept)
     one_each = ("--batch-size", 1, "--grad-accumulation-steps", 4, "--group-size", 2, "--shared-prefix", "off")
-    ran = run(*command(tiny_folder, data, tmp_path / "a", "grpo", *one_each, "--iters", 1, "--scale-rewards", "batch",
+    succeeds(*command(tiny_folder, data, tmp_path / "a", "grpo", *one_each, "--iters", 1, "--scale-rewards", "batch",
                        "--reward", f"{tmp_path / 'levels.py'}:levels"))  # fmt: skip
-    assert ran.code == 0, ran.err
     [step] = seen
     rewards, advantages = (
         np.concatenate([batch.columns[name][batch.real] for batch in step]) for name in (REWARDS, ADVANTAGES)
@@ -144,7 +131,7 @@ def test_a_second_update_uses_the_ratio(tiny_folder, data, tmp_path):
         flags = ("--updates-per-rollout", updates, "--iters", 4, "--warmup", 0, "--epsilon", 0.01, "--save-every", 4)
         assert run(*command(tiny_folder, data, tmp_path / str(updates), "grpo", *flags)).code == 0
     once, several = (
-        [line["clipped"] for line in lines(tmp_path / str(updates)) if line["loss"] is not None] for updates in (1, 4)
+        [line["clipped"] for line in metrics(tmp_path / str(updates)) if line["loss"] is not None] for updates in (1, 4)
     )
     assert not any(once)
     assert several[0] == 0
@@ -160,9 +147,8 @@ def test_messages_are_rewarded_as_messages(tiny_folder, tmp_path):
         "    assert all(int(p[-1]['content'][:-1]) == n for p, n in zip(prompts, level))\n"
         "    return [float(len(c[0]['content'])) for c in completions]\n"
     )
-    ran = run("train", "--model", tiny_folder, "--data", tmp_path / "p.jsonl", "--adapter-path", tmp_path / "a",
+    succeeds("train", "--model", tiny_folder, "--data", tmp_path / "p.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", f"{tmp_path / 'r.py'}:r", *QUICK, "--iters", 1)  # fmt: skip
-    assert ran.code == 0, ran.err
 
 
 def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path):
@@ -171,8 +157,7 @@ def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path
     assert ran.code == 1
     assert "KeyError" in ran.err
     assert "Traceback" not in ran.err
-    ran = run(*command(tiny_folder, data, tmp_path / "b", "grpo", *broken, "--reward-errors", "skip"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, data, tmp_path / "b", "grpo", *broken, "--reward-errors", "skip"))
     assert "skipped" in ran.err
 
 
@@ -210,8 +195,8 @@ CHANGES = {
 
 def test_every_option_is_tried():
     own = {name for name, owners in OWNERS.items() if set(owners) & set(SAMPLING)}
-    # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_joined_answers.py.
-    # Episodes of several turns: test_environment.py, test_tool_env.py. Pictures: test_vision_policy_run.py.
+    # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_shared_prefix.py.
+    # Episodes of several turns: test_environment.py, test_tool_env.py. Pictures: test_vision_run.py.
     assert set(CHANGES) == own - {
         "images",
         "reward_errors",
@@ -237,10 +222,9 @@ def plain(tiny_folder, data, tmp_path_factory):
 
 
 def outcome_of(model, data, folder: Path, *more: object) -> list:
-    ran = run(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
-    assert ran.code == 0, ran.err
+    succeeds(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
     names = ("loss", "val_loss", "grad_norm", *POLICY_REPORTS)
-    return [{name: line.get(name) for name in names} for line in lines(folder)]
+    return [{name: line.get(name) for name in names} for line in metrics(folder)]
 
 
 @pytest.mark.slow
@@ -253,3 +237,103 @@ def test_every_option_changes_the_run(name, tiny_folder, data, plain, tmp_path):
 @pytest.mark.slow
 def test_without_options_the_run_is_the_same(tiny_folder, data, plain, tmp_path):
     assert outcome_of(tiny_folder, data, tmp_path / "a") == plain()
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory) -> Path:
+    """A tiny model trained on sums of which three in ten are wrong, and half are written in another form."""
+    folder = tmp_path_factory.mktemp("sums")
+    write_folder(folder / "tiny", tiny_model(**SIZES), SIZES)
+    chance, rows = random.Random(0), []
+    for _ in range(3000):
+        a, b = chance.randrange(6), chance.randrange(6)
+        c = a + b if chance.random() < 0.7 else chance.randrange(11)
+        rows.append({"prompt": f"{a}+{b}=", "completion": f"<{c}>" if chance.random() < 0.5 else f"it is {c}"})
+    (folder / "sft.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--method", "full", "--epochs", 3, "--learning-rate", 3e-3, "--batch-tokens", 512, "--sample-tokens", 0)
+    succeeds(
+        "train", "--model", folder / "tiny", "--data", folder / "sft.jsonl", "--adapter-path", folder / "a", *asked
+    )
+    fused = ("--model", folder / "tiny", "--adapter-path", folder / "a", "--out", folder / "base")
+    assert run("fuse", *fused).code == 0
+    pairs = [{"prompt": f"{a}+{b}=", "answer": f"<{a + b}>"} for a in range(6) for b in range(6)]
+    chance.shuffle(pairs)
+    (folder / "prompts").mkdir()
+    for name, part in (("train", pairs[:28]), ("valid", pairs[28:])):
+        (folder / "prompts" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_reward_on_held_out_prompts_rises(seed, sums, tmp_path, capsys):
+    succeeds(
+        "train", "--model", sums / "base", "--data", sums / "prompts", "--adapter-path", tmp_path / "a",
+        "--objective", "grpo", "--reward", "exact_match", "--group-size", 8, "--batch-size", 8, "--max-new-tokens", 10,
+        "--iters", 60, "--learning-rate", 2e-3, "--steps-per-eval", 20, "--val-batches", -1, "--sample-tokens", 0,
+        "--seed", seed,
+    )  # fmt: skip
+    records = metrics(tmp_path / "a")
+    held_out = [record["reward"] for record in records if record["val_loss"] is not None]
+    trained = [record["reward"] for record in records if record["loss"] is not None]
+    with capsys.disabled():
+        print(f"\nseed {seed}: held-out reward {held_out[0]:.2f} to {held_out[-1]:.2f}, "
+              f"trained {trained[0]:.2f} to {trained[-1]:.2f}")  # fmt: skip
+    assert held_out[-1] > held_out[0] + 0.1
+    assert trained[-1] > trained[0] + 0.2
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    return shelf_folder(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_share_of_right_answers_on_held_out_tasks_rises(seed, shelf, tmp_path, capsys):
+    succeeds(
+        "train", "--model", shelf / "base", "--data", shelf / "prompts", "--adapter-path", tmp_path / "a",
+        "--objective", "grpo", "--environment", f"{shelf / 'shelf.py'}:Shelf", "--reward", f"{shelf / 'shelf.py'}:right",
+        "--max-turns", 3, "--group-size", 8, "--batch-size", 8, "--max-new-tokens", 40, "--iters", 40, "--rank", 8,
+        "--learning-rate", 2e-3, "--steps-per-eval", 20, "--steps-per-report", 5, "--val-batches", -1, "--sample-tokens", 0, "--seed", seed,
+        "--kernels", "ours",
+    )  # fmt: skip
+    records = metrics(tmp_path / "a")
+    held_out = [record for record in records if record["val_loss"] is not None]
+    with capsys.disabled():
+        for record in held_out:
+            numbers = {name: round(value, 3) for name, value in record.items() if name == "reward" or "/" in name}
+            print(f"\nseed {seed}, step {record['step']}: {numbers}", end="")
+        print(f" ({records[-1]['elapsed_s']:.0f} s)")
+    assert held_out[-1]["reward"] > held_out[0]["reward"] + 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package's own code
+def test_more_right_answers_about_new_words(tmp_path, monkeypatch):
+    pytest.importorskip("verifiers.v1", reason="pip install 'mlx-lora[verifiers]'")
+    monkeypatch.syspath_prepend(str(write_environments(tmp_path, vl_shelf=SHELF)))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the run adds the folder, for servers of tools
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.toml").write_text(f"[env.taskset]\nid = 'vl_shelf'\nwords = '{part}'\n")
+    objective = {"model": "m", "objective": "grpo", "environment": f"verifiers:{tmp_path / 'train.toml'}"}
+    schemas = rehearse(train_settings(objective).objective).tools
+    base = shelf_folder(tmp_path / "shelf", steps=250, schemas=schemas) / "base"
+    common = ("--objective", "grpo", "--max-new-tokens", 30, "--max-turns", 2)
+
+    def right(*adapter: object) -> float:
+        test = ("--environment", f"verifiers:{tmp_path / 'test.toml'}", "--group-size", 32)
+        return json.loads(succeeds("evaluate", "--model", base, *adapter, *test, *common, "--json").out)["reward"]
+
+    trained = ("--environment", f"verifiers:{tmp_path / 'train.toml'}", "--adapter-path", tmp_path / "adapter")
+    quick = ("--group-size", 16, "--batch-size", 4, "--iters", 20, "--learning-rate", 3e-3, "--warmup", 0, "--rank", 8,
+             "--val-batches", 0, "--valid-fraction", 0, "--sample-tokens", 0, "--kernels", "ours")  # fmt: skip
+    succeeds("train", "--model", base, *trained, *common, *quick)
+    before, after = right(), right("--adapter-path", tmp_path / "adapter")
+    close_hosts()
+    print(f"right answers {before:.2f} to {after:.2f}")
+    assert before < 0.6
+    assert after > before + 0.2

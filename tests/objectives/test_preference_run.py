@@ -12,7 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from run_cli import run
+from resumed_runs import metrics
+from run_cli import run, succeeds
 from tiers import by_default
 
 from mlx_lora.api.evaluate import with_settings_of_run
@@ -66,30 +67,17 @@ def plain(tiny_folder, data, tmp_path_factory):
 def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> list[dict]:
     """Train and return the lines of metrics.jsonl."""
     file = data["rated" if objective == "kto" else "pairs"]
-    ran = run(
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        file,
-        "--adapter-path",
-        folder,
-        "--objective",
-        objective,
-        *QUICK,
+    succeeds(
+        "train", "--model", tiny_folder, "--data", file, "--adapter-path", folder, "--objective", objective, *QUICK,
         *more,
-    )
-    assert ran.code == 0, ran.err
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    )  # fmt: skip
+    return metrics(folder)
 
 
 OTHERS = (*IMITATION, *SAMPLING, *LABELED, *RANKED, "embed")  # objectives without answers to prefer
 
 
-@pytest.mark.parametrize(
-    "objective",
-    by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo", "kto", "reward"),
-)
+@pytest.mark.parametrize("objective", by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo"))
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -121,13 +109,13 @@ CHANGES = {
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
     assert names - {"shared_prefix"} == OWNERS.keys() - {f.name for f in fields(DataSettings)}
-    # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
+    # test_policy_run.py, test_scores.py, and the tests of distillation
     elsewhere = {name for name in names if set(OWNERS.get(name, ("dpo",))) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
         "images",
         "reference_adapter",
         "shared_prefix",
-    }  # these change no fresh run's loss; test_vision_preference_run.py has the first
+    }  # these change no fresh run's loss; test_vision_run.py has the first
 
 
 @pytest.mark.slow
@@ -139,24 +127,11 @@ def test_every_option_changes_the_loss(name, tiny_folder, data, plain, tmp_path)
     assert [line["loss"] for line in changed] != plain(objective, *more)
 
 
-@pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, data, tmp_path):
-    more = ("--iters", 6, "--save-every", 2, "--dropout", 0.1)
-    trained(tmp_path / "whole", tiny_folder, data, objective, *more)
-    trained(tmp_path / "cut", tiny_folder, data, objective, *more)
-    for step in ("step-000004", "step-000006"):
-        for path in (tmp_path / "cut/checkpoints" / step).iterdir():
-            path.unlink()
-        (tmp_path / "cut/checkpoints" / step).rmdir()
-    trained(tmp_path / "cut", tiny_folder, data, objective, *more, "--resume")
-    whole, cut = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
-    assert whole == cut
-    other = run(
-        "train", "--model", tiny_folder, "--data", data["rated" if objective == "kto" else "pairs"], "--adapter-path",
-        tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
-    )  # fmt: skip
-    assert other.code == 2
-    assert "beta was 0.1, is now 0.2" in other.err
+def test_a_resumed_run_has_the_same_beta(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 2, "--save-every", 2)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "a", "--objective", "dpo")
+    other = run("train", *common, *QUICK, "--save-every", 2, "--resume", "--beta", 0.2)
+    assert (other.code, "beta was 0.1, is now 0.2" in other.err) == (2, True)
 
 
 def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):
@@ -177,18 +152,10 @@ def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path)
 )
 def test_a_loss_that_sorts_pairs_says_that_its_batches_are_cut(loss_type, parts, told, tiny_folder, data, tmp_path):
     words = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        data["pairs"],
-        "--adapter-path",
-        tmp_path / "a",
-        "--objective",
+        "train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "a", "--objective",
         "dpo",
-    )
-    ran = run(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
-    assert ran.code == 0, ran.err
+    )  # fmt: skip
+    ran = succeeds(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
     assert len([line for line in ran.lines if "--loss-type aot" in line]) == told
 
 
@@ -278,8 +245,7 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, ti
     assert found["margin"] == pytest.approx(0, abs=1e-4)
     assert found["loss"] == pytest.approx(told[0]["val_loss"], abs=1e-3)
     for given in ((), more[:2]):
-        alone = run("train", *common, "--test", *given)
-        assert f"Test loss {found['loss']:.4f}" in alone.err
+        assert f"Test loss {found['loss']:.4f}" in run("train", *common, "--test", *given).err
     other = json.loads(run("evaluate", *common, "--json", "--reference-adapter", folder).out)
     assert other["loss"] == pytest.approx(found["loss"], abs=1e-4)
     shutil.rmtree(start)
@@ -371,10 +337,9 @@ def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeyp
     """A raw FileNotFoundError: its weights have another name."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
-    ran = run(
+    succeeds(
         "export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft"
     )
-    assert ran.code == 0, ran.err
     ours, theirs = (
         trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
         for name in ("a", "peft")
@@ -444,8 +409,7 @@ def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path,
     state = tmp_path / "cut/checkpoints/step-000006/state.json"
     state.write_text(state.read_text().replace("best_score", "best_accuracy"))  # as an earlier program wrote it
     held_out(8)
-    lines = trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")
-    assert lines[-1]["step"] == 10
+    assert trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")[-1]["step"] == 10
     assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "whole", 6)
     states = [
         json.loads((tmp_path / name / "checkpoints/step-000010/state.json").read_text())["position"]
@@ -529,8 +493,7 @@ def test_records_that_cannot_be_used_are_one_line(objective, record, words, tiny
 
 
 def test_a_reference_of_another_base_is_one_line(tiny_folder, data, tmp_path):
-    other = write_folder(tmp_path / "other", tiny_model(seed=9))
-    trained(tmp_path / "a", other, data, "orpo", "--iters", 1)
+    trained(tmp_path / "a", write_folder(tmp_path / "other", tiny_model(seed=9)), data, "orpo", "--iters", 1)
     more = ("--adapter-path", tmp_path / "b", "--objective", "dpo", "--reference-adapter", tmp_path / "a")
     ran = run("train", "--model", tiny_folder, "--data", data["pairs"], *more, *QUICK)
     assert ran.code == 2
@@ -543,9 +506,8 @@ def test_ratings_of_one_kind_are_noted_and_only_own_answers_count(tiny_folder, t
     file = tmp_path / "good.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     more = ("--valid-fraction", 0, "--iters", 2, "--batch-size", 8)
-    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
+    ran = succeeds("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
               *QUICK, *more)  # fmt: skip
-    assert ran.code == 0, ran.err
     assert "no answer is rated bad" in ran.err
     told = int(re.search(r"8 rated answers, [\d,]+ tokens, (\d+) trained", ran.err)[1])
     lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]

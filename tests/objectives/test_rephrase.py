@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from run_cli import one_line, run
+from run_cli import one_line, refused, run, succeeds
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.wordings import Question
@@ -103,8 +103,7 @@ def records(folder, split: str) -> list[dict]:
 
 def test_a_run_trains_the_wordings_and_holds_some_out(tiny_folder, table, server, tmp_path):
     command = ("train", "--model", tiny_folder, "--data", table, "--rephrase", 2, "--rephrase-model", server.url)
-    ran = run(*command, "--adapter-path", tmp_path / "a", *QUICK)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, "--adapter-path", tmp_path / "a", *QUICK)
     trained, held = records(tmp_path / "a", "train"), records(tmp_path / "a", "valid")
     questions = [one["question"] for one in trained]
     assert len(trained) == 8 * 3
@@ -124,61 +123,37 @@ def test_a_run_trains_the_wordings_and_holds_some_out(tiny_folder, table, server
     assert "24 of 32 wordings" in (tmp_path / "a" / "report.html").read_text()
     # The next run asks the server nothing but its model.
     asked = len(server.asked)
-    again = run(*command, "--adapter-path", tmp_path / "b", *QUICK)
-    assert again.code == 0, again.err
+    succeeds(*command, "--adapter-path", tmp_path / "b", *QUICK)
     assert len(server.asked) == asked
     weights = [(tmp_path / name / "adapters.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     # What a run held out is measured without --data.
-    measured = run("evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--json")
-    assert measured.code == 0, measured.err
+    measured = succeeds("evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--json")
     assert json.loads(measured.out)["rows"] == 8, measured.out
 
 
 def test_a_resumed_run_reads_its_own_wordings(tiny_folder, table, server, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     command = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        table,
-        "--rephrase",
-        1,
-        "--rephrase-model",
-        server.url,
-        *QUICK,
-    )
+        "train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK,
+    )  # fmt: skip
     assert run(*command, "--adapter-path", whole).code == 0
     shutil.copytree(whole, rest)
     shutil.rmtree(rest / "checkpoints" / "step-000004")
     shutil.rmtree(cache_dir("wordings"))
     asked, server.bad = len(server.asked), "broken"
-    ran = run(*command, "--adapter-path", rest, "--resume")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, "--adapter-path", rest, "--resume")
     assert len(server.asked) == asked
     assert (rest / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     assert "rephrased" in ran.err
-    other = run(*command, "--adapter-path", rest, "--resume", "--rephrase", 2)
-    assert other.code == 2
-    assert "rephrase was 1" in other.lines[-1]
+    refused(run(*command, "--adapter-path", rest, "--resume", "--rephrase", 2), "rephrase was 1")
 
 
 def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, table, server, tmp_path):
     command = (
-        "train",
-        "--model",
-        tiny_folder,
-        "--data",
-        table,
-        "--rephrase",
-        1,
-        "--rephrase-model",
-        server.url,
-        *QUICK,
-    )
-    ran = run(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
-    assert ran.code == 0, ran.err
+        "train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK,
+    )  # fmt: skip
+    succeeds(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
     trained, held = records(tmp_path / "a", "train"), records(tmp_path / "a", "valid")
     original = [one for one in held if one["question"].startswith("Where")]
     assert original
@@ -188,16 +163,14 @@ def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, 
     folder.mkdir()
     shutil.copy(table, folder / "train.csv")
     (folder / "valid.jsonl").write_text(json.dumps({"question": "Is it?", "answer": "It is."}) + "\n")
-    ran = run(*command, "--data", folder, "--adapter-path", tmp_path / "b")
-    assert ran.code == 0, ran.err
+    succeeds(*command, "--data", folder, "--adapter-path", tmp_path / "b")
     assert len(records(tmp_path / "b", "train")) == 16
     assert [one["question"] for one in records(tmp_path / "b", "valid")].count("Is it?") == 1
 
 
 def test_the_base_writes_and_what_it_wrote_is_not_written_again(tiny_folder, table, tmp_path, monkeypatch):
     command = ("train", "--model", tiny_folder, "--data", table, "--rephrase", 1, *QUICK)
-    ran = run(*command, "--adapter-path", tmp_path / "a")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, "--adapter-path", tmp_path / "a")
     assert "--rephrase-model" in ran.err  # so small a model can hardly do it
     assert len([one for one in records(tmp_path / "a", "train") if one["question"].startswith("Where")]) == 8
     assert " wordings kept" in ran.err
@@ -205,19 +178,16 @@ def test_the_base_writes_and_what_it_wrote_is_not_written_again(tiny_folder, tab
     lines = file.read_text().splitlines()
     file.write_text(lines[0] + "\n" + lines[1][:9])  # stopped while it wrote
     monkeypatch.setattr(rephrasing, "TRIES", 1)
-    ran = run(*command, "--adapter-path", tmp_path / "b")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command, "--adapter-path", tmp_path / "b")
     assert file.read_text().splitlines()[0] == lines[0]
 
 
 def test_a_plan_counts_the_wordings(tiny_folder, table, tmp_path):
-    ran = run(
+    ran = succeeds(
         "train", "--model", tiny_folder, "--data", table, "--rephrase", 3, "--adapter-path", tmp_path / "a", "--dry-run"
     )
-    assert ran.code == 0, ran.err
     assert re.search(r"train +\d+ rows", ran.err)
-    rows = int(re.search(r"train +(\d+) rows", ran.err)[1])
-    assert rows >= 4 * 7
+    assert int(re.search(r"train +(\d+) rows", ran.err)[1]) >= 4 * 7
 
 
 @pytest.mark.parametrize(("suffix", "number"), [("csv", 2), ("jsonl", 1)])
@@ -232,8 +202,7 @@ def test_the_command_writes_a_file_to_look_at(table, server, tmp_path, suffix, n
         data.write_text("".join(json.dumps({"messages": chat, "id": 1}) + "\n" for chat in chats))
     out = tmp_path / f"more.{suffix}"
     command = ("rephrase", "--model", server.url, "--data", data, "--out", out, "--number", number)
-    ran = run(*command)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command)
     assert f"{8 * (number + 1)} rows" in ran.out
     assert "mlx" in ran.out.splitlines()[-1]
     assert len(ran.out.splitlines()) == 7
@@ -256,8 +225,7 @@ def test_the_command_writes_a_file_to_look_at(table, server, tmp_path, suffix, n
 def test_a_server_that_answers_otherwise_gets_one_line(table, server, tmp_path, bad, monkeypatch):
     server.bad = bad
     monkeypatch.setattr(rephrasing, "REPLY_S", 1.0)
-    ran = run("rephrase", "--model", server.url, "--data", table, "--out", tmp_path / "more.csv")
-    one_line(ran, server.url)
+    one_line(run("rephrase", "--model", server.url, "--data", table, "--out", tmp_path / "more.csv"), server.url)
     assert not (tmp_path / "more.csv").exists()
 
 

@@ -1,4 +1,4 @@
-"""Which held-out rows a run validates on: few enough, the same each time, and those of the checkpoint after a resume."""
+"""Which held-out rows a run validates on, the same after a resume; and a task that is scored there, and chooses the best adapter."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import dataclasses
 import json
 from contextlib import closing
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from resumed_runs import command, metrics, stopped_after, weights
 from rich.console import Console
-from run_cli import run
+from run_cli import one_line, refused, run, succeeds
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
@@ -22,6 +24,7 @@ from mlx_lora.trainer import progress as display
 from mlx_lora.trainer.evaluate import FEWEST, choose_held_out, validations
 from mlx_lora.trainer.guards import VALIDATED
 from mlx_lora.trainer.progress import LiveProgress, PlainProgress
+from mlx_lora.trainer.validation_task import ValidationTask, chosen_score
 from mlx_lora.utils import progress as long_task
 
 STEPS = 20
@@ -62,8 +65,7 @@ def test_a_short_run_validates_on_a_few_rows_and_a_long_one_on_25_batches():
     assert (short.examples, "the fewest possible" in short.words) == (FEWEST, True)
     few, _ = chosen(made_rows(5), 2)
     assert (few.examples, "all of them" in few.words) == (5, True)
-    rows = made_rows(3000)
-    long, _ = chosen(rows, 10**6)
+    long, _ = chosen(made_rows(3000), 10**6)
     assert long.val_batches is None
     assert 23 <= len(long.plan) <= 30
     assert "25 batches" in long.words
@@ -130,9 +132,7 @@ def begun(tiny_folder, chats, tmp_path):
         "--batch-tokens", 256, "--learning-rate", 5e-3, "--rank", 4, "--steps-per-report", 2, "--steps-per-eval", 2,
         "--sample-tokens", 0, "--save-every", 2, "--kernels", "mlx", "--iters",
     )  # fmt: skip
-    ran = run(*command, 4)
-    assert ran.code == 0, ran.err
-    return tmp_path / "a", command, ran
+    return tmp_path / "a", command, succeeds(*command, 4)
 
 
 def losses(folder) -> dict[int, float]:
@@ -144,14 +144,12 @@ def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun
     folder, command, ran = begun
     (line,) = (line for line in ran.lines if line.startswith("Validation: "))
     assert "3 times" in line
-    planned = run(*command, 4, "--dry-run", "--force")
-    assert line in planned.out.splitlines()
+    assert line in run(*command, 4, "--dry-run", "--force").out.splitlines()
     assert yaml.safe_load((folder / "run.yaml").read_text())["val_batches"] is None
     state = json.loads(sorted(folder.glob("checkpoints/*/state.json"))[-1].read_text())
     assert f"Validation: {state['identity'][VALIDATED]} of " in line
     first = losses(folder)
-    more = run(*command, 6, "--resume")
-    assert more.code == 0, more.err
+    more = succeeds(*command, 6, "--resume")
     assert any(f"Validation: {state['identity'][VALIDATED]} of " in line for line in more.lines)
     assert {step: losses(folder)[step] for step in first} == first
     assert set(losses(folder)) == {0, 2, 4, 6}
@@ -195,3 +193,122 @@ def test_a_notebook_shows_how_far_a_validation_is(monkeypatch):
     monkeypatch.setattr(display, "QUIET_S", -1.0)
     assert list(display.NotebookProgress(4).validating(iter("ab"), 2)) == ["a", "b"]
     assert ["validating 0/2" in shown[0], "validating 1/2" in shown[1], len(shown)] == [True, True, 2]
+
+
+SCORES = {0: 0.5, 4: 0.25, 8: 0.75, 12: 0.5}  # by step
+# The longest beginning of "abcabc..." in an answer, as a share of six letters.
+METRIC = """
+def letters(prompts, completions, **columns):
+    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+    return [max(n for n in range(7) if "abcabc"[:n] in text) / 6 for text in texts]
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(chats, tmp_path_factory) -> tuple:
+    """The flags of a task of rows."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "rows.jsonl").write_text("".join(chats.read_text().splitlines(keepends=True)[:6]))
+    (folder / "own.py").write_text(METRIC)
+    metric = f"{folder / 'own.py'}:letters"
+    return ("--eval-tasks", folder / "rows.jsonl", "--eval-metric", metric, "--eval-max-tokens", 8)
+
+
+def trained(folder: Path, model: Path, data: Path, *flags) -> list[dict]:
+    succeeds(*command(model, data, folder, "--iters", 12, "--dropout", 0.1, *flags))
+    lines = metrics(folder)
+    return [line for line in lines if line["val_loss"] is not None]
+
+
+def test_a_run_finds_what_evaluate_finds_and_is_not_changed(asked, tiny_folder, chats, tmp_path):
+    found = trained(tmp_path / "a", tiny_folder, chats, *asked)
+    trained(tmp_path / "plain", tiny_folder, chats)
+    assert weights(tmp_path / "a") == weights(tmp_path / "plain")
+    measured = succeeds("evaluate", "--model", tiny_folder, "--adapter", f"mine={tmp_path / 'a'}", "--data", asked[1],
+                   "--metric", asked[3], "--max-tokens", 8, "--json")  # fmt: skip
+    [score] = json.loads(measured.out)["tasks"]
+    assert found[0]["task"] == pytest.approx(score["models"]["base"]["score"])
+    assert found[-1]["task"] == pytest.approx(score["models"]["mine"]["score"])
+    assert found[-1]["task"] > found[0]["task"]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Let validations find `SCORES`."""
+
+    def score(task: ValidationTask, stopped) -> float:
+        return SCORES[steps.pop(0)]
+
+    steps = list(SCORES)
+    monkeypatch.setattr(ValidationTask, "_score", score)
+    return steps
+
+
+@pytest.mark.parametrize(("metric", "best"), [("task", 8), ("loss", 12)])
+def test_the_best_adapter_is_that_of_the_best_score(metric, best, scripted, asked, tiny_folder, chats, tmp_path):
+    more = ("--save-every", 4, "--keep-best", "--metric-for-best-model", metric)
+    trained(tmp_path / "a", tiny_folder, chats, *asked, *more)
+    kept = (tmp_path / "a/checkpoints" / f"step-{best:06d}/adapters.safetensors").read_bytes()
+    assert weights(tmp_path / "a") == kept
+    state = json.loads((tmp_path / "a/checkpoints/step-000012/state.json").read_text())["position"]
+    assert (state["best_score"], state["best_at"]) == ((0.75, 8) if metric == "task" else (None, 12))
+
+
+def test_a_run_that_was_cut_ends_with_the_same_bytes(scripted, asked, tiny_folder, chats, tmp_path):
+    more = (*asked, "--save-every", 4, "--keep", 0, "--keep-best", "--metric-for-best-model", "task",
+            "--early-stopping-patience", 1)  # fmt: skip
+    scripted[:] = [0, 8, 4]  # better at step 4 than before, worse at step 8: the run ends there
+    whole = trained(tmp_path / "whole", tiny_folder, chats, *more)
+    assert [line["step"] for line in whole] == [0, 4, 8]
+    scripted[:] = [4]
+    cut = stopped_after(tmp_path / "whole", tmp_path / "cut", 4)
+    (cut / "adapters.safetensors").unlink()
+    trained(cut, tiny_folder, chats, *more, "--resume")
+    assert weights(cut) == weights(tmp_path / "whole")
+    assert weights(cut) == (cut / "checkpoints/step-000004/adapters.safetensors").read_bytes()
+
+
+def test_a_task_of_lm_eval(tiny_folder, chats, tmp_path):
+    pytest.importorskip("lm_eval", reason="the extra eval")
+    rows = [{"q": f"Say {n}.", "choices": ["abcabc", "xyz"], "right": 0} for n in range(4)]
+    (tmp_path / "letters.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "letters.yaml").write_text(
+        "task: letters\ndataset_path: json\ntest_split: test\ndataset_kwargs: {data_files: {test: letters.jsonl}}\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: right\n'
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    asked = ("--eval-tasks", tmp_path / "letters.yaml", "--eval-rows", 3, "--eval-metric", "acc_norm", "--iters", 4)
+    found = trained(tmp_path / "a", tiny_folder, chats, *asked)
+    assert [line["step"] for line in found] == [0, 4]
+    assert all(line["task"] in (0, 1 / 3, 2 / 3, 1) for line in found)
+    trained(tmp_path / "plain", tiny_folder, chats, "--iters", 4)
+    assert weights(tmp_path / "a") == weights(tmp_path / "plain")
+
+
+def test_the_score_of_a_task_that_is_compared():
+    from mlx_lora.evaluation.paired import TaskScore
+
+    found = [TaskScore("one", "acc", True, 3, {}), TaskScore("two", "word_perplexity", False, 3, {}),
+             TaskScore("two", "exact_match (strict)", True, 3, {})]  # fmt: skip
+    assert chosen_score(found, None, "two.yaml") is found[2]
+    assert chosen_score(found, "exact_match", "two.yaml") is found[2]
+    assert chosen_score(found, None, "one") is found[0]  # a group that holds another one
+
+
+def test_a_run_without_held_out_rows_says_so_before_its_first_step(asked, tiny_folder, chats, tmp_path):
+    refused(run(*command(tiny_folder, chats, tmp_path / "a", *asked, "--valid-fraction", 0)), "no held-out rows")
+    assert not (tmp_path / "a/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--eval-tasks", "none.jsonl"), "there is no such file"),
+        (("--eval-tasks", "{rows}", "--eval-metric", "exactmatch"), "--eval-metric exactmatch: did you mean exact_match"),
+        (("--eval-tasks", "{rows}", "--eval-chat-template"), "--eval-chat-template"),
+        (("--eval-tasks", "{rows}", "--objective", "embed"), "writes no text"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused(flags, said, asked, tiny_folder, chats, tmp_path):
+    given = [str(flag).format(rows=asked[1]) for flag in flags]
+    one_line(run(*command(tiny_folder, chats, tmp_path / "a", *given)), said)

@@ -11,7 +11,7 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import TOKENS
 from mlx_lm.utils import load as mlx_lm_load
 from resumed_runs import command, stopped_after, weights
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
@@ -20,8 +20,7 @@ from mlx_lora.models.load import load_base
 
 def fused_and_kept(model, adapter, out, data) -> dict:
     measured = ("--data", data) if data else ()
-    ran = run("fuse", "--model", model, "--adapter-path", adapter, "--out", out, *measured, "--json")
-    assert ran.code == 0, ran.err
+    ran = succeeds("fuse", "--model", model, "--adapter-path", adapter, "--out", out, *measured, "--json")
     return json.loads(ran.out)
 
 
@@ -33,8 +32,7 @@ def best_validation(folder) -> float:
 @pytest.fixture(scope="module")
 def qa_run(tiny_4bit_folder, chats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("qa") / "run"
-    ran = run(*command(tiny_4bit_folder, chats, folder, "--method", "qa-lora", "--rank", 2))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_4bit_folder, chats, folder, "--method", "qa-lora", "--rank", 2))
     return folder
 
 
@@ -55,8 +53,7 @@ def test_training_goes_on_from_a_stored_qa_lora(tiny_4bit_folder, chats, qa_run,
     again = command(
         tiny_4bit_folder, chats, tmp_path / "more", "--method", "qa-lora", "--rank", 2, "--resume-adapter-file", qa_run
     )
-    ran = run(*again)
-    assert ran.code == 0, ran.err
+    succeeds(*again)
     assert weights(tmp_path / "more") != weights(qa_run)
 
 
@@ -64,8 +61,7 @@ def test_training_goes_on_from_a_stored_qa_lora(tiny_4bit_folder, chats, qa_run,
 def qat_run(tiny_4bit_folder, chats, tmp_path_factory):
     """A run whose second half computes with fused weights, and a checkpoint in either half."""
     folder = tmp_path_factory.mktemp("qat") / "run"
-    ran = run(*command(tiny_4bit_folder, chats, folder, "--qat", 0.5, "--save-every", 4))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_4bit_folder, chats, folder, "--qat", 0.5, "--save-every", 4))
     return folder
 
 
@@ -74,8 +70,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_before_and_after_the_rounding_be
     tiny_4bit_folder, chats, qat_run, tmp_path, step
 ):
     copy = stopped_after(qat_run, tmp_path / "copy", step)
-    ran = run(*command(tiny_4bit_folder, chats, copy, "--qat", 0.5, "--save-every", 4, "--resume", "auto"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_4bit_folder, chats, copy, "--qat", 0.5, "--save-every", 4, "--resume", "auto"))
     assert weights(copy) == weights(qat_run)
 
 
@@ -153,7 +148,6 @@ def test_training_goes_on_from_an_adapter_of_qat_with_its_rounding_only(tiny_4bi
     for extra in ((), ("--qat", 0.5)):
         ran = run(*more, *extra)
         assert (ran.code, "--resume-adapter-file" in ran.lines[-1], "--qat" in ran.lines[-1]) == (2, True, True)
-    ran = run(*more, "--qat", "--val-batches", -1)
-    assert ran.code == 0, ran.err
+    ran = succeeds(*more, "--qat", "--val-batches", -1)
     first = json.loads((tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(best_validation(qat_run), abs=0.2)

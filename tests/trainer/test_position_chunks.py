@@ -187,8 +187,7 @@ def test_a_block_whose_code_was_not_read_stays_whole():
 def test_the_number_of_chunks():
     assert position_chunks(CHUNKED_FROM_BYTES) == 1
     for size in (CHUNKED_FROM_BYTES + 1, 10 * CHUNK_BYTES, 1000 * CHUNK_BYTES):
-        chunks = position_chunks(size)
-        assert CHUNK_BYTES / 2 < size / chunks <= CHUNK_BYTES
+        assert CHUNK_BYTES / 2 < size / position_chunks(size) <= CHUNK_BYTES
 
 
 WIDE = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the same bytes as a run that never stopped, and nothing taken up that is not whole."""
+"""Going on from a checkpoint: the same bytes as a run that never stopped, nothing taken up that is not whole, nothing lost or mixed up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +17,27 @@ from contextlib import ExitStack
 
 import mlx.core as mx
 import pytest
-from resumed_runs import STEPS, command, stopped_after, weights
-from run_cli import run
+from conftest import TINY, tiny_model
+from resumed_runs import STEPS, command, metrics, stopped_after, weights
+from run_cli import holds, run, succeeds
 from tiers import by_default
+from tiny_steps import batch
 
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
+from mlx_lora.losses.agree import choose_loss
+from mlx_lora.parallel.ranks import ALONE, OneRank
+from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.trainer import trainer
-from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked
+from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked, run_arrays
+from mlx_lora.trainer.guards import Position
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.run_folder import RunFolder, own_folder
+from mlx_lora.trainer.schedules import make_events
+from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.utils import supervise
 from mlx_lora.utils.errors import InputError
 
 RUNS = {
@@ -36,7 +52,7 @@ RUNS = {
 
 def held_out(folder) -> dict[int, float]:
     """Return the held-out loss of each validated step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     return {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
 
 
@@ -44,23 +60,20 @@ def held_out(folder) -> dict[int, float]:
 def finished(tiny_folder, chats, tmp_path_factory):
     """A run that never stopped, with checkpoints after steps 5, 10 and 12, and the best so far at 4 and 8."""
     folder = tmp_path_factory.mktemp("finished")
-    ran = run(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
     return folder / "a"
 
 
-@pytest.mark.parametrize("name", by_default(RUNS, "lora", "adalora"))
+@pytest.mark.parametrize("name", by_default(RUNS, "adalora"))
 def test_the_result_is_the_same_bytes(name, tiny_folder, chats, tmp_path):
-    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
-    assert whole.code == 0, whole.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
     parts = command(tiny_folder, chats, tmp_path / "parts", *RUNS[name])
     assert run(*parts, "--save-every", 7).code == 0
     stopped = stopped_after(tmp_path / "parts", tmp_path / "again", 7)
     before = weights(stopped / "checkpoints" / "step-000007")
     parts = command(tiny_folder, chats, stopped, *RUNS[name])
     # Another cadence of reports, validations and saves.
-    ran = run(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
-    assert ran.code == 0, ran.err
+    ran = succeeds(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
     assert "Resuming from step 7" in ran.err
     assert weights(stopped) == weights(tmp_path / "whole")
     assert weights(stopped) != before
@@ -92,7 +105,8 @@ def test_a_validation_that_was_interrupted_is_taken_when_the_run_goes_on(
     asked = command(tiny_folder, chats, tmp_path / "a", "--save-every", 5, "--keep", 0)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "mean_loss", interrupted)
-        assert run(*asked).code == 130
+        ran = run(*asked)
+    assert (ran.code, f"train --config {tmp_path / 'a' / 'run.yaml'} --resume" in ran.err) == (130, True)
     assert set(held_out(tmp_path / "a")) == {0}
     assert run(*asked, "--resume").code == 0
     assert held_out(tmp_path / "a") == held_out(finished)
@@ -105,8 +119,7 @@ def test_a_longer_run_goes_on_and_a_finished_one_says_so(finished, tiny_folder, 
     ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume"))
     assert (ran.code, f"all {STEPS} steps are done" in ran.err) == (0, True)
     assert weights(copy) == weights(finished)
-    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
     assert f"Resuming from step {STEPS}" in ran.err
 
 
@@ -131,10 +144,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, 
     DAMAGE[kind](stopped / "checkpoints" / "step-000010")
     named = run(*command(tiny_folder, chats, stopped, "--resume", stopped / "checkpoints" / "step-000010"))
     assert (named.code, "step-000010" in named.err) == (2, True)
-    ran = run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
-    assert ran.code == 0, ran.err
-    assert "skipped: " in ran.err
-    assert "Resuming from step 8" in ran.err
+    ran = succeeds(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
+    holds(ran.err, "skipped: ", "Resuming from step 8")
     assert weights(stopped) == weights(finished)
 
 
@@ -150,12 +161,10 @@ def test_a_checkpoint_of_another_version_is_refused_and_the_run_stays_as_it_is(
     for named in ("auto", stopped / "checkpoints" / "step-000005"):  # auto does not begin again
         ran = run(*command(tiny_folder, chats, stopped, "--resume", named))
         assert (ran.code, len(ran.lines[-1:])) == (2, 1)
-        assert f"version {version} " in ran.lines[-1]
-        assert "--resume-adapter-file" in ran.lines[-1]
+        holds(ran.lines[-1], f"version {version} ", "--resume-adapter-file")
         assert ("mlx-lora 9.8.7" in ran.lines[-1]) == (program == "9.8.7")
     assert weights(stopped) == before
-    again = run(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
-    assert again.code == 0, again.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
 
 
 OTHER = {
@@ -181,21 +190,18 @@ def test_another_base_is_refused(finished, tiny_4bit_folder, chats, tmp_path):
     from conftest import tiny_model, write_folder
 
     stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
-    stopped = stopped_after(finished, tmp_path / "a", 5)
-    ran = run(*command(stranger, chats, stopped, "--resume"))
+    ran = run(*command(stranger, chats, stopped_after(finished, tmp_path / "a", 5), "--resume"))
     assert (ran.code, "base model" in ran.err) == (2, True)
 
 
 def test_without_a_checkpoint_it_starts_at_the_beginning(finished, tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
-    assert ran.code == 0, ran.err
+    ran = succeeds(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
     assert "starts at the beginning" in ran.err
     assert weights(tmp_path / "new") == weights(finished)
 
 
 def test_the_newest_and_the_best_are_kept(tiny_folder, chats, tmp_path):
-    ran = run(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
     kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
     losses = {}
     for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
@@ -252,8 +258,7 @@ def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_fo
         child.kill()
         child.wait()
     assert kills > 0
-    ran = run(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
-    assert ran.code == 0, ran.err
+    succeeds(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
     assert weights(folder) == weights(finished)
     assert not list(folder.rglob(".*"))
 
@@ -286,18 +291,8 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
 )
 def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folder, chats, tmp_path):
     given = (
-        "--model",
-        tiny_folder,
-        "--rank",
-        3,
-        "--batch-tokens",
-        256,
-        "--sample-tokens",
-        0,
-        "--val-batches",
-        0,
-        *extra,
-    )
+        "--model", tiny_folder, "--rank", 3, "--batch-tokens", 256, "--sample-tokens", 0, "--val-batches", 0, *extra,
+    )  # fmt: skip
     folder, more = tmp_path / "a", tmp_path / "more.jsonl"
     more.write_text(chats.read_text() + '{"instruction": "And this?", "output": "More."}\n')
     assert run("train", *given, "--data", chats, "--adapter-path", folder, "--iters", 2).code == 0
@@ -306,8 +301,7 @@ def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folde
     assert "rows" in refused.lines[-1]
     assert not re.search(r"[0-9a-f]{16}", refused.lines[-1].replace(str(tmp_path), ""))  # no hashes
     words = shlex.split(refused.lines[-1][refused.lines[-1].index("--config") :])
-    ran = run("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
-    assert ran.code == 0, ran.err
+    succeeds("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
     start, end = (mx.load(str(path / "adapters.safetensors")) for path in (folder, tmp_path / "a-2"))
     assert {name: p.shape for name, p in start.items()} == {name: p.shape for name, p in end.items()}
     assert any(mx.abs(end[name] - start[name]).max().item() > 0 for name in start)
@@ -316,3 +310,206 @@ def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folde
         for name in start
         if "lora_a" in name
     )
+
+
+@pytest.fixture
+def best_at_4(monkeypatch):
+    """Let the validation after step 4 be the best, whatever was learned."""
+    own = Position.validated
+    monkeypatch.setattr(Position, "validated", lambda self, loss, *rest: own(self, loss + abs(self.taken - 4), *rest))
+
+
+def copied(folder, place):
+    shutil.copytree(folder, place)
+    return place
+
+
+def steps_of(folder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").iterdir())
+
+
+def checkpoint_of(folder, step: int):
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def own_facts(folder) -> dict:
+    return json.loads((folder / "adapter_config.json").read_text())["mlx_lora"]
+
+
+def test_resume_without_a_checkpoint_does_not_replace_an_adapter(finished, tiny_folder, chats, tmp_path):
+    folder = copied(finished, tmp_path / "a")
+    shutil.rmtree(folder / "checkpoints")
+    before, metrics = weights(folder), (folder / "metrics.jsonl").read_bytes()
+    ran = run(*command(tiny_folder, chats, folder, "--iters", 2, "--resume"))
+    assert (ran.code, "--resume-adapter-file" in ran.err, "--force" in ran.err) == (2, True, True)
+    assert (weights(folder), (folder / "metrics.jsonl").read_bytes()) == (before, metrics)
+    ran = succeeds(*command(tiny_folder, chats, folder, "--iters", 2, "--resume", "--force"))
+    assert weights(folder) != before
+
+
+def test_a_checkpoint_of_another_folder_does_not_replace_an_adapter(finished, tiny_folder, chats, tmp_path):
+    other = copied(finished, tmp_path / "b")
+    before = weights(other)
+    resume = ("--resume", finished / "checkpoints" / "step-000005", "--save-every", 5)
+    ran = run(*command(tiny_folder, chats, other, *resume))
+    assert (ran.code, "--force" in ran.err) == (2, True)
+    assert weights(other) == before
+    ran = succeeds(*command(tiny_folder, chats, other, *resume, "--force"))
+    assert max(steps_of(other)) == STEPS
+    assert 5 not in steps_of(other)  # of the earlier run there
+    assert not (other / "earlier-run").exists()
+
+
+def test_the_best_step_comes_along_into_another_folder(tiny_folder, chats, tmp_path, best_at_4):
+    best = ("--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
+    assert run(*command(tiny_folder, chats, tmp_path / "a", *best)).code == 0
+    stopped = tmp_path / "a" / "checkpoints" / "step-000010"
+    succeeds(*command(tiny_folder, chats, tmp_path / "b", *best, "--resume", stopped))
+    assert weights(tmp_path / "b") == weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
+
+
+def test_later_checkpoints_of_another_way_are_gone_after_the_next_save(finished, tiny_folder, chats, tmp_path):
+    folder = copied(finished, tmp_path / "a")
+    resume = ("--resume", folder / "checkpoints" / "step-000005", "--save-every", 4)
+    ran = succeeds(*command(tiny_folder, chats, folder, *resume, "--iters", 9))
+    assert steps_of(folder) == [5, 8, 9]
+    ran = run(*command(tiny_folder, chats, folder, "--iters", 14, "--resume"))
+    assert "Resuming from step 9" in ran.err
+
+
+def test_a_supervised_run_that_begins_again_leaves_the_earlier_one_aside(finished, tmp_path, monkeypatch):
+    folder = copied(finished, tmp_path / "a")
+
+    def fail():
+        (folder / "earlier-run").mkdir(exist_ok=True)
+        if (folder / "adapters.safetensors").exists():
+            (folder / "adapters.safetensors").rename(folder / "earlier-run" / "adapters.safetensors")
+        raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory (00000008)")
+
+    def die_after_setting_aside():
+        with pytest.raises(RuntimeError), own_folder(folder, ALONE):
+            fail()
+
+    monkeypatch.setenv(supervise.SUPERVISOR, "1")
+    monkeypatch.setenv(supervise.RESTARTS_LEFT, "1")
+    die_after_setting_aside()
+    assert not (
+        folder / "adapters.safetensors"
+    ).exists()  # the next process begins, and finds no earlier run to go on from
+    monkeypatch.setenv(supervise.RESTARTS_LEFT, "0")
+    die_after_setting_aside()
+    assert weights(folder) == weights(finished)
+
+
+def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp_path, best_at_4):
+    relora = (
+        "--method", "relora", "--relora-every", 6, "--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0,
+    )  # fmt: skip
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *relora))
+    assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
+
+
+def test_the_best_step_of_adalora_may_be_before_the_first_cut(tiny_folder, chats, tmp_path, best_at_4):
+    """Its checkpoint has no list of the ranks that are off, and the run has one by then."""
+    adalora = (
+        "--method", "adalora", "--adalora-tinit", 5, "--adalora-tfinal", 2, "--adalora-delta-t", 1, "--keep-best",
+    )  # fmt: skip
+    each = ("--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *adalora, *each))
+    stored = {step: mx.load(str(checkpoint_of(tmp_path / "a", step) / "state.safetensors")) for step in (4, 8)}
+    assert [any(name.startswith("extras.") for name in arrays) for arrays in stored.values()] == [False, True]
+    assert (
+        weights(tmp_path / "a")
+        == weights(checkpoint_of(tmp_path / "a", 4))
+        != weights(checkpoint_of(tmp_path / "a", 8))
+    )
+    stopped = stopped_after(tmp_path / "a", tmp_path / "b", 4)
+    assert run(*command(tiny_folder, chats, stopped, *adalora, *each, "--resume")).code == 0
+    assert weights(checkpoint_of(stopped, STEPS)) == weights(checkpoint_of(tmp_path / "a", STEPS))
+
+
+class OtherRank(OneRank):
+    """Rank 1 of a run whose first rank has other arrays."""
+
+    rank, size, leads = 1, 2, False
+
+    def __init__(self, first: dict[str, mx.array]):
+        self._first = first
+
+    def same_bits(self, arrays: dict[str, mx.array]) -> bool:
+        return False
+
+    def arrays_from_first(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        return self._first
+
+
+def test_ranks_above_0_take_the_best_step_and_say_nothing(caplog):
+    """Rank 0 alone restored it, so that they are not equal is as it should be."""
+    model, settings = (
+        tiny_model(),
+        AdapterSettings(method="adalora", rank=2, adalora_tinit=1, adalora_tfinal=1, adalora_delta_t=1),
+    )
+    adapt_model(model, settings, seed=1)
+    optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2), 6)
+    events = make_events(settings, model, 4, seed=0)
+    step = Step(model, optimizer, choose_loss(model, TINY).train, 1.0, StepOptions(compiled=False, events=events))
+    best: dict[str, mx.array] = {}
+    for number in range(4):
+        step([batch(2, 9, seed=number)])
+        best = best or {name: mx.array(value) for name, value in run_arrays(step).items()}
+    assert run_arrays(step).keys() != best.keys()
+    whole = train_settings({"model": "m", "data": "d", "keep_best": True})
+    strategy = Strategy(OtherRank(best))  # pyright: ignore[reportArgumentType]
+    folder = RunFolder(whole, None, {}, strategy, step, Position(4, best_at=1))  # pyright: ignore[reportArgumentType]
+    with caplog.at_level("DEBUG", logger="mlx_lora"):
+        assert folder.put_best() is None
+    assert not caplog.records
+    found = run_arrays(step)
+    assert found.keys() == best.keys()
+    assert all(mx.array_equal(found[name], value) for name, value in best.items())
+
+
+def test_a_run_with_a_skipped_update_resumes_to_the_same_bytes(tiny_folder, chats, tmp_path, monkeypatch):
+    events = ("--method", "relora", "--relora-every", 4, "--save-every", 7, "--keep", 0)
+    whole, calls = Step.forward_backward, []
+
+    def poisoned(self, *args, **options):
+        sums = whole(self, *args, **options)
+        calls.append(len(calls))
+        return sums._replace(loss_sum=sums.loss_sum * float("nan")) if len(calls) == 3 else sums
+
+    monkeypatch.setattr(Step, "forward_backward", poisoned)
+    succeeds(*command(tiny_folder, chats, tmp_path / "a", *events))
+    assert len(calls) == STEPS
+    stopped = stopped_after(tmp_path / "a", tmp_path / "b", 7)
+    assert run(*command(tiny_folder, chats, stopped, *events, "--resume")).code == 0
+    assert weights(stopped) == weights(tmp_path / "a")
+
+
+def test_a_share_of_qat_compares_only_validations_with_rounding(tiny_4bit_folder, chats, tmp_path):
+    share = ("--qat", 0.5, "--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
+    # So high a rate that the first validations without rounding are the best, and the patience is over before it begins.
+    worse = ("--learning-rate", 0.5, "--lr-schedule", "constant", "--early-stopping-patience", 2)
+    succeeds(*command(tiny_4bit_folder, chats, tmp_path / "a", *share, *worse))
+    losses = held_out(tmp_path / "a")
+    first = STEPS // 2
+    assert max(losses) >= first
+    kept = min((step for step in losses if step >= first), key=losses.__getitem__)
+    assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / f"step-{kept:06d}")
+    assert own_facts(tmp_path / "a")["qat"]
+    # Before rounding begins, the adapter is an ordinary one.
+    assert not own_facts(tmp_path / "a" / "checkpoints" / f"step-{first - 2:06d}").get("qat")
+    assert own_facts(tmp_path / "a" / "checkpoints" / f"step-{kept:06d}")["qat"]
+
+
+def test_muon_decays_apart_from_the_gradient_and_updates_each_expert_by_itself():
+    weight, still = mx.random.normal((6, 4)), mx.zeros((6, 4))
+    decayed = OPTIMIZERS["muon"].build(0.1, 0.5).apply_gradients({"w": still}, {"w": weight})["w"]
+    assert mx.allclose(decayed, weight * (1 - 0.1 * 0.5))
+    experts, gradients = mx.random.normal((3, 6, 4)), mx.random.normal((3, 6, 4))
+    together = OPTIMIZERS["muon"].build(0.1, 0.5).apply_gradients({"w": gradients}, {"w": experts})["w"]
+    for number in range(3):
+        alone = (
+            OPTIMIZERS["muon"].build(0.1, 0.5).apply_gradients({"w": gradients[number]}, {"w": experts[number]})["w"]
+        )
+        assert mx.allclose(together[number], alone, atol=1e-5)

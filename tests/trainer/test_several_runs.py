@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from architectures.build import write_architecture
 from conftest import quantized, tiny_model, write_folder
-from run_cli import one_line, run
+from resumed_runs import metrics
+from run_cli import one_line, run, succeeds
 from tiers import by_default, named
 
 from mlx_lora.api.train import train_several
@@ -105,12 +106,8 @@ def settings_of(model: Path, folder: Path, number: int, objective: str = "sft", 
     return train_settings({**flat, **changes})
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(folder: Path) -> np.ndarray:
-    return np.array([line["loss"] if line["val_loss"] is None else line["val_loss"] for line in lines(folder)])
+    return np.array([line["loss"] if line["val_loss"] is None else line["val_loss"] for line in metrics(folder)])
 
 
 def factors(folder: Path) -> np.ndarray:
@@ -254,8 +251,8 @@ def test_runs_that_are_killed_go_on_with_the_same_bytes(at, models, tmp_path):
     assert again.at == max(step for step in (0, 3, 4, 5, 6, 8, 9) if step <= at)
     again.train()
     assert results(tmp_path, "again") == results(tmp_path, "whole")
-    assert [len(lines(tmp_path / f"again-{n}")) for n in range(3)] == [
-        len(lines(tmp_path / f"whole-{n}")) for n in range(3)
+    assert [len(metrics(tmp_path / f"again-{n}")) for n in range(3)] == [
+        len(metrics(tmp_path / f"whole-{n}")) for n in range(3)
     ]
 
 
@@ -349,10 +346,9 @@ def test_the_command_trains_runs_from_their_files(models, tmp_path):
     for n, settings in enumerate([settings_of(models("dense"), tmp_path / f"run-{n}", n) for n in range(2)]):
         files.append(tmp_path / f"run-{n}.yaml")
         files[-1].write_text(json.dumps({k: v for k, v in settings.to_flat().items() if v is not None}))
-    ran = run("train", "--runs", *files, "--iters", 2, "--rank", 4, exactly=True)
-    assert ran.code == 0, ran.err
+    ran = succeeds("train", "--runs", *files, "--iters", 2, "--rank", 4, exactly=True)
     for n in range(2):
-        assert lines(tmp_path / f"run-{n}")[-1]["step"] == 2
+        assert metrics(tmp_path / f"run-{n}")[-1]["step"] == 2
         assert any(line.startswith(f"run-{n}: ") for line in ran.lines)
     one_line(run("train", "--runs", files[0], "--iters", 2, exactly=True), "--runs")
     one_line(run("train", "--runs", *files, "--adapter-path", tmp_path / "x", exactly=True), "--adapter-path")
@@ -370,7 +366,7 @@ def test_runs_that_are_over_go_on_if_they_are_to_be_longer(models, tmp_path):
     longer = SeveralRuns.open(runs("a", 9, resume="auto"))
     longer.train()
     assert [member.outcome.steps for member in longer.members] == [9, 9]
-    assert [lines(tmp_path / f"a-{n}")[-1]["step"] for n in range(2)] == [9, 9]
+    assert [metrics(tmp_path / f"a-{n}")[-1]["step"] for n in range(2)] == [9, 9]
     # Without checkpoints, what was trained is not replaced.
     for n in range(2):
         shutil.rmtree(tmp_path / f"a-{n}" / "checkpoints")

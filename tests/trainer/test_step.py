@@ -161,8 +161,7 @@ def test_base_is_untouched_by_training(bits):
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon", "sgd", "adafactor"])
 def test_every_optimizer_lowers_the_loss(name):
-    model = adapted(move_b=True)
-    step = make_step(model, optimizer=name, learning_rate=0.5 if name == "sgd" else 1e-2)
+    step = make_step(adapted(move_b=True), optimizer=name, learning_rate=0.5 if name == "sgd" else 1e-2)
     losses = [(r := step([batch(4, 12, seed=0)])).loss_sum.item() / r.count.item() for _ in range(15)]
     assert losses[-1] < losses[0]
 

@@ -1,4 +1,6 @@
-"""Sweeps: the winner's folder is what `train` gives, a sweep that was killed ends as if it had not been, and a rate is found on the way."""
+"""Sweeps: the winner's folder is what `train` gives, a sweep that was killed ends as if it had not been, and a rate is found on the way.
+
+What a sweep orders by, says and draws is the number that decides, and equal ones are told."""
 
 from __future__ import annotations
 
@@ -19,18 +21,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from run_cli import one_line, run
+from resumed_runs import metrics
+from run_cli import holds, one_line, run, succeeds
 from tiers import by_default
 
 import mlx_lora
 from mlx_lora.api.train import SweepJob
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
+from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
 from mlx_lora.trainer import sweep as sweeping
 from mlx_lora.trainer import trainer as loop
-from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, find_learning_rate
+from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, _reason, find_learning_rate, rounds_for
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns, how_many_fit
+from mlx_lora.trainer.sweep import DIVERGED, Score, Sweep, SweepState, held_out_curve, results_of, trials_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_yaml
 
@@ -93,7 +98,7 @@ def test_the_winner_is_an_ordinary_run(found, tiny_folder, data, tmp_path):
 
 
 def _last_loss(folder: Path) -> float:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder)
     return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
 
 
@@ -115,8 +120,7 @@ def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     assert 2.2 < compared.work() <= 2.7
     page = (found.sweep.folder / "sweep.html").read_text()
     best = state.candidates[state.winner]["learning_rate"]
-    assert f"Use --learning-rate {best:g}" in page
-    assert "<svg" in page
+    holds(page, f"Use --learning-rate {best:g}", "<svg")
     losses = [row["loss"] for row in compared.table()]
     assert compared.table()[0]["learning_rate"] == best
     assert losses[-1] == max(losses)
@@ -155,7 +159,8 @@ def _known_runs() -> list[str]:
     return runs_file().read_text().splitlines() if runs_file().exists() else []
 
 
-@pytest.mark.parametrize("after", by_default([3, 12], 12))
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [3, 12])
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, data, tmp_path, monkeypatch, after):
     out = tmp_path / "again"
     with monkeypatch.context() as patched:
@@ -192,12 +197,12 @@ def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch)
         assert entry["loss"] == pytest.approx(wide["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
     job = job_of(settings_of(tiny_folder, data), tmp_path / "out", "learning_rate=5e-3,1e-2,900", budget=2.9)
     job.run()
     assert job.sweep.state.candidates[job.sweep.state.winner]["learning_rate"] < 1
-    scores = job.sweep.state.scores(0)
-    assert list(scores)[-1] == 2
+    assert list(job.sweep.state.scores(0))[-1] == 2
 
 
 @pytest.mark.parametrize(("given", "vary"), [({}, "epochs=1,2"), ({"iters": None, "epochs": 1.0}, "iters=10,20")])
@@ -345,23 +350,12 @@ def test_what_is_refused_leaves_the_files_that_were_there(tiny_folder, data, tmp
 
 def test_the_command(tiny_folder, data, tmp_path):
     flags = (
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--iters",
-        20,
-        "--batch-size",
-        4,
-        "--valid-fraction",
-        0.2,
-        "--sample-tokens",
-        0,
-    )
-    done = run(
+        "--model", tiny_folder, "--data", data, "--iters", 20, "--batch-size", 4, "--valid-fraction", 0.2,
+        "--sample-tokens", 0,
+    )  # fmt: skip
+    done = succeeds(
         "sweep", *flags, "--vary", "learning_rate=1e-4..1e-2/2", "--budget", "2x", "--out", tmp_path / "out", "--json"
     )
-    assert done.code == 0, done.err
     answer = json.loads(done.out)
     assert answer["best"] == {"learning_rate": 1e-2}
     assert answer["advice"].startswith("Use --learning-rate 0.01")
@@ -397,8 +391,7 @@ def test_a_plan_says_how_many_trials_fit_and_how_long_a_sweep_takes(tiny_folder)
     )
     assert few <= how_many_fit([settings] * 100)  # with the shortest rows
     said = run("plan", *flags[:-2], "--sweep", "--learning-rate", "auto").out
-    assert "--budget 3x" in said
-    assert "planned with the default rate" in said
+    holds(said, "--budget 3x", "planned with the default rate")
     one_line(run("plan", "--model", tiny_folder, "--sweep", "much"), "--budget much")
 
 
@@ -427,8 +420,7 @@ def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, 
     )
     steps = {entry["name"]: entry["step"] for entries in state["rounds"] for entry in entries}
     assert 0 < sum(steps.values()) - last[0]["step"] <= MOST_EXTRA * 40 + len(steps)
-    outcome = train_run(settings, base=base)
-    assert outcome.steps == 40
+    assert train_run(settings, base=base).steps == 40
     used = parse_yaml((tmp_path / "a" / "run.yaml").read_text())
     assert (used["learning_rate"], used["resume"]) == (rate, None)
     # The same as a run with this rate, but for the rounding of steps that were computed with others.
@@ -444,28 +436,17 @@ def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, 
 
 @pytest.mark.slow
 def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_path):
-    flags = (
-        "--model",
-        tiny_folder,
-        "--data",
-        data,
-        "--batch-size",
-        4,
-        "--valid-fraction",
-        0.2,
-        "--sample-tokens",
-        0,
-    )
-    done = run("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
-    assert done.code == 0, done.err
+    flags = ("--model", tiny_folder, "--data", data, "--batch-size", 4, "--valid-fraction", 0.2, "--sample-tokens", 0)
+    done = succeeds("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
     assert "Learning rate: trying" in done.err
     result = mlx_lora.train(
         tiny_folder, data, tmp_path / "b", learning_rate="auto", iters=40, batch_size=4, valid_fraction=0.2, sample_tokens=0,
         progress=False,
     )  # fmt: skip
     assert result.settings["learning_rate"] == parse_yaml((tmp_path / "a" / "run.yaml").read_text())["learning_rate"]
-    again = run("train", *flags, "--iters", 44, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume")
-    assert again.code == 0
+    again = succeeds(
+        "train", *flags, "--iters", 44, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume"
+    )
     assert "trying" not in again.err
 
 
@@ -525,3 +506,135 @@ def test_a_sweep_that_is_killed_ends_as_if_it_had_not_been(undisturbed, tmp_path
         process.wait()
     subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
     assert contents(tmp_path / "killed") == contents(whole)
+
+
+THREE_RATES = [{"learning_rate": rate} for rate in (1e-4, 1e-3, 1e-2)]
+BETAS = [{"beta": beta} for beta in (0.1, 0.3, 0.5)]
+
+
+def state_of(candidates: list[dict], *rounds: list[Score], metric: str = "accuracy") -> tuple[SweepState, SweepResults]:
+    """Return a sweep's state and results; each round has a score for the first candidates."""
+    entries = [
+        [
+            {
+                "name": str(of),
+                "candidate": of,
+                "seed": 0,
+                "step": 10 * (at + 1),
+                "loss": score.loss,
+                "error": score.error,
+            }
+            for of, score in enumerate(scores)
+        ]
+        for at, scores in enumerate(rounds)
+    ]
+    state = SweepState({}, candidates, {"": 100}, entries)
+    state.winner = next(iter(state.scores(len(rounds) - 1)))
+    return state, results_of(state, metric, {})
+
+
+def test_the_metric_orders_the_table_and_is_what_is_told(tmp_path):
+    """The best by accuracy has the highest loss."""
+    state, found = state_of(THREE_RATES, [Score(0.5, 0.4), Score(0.25, 0.7), Score(0.125, 0.9)])
+    assert state.winner == 2
+    assert list(found.last()) == list(state.scores(0)) == [2, 1, 0]
+    assert [row["accuracy"] for row in found.table()] == [0.875, 0.75, 0.5]
+    said = advice(found)
+    assert "accuracy 0.8750" in said
+    assert "loss" not in said
+    write_page(tmp_path / "sweep.html", found)
+    page = (tmp_path / "sweep.html").read_text()
+    assert "accuracy at step 10" in page
+    assert "loss" not in page.split("</style>")[-1]
+    assert "0.9000" not in page
+    assert "accuracy 0.9375 after its whole run" in advice(replace(found, val_loss=0.3, val_score=0.9375))
+
+
+@pytest.mark.parametrize(("candidates", "best"), [(THREE_RATES, 1), (BETAS, 0)])
+def test_equal_numbers_are_told_and_decided_by_losses_that_can_be_compared(candidates, best):
+    """Losses under other betas mean other things."""
+    state, found = state_of(candidates, [Score(0.125, 0.9), Score(0.125, 0.2), Score(0.5, 0.1)])
+    assert state.winner == best
+    assert list(found.last()) == list(state.scores(0))
+    said = advice(found)
+    assert "the same accuracy" in said
+    assert ("a higher loss" in said) == (candidates is THREE_RATES)
+
+
+def test_a_tie_of_an_earlier_round_is_told():
+    said = advice(state_of(BETAS, [Score(0.125, 0.9)] * 3, [Score(0.0, 0.9), Score(0.5, 0.2)])[1])
+    assert "--beta 0.5 had the same" in said
+    assert "--beta 0.3" not in said
+
+
+def test_what_diverged_is_the_last_and_means_over_seeds_are_equal_in_any_order():
+    state, found = state_of(BETAS, [DIVERGED, Score(float("inf"), 0.5), Score(0.5, 0.5)])
+    assert list(found.last()) == list(state.scores(0)) == [2, 1, 0]
+    seeds = [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]
+    entries = [
+        {"name": "", "candidate": of, "seed": 0, "step": 1, "loss": 1.0 - of, "error": error}
+        for of, errors in enumerate(seeds)
+        for error in errors
+    ]
+    assert list(SweepState({}, THREE_RATES[:2], {}, [entries]).scores(0)) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "last", "said"),
+    [
+        ([1.0, 1.005, 1.009], 0, "from 0.0001 to 0.01"),
+        ([0.5, 1.0, 1.005], 1, "from 0.001 to 0.01"),  # the first was much better in the first round
+        ([1.0, 9.0, 1.0], 0, None),  # not from the first to the last
+        ([1.0, 2.0, 3.0], 0, None),
+    ],
+)
+def test_as_good_is_about_the_same_loss_on_both_sides(losses, last, said):
+    state, _ = state_of(THREE_RATES, [Score(0.0, loss) for loss in losses], metric="loss")
+    state.winner = last
+    found = advice(results_of(state, "loss", {}))
+    assert ("within" in found) == bool(said)
+    assert not said or said in found
+    assert "within" not in advice(results_of(state, "accuracy", {}))
+
+
+def test_curves_are_of_the_number_that_decides(tmp_path):
+    lines: list[dict[str, Any]] = [
+        {"step": 0, "val_loss": 0.7, "accuracy": 0.1},
+        {"step": 2, "val_loss": None, "accuracy": 0.2},  # of the rows that are trained on
+        {"step": 4, "val_loss": 0.6, "accuracy": 0.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert held_out_curve(tmp_path) == [(0, 0.7), (4, 0.6)]
+    assert held_out_curve(tmp_path, "accuracy") == [(4, 0.75)]
+
+
+def test_the_reason_of_a_rate_is_the_number_that_decided(tmp_path):
+    settings = train_settings({"model": "m", "objective": "dpo", "metric_for_best_model": "accuracy"})
+    trials = trials_of(settings, THREE_RATES, 1, tmp_path)
+    sweep = Sweep(
+        tmp_path,
+        state_of(THREE_RATES, [Score(0.5, 0.4), Score(0.25, 0.7), Score(0.125, 0.9)])[0],
+        trials,
+        rounds_for(3),
+    )
+    said = _reason(sweep, trials[2])
+    holds(said, "highest held-out accuracy", "0.01: 0.8750; 0.001: 0.7500")
+    assert "loss" not in said
+
+
+@pytest.mark.slow
+def test_betas_are_compared_by_accuracy_from_beginning_to_end(tiny_folder, tmp_path):
+    rows = [{"prompt": f"Say {n % 7}", "chosen": "abc" * (1 + n % 4), "rejected": "xyz"} for n in range(40)]
+    data: Path = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = train_settings({
+        "model": str(tiny_folder), "data": str(data), "objective": "dpo", "metric_for_best_model": "accuracy", "iters": 10,
+        "batch_size": 4, "rank": 4, "valid_fraction": 0.2, "sample_tokens": 0, "kernels": "ours",
+    })  # fmt: skip
+    job = SweepJob(settings, tmp_path / "out", ("beta=0.1,0.5",), budget=2.0)
+    job.run()
+    found = job.sweep.compared()
+    assert 0 <= (found.val_score or 0) <= 1
+    assert f"accuracy {found.val_score:.4f} after its whole run" in advice(found)
+    assert found.table()[0]["beta"] == found.candidates[found.winner or 0]["beta"]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())["val_score"] == found.val_score
