@@ -264,8 +264,9 @@ def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> t
         error = curvature.error(weight - other.rounded(weight)[1])
         wins = (error < least)[:, None]
         scales, biases = mx.where(wins, other.scales, grid.scales), mx.where(wins, other.biases, grid.biases)
-        both = other.stored is not None and grid.stored is not None
-        stored = mx.where(wins, other.stored, grid.stored) if both else None
+        stored = None
+        if other.stored is not None and grid.stored is not None:
+            stored = mx.where(wins, other.stored, grid.stored)
         grid, least = replace(grid, scales=scales, biases=biases, stored=stored), mx.minimum(error, least)
     if grid.stored is not None:
         codes, values = feedback_codes(weight, curvature, grid)

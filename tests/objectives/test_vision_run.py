@@ -908,7 +908,6 @@ def test_what_is_no_prompt_about_pictures():
 
 
 def test_what_cannot_be_sampled_is_told_in_one_line(model, paligemma, color_prompts, tiny_folder, tmp_path):
-    asked = reward_command(model, color_prompts, tmp_path / "a")
     one_line(run(*reward_command(tiny_folder, color_prompts, tmp_path / "a")), "llama")
     one_line(run(*reward_command(paligemma, color_prompts, tmp_path / "a")), "paligemma")
 
