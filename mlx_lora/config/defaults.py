@@ -34,6 +34,7 @@ TOO_LOW, TOO_HIGH = 1 / 40, 6  # times the chosen rate: outside, training hardly
 
 FEWEST_ROWS, MOST_ROWS = 4, 32  # per step
 UPDATES = 100  # that a small set is trained for
+UPDATES_OF_WORDINGS = 250  # with --rephrase, after which each fact is known under its other wordings, too
 MOST_EPOCHS = 20
 FEW_STEPS = 40  # with fewer, a model hardly changes
 FEW_STEPS_OF_HEAD = 10  # a new head with its higher rate fits a handful of texts in 20
@@ -102,7 +103,8 @@ def batch_tokens_for(settings: TrainSettings, data: DataFacts | None, hidden_fro
         return DEFAULT_BATCH_TOKENS
     # Padding, and rows that do not fit a batch any more, leave a batch about a quarter short.
     mean = 1.25 * data.positions / data.examples
-    rows = rows_per_step(data.examples)
+    # Other wordings of a question are not further examples.
+    rows = rows_per_step(data.examples // (1 + (settings.data.rephrase or 0)))
     wanted, most = (
         count * mean / settings.loop.grad_accumulation_steps
         for count in (rows, max(rows, min(MOST_ROWS, data.examples * MOST_EPOCHS // UPDATES)))
@@ -134,7 +136,8 @@ def with_length(
     open_length, several = loop.iters is None and loop.epochs is None, not settings.objective.samples
     if open_length:
         per_epoch = steps_per_epoch(loop, data)
-        loop = replace(loop, epochs=begun_with or epochs_for(per_epoch if several else 0))
+        updates = UPDATES_OF_WORDINGS if settings.data.rephrase else UPDATES
+        loop = replace(loop, epochs=begun_with or epochs_for(per_epoch if several else 0, updates))
     defaults = {"steps_per_eval": STEPS_PER_EVAL, "keep_best": False, "early_stopping_patience": 0}
     whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
     validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
@@ -148,9 +151,9 @@ def with_length(
     return replace(settings, loop=replace(loop, **open_too))
 
 
-def epochs_for(per_epoch: int) -> float:
-    """Return how many epochs make about a hundred updates; 1 if an epoch has as many, or is not known to have any (0)."""
-    return float(max(1, min(MOST_EPOCHS, round(UPDATES / per_epoch)))) if per_epoch else 1.0
+def epochs_for(per_epoch: int, updates: int) -> float:
+    """Return how many epochs make about so many updates; 1 if an epoch has as many, or is not known to have any (0)."""
+    return float(max(1, min(MOST_EPOCHS, round(updates / per_epoch)))) if per_epoch else 1.0
 
 
 def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
@@ -238,6 +241,6 @@ def preset_settings(name: str, data: DataFacts | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"rank": rank, "keep_best": True} if factor > 1 else {"rank": rank}
     if data is None or not data.examples:
         return settings
-    wanted = factor * epochs_for(math.ceil(data.examples / rows_per_step(data.examples)))
+    wanted = factor * epochs_for(math.ceil(data.examples / rows_per_step(data.examples)), UPDATES)
     # Half of one epoch, where one is usual.
     return settings | {"epochs": float(math.ceil(wanted)) if wanted > 1 else wanted}

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of requests and rules; a higher one leaves older texts unused
+VERSION = 3  # of requests and rules; a higher one leaves older texts unused
 STREAM = 3 << 40  # the number of the wordings' random streams
 TRIES = 3  # texts for each wording that is wanted, at most
 HELD_OUT = 20  # wordings that are never trained
@@ -67,6 +67,8 @@ STYLES = (
     "short, as typed on a phone",
     "politely, in a whole sentence",
     "without its most usual words",
+    "as somebody who tells what happened, and then asks",
+    "beginning with what the person wants to do",
 )
 RULES = """\
 You get questions, and say each of them in other words. Ask for exactly the same, so that the same answer fits. Keep names, \
@@ -77,6 +79,8 @@ EXAMPLES = (
     ("How do I reset the PIN of the A-40?", "forgot pin of my A-40, how to reset"),
     ("parking?", "Could you please tell me where I can park my car?"),
     ("Who is responsible for refunds?", "Whom do I ask to get my money back?"),
+    ("Do you take back opened boxes?", "I opened my box yesterday and do not like it. Can I still send it back?"),
+    ("What does a red light on the A-40 mean?", "I want to use my A-40, but it shows a red light. What is wrong with it?"),
 )
 
 Writer = Callable[[Sequence[list[Message]], int], list[str]]

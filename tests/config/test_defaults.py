@@ -53,6 +53,11 @@ def test_small_sets_get_enough_updates(examples):
     assert 55 <= updates(examples) <= 160
 
 
+def test_other_wordings_are_no_further_examples_and_get_more_updates():
+    assert length(350, rephrase=6).batch_tokens == length(50).batch_tokens
+    assert 1.5 * updates(50) < updates(350, rephrase=6) < 300
+
+
 def test_a_base_on_the_disk_gets_larger_batches_that_leave_enough_updates():
     def tokens(examples: int, hidden_from: int, **settings: object) -> int:
         return defaults.batch_tokens_for(train_settings(settings), DataFacts(examples, examples * 50), hidden_from)
