@@ -48,10 +48,9 @@ from mlx_lora.api.texts import measure_embeddings
 from mlx_lora.cli import PAGES
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import LABELED, RANKED
+from mlx_lora.config.objectives import UNITS
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DataSettings, TrainSettings
-from mlx_lora.data.report import UNITS
 from mlx_lora.engine.adapter_store import adapter_sources
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
@@ -238,7 +237,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any]) -> None:
         console.echo("Interrupted before anything was measured")
         return
     sampled = settings.objective.samples  # then the loss is minus the reward
-    labeled = settings.objective.objective in (*LABELED, *RANKED)  # which train no token
+    labeled = settings.objective.row.scores_texts  # which train no token
     unit_name = "answers" if "answers" in result else "supervised_tokens"
     aside = (unit_name, "rows", "model", "base_loss", "base_perplexity")
     words = ", ".join(

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_lora.config.objectives import IMITATION, LABELED, RANKED
+from mlx_lora.config.objectives import IMITATION
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.utils.text import counted
@@ -78,7 +78,7 @@ def learning_rate_for(model_type: str, width: int, settings: TrainSettings) -> f
     rate *= OF_METHOD.get(adapter.method, 1)
     if PRESETS[adapter.method].scale == "sqrt_rank":  # the update is sqrt(r) times as large as with alpha / r
         rate /= math.sqrt(adapter.rank)
-    if settings.objective.objective in (*LABELED, *RANKED):
+    if settings.objective.row.scores_texts:
         rate *= OF_LABELS
     elif settings.objective.objective not in IMITATION:
         rate *= OTHER_OBJECTIVES
@@ -215,7 +215,7 @@ def length_problem(asked: TrainSettings, steps: int, per_epoch: float) -> str:
         steps: of the run.
         per_epoch: its steps in one epoch.
     """
-    few = FEW_STEPS_OF_HEAD if asked.objective.objective in (*LABELED, *RANKED) else FEW_STEPS
+    few = FEW_STEPS_OF_HEAD if asked.objective.row.scores_texts else FEW_STEPS
     if steps >= few or asked.objective.samples:
         return ""
     epochs = math.ceil(1.5 * few / per_epoch)

@@ -44,7 +44,8 @@ class ObjectiveRow:
         group: rows of an example that stay together in a batch, if the settings do not say more.
         trained: how many of these are trained; the others are only measured.
         examples_per_step: how many a step has if the settings leave open how large it is; None: as many as fit.
-        metrics: numbers of a validation by which the best one may be chosen, the higher the better.
+        metrics: numbers of a validation by which the best one may be chosen, the higher the better; the first two are shown.
+        named_columns: whether settings may name the columns of its records.
     """
 
     made_by: str
@@ -63,6 +64,12 @@ class ObjectiveRow:
     trained: int | None = None
     examples_per_step: int | None = None
     metrics: tuple[str, ...] = ()
+    named_columns: bool = True
+
+    @property
+    def scores_texts(self) -> bool:
+        """Whether a score of each text is trained, and no token or pair of answers."""
+        return self.scores and self.on_encoders
 
     @property
     def of_answers(self) -> bool:
@@ -93,12 +100,22 @@ OBJECTIVES = {
         "classify.classify", "labeled", scores=True, on_encoders=True, metrics=("accuracy", "macro_f1")
     ),
     "rerank": ObjectiveRow(
-        "rerank.Rerank", "candidates", scores=True, on_encoders=True, metrics=("accuracy", "mrr", "ndcg")
+        "rerank.Rerank",
+        "candidates",
+        scores=True,
+        on_encoders=True,
+        metrics=("accuracy", "mrr", "ndcg"),
+        named_columns=False,
     ),
     "embed": ObjectiveRow(
         "embed.embed", "pairs", vectors=True, on_encoders=True, group=2, examples_per_step=32, metrics=("accuracy",)
     ),
 }
+# What an example of each kind of records is, and how metrics are written.
+UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "labeled": "texts",
+         "candidates": "query lists"}  # fmt: skip
+METRICS = {"accuracy": "accuracy", "macro_f1": "macro F1", "mrr": "MRR", "ndcg": "nDCG"}
+SHOWN_METRICS = tuple(dict.fromkeys(name for row in OBJECTIVES.values() for name in row.metrics[:2]))
 GONE = {"vision_sft": "sft, which sees the pictures in the data"}
 
 
@@ -127,6 +144,8 @@ VECTORS, COMPARED, WITH_IMAGES = map(names_of, ("vectors", "reference", "picture
 PAIRS = tuple(name for name in names_of("records", "pairs") if name not in VECTORS)
 MAY_SAMPLE = (*SAMPLING, *TAUGHT)
 (CLASSIFY,), (RERANK,) = LABELED, RANKED  # which have functions of their own: predict, rerank
+SCORED_RECORDS = frozenset(row.records for row in OBJECTIVES.values() if row.scores_texts)
+WITHOUT_COLUMNS = names_of("named_columns", False)
 
 
 # fmt: off

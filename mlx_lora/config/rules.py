@@ -24,12 +24,12 @@ from mlx_lora.config.objectives import (
     LABELED,
     OBJECTIVES,
     PAIRS,
-    RANKED,
     RATED,
     SAMPLING,
     SMOOTHED,
     TAUGHT,
     VERIFIERS,
+    WITHOUT_COLUMNS,
     ObjectiveSettings,
 )
 from mlx_lora.config.optimizers import OPTIMIZERS
@@ -195,7 +195,7 @@ RULES: tuple[Rule, ...] = (
     excludes(("completion_column", "chat_column", "text_column"), "it reads no such column", objective=PAIRS),
     excludes("text_column", "it reads no such column", objective=RATED),
     excludes(("prompt_column", "completion_column", "system_column"), "it reads no such column", objective=LABELED),
-    excludes(COLUMNS, "it reads no such column", objective=RANKED),
+    excludes(COLUMNS, "it reads no such column", objective=WITHOUT_COLUMNS),
     excludes(
         tuple(one.name for one in fields(DataSettings) if one.name not in OF_EMBED),
         "texts are read as they are",

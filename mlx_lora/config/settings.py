@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
-from mlx_lora.config.objectives import ANSWERED, LABELED, VERIFIERS, ObjectiveSettings
+from mlx_lora.config.objectives import ANSWERED, LABELED, METRICS, VERIFIERS, ObjectiveSettings
 from mlx_lora.config.objectives import PAIRS as PAIRED
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS
@@ -277,9 +277,9 @@ class LoopSettings:
         VALIDATION, may_change=True)
     metric_for_best_model: str = setting("loss",
         "How to tell the best validation, for --keep-best, early stopping and the checkpoint to keep: by the lowest "
-        "loss, or by the highest accuracy (of pairs, labels or rankings), macro F1 of labels, MRR or nDCG of rankings, or "
+        f"loss, or by the highest {', '.join(METRICS.values())} (of pairs, labels or rankings), or "
         "score of --eval-tasks (if equal, by the lower loss).",
-        VALIDATION, may_change=True, choices=("loss", "accuracy", "macro_f1", "mrr", "ndcg", "task"))
+        VALIDATION, may_change=True, choices=("loss", *METRICS, "task"))
     eval_tasks: str | None = setting(None,
         "Score the model at each validation, as `evaluate` does: a file of rows with their answers, a task's YAML file, or the "
         "name of one of lm-eval's tasks.", VALIDATION, may_change=True, per_machine=True, runs=r"\.ya?ml")

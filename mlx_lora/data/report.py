@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.config.objectives import SCORED_RECORDS, UNITS
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.utils.text import counted
 
@@ -21,8 +22,6 @@ MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
-UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "labeled": "texts",
-         "candidates": "query lists"}  # fmt: skip
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -217,7 +216,7 @@ class DataReport:
             mark = "in green" if color else "between ⟦ and ⟧"
             pair = "one pair, the chosen answer first, both answers"
             what = pair if self.rejected else "one training row, the trained text"
-            what, mark = ("one text,", "as it is") if self.records in ("labeled", "candidates") else (what, mark)
+            what, mark = ("one text,", "as it is") if self.records in SCORED_RECORDS else (what, mark)
             lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)
             lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
@@ -230,7 +229,7 @@ class DataReport:
         said = self.valid_source.replace("held out", "held out (not trained on, to measure)")
         source = f", {said}" if name == "valid" else ""
         share = split.supervised_tokens / max(1, split.tokens)
-        scored = self.records in ("labeled", "candidates")  # which train a score of each text, and no token
+        scored = self.records in SCORED_RECORDS  # which train a score of each text, and no token
         trained = "" if scored else f", {split.supervised_tokens:,} trained ({100 * share:.0f}%)"
         return _line(name, f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens{trained}{source}")
 

@@ -80,7 +80,10 @@ EXAMPLES = (
     ("parking?", "Could you please tell me where I can park my car?"),
     ("Who is responsible for refunds?", "Whom do I ask to get my money back?"),
     ("Do you take back opened boxes?", "I opened my box yesterday and do not like it. Can I still send it back?"),
-    ("What does a red light on the A-40 mean?", "I want to use my A-40, but it shows a red light. What is wrong with it?"),
+    (
+        "What does a red light on the A-40 mean?",
+        "I want to use my A-40, but it shows a red light. What is wrong with it?",
+    ),
 )
 
 Writer = Callable[[Sequence[list[Message]], int], list[str]]

@@ -29,12 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lora.config.objectives import LABELED, RANKED, TAUGHT, VECTORS
+from mlx_lora.config.objectives import LABELED, RANKED, TAUGHT, UNITS, VECTORS
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.sweep import SWEEP_FILE, TRIALS, WINNER
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.notes import SeenRows
-from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.reports.charts import COMMON, OF_TOOLS, WIDE, Series, line_chart, number, perplexity, render_page
 from mlx_lora.trainer.checkpoint import numbered

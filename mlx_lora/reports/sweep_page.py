@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
+from mlx_lora.config.objectives import METRICS
 from mlx_lora.config.sweep import order_of, words
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.utils.files import replace_text
@@ -24,10 +25,7 @@ LOSS = "loss"
 # What decides -> what a reader calls it, short and long; of all but the loss, the highest is the best.
 MEASURES = {
     LOSS: ("loss", "held-out loss"),
-    "accuracy": ("accuracy", "held-out accuracy"),
-    "macro_f1": ("macro F1", "held-out macro F1"),
-    "mrr": ("MRR", "held-out MRR"),
-    "ndcg": ("nDCG", "held-out nDCG"),
+    **{name: (words, f"held-out {words}") for name, words in METRICS.items()},
     "task": ("score", "score of --eval-tasks"),
 }
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from mlx_lora.config.objectives import SHOWN_METRICS
 from mlx_lora.parallel.strategy import DISK_WAIT
 from mlx_lora.reports.charts import Series, line_chart
 from mlx_lora.utils import console
@@ -170,7 +171,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 # The numbers reported by an objective that each line shows.
-SHOWN = ("reward", "task", "accuracy", "macro_f1", "pearson", "mrr", "margin")
+SHOWN = ("reward", "task", *SHOWN_METRICS, "pearson", "margin")
 WORTH_TELLING = 0.01  # of a step's time
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 
