@@ -18,8 +18,8 @@ from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 
 CHECKPOINT_MODES = ["selective", "block", "2"]

@@ -29,14 +29,14 @@ from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.load import RECIPES
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.chat_template import resolve_template
+from mlx_lora.data.data_sets import find_splits
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import BadRow, Completion, Conversation, Example, FormatError, Text
-from mlx_lora.data.files import find_splits
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.load import load_data
 from mlx_lora.data.preferences import parse_pairs
 from mlx_lora.data.read import encode_entries
-from mlx_lora.data.records import read_records
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, load_base

@@ -50,13 +50,13 @@ from mlx_lora.config.rules import settings_problems
 from mlx_lora.config.settings import COLUMNS, DEFAULT_BATCH_TOKENS, FIELDS, DataSettings, ModelSettings, TrainSettings
 from mlx_lora.data.chat_exports import chat_kind
 from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_template
+from mlx_lora.data.data_sets import find_sets, is_local, named_sets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Record
-from mlx_lora.data.files import find_sets, is_local, named_sets
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.notes import seen_rows
-from mlx_lora.data.records import read_records
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.engine.adapter_store import AdapterSource, check_names, own_name
 from mlx_lora.evaluation.metrics import (

@@ -37,8 +37,8 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
-from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.evaluation.paired import Readout, token_losses
 from mlx_lora.exporters.adapter_config import remove_earlier

@@ -105,7 +105,7 @@ def look_at_flags(command: str, args: Sequence[str]) -> None:
     Raises:
         InputError: a model, data or an adapter is not there or cannot be read, or `serve` cannot listen.
     """
-    from mlx_lora.data.files import look_at_data
+    from mlx_lora.data.data_sets import look_at_data
     from mlx_lora.parallel.ranks import find_launch
     from mlx_lora.utils.hub import HUB_ID, find_model, no_adapter_folder
 

@@ -34,8 +34,8 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import problems_with
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, ROWS, TrainSettings, shard_parts
+from mlx_lora.data.data_sets import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import DataSplits, Seen, load_data
 from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.sampler import total_steps

@@ -21,11 +21,11 @@ from mlx_lora.api.train import run_settings
 from mlx_lora.config.objectives import CLASSIFY, RERANK
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
+from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
-from mlx_lora.data.files import all_files
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
-from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.losses.contrastive import retrieval
 from mlx_lora.losses.scores import spearman

@@ -49,7 +49,7 @@ from mlx_lora.config.sweep import (
     with_candidate,
     words,
 )
-from mlx_lora.data.files import SPLIT_NAMES
+from mlx_lora.data.data_sets import SPLIT_NAMES
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE, find_launch

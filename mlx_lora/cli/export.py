@@ -23,7 +23,7 @@ from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.api.fuse import FADED, GainMeter, read_back
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
-from mlx_lora.data.files import look_at_data
+from mlx_lora.data.data_sets import look_at_data
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console

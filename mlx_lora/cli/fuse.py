@@ -19,7 +19,7 @@ from mlx_lora.api import options as flags
 from mlx_lora.api.fuse import FADED, NOT_MEASURED, FuseSettings, Gain, fuse
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.exporters.rounding import Budget
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError

@@ -16,8 +16,8 @@ from mlx_lora.api.base import TextSettings, image_answer_pieces, text_pieces
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.data.chat_template import own_template
+from mlx_lora.data.data_sets import read_tools
 from mlx_lora.data.examples import MOST_CHARACTERS
-from mlx_lora.data.files import read_tools
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, with_limits_of_run
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks

@@ -13,7 +13,7 @@ import click
 from mlx_lora.api import options as flags
 from mlx_lora.api.texts import MineOptions, mine
 from mlx_lora.config.load import train_settings
-from mlx_lora.data.files import all_files
+from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.pairs import passage_files, read_eval_pairs, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.embed import open_embedder

@@ -20,8 +20,8 @@ from mlx_lora.api.texts import data_columns, example_of, load_scorer, predicted_
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import CLASSIFY
 from mlx_lora.config.rules import check_options
+from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.examples import Fields
-from mlx_lora.data.files import all_files
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.scored_texts import ERROR
 from mlx_lora.utils import console

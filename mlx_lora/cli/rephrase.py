@@ -13,7 +13,7 @@ import click
 
 from mlx_lora.api import options as flags
 from mlx_lora.config.load import train_settings
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.wordings import read_questions
 from mlx_lora.objectives.rephrase import rephrase
 from mlx_lora.utils.errors import InputError

@@ -66,7 +66,7 @@ def main(
     for note in idle_notes(settings.to_flat(), given):
         console.echo(f"note: {note}")
     if find_launch(dict(os.environ)) is None:  # else each process would say it
-        from mlx_lora.data.files import look_at_data  # --help needs none of it
+        from mlx_lora.data.data_sets import look_at_data  # --help needs none of it
 
         look_at_data(settings.data.data)  # which --config may name
     try:

@@ -2,7 +2,7 @@
 
 A method is a preset of independent axes, not a layer class. The axes are the layer type (the function of base and
 factors), the scale of the product, the initial factors, the learning rate of B relative to A's, and events between steps
-(trainer/schedules.py). QLoRA is not in the table: it is any of these methods over a quantized base.
+(trainer/method_events.py). QLoRA is not in the table: it is any of these methods over a quantized base.
 """
 
 from __future__ import annotations

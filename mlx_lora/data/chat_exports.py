@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.examples import Record
-from mlx_lora.data.files import DataFile
-from mlx_lora.data.records import decoded_text, text_encoding
+from mlx_lora.data.file_formats import decoded_text, text_encoding
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted, did_you_mean

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import find_sets, is_local, named_sets
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import (
     Completion,
@@ -47,10 +48,9 @@ from mlx_lora.data.examples import (
     Text,
     as_conversation,
 )
-from mlx_lora.data.files import find_sets, is_local, named_sets
+from mlx_lora.data.file_formats import Record, read_records
 from mlx_lora.data.preferences import OUR_NAMES, Pair, Rated
 from mlx_lora.data.prompts import Prompt, prompt_of
-from mlx_lora.data.records import Record, read_records
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 

@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import resolve_template, shows_date
+from mlx_lora.data.data_sets import DataSet, find_sets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
-from mlx_lora.data.files import DataSet, find_sets
 from mlx_lora.data.mix import content_key, joined_sets, mix, read_sets
 from mlx_lora.data.notes import (
     ToolsNotShown,

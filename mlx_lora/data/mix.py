@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import DataSet
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Text, as_conversation
-from mlx_lora.data.files import DataSet
 from mlx_lora.data.read import Repeated, SplitRows, check_speaker, cut_repeated_prompts, read_rows, share_columns
 from mlx_lora.data.report import SetReport
 from mlx_lora.data.tokenize import Encoded

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import spoken_turns
+from mlx_lora.data.data_sets import TINY_SHAKESPEARE
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Text
-from mlx_lora.data.files import TINY_SHAKESPEARE
 from mlx_lora.data.mix import Mixed, joined_groups, prompt_key
 from mlx_lora.data.preferences import Rated
 from mlx_lora.data.read import SplitRows, answers_of

@@ -27,6 +27,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import DataFile, all_files, find_sets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
@@ -38,11 +39,10 @@ from mlx_lora.data.examples import (
     number_of,
     tokenizable,
 )
-from mlx_lora.data.files import DataFile, all_files, find_sets
+from mlx_lora.data.file_formats import DOCUMENTS as DOCUMENT_FILES
+from mlx_lora.data.file_formats import read_records, without_empty_cells
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
-from mlx_lora.data.records import DOCUMENTS as DOCUMENT_FILES
-from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, cut, reasons
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of, shown_data

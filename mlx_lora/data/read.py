@@ -28,6 +28,7 @@ import numpy as np
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of
+from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     BadRow,
@@ -39,11 +40,10 @@ from mlx_lora.data.examples import (
     OwnEntry,
     Record,
 )
-from mlx_lora.data.files import DataFile
+from mlx_lora.data.file_formats import read_records, without_empty_cells
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
-from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.examples import BadRow, Completion, Conversation, Fields
-from mlx_lora.data.files import DataFile
 from mlx_lora.data.read import SplitRows, file_records, parse_rows
 
 log = logging.getLogger(__name__)

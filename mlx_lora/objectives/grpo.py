@@ -5,7 +5,7 @@ One step, in order (`steps` of objectives/grpo.py):
     prompts of the step's batches    `Rollouts.answer`: ranks divide them, and each answers and rewards its own
     answers, rewards                 all ranks get all of them
     log-probabilities                as they were sampled, and under the reference, where the loss needs them
-    advantages                       from the rewards of a prompt's answers (losses/policy.py)
+    advantages                       from the rewards of a prompt's answers (losses/grpo.py)
     `updates_per_rollout` updates    on the same answers
 
 The rollout's parts are in rollouts/; the loss of a batch is in objectives/policy_arrays.py.
@@ -23,7 +23,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, Seen
 from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.losses.policy import PolicyOptions
+from mlx_lora.losses.grpo import PolicyOptions
 from mlx_lora.models.generator import check_rows
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared

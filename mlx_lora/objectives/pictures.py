@@ -30,7 +30,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import has_weights
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.folder import FOREIGN_ERRORS, of_connector, of_tower, short

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, token_arrays
 from mlx_lora.losses.fused import head_loss
-from mlx_lora.losses.policy import PolicyOptions, SampledTokens, policy_loss
+from mlx_lora.losses.grpo import PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import answers_at, shared_caches
 from mlx_lora.planner.machine import loss_tile_bytes

@@ -27,13 +27,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.downloads import download, is_on_web
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Message, Record
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import STAND_IN
 from mlx_lora.data.read import SplitRows
-from mlx_lora.data.records import read_records
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.data.chat_template import resolve_template
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.load import chat_day
 from mlx_lora.data.prompts import Prompt
 from mlx_lora.data.read import SplitRows, check_speaker, file_records, parse_rows, read_rows

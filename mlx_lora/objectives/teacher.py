@@ -28,7 +28,7 @@ from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
 from mlx_lora.data.batch import EMPTY, Batch
-from mlx_lora.data.files import named_sets
+from mlx_lora.data.data_sets import named_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows

@@ -34,7 +34,7 @@ import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.data.task_sets import GYM, gym
-from mlx_lora.losses.policy import group_deviation
+from mlx_lora.losses.grpo import group_deviation
 from mlx_lora.rollouts.user_code import FAILURES, TooLong, at_most, awaited, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import counted

@@ -46,7 +46,7 @@ from mlx_lora.data.batch import EMPTY, Batch, share_of
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
+from mlx_lora.losses.grpo import group_advantages, leave_one_out_advantages
 from mlx_lora.models.generator import (
     ANSWERS,
     AUTO,

@@ -14,7 +14,7 @@ from mlx_lora.config.fields import field_type, read_value
 from mlx_lora.config.load import recipe_names
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.config.settings import FIELDS, ROWS
-from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
+from mlx_lora.data.data_sets import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
 from mlx_lora.studio.web import OWN
 from mlx_lora.trainer.run_folder import KnownRun, known_runs
 from mlx_lora.utils.errors import InputError

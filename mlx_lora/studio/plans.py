@@ -30,8 +30,8 @@ from mlx_lora.api.plan import adapted_outline, plan_run
 from mlx_lora.config.defaults import DataFacts, learning_rate_for, preset_settings, rows_per_step, with_length
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, TrainSettings
-from mlx_lora.data.files import DataFile, DataSet, find_sets, is_local, named_sets
-from mlx_lora.data.records import read_records
+from mlx_lora.data.data_sets import DataFile, DataSet, find_sets, is_local, named_sets
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.kernels.choose import KernelChoice

@@ -33,7 +33,7 @@ import numpy as np
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.images import ImageFile, jpeg_url, thumbnail
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key

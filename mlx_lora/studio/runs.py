@@ -35,7 +35,7 @@ from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settin
 from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
-from mlx_lora.data.records import SUFFIXES
+from mlx_lora.data.file_formats import SUFFIXES
 from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.reports.run_report import (

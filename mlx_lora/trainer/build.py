@@ -29,9 +29,9 @@ from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before,
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing, chunk_positions
 from mlx_lora.trainer.guards import Position
 from mlx_lora.trainer.header import choices, describe_run, shared_work
+from mlx_lora.trainer.method_events import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
-from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 

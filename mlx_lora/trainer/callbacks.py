@@ -29,8 +29,8 @@ from mlx_lora.adapters.inject import adapter_layers, full_parameters, without_ad
 from mlx_lora.config.settings import LOGGERS, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.chat_template import spoken_turns
+from mlx_lora.data.data_sets import find_sets, is_local, named_sets
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo

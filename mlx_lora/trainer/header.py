@@ -16,8 +16,8 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.guards import LOSS, score_words
+from mlx_lora.trainer.method_events import restart_every
 from mlx_lora.trainer.run_folder import CHECKPOINTS
-from mlx_lora.trainer.schedules import restart_every
 from mlx_lora.utils import console
 from mlx_lora.utils.text import command_line, counted, words_of
 

@@ -19,7 +19,7 @@ from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
-    from mlx_lora.trainer.schedules import Events
+    from mlx_lora.trainer.method_events import Events
 
 
 class StepResult(NamedTuple):

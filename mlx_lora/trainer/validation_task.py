@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.examples import Text
-from mlx_lora.data.files import all_files
 from mlx_lora.data.read import read_rows
 from mlx_lora.trainer.guards import TASK
 from mlx_lora.utils.errors import InputError, refuse

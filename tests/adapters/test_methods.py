@@ -36,8 +36,8 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_ad
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
 from mlx_lora.models.load import load_base
+from mlx_lora.trainer.method_events import BudgetSchedule, budget_schedule, restart_every, restart_warmup
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.schedules import BudgetSchedule, budget_schedule, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError
 

@@ -16,9 +16,9 @@ from run_cli import one_line, run, succeeds
 import mlx_lora
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings, ModelSettings
-from mlx_lora.data import files
+from mlx_lora.data import data_sets as files
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.load import load_data, load_eval_set
-from mlx_lora.data.records import read_records
 from mlx_lora.engine.adapter_store import named_source
 from mlx_lora.engine.engine import ModelThread
 from mlx_lora.models.load import load_base

@@ -23,15 +23,15 @@ from run_cli import one_line, passed, run, succeeds
 import mlx_lora.data
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data import records
+from mlx_lora.data import file_formats as records
+from mlx_lora.data.data_sets import find_sets, find_splits, named_sets
 from mlx_lora.data.examples import BadRow, Record
-from mlx_lora.data.files import find_sets, find_splits, named_sets
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import NamedColumns, parse_record, without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.pairs import passages_of, read_passages
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.read import SplitRows, parse_rows
-from mlx_lora.data.records import read_records
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.utils import hub as shakespeare
 from mlx_lora.utils.errors import InputError
@@ -549,7 +549,7 @@ def test_an_excel_file_counts_a_text_each_time_that_it_is_used(tmp_path, monkeyp
     pytest.importorskip("openpyxl")
     from openpyxl import Workbook
 
-    monkeypatch.setattr("mlx_lora.data.records.LEAST_UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr("mlx_lora.data.file_formats.LEAST_UNPACKED_BYTES", 100_000)
     book = Workbook()
     book.active.append(["text"])
     for _ in range(500):

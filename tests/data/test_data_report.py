@@ -19,7 +19,7 @@ from run_cli import holds, lacks, one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.data.chat_template import encode_prompt, resolve_template
-from mlx_lora.data.files import read_tools
+from mlx_lora.data.data_sets import read_tools
 from mlx_lora.data.notes import ToolsNotShown
 from mlx_lora.data.report import DataReport, DroppedRow, Location, cut, reasons
 from mlx_lora.trainer.callbacks import held_out_prompts

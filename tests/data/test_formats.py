@@ -11,13 +11,13 @@ import pytest
 from refusing import refuses
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.data_sets import find_splits
 from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Record, Text
-from mlx_lora.data.files import find_splits
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.preferences import parse_pairs
 from mlx_lora.data.prompts import parse_prompt
 from mlx_lora.data.read import SplitRows, parse_rows
-from mlx_lora.data.records import read_records
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"x": 1}}}

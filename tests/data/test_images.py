@@ -29,10 +29,10 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data import downloads
 from mlx_lora.data.downloads import ImageDownloads, download, is_public
 from mlx_lora.data.examples import Example, FormatError, Record
+from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import NamedColumns
 from mlx_lora.data.images import MARK, ImageConversation, ImageFiles
 from mlx_lora.data.read import parse_record_of
-from mlx_lora.data.records import read_records
 
 
 def noise(width: int = 12, height: int = 9, seed: int = 0, mode: str = "RGB") -> Image.Image:

@@ -13,7 +13,7 @@ from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, TWO_
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import is_verifiers
 from mlx_lora.data import task_sets
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.prompts import parse_prompt
 from mlx_lora.data.task_sets import make_environment, named, tasks_of
 from mlx_lora.rollouts.make_environment import check_environment

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.files import DataFile
+from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.right import is_right, normalized
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
 

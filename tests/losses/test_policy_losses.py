@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.losses.policy import (
+from mlx_lora.losses.grpo import (
     RATIO_OF,
     PolicyOptions,
     SampledTokens,

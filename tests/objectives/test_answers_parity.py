@@ -25,7 +25,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.divergence import DivergenceOptions, divergence_of_logits, likeliest
-from mlx_lora.losses.policy import RATIO_OF
+from mlx_lora.losses.grpo import RATIO_OF
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.distill import with_teacher
 from mlx_lora.objectives.on_policy import TeacherScorer

@@ -20,7 +20,7 @@ from verifiers_environments import SHELF, write_environments
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import SAMPLING
 from mlx_lora.config.rules import OWNERS
-from mlx_lora.losses.policy import group_advantages
+from mlx_lora.losses.grpo import group_advantages
 from mlx_lora.objectives.grpo import POLICY_REPORTS
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, REWARDS
 from mlx_lora.rollouts.make_environment import close_hosts, rehearse

@@ -30,9 +30,9 @@ from tiny_encoders import KINDS, pair_tokenizer, tiny_encoder
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, EmptyPart, FormatError, Text
-from mlx_lora.data.files import DataFile
 from mlx_lora.data.labeled import GRADES, ROWS, Candidates, Labeled, encode_texts, has_pairs, pair_text, query_with
 from mlx_lora.data.read import read_rows
 from mlx_lora.data.sampler import BatchPlan

@@ -32,7 +32,7 @@ from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import assumed, training_kernels
 from mlx_lora.losses.agree import choose_loss, probe
 from mlx_lora.losses.cross_entropy import PLAIN, plain, token_arrays
-from mlx_lora.losses.policy import RATIO_OF
+from mlx_lora.losses.grpo import RATIO_OF
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable

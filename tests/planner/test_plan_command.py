@@ -27,7 +27,7 @@ from mlx_lora.api import plan as plan_api
 from mlx_lora.cli.plan import PART_WORDS, PHASE_WORDS, time_words
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
-from mlx_lora.data.files import is_local
+from mlx_lora.data.data_sets import is_local
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape, outline_of, outline_of_config

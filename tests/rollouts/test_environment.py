@@ -16,9 +16,9 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import collate
 from mlx_lora.data.chat_template import chat_tokens
+from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
-from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.mix import read_sets
 from mlx_lora.data.prompts import observation_tokens, with_observation

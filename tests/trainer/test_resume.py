@@ -33,9 +33,9 @@ from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked, run_arrays
 from mlx_lora.trainer.guards import Position
+from mlx_lora.trainer.method_events import make_events
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, own_folder
-from mlx_lora.trainer.schedules import make_events
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import supervise
 from mlx_lora.utils.errors import InputError

@@ -100,7 +100,7 @@ from mlx_lora.losses.divergence import (
     sampled_kl,
 )
 from mlx_lora.losses.fused import NAME, HeadLosses, loss_kernels
-from mlx_lora.losses.policy import RATIO_OF, PolicyOptions, SampledTokens, policy_loss
+from mlx_lora.losses.grpo import RATIO_OF, PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.losses.preference import (
     RATED_LOSSES,
     PairLoss,

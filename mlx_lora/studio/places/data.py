@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.config.load import recipe_names
+from mlx_lora.data.data_sets import NOT_DATA, TINY_SHAKESPEARE, find_sets
 from mlx_lora.data.examples import Record
-from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE, find_sets
-from mlx_lora.data.records import SUFFIXES, TABLES, check_file, read_records
+from mlx_lora.data.file_formats import SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import safe_name, walk
 from mlx_lora.studio.previews import Previews

@@ -19,7 +19,7 @@ from typing import Any
 from mlx_lora.config.load import RECIPES, recipe_names
 from mlx_lora.config.objectives import TASK_SETS, VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
-from mlx_lora.data.records import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
+from mlx_lora.data.file_formats import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
