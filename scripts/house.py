@@ -26,20 +26,20 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 40_450),
-    "statements of the applications": (7_900, 8_310),
-    "lines of the package": (80_000, 96_900),
-    "modules": (265, 302),
-    "modules of a plain run": (88, 146),
+    "statements of the core": (34_500, 39_650),
+    "statements of the applications": (7_900, 8_060),
+    "lines of the package": (80_000, 95_300),
+    "modules": (265, 278),
+    "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),
     "fields of Batch": (8, 8),
-    "files with an objective's name": (5, 24),
+    "files with an objective's name": (5, 6),
     "foreign private names and exchanged classes": (0, 0),
     "batch arrays taken by number": (0, 0),
-    "refused combinations as code": (65, 95),
-    "imports, definitions, returns, in percent": (30, 34.5),
-    "statements of the tests": (37_000, 47_300),
-    "lines of the tests": (62_000, 77_000),
+    "refused combinations as code": (65, 82),
+    "imports, definitions, returns, in percent": (30, 33.9),
+    "statements of the tests": (37_000, 45_600),
+    "lines of the tests": (62_000, 75_300),
 }
 
 
