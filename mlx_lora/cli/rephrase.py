@@ -6,12 +6,14 @@ python -m mlx_lora rephrase --model http://127.0.0.1:1234/v1 --data faq.csv --ou
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api import options as flags
+from mlx_lora.config.defaults import UPDATES_OF_WORDINGS, epochs_for, rows_per_step
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.data_sets import find_sets
 from mlx_lora.data.wordings import read_questions
@@ -58,6 +60,7 @@ def main(file: flags.NewFile, number: int, **given: Any) -> None:
         for record in records:
             write(record)
     click.echo("\n  ".join([f"{len(records):,} rows in {file.out}: {lines[0]}", *lines[1:]]))
-    click.echo(
-        f"Look at them, change what you do not like, and train: {command_line(['train', '--data', str(file.out)])}"
-    )
+    rows = rows_per_step(len(asked))  # as a run with --rephrase has them: wordings are no further examples
+    epochs = epochs_for(math.ceil(len(records) / rows), UPDATES_OF_WORDINGS)
+    command = ["train", "--data", str(file.out), "--batch-size", str(rows), "--epochs", f"{epochs:g}"]
+    click.echo(f"Look at them, change what you do not like, and train: {command_line(command)}")
