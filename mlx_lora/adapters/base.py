@@ -3,7 +3,7 @@
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
 
-A new layer type needs a subclass in `REGISTRY` (adapters/lora.py) for each kind of base that it wraps. The subclass computes
+A new layer type needs a subclass in `_CLASSES` (adapters/inject.py) for each kind of base that it wraps. The subclass computes
 the output (`__call__`) and what is added to the weight (`delta`), and names the arrays that it trains in addition to the
 factors (`BESIDE`). Serving and the exports to PEFT and llama.cpp refuse it until the class says that they support it.
 

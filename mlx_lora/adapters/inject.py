@@ -66,7 +66,6 @@ def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLaye
     return None if kind is None else REGISTRY.get((layer_type, kind))
 
 
-# The classes of adapter layers
 ALL_LINEAR = "all-linear"
 # The names, in mlx-lm's mixtures, of the layers that choose a token's experts.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})

@@ -215,7 +215,7 @@ def test_predictions_are_written_as_lines_of_json_and_as_csv(tiny_folder, labels
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line.get("predicted") for line in lines] == ["cold", "hot", "mild", "cold", None]
     assert lines[1]["text"] == rows[1]["text"]
-    one_line(run(*common), "--text TEXT, or --data FILE")
+    one_line(run(*common), "--text", "--data")
     one_line(run(*common, "--text", ""), "empty text")
     one_line(run(*common, "--data", file, "--out", "x.txt"), ".jsonl or .csv")
     one_line(run(*common, "--data", labels), "is a folder")
@@ -264,8 +264,10 @@ def test_a_text_is_cut_where_the_run_cut_it(tiny_folder, labels, classifier, tmp
     assert found == mlx_lora.predict(base, text, classifier, max_seq_length=10)
     assert found != mlx_lora.predict(base, text, classifier)
     assert found != mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=20)
-    engine: Any = SimpleNamespace(base=base.loaded, ignore_fingerprint=False)
-    assert serving.load_scorer(engine, tmp_path / "short").data.max_seq_length == 10
+    engine: Any = SimpleNamespace(base=base.loaded, ignore_fingerprint=False, store=SimpleNamespace(cards={}))
+    engine.call = lambda work: SimpleNamespace(result=lambda: work(engine.store))
+    served = serving.TextModels(engine, {"short": tmp_path / "short"}, {}, 1.0)
+    assert served._scorers["short"].data.max_seq_length == 10
     # A length that is asked for counts, the usual one, too.
     assert mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=2048) == mlx_lora.predict(
         base, text, classifier

@@ -789,7 +789,7 @@ def test_a_run_learns_what_a_picture_is_rewarded_for(rewarded):
 def test_the_answers_at_validations_are_shown_with_their_pictures(model, color_prompts, tmp_path):
     folder = tmp_path / "out"
     more = ("--iters", 2, "--valid-fraction", 0.5, "--val-batches", 1, "--group-size", 2, "--steps-per-eval", 1)
-    succeeds(*reward_command(model, color_prompts, folder, *more))
+    succeeds(*reward_command(model, color_prompts, folder, *more, "--sample-tokens", 8))
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     facts = json.loads((folder / "report.json").read_text())
     assert {one["step"] for one in answers} >= {0, 2}

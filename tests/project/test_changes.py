@@ -206,7 +206,7 @@ FIRST_LAYER = "from mlx_lora.adapters.lora import"
 CHANGES = {
     "loss": ({}, [
         ("losses/preference.py", "# DPO's family by TRL's names.\n", CUBIC),
-        ("losses/preference.py", '    "hinge": hinge,\n', '    "hinge": hinge,\n    "cubic": cubic,\n'),
+        ("losses/preference.py", "        sigmoid_norm,\n", "        sigmoid_norm, cubic,\n"),
     ]),
     "objective": ({"objectives/margin.py": MARGIN}, [
         ("config/objectives.py", "OBJECTIVES = {\n", 'OBJECTIVES = {\n    "margin": ObjectiveRow("margin.margin", **_PREFERENCE),\n'),
@@ -214,7 +214,7 @@ CHANGES = {
     "settings": ({}, [("config/settings.py", "    epochs: float | None = setting(", NEW_SETTINGS + "    epochs: float | None = setting(")]),
     "layer": ({"adapters/gained.py": GAINED}, [
         ("adapters/inject.py", FIRST_LAYER, f"from mlx_lora.adapters.gained import GainedLinear\n{FIRST_LAYER}"),
-        ("adapters/inject.py", "    QALoRASwitchLinear,\n)", "    GainedLinear,\n    QALoRASwitchLinear,\n)"),
+        ("adapters/inject.py", "_CLASSES = (\n", "_CLASSES = (\n    GainedLinear,\n"),
     ]),
 }  # fmt: skip
 
