@@ -209,9 +209,22 @@ def odds_ratio(pairs: Pairs, options: PairOptions) -> mx.array:
 PAIR_LOSSES: dict[str, PairLoss] = {
     loss.__name__: loss
     for loss in (
-        sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft,
+        sigmoid,
+        hinge,
+        ipo,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        aot,
+        aot_unpaired,
+        apo_zero,
+        apo_down,
+        discopop,
+        sft,
         sigmoid_norm,
-    )  # fmt: skip
+    )
 }
 
 
