@@ -287,7 +287,6 @@ VERSION = 2
 AT_ONCE_BYTES = 1_000_000  # files up to here are encoded while the page waits
 KEPT_FOLDERS, KEPT_OPEN, KEPT_TOKENIZERS = 8, 4, 2
 MOST_ROW_TOKENS, MOST_ROW_CHARS = 4096, 20_000
-POLL_S = 0.2
 FILTERS = ("all", "cut", "doubled", "refused")
 # The settings that decide how data is encoded; others do not make another index.
 COUNTED = (

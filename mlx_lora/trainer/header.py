@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from mlx_lora.trainer.evaluate import Measured
     from mlx_lora.trainer.trainer import Outcome
 
-MOST_SHOWN = 200  # characters of a text that is shown at a run's end
-MOST_PROMPT = 80  # characters of the prompt in a command to try
-
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
     """Return the method and its own numbers, for the run header."""
