@@ -66,9 +66,9 @@ from mlx_lora.reports.run_report import (
     write_evaluation_page,
 )
 from mlx_lora.reports.sweep_page import write_task_page
+from mlx_lora.trainer.callbacks import MOST_SHOWN
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag
-from mlx_lora.trainer.header import MOST_SHOWN
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
