@@ -155,11 +155,12 @@ def main() -> int:
                 moments[where] += 1
                 if sum(moments.values()) % options.per_run == 0:
                     break
-            code = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
-            same = code == 0 and checksum(folder) == expected
+            last = subprocess.run(line, capture_output=True, text=True)
+            same = not last.returncode and checksum(folder) == expected
             bad += not same
             runs += 1
-            print(f"run {runs}: {sum(moments.values())} kills, {'same bytes' if same else 'DIFFERENT'}", flush=True)
+            found = f"FAILED\n{last.stderr[-2000:]}" if last.returncode else "same bytes" if same else "DIFFERENT"
+            print(f"run {runs}: {sum(moments.values())} kills, {found}", flush=True)
             shutil.rmtree(folder)
     print("; ".join(f"{where}: {count}" for where, count in moments.most_common()))
     print(json.dumps({"kills": sum(moments.values()), "runs": runs, "different": bad, "places": dict(moments)}))
