@@ -306,13 +306,14 @@ class RunFolder:
             raise Diverged(self.at)
         overlap = measure_overlap(self.step.model) if self.strategy.lockstep else None  # by all ranks
         if self.strategy.ranks.leads:
-            self._save_adapter(self.path, overlap)
+            # The checkpoint first: a run that is killed between the two goes on from it.
             if self.settings.loop.save_every:
                 room = self.path / CHECKPOINTS
                 name = f"step-{self.at.taken:06d}"
                 save = partial(self._save_adapter, overlap=overlap)
                 write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), save)
                 thin_out(room, self.settings.loop.keep, self.at.best_at, self.at.taken)
+            self._save_adapter(self.path, overlap)
             _end_aside(self.path)
         self.strategy.ranks.meet()  # wait until everything is on disk
 

@@ -241,6 +241,19 @@ def test_a_lock_whose_file_was_removed_holds_nothing(tmp_path, monkeypatch):
         pass
 
 
+def test_killed_in_its_first_save_it_begins_again(finished, tiny_folder, chats, tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    asked = command(tiny_folder, chats, tmp_path / "a", "--save-every", 5, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_lora.trainer.run_folder.write_checkpoint", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*asked)
+    succeeds(*asked)
+    assert weights(tmp_path / "a") == weights(finished)
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
     """A short form of the soak: -9 around saves and steps, then --resume."""
