@@ -53,11 +53,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of requests and rules; a higher one leaves older texts unused
+VERSION = 4  # of requests and rules; a higher one leaves older texts unused
 STREAM = 3 << 40  # the number of the wordings' random streams
 TRIES = 3  # texts for each wording that is wanted, at most
 HELD_OUT = 20  # wordings that are never trained
 SHOWN = 5
+AROUND, AROUND_LETTERS = 8, 200  # questions of the data that tell the writer what it is about, and letters of each
 SMALL = 0.9e9  # parameters; smaller models hardly ask the same thing in other words
 OPTIONS = SamplingOptions(1, 64, 0.8, 0.95)
 REPLY_S, REPLY_BYTES, REPLY_TOKENS, AT_A_TIME = 120.0, 1 << 20, 2000, 4  # of a server, which may think first
@@ -73,6 +74,7 @@ STYLES = (
 RULES = """\
 You get questions, and say each of them in other words. Ask for exactly the same, so that the same answer fits. Keep names, \
 numbers and codes, add no others, and stay in the language of the question. Reply with the new question alone."""
+AROUND_TEXT = "All questions from here on are asked in one place. Others asked there:"
 # As turns of a chat: in one long request, a model of 1.5B mixes the examples into its answer.
 EXAMPLES = (
     ("What are the opening hours of the library on Mondays?", "Until when can I come to the library on a Monday?"),
@@ -158,6 +160,7 @@ def rephrase(
     key = sha256_of(json.dumps([VERSION, identity, texts, list(wanted), settings.loop.seed]))
     file, rules, dropped = cache_dir("wordings") / f"{key[:32]}.jsonl", Wordings(questions), Counter[str]()
     known: dict[tuple[str, str], float] = {}
+    around = [one.text[:AROUND_LETTERS] for one in questions[:: max(1, len(questions) // AROUND)][:AROUND]]
     with one_at_a_time(file), long_task("Rephrasing", sum(wanted), "wordings") as task:
         read = read_records(file) if file.exists() else ()  # but for a line that a kill left incomplete
         rounds = [record.value for record in read if isinstance(record, Record)]
@@ -166,7 +169,8 @@ def rephrase(
             if not asked:
                 break
             if number == len(rounds):
-                chats = [_request(questions[place].text, STYLES[(number + place) % len(STYLES)]) for place in asked]
+                styles = [STYLES[(number + place) % len(STYLES)] for place in asked]
+                chats = [_request(questions[place].text, how, around) for place, how in zip(asked, styles, strict=True)]
                 wordings = [cleaned(text) for text in write(chats, number)]
                 near = (
                     _near_enough([questions[place] for place in asked], wordings, questions, score, known)
@@ -188,10 +192,15 @@ def rephrase(
     ]
 
 
-def _request(question: str, style: str) -> list[Message]:
-    """Return the turns of a chat that ends with the request to say a question in other words."""
+def _request(question: str, style: str, around: Sequence[str]) -> list[Message]:
+    """Return the turns of a chat that ends with the request to say a question in other words.
+
+    Without other questions of the data (`around`), a writer takes a flat white for a shirt. They are the same in all requests,
+    so that a server reads them once.
+    """
+    place = "\n".join((AROUND_TEXT, *(f"- {one}" for one in around)))
     asked = [(f"Say in other words, {how}: {text}", said) for how, (text, said) in zip(STYLES, EXAMPLES, strict=True)]
-    first, *others = [*asked, (f"Say in other words, {style}: {question}", STAND_IN)]
+    first, *others = [*asked, (f"{place}\n\nSay in other words, {style}: {question}", STAND_IN)]
     return [
         {"role": role, "content": text}
         for pair in [(f"{RULES}\n\n{first[0]}", first[1]), *others]
