@@ -61,7 +61,7 @@ SHOWN = 5
 AROUND, AROUND_LETTERS = 8, 200  # questions of the data that tell the writer what it is about, and letters of each
 SMALL = 0.9e9  # parameters; smaller models hardly ask the same thing in other words
 OPTIONS = SamplingOptions(1, 64, 0.8, 0.95)
-REPLY_S, REPLY_BYTES, REPLY_TOKENS, AT_A_TIME = 120.0, 1 << 20, 2000, 4  # of a server, which may think first
+REPLY_S, REPLY_BYTES, REPLY_TOKENS, AT_A_TIME = 600.0, 1 << 20, 2000, 4  # of a server, which may think first
 ABOUT = "README.md"
 STYLES = (
     "in everyday words",
@@ -75,9 +75,10 @@ RULES = """\
 You get questions, and say each of them in other words. Ask for exactly the same, so that the same answer fits. Keep names, \
 numbers and codes, add no others, and stay in the language of the question. Reply with the new question alone."""
 AROUND_TEXT = "All questions from here on are asked in one place. Others asked there:"
-# As turns of a chat: in one long request, a model of 1.5B mixes the examples into its answer.
+# As turns of a chat: in one long request, a model of 1.5B mixes the examples into its answer. Hallwick and the A-40 are names,
+# so that a wording that asks for them all the same brings a new name, and is dropped.
 EXAMPLES = (
-    ("What are the opening hours of the library on Mondays?", "Until when can I come to the library on a Monday?"),
+    ("What are the opening hours of Hallwick on Mondays?", "Until when can I come to Hallwick on a Monday?"),
     ("How do I reset the PIN of the A-40?", "forgot pin of my A-40, how to reset"),
     ("parking?", "Could you please tell me where I can park my car?"),
     ("Who is responsible for refunds?", "Whom do I ask to get my money back?"),
