@@ -26,14 +26,14 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 39_650),
-    "statements of the applications": (7_900, 8_060),
-    "lines of the package": (80_000, 95_300),
-    "modules": (265, 278),
+    "statements of the core": (34_500, 39_540),
+    "statements of the applications": (7_900, 8_045),
+    "lines of the package": (80_000, 95_120),
+    "modules": (265, 265),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),
     "fields of Batch": (8, 8),
-    "files with an objective's name": (5, 6),
+    "files with an objective's name": (5, 5),
     "foreign private names and exchanged classes": (0, 0),
     "batch arrays taken by number": (0, 0),
     "refused combinations as code": (65, 82),

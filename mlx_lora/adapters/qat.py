@@ -40,7 +40,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, with_weight
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.compat.instances import become, mix_in
+from mlx_lora.compat.functions import become, mix_in
 from mlx_lora.kernels.quantized_matmul import MEASURED
 from mlx_lora.models.quantize import AFFINE, QuantFormat, quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError

@@ -33,10 +33,10 @@ from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft
 from mlx_lora.gguf.mmproj import Mmproj, mmproj_of, mmproj_path
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.config import ENCODERS
+from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import has_tower
 from mlx_lora.objectives.embed import form_of_run
 from mlx_lora.utils.errors import InputError, refuse

@@ -27,8 +27,7 @@ from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
-from mlx_lora.losses.contrastive import retrieval
-from mlx_lora.losses.scores import spearman
+from mlx_lora.losses.scores import retrieval, spearman
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.embed import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.objectives.scored_texts import ERROR, TextScorer, in_order
@@ -131,7 +130,7 @@ class Corpus:
         return cls(list(own), list(documents), list(own.values()))
 
     def measure(self, embedder: TextEmbedder) -> dict[str, float]:
-        """Return how well a model's vectors find the documents; see losses/contrastive.py."""
+        """Return how well a model's vectors find the documents; see losses/scores.py."""
         queries = embedder(self.queries, True, "Queries")
         documents = embedder(self.documents, False, "Documents")
         return retrieval(ranks_of(queries, documents, self.own))

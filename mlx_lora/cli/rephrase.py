@@ -16,8 +16,7 @@ from mlx_lora.api import options as flags
 from mlx_lora.config.defaults import UPDATES_OF_WORDINGS, epochs_for, rows_per_step
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.data_sets import find_sets
-from mlx_lora.data.wordings import read_questions
-from mlx_lora.objectives.rephrase import rephrase
+from mlx_lora.objectives.rephrase import read_questions, rephrase
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import command_line
 

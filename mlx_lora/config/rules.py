@@ -32,7 +32,7 @@ from mlx_lora.config.objectives import (
     WITHOUT_COLUMNS,
     ObjectiveSettings,
 )
-from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import (
     COLUMNS,
     FIELDS,

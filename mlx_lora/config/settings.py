@@ -16,8 +16,7 @@ from typing import Any, Literal
 from mlx_lora.config.fields import row_of, setting
 from mlx_lora.config.objectives import ANSWERED, LABELED, METRICS, VERIFIERS, ObjectiveSettings
 from mlx_lora.config.objectives import PAIRS as PAIRED
-from mlx_lora.config.optimizers import OPTIMIZERS
-from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.presets import OPTIMIZERS, PRESETS
 
 # A file in data/forms/ is a form of records.
 FORMATS = (

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.data.teacher_table import TeacherTable
+    from mlx_lora.data.dataset import EncodedSet, TeacherTable
 
 EMPTY = -1  # the number of an example that is all padding
 SLOTS_STEP = 8  # P is a multiple of this

@@ -124,7 +124,7 @@ DOCUMENTS = (
 NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
-ABSENT = -1.0  # as in losses/contrastive.py
+ABSENT = -1.0  # as in losses/scores.py
 EXPECTED = "a query (anchor, query, question, sentence1) and its document (positive, pos, answer, sentence2)"
 SHOWN_CHARS = 90
 

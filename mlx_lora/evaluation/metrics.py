@@ -43,7 +43,6 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import chat_tokens, own_template
 from mlx_lora.data.examples import Conversation
 from mlx_lora.data.load import load_eval_set
-from mlx_lora.data.tool_turns import ToolTurns
 from mlx_lora.evaluation.models import BASE, Models, Scored, TextRequest, Written
 from mlx_lora.evaluation.paired import (
     FEWEST_ROWS,
@@ -56,7 +55,7 @@ from mlx_lora.evaluation.paired import (
     score_interval,
 )
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.rollouts.environment import CallReader, Said
+from mlx_lora.rollouts.environment import CallReader, Said, ToolTurns
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
 from mlx_lora.rollouts.user_code import FAILURES, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError

@@ -37,11 +37,11 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.peft import own_path, peft_path
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens, choose_bits, compensated_layers, rounded_layer
 from mlx_lora.models.config import is_encoder
+from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import AFFINE, QuantFormat, dequantize_model
-from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError, first_of
 from mlx_lora.utils.files import check_new_folder, check_writable, replacing_folder

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 import mlx_lora
 from mlx_lora.compat import functions
-from mlx_lora.compat.instances import become
+from mlx_lora.compat.functions import become
 from mlx_lora.models.config import (
     architecture_of,
     check_config,

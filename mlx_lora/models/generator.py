@@ -95,8 +95,7 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.compat.foreign import LENGTH
-from mlx_lora.compat.functions import exchanged, original
-from mlx_lora.compat.instances import become, mixed
+from mlx_lora.compat.functions import become, exchanged, mixed, original
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,

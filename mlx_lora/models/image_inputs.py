@@ -32,8 +32,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_lora.compat.functions import answering
-from mlx_lora.compat.instances import mix_in
+from mlx_lora.compat.functions import answering, mix_in
 from mlx_lora.models.head import EMBEDDINGS
 from mlx_lora.utils.errors import InputError
 

@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_lora.compat.instances import mix_in
+from mlx_lora.compat.functions import mix_in
 
 PLAIN_CACHES = (
     KVCache,

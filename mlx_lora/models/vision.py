@@ -32,10 +32,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.compat.foreign import MERGE_PICTURE
-from mlx_lora.compat.instances import become
+from mlx_lora.compat.functions import become
+from mlx_lora.models.convert import files_with_tower
 from mlx_lora.models.folder import FOREIGN_ERRORS, of_tower, short
 from mlx_lora.models.load import Base
-from mlx_lora.models.side_files import files_with_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json

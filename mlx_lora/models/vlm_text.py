@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models import gemma, gemma2, llama, qwen2, qwen3
 from mlx_lm.models.base import BaseModelArgs
 
-from mlx_lora.compat.instances import become
+from mlx_lora.compat.functions import become
 
 TEXT_ARCHITECTURES: dict[str, ModuleType] = {
     "llama": llama,

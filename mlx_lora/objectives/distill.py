@@ -1,6 +1,6 @@
 """Distill from a teacher: what it says about each trained token, computed once before the first step.
 
-    <cache>/teacher/<key>/     the records of one set's rows (data/teacher_table.py, data/teacher_table.py)
+    <cache>/teacher/<key>/     the records of one set's rows (data/dataset.py, data/dataset.py)
 
 The key covers everything that decides the bytes: the rows, as the student and as the teacher sees them, the teacher, how
 much of its distribution is kept, the temperature, the dtype, the device. So a second run starts at once; rows whose records
@@ -24,8 +24,8 @@ import numpy as np
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.data.dataset import RowStore, TableFormat, TeacherTable
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import RowStore, TableFormat, TeacherTable
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.divergence import (
     FORWARD_KL,

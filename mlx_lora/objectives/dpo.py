@@ -3,7 +3,7 @@
 One step, in order:
 
     rows of the pairs' answers       each has its prompt, or both share one (objectives/prefix_sharing.py)
-    log-probabilities of answers     summed over their tokens, under the model (objectives/answer_sums.py)
+    log-probabilities of answers     summed over their tokens, under the model (objectives/reference.py)
                                      and, for DPO, under the reference, which is computed before the run (objectives/reference.py)
     loss of each pair                from these sums (losses/preference.py); the step's loss is their mean
 
@@ -25,7 +25,9 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.losses.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs, preferred
-from mlx_lora.objectives.answer_sums import (
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.prefix_sharing import Layout, lay_out
+from mlx_lora.objectives.reference import (
     AnswerSums,
     BatchSums,
     LossOfAnswers,
@@ -33,11 +35,10 @@ from mlx_lora.objectives.answer_sums import (
     arrays_of,
     batch_sums,
     prepared,
+    put_reference,
     whole_set,
+    with_reference,
 )
-from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.prefix_sharing import Layout, lay_out
-from mlx_lora.objectives.reference import put_reference, with_reference
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import unknown_name
 

@@ -4,7 +4,7 @@ The examples of a step are each other's negatives, whatever micro-batches they a
 of them. One step, if it has several micro-batches (GradCache, arXiv 2101.06983):
 
     all texts of the step       their vectors, a micro-batch at a time, without a graph
-    all vectors                 the loss, and its gradient by each vector (losses/contrastive.py)
+    all vectors                 the loss, and its gradient by each vector (losses/scores.py)
     each micro-batch again      its vectors with their graph; the inner product with that gradient has the gradient of the loss
 
 So a step takes the memory of one micro-batch and of its vectors, and a forward pass more. A single micro-batch needs none of
@@ -38,7 +38,8 @@ from mlx_lora.exporters.adapter_folder import load_adapter, run_of, vectors_of_s
 from mlx_lora.exporters.sentence_transformers import EmbeddingForm
 from mlx_lora.kernels.choose import training_kernels
 from mlx_lora.losses.agree import choose_compute
-from mlx_lora.losses.contrastive import (
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
+from mlx_lora.losses.scores import (
     COSENT,
     INFONCE,
     SCORED,
@@ -49,9 +50,8 @@ from mlx_lora.losses.contrastive import (
     losses_of,
     normalized,
     retrieval,
+    spearman,
 )
-from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
-from mlx_lora.losses.scores import spearman
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import Base, check_token_ids

@@ -25,8 +25,7 @@ import numpy as np
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.teacher_table import TableFormat
+from mlx_lora.data.dataset import EncodedSet, TableFormat
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, token_arrays
 from mlx_lora.losses.divergence import (
     KL,

@@ -20,8 +20,8 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.objectives.answer_sums import AnswerSums
     from mlx_lora.objectives.base import BoundObjective, RunContext
+    from mlx_lora.objectives.reference import AnswerSums
 
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 

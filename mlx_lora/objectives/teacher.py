@@ -62,9 +62,8 @@ from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import DataSettings, LoopSettings, ModelSettings, TrainSettings
-    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.dataset import EncodedSet, TableFormat
     from mlx_lora.data.examples import Fields
-    from mlx_lora.data.teacher_table import TableFormat
     from mlx_lora.losses.cross_entropy import Loss
 
 TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache

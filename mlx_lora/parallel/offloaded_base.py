@@ -74,7 +74,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.compat.instances import mix_in
+from mlx_lora.compat.functions import mix_in
 from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.folder import StoredTensor, read_rows, save_tensors
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
@@ -91,8 +91,7 @@ from mlx_lora.parallel.sharded_base import (
 )
 from mlx_lora.parallel.strategy import DISK_WAIT, Strategy, offloaded
 from mlx_lora.planner.fit import hidden_from
-from mlx_lora.planner.machine import ceilings_here, this_machine
-from mlx_lora.planner.speed import Reading
+from mlx_lora.planner.speed import Reading, ceilings_here, this_machine
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError

@@ -52,15 +52,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.compat.instances import mix_in
+from mlx_lora.compat.functions import mix_in
 from mlx_lora.config.settings import shard_parts
 from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.planner.fit import budget_of
-from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_macs import Units, rank_part
+from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -37,11 +37,11 @@ from dataclasses import astuple, dataclass, field, replace
 from math import ceil
 from typing import Protocol, Self
 
-from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
 
 # The planner's types: a model's shape, a machine, and a run's largest batch. models/meta.py fills them in from a module tree,
-# planner/machine.py from a device, and planner/speed.py from a table.
+# planner/speed.py from a device, and planner/speed.py from a table.
 
 
 @dataclass(frozen=True)

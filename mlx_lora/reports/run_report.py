@@ -414,7 +414,7 @@ def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
 # Count the right answers of a run: to trained questions, and to questions in new words.
 #
 # An answer is a mapping, as trainer/ask.py makes it and report.json keeps it: `question`, `expected`, `base` and `adapter` (the
-# models' texts), `base_right` and `right` (None: nobody can tell, see data/right.py). A run's answers also have `new_words`, and
+# models' texts), `base_right` and `right` (None: nobody can tell, see trainer/ask.py). A run's answers also have `new_words`, and
 # `ticked`: what a person said of the adapter's answer, which counts more.
 
 # What became of a run

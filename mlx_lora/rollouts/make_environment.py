@@ -44,7 +44,6 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.prompts import observation_tokens
 from mlx_lora.data.task_sets import STAND_IN, make_environment, named, one_line, package, tasks_of
-from mlx_lora.data.tool_turns import ToolTurns, call_id
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.environment import (
     CALLS,
@@ -66,7 +65,9 @@ from mlx_lora.rollouts.environment import (
     StepResults,
     Toolbox,
     ToolEnv,
+    ToolTurns,
     VectorEnv,
+    call_id,
     plain_tools,
     same_beginnings,
     tool_methods,

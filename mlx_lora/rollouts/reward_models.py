@@ -33,9 +33,8 @@ from mlx_lora.models.head import SCORE, SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base, load_base, load_classifier
 from mlx_lora.models.meta import outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.ratings import score_loss
-from mlx_lora.objectives.reference import row_log_probabilities
+from mlx_lora.objectives.reference import batch_sums, row_log_probabilities
 from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions, Reward, reward_folders, rewards_of
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

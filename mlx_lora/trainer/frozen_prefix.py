@@ -33,9 +33,8 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.compat.foreign import KEPT_SHARE
 from mlx_lora.data.batch import EMPTY, Batch
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.dataset import EncodedSet, RowStore
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import RowStore
 from mlx_lora.kernels.choose import KernelChoice, has_recurrence, training_kernels
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.losses.agree import disagreement, package_sum, probe
@@ -45,9 +44,8 @@ from mlx_lora.models.config import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
-from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS, ModelShape
-from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
+from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, ceilings_here, no_use, plan_trunk, this_machine
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes

@@ -46,7 +46,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR, SWITCH, AdapterLayer, base_dims, is_exactly
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.compat import instances
+from mlx_lora.compat import functions
 from mlx_lora.compat.functions import keeps_context
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import Tiles, attend, attend_gradient
@@ -319,7 +319,7 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool, owners: Mapping[t
 
 def mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
     """Give one instance a class in which `mixin` comes before its own, and the tape."""
-    instances.mix_in(mixin, module, mixin.__module__)
+    functions.mix_in(mixin, module, mixin.__module__)
     module.tape = tape
 
 
@@ -474,7 +474,7 @@ def chunk_positions(model: nn.Module, config: Mapping[str, Any], mode: str, most
     for block in model.layers:
         for part in parts_of(block):
             part.numbers_per_position, part.forced_chunks = position_numbers(part, config), None
-            instances.mix_in(InChunks, part)
+            functions.mix_in(InChunks, part)
             from_positions.append(CHUNKED_FROM_BYTES // (part.numbers_per_position * number_bytes(model)))
     if not from_positions or most_positions <= min(from_positions):
         return []
@@ -491,8 +491,8 @@ def number_bytes(module: nn.Module) -> int:
 def in_chunks(block: nn.Module, chunks: int) -> Iterator[None]:
     """Let a block compute its parts in this many chunks inside the block, whatever the batch's size is."""
     parts = parts_of(block)
-    with instances.classes_put_back(parts):
+    with functions.classes_put_back(parts):
         for part in parts:
             part.numbers_per_position, part.forced_chunks = 0, chunks
-            instances.mix_in(InChunks, part)
+            functions.mix_in(InChunks, part)
         yield

@@ -207,7 +207,7 @@ def _reported(
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     scored: dict[str, Any] = {}
     if settings.loop.eval_tasks:
-        from mlx_lora.trainer.validation_task import scorer_of  # few runs need it
+        from mlx_lora.trainer.request import scorer_of  # few runs need it
 
         scored["score"] = scorer_of(run)
     page = None

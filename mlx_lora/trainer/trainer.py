@@ -68,7 +68,7 @@ class LoopHooks:
         on_step: takes the step's number after each step, for a live display.
         stop: asked after each step whether to end as after an interruption.
         watch: yields a validation's batches, so many, and shows how far it is.
-        score: asked whether to end, returns further numbers of a validation (trainer/validation_task.py).
+        score: asked whether to end, returns further numbers of a validation (trainer/request.py).
     """
 
     report: Callable[[Metrics], None]

@@ -16,8 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_steps import batch, factors
 
 from mlx_lora.adapters.inject import inject, select_targets
-from mlx_lora.compat.functions import answering, exchanged, keeps_context, original
-from mlx_lora.compat.instances import classes_put_back, mix_in
+from mlx_lora.compat.functions import answering, classes_put_back, exchanged, keeps_context, mix_in, original
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels.choose import exchanging
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul

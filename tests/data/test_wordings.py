@@ -8,8 +8,8 @@ import pytest
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.data_sets import DataFile
-from mlx_lora.data.right import is_right, normalized
-from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
+from mlx_lora.objectives.rephrase import Question, Wordings, cleaned, read_questions
+from mlx_lora.trainer.ask import is_right, normalized
 
 SHOP = [
     Question({}, "How much is a flat white?", "A flat white costs 3.85 euros, and oat milk is free."),

@@ -22,9 +22,7 @@ from tiny_steps import batch, with_adapter
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.compat.functions import original
-from mlx_lora.kernels import gated_delta, state_space
-from mlx_lora.kernels import recurrent as recurrent_layers
-from mlx_lora.kernels import state_space as spans
+from mlx_lora.kernels import gated_delta, recurrent
 from mlx_lora.kernels.choose import POSITIONWISE, choose_model_kernels, training_kernels
 from mlx_lora.kernels.gated_delta import (
     Decay,
@@ -33,7 +31,7 @@ from mlx_lora.kernels.gated_delta import (
     lower_triangle,
     unit_lower_inverse,
 )
-from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
+from mlx_lora.kernels.recurrent import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
 from mlx_lora.losses import agree as losses
 from mlx_lora.losses.agree import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss, token_arrays
@@ -49,10 +47,10 @@ WORDS = {
 @pytest.fixture
 def small_spans(monkeypatch):
     """Make a short sequence several spans of several chunks."""
-    monkeypatch.setattr(state_space, "CHUNK", 8)
-    monkeypatch.setattr(state_space, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(state_space, "SCAN_TOKENS", (7, 11))
-    monkeypatch.setattr(recurrent_layers, "WKV_TOKENS", 9)
+    monkeypatch.setattr(recurrent, "CHUNK", 8)
+    monkeypatch.setattr(recurrent, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(recurrent, "SCAN_TOKENS", (7, 11))
+    monkeypatch.setattr(recurrent, "WKV_TOKENS", 9)
 
 
 def difference(got: mx.array, expected: mx.array) -> float:
@@ -103,7 +101,7 @@ DUAL_SHAPES = {
 
 def test_a_weak_decay_behind_a_strong_one_is_not_lost():
     log_decay = mx.where(mx.arange(64) == 3, -5000.0, -1e-3)
-    between = np.array(state_space._decay_between(log_decay))
+    between = np.array(recurrent._decay_between(log_decay))
     assert np.allclose(between[60, 4:60], np.exp(-1e-3 * np.arange(56, 0, -1)), rtol=1e-6)
     assert not between[60, :3].any()
     total = np.array(mx.cumsum(log_decay))
@@ -281,13 +279,13 @@ def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeyp
     taken, words = check_kernels(model, config, PLAIN, choice)
     assert taken is choice
     assert {"mamba2": "state space", "mamba": "selective scan", "jamba": "selective scan"}[kind] in words
-    own = spans.run_in_spans
+    own = recurrent.run_in_spans
 
     def wrong(*args, **kwargs):
         out, last = own(*args, **kwargs)
         return out + 0.3 * mx.abs(out), last
 
-    monkeypatch.setattr(state_space, "run_in_spans", wrong)
+    monkeypatch.setattr(recurrent, "run_in_spans", wrong)
     taken, words = check_kernels(model, config, PLAIN, choice)
     assert taken is None
     assert "differs" in words

@@ -16,7 +16,7 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject, select_targets
 from mlx_lora.config.settings import OptimizerSettings
-from mlx_lora.kernels import state_space
+from mlx_lora.kernels import recurrent
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss, token_arrays
@@ -96,9 +96,9 @@ OLD_WORDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _quiet_and_small(monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr(state_space, "CHUNK", 8)
-    monkeypatch.setattr(state_space, "MAX_CHUNKS", 2)
-    monkeypatch.setattr(state_space, "SCAN_TOKENS", (16, 16))
+    monkeypatch.setattr(recurrent, "CHUNK", 8)
+    monkeypatch.setattr(recurrent, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(recurrent, "SCAN_TOKENS", (16, 16))
     mx.disable_compile()  # MLX would have a compiler make kernels for minutes
     yield
     mx.enable_compile()

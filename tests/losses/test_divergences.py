@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import quantized, tiny_model
 
-from mlx_lora.data.teacher_table import TableFormat
+from mlx_lora.data.dataset import TableFormat
 from mlx_lora.losses import divergence as distill_loss
 from mlx_lora.losses.divergence import (
     DivergenceOptions,

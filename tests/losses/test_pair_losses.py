@@ -9,7 +9,7 @@ import pytest
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.preference import PAIR_LOSSES, PairOptions, Pairs, preferred
-from mlx_lora.objectives.answer_sums import AnswerSums
+from mlx_lora.objectives.reference import AnswerSums
 from mlx_lora.objectives.table import objective_of
 
 WIDTH, COUNT = 9, 5

@@ -23,10 +23,16 @@ from tiny_encoders import tiny_encoder
 
 from mlx_lora.cli.convert import main
 from mlx_lora.models import convert as converting
-from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder, convert_model, measure_text_loss
+from mlx_lora.models.convert import (
+    cached_gguf_folder,
+    cached_quantized_folder,
+    convert_model,
+    copy_side_files,
+    copy_tower,
+    measure_text_loss,
+)
 from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import QuantFormat
-from mlx_lora.models.side_files import copy_side_files, copy_tower
 from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import RunError

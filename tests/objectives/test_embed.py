@@ -22,8 +22,7 @@ from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn
 from mlx_lora.data.pairs import TextForm, TextPair, load_pairs, parse_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.engine.adapter_store import read_factors
-from mlx_lora.losses.contrastive import ContrastiveOptions, Texts, loss_and_gradient, losses_of, retrieval
-from mlx_lora.losses.scores import spearman
+from mlx_lora.losses.scores import ContrastiveOptions, Texts, loss_and_gradient, losses_of, retrieval, spearman
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.embed import all_vectors, arrays_of, stored_choices
 from mlx_lora.parallel.strategy import SINGLE_DEVICE

@@ -21,9 +21,8 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import rotate_by_token
-from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.prefix_sharing import joined
-from mlx_lora.objectives.reference import row_log_probabilities
+from mlx_lora.objectives.reference import batch_sums, row_log_probabilities
 from mlx_lora.objectives.table import objective_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -18,9 +18,9 @@ import pytest
 from run_cli import one_line, refused, run, succeeds
 
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.data.wordings import Question
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives import rephrase as rephrasing
+from mlx_lora.objectives.rephrase import Question
 from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--rank", 4, "--iters", 4, "--sample-tokens", 0, "--kernels", "ours", "--save-every", 2)

@@ -38,9 +38,8 @@ from mlx_lora.losses.agree import choose_loss
 from mlx_lora.losses.scores import NUMBER, SEVERAL, SINGLE
 from mlx_lora.models.head import put_score_head
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.ratings import score_loss
-from mlx_lora.objectives.reference import row_log_probabilities
+from mlx_lora.objectives.reference import batch_sums, row_log_probabilities
 from mlx_lora.objectives.table import objective_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]

@@ -37,7 +37,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing
-from mlx_lora.objectives.answer_sums import batch_sums
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
 from mlx_lora.objectives.prefix_sharing import (
     Joining,
@@ -51,7 +50,7 @@ from mlx_lora.objectives.prefix_sharing import (
     sums_of_answers,
     work_of,
 )
-from mlx_lora.objectives.reference import row_log_probabilities
+from mlx_lora.objectives.reference import batch_sums, row_log_probabilities
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv

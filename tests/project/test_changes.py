@@ -68,7 +68,7 @@ MARGIN = '''"""A margin between two answers (--objective margin)."""
 import mlx.core as mx
 
 from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.answer_sums import AnswerSums
+from mlx_lora.objectives.reference import AnswerSums
 from mlx_lora.objectives.dpo import Preference
 
 
@@ -323,8 +323,8 @@ print(json.dumps({
 @pytest.mark.slow
 def test_an_optimizer_is_one_row_in_one_file(tmp_path):
     package = copied(tmp_path)
-    package.edit("config/optimizers.py", '    "adafactor": Optimizer(', LION + '    "adafactor": Optimizer(')
-    assert package.touched() == ["config/optimizers.py"]
+    package.edit("config/presets.py", '    "adafactor": Optimizer(', LION + '    "adafactor": Optimizer(')
+    assert package.touched() == ["config/presets.py"]
     facts = package.python(OPTIMIZER_TEST)
     accepted, refused = facts["said"]
     assert "/no/such/model" in accepted

@@ -22,12 +22,11 @@ from mlx_lora.data.assistant_spans import common_prefix
 from mlx_lora.data.batch import collate
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.data.tool_turns import ToolTurns
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, REWARDS, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.environment import Agent, CallReader, Toolbox, ToolEnv, play, tool_schemas
+from mlx_lora.rollouts.environment import Agent, CallReader, Toolbox, ToolEnv, ToolTurns, play, tool_schemas
 from mlx_lora.rollouts.rewards import Reward
 from mlx_lora.rollouts.rollout import Rollouts
 

@@ -24,7 +24,7 @@ from mlx_lora.trainer import progress as display
 from mlx_lora.trainer.evaluate import FEWEST, choose_held_out, validations
 from mlx_lora.trainer.guards import VALIDATED
 from mlx_lora.trainer.progress import LiveProgress, PlainProgress
-from mlx_lora.trainer.validation_task import ValidationTask, chosen_score
+from mlx_lora.trainer.request import ValidationTask, chosen_score
 from mlx_lora.utils import progress as long_task
 
 STEPS = 20

@@ -25,7 +25,7 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
 from mlx_lora.losses.agree import choose_loss
 from mlx_lora.parallel.ranks import ALONE, OneRank

@@ -22,10 +22,9 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings
-from mlx_lora.data import teacher_table as row_store
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data import dataset as row_store
+from mlx_lora.data.dataset import VALUES_FILE, EncodedSet, RowStore
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_table import VALUES_FILE, RowStore
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import exchanging
 from mlx_lora.losses.agree import StepVariant, choose_loss

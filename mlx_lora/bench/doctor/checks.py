@@ -77,6 +77,7 @@ from mlx_lora.bench.doctor.check import (
 from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import AFFINE, INTERRUPTED, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, Watch, chat_rows, run_process
 from mlx_lora.config.fields import flag_words
+from mlx_lora.config.objectives import OBJECTIVES, PAIRS, TAUGHT, ObjectiveRow, ObjectiveSettings, row_of
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
@@ -113,7 +114,7 @@ from mlx_lora.losses.preference import (
 from mlx_lora.models.generator import Sampling
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.planner.machine import loss_tile_bytes
+from mlx_lora.planner.speed import loss_tile_bytes
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
 from mlx_lora.utils import device
@@ -656,37 +657,41 @@ COMMON = {
 RUN_ADVICE = "do not train toward this objective here; report it with these numbers"
 
 
-SAMPLED = {"group_size": 2, "max_new_tokens": 8}
+PLAIN, SAMPLED = ObjectiveSettings.objective, {"group_size": 2, "max_new_tokens": 8}
+
+
+def _settings(row: ObjectiveRow) -> dict[str, Any]:
+    """Return what a run of an objective needs in addition to its rows."""
+    needs: dict[str, Any] = {"teacher": True} if row.taught else {}
+    if row.rewarded:
+        needs |= {"reward": "letters", **SAMPLED}
+    return needs | ({"batch_size": 4} if row.records == "rated" else {})
+
+
 # Name -> settings of the run. Sampled answers may differ between devices by a rounding, so only their runs are checked.
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {},
+SHORT_RUNS: dict[str, dict[str, Any]] = {
+    **{name: {"objective": name, **_settings(row)} for name, row in OBJECTIVES.items() if not row.on_encoders},
     "sft, 4-bit base": {"packed": True},
     "sft, dora": {"method": "dora"},
     "sft, qa-lora, 4-bit base": {"method": "qa-lora", "packed": True},
     "sft, qat, 4-bit base": {"qat": 1.0, "packed": True},
     "sft, full": {"method": "full", "learning_rate": 1e-4},
-    "dpo": {"objective": "dpo"},
-    "orpo": {"objective": "orpo"},
-    "simpo": {"objective": "simpo"},
-    "cpo": {"objective": "cpo"},
-    "kto": {"objective": "kto", "batch_size": 4},
-    "reward": {"objective": "reward"},
-    "distill": {"objective": "distill", "teacher": True},
-    "grpo": {"objective": "grpo", "reward": "letters", **SAMPLED},
-    "rloo": {"objective": "rloo", "reward": "letters", **SAMPLED},
-    "distill, on policy": {"objective": "distill", "teacher": True, "on_policy": True, **SAMPLED},
+    **{
+        f"{name}, on policy": {"objective": name, "on_policy": True, **_settings(OBJECTIVES[name]), **SAMPLED}
+        for name in TAUGHT
+    },
 }
-
-QUICK = ("sft", "sft, 4-bit base", "dpo")  # of these, in the quick share
+QUICK = (PLAIN, "sft, 4-bit base", PAIRS[0])  # of these, in the quick share
 
 
 def _rows(objective: str) -> list[dict[str, Any]]:
     """Return rows of the form that an objective reads."""
-    pairs = objective not in ("sft", "distill", "grpo", "rloo")
-    rows = [json.loads(line) for line in chat_rows(8, (4, 8), (4, 12), pairs=pairs).splitlines()]
-    if objective in ("grpo", "rloo"):
+    records = row_of(objective).records
+    text = chat_rows(8, (4, 8), (4, 12), pairs=records in ("pairs", "rated"))
+    rows = [json.loads(line) for line in text.splitlines()]
+    if records == "prompts":
         return [{"prompt": row["messages"][0]["content"], "answer": "a"} for row in rows]
-    if objective == "kto":  # good and bad by turns
+    if records == "rated":  # good and bad by turns
         answers = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
         return [{**row, "label": bool(number % 2)} for number, row in enumerate(answers)]
     return rows
@@ -700,7 +705,7 @@ def letters(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) 
 
 def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) -> list[dict[str, Any]]:
     """Train from a new folder, and return the lines of metrics.jsonl."""
-    asked = {**COMMON, **OBJECTIVES[name], **changes}
+    asked = {**COMMON, **SHORT_RUNS[name], **changes}
     packed = asked.pop("packed", False)
     # Our dense product of a quantized weight has its own lines.
     path = "packed" if packed else "auto"
@@ -709,7 +714,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
         asked["teacher"] = str(write_model(kit.work / "tiny-teacher", TINY, seed=1))
     if asked.get("reward") == "letters":
         asked["reward"] = letters
-    run = train(base, _rows(asked.get("objective", "sft")), folder, iters=steps, **asked)
+    run = train(base, _rows(asked.get("objective", PLAIN)), folder, iters=steps, **asked)
     if run.interrupted:
         raise KeyboardInterrupt
     return [line for line in run.metrics if line["val_loss"] is None]
@@ -727,7 +732,7 @@ def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     moves = finite and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
     words = f"two steps in {dtype}: losses {_listed(losses)}, gradient norms {_listed(norms)}"
     yield CheckFinding("steps", "ok" if moves else "failed", words, advice="" if moves else RUN_ADVICE)
-    sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
+    sampled = SHORT_RUNS[name].keys() & SAMPLED.keys()
     if sampled:
         return
     mine = train_tiny(kit, name, root / "b", 2, dtype="float32")
@@ -765,14 +770,14 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Train, and train again from a checkpoint: the stored factors must be the same bytes."""
     root = Path(kit.work) / f"resume-{changes.get('method', 'lora')}"
     shutil.rmtree(root, ignore_errors=True)
-    train_tiny(kit, "sft", root / "whole", STEPS, save_every=STOPPED, keep=0, **changes)
+    train_tiny(kit, PLAIN, root / "whole", STEPS, save_every=STOPPED, keep=0, **changes)
     whole = (root / "whole" / WEIGHTS_FILE).read_bytes()
     shutil.copytree(root / "whole", root / "stopped")
     for checkpoint in (root / "stopped" / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > STOPPED:
             shutil.rmtree(checkpoint)
     before = (root / "stopped" / "checkpoints" / f"step-{STOPPED:06d}" / WEIGHTS_FILE).read_bytes()
-    train_tiny(kit, "sft", root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
+    train_tiny(kit, PLAIN, root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
     again = (root / "stopped" / WEIGHTS_FILE).read_bytes()
     same = again == whole and before != whole
     words = "the same bytes"
@@ -838,7 +843,7 @@ def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
     folder, dtype = tiny_folder(kit.work, packed), device.compute_dtype()
     adapter = kit.work / f"spoken{'-4bit' if packed else ''}"
     shutil.rmtree(adapter, ignore_errors=True)
-    train_tiny(kit, "sft", adapter, 6, packed=packed, learning_rate=3e-2)  # so far that the model says something else
+    train_tiny(kit, PLAIN, adapter, 6, packed=packed, learning_rate=3e-2)  # so far that the model says something else
     for words, path in (("without an adapter", None), ("with an adapter", adapter)):
         base = load_base(ModelSettings(model=str(folder)))
         if path is not None:
@@ -997,8 +1002,8 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"rank": 16, "batch_size": 4, "grad_checkpoint": "block"},
     {"rank": 16, "batch_size": 4, "grad_checkpoint": "none", "packed": True},
     {"rank": 16, "batch_size": 4, "grad_checkpoint": "block", "method": "dora", "packed": True},
-    {"rank": 8, "batch_size": 2, "grad_checkpoint": "none", "objective": "dpo"},
-    {"rank": 8, "batch_size": 4, "grad_checkpoint": "block", "objective": "dpo", "packed": True},
+    {"rank": 8, "batch_size": 2, "grad_checkpoint": "none", "objective": PAIRS[0]},
+    {"rank": 8, "batch_size": 4, "grad_checkpoint": "block", "objective": PAIRS[0], "packed": True},
 )
 
 

@@ -319,7 +319,7 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
         *(KitCheck("losses", name, check) for name, check in losses.items()),
         *(
             KitCheck("objectives", name, partial(checks.check_step, name), name in checks.QUICK)
-            for name in checks.OBJECTIVES
+            for name in checks.SHORT_RUNS
         ),
         *(
             KitCheck("resume", name, partial(checks.check_resume, changes), number == 0)
