@@ -27,7 +27,7 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library,
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
     "statements of the core": (34_500, 39_540),
-    "statements of the applications": (7_900, 8_045),
+    "statements of the applications": (7_900, 8_060),
     "lines of the package": (80_000, 95_120),
     "modules": (265, 265),
     "modules of a plain run": (88, 130),
