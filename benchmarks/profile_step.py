@@ -28,7 +28,7 @@ from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 from mlx_lora.kernels.choose import exchanging
-from mlx_lora.planner.speed import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn

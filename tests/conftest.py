@@ -34,7 +34,7 @@ from mlx_lm.models import llama
 from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.settings import LoopSettings
-from mlx_lora.planner import speed
+from mlx_lora.planner import machine
 from mlx_lora.trainer import callbacks as report_callback
 from mlx_lora.trainer import fit as model_shape
 from mlx_lora.trainer.run_folder import runs_file
@@ -44,7 +44,7 @@ from mlx_lora.utils import console
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 FEW_TOKENS = 8
-MEASURE = speed.measure_ceilings
+MEASURE = machine.measure_ceilings
 TRACED_CHUNKS = model_shape.MOST_TRACED_CHUNKS
 TINY = {
     "model_type": "llama",
@@ -199,7 +199,7 @@ def _remembered_traces():
 def _one_measurement():
     """Measure this machine's rates once for each test process, and not again for each test with a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "measure_ceilings", cache(MEASURE))
+        patch.setattr(machine, "measure_ceilings", cache(MEASURE))
         yield
 
 

@@ -74,6 +74,7 @@ from mlx_lora.planner.fit import (
     run_of,
     runs_at_once,
 )
+from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import KernelTerms, Machine, ModelShape, RunShape, offloaded_bytes, plan_memory
 from mlx_lora.planner.several_macs import Link, Mac, Split, Units, best, least_tokens, memory_shares, plan_macs
 from mlx_lora.planner.speed import (
@@ -82,7 +83,6 @@ from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
     Reading,
-    ceilings_here,
     count_step,
     find_chip,
     forward_seconds,
@@ -90,7 +90,6 @@ from mlx_lora.planner.speed import (
     listed_ceilings,
     plan_trunk,
     step_seconds,
-    this_machine,
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
 from mlx_lora.trainer.evaluate import choose_held_out

@@ -57,7 +57,6 @@ from mlx_lora.reports.run_report import REPORT_FILE, read_records
 from mlx_lora.reports.sweep_page import LOSS, SweepResults, advice, write_page
 from mlx_lora.rollouts.rewards import IN_PYTHON, RewardFunction
 from mlx_lora.trainer.callbacks import Callback
-from mlx_lora.trainer.find_learning_rate import find_learning_rate
 from mlx_lora.trainer.progress import curve_html, display_here
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
@@ -67,6 +66,7 @@ from mlx_lora.trainer.sweep import (
     SweepState,
     Trial,
     check_validates,
+    find_learning_rate,
     held_out_curve,
     rates_around,
     score_of,

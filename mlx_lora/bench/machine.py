@@ -25,7 +25,7 @@ import mlx.core as mx
 
 import mlx_lora
 from mlx_lora.kernels.measure import best_s
-from mlx_lora.planner.speed import measure_ceilings
+from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import device
 from mlx_lora.utils.text import package_versions
 
@@ -173,7 +173,7 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
     Returns:
         `gemm_flops_per_s` by dtype; `quantized_matmul_flops_per_s` of 4-bit weights by rows (`1` is limited by reading
         weights, `1024` by computing) and of `dequantize_then_gemm`; `copy_bytes_per_s` and `triad_bytes_per_s` (read
-        and written); `ceilings`: the rates that predictions use (mlx_lora/planner/speed.py).
+        and written); `ceilings`: the rates that predictions use (mlx_lora/planner/machine.py).
     """
     kind = device.compute_dtype()
     on_cpu = device.current_device().backend == "cpu"

@@ -138,8 +138,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
 
         base = None
         if settings.optimizer.learning_rate == AUTO:
-            from mlx_lora.trainer.find_learning_rate import find_learning_rate
-            from mlx_lora.trainer.sweep import Interrupted
+            from mlx_lora.trainer.sweep import Interrupted, find_learning_rate
 
             try:
                 settings, base = find_learning_rate(settings, ranks)

@@ -38,7 +38,7 @@ from mlx_lora.kernels.choose import long_row_kernels
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
-from mlx_lora.planner.speed import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.utils.statistics import CONFIDENCE, ratio_error, student_quantile
 
 Aggregate = Callable[[Sequence[Any]], float]

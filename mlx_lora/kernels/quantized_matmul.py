@@ -23,8 +23,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlx_lora.compat.functions import become
 from mlx_lora.kernels.measure import best_s
+from mlx_lora.planner.machine import KEPT_S, dense_experts_bytes
 from mlx_lora.planner.memory import MAX_SLICE
-from mlx_lora.planner.speed import KEPT_S, dense_experts_bytes
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import read_store, write_store

@@ -68,8 +68,8 @@ from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS, KernelTerms
-from mlx_lora.planner.speed import loss_tile_bytes
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import read_store, write_store

@@ -42,8 +42,8 @@ import mlx.nn as nn
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, LossFunction, token_arrays
 from mlx_lora.losses.fused import chunk_gradient, chunk_logits
 from mlx_lora.models.head import Head, find_head, with_last_block
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import chunk_rows
-from mlx_lora.planner.speed import loss_tile_bytes
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch

@@ -63,8 +63,8 @@ from mlx_lora.kernels.measure import (
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, of_logits
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import MAX_SLICE, chunk_rows, tile_shape
-from mlx_lora.planner.speed import loss_tile_bytes
 from mlx_lora.utils import device
 
 log = logging.getLogger(__name__)

@@ -296,8 +296,6 @@ def _convert_folder(
     config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
-    from mlx_lora.models.convert import copy_side_files  # a run that loads a model copies none
-
     copy_side_files(source.path, folder)
     return conversion
 

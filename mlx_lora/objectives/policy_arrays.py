@@ -18,7 +18,7 @@ from mlx_lora.losses.fused import head_loss
 from mlx_lora.losses.grpo import PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import answers_at, shared_caches
-from mlx_lora.planner.speed import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch

@@ -50,8 +50,8 @@ from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
 from mlx_lora.planner.fit import budget_of, largest_batch, run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import KernelTerms, MemoryPlan, ModelShape, plan_memory
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import gigabytes
 

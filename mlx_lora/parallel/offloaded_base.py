@@ -91,7 +91,8 @@ from mlx_lora.parallel.sharded_base import (
 )
 from mlx_lora.parallel.strategy import DISK_WAIT, Strategy, offloaded
 from mlx_lora.planner.fit import hidden_from
-from mlx_lora.planner.speed import Reading, ceilings_here, this_machine
+from mlx_lora.planner.machine import ceilings_here, this_machine
+from mlx_lora.planner.speed import Reading
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError

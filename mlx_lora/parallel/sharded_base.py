@@ -59,8 +59,8 @@ from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, 
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.planner.fit import budget_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_macs import Units, rank_part
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

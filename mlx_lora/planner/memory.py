@@ -41,7 +41,7 @@ from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
 
 # The planner's types: a model's shape, a machine, and a run's largest batch. models/meta.py fills them in from a module tree,
-# planner/speed.py from a device, and planner/speed.py from a table.
+# planner/machine.py from a device, and planner/speed.py from a table.
 
 
 @dataclass(frozen=True)

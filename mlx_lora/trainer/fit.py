@@ -62,6 +62,7 @@ from mlx_lora.planner.fit import (
     largest_batch,
     run_of,
 )
+from mlx_lora.planner.machine import measure_ceilings, this_machine
 from mlx_lora.planner.memory import (
     BlockBytes,
     KernelTerms,
@@ -72,7 +73,7 @@ from mlx_lora.planner.memory import (
     RunShape,
     position_chunks,
 )
-from mlx_lora.planner.speed import Ceilings, measure_ceilings, this_machine
+from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.gradient_checkpointing import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -44,8 +44,9 @@ from mlx_lora.models.config import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS, ModelShape
-from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, ceilings_here, no_use, plan_trunk, this_machine
+from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import MOST_KEPT_BYTES, cache_dir, evict, free_on_disk, sha256_of, used_bytes

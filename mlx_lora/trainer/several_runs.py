@@ -38,8 +38,8 @@ from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.fit import SMALLEST_BATCH, fit
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import held_bytes, most_that_fit
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.fit import outlined_shape, shared_shapes, with_kernels
 from mlx_lora.trainer.guards import interrupt_flag

@@ -23,8 +23,8 @@ from architectures.scaling import scaled
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

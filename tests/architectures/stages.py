@@ -50,8 +50,8 @@ from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import outline_of
 from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.fit import check_base_fits, outlined_shape
 
 

@@ -21,6 +21,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.meta import model_shape, outline_for
 from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.planner.fit import DataLimits, advice, fit, run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import Block, KernelTerms, Layer, Machine, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import (
     CHIPS,
@@ -31,7 +32,6 @@ from mlx_lora.planner.speed import (
     known_chip,
     listed_ceilings,
     step_seconds,
-    this_machine,
 )
 from mlx_lora.trainer.fit import batches_by_tokens, fit_settings, outlined_shape, training_plan, with_block_memory
 from mlx_lora.utils import device

@@ -11,7 +11,8 @@ from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from run_cli import run
 
-from mlx_lora.planner.speed import KEPT_S, STORE, Ceilings, ceilings_here
+from mlx_lora.planner.machine import KEPT_S, STORE, ceilings_here
+from mlx_lora.planner.speed import Ceilings
 from mlx_lora.studio.model_stores import folder_facts
 from mlx_lora.utils import device
 from mlx_lora.utils.files import read_store, write_store

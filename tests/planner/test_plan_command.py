@@ -33,7 +33,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape, outline_of, outline_of_config
 from mlx_lora.objectives import reference
 from mlx_lora.objectives.reference import row_log_probabilities
-from mlx_lora.planner import speed as ceilings
+from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
 from mlx_lora.planner.memory import ModelShape
 from mlx_lora.planner.speed import CHIPS, find_chip

@@ -27,6 +27,7 @@ from mlx_lora.models.meta import layer_caches, model_shape
 from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.pictures import TracedTower, outlined_tower, tower_targets, with_tower
 from mlx_lora.planner.fit import DataLimits, fit, largest_rollout, run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import (
     LayerCache,
     Machine,
@@ -39,7 +40,6 @@ from mlx_lora.planner.memory import (
     plan_memory,
     rollout_parts,
 )
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.utils.text import GIB
 
 pytest.importorskip("mlx_vlm")

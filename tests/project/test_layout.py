@@ -141,7 +141,7 @@ def test_data_settings_and_planner_need_no_mlx():
         if room_of(path) in ("data", "config", "planner")
         and any(name == "mlx" or name.startswith(("mlx.", "mlx_lora.utils.device")) for name in imported(tree))
     ]
-    assert asking == ["planner/speed.py"]
+    assert asking == ["planner/machine.py"]
 
 
 def test_the_package_can_be_used_without_matplotlib():

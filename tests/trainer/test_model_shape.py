@@ -17,8 +17,8 @@ from mlx_lora.kernels.activations import polynomial_swiglu
 from mlx_lora.models.graph import count_memory, gradient_graph
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import planned_words
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import NotKnown, RunShape, kept_by, plan_memory
-from mlx_lora.planner.speed import this_machine
 from mlx_lora.trainer.fit import TracedBlock, adapted_shape, outlined_shape, passes_over_blocks, trace_blocks
 from mlx_lora.utils import device
 

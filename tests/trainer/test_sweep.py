@@ -32,10 +32,21 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
 from mlx_lora.trainer import sweep as sweeping
 from mlx_lora.trainer import trainer as loop
-from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, _reason, find_learning_rate, rounds_for
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns, how_many_fit
-from mlx_lora.trainer.sweep import DIVERGED, Score, Sweep, SweepState, held_out_curve, results_of, trials_of
+from mlx_lora.trainer.sweep import (
+    DIVERGED,
+    MOST_EXTRA,
+    Score,
+    Sweep,
+    SweepState,
+    _reason,
+    find_learning_rate,
+    held_out_curve,
+    results_of,
+    rounds_for,
+    trials_of,
+)
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_yaml
 

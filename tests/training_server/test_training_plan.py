@@ -13,7 +13,7 @@ from mlx_lora.api.plan_clients import LoraShape, plan_training_server
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.generator import Sampling
 from mlx_lora.models.load import load_base
-from mlx_lora.planner.speed import this_machine
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.training_server.worker import AdamNumbers, Example, SamplingJob, Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 

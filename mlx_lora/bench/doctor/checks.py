@@ -114,7 +114,7 @@ from mlx_lora.losses.preference import (
 from mlx_lora.models.generator import Sampling
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.planner.speed import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
 from mlx_lora.utils import device

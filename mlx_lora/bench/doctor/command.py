@@ -30,7 +30,7 @@ from mlx_lora.bench.doctor.check import (
     self_test,
 )
 from mlx_lora.config.rules import check_options
-from mlx_lora.planner.speed import measure_ceilings
+from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, check_writable, free_on_disk
