@@ -258,8 +258,9 @@ def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writ
     def write(chats: Sequence[list[Message]], number: int) -> list[str]:
         if not number and count_parameters(writer.model) < SMALL:
             log.info(
-                f"Note: {writer.model_id} has less than a billion parameters; so small a model can hardly ask the same thing in "
-                "other words. --rephrase-model takes a larger one, or the address of a server such as LM Studio's or Ollama's"
+                f"Note: {writer.model_id} has less than a billion parameters; so small a model can hardly ask the same thing in other "
+                "words. Name a larger one, or the address of a server such as LM Studio's or Ollama's: --rephrase-model of train, "
+                "--model of rephrase"
             )
         tokenizer = writer.hf_tokenizer
         examples = [Conversation(chat) for chat in chats]
