@@ -1,5 +1,7 @@
 """Exchange functions of other packages, and calls of single modules, for the thread that computes.
 
+`become` and `mix_in` give single instances another class.
+
 mlx-lm's architectures import shared functions by name, and MLX's layers look theirs up when they are called, so another
 function takes such a call only if it stands under that name. Putting it there for a while would change the results of
 every other thread of the process. So a name gets a dispatcher once, for good, which asks what the present context has:
@@ -96,8 +98,6 @@ def _dispatch(owner: Any, name: str) -> None:
         setattr(owner, name, dispatcher)
 
 
-# Classes of single instances.
-#
 # Give single instances of other packages' classes another class, so that all others keep theirs.
 
 

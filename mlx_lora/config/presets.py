@@ -1,4 +1,4 @@
-"""The table of LoRA methods, one row each.
+"""The tables of LoRA methods (`PRESETS`) and of optimizers (`OPTIMIZERS`), one row each.
 
 A method is a preset of independent axes, not a layer class. The axes are the layer type (the function of base and
 factors), the scale of the product, the initial factors, the learning rate of B relative to A's, and events between steps
@@ -58,9 +58,7 @@ START_ANEW = (
 )  # methods that have a start of their own, and cannot begin from plain factors
 
 
-# Optimizers.
-#
-# The table of optimizers, one row each.
+# The table of optimizers.
 #
 # A row says how an optimizer of mlx.optimizers is built, and the memory that the planner counts for it. To add one, add a
 # row: the flag's choices, the step and the planner read this table.

@@ -1,5 +1,7 @@
 """Rows of token ids with a mask of what is trained, in flat arrays.
 
+`TeacherTable` has the values that a teacher gives their positions.
+
 Shapes: N tokens of all rows together, R rows.
 """
 
@@ -182,8 +184,6 @@ def positions_by_example(rows: EncodedSet) -> np.ndarray:
     return (rows.lengths - 1).reshape(-1, rows.group).sum(axis=1)
 
 
-# Tables of teachers.
-#
 # Keep values that are expensive to compute on disk, a record for each position, such as a teacher's probabilities.
 #
 #     <cache>/trunk/<key>/values.bin      the records of all rows, one row after another; rows not written yet take no space

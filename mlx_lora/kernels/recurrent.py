@@ -1,5 +1,7 @@
 """Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
 
+The scans of Mamba and Mamba-2 are here, the gated delta rule is in gated_delta.py.
+
 A replacement has the signature of mlx-lm's function; SCANS lists them, and compat/foreign.py the functions. Calls during generation, which pass a state or a
 mask for padded prompts, go to mlx-lm's function.
 
@@ -306,8 +308,6 @@ def _naive_space(
     return [mx.stack(outputs, axis=1)]
 
 
-# State space.
-#
 # Compute state-space layers for training: Mamba-2's (one decay per head) by products, Mamba's (one per state) by a scan.
 #
 # Both are the recurrence  h_t = decay_t h_(t-1) + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t.  mlx-lm computes the first in

@@ -1,4 +1,4 @@
-"""Losses and measures of labels, from the scores that a head gives texts.
+"""Losses and measures of labels, rankings and embeddings: of labels, from the scores that a head gives texts.
 
 A problem has a loss, by transformers' names (`problem_type`), and each text has one number in the mean:
 
@@ -259,8 +259,6 @@ def random_mrr(grades: np.ndarray) -> dict[str, float]:
     return {"random_mrr": float(np.mean(means)), "random_mrr_sd": math.sqrt(max(0.0, sum(variances))) / len(means)}
 
 
-# Contrastive losses.
-#
 # Losses of embeddings: in-batch negatives (InfoNCE), triplets, and scored pairs (CoSENT, cosine), each at several widths.
 #
 # They are sentence-transformers' losses under the names of the field:

@@ -1,5 +1,7 @@
 """Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads, and measure what that costs.
 
+`copy_side_files` copies what belongs to a model folder besides weights and config; fusing and exporting use it, too.
+
     source, target -> weights, config, tokenizer in a temporary folder -> out
 
 By default, GGUF blocks are carried over as they are, and a Hugging Face model is quantized to 4 bits. A run finds its folder
@@ -576,8 +578,6 @@ def has_bits(config: dict[str, Any], bits: int, model_id: str) -> bool:
     return bool(found)
 
 
-# Side files.
-#
 # Copy what belongs to a model folder in addition to weights and config, also a vision tower, when the model is converted, fused or exported.
 
 # Keep the tower of a vision-language model when its language model is converted or fused: its tensors stay as they are stored.

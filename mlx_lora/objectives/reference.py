@@ -1,4 +1,4 @@
-"""The reference that an objective compares the model with: each answer's log-probability under it, computed once and kept on disk.
+"""The reference that an objective compares the model with: each answer's log-probability under it, computed once and kept on disk; and the sums over answers that both models are compared by.
 
 It is the model as it was before training, or --reference-adapter. So no second model is in memory, and a second run starts
 immediately. An untrained adapter changes nothing, so the model with it is the base.
@@ -258,8 +258,6 @@ def _keep(file: Path, logps: np.ndarray) -> None:
         log.info(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")
 
 
-# Sums over answers.
-#
 # Sum the losses of tokens to answers, for losses of whole answers (objectives/dpo.py, objectives/ratings.py).
 #
 # The fused head computes the loss of each trained position and its gradient in one forward pass. Here, positions are summed

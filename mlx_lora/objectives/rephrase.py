@@ -3,7 +3,7 @@
     <cache>/wordings/<key>.jsonl                  what the model wrote, a line for each round
                      <key>/train.jsonl ...        the records to train on; valid.jsonl has wordings that are never trained
 
-In each round the model writes one wording of every question that lacks some; `objectives/rephrase.py` says which count. The writer
+In each round the model writes one wording of every question that lacks some; `Wordings` says which count. The writer
 is the base without an adapter, another model, or a server with OpenAI's protocol (--rephrase-model). As with a teacher's
 answers, the run's folder gets a copy as `written`, from which a resumed run reads.
 """
@@ -306,11 +306,9 @@ def _reply(url: str, path: str, part: Sequence[str | int], asked: dict[str, Any]
     raise InputError(f"{url}{path}: {why}; give an address such as http://127.0.0.1:1234/v1")
 
 
-# What a wording must keep.
-#
 # Put other wordings of a record's question in its place, and tell whether a wording may stand there.
 #
-# A model writes the wordings (objectives/rephrase.py). Small models answer the question instead, lose its numbers or invent
+# Small models answer the question instead, lose its numbers or invent
 # others, so what they write counts only if a few rules hold that need no model and no list of words of a language. They are
 # strict: a wording that is left out costs a moment, and one that asks for something else teaches a wrong answer.
 

@@ -20,7 +20,7 @@ Shapes: N prompts, G episodes of each, E = N G episodes, F rewards.
 
 Read the calls of tools in what a model wrote, in the form in which its chat template writes calls.
 
-Which form that is, is found by having the template write a call and reading it back (rollouts/environment.py), so a template
+Which form that is, is found by having the template write a call and reading it back (`ToolTurns`), so a template
 needs no entry in a list. The forms are those of mlx-lm's parsers (mlx_lm/tool_parsers), which have a text before a call
 and one after it, and these:
 
@@ -46,7 +46,7 @@ Episodes in which the model calls tools: it calls, reads what they return, and c
     finish    rewards all episodes of the batch in one call, when all are over
 
 An episode is over after an answer without a call, at --max-turns, or at the end of its room. The model's tokens stay as they
-were sampled; results are appended to them as the template writes results (rollouts/environment.py). Rewards see conversations,
+were sampled; results are appended to them as the template writes results (at the end of this file). Rewards see conversations,
 the calls and results included, and `environments`, the instances of the class, as in TRL.
 """
 
@@ -1184,8 +1184,6 @@ def with_ids(turns: Sequence[Message]) -> list[Message]:
     return found
 
 
-# Turns of tools.
-#
 # How a chat template writes a call of a tool and its result: what the model says, and what follows until it speaks again.
 #
 # Both are found in a rendered conversation. The call has an argument that no other text has; after it, the first token that

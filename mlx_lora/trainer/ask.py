@@ -1,4 +1,4 @@
-"""Ask a model the questions of rows, several at once, and choose the questions that a run is asked at its end.
+"""Ask a model the questions of rows, several at once, and choose the questions that a run is asked at its end; `is_right` judges an answer.
 
 A held-out loss tells whether the form of the answers was learned. Facts that stand in no held-out row do not show in it: a
 run over a catalog can halve its held-out loss and know nothing of the catalog. So a run of short answers ends with questions:
@@ -59,7 +59,7 @@ def ask(
 
     Returns:
         For each row `question`, `expected`, the text of each model by its name, and `base_right` and `right` of those that were
-        asked: None where nobody can tell (trainer/ask.py).
+        asked: None where nobody can tell (`is_right`).
     """
     found: list[dict[str, Any]] = []
     batches = [chosen[at : at + AT_ONCE] for at in range(0, len(chosen), AT_ONCE)]
@@ -189,8 +189,6 @@ def _spaced(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[at] for at in ((np.arange(count) + 0.5) * len(numbers) / max(1, count)).astype(int).tolist()]
 
 
-# Right answers.
-#
 # Tell whether an answer is right, where its expected answer lets anybody tell: by its numbers and names, not by its wording.
 #
 #     JSON                                   the first JSON value in the answer is the expected one

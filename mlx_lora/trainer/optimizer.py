@@ -1,4 +1,4 @@
-"""Build mlx's optimizers and learning-rate schedules, configured as in published recipes."""
+"""Build mlx's optimizers and learning-rate schedules, configured as in published recipes, and our own `Muon`."""
 
 from __future__ import annotations
 
@@ -184,8 +184,6 @@ def scaled(grads: dict, factor: mx.array) -> dict:
     return tree_map(lambda g: (g.astype(mx.float32) * factor).astype(g.dtype), grads)
 
 
-# Muon.
-#
 # Muon with decoupled weight decay, as its author's and torch's, and with an update of its own for each expert's matrix.
 #
 # MLX adds the decay to the gradient, before this is made orthogonal: where the gradient is small or zero, as that of LoRA's A is at

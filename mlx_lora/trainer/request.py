@@ -1,4 +1,4 @@
-"""What a run is asked for, checked before anything is loaded."""
+"""What a run is asked for, checked before anything is loaded, and the task that its validations score (`--eval-tasks`)."""
 
 from __future__ import annotations
 
@@ -80,8 +80,6 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-# Tasks of validations.
-#
 # Score the model on a task at each validation (`--eval-tasks`), as `mlx-lora evaluate` scores it afterward.
 #
 # The score is one more number of a validation, `task`, beside those of the objective. So metrics.jsonl, the best checkpoint, early

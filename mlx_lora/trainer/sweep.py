@@ -3,7 +3,7 @@
     trials = trials_of(settings, candidates, seeds, folder / TRIALS)
     Sweep(folder, SweepState(asked, candidates), trials, rungs(len(candidates), seeds, budget)).choose(base)
 
-The whole job, with the winner's own run and the page, is api/train.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
+The whole job, with the winner's own run and the page, is api/train.py; `--learning-rate auto` is `find_learning_rate`. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
 Trials are compared on the held-out rows, which are the same for all trials of a seed: by their loss, or by --metric-for-best-model. Runs that are computed together are rounded together,
 so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
 each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
@@ -533,13 +533,11 @@ class Sweep:
                 shutil.rmtree(trial.folder / CHECKPOINTS, ignore_errors=True)
 
 
-# The learning rate alone.
-#
 # Find the learning rate in a run's own first part (`--learning-rate auto`).
 #
 #     settings, base = find_learning_rate(settings)      then train_run(settings, base=base) as always
 #
-# Several rates around the default are trained at once for a few steps, the better ones a little further (trainer/sweep.py), and the run goes
+# Several rates around the default are trained at once for a few steps, the better ones a little further, and the run goes
 # on from where the best one is: its checkpoint and metrics become the run's own. The steps of the others take at most a fifth of the run's
 # work. `trials/sweep.html` in the run folder compares them.
 

@@ -121,6 +121,9 @@ def test_a_run_trains_the_wordings_and_holds_some_out(tiny_folder, table, server
     assert report["near_duplicates"]["held_out_rows"] == 0
     assert any(line.startswith("rephrased  24 of 32") for line in ran.lines)
     assert "24 of 32 wordings" in (tmp_path / "a" / "report.html").read_text()
+    # Each request shows the questions of the data in the same words before its own, and tells no answer.
+    assert len({text.rpartition("Where does the ")[0].rpartition("Say in")[0] for text in server.asked}) == 1
+    assert all(text.count("Where does the ") == 8 + 1 and "room" not in text for text in server.asked)
     # The next run asks the server nothing but its model.
     asked = len(server.asked)
     succeeds(*command, "--adapter-path", tmp_path / "b", *QUICK)
