@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
+.PHONY: setup demo test test-long check test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
 
 # What `make demo` needs: the package alone. Made again whenever the dependency list changes.
 $(VENV)/.runtime: pyproject.toml
@@ -25,10 +25,17 @@ setup: $(VENV)/.ready
 demo: $(VENV)/.runtime
 	$(BIN)/mlx-lora demo $(FLAGS)
 
+# The tests of CI: those of `make test` and of `make test-long`.
+EACH := not slow and not parity and not metal and not cuda
+
 # Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time. The slowest 50
 # tests come last.
 test: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=50
+
+# What `make test` leaves out because each takes more than a second of a processor: runs from end to end, killed runs, ranks.
+test-long: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "long and $(EACH)" --durations=20
 
 # The tests that a change touches, in about a minute (scripts/check.py says which).
 check: setup
@@ -37,13 +44,13 @@ check: setup
 # The same tests as on another CPU, or where another kernel is the fastest: make test-kernels CORE=Prescott KERNELS=mlx
 CORE ?= Haswell
 test-kernels: setup
-	OPENBLAS_NUM_THREADS=1 OPENBLAS_CORETYPE=$(CORE) $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(KERNELS),--kernels $(KERNELS))
+	OPENBLAS_NUM_THREADS=1 OPENBLAS_CORETYPE=$(CORE) $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(EACH)" $(if $(KERNELS),--kernels $(KERNELS))
 
 # The tests as on a Mac, as far as Linux can enforce it: Metal's refusals, bfloat16, memory limits, no /proc (docs/development/
 # metal.md). QUICK=1 runs the share that CI runs; COMPILE=1 compiles kernels, too, which takes g++ a long time.
 QUICK_SHARE := $(foreach name,rehearsal host_syncs device step metal_support heads gguf_export,$(wildcard tests/*/test_$(name).py))
 rehearse: setup
-	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile --rehearse $(if $(QUICK),$(QUICK_SHARE))
+	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(EACH)" --rehearse $(if $(QUICK),$(QUICK_SHARE))
 
 # Everything, also all cases of each test: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup

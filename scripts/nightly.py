@@ -38,6 +38,7 @@ MAIN = {
 }
 # mlx's wheel for Linux has no backend of its own.
 MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
+AS_IN_CI = "not slow and not parity and not metal and not cuda"  # `make test` and `make test-long`
 HANGS_S = 900  # a test that takes longer has its stack written to the log
 GRACE_S = 30.0
 LISTING = """
@@ -134,7 +135,7 @@ def run_tests(environment: Environment, tests: Sequence[str], args: argparse.Nam
     """Run pytest in the environment; its output goes to NAME.log, what it found is returned and goes to NAME.json."""
     junit, log = args.out / f"{name}.xml", args.out / f"{name}.log"
     junit.unlink(missing_ok=True)
-    command = [str(environment.python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    command = [str(environment.python), "-m", "pytest", "-m", AS_IN_CI, "-p", "no:cacheprovider", f"--junitxml={junit}"]
     command += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={HANGS_S}"]
     command += ["-n", str(args.processes), "--dist", "loadfile"] if args.processes > 1 else []
     variables = {**clean_environment(), "OPENBLAS_NUM_THREADS": "1"}  # as `make test` does
@@ -217,7 +218,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--versions", nargs="+", help="newest, main, released, or mlx==VERSION and mlx-lm==VERSION")
     parser.add_argument("--found", nargs="+", type=Path, default=[], metavar="JSON", help="take these; run nothing")
     parser.add_argument("--expect", type=int, default=1, help="with --found: how many there must be (default 1)")
-    parser.add_argument("--tests", nargs="+", default=[], help="files or ids of tests (default: all of `make test`)")
+    parser.add_argument("--tests", nargs="+", default=[], help="files or ids of tests (default: all of `make test` and `make test-long`)")
     parser.add_argument(
         "--baseline", type=Path, help="before.json of an earlier run, instead of a run before the change"
     )

@@ -275,6 +275,7 @@ def test_a_module_is_adapted_or_trained_in_full():
         adapt_model(tiny_model(), AdapterSettings(bias="all"), seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "flags"),
     by_default(
@@ -333,6 +334,7 @@ def test_a_head_trained_in_full_gets_its_gradient(tied):
     assert not np.allclose(np.array(adapter_parameters(model)[setup.full[0]]), before, atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_a_file_whose_layers_had_other_alphas(tiny_folder, chats, tmp_path):
     common = (
         "train", "--model", tiny_folder, "--data", chats, "--rank", 4, "--batch-tokens", 256, "--val-batches", -1,

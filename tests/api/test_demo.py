@@ -21,6 +21,7 @@ from mlx_lora.config.load import RECIPES
 from mlx_lora.trainer.callbacks import Callback
 
 
+@pytest.mark.long
 def test_the_demo_takes_its_stages_and_then_refuses_to_overwrite_them(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 4)
     out = tmp_path / "my demo"
@@ -54,6 +55,7 @@ def test_force_trains_again(tiny_folder, tmp_path):
     assert (tmp_path / "demo" / "bard" / "adapters.safetensors").read_bytes() != first
 
 
+@pytest.mark.long
 def test_an_interrupted_demo_continues_exactly_where_it_was(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ANSWER_TOKENS", 2)
     words = ("demo", "--model", tiny_folder, "--iters", 4, "--out")

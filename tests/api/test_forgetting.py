@@ -230,6 +230,7 @@ def measured(tiny_folder, chats, tmp_path_factory):
     return json.loads(ran.out), place / "page.html", alone, strong.name
 
 
+@pytest.mark.long
 def test_losses_are_those_of_evaluate_alone(measured):
     facts, _, alone, strong = measured
     for where in ("task", "general chat"):
@@ -247,6 +248,7 @@ def test_losses_are_those_of_evaluate_alone(measured):
     assert set(facts["probes"]["right"]) == {"base", "weak", strong}
 
 
+@pytest.mark.long
 def test_without_data_the_task_is_what_the_run_held_out(tiny_folder, chats, tmp_path):
     adapter = tmp_path / "a"
     common = ("--model", tiny_folder, "--adapter-path", adapter)
@@ -279,6 +281,7 @@ def test_the_page_shows_it_and_runs_nothing(measured):
     assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!data:)[a-z/]", text)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_in_a_browser_at_phone_width(measured, dark):
     seen = look(measured[1], width=390, dark=dark)

@@ -89,6 +89,7 @@ def test_sampling_repeats_with_its_seed(base):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.long
 def test_evaluate_plan_and_export_give_what_the_commands_give(base, trained, chats, tiny_folder, tmp_path):
     alone = mlx_lora.evaluate(base, chats)
     ours = mlx_lora.evaluate(base, chats, trained.adapter)

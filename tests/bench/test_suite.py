@@ -304,6 +304,7 @@ def test_the_command_is_the_workload():
     assert "--iters 5" in " ".join(map(str, train_command(CHAT, "m", "d", "f", Length(steps=5))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workload", by_default([CHAT, DPO], CHAT), ids=lambda one: one.form)
 def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)

@@ -34,6 +34,7 @@ def page(tmp_path_factory):
         yield tmp_path / "report.html"
 
 
+@pytest.mark.long
 def test_measured_and_predicted_are_told_apart(page):
     text = page.read_text()
     assert text.count('<svg class="chart bars"') == 8

@@ -387,6 +387,7 @@ class Terminal:
         os.close(self.screen)
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_the_answer_and_ends_at_the_prompt(folder, adapters):
     named = ("--adapter", f"bard={adapters['bard']}")
     with Terminal("--model", folder, *named, "--max-tokens", 10**5) as terminal:
@@ -411,6 +412,7 @@ def test_ctrl_c_stops_the_answer_and_ends_at_the_prompt(folder, adapters):
         assert terminal.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_a_terminal_shows_speed_and_ctrl_d_ends_it(folder):
     with Terminal("--model", folder, "--max-tokens", 8) as terminal:
         terminal.until("base> ")

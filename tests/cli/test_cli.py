@@ -93,6 +93,7 @@ def test_a_long_error_loses_its_middle_between_words():
     assert console.printable("x" * 200, 200) == "x" * 200
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):
     command = [
         sys.executable,

@@ -14,6 +14,7 @@ from mlx_lora.parallel.hosts import hosts_of
 from mlx_lora.utils.errors import InputError
 
 
+@pytest.mark.long
 def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):
     words = ["-m", "mlx_lora", "cluster", "--model", tiny_folder, "--json"]
     ended = Started([words] * 2, tmp_path).wait(120)

@@ -356,6 +356,7 @@ def test_help_and_version_are_words_too():
     assert run("bench", "run", "-h").code == run("convert", "-h").code == 0
 
 
+@pytest.mark.long
 def test_gigabytes_and_formats_in_any_spelling(german_run, tiny_folder, tmp_path):
     flags = ("--model", tiny_folder, "--chip", "M2 Pro", "--json")
     found = {run("plan", *flags, "--memory-gb", text).out for text in ("16", "16GB", "16 gb")}

@@ -118,6 +118,7 @@ def test_a_merged_folder_works_in_every_command(how, two, tiny_folder, tmp_path)
     assert np.allclose(logits(tmp_path / "f"), expected, atol=CLOSE)
 
 
+@pytest.mark.long
 def test_it_is_measured_on_the_rows_that_the_runs_held_out(runs, tiny_folder, tmp_path):
     facts = merged(tiny_folder, tmp_path / "m", f"{runs / 'cats'}=1", f"{runs / 'dogs'}=1", more=())
     cats, dogs = facts["losses"]

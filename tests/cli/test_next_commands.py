@@ -62,6 +62,7 @@ def folder_of_labels(tmp_path_factory, labeled):
 CLASSIFY, EMBED, BITS = ("--objective", "classify"), ("--objective", "embed"), ("--bits", 4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("base", "data", "flags"),
     [

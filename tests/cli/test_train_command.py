@@ -76,6 +76,7 @@ def test_run_folder_is_complete(trained):
         assert key in reports[0]
 
 
+@pytest.mark.long
 def test_counts_of_the_lines_add_up_to_the_run(tiny_folder, chats, tmp_path):
     def lines(name: str, *more: object) -> list[dict]:
         succeeds(
@@ -109,6 +110,7 @@ def test_what_is_printed_before_and_during_the_run(trained):
         assert part in ran.err, part
 
 
+@pytest.mark.long
 def test_run_yaml_repeats_the_run(trained, tmp_path):
     out, _ = trained
     again = tmp_path / "again"
@@ -122,6 +124,7 @@ def test_run_yaml_repeats_the_run(trained, tmp_path):
     assert not all(mx.array_equal(first[name], third[name]) for name in first)
 
 
+@pytest.mark.long
 def test_python_trains_to_the_same_bytes_as_the_command_and_prints_nothing(
     trained, tiny_folder, chats, tmp_path, capfd, monkeypatch
 ):
@@ -165,6 +168,7 @@ def test_evaluate_and_generate_with_and_without_the_adapter(trained, tiny_folder
     assert {"text", "tokens", "tokens_per_s"} <= set(json.loads(ran.out))
 
 
+@pytest.mark.long
 def test_qlora_on_a_4bit_base_lowers_the_loss(tiny_4bit_folder, chats, tmp_path):
     succeeds("train", "--model", tiny_4bit_folder, "--data", chats, "--adapter-path", tmp_path / "q", *QUICK)
     vals = [json.loads(x)["val_loss"] for x in (tmp_path / "q/metrics.jsonl").read_text().splitlines()]
@@ -187,6 +191,7 @@ def test_test_flag_measures_as_mlx_lm_does(trained, tiny_folder, chats, tmp_path
     assert "no test split" in ran.err
 
 
+@pytest.mark.long
 def test_epochs_accumulation_checkpointing_and_rows(tiny_folder, chats, tmp_path):
     succeeds(
         "train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--epochs", 2, "--batch-size", 4,
@@ -200,6 +205,7 @@ def test_epochs_accumulation_checkpointing_and_rows(tiny_folder, chats, tmp_path
     assert config["lora_parameters"]["scale"] == pytest.approx(32 / 4)  # alpha / sqrt(16)
 
 
+@pytest.mark.long
 def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats, tmp_path):
     out, _ = trained
     args = ("--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "more", *QUICK[2:], "--iters", 1)
@@ -224,6 +230,7 @@ def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats
     assert records[0]["val_loss"] < before[0]["val_loss"] * 0.95
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signal_number", by_default([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_number):
     out = tmp_path / "a"

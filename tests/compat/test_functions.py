@@ -213,6 +213,7 @@ def together(*works: Work, count: int) -> list[list[bytes]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [6, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("who", ["same", "quantized", "another"])
 def test_each_computes_what_it_computes_alone(who, count):

@@ -454,6 +454,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, text, message):
     refuses(re.escape(message), from_file, file)
 
 
+@pytest.mark.long
 def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
     file = tmp_path / "axolotl.yaml"
     file.write_text(

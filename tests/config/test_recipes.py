@@ -80,6 +80,7 @@ def test_no_question_stands_twice(name):
         assert len(rows(name, split)) >= least
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", by_default(NAMES, FOUR_BIT, SUMS))
 def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tiny_4bit_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -433,6 +433,7 @@ def test_a_weighted_run_resumes_exactly(tiny_folder, tmp_path):
     assert whole == parts
 
 
+@pytest.mark.long
 def test_a_dry_run_reports_and_plans_and_writes_nothing(tiny_folder, chats, tmp_path, monkeypatch, ceilings):
     monkeypatch.chdir(tmp_path)
     asked = ("--model", tiny_folder, "--data", chats, "--adapter-path", "a", "--rank", 2)

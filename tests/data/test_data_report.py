@@ -307,6 +307,7 @@ def test_one_key_answers_on_a_terminal(key, usual, answer):
     os.close(theirs)
 
 
+@pytest.mark.long
 def test_train_goes_on_with_chatml_if_the_user_agrees(tiny_folder, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl", CALLS)
     arguments = (

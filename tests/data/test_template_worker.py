@@ -232,6 +232,7 @@ def started(*arguments: str, before: str = "") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_the_worker_ends_with_its_parent():
     """Also with one that was killed while the worker rendered."""
     with started(ENDLESS) as parent:
@@ -241,6 +242,7 @@ def test_the_worker_ends_with_its_parent():
     wait_until(lambda: start_mark(number) is None)  # it runs until its own time is over
 
 
+@pytest.mark.long
 def test_the_worker_needs_neither_the_folder_nor_the_environment_of_its_parent(tmp_path):
     for name in ("json", "marshal", "jinja2", "signal", "resource"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
@@ -393,6 +395,7 @@ def test_an_evaluation_is_of_the_day_it_is_told(tmp_path):
     assert sets[0].fingerprint == sets[2].fingerprint != sets[1].fingerprint
 
 
+@pytest.mark.long
 def test_a_run_goes_on_tomorrow_with_todays_date(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "dated.jinja").write_text(DATED)
     data = write_chats(tmp_path / "d.jsonl", 30)

@@ -79,6 +79,7 @@ def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
     return json.loads(ran.out)["text"]
 
 
+@pytest.mark.long
 def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, folder, adapters):
     names = [None, *adapters]
     meant = {name: generated(folder, adapters.get(name)) for name in names}

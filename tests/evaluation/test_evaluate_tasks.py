@@ -69,6 +69,7 @@ def test_every_adapter_is_compared_with_the_base(asked):
     assert len({said[0]["answers"][name] for name in ("base", "one", "two")}) > 1
 
 
+@pytest.mark.long
 def test_the_page(asked):
     _, page = asked
     text = page.read_text()

@@ -57,6 +57,7 @@ def row(text: str, name: str) -> str:
     return next(line.split("|")[2].strip() for line in text.splitlines() if line.startswith(f"| {name} |"))
 
 
+@pytest.mark.long
 def test_the_run_folders_card_says_what_was_done(place, tiny_folder, chats):
     text = (place / "adapter" / CARD_FILE).read_text()
     card = ModelCard(text)

@@ -119,6 +119,7 @@ def rows(tmp_path):
     return file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [
     {"group_size": 32, "bits": 4, "mode": "affine"}, {"group_size": 64, "bits": 3, "mode": "affine"},
     {"group_size": 32, "bits": 4, "mode": "mxfp4"}, {"group_size": 16, "bits": 4, "mode": "nvfp4"},
@@ -152,6 +153,7 @@ def test_experts_and_embeddings_are_rounded_plainly_and_said(rows, tmp_path):
     holds(ran.err, "Compensated 2 layers", "7 layers of experts or embeddings are rounded plainly")
 
 
+@pytest.mark.long
 def test_a_budget_gives_bits_where_most_is_lost_and_is_kept(tiny_4bit_folder, rows, tmp_path):
     make_adapter(tiny_4bit_folder, tmp_path / "a", strength=0.05)
     sizes, kls, chosen = [], [], []

@@ -59,6 +59,7 @@ def test_what_is_not_measured_is_said(made, tmp_path):
     one_line(export(made, tmp_path / "g.gguf", "--to", "gguf", "--data", tmp_path / "none.jsonl"), "none.jsonl")
 
 
+@pytest.mark.long
 def test_what_keeps_the_bases_numbers_is_not_called_rounded(tiny_4bit_folder, chats, tmp_path):
     base = shutil.copytree(tiny_4bit_folder, tmp_path / "base")
     byte_tokenizer(merges=(("a", "b"), ("Ġ", "t"), ("ab", "c"))).save_pretrained(base)

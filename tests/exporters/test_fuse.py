@@ -63,6 +63,7 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
     holds(ran.err, "--dequantize", "--data")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strength", [0.02, 0.3])
 def test_the_grid_that_keeps_more_is_taken(strength, tiny_4bit_folder, tmp_path):
     make_adapter(tiny_4bit_folder, tmp_path / "a", strength=strength)
@@ -96,6 +97,7 @@ def test_a_fused_folder_trains_and_generates(tiny_folder, chats, tmp_path):
     assert run("generate", "--model", tmp_path / "f", "--prompt", "Say 1.", "--max-tokens", 3).code == 0
 
 
+@pytest.mark.long
 def test_a_module_trained_in_full_loses_its_layers_own_quantization(tiny_folder, chats, tmp_path):
     layout = {"group_size": 32, "bits": 4, "mode": "affine"}
     own = {**layout, "bits": 8}
@@ -250,6 +252,7 @@ def trained(tmp_path_factory, tiny_4bit_folder, chats):
     return folder
 
 
+@pytest.mark.long
 def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_folder, chats, tmp_path):
     given = ("--model", tiny_4bit_folder, "--adapter-path", trained, "--json")
     four = succeeds("fuse", *given, "--out", tmp_path / "four")

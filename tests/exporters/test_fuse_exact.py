@@ -70,6 +70,7 @@ def test_more_bits_round_the_exact_weight(dtype):
     assert survival["layer"].bits == 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "extra"),
     [
@@ -97,6 +98,7 @@ def test_a_compensated_model_has_the_files_dtypes(mode, extra, rows, tmp_path):
         assert stored_bytes(base) < stored_bytes(tmp_path / "f") <= 1.6 * stored_bytes(base)
 
 
+@pytest.mark.long
 def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
     succeeds("train", *words, "--modules-to-save", "embed_tokens", "--adapter-path", tmp_path / "a", "--val-batches", 0)
@@ -109,6 +111,7 @@ def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_p
     one_line(ran, "--bits-budget", "already")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [pytest.param(("--method", "qa-lora"), marks=pytest.mark.slow), ("--qat",)])
 def test_what_fuses_without_rounding_needs_no_compensation(flags, tiny_4bit_folder, chats, rows, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)

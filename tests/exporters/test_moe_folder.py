@@ -131,6 +131,7 @@ def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
     assert not any(isinstance(module, QuantizedSwitchLinear) for module in fused.model.modules())
 
 
+@pytest.mark.long
 @pytest.mark.float32("a code that rounds to its neighbor changes more than rounding")
 def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
@@ -153,6 +154,7 @@ def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
     assert close(logits(stock), logits(fused.model), 1e-4)
 
 
+@pytest.mark.long
 def test_gpt_oss_as_it_is_published(tmp_path):
     # One interleaved tensor for gate and up, packed bytes, and Hugging Face's own quantization entry.
     model, config = with_quantized_experts(*tiny_moe("gpt_oss"))
@@ -195,6 +197,7 @@ def test_exports_that_cannot_hold_experts_say_so(form, kind, tmp_path, tmp_path_
 METHODS = [("--method", method) for method in ("dora", "pissa", "adalora", "relora")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [

@@ -179,6 +179,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
     return weights
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", by_default(TYPES, "f16", "q4_0"))
 @pytest.mark.parametrize("source", by_default(["folder", "folder_4bit"], "folder_4bit"))
 def test_every_type_holds_base_and_adapter(kind, source, tmp_path, request):
@@ -423,6 +424,7 @@ def test_llamacpp_says_what_we_say_on_real_models(model, size, judge, tmp_path):
         assert says_the_same(base.model, ids, new), prompt
 
 
+@pytest.mark.long
 def test_what_to_type_next_is_said_for_each_program(folder, tmp_path):
     adapter = ("--adapter-path", tmp_path / "a")
     adapt_and_save(folder, tmp_path / "a")

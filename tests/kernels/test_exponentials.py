@@ -191,6 +191,7 @@ def test_a_step_is_the_same_compiled_and_not_and_near_the_other_kernels(mode, mo
         assert close(stepped(True, polynomial), plain, 1e-6)
 
 
+@pytest.mark.long
 def test_the_polynomials_are_two_kernels_however_many_shapes(tmp_path):
     """mlx calls g++ once for each; a constant too many would make several of one, and slow ones."""
     code = """

@@ -444,6 +444,7 @@ def test_terms_are_what_was_measured(own_cache, monkeypatch):
     assert 1.0 < ahead < 4.0
 
 
+@pytest.mark.long
 def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     monkeypatch.setattr(kernel_choice, "measure", None)  # a plan measures nothing
     for name in ("largest_sequence", "largest_batch_size"):  # many graphs of long rows
@@ -470,6 +471,7 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     assert planned("--kernels", MLX)["peak_bytes"] > ours["peak_bytes"]
 
 
+@pytest.mark.long
 def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):

@@ -103,6 +103,7 @@ def test_the_setting_reaches_the_layers(tiny_4bit_folder, path):
     assert base.model.layers[0].self_attn.q_proj.dense_from_rows == {"packed": device.NEVER, "dense": 1}[path]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", by_default(["train", "evaluate", "generate"], "train"))
 def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, tiny_4bit_folder, chats, tmp_path):
     more = {

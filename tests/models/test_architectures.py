@@ -165,6 +165,7 @@ def test_families_that_failed_in_bfloat16(name, uncompiled):
     assert (found.outcome, found.text) == ("right", "")
 
 
+@pytest.mark.long
 def test_blocks_that_write_into_a_shared_state_are_not_checkpointed(uncompiled):
     """Kimi K3's blocks ran twice over the same object: gradients off by their own size."""
     stages = ("load", "adapt", "checkpointing")

@@ -97,6 +97,7 @@ def test_families_train_by_the_command(kind, chats, tmp_path):
     assert ("not compiled" in ran.err) is (kind == "dbrx")
 
 
+@pytest.mark.long
 @pytest.mark.cpu("a GPU multiplies by 16-bit experts")
 @pytest.mark.parametrize("command", by_default(["train", "evaluate"], "train"))
 def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_path):

@@ -150,6 +150,7 @@ def test_what_mlx_lm_cannot_express_is_refused_in_one_line(name, rope, fact, tmp
         outline_of(str(folder / "config.json"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rope",
     by_default(

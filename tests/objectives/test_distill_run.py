@@ -121,6 +121,7 @@ def test_without_a_difference_there_is_nothing_to_learn(tiny_folder, chats, tmp_
     assert metrics(tmp_path / "a")[0]["val_loss"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.long
 def test_a_second_run_reads_what_the_first_computed_and_repairs_it(tiny_folder, teacher, chats, own_cache, tmp_path):
     asked = ("--teacher", teacher, "--iters", 4)
     assert "computed in" in succeeds(*command(tiny_folder, chats, tmp_path / "a", *asked)).err
@@ -136,6 +137,7 @@ def test_a_second_run_reads_what_the_first_computed_and_repairs_it(tiny_folder, 
     assert len(stores()) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [
@@ -164,6 +166,7 @@ def test_another_teacher_is_another_run(tiny_folder, teacher, prompt, chats, tmp
     assert "rows" in ran.err
 
 
+@pytest.mark.long
 def test_frozen_blocks_may_be_kept(tiny_folder, teacher, chats, tmp_path):
     found = []
     for asked in ("on", "off"):
@@ -174,6 +177,7 @@ def test_frozen_blocks_may_be_kept(tiny_folder, teacher, chats, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+@pytest.mark.long
 def test_plan_and_dry_run_count_the_teacher(tiny_folder, teacher, chats, tmp_path):
     flags = ("--model", tiny_folder, "--data", chats, "--objective", "distill", "--teacher", teacher)
     found = json.loads(succeeds("plan", *flags, "--json").out)
@@ -299,6 +303,7 @@ def held_out(folder: Path, name: str = "kl") -> list[float]:
     return [line[name] for line in metrics(folder) if line["val_loss"] is not None]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [(), pytest.param(("--divergence", "sampled_kl", "--group-size", 16), marks=pytest.mark.slow)]
 )
@@ -318,6 +323,7 @@ def test_the_student_comes_closer_to_the_teacher(flags, tiny_folder, other_seed,
     assert "Reward" not in page
 
 
+@pytest.mark.long
 def test_evaluate_and_test_measure_sampled_answers(tiny_folder, other_seed, prompts, tmp_path):
     asked = ("--teacher", other_seed, "--iters", 20)
     ran = succeeds(*sampled_command(tiny_folder, prompts, tmp_path / "a", *asked, "--train", "--test"))
@@ -347,6 +353,7 @@ def test_steps_whose_answers_are_all_cut_are_no_divergence(tiny_folder, other_se
     assert metrics(tmp_path / "a")[-1]["step"] == 4
 
 
+@pytest.mark.long
 def test_the_base_is_its_own_teacher(tiny_folder, prompts, tmp_path):
     """Without --teacher, the base with the adapter off is the teacher: the same bytes as with a second copy of it."""
     asked = ("--teacher-prompt", prompts / "persona.txt", "--iters", 3)
@@ -361,6 +368,7 @@ def test_the_base_is_its_own_teacher(tiny_folder, prompts, tmp_path):
     assert held_out(tmp_path / "same")[0] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", by_default(["full", "dora", "pissa"], "dora"))
 def test_every_method_leaves_the_teacher_as_it_is(method, tiny_folder, prompts, tmp_path):
     """The student moves; what is compared with it at the end is the base as it was."""
@@ -390,6 +398,7 @@ def test_a_killed_run_of_sampled_answers_resumes_to_the_same_bytes(flags, tiny_f
     assert weights(other) != weights(whole)
 
 
+@pytest.mark.long
 def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes(
     tiny_folder, other_seed, prompts, tmp_path, monkeypatch
 ):
@@ -423,6 +432,7 @@ def test_another_teacher_of_sampled_answers_is_another_run(tiny_folder, other_se
     )
 
 
+@pytest.mark.long
 def test_the_plan_counts_a_teacher_that_stays(tiny_folder, other_seed, prompts):
     def planned(*more: object) -> dict:
         ran = succeeds(

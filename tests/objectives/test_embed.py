@@ -378,6 +378,7 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     assert "embed_loss: infonce" in settings
 
 
+@pytest.mark.long
 def test_a_run_that_starts_from_an_adapter_keeps_what_its_vectors_are(tiny_folder, data, tmp_path):
     """It went on with the model's own pooling and without prompts, so that its first vectors were not those of the start."""
     train(tiny_folder, data, tmp_path / "a", "--pooling", "mean", "--query-prompt", "query: ")

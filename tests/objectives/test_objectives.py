@@ -158,6 +158,7 @@ def test_evaluate_finds_what_the_last_validation_found(name, command, whole):
     assert found["loss"] != pytest.approx(first["val_loss"], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", by_default(MEMBERS, "sft", "dpo", "distill on-policy", "classify"))
 def test_a_plan_has_the_peak_of_the_run(name, command, whole):
     more = (*SIZE, "--dropout", MEMBERS[name].dropout, "--json")

@@ -55,6 +55,7 @@ def command(model, data, folder, objective: str, *more: object) -> tuple:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [
@@ -125,6 +126,7 @@ def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data,
     np.testing.assert_allclose(advantages, group_advantages(rewards, 2, "batch"), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_second_update_uses_the_ratio(tiny_folder, data, tmp_path):
     """With one update the ratio is 1; with several the policy has moved away from the one that sampled."""
     for updates in (1, 4):

@@ -215,6 +215,7 @@ def test_the_run_of_a_strangers_adapter_names_no_code(tmp_path):
     assert unnamed.reward is None
 
 
+@pytest.mark.long
 def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
     plain = trained(tmp_path / "b", tiny_folder, data, "dpo")
@@ -229,6 +230,7 @@ def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
     assert from_file[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, tiny_folder, data, tmp_path):
     """It was measured against the base: an untrained policy had an accuracy of 1."""
@@ -318,6 +320,7 @@ def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, 
     assert len(list((tmp_path / "cache/reference").iterdir())) == 4  # train and validation of both
 
 
+@pytest.mark.long
 def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
@@ -333,6 +336,7 @@ def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeyp
     assert plain[0]["val_loss"] != pytest.approx(scaled[0]["val_loss"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeypatch):
     """A raw FileNotFoundError: its weights have another name."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
@@ -398,6 +402,7 @@ def test_the_best_validation_and_the_end_follow_the_metric(metric, best, end, ti
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "a", best) != adapter_of(tmp_path / "a", end)
 
 
+@pytest.mark.long
 def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path, held_out):
     more = (*STOPPING, "--metric-for-best-model", "accuracy")
     held_out()

@@ -171,6 +171,7 @@ def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, 
     assert [one["question"] for one in records(tmp_path / "b", "valid")].count("Is it?") == 1
 
 
+@pytest.mark.long
 def test_the_base_writes_and_what_it_wrote_is_not_written_again(tiny_folder, table, tmp_path, monkeypatch):
     command = ("train", "--model", tiny_folder, "--data", table, "--rephrase", 1, *QUICK)
     ran = succeeds(*command, "--adapter-path", tmp_path / "a")

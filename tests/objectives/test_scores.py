@@ -521,6 +521,7 @@ def reranker(tiny_folder, ranked, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_order_is_learned(tiny_folder, ranked, reranker):
     lines = metrics(reranker)
     first, *_, last = [line for line in lines if line["val_loss"] is not None]

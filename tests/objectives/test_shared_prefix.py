@@ -282,6 +282,7 @@ def test_a_resumed_run_keeps_its_layout(tiny_folder, data, tmp_path):
     assert "--shared-prefix on" in ran.err
 
 
+@pytest.mark.long
 def test_little_to_share_is_not_shared_unless_asked(tiny_folder, tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "?", "chosen": f"{n} " * 90, "rejected": f"{n}, " * 80} for n in range(8)]
@@ -633,6 +634,7 @@ def sampled_run(folder: Path, model: Path, asked_long: Path, *more: object):
     return ran.err, metrics(folder)
 
 
+@pytest.mark.long
 @pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")
 @pytest.mark.parametrize("more", [(), ("--updates-per-rollout", 2, "--kl-beta", 0.1)])
 def test_a_run_of_joined_answers_takes_the_same_steps(more, tiny_folder, asked_long, tmp_path):
@@ -666,6 +668,7 @@ def test_a_killed_run_of_joined_answers_resumes_to_the_same_bytes(name, tiny_fol
     assert "--shared-prefix off: the run that you resume has it " + ("on" if name == "long" else "auto") in ran.err
 
 
+@pytest.mark.long
 def test_short_prompts_are_shared_where_that_saves_work_or_if_asked(tiny_folder, asked_long, tmp_path):
     asked = ("--iters", 2, *LONG_ANSWERS)
     text, _ = sampled_run(tmp_path / "auto", tiny_folder, asked_long / "short.jsonl", *asked)

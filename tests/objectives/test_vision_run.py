@@ -132,6 +132,7 @@ def trained(model, colors, tmp_path_factory):
     return folder, run(*command(model, colors / "train.jsonl", folder, "--save-every", 6, "--keep", 0))
 
 
+@pytest.mark.long
 def test_a_run_learns_what_pictures_show(trained, model, colors):
     folder, ran = trained
     assert ran.code == 0, ran.err
@@ -178,6 +179,7 @@ def test_a_text_of_the_report_depends_on_its_picture(model, colors):
     assert rows.pictures.of_row(0) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("made", "step"),
     by_default(
@@ -244,6 +246,7 @@ def loss_of(model, colors, *more: object) -> float:
     return json.loads(ran.out)["loss"]
 
 
+@pytest.mark.long
 def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_path):
     folder, ran = seeing
     assert ran.code == 0, ran.err
@@ -261,6 +264,7 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
     assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=by_dtype(1e-4, 5e-3))
 
 
+@pytest.mark.long
 def test_training_the_tower_is_planned(model, colors, tmp_path):
     def planned(*more: object) -> int:
         ran = succeeds("plan", "--model", model, "--data", colors / "train.jsonl", "--batch-size", 4, "--json", *more)  # fmt: skip
@@ -270,6 +274,7 @@ def test_training_the_tower_is_planned(model, colors, tmp_path):
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.long
 def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeypatch):
     asked = []
     own = Pictures.tower_bytes
@@ -289,6 +294,7 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
     assert (last > 0, more - planned) == (True, 10**6)
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_pictures_of_its_data(model, colors):
     asked = ("plan", "--model", model, "--images", "--train-vision", "full", "--json")
     with_data, without = (json.loads(run(*asked, *more).out) for more in (("--data", colors / "train.jsonl"), ()))
@@ -461,6 +467,7 @@ def test_a_model_that_sees_nothing_is_told(tiny_folder, colors, tmp_path):
     one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out", "--images")), "llama")
 
 
+@pytest.mark.long
 def test_runs_that_are_trained_together_see_their_pictures(model, colors, tmp_path):
     """Their rows are computed by themselves: a joint pass would know no pictures."""
     asked = {"model": str(model), "data": str(colors / "train.jsonl"), "iters": 3, "batch_size": 4, "rank": 4}
@@ -799,6 +806,7 @@ def test_the_answers_at_validations_are_shown_with_their_pictures(model, color_p
     assert '<div class="said">Which color?</div>' in page, "without the place of the picture, which is beside it"
 
 
+@pytest.mark.long
 def test_rloo_with_a_divergence_sees_pictures_too(model, color_prompts, tmp_path):
     more = ("--objective", "rloo", "--kl-beta", 0.1, "--updates-per-rollout", 2, "--iters", 2)
     succeeds(*reward_command(model, color_prompts, tmp_path / "a", *more))

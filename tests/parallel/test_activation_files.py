@@ -42,6 +42,7 @@ def trained(model, chats, out, *extra):
     succeeds(*command(model, chats, out, *ON, *extra))
 
 
+@pytest.mark.long
 def test_a_run_learns_the_same_bytes_and_resumes_to_them(folder, chats, tmp_path, monkeypatch):
     written, put = [], ActivationFiles.put
 
@@ -102,6 +103,7 @@ def test_what_blocks_keep_does_not_add_up(tmp_path, monkeypatch):
         assert mx.array_equal(one, other), name
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_the_adapter_is_saved(folder, chats, tmp_path, monkeypatch):
     save, calls = mx.save_safetensors, []
 
@@ -159,6 +161,7 @@ def test_it_requires_a_base_that_is_read_from_its_files(tiny_4bit_folder, chats,
     assert "--offload-base" in ran.err
 
 
+@pytest.mark.long
 def test_the_plan_counts_what_is_on_the_disk(folder, chats):
     asked = ("plan", "--model", folder, "--max-seq-length", 4096, "--batch-size", 1, "--offload-base", "--json")
     memory, disk = (json.loads(run(*asked, *more).out) for more in ((), ("--offload-activations",)))

@@ -61,6 +61,7 @@ def pair(tiny_folder, chats, tmp_path_factory):
     return folder, ran.stderr
 
 
+@pytest.mark.long
 @STEPS_OF_ONE
 def test_two_processes_take_the_steps_of_one(alone, pair):
     folder, printed = pair

@@ -70,6 +70,7 @@ def trained(folder, chats, out, *extra):
     return ran
 
 
+@pytest.mark.long
 def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     trained(folder, chats, tmp_path / "on", "--offload-base", "--iters", 6)
     trained(folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block", "--iters", 6)
@@ -80,6 +81,7 @@ def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     assert on[-1] < on[0]
 
 
+@pytest.mark.long
 def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder, chats, tmp_path, monkeypatch):
     def most_tokens(bytes_per_s, *extra):
         monkeypatch.setattr(offloaded_base, "read_rate", lambda tensors: bytes_per_s)
@@ -94,6 +96,7 @@ def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder
     assert most_tokens(1e3, "--batch-tokens", usual) == usual
 
 
+@pytest.mark.long
 @pytest.mark.float32("a loss near 0 is compared within float32's rounding")
 @pytest.mark.parametrize(
     "own",
@@ -209,6 +212,7 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
     assert (tmp_path / "run" / "adapters.safetensors").exists()
 
 
+@pytest.mark.long
 def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypatch):
     trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 2)
     for home in ("planner.memory", "trainer.gradient_checkpointing"):
@@ -218,6 +222,7 @@ def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypa
     assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch):
     large = {"vocab_size": MAX_SLICE + 1}  # so that the head has two slices
     model = tiny_model(**large)
@@ -266,6 +271,7 @@ def test_a_run_that_is_killed_while_it_reads_resumes_to_the_same_bytes(folder, c
     assert weights(out) == weights(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("failing", ["error", "end"])
 def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(
     failing, tiny_4bit_folder, chats, tmp_path, monkeypatch
@@ -293,6 +299,7 @@ def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(
     assert (tmp_path / "run" / "adapters.safetensors").exists()
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     wide = {**WIDE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     folder = write_folder(tmp_path / "base", tiny_model(**wide), wide)
@@ -358,6 +365,7 @@ def pairs(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("extra", [
     ("--method", "dora"),
     *(pytest.param(one, marks=pytest.mark.slow) for one in (
@@ -373,6 +381,7 @@ def test_methods_and_objectives(extra, tiny_4bit_folder, chats, pairs, tmp_path)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)
 
 
+@pytest.mark.long
 def test_evaluate_and_generate(tiny_4bit_folder, chats, tmp_path):
     trained(tiny_4bit_folder, chats, tmp_path / "a", "--iters", 2, "--val-batches", 0)
     found = {}
@@ -443,6 +452,7 @@ def tables_of(base: Base) -> list[StoredTable]:
     return [module for module in base.model.modules() if isinstance(module, StoredTable)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "layout"),
     [("tied", "4-bit"), ("untied", "float"), ("untied", "mxfp4"), ("capped", "float"), ("capped", "4-bit")],

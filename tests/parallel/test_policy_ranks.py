@@ -106,6 +106,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name if name == "two" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )

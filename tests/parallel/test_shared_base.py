@@ -72,6 +72,7 @@ def two(tiny_folder, chats, tmp_path_factory):
     return root, in_one_session(runs, 2, root / "session")
 
 
+@pytest.mark.long
 @STEPS_OF_ONE
 def test_ranks_that_share_the_base_take_the_steps_of_one(alone, two):
     folder, printed = two

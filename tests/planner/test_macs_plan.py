@@ -142,6 +142,7 @@ def test_unequal_parts_send_more():
     assert link.gather_s(unit, [0.4, 0.2, 0.2, 0.2]) == pytest.approx(120 * 3 / 4 * 1.2)
 
 
+@pytest.mark.long
 def test_flags_that_fit_are_suggested(tiny_folder):
     settings = train_settings({"model": str(tiny_folder), "rank": 16})
     asked = shared_model(settings)

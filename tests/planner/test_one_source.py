@@ -50,6 +50,7 @@ def test_a_damaged_store_is_measured_anew(own_cache):
     assert ceilings_here(measure=measure).flops_per_s == 2e11
 
 
+@pytest.mark.long
 def test_parameters_are_counted_alike_for_every_form_of_a_model(tiny_folder, tmp_path):
     model = tiny_model()
     count = sum(p.size for _, p in tree_flatten(model.parameters()))

@@ -82,6 +82,7 @@ def test_a_config_alone_plans_what_its_folder_does(tiny_folder, plan):
     assert planned("--model", tiny_folder / "config.json")["parts"] == plan["parts"]
 
 
+@pytest.mark.long
 def test_planning_a_large_model_takes_no_memory(big):
     before, start = mx.get_active_memory(), mx.get_peak_memory()
     plan = planned("--model", big, "--chip", "M2 Max")
@@ -241,6 +242,7 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
     assert facts["needed_bytes"] == facts["peak_bytes"] + facts["cache_bytes"]
 
 
+@pytest.mark.long
 @pytest.mark.cpu("a GPU computes exponentials as fast as it reads numbers, and has no fast form of them")
 def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, tmp_path, monkeypatch):
     measured = []
@@ -274,6 +276,7 @@ def test_another_mac_and_all_of_them(big):
     assert lengths == sorted(lengths)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", by_default([{}, {"offload_base": "on"}, {"dtype": "float32"}], {"offload_base": "on"})
 )
@@ -326,6 +329,7 @@ def test_an_outline_is_adapted_once():
         outlined_shape(outline, settings_of())
 
 
+@pytest.mark.long
 def test_longest_row_and_most_rows_fit_and_no_more(big):
     settings, machine = settings_of(), CHIPS[0].machine(16)
     shape = outlined_shape(outline_of_config({**LLAMA_8B, "num_hidden_layers": 8}, mx.bfloat16), settings)
@@ -420,6 +424,7 @@ def train(folder: Path, chats: Path, out: Path, *more: object):
     return run("train", "--model", folder, "--data", chats, "--adapter-path", out, *SHORT, *more)
 
 
+@pytest.mark.long
 def test_train_refuses_what_cannot_fit_and_says_what_would(tiny_folder, chats, tmp_path):
     ran = train(tiny_folder, chats, tmp_path / "a", "--memory-budget", 1e-4)
     assert ran.code == 2
@@ -440,6 +445,7 @@ def test_train_refuses_what_cannot_fit_and_says_what_would(tiny_folder, chats, t
     assert forced.code == 0, forced.err
 
 
+@pytest.mark.long
 @pytest.mark.cpu("in 16 bits, the tiny model's smallest batch needs more than four fifths of its default one")
 def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     def chosen(name: str, *more: object) -> tuple:
@@ -456,6 +462,7 @@ def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     assert chosen("own", "--batch-tokens", 128, "--grad-checkpoint", "block") == (128, "block")
 
 
+@pytest.mark.long
 def test_hub_ids_are_planned_without_their_weights(tmp_path):
     folder = tmp_path / "model"
     write_folder(folder, tiny_model())
@@ -491,6 +498,7 @@ def pairs(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.long
 def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
     flags = ("--model", tiny_folder, "--data", pairs, "--valid-fraction", 0.25, "--batch-size", 8, "--chip", "M2")
     apart = ("--shared-prefix", "off")

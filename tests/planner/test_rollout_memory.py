@@ -174,6 +174,7 @@ def test_pictures_are_in_memory_from_the_loss_to_the_gradients_of_the_tower():
     assert ("pictures" in frozen, "tower" in frozen) == (True, False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [(), ("--train-vision", "lora"), ("--train-vision", "--train-connector")])
 def test_plan_and_run_plan_the_same(smolvlm, tmp_path, more):
     from PIL import Image
@@ -221,6 +222,7 @@ WIDE = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 384, "v
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True} | WIDE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "rollout",
     by_default(
@@ -236,6 +238,7 @@ def test_the_plan_is_near_the_measured_peak(rollout):
     assert planned(model, CONFIG, rollout) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rollout", [Rollout(2, 8, 300, 20), Rollout(4, 8, 100, 40)], ids=str)
 def test_what_is_kept_from_turn_to_turn_is_planned(rollout):
     """All rows end a turn at once, near the end of their room, which takes the most: each is kept beside the batch's caches."""

@@ -66,6 +66,7 @@ def defined_in(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_the_picture_has_the_rooms_and_the_imports_of_the_code(architecture):
     """If this fails: python scripts/architecture.py, look at the picture, and commit it."""
     root = ElementTree.parse(architecture.PICTURE).getroot()

@@ -237,6 +237,7 @@ def changed(tmp_path_factory):
     return package.root, touched, facts
 
 
+@pytest.mark.long
 def test_a_new_pairwise_loss_is_one_function_and_one_row(changed):
     _, touched, facts = changed
     losses, margin = facts["loss"]["losses"], facts["loss"]["margin"]

@@ -508,6 +508,7 @@ def listed(metal):
     return json.loads(metal.LIST.read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 def test_nothing_of_ours_asks_a_gpu_for_what_it_lacks(metal, listed):
     used = metal.uses(ROOT / "mlx_lora", listed)
     assert {"linalg.qr", "linalg.eigh", "distributed.all_sum"} <= {use.name for use in used}

@@ -64,6 +64,7 @@ def command(model: Path, data: Path, folder: Path, *more: object) -> tuple:
             "--reward", rewards, *QUICK, *more)  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     folder = tmp_path / "a"
     more = ("--iters", 8, "--steps-per-eval", 4, "--save-every", 4, "--updates-per-rollout", 2, "--kl-beta", 0.01)
@@ -99,6 +100,7 @@ def test_a_run_shows_how_its_answers_change(three, tiny_folder, data, tmp_path):
     assert (tmp_path / "cut/answers.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_the_answers_are_greedy_change_nothing_and_can_be_left_out(tiny_folder, data, tmp_path):
     for name, tokens in (("with", 8), ("without", 0)):
         more = ("--iters", 2, "--steps-per-eval", 1, "--dropout", 0.1, "--sample-tokens", tokens)

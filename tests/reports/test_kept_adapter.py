@@ -86,6 +86,7 @@ def test_the_beginning_of_rounding_is_no_overfitting(tmp_path):
         assert verdict(lines(rising, falling), {}, context=context).name == OVER_FITTED
 
 
+@pytest.mark.long
 def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_folder, chats, tmp_path):
     folder = tmp_path / "a"
     succeeds(

@@ -164,6 +164,7 @@ def test_in_a_browser(folder, width, dark):
     assert (seen.found["paper"] == light) is not dark
 
 
+@pytest.mark.long
 def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp_path):
     words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12)
     words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5, "--dtype", "bfloat16")

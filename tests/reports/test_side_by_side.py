@@ -63,6 +63,7 @@ def test_base_and_adapter_are_measured_in_one_call(words, tiny_folder, chats):
     assert "95% interval" in shown
 
 
+@pytest.mark.long
 def test_answers_stand_side_by_side(words, tiny_folder, trained, chats, tmp_path):
     found = json.loads(run(*words, "--show", 3, "--json").out)
     assert [one["question"].startswith("Say") for one in found["examples"]] == [True] * 3
@@ -168,6 +169,7 @@ def test_students_quantile(freedom, confidence, quantile):
     assert student_quantile(freedom, confidence) == pytest.approx(quantile, rel=1e-3)
 
 
+@pytest.mark.long
 def test_rows_that_chose_the_adapter_widen_the_interval_and_others_do_not(tiny_folder, chats, tmp_path):
     adapter, model = ("--adapter-path", tmp_path / "a"), ("--model", tiny_folder)
     chosen_by = ("--iters", 4, "--valid-fraction", 0.3, "--keep-best", "--steps-per-eval", 1, "--save-every", 1)

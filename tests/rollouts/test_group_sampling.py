@@ -65,6 +65,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name if "above" in name else pytest.param(name, marks=pytest.mark.slow) for name in FILTERS]
 )

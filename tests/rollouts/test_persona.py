@@ -89,6 +89,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.long
 def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT))
     (line,) = (line for line in ran.lines if line.startswith("Answers: "))
@@ -120,6 +121,7 @@ def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_the_teacher_answers_with_its_prompt_in_front(model, asked, tmp_path, own_cache):
     """At a temperature near 0, an answer is the likeliest text after the persona and the prompt, and no other."""
     succeeds(*command(model, asked, tmp_path / "a", "--max-new-tokens", 8, "--temp", 0.001))
@@ -138,6 +140,7 @@ def test_the_teacher_answers_with_its_prompt_in_front(model, asked, tmp_path, ow
     assert matches["without"] < matches["with"]
 
 
+@pytest.mark.long
 def test_what_a_stopped_run_wrote_is_not_written_again(model, asked, tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(batch_writing, "MOST_ROWS", 5)
     assert run(*command(model, asked, tmp_path / "a", *SHORT)).code == 0
@@ -229,6 +232,7 @@ def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
     assert "Teacher" in ran.err
 
 
+@pytest.mark.long
 def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, own_cache):
     more = (*SHORT, "--own-prompts", 16, "--temp", 1.1, "--valid-fraction", 0.2)
     ran = succeeds(*command(model, asked, tmp_path / "a", *more, data=False))
@@ -291,6 +295,7 @@ def test_bad_input_is_one_line(case, model, asked, chats, tmp_path):
     assert words in ran.lines[-1], ran.err
 
 
+@pytest.mark.long
 def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
     for data in (True, False):
         ran = succeeds(*command(model, asked, tmp_path / "a", "--dry-run", data=data))

@@ -176,6 +176,7 @@ def test_the_template_is_the_reward_models_own(tiny_folder, data, tmp_path):
     assert np.abs(np.array(scorer(CONVERSATIONS)) - as_chatml).max() > 1e-4
 
 
+@pytest.mark.long
 def test_a_run_learns_from_it_beside_a_function_and_resumes_to_the_same_bytes(untied_folder, data, judge, tmp_path):
     rewards = ("--reward", f"{judge},length:4", "--reward-weights", "2,0.5")
     common = ("--model", untied_folder, "--data", data / "prompts.jsonl", "--objective", "grpo", *rewards)

@@ -40,6 +40,7 @@ def command(shelf: Path, folder: Path, *more: object) -> tuple:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf, tmp_path):
     def words(folder: Path, *more: object) -> tuple:
         return command(shelf, folder, "--iters", 6, "--save-every", 2, *more)
@@ -76,6 +77,7 @@ def test_the_same_run_from_python_and_its_measurement(shelf, tmp_path):
     assert found["tools/turns"] > 1
 
 
+@pytest.mark.long
 def test_tools_alone_are_planned_with_the_prompt(shelf, tmp_path):
     (tmp_path / "t.py").write_text(
         "def fly(to: str) -> str:\n    '''Fly.\n\n    Args:\n        to: where\n    '''\n    return to\n"

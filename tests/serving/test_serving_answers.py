@@ -54,6 +54,7 @@ def test_tools_that_a_template_only_names_are_refused(served):
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
 
 
+@pytest.mark.long
 def test_a_hostile_template_does_not_hold_up_the_server(served, monkeypatch):
     client, engine = served
     monkeypatch.setattr(sandbox, "RENDER_S", 4.0)

@@ -236,6 +236,7 @@ def test_an_adapter_that_does_not_fit_leaves_everything_as_it_was(http, adapters
     assert http.get("/v1/adapters").json() == before
 
 
+@pytest.mark.long
 def test_adapters_by_hub_id_at_the_start_and_while_it_runs(folder, adapters, tmp_path):
     with hub_server() as hub:
         hub.folders.update({"me/bard": adapters["bard"], "me/clerk": adapters["clerk"]})

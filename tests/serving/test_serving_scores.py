@@ -66,6 +66,7 @@ def http(server):
         yield client
 
 
+@pytest.mark.long
 def test_texts_get_the_labels_that_predict_gives(http, tiny_folder, folders):
     texts = [f"day {n}: {'abz'[n % 3] * 3}" for n in range(20)]  # more than are scored together
     for path in ("/classify", "/v1/classify"):

@@ -70,6 +70,7 @@ def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
+@pytest.mark.long
 def test_a_wrong_or_missing_key_gets_401(http, server):
     assert http.post("/v1/completions", json=GOOD).status_code == 200
     for headers in (
@@ -108,6 +109,7 @@ def test_other_paths_that_lead_nowhere(http):
     assert code(http.post("/v1/adapters", json={"name": "x", "hub": "owner/name"})) == (403, "hub_off")
 
 
+@pytest.mark.long
 def test_without_an_offered_folder_nothing_on_disk_can_be_loaded(tiny_folder, adapters, tmp_path):
     with Server("--model", tiny_folder, log=tmp_path / "log") as server:
         answer = httpx.post(f"{server.url}/v1/adapters", json={"name": "x", "path": str(adapters / "bard")})
@@ -356,6 +358,7 @@ def test_a_full_queue_gets_429_and_a_client_that_does_not_read_is_cut_off(http, 
         connection.close()
 
 
+@pytest.mark.long
 def test_an_answer_that_takes_too_long_gets_504(tiny_folder, tmp_path):
     limits = ("--request-timeout", 1, "--max-tokens", 10**6, "--max-context", 10**7)
     endless = {"prompt": "x", "max_tokens": 10**6, "ignore_eos": True}
@@ -378,6 +381,7 @@ def test_unknown_paths_and_methods_are_json_too(http):
     assert code(http.get("/v1/completions")) == (405, "method_not_allowed")
 
 
+@pytest.mark.long
 def test_clients_on_many_connections_do_not_disturb_each_other(http, server):
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
     answers = []

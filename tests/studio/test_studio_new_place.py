@@ -36,6 +36,7 @@ def write_place(folder: Path) -> None:
     (folder / "notes.js").write_text(SCRIPT)
 
 
+@pytest.mark.long
 def test_a_place_is_two_files_and_no_other_changes(tmp_path):
     package = copied(tmp_path)
     write_place(tmp_path / "mlx_lora" / "studio" / "places")

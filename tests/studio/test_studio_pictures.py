@@ -124,6 +124,7 @@ def asked(client, home, *parts):
     return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: ")]
 
 
+@pytest.mark.long
 def test_a_model_is_asked_about_a_picture(home):
     text = {"type": "text", "text": "What is it?"}
 

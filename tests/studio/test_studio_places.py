@@ -114,6 +114,7 @@ def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
     assert list(refused["said"]) == ["rank"]
 
 
+@pytest.mark.long
 def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch):
     def traced(*_, **__):
         raise AssertionError("this process replaced MLX's functions")
@@ -437,6 +438,7 @@ def test_what_an_export_needs(client):
 # The search of a learning rate
 
 
+@pytest.mark.long
 def test_auto_is_planned_with_the_default_rate(tmp_path, tiny_folder, chats):
     with studio(tmp_path / "home") as client:
         model, data = furnish(tmp_path / "home", tiny_folder, chats)
@@ -463,6 +465,7 @@ def write_sweep(folder, settings):
     SweepState({"settings": train_settings(settings).to_flat()}, rates, rounds=rounds).write(folder)
 
 
+@pytest.mark.long
 def test_a_rate_that_diverged_has_no_loss(tmp_path):
     write_sweep(tmp_path / "home" / "sweeps" / "rates", {"model": "org/model", "data": "a.jsonl"})
     with studio(tmp_path / "home") as client:

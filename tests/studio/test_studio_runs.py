@@ -193,6 +193,7 @@ print(read, tracemalloc.get_traced_memory()[0] - before)
 """
 
 
+@pytest.mark.long
 def test_news_take_no_memory(tmp_path):
     folder = write_run(tmp_path / "run", steps=5, ended=False)
     command = [sys.executable, "-c", MEMORY_OF_NEWS, folder, json.dumps(metric(6))]
@@ -332,6 +333,7 @@ def test_a_run_that_was_asked_to_end_says_so_until_it_has(tmp_path):
         child.stdout.close()
 
 
+@pytest.mark.long
 def test_the_example_is_fetched_once_and_its_model_is_listed(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     with studio(tmp_path / "home") as client:

@@ -125,6 +125,7 @@ def peak_bytes(mode: str, blocks: int = 8) -> int:
     return mx.get_peak_memory() - start
 
 
+@pytest.mark.long
 def test_each_mode_holds_less_than_the_one_before(request):
     old = mx.set_memory_limit(1)  # else the CPU backend allocates for operations it has not run yet
     request.addfinalizer(lambda: mx.set_memory_limit(old))
@@ -176,6 +177,7 @@ def compiled_peak_bytes(blocks: int, mode: str) -> int:
     return mx.get_peak_memory() - start
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["block", "selective"])
 def test_a_checkpointed_quantized_block_keeps_no_dense_weight(mode):
     # Compiling merged the second pass's dequantization with the first's, and every block's weights were kept.

@@ -82,6 +82,7 @@ def poisoned(tmp_path_factory):
     return folders, root / "rows.jsonl"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", by_default(["nan", "inf"], "nan"))
 def test_batches_that_are_not_finite_are_skipped_and_the_others_learn(kind, poisoned, tmp_path):
     folders, data = poisoned
@@ -93,6 +94,7 @@ def test_batches_that_are_not_finite_are_skipped_and_the_others_learn(kind, pois
     assert any(mx.abs(value).max().item() > 0 for name, value in weights(tmp_path / "a").items() if "lora_b" in name)
 
 
+@pytest.mark.long
 def test_a_divergence_puts_the_last_good_checkpoint_back(poisoned, tmp_path):
     folders, data = poisoned
     rows = data.read_text().splitlines()
@@ -138,6 +140,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("writing", by_default(["a checkpoint", "a report"], "a checkpoint"))
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(writing, disk, tiny_folder, chats):
     words = ("--iters", 60, "--keep", 1, "--steps-per-eval", 0)
@@ -361,6 +364,7 @@ def test_parts_hold_the_batch(rows, parts, shapes):
         assert part.weights.sum() == part.mask.sum()
 
 
+@pytest.mark.long
 @pytest.mark.float32("the parts' sums round otherwise than the batch's, and each step multiplies the difference")
 def test_parts_give_the_same_updates(tiny_folder, chats, tmp_path):
     for name, parts in (("whole", 1), ("parts", 3)):

@@ -220,6 +220,7 @@ def trained(folder: Path, model: Path, data: Path, *flags) -> list[dict]:
     return [line for line in lines if line["val_loss"] is not None]
 
 
+@pytest.mark.long
 def test_a_run_finds_what_evaluate_finds_and_is_not_changed(asked, tiny_folder, chats, tmp_path):
     found = trained(tmp_path / "a", tiny_folder, chats, *asked)
     trained(tmp_path / "plain", tiny_folder, chats)
@@ -244,6 +245,7 @@ def scripted(monkeypatch):
     return steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("metric", "best"), [("task", 8), ("loss", 12)])
 def test_the_best_adapter_is_that_of_the_best_score(metric, best, scripted, asked, tiny_folder, chats, tmp_path):
     more = ("--save-every", 4, "--keep-best", "--metric-for-best-model", metric)
@@ -254,6 +256,7 @@ def test_the_best_adapter_is_that_of_the_best_score(metric, best, scripted, aske
     assert (state["best_score"], state["best_at"]) == ((0.75, 8) if metric == "task" else (None, 12))
 
 
+@pytest.mark.long
 def test_a_run_that_was_cut_ends_with_the_same_bytes(scripted, asked, tiny_folder, chats, tmp_path):
     more = (*asked, "--save-every", 4, "--keep", 0, "--keep-best", "--metric-for-best-model", "task",
             "--early-stopping-patience", 1)  # fmt: skip
@@ -268,6 +271,7 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(scripted, asked, tiny_folde
     assert weights(cut) == (cut / "checkpoints/step-000004/adapters.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_task_of_lm_eval(tiny_folder, chats, tmp_path):
     pytest.importorskip("lm_eval", reason="the extra eval")
     rows = [{"q": f"Say {n}.", "choices": ["abcabc", "xyz"], "right": 0} for n in range(4)]

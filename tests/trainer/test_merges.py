@@ -36,6 +36,7 @@ def qa_run(tiny_4bit_folder, chats, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_fused_qa_lora_has_the_loss_of_the_adapter(tiny_4bit_folder, chats, qa_run, tmp_path):
     found = fused_and_kept(tiny_4bit_folder, qa_run, tmp_path / "fused", chats)
     assert found["loss_fused"] == pytest.approx(found["loss_adapter"], abs=by_dtype(1e-3, 5e-3))
@@ -43,6 +44,7 @@ def test_a_fused_qa_lora_has_the_loss_of_the_adapter(tiny_4bit_folder, chats, qa
     assert found["error_mean"] < 1e-3
 
 
+@pytest.mark.long
 def test_a_lora_of_the_same_run_loses_much_of_it(tiny_4bit_folder, chats, tmp_path):
     """The pair of the test above: what rounding costs where nothing is done about it."""
     assert run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--rank", 2)).code == 0
@@ -65,6 +67,7 @@ def qat_run(tiny_4bit_folder, chats, tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_killed_run_resumes_to_the_same_bytes_before_and_after_the_rounding_begins(
     tiny_4bit_folder, chats, qat_run, tmp_path, step
@@ -74,6 +77,7 @@ def test_a_killed_run_resumes_to_the_same_bytes_before_and_after_the_rounding_be
     assert weights(copy) == weights(qat_run)
 
 
+@pytest.mark.long
 @pytest.mark.float32("the losses of a tiny model fused and not fused are nearer than bfloat16 tells apart")
 def test_the_rounding_changes_what_is_trained_and_shown(tiny_4bit_folder, chats, qat_run, tmp_path):
     """The validation of such a run is that of the model which fusing writes."""

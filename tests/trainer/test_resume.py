@@ -293,6 +293,7 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
     assert [path.name for path in stopped.rglob(".*")] == [".notes.txt"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "extra",
     [
@@ -422,6 +423,7 @@ def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp
     assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
 
 
+@pytest.mark.long
 def test_the_best_step_of_adalora_may_be_before_the_first_cut(tiny_folder, chats, tmp_path, best_at_4):
     """Its checkpoint has no list of the ranks that are off, and the run has one by then."""
     adalora = (
@@ -499,6 +501,7 @@ def test_a_run_with_a_skipped_update_resumes_to_the_same_bytes(tiny_folder, chat
     assert weights(stopped) == weights(tmp_path / "a")
 
 
+@pytest.mark.long
 def test_a_share_of_qat_compares_only_validations_with_rounding(tiny_4bit_folder, chats, tmp_path):
     share = ("--qat", 0.5, "--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
     # So high a rate that the first validations without rounding are the best, and the patience is over before it begins.

@@ -156,6 +156,7 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.float32("runs that round otherwise part, and every step multiplies the difference")
 @pytest.mark.parametrize("case", named(QUICK, "4-bit"))
 def test_each_run_equals_its_solo_run(case, models, tmp_path, groups):
@@ -190,6 +191,7 @@ def test_a_run_that_trains_the_base_takes_its_steps_by_itself(models, tmp_path, 
     assert any("together-0: its rows are computed by themselves" in line for line in logged)
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_leaves_the_others_bytes(models, tmp_path, groups):
     """Its factors are infinite from the first step on, and it leaves when a finite run of as many steps would end."""
 
@@ -238,6 +240,7 @@ def results(tmp_path: Path, place: str) -> list[bytes]:
     return [(tmp_path / f"{place}-{n}" / "adapters.safetensors").read_bytes() for n in range(3)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", by_default([1, 4, 6, 8], 8))
 def test_runs_that_are_killed_go_on_with_the_same_bytes(at, models, tmp_path):
     SeveralRuns.open(checkpointed(models("dense"), tmp_path, "whole")).train()
@@ -286,6 +289,7 @@ def test_the_round_to_go_on_from_is_one_that_all_runs_have():
     assert common_round([left[0], Left(frozenset({10, 25}), ended=25)]) == 30
 
 
+@pytest.mark.long
 def test_runs_that_do_not_belong_together_keep_their_checkpoints(models, tmp_path):
     """A third run beside two that are resumed, or runs that were trained alone, would all begin again."""
     SeveralRuns.open(checkpointed(models("dense"), tmp_path, "a")[:2]).train()

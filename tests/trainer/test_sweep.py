@@ -94,6 +94,7 @@ def found(tiny_folder, data, tmp_path_factory) -> SweepJob:
     return job
 
 
+@pytest.mark.long
 def test_the_winner_is_an_ordinary_run(found, tiny_folder, data, tmp_path):
     state, folder = found.sweep.state, found.sweep.folder
     best = state.candidates[state.winner]["learning_rate"]
@@ -139,6 +140,7 @@ def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     assert not any("/trials/" in path for path in known)
 
 
+@pytest.mark.long
 def test_a_round_is_left_out_where_the_first_would_be_too_short(tiny_folder, data, tmp_path):
     settings, rates = settings_of(tiny_folder, data, iters=16), "learning_rate=1e-4..1e-2/6"
     job = job_of(settings, tmp_path / "short", rates, budget="3x")
@@ -359,6 +361,7 @@ def test_what_is_refused_leaves_the_files_that_were_there(tiny_folder, data, tmp
     assert job.sweep.trials[0].folder.is_dir()
 
 
+@pytest.mark.long
 def test_the_command(tiny_folder, data, tmp_path):
     flags = (
         "--model", tiny_folder, "--data", data, "--iters", 20, "--batch-size", 4, "--valid-fraction", 0.2,
@@ -392,6 +395,7 @@ def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_plan_says_how_many_trials_fit_and_how_long_a_sweep_takes(tiny_folder):
     flags = ("--model", tiny_folder, "--rank", 64, "--iters", 100, "--max-seq-length", 64, "--json", "--sweep")
     plans = [json.loads(run("plan", *flags, "4x", "--memory-budget", gb).out) for gb in (0.02, 0.04)]
@@ -419,6 +423,7 @@ def auto(model: Path, data: Path, folder: Path, **changes: Any) -> TrainSettings
     return settings_of(model, data, **{"iters": 40, "learning_rate": "auto", "adapter_path": str(folder), **changes})
 
 
+@pytest.mark.long
 def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, tmp_path):
     settings, base = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
     rate = settings.optimizer.learning_rate

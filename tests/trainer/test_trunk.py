@@ -155,6 +155,7 @@ def losses(folder) -> list[float]:
     return [record[key] for record in records for key in ("loss", "val_loss") if record[key] is not None]
 
 
+@pytest.mark.long
 def test_a_run_has_the_losses_of_one_that_computes_everything(tiny_folder, chats, tmp_path):
     off = command(tiny_folder, chats, tmp_path / "off", *ONE_BLOCK[:2], "--cache-trunk", "off", "--dropout", 0.2)
     assert run(*off).code == 0
@@ -172,6 +173,7 @@ def test_auto_keeps_it_in_a_run_of_further_epochs(tiny_folder, chats, tmp_path):
         assert any(cache_dir("trunk").glob("*/values.bin")) is kept
 
 
+@pytest.mark.long
 def test_a_later_run_finds_what_an_earlier_one_kept(tiny_folder, chats, tmp_path, monkeypatch):
     calls = []
     compute = TrunkRows._compute
@@ -208,6 +210,7 @@ RUNS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 )
@@ -231,6 +234,7 @@ def test_a_resumed_run_has_the_same_bytes_whatever_is_left_of_the_cache(name, ti
         assert weights(stopped) != before
 
 
+@pytest.mark.long
 def test_a_resumed_run_does_as_before_or_refuses(tiny_folder, chats, tmp_path):
     for asked, other in (("on", "off"), ("off", "on")):
         begun = ("--num-layers", 1, "--cache-trunk", asked, "--save-every", 5, "--keep", 0)
@@ -298,6 +302,7 @@ def test_the_planner_decides():
     assert "save 0%" in planned(later_s=100.0).problem("auto")
 
 
+@pytest.mark.long
 def test_a_plan_has_a_line(tiny_folder, chats):
     asked = ("--model", tiny_folder, "--data", chats, "--num-layers", 1)
     ran = run("plan", *asked, "--epochs", 4)

@@ -388,6 +388,7 @@ def test_a_session_that_ends_frees_its_models(server):
     tinker_client.wait_until(lambda: held[0] not in server.worker.weights)
 
 
+@pytest.mark.long
 def test_two_clients_get_what_each_gets_alone(server, base):
     """Their requests are under way together, and each trains as if alone."""
     clients = [server.client(f"tml-{name}") for name in "ab"]

@@ -52,6 +52,7 @@ def use_all(worker: Worker, plan: dict) -> None:
     worker.do(models[0], lambda: worker.models[models[0]].optim_step(numbers)).result(60)
 
 
+@pytest.mark.long
 @pytest.mark.cpu("the peak is that of a CPU, whose kernels keep other arrays than the planned GPU's")
 def test_the_planned_peak_is_the_measured_one(tiny_folder, tmp_path):
     plan = planned(tiny_folder)

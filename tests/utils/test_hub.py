@@ -129,6 +129,7 @@ def test_an_adapter_folder_here_comes_first(tmp_path, monkeypatch) -> None:
     assert resolve_adapter("./no/such") == Path("no/such")  # its reader says so
 
 
+@pytest.mark.long
 def test_offline_uses_the_cache_and_says_what_is_not_there(endpoint, tmp_path) -> None:
     calls(tmp_path, endpoint, model("org/model"), model("org/ggufs:Q8_0"), adapter("org/adapter"))
     wanted = (

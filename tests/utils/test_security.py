@@ -374,6 +374,7 @@ def test_what_is_agreed_to_is_bounded(tmp_path, monkeypatch):
     assert [bool(unknown_code(file, {"reward": "a.py:f"})) for file in files] == [True, True, False, False, False]
 
 
+@pytest.mark.long
 def test_the_candidates_of_a_resumed_sweep_are_those_of_its_flags(strangers, tmp_path):
     write, mark = strangers
     words = ("sweep", "--config", write(iters=12), "--vary", "rank=2,4", "--budget", "3x", "--out", tmp_path / "out")

@@ -34,6 +34,7 @@ def asked(speeds):
     return run("doctor", "--json", "--no-hub")
 
 
+@pytest.mark.long
 @A_CPUS_SIZES
 def test_json_is_one_object_with_all_that_was_promised(asked):
     assert asked.code == 0, asked.err

@@ -70,6 +70,7 @@ def quick(tmp_path_factory):
     return folder, run("doctor", "--full", "--quick", *groups, "--out", folder, "--json", exactly=True)
 
 
+@pytest.mark.long
 def test_the_quick_share_is_green_here_and_its_file_is_valid(quick):
     folder, ran = quick
     assert ran.code == 0, ran.err
@@ -100,6 +101,7 @@ def test_the_schema_refuses_other_content(quick):
     assert kit_problems([])
 
 
+@pytest.mark.long
 def test_a_wrong_kernel_is_named_and_nothing_else_is_red(tmp_path, monkeypatch):
     """One candidate has a wrong output, and another a wrong gradient only; training would use them, too."""
     right = kernel_table.lean_swiglu
@@ -175,6 +177,7 @@ run_kit(Asked(Path(sys.argv[1])), checks)
 """
 
 
+@pytest.mark.long
 def test_a_kill_loses_nothing_and_a_check_that_kills_twice_is_passed_by(tmp_path):
     environment = child_environment()
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
