@@ -218,7 +218,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--versions", nargs="+", help="newest, main, released, or mlx==VERSION and mlx-lm==VERSION")
     parser.add_argument("--found", nargs="+", type=Path, default=[], metavar="JSON", help="take these; run nothing")
     parser.add_argument("--expect", type=int, default=1, help="with --found: how many there must be (default 1)")
-    parser.add_argument("--tests", nargs="+", default=[], help="files or ids of tests (default: all of `make test` and `make test-long`)")
+    parser.add_argument("--tests", nargs="+", default=[], help="files or ids of tests (default: all that CI runs)")
     parser.add_argument(
         "--baseline", type=Path, help="before.json of an earlier run, instead of a run before the change"
     )

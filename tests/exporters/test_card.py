@@ -204,6 +204,7 @@ for token in sys.argv[3:]:
 """
 
 
+@pytest.mark.long
 def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
     before = {p.name: p.read_bytes() for p in exported.iterdir()}
 

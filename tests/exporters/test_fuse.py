@@ -279,6 +279,7 @@ def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_fold
     assert again["loss_adapter"] != pytest.approx(again["loss_base"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_the_rows_of_the_run_compensate_the_rounding(trained, tiny_4bit_folder, tmp_path):
     given = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", trained, "--json")
     default = run(*given, "--out", tmp_path / "default")

@@ -153,6 +153,7 @@ def test_an_adapter_is_not_written_over_by_what_is_made_of_it(tiny_folder, tmp_p
     assert (tmp_path / "model" / "a" / CONFIG_FILE).read_bytes() == before
 
 
+@pytest.mark.long
 def test_an_adapter_of_qat_is_for_the_format_that_it_was_trained_in(tiny_4bit_folder, tiny_folder, chats, tmp_path):
     words = (
         "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128, "--val-batches", 0, "--sample-tokens", 0,

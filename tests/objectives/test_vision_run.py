@@ -574,6 +574,7 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(preferri
     assert "margin 0.0000" in alone.err or "margin -0.0000" in alone.err
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_pictures(model, color_pairs, tmp_path):
     def planned(data: Path) -> dict:
         ran = succeeds(

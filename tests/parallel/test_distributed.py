@@ -76,6 +76,7 @@ def test_two_processes_take_the_steps_of_one(alone, pair):
     assert not list(folder.rglob(".*"))
 
 
+@pytest.mark.long
 @STEPS_OF_ONE
 def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, tiny_folder, chats, tmp_path):
     folder = until(pair[0], tmp_path / "a", 6)

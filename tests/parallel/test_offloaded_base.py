@@ -194,6 +194,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_4bit_folder, chats, tmp_pat
     assert weights(copy) == weights(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_4bit_folder, tmp_path / "base")
     check, steps = BaseFiles.check, []

@@ -89,6 +89,7 @@ def test_so_do_more_of_them_with_equal_parts(ranks, alone, tiny_folder, chats, t
     assert f"base shared by {ranks} processes" in printed
 
 
+@pytest.mark.long
 @STEPS_OF_ONE
 def test_a_rank_without_rows_keeps_up(two, tiny_folder, chats, tmp_path):
     assert run("train", *command(tiny_folder, chats, tmp_path / "alone", *ONE_ROW)).code == 0
@@ -202,6 +203,7 @@ def test_ranks_draw_the_same_tokens(alone, tiny_folder, tmp_path):
     assert json.loads(ended.outs[0])["text"] == expected
 
 
+@pytest.mark.long
 def test_what_needs_the_whole_base_says_so(alone, tiny_folder, chats):
     words = ("--model", tiny_folder, "--adapter-path", alone)
     for ran, text in (

@@ -533,6 +533,7 @@ def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
     assert shared["peak_bytes"] < 0.9 * dpo["peak_bytes"]
 
 
+@pytest.mark.long
 def test_a_plan_for_an_objective_says_what_it_assumes(tiny_folder, pairs):
     flags = ("--model", tiny_folder, "--objective", "dpo", "--chip", "M2")
     alone = run("plan", *flags).out

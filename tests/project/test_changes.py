@@ -248,6 +248,7 @@ def test_a_new_pairwise_loss_is_one_function_and_one_row(changed):
     assert margin > 0
 
 
+@pytest.mark.long
 def test_a_new_objective_is_its_file_and_one_row(changed):
     """Planner, reports and resume come with it."""
     _, touched, facts = changed
@@ -258,6 +259,7 @@ def test_a_new_objective_is_its_file_and_one_row(changed):
     assert found[6]["loss"] < found[1]["loss"]
 
 
+@pytest.mark.long
 def test_a_new_setting_is_one_row(changed):
     root, touched, facts = changed
     seen = facts["settings"]
@@ -277,6 +279,7 @@ def test_a_new_setting_is_one_row(changed):
         assert seen[seen_by]["report_color"] is None
 
 
+@pytest.mark.long
 def test_a_layer_type_is_its_file_its_row_and_its_test(changed):
     _, touched, facts = changed
     assert touched["layer"] == ["adapters/gained.py", "adapters/inject.py"]

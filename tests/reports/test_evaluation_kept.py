@@ -122,6 +122,7 @@ def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     assert (tmp_path / "base.html").read_text().count("<th>") == 3
 
 
+@pytest.mark.long
 def test_texts_on_pages_are_text_and_fit(tmp_path):
     example = {
         "question": EVIL,

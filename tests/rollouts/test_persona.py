@@ -170,6 +170,7 @@ def test_answers_depend_on_all_that_decides_them(model, asked, tmp_path, own_cac
     assert all(one != found[0] for one in found[1:])
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_from_its_own_copy(model, asked, tmp_path, own_cache):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     assert run(*command(model, asked, whole, *SHORT)).code == 0
@@ -200,6 +201,7 @@ def test_two_ranks_get_the_answers_of_the_first(model, asked, tmp_path, own_cach
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.long
 def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
     rows = [{"prompt": "Has one?", "completion": "Yes, this."}, {"instruction": "Has none?"}]
     rows += [
@@ -215,6 +217,7 @@ def test_records_with_an_answer_keep_it(model, asked, tmp_path, own_cache):
     assert [turn["role"] for turn in found[2]["messages"]] == ["system", "user", "assistant"]
 
 
+@pytest.mark.long
 def test_the_page_shows_base_teacher_and_adapter(model, asked, tmp_path):
     ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--learning-rate", 1e-2, "--iters", 20))
     sample = json.loads((tmp_path / "a" / "report.json").read_text())["samples"][0]
@@ -252,6 +255,7 @@ def test_without_data_the_model_writes_the_prompts_too(model, asked, tmp_path, o
     assert report["data"]["data"] == "prompts that the model wrote, answered by the teacher"
 
 
+@pytest.mark.long
 def test_python_needs_no_data_either(model, asked, tmp_path, own_cache):
     ran = mlx_lora.train(
         model, None, tmp_path / "a", objective="distill", teacher_prompt=asked / "persona.txt", own_prompts=8,
@@ -263,6 +267,7 @@ def test_python_needs_no_data_either(model, asked, tmp_path, own_cache):
         mlx_lora.train(model, None, tmp_path / "b", iters=2, progress=False)
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_write_prompts_is_told_in_one_line(tiny_folder, asked, tmp_path, own_cache):
     plain = write_folder(tmp_path / "plain", tiny_model(), chat_template=None)
     lines = {
@@ -286,6 +291,7 @@ BAD = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(case, model, asked, chats, tmp_path):
     flags, words = BAD[case]
@@ -305,6 +311,7 @@ def test_a_dry_run_writes_nothing(model, asked, tmp_path, own_cache):
     assert "writes the prompts itself" in ran.err
 
 
+@pytest.mark.long
 def test_the_test_set_of_an_adapter_is_the_one_that_was_written(model, asked, tmp_path, own_cache):
     first = succeeds(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
     shutil.rmtree(cache_dir("answers"))

@@ -133,6 +133,7 @@ def test_a_reward_model_of_the_same_base_shares_its_weights(untied_folder, judge
     assert SCORE_WEIGHT not in dict(tree_flatten(base.model.parameters()))
 
 
+@pytest.mark.long
 def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
     untied_folder, tiny_folder, data, judge, exported, logged
 ):

@@ -54,6 +54,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf,
     resumes_to_the_same_bytes(words, whole, tmp_path, child_environment(DIE_AT=str(died_at)), 4)
 
 
+@pytest.mark.long
 def test_the_same_run_from_python_and_its_measurement(shelf, tmp_path):
     made = vars(module_of(str(shelf / "shelf.py"), "it"))
     settings = {
@@ -90,6 +91,7 @@ def test_tools_alone_are_planned_with_the_prompt(shelf, tmp_path):
     assert "Call a function with" not in without.out + without.err
 
 
+@pytest.mark.long
 def test_a_template_that_shows_no_tools_is_one_line(shelf, tmp_path):
     bare = write_folder(tmp_path / "bare", tiny_model())
     given = ("train", "--model", shelf / "base", "--data", shelf / "prompts", "--adapter-path", tmp_path / "b")

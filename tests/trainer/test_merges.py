@@ -51,6 +51,7 @@ def test_a_lora_of_the_same_run_loses_much_of_it(tiny_4bit_folder, chats, tmp_pa
     assert fused_and_kept(tiny_4bit_folder, tmp_path / "run", tmp_path / "fused", chats)["error_mean"] > 0.1
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_stored_qa_lora(tiny_4bit_folder, chats, qa_run, tmp_path):
     again = command(
         tiny_4bit_folder, chats, tmp_path / "more", "--method", "qa-lora", "--rank", 2, "--resume-adapter-file", qa_run
@@ -122,6 +123,7 @@ def test_bad_input_is_one_line(name, tiny_folder, tiny_4bit_folder, chats, tmp_p
     assert not (tmp_path / "run" / "adapters.safetensors").exists()
 
 
+@pytest.mark.long
 def test_an_adapter_of_qat_is_always_used_in_its_fused_form(tiny_4bit_folder, chats, tmp_path):
     """Without the rounding it is another model, which nothing has trained: others refuse it, and we round on loading."""
     adapter, fused, merged = tmp_path / "run", tmp_path / "fused", tmp_path / "merged"

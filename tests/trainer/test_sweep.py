@@ -114,6 +114,7 @@ def _last_loss(folder: Path) -> float:
     return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
 
 
+@pytest.mark.long
 def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder, data, tmp_path):
     trial = found.sweep.trials[0]  # goes out after the first round
     steps = found.sweep.state.rounds[0][0]["step"]
@@ -127,6 +128,7 @@ def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder
     assert np.abs(factors(trial.folder) - factors(at)).max() < by_dtype(1e-5, 1e-2) * np.abs(factors(at)).max() + 1e-7
 
 
+@pytest.mark.long
 def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     state, compared = found.sweep.state, found.sweep.compared()
     assert 2.2 < compared.work() <= 2.7

@@ -56,6 +56,7 @@ def test_json_is_one_object_with_all_that_was_promised(asked):
         assert all(rate > 0 for rate in rates.values())
 
 
+@pytest.mark.long
 @A_CPUS_SIZES
 def test_the_screen_fits_one(asked):
     ran = succeeds("doctor", "--no-hub")
