@@ -26,6 +26,8 @@ import mlx.core as mx
 
 from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels import attention
+from mlx_lora.planner.memory import tile_queries
 from mlx_lora.utils import device
 
 Arrays = list[mx.array]
@@ -107,6 +109,15 @@ def gradient_graph(function: Callable[[Arrays, Arrays], Arrays], varied: Arrays,
         mx.export_function(listing.add, whole, *_flat(groups))
     cut = len(groups[0]) + len(groups[1]) + len(groups[2])
     return _joined(listing, cut, len(returned), len(varied))
+
+
+def plain_graph(function: Callable[..., Arrays], arrays: Arrays) -> Graph:
+    """Return the graph of a function that is not differentiated; arguments and errors as of `gradient_graph`."""
+    with _cutting() as cuts:
+        cuts.inside = True
+        listing = _Listing()
+        mx.export_function(listing.add, function, *arrays)
+    return _joined(listing, len(arrays), len(listing.outputs), 0)
 
 
 @contextmanager
@@ -251,6 +262,7 @@ def as_on_gpu() -> AbstractContextManager:
     return exchanged(
         {
             (device, "keep_exponentials"): lambda: False,
+            (attention, "tile_size"): partial(tile_queries, on_gpu=True),
             (mx, "dequantize"): _dequantized,
             (mx.fast, "rms_norm"): _normed,
             (mx.fast, "rope"): _rotated,
@@ -539,7 +551,7 @@ def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
         lag: see the module's docstring.
         fuses: whether it is compiled.
     """
-    buffers = _Buffers(graph, fuses)
+    buffers = Buffers(graph, fuses)
     forward = _before(graph, graph.returned)
     kept = {
         buffers.of[name]
@@ -564,7 +576,7 @@ def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
     needed = _before(graph, graph.returned)
     nodes = [node for number, node in enumerate(graph.nodes) if number in needed]
     alone = replace(graph, nodes=nodes, gradients=())
-    return max((live for _, live, _ in _live(alone, _Buffers(alone, fuses), lag)), default=0)
+    return max((live for _, live, _ in _live(alone, Buffers(alone, fuses), lag)), default=0)
 
 
 WIDTH = 20  # arrays that MLX's search has open at a time
@@ -614,7 +626,7 @@ def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
     return found
 
 
-class _Buffers:
+class Buffers:
     """The buffer of each array.
 
     Attributes:
@@ -633,7 +645,7 @@ class _Buffers:
         self.maker: dict[str, int] = {}
         self.copied: dict[int, int] = defaultdict(int)
         self.last_reader: dict[str, int] = {}
-        inner = _fused_away(graph) if fuses else set()
+        inner = fused_chains(graph)[1] if fuses else set()
         for number, node in enumerate(graph.nodes):
             for index, name in enumerate(node.outputs):
                 view = self._view(node, index)
@@ -642,7 +654,7 @@ class _Buffers:
                 else:
                     self.of[name], self.strides[name] = self.of[view[0]], view[1]
             if node.name in PRODUCTS:
-                self.copied[number] = sum(self.arrays[a].nbytes for a in node.inputs[:2] if not self._multiplies(a))
+                self.copied[number] = sum(self.arrays[a].nbytes for a in node.inputs[:2] if not self.multiplies(a))
             for name in (*node.inputs, *node.outputs):
                 self.last_reader[self.of[name]] = number
         for name in (*graph.returned, *graph.gradients):
@@ -673,14 +685,18 @@ class _Buffers:
             return source, strides
         return None
 
-    def _multiplies(self, name: str) -> bool:
+    def multiplies(self, name: str) -> bool:
         """Return whether a product can read a matrix with its strides, without copying it."""
         shape, strides = self.arrays[name].shape, self.strides[name]
         return len(shape) < 2 or strides[-2:] in ((shape[-1], 1), (1, shape[-2]))
 
 
-def _fused_away(graph: Graph) -> set[str]:
-    """Return the arrays inside chains of elementwise operations, which are never stored."""
+def fused_chains(graph: Graph) -> tuple[dict[int, int], set[str]]:
+    """Return which elementwise operations compiling joins, and the arrays inside of such chains, which are never stored.
+
+    Returns:
+        (number of a node -> number of the last node of its chain, names of arrays).
+    """
     maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
     readers: dict[str, list[int]] = defaultdict(list)
     for number, node in enumerate(graph.nodes):
@@ -699,7 +715,7 @@ def _fused_away(graph: Graph) -> set[str]:
         into = [r for reader in readers[name] for r in _behind_broadcast(graph, reader, readers)]
         if name not in ends and into and all(chain.get(reader) == own for reader in into):
             inner.add(name)
-    return inner
+    return chain, inner
 
 
 def _behind_broadcast(graph: Graph, reader: int, readers: dict[str, list[int]]) -> list[int]:
@@ -740,7 +756,7 @@ def _chain(
     return found
 
 
-def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int, int]]:
+def _live(graph: Graph, buffers: Buffers, lag: int) -> Iterator[tuple[int, int, int]]:
     """Yield each node's number, the bytes that are allocated when it has been prepared, and how many dispatches were before."""
     live, dispatches = 0, 0
     waiting: list[tuple[int, int]] = []  # (dispatch whose end frees it, bytes)
@@ -769,7 +785,7 @@ def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int,
         dispatches += 2 if made else int(is_view)
 
 
-def _donor(node: Node, name: str, number: int, buffers: _Buffers, readers_so_far: dict[str, int]) -> str | None:
+def _donor(node: Node, name: str, number: int, buffers: Buffers, readers_so_far: dict[str, int]) -> str | None:
     """Return the buffer that a result can take over from an input, if there is one."""
     if node.name not in DONATES:
         return None

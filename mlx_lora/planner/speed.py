@@ -27,7 +27,6 @@ from math import ceil, isfinite
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.planner.memory import (
     SINGLE,
-    TILE_QUERIES,
     Block,
     Machine,
     ModelShape,
@@ -232,7 +231,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
         adapter_bytes += (2 + 2 * trained) * sum(
             (layer.inputs + layer.outputs) * layer.active for layer in block.layers if layer.rank
         )
-        scores = _scores(block, run)
+        scores = _scores(block, run, machine.backend != "cpu")
         kept = bool(probabilities(block, run, machine)) and not again
         attention += 2 * block.head_width * scores * (2 + trained * (4 + (not kept)))
         scores_exp += scores * (1 + trained * (not kept))
@@ -277,12 +276,12 @@ def _fake_quantization(block: Block, tokens: int, products: int, trained: bool, 
     return Count(flops, SINGLE * passes)
 
 
-def _scores(block: Block, run: RunShape) -> float:
+def _scores(block: Block, run: RunShape, on_gpu: bool) -> float:
     """Return the number of attention scores that are computed: about half of queries x keys, or the window of each query."""
     if block.window and run.width > block.window:
-        keys = block.window + tile_queries(block.window)  # of a tile; those of the first window have half on average
+        keys = block.window + tile_queries(block.window, on_gpu)  # of a tile; those of the first window have half on average
         return run.rows * block.heads * keys * (run.width - block.window / 2)
-    return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
+    return run.rows * block.heads * run.width * (run.width + tile_queries(None, on_gpu)) / 2
 
 
 # The frozen blocks' output on disk

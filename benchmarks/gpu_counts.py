@@ -1,0 +1,341 @@
+"""Count what a step asks of a Mac's GPU, from its graph and without one: launches, bytes, operations.
+
+MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each operation it is known here what it launches:
+
+    view            nothing: reshape, transpose, slice, broadcast ... share their input's memory
+    fused           one launch for a chain of elementwise operations, which compiling joins, and which keeps what is inside in registers
+    product         one launch; another for each matrix that must be copied first, and one more if its sum is divided (split-K)
+    kernel          one launch: norm, rotation, dequantization
+    other           one launch for a reduction, softmax, gather; one for each part of a concatenation
+
+Bytes are those of the arrays that a launch reads and writes, each once: what a kernel reads twice and finds in a cache is not
+counted. Operations are those of products.
+
+Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
+"""
+
+from __future__ import annotations
+
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.bench.run import MODELS
+from mlx_lora.config.load import train_settings
+from mlx_lora.kernels.choose import training_kernels
+from mlx_lora.losses.cross_entropy import TILES
+from mlx_lora.losses.fused import head_loss
+from mlx_lora.models.graph import (
+    ELEMENTWISE,
+    Buffers,
+    Graph,
+    Node,
+    as_on_gpu,
+    fused_chains,
+    gradient_graph,
+    plain_graph,
+    uncollected,
+)
+from mlx_lora.models.head import find_head, with_last_block
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.planner.machine import loss_tile_bytes
+from mlx_lora.planner.speed import Ceilings, find_chip, listed_ceilings
+from mlx_lora.trainer.step import Step
+
+PRODUCTS = frozenset(["AddMM", "BlockMaskedMM", "GatherMM", "GatherQMM", "Matmul", "QuantizedMatmul"])
+# A product of few tiles and a long sum is divided among more threads, and a second launch adds up (matmul.cpp).
+TILE, FEW_TILES, LONG_SUM = 16, 32, 8
+SCALAR_BYTES = 16
+
+
+class Launch(NamedTuple):
+    """One launch.
+
+    Attributes:
+        kind: of the table above.
+        nbytes: that it reads and writes.
+        flops: of a product.
+        number_bytes: of a product's result.
+    """
+
+    kind: str
+    nbytes: int
+    flops: float = 0.0
+    number_bytes: int = 4
+
+
+def launches_of(graph: Graph, fuses: bool = True) -> list[Launch]:
+    """Return the launches of a graph; `fuses` says whether it is compiled."""
+    return _Counting(graph, fuses).launches
+
+
+class _Counting:
+    """Counts a graph's launches."""
+
+    def __init__(self, graph: Graph, fuses: bool) -> None:
+        self.graph, self.launches = graph, list[Launch]()
+        self.buffers = Buffers(graph, fuses)
+        self.maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
+        self.chain, self.inner = fused_chains(graph) if fuses else ({}, set())
+        self.inside = set[int]()  # nodes that only say what a kernel's stand-in reads
+        self.sources = {n: self._stood_for(n) for n, node in enumerate(graph.nodes) if node.name == "Full"}
+        chains: dict[int, list[int]] = defaultdict(list)
+        for number, node in enumerate(graph.nodes):
+            if number not in self.inside and not self._is_view(number):
+                chains[self.chain.get(number, number)].append(number)
+            if node.name == "Depends" and self.maker.get(node.inputs[0]) in self.sources:
+                self.sources[self.maker[node.inputs[0]]] += node.inputs[1:]
+        for numbers in chains.values():
+            self._launch(numbers)
+
+    def _is_view(self, number: int) -> bool:
+        return all(self.buffers.of[name] != name for name in self.graph.nodes[number].outputs)
+
+    def _stood_for(self, number: int) -> list[str]:
+        """Return what the kernel reads for which a filled array stands (`_kernel` of models/graph.py); nothing: it is a filled array."""
+        passed, name = list[int](), self.graph.nodes[number].inputs[0]
+        while (maker := self.maker.get(name)) is not None:
+            node = self.graph.nodes[maker]
+            if node.name != "Broadcast" and math.prod(self.graph.arrays[name].shape) > 1:
+                break
+            passed.append(maker)
+            name = node.inputs[0] if node.inputs else ""
+        if not name or math.prod(self.graph.arrays[name].shape) <= 1:
+            return []
+        self.inside |= set(passed)
+        return [name]
+
+    def _launch(self, numbers: list[int]) -> None:
+        """Count the launches of one chain, or of one operation, and the arrays that they read and write."""
+        nodes = [self.graph.nodes[number] for number in numbers]
+        made = {name for node in nodes for name in node.outputs}
+        last = nodes[-1]
+        read = dict[str, int]()
+        for name in (name for number in numbers for name in self.sources.get(number) or self.graph.nodes[number].inputs):
+            base = self.buffers.of.get(name, name)
+            if base not in made:
+                read[base] = max(read.get(base, 0), min(self._bytes(name), self._bytes(base)))
+        if last.name.startswith("Gather"):  # of a table or of experts, only what is asked for
+            table = self.buffers.of.get(last.inputs[0 if last.name in ("Gather", "GatherAxis") else 1])
+            read[table] = min(read.get(table, 0), self._gathered(last))
+        written = sum(self._bytes(name) for name in made if name not in self.inner and self.buffers.of[name] == name)
+        largest = max((self._bytes(name) for name in (*read, *made)), default=0)
+        moved = sum(read.values()) + written
+        if largest <= SCALAR_BYTES:
+            self._add("scalar", moved)
+        elif last.name in ELEMENTWISE:
+            self._add("fused" if len(nodes) > 1 else "elementwise", moved)
+        elif last.name in PRODUCTS:
+            self._product(numbers[-1], moved)
+        elif last.name == "Full":
+            self._add("kernel" if self.sources[numbers[-1]] else "fill", moved)
+        elif last.name == "Concatenate":
+            for name in last.inputs:
+                self._add("copy", 2 * self._bytes(name))
+        elif last.name in ("Scatter", "ScatterAxis", "SliceUpdate", "Pad"):
+            self._add("copy", 2 * self._bytes(last.outputs[0]))
+            self._add("other", moved)
+        elif last.name in ("Copy", "Reshape", "Flatten", "Unflatten", "Transpose", "AsStrided", "Contiguous"):
+            self._add("copy", moved)
+        else:
+            self._add("other", moved)
+
+    def _gathered(self, node: Node) -> int:
+        """Return the most bytes that a gathering operation reads of its table, or of its experts' weights."""
+        out = self.graph.arrays[node.outputs[0]]
+        if node.name in ("Gather", "GatherAxis"):
+            return out.nbytes
+        experts = self.graph.arrays[node.inputs[1]]
+        rows = math.prod(out.shape[:-1])
+        return experts.nbytes * min(rows, experts.shape[0]) // experts.shape[0]
+
+    def _add(self, kind: str, nbytes: int) -> None:
+        self.launches.append(Launch(kind, nbytes))
+
+    def _product(self, number: int, moved: int) -> None:
+        node = self.graph.nodes[number]
+        shapes = [self.graph.arrays[name].shape for name in node.inputs[:2]]
+        out = self.graph.arrays[node.outputs[0]]
+        summed = shapes[0][-1]
+        packed = node.name in ("QuantizedMatmul", "GatherQMM")
+        flops = 2.0 * summed * math.prod(out.shape)
+        self.launches.append(Launch("packed product" if packed else "product", moved, flops, out.number_bytes))
+        if packed:
+            return
+        for name in node.inputs[:2]:
+            if not self.buffers.multiplies(name):
+                self._add("copy", 2 * self._bytes(name))
+        # A matrix that all rows share is multiplied once, with the rows of the whole batch.
+        batch = 1 if math.prod(shapes[1][:-2]) == 1 else math.prod(out.shape[:-2])
+        rows, columns = math.prod(out.shape[:-1]) // batch, out.shape[-1]
+        few = (rows // TILE) * (columns // TILE) <= FEW_TILES
+        if batch == 1 and min(rows, columns) > 1 and few and summed // TILE >= LONG_SUM:
+            self._add("split-K sum", 2 * out.nbytes)
+
+    def _bytes(self, name: str) -> int:
+        return self.graph.arrays[name].nbytes
+
+
+# Whole steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        model: of bench/run.py.
+        packed: whether the base has 4 bits.
+        width: positions of the step's one row.
+        trained: how many of them are trained.
+    """
+
+    model: str
+    packed: bool
+    width: int
+    trained: int
+
+    def outline(self) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the model without weights, and its config."""
+        of = MODELS[self.model]
+        config = {**of.config, **({"quantization": of.quantization} if self.packed else {})}
+        return outline_of_config(config, mx.bfloat16).model, config
+
+
+def ours(case: Case) -> list[Graph]:
+    """Return the graphs of our step with its defaults: loss and gradient, and the update."""
+    model, config = case.outline()
+    settings = train_settings({"model": case.model, "data": "rows"})
+    adapt_model(model, settings.adapter, seed=0)
+    model.train()
+    head, _ = with_last_block(find_head(model, config), model)
+    loss = head_loss(head, TILES, loss_tile_bytes())
+    shape, trained = (1, case.width), (case.trained,)
+    arrays = {
+        "inputs": mx.zeros(shape, mx.int32),
+        "targets": mx.zeros(shape, mx.int32),
+        "mask": mx.zeros(shape, mx.bool_),
+        "positions": mx.zeros(trained, mx.int32),
+        "weights": mx.zeros(trained),
+    }
+    with training_kernels(model):
+        graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
+    step = Step(model, optim.AdamW(1e-4), loss.train, max_grad_norm=1.0)
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+
+    def update(values: list[mx.array]) -> list[mx.array]:
+        step.masters.put(values[0])
+        step.optimizer.state.update(values[1])
+        grads = tree_unflatten(list(zip(names, values[2], strict=True)))
+        result = step._update(values[3], values[4], {}, step.masters.gathered(grads))
+        step.masters.hand_out()
+        parameters = [value for _, value in tree_flatten(model.trainable_parameters())]
+        return [*_leaves([step.masters.arrays, step.optimizer.state]), *parameters, *result[:4]]
+
+    gradients = [value for _, value in tree_flatten(model.trainable_parameters())]
+    state = [step.masters.arrays, dict(step.optimizer.state), gradients, mx.zeros(()), mx.zeros(())]
+    return [graph, _plain(update, state)]
+
+
+def mlx_lm(case: Case) -> list[Graph]:
+    """Return the graphs of a step of mlx_lm.lora: its loss, its layers on all linear layers, its optimizer."""
+    from mlx_lm.tuner.trainer import default_loss
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, _ = case.outline()
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
+    model.train()
+    arrays = {"batch": mx.zeros((1, case.width + 1), mx.int32), "lengths": mx.zeros((1, 2), mx.int32)}
+    graph = _gradient(model, lambda: default_loss(model, arrays["batch"], arrays["lengths"])[0], arrays)
+    optimizer = optim.AdamW(1e-4)
+    parameters = dict(model.trainable_parameters())
+    optimizer.init(parameters)
+
+    def update(values: list[mx.array]) -> list[mx.array]:
+        optimizer.state.update(values[0])
+        return _leaves([optimizer.apply_gradients(values[1], values[2]), optimizer.state])
+
+    return [graph, _plain(update, [dict(optimizer.state), parameters, parameters])]
+
+
+SIDES: dict[str, Callable[[Case], list[Graph]]] = {"mlx_lora": ours, "mlx_lm.lora": mlx_lm}
+
+
+def _leaves(tree: Any) -> list[mx.array]:
+    return [value for _, value in tree_flatten(tree) if isinstance(value, mx.array)]
+
+
+def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
+    """Return the graph of a function of a tree of arrays."""
+    flat = tree_flatten(tree)
+    return plain_graph(
+        lambda *values: function(tree_unflatten([(name, value) for (name, _), value in zip(flat, values, strict=True)])),
+        [value for _, value in flat],
+    )
+
+
+def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, mx.array]) -> Graph:
+    """Return the graph of a loss of `arrays` and of the gradient of the model's trainable parameters."""
+    own = dict(tree_flatten(model.parameters()))
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    names = [*trained, *(name for name in own if name not in set(trained))]
+    before = dict(arrays)
+
+    def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+        arrays.update(zip(before, fixed, strict=False))
+        values = zip(names, [*varied, *fixed[len(before) :]], strict=True)
+        model.update(tree_unflatten(list(values)))
+        return [loss()]
+
+    try:
+        frozen = [own[name] for name in names[len(trained) :]]
+        return gradient_graph(function, [own[name] for name in trained], [*before.values(), *frozen])
+    finally:
+        arrays.update(before)
+        model.update(tree_unflatten(list(own.items())))
+
+
+def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) -> tuple[float, Counter[str]]:
+    """Return a predicted time and how much of it is bound by what: each launch takes the longest of three.
+
+    Args:
+        launches: one after the other.
+        ceilings: of the chip, with the rate of 16-bit products.
+        full_rate: of float32 products.
+    """
+    bound = Counter[str]()
+    for one in launches:
+        computing = one.flops / (full_rate if one.number_bytes == 4 else ceilings.flops_per_s)
+        times = {"products": computing, "bytes": one.nbytes / ceilings.bytes_per_s, "launches": ceilings.launch_s}
+        name = max(times, key=lambda name: times[name])
+        bound[name] += times[name]
+    return sum(bound.values()), bound
+
+
+def main() -> None:
+    cases = [Case("llama-3.2-1b", packed, width, width // 3) for packed in (False, True) for width in (256, 1024)]
+    for case in cases:
+        for name, side in SIDES.items():
+            with as_on_gpu(), uncollected():
+                launches = [one for graph in side(case) for one in launches_of(graph)]
+            times = []
+            for chip in ("M1", "M2 Pro", "M4 Max"):
+                total, bound = seconds(launches, listed_ceilings(find_chip(chip)), listed_ceilings(find_chip(chip), 4).flops_per_s)
+                times.append(f"{chip} {1e3 * total:.0f} ms ({', '.join(f'{k} {v / total:.0%}' for k, v in bound.items())})")
+            print(case, name, len(launches), f"{sum(one.nbytes for one in launches) / 1e9:.1f} GB", f"{sum(one.flops for one in launches) / 1e12:.2f} TFLOP", *times)
+
+
+if __name__ == "__main__":
+    main()
