@@ -1,5 +1,8 @@
 """Count what a step asks of a Mac's GPU, from its graph and without one: launches, bytes, operations.
 
+    python benchmarks/gpu_counts.py
+    python benchmarks/gpu_counts.py --models qwen3-8b-4bit gpt-oss-20b-4bit --widths 256 1024 --out counts.json
+
 MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each operation it is known here what it launches:
 
     view            nothing: reshape, transpose, slice, broadcast ... share their input's memory
@@ -9,17 +12,19 @@ MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each
     other           one launch for a reduction, softmax, gather; one for each part of a concatenation
 
 Bytes are those of the arrays that a launch reads and writes, each once: what a kernel reads twice and finds in a cache is not
-counted. Operations are those of products.
+counted. Operations are those of products. The predicted time is that of one launch after the other, each the longest of computing,
+moving and launching at the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
+Numbers in parentheses are shares of the last side's.
 
 Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 """
 
 from __future__ import annotations
 
-
 import math
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +33,8 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from _harness import environment, options, record, say, table
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.bench.run import MODELS
@@ -57,6 +63,14 @@ PRODUCTS = frozenset(["AddMM", "BlockMaskedMM", "GatherMM", "GatherQMM", "Matmul
 # A product of few tiles and a long sum is divided among more threads, and a second launch adds up (matmul.cpp).
 TILE, FEW_TILES, LONG_SUM = 16, 32, 8
 SCALAR_BYTES = 16
+CHIPS = ("M1", "M2 Pro", "M4 Max")
+OPTIONS = (
+    ("--models", ["llama-3.2-1b", "llama-3.2-1b-4bit"], "Of bench/run.py."),
+    ("--widths", [256, 1024], "Positions of the step's one row."),
+    ("--trained", 1 / 3, "The share of its positions that are trained."),
+    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers."),
+    ("--out", str, "File that gets the counts as JSON."),
+)
 
 
 class Launch(NamedTuple):
@@ -122,7 +136,9 @@ class _Counting:
         made = {name for node in nodes for name in node.outputs}
         last = nodes[-1]
         read = dict[str, int]()
-        for name in (name for number in numbers for name in self.sources.get(number) or self.graph.nodes[number].inputs):
+        for name in (
+            name for number in numbers for name in self.sources.get(number) or self.graph.nodes[number].inputs
+        ):
             base = self.buffers.of.get(name, name)
             if base not in made:
                 read[base] = max(read.get(base, 0), min(self._bytes(name), self._bytes(base)))
@@ -279,11 +295,12 @@ def _leaves(tree: Any) -> list[mx.array]:
 
 def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     """Return the graph of a function of a tree of arrays."""
-    flat = tree_flatten(tree)
-    return plain_graph(
-        lambda *values: function(tree_unflatten([(name, value) for (name, _), value in zip(flat, values, strict=True)])),
-        [value for _, value in flat],
-    )
+
+    def of_leaves(*values: mx.array) -> list[mx.array]:
+        rest = iter(values)
+        return function(tree_map(lambda _: next(rest), tree))
+
+    return plain_graph(of_leaves, [value for _, value in tree_flatten(tree)])
 
 
 def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, mx.array]) -> Graph:
@@ -324,18 +341,61 @@ def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) ->
     return sum(bound.values()), bound
 
 
-def main() -> None:
-    cases = [Case("llama-3.2-1b", packed, width, width // 3) for packed in (False, True) for width in (256, 1024)]
-    for case in cases:
-        for name, side in SIDES.items():
-            with as_on_gpu(), uncollected():
-                launches = [one for graph in side(case) for one in launches_of(graph)]
-            times = []
-            for chip in ("M1", "M2 Pro", "M4 Max"):
-                total, bound = seconds(launches, listed_ceilings(find_chip(chip)), listed_ceilings(find_chip(chip), 4).flops_per_s)
-                times.append(f"{chip} {1e3 * total:.0f} ms ({', '.join(f'{k} {v / total:.0%}' for k, v in bound.items())})")
-            print(case, name, len(launches), f"{sum(one.nbytes for one in launches) / 1e9:.1f} GB", f"{sum(one.flops for one in launches) / 1e12:.2f} TFLOP", *times)
+def counted(case: Case, side: str) -> dict[str, Any]:
+    """Return what a step of a side asks of a GPU, and the predicted times, in seconds by chip."""
+    with as_on_gpu(), uncollected():
+        launches = [one for graph in SIDES[side](case) for one in launches_of(graph)]
+    found: dict[str, Any] = {
+        "side": side,
+        **vars(case),
+        "launches": len(launches),
+        "kinds": Counter(one.kind for one in launches),
+        "bytes": sum(one.nbytes for one in launches),
+        "flops": sum(one.flops for one in launches),
+        "predicted_s": {},
+        "bound_by": {},
+    }
+    for chip in map(find_chip, CHIPS):
+        whole = listed_ceilings(chip, 4).flops_per_s
+        total, bound = seconds(launches, listed_ceilings(chip), whole)
+        found["predicted_s"][chip.name] = total
+        found["bound_by"][chip.name] = {name: value / total for name, value in bound.items()}
+    return found
+
+
+def as_row(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Return a line of the table, with its numbers as a share of the other side's."""
+    of = f"{one['model']}{' 4-bit' if one['packed'] else ''}"
+    numbers = [
+        f"{one['launches']:,} ({one['launches'] / other['launches']:.2f})",
+        f"{one['bytes'] / 1e9:.1f} ({one['bytes'] / other['bytes']:.2f})",
+        f"{one['flops'] / 1e12:.2f} ({one['flops'] / other['flops']:.2f})",
+    ]
+    times = [
+        f"{1e3 * value:,.0f} ms ({value / other['predicted_s'][chip]:.2f}); launches {one['bound_by'][chip].get('launches', 0):.0%}"
+        for chip, value in one["predicted_s"].items()
+    ]
+    return [of, f"{one['width']:,} ({one['trained']:,})", one["side"], *numbers, *times]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table."""
+    asked = options(__doc__, *OPTIONS).parse_args(argv)
+    results = []
+    for model in asked.models:
+        for width in asked.widths:
+            case = Case(
+                model.removesuffix("-4bit"), model.endswith("-4bit"), width, max(1, round(asked.trained * width))
+            )
+            results.append([counted(case, side) for side in asked.sides])
+            say(f"{model}, {width} positions")
+    head = ["model", "row (trained)", "side", "launches", "GB", "TFLOP", *CHIPS]
+    print(table(head, [as_row(one, row[-1]) for row in results for one in row]))
+    record(
+        {"environment": environment(), "results": [one for row in results for one in row]}, asked.out, ["environment"]
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -122,7 +122,7 @@ def _plain(name: str) -> str:
 
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
-LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
+LAUNCHES_PER_BLOCK = 160  # forward and backward, counted by benchmarks/gpu_counts.py for Llama 3.2 1B in short rows
 # What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
 # the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
 # compiled step does a chain of operations in one pass.
@@ -279,7 +279,8 @@ def _fake_quantization(block: Block, tokens: int, products: int, trained: bool, 
 def _scores(block: Block, run: RunShape, on_gpu: bool) -> float:
     """Return the number of attention scores that are computed: about half of queries x keys, or the window of each query."""
     if block.window and run.width > block.window:
-        keys = block.window + tile_queries(block.window, on_gpu)  # of a tile; those of the first window have half on average
+        # Those of a tile; those of the first window have half on average.
+        keys = block.window + tile_queries(block.window, on_gpu)
         return run.rows * block.heads * keys * (run.width - block.window / 2)
     return run.rows * block.heads * run.width * (run.width + tile_queries(None, on_gpu)) / 2
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, tiny_model
@@ -720,3 +721,44 @@ def test_processor_time_is_that_of_the_child(module):
     if sys.platform == "linux":
         assert 0.28 <= found < 3
     assert processes.cpu_seconds(2**30) is None
+
+
+# --- what a GPU is asked for
+
+
+def test_launches_bytes_and_operations_are_those_that_one_counts_by_hand(module):
+    counts, graph = module("gpu_counts"), importlib.import_module("mlx_lora.models.graph")
+    x, w = mx.zeros((512, 64), mx.bfloat16), mx.zeros((64, 256), mx.bfloat16)
+
+    def function(x: mx.array, w: mx.array) -> list[mx.array]:
+        y = x @ w
+        return [mx.exp(y * 2).reshape(256, 512).T, mx.concatenate([y, y])]
+
+    listed = graph.plain_graph(function, [x, w])
+    of_y, of_both = 512 * 256 * 2, x.nbytes + w.nbytes
+    compiled = {one.kind: one for one in counts.launches_of(listed)}
+    assert compiled["product"] == ("product", of_both + of_y, 2 * 512 * 64 * 256, 2)
+    assert compiled["copy"].nbytes == 2 * of_y  # and a view of the other result is none
+    assert compiled["fused"].nbytes == pytest.approx(2 * of_y, abs=4)  # and the constant
+    assert len(counts.launches_of(listed)) == 4
+    assert [one.kind for one in counts.launches_of(listed, fuses=False)].count("elementwise") == 2
+    # A product with a long sum and few results is divided, and added up by another launch.
+    thin = graph.plain_graph(lambda a, b: [a.T @ b], [mx.zeros((4096, 16)), mx.zeros((4096, 64))])
+    assert [one.kind for one in counts.launches_of(thin)] == ["product", "split-K sum"]
+
+
+@pytest.mark.long
+def test_a_step_of_each_side_is_counted(module, capsys):
+    counts = module("gpu_counts")
+    assert counts.main(["--models", "smollm2-135m", "smollm2-135m-4bit", "--widths", "64", "--trained", "0.5"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| smollm2")]
+    assert len(lines) == 4
+    case = counts.Case("smollm2-135m", False, 64, 32)
+    ours, theirs = (counts.counted(case, side) for side in counts.SIDES)
+    # Forward and backward pass of all weights but the first block's inputs, and a head that only reads what is trained.
+    weights = counts.MODELS["smollm2-135m"].parameters
+    assert 0.8 * 4 * weights * 64 < ours["flops"] < theirs["flops"] < 1.3 * 4 * weights * 64
+    assert ours["bytes"] < theirs["bytes"]
+    fewer = counts.counted(counts.Case("smollm2-135m", False, 64, 8), "mlx_lora")
+    assert fewer["flops"] < ours["flops"]
+    assert all(0 < found["predicted_s"]["M4 Max"] < found["predicted_s"]["M1"] for found in (ours, theirs))
