@@ -650,6 +650,7 @@ def test_a_run_of_joined_answers_takes_the_same_steps(more, tiny_folder, asked_l
     assert "shared_prefix: 'on'" in (tmp_path / "auto" / "run.yaml").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["long", pytest.param("short", marks=pytest.mark.slow)])
 def test_a_killed_run_of_joined_answers_resumes_to_the_same_bytes(name, tiny_folder, asked_long, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"

@@ -815,6 +815,7 @@ def test_rloo_with_a_divergence_sees_pictures_too(model, color_prompts, tmp_path
     assert all(np.isfinite(line["loss"]) for line in found if line.get("loss") is not None)
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_pictures_of_prompts(model, color_prompts):
     asked = (
         "plan", "--model", model, "--data", color_prompts / "train.jsonl", "--objective", "grpo", "--images", "--json",

@@ -109,6 +109,7 @@ def test_ranks_with_unequal_memory_take_the_same_batches(tiny_folder, chats, tmp
     assert ended.codes == [0, 0], ended.errs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
     words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))
@@ -158,6 +159,7 @@ def test_a_rank_that_fails_in_the_middle_ends_all_with_its_words(error, code, ti
     assert (tmp_path / "a" / "checkpoints" / "step-000003").exists()
 
 
+@pytest.mark.long
 def test_ranks_with_other_data_or_settings_are_refused(tiny_folder, chats, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("abc", "abd"))

@@ -73,6 +73,7 @@ mx.eval(noted(END, mx.array(0.0)))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("levels", "early"), [("base_shards.LEVELS", True), pytest.param("0", False, marks=pytest.mark.slow)]
 )

@@ -308,6 +308,7 @@ def received(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.long
 def test_a_slow_head_is_cut_off(server):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         start = time.monotonic()

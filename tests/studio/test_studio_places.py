@@ -354,6 +354,7 @@ def test_a_mixture_becomes_the_value_of_data(client, named):
     assert client.post("/api/data/preview", json={"model": named[0], "data": [*sets, {"path": 3}]}).status_code == 400
 
 
+@pytest.mark.long
 def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     settings = {
         "model": named[0],

@@ -297,6 +297,7 @@ def test_the_base_can_be_sampled(client, base):
 # Checkpoints
 
 
+@pytest.mark.long
 def test_weights_are_saved_listed_loaded_and_deleted(server, client, base):
     model, rest = trainer(client, user_metadata={"study": "one"}), server.rest()
     steps(model, 0, 2)

@@ -64,6 +64,7 @@ def test_the_screen_fits_one(asked):
     assert "0 failed" in ran.out.splitlines()[-1]
 
 
+@pytest.mark.long
 @A_CPUS_SIZES
 def test_wrong_arithmetic_fails(monkeypatch):
     assert all(one.status == "ok" for one in self_test())
