@@ -166,6 +166,7 @@ def test_empty_lines_and_the_end(talk, said):
     assert talk() == (0, "", talk().err)
 
 
+@pytest.mark.long
 def test_a_conversation_longer_than_the_context_is_kept(talk, said, tmp_path, adapters):
     model = byte_model()
     short = write_folder(tmp_path / "tiny", model, {"tie_word_embeddings": False, "max_position_embeddings": 200})

@@ -298,6 +298,7 @@ def test_force_does_not_leave_an_earlier_runs_checkpoints(tiny_folder, chats, tm
     assert not old.exists()
 
 
+@pytest.mark.long
 def test_only_a_verbose_header_names_loss_shapes_and_matmul_path(tiny_4bit_folder, chats, tmp_path):
     words = ("train", "--model", tiny_4bit_folder, "--data", chats, "--iters", 1, "--adapter-path")
     plain, verbose = run(*words, tmp_path / "a"), run(*words, tmp_path / "b", "--verbose")
@@ -336,6 +337,7 @@ def contents(folder) -> dict:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earlier_one(
     tiny_folder, chats, tmp_path, monkeypatch
 ):

@@ -164,6 +164,7 @@ def test_run_yaml_repeats_the_run(by_default, tmp_path):
     assert (tmp_path / "again" / "adapters.safetensors").read_bytes() == (out / "adapters.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_path, monkeypatch):
     out, _ = by_default
     half = tmp_path / "half"

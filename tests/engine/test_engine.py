@@ -302,6 +302,7 @@ def test_long_prompts_do_not_hold_up_running_rows(start, folder):
     running.ticket.canceled.set()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system's threads are in /proc on Linux")
 def test_a_closed_engine_wants_nothing_more_of_python(folder):
     """MLX drops a thread's compiled functions when the system ends it, and without an interpreter that aborts."""

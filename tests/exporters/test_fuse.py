@@ -49,6 +49,7 @@ def test_a_float_result_gives_the_adapters_logits(model, extra, targets, tmp_pat
     assert "quantization" not in json.loads((tmp_path / "f" / "config.json").read_text())
 
 
+@pytest.mark.long
 def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder, tmp_path):
     adapt_and_save(tiny_4bit_folder, tmp_path / "a")
     large, _ = fuse(tiny_4bit_folder, tmp_path)

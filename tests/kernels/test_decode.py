@@ -84,6 +84,7 @@ def test_a_tied_head_has_a_copy_too(tiny_4bit_folder):
     assert mx.allclose(base.model(PROMPT), plain, atol=1e-5)
 
 
+@pytest.mark.long
 def test_texts_are_the_same_in_every_form_with_and_without_an_adapter(folder, tmp_path):
     adapters = [None, make_adapter(folder, tmp_path / "lora"), make_adapter(folder, tmp_path / "dora", form="dora")]
     bases = {form: mlx_lora.load(folder, decode_weights=form) for form in ("packed", "dense", "auto")}

@@ -196,6 +196,7 @@ def test_sharded_checkpoints_and_shards(tmp_path: Path) -> None:
     assert all(mx.array_equal(again[name], array.astype(compute_dtype())) for name, array in weights.items())
 
 
+@pytest.mark.long
 def test_report_prints_both_perplexities(gguf_file: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 20)

@@ -115,6 +115,7 @@ def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_pat
     assert "--dtype float32" in ran.err or command == "evaluate"
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_generate_trains_and_says_so(chats, tmp_path):
     """mlx-lm's Gear makes a cache without what its own layers ask of it."""
     folder = write_architecture(tmp_path / "gear", "gear")

@@ -419,6 +419,7 @@ def test_its_adapter_writes_no_text(trained, tiny_folder, tmp_path):
         read_factors(load_base(ModelSettings(model=str(tiny_folder))), trained, mx.float32)
 
 
+@pytest.mark.long
 def test_a_batch_in_parts_takes_the_same_steps(trained, tiny_folder, data, tmp_path):
     """Where memory is short, a step's batches run in parts; the negatives stay those of the whole step."""
     folder = tmp_path / "parts"

@@ -678,6 +678,7 @@ def test_short_prompts_are_shared_where_that_saves_work_or_if_asked(tiny_folder,
     assert "shared by its 6 answers" in text
 
 
+@pytest.mark.long
 def test_a_plan_counts_joined_rows(tiny_folder, asked_long):
     flags = ("--model", tiny_folder, "--data", asked_long / "long.jsonl", "--objective", "grpo", *SAMPLING[2:8], "--json",
              "--reward", "length:3", "--valid-fraction", 0)  # fmt: skip

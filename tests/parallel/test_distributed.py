@@ -428,6 +428,7 @@ def test_two_network_namespaces(namespaces, alone, tiny_folder, chats, tmp_path)
 TELLS = "import os, sys; print(sys.argv, sys.orig_argv[1], os.environ['MLX_RANK'], os.getcwd(), hash('a')); sys.exit(3)"
 
 
+@pytest.mark.long
 @pytest.mark.cpu("where the package computes on a GPU, all processes are started anew")
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all processes are started anew")
 def test_a_prepared_process_is_like_one_that_was_started(tmp_path, monkeypatch):

@@ -140,6 +140,7 @@ def losses(folder) -> dict[int, float]:
     return {record["step"]: record["val_loss"] for record in records if record["val_loss"] is not None}
 
 
+@pytest.mark.long
 def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun):
     folder, command, ran = begun
     (line,) = (line for line in ran.lines if line.startswith("Validation: "))

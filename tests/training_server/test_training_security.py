@@ -280,6 +280,7 @@ def test_models_share_a_bounded_memory(tiny_folder, root):
         worker.close()
 
 
+@pytest.mark.long
 def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatch):
     monkeypatch.setattr("mlx_lora.training_server.app.GAP_S", 0.5)
     model = make_model(http, session)
