@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_lora.kernels import activations as exponentials
-from mlx_lora.planner.memory import MAX_KEPT_KEYS, tile_queries
+from mlx_lora.planner.memory import MAX_KEPT_KEYS, TILE_QUERIES
 from mlx_lora.utils import device
 
 
@@ -49,11 +49,6 @@ class Span(NamedTuple):
         return x[:, :, self.begin : self.end]
 
 
-def tile_size(window: int | None) -> int:
-    """Return about how many queries a tile has on this device (`tile_queries` of planner/memory.py)."""
-    return tile_queries(window, device.on_gpu())
-
-
 @dataclass(frozen=True)
 class Tiles:
     """How one attention is computed: all its arguments that are not differentiated.
@@ -64,14 +59,14 @@ class Tiles:
         backward: whether no query sees a later key; a `causal` mask implies this, but an array does not show it.
         window: the number of keys that a query sees at most, the last of which is its own; the mask says the same, and tiles do
             not read it. None: the mask decides.
-        queries: about how many queries a tile has; None: as many as are fast on this device.
+        queries: about how many queries a tile has.
         kernel: `tiled`; `polynomial` for tiles with the exponentials of kernels/activations.py; or `mlx` for
             mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
     """
 
     scale: float
     mask: mx.array | str | None
-    queries: int | None = None
+    queries: int = TILE_QUERIES
     kernel: str = "tiled"
     backward: bool = False
     window: int | None = None
@@ -79,7 +74,7 @@ class Tiles:
     def spans(self, q: mx.array, k: mx.array) -> list[Span]:
         """Return the tiles, which are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
-        count = max(1, round(queries / (self.queries or tile_size(self.window))))
+        count = max(1, round(queries / self.queries))
         edges = [queries * i // count for i in range(count + 1)]
         causal = isinstance(self.mask, str) or self.backward or self.window is not None
         return [

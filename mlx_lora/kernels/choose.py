@@ -63,7 +63,7 @@ from mlx_lora.kernels.measure import (
 )  # fmt: skip
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
-from mlx_lora.planner.memory import KernelTerms, ModelShape
+from mlx_lora.planner.memory import KernelTerms, ModelShape, tile_queries
 from mlx_lora.utils import device
 from mlx_lora.utils.progress import long_task
 
@@ -241,7 +241,7 @@ def _attention(attend: AttentionCall, kernel: str, windows: Windows) -> Callable
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
     ) -> mx.array:
         window = windows.of(mask)
-        tiles = Tiles(scale, mask, None, kernel, isinstance(cache, SharedPrefix), window)
+        tiles = Tiles(scale, mask, tile_queries(window), kernel, isinstance(cache, SharedPrefix), window)
         return attend(queries, keys, values, tiles, sinks)
 
     return attention

@@ -26,8 +26,6 @@ import mlx.core as mx
 
 from mlx_lora.compat.functions import Place, exchanged, original
 from mlx_lora.kernels import activations as exponentials
-from mlx_lora.kernels import attention
-from mlx_lora.planner.memory import tile_queries
 from mlx_lora.utils import device
 
 Arrays = list[mx.array]
@@ -262,7 +260,6 @@ def as_on_gpu() -> AbstractContextManager:
     return exchanged(
         {
             (device, "keep_exponentials"): lambda: False,
-            (attention, "tile_size"): partial(tile_queries, on_gpu=True),
             (mx, "dequantize"): _dequantized,
             (mx.fast, "rms_norm"): _normed,
             (mx.fast, "rope"): _rotated,

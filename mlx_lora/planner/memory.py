@@ -481,8 +481,6 @@ MAX_ROWS = 2048
 # Queries of one tile of attention: small enough to leave out nearly half of the scores (those above the diagonal) even in
 # short rows, large enough for a tile's products to fill the machine.
 TILE_QUERIES = 64
-# On a GPU, a tile of a quarter as many launches moves as few bytes: benchmarks/gpu_counts.py counts both.
-GPU_TILE_QUERIES = 256
 # With a sliding window a tile's scores do not grow with the row, so tiles have more queries, whose products fill the machine
 # better: up to half a window, beyond which much of what is computed is masked, and up to so many scores for each head.
 MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
@@ -814,7 +812,7 @@ def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) 
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     own = machine.kernels.scores(run.width)
-    ahead = ATTENTION_AHEAD * min(tile_queries(None, machine.backend != "cpu"), run.width)  # scores per key
+    ahead = ATTENTION_AHEAD * min(TILE_QUERIES, run.width)  # scores per key
     if own is not None:
         ahead = (own[1] if run.checkpointing == "none" else own[0] + own[1]) * run.width
     scores = ahead * run.rows * block.heads * run.width * size
@@ -917,17 +915,15 @@ def position_chunks(outputs_bytes: int) -> int:
     return 1 << (-(-outputs_bytes // CHUNK_BYTES) - 1).bit_length()
 
 
-def tile_queries(window: int | None, on_gpu: bool) -> int:
+def tile_queries(window: int | None) -> int:
     """Return about how many queries a tile of attention has.
 
     Args:
         window: the most keys that a query sees; None: all keys before it.
-        on_gpu: whether a GPU computes it.
     """
-    least = GPU_TILE_QUERIES if on_gpu else TILE_QUERIES
     if window is None:
-        return least
-    return max(least, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
+        return TILE_QUERIES
+    return max(TILE_QUERIES, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
 
 
 def _even(length: int, most: int) -> int:

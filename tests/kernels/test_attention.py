@@ -39,7 +39,7 @@ from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.planner.memory import GPU_TILE_QUERIES, TILE_QUERIES, RunShape, tile_queries
+from mlx_lora.planner.memory import TILE_QUERIES, RunShape, tile_queries
 from mlx_lora.planner.speed import count_step, find_chip
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.fit import trace_blocks
@@ -151,7 +151,7 @@ def test_kernels_are_used_inside_agree_and_are_put_back(family, monkeypatch):
     assert words.startswith("tiled attention (--kernels ours)")
     assert mx.array_equal(model(ids), before)
     # A wrong kernel is caught, so the right one was really called.
-    monkeypatch.setattr("mlx_lora.kernels.attention.tile_size", lambda window: 8)
+    monkeypatch.setattr("mlx_lora.kernels.attention.TILE_QUERIES", 8)
     with training_kernels(
         model, lambda q, k, v, tiles, sinks=None: tiled_attention(q, k, v, Tiles(1.01 * tiles.scale, tiles.mask))
     ):
@@ -361,10 +361,9 @@ def noting_spans(found: list[list[kernel.Span]]):
 
 
 def test_tiles_of_a_window():
-    assert tile_queries(None, on_gpu=False) == tile_queries(16, on_gpu=False) == TILE_QUERIES
-    assert tile_queries(512, on_gpu=False) == 256
-    assert tile_queries(4096, on_gpu=False) <= 128
-    assert tile_queries(None, on_gpu=True) == tile_queries(16, on_gpu=True) == GPU_TILE_QUERIES
+    assert tile_queries(None) == tile_queries(16) == TILE_QUERIES
+    assert tile_queries(512) == 256
+    assert tile_queries(4096) <= 128
 
 
 def test_the_planner_counts_scores_in_the_window():
