@@ -12,7 +12,7 @@ MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each
     other           one launch for a reduction, softmax, gather; one for each part of a concatenation
 
 Bytes are those of the arrays that a launch reads and writes, each once: what a kernel reads twice and finds in a cache is not
-counted. Operations are those of products. The predicted time is that of one launch after the other, each the longest of computing,
+counted. Operations are those of products; the gradients of experts' factors are kernels here, whose operations are not counted. The predicted time is that of one launch after the other, each the longest of computing,
 moving and launching at the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
 Numbers in parentheses are shares of the last side's.
 
@@ -44,6 +44,7 @@ from mlx_lora.losses.cross_entropy import TILES
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.graph import (
     ELEMENTWISE,
+    PRODUCTS,
     Buffers,
     Graph,
     Node,
@@ -59,16 +60,22 @@ from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.speed import Ceilings, find_chip, listed_ceilings
 from mlx_lora.trainer.step import Step
 
-PRODUCTS = frozenset(["AddMM", "BlockMaskedMM", "GatherMM", "GatherQMM", "Matmul", "QuantizedMatmul"])
-# A product of few tiles and a long sum is divided among more threads, and a second launch adds up (matmul.cpp).
-TILE, FEW_TILES, LONG_SUM = 16, 32, 8
+PACKED = frozenset(["GatherQMM", "QuantizedMatmul"])
+# A product of few tiles and a long sum is divided into parts, which a second launch adds up (steel_matmul_axpby and
+# steel_gemm_splitk_axpby of matmul.cpp). Max and Ultra divide up to twice as many tiles, which is not counted.
+TILE, FEW_TILES, LONG_SUM, MOST_PARTS = 16, 1024, 8, 32
 SCALAR_BYTES = 16
 CHIPS = ("M1", "M2 Pro", "M4 Max")
 OPTIONS = (
-    ("--models", ["llama-3.2-1b", "llama-3.2-1b-4bit"], "Of bench/run.py."),
+    (
+        "--models",
+        ["llama-3.2-1b", "llama-3.2-1b-4bit"],
+        "Of bench/run.py.",
+        [name + form for name in MODELS for form in ("", "-4bit")],
+    ),
     ("--widths", [256, 1024], "Positions of the step's one row."),
     ("--trained", 1 / 3, "The share of its positions that are trained."),
-    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers."),
+    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers.", ("mlx_lora", "mlx_lm.lora")),
     ("--out", str, "File that gets the counts as JSON."),
 )
 
@@ -89,19 +96,19 @@ class Launch(NamedTuple):
     number_bytes: int = 4
 
 
-def launches_of(graph: Graph, fuses: bool = True) -> list[Launch]:
-    """Return the launches of a graph; `fuses` says whether it is compiled."""
-    return _Counting(graph, fuses).launches
+def launches_of(graph: Graph) -> list[Launch]:
+    """Return the launches of a graph that is compiled."""
+    return _Counting(graph).launches
 
 
 class _Counting:
     """Counts a graph's launches."""
 
-    def __init__(self, graph: Graph, fuses: bool) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.graph, self.launches = graph, list[Launch]()
-        self.buffers = Buffers(graph, fuses)
+        self.buffers = Buffers(graph, fuses=True)
         self.maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
-        self.chain, self.inner = fused_chains(graph) if fuses else ({}, set())
+        self.chain, self.inner = fused_chains(graph)
         self.inside = set[int]()  # nodes that only say what a kernel's stand-in reads
         self.sources = {n: self._stood_for(n) for n, node in enumerate(graph.nodes) if node.name == "Full"}
         chains: dict[int, list[int]] = defaultdict(list)
@@ -152,7 +159,7 @@ class _Counting:
             self._add("scalar", moved)
         elif last.name in ELEMENTWISE:
             self._add("fused" if len(nodes) > 1 else "elementwise", moved)
-        elif last.name in PRODUCTS:
+        elif last.name in PRODUCTS | PACKED:
             self._product(numbers[-1], moved)
         elif last.name == "Full":
             self._add("kernel" if self.sources[numbers[-1]] else "fill", moved)
@@ -184,8 +191,8 @@ class _Counting:
         shapes = [self.graph.arrays[name].shape for name in node.inputs[:2]]
         out = self.graph.arrays[node.outputs[0]]
         summed = shapes[0][-1]
-        packed = node.name in ("QuantizedMatmul", "GatherQMM")
         flops = 2.0 * summed * math.prod(out.shape)
+        packed = node.name in PACKED
         self.launches.append(Launch("packed product" if packed else "product", moved, flops, out.number_bytes))
         if packed:
             return
@@ -195,12 +202,18 @@ class _Counting:
         # A matrix that all rows share is multiplied once, with the rows of the whole batch.
         batch = 1 if math.prod(shapes[1][:-2]) == 1 else math.prod(out.shape[:-2])
         rows, columns = math.prod(out.shape[:-1]) // batch, out.shape[-1]
-        few = (rows // TILE) * (columns // TILE) <= FEW_TILES
-        if batch == 1 and min(rows, columns) > 1 and few and summed // TILE >= LONG_SUM:
-            self._add("split-K sum", 2 * out.nbytes)
+        long = summed // TILE >= LONG_SUM and summed >= max(rows, columns)
+        if batch == 1 and min(rows, columns) > 1 and long and _tiles(rows, columns, TILE) <= FEW_TILES:
+            each = summed // TILE // _tiles(rows, columns, 2 * TILE)
+            parts = min(max(2, 1 << max(0, each - 1).bit_length()), MOST_PARTS)
+            self._add("split-K sum", 2 * parts * 4 * rows * columns)  # written and read again in float32
 
     def _bytes(self, name: str) -> int:
         return self.graph.arrays[name].nbytes
+
+
+def _tiles(rows: int, columns: int, size: int) -> int:
+    return math.ceil(rows / size) * math.ceil(columns / size)
 
 
 # Whole steps

@@ -5,25 +5,18 @@
 
 Parts are compiled forward and backward passes on arrays of the model's shapes, medians of --rounds, times the number of
 blocks. They do not exactly sum to the step, where neighbors share passes. Then the step's floating-point operations,
-bytes and launches are counted, and their time is predicted from the listed peak rates of some Macs: each part reads and writes
-its numbers without fusion across parts, weights once per product, activations once per pass, and takes the longer of computing
-and moving at full speed. Real kernels are slower, so a predicted step is a lower bound.
-
-Source: roofline, Williams et al. 2009 (CACM 52:4); chips: docs/performance.md.
+bytes in 16 bits are counted: each part reads and writes its numbers without fusion across parts, weights once per product, activations
+once per pass. gpu_counts.py counts the whole step as a GPU computes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
@@ -34,7 +27,6 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import numpy as np
 from _harness import environment, options, record, say, table
-from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import inject, select_targets
 from mlx_lora.config.settings import ModelSettings, OptimizerSettings
@@ -42,7 +34,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.choose import POLYNOMIAL, Kernel, ShapeClass
-from mlx_lora.losses.cross_entropy import TILES, token_arrays
+from mlx_lora.losses.cross_entropy import TILES
 from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
@@ -51,14 +43,6 @@ from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
-# No data moves: these only describe how an array is read.
-FREE = {
-    "Transpose", "Broadcast", "Reshape", "Slice", "Unflatten", "Flatten", "Squeeze", "ExpandDims", "Depends",
-    "CustomTransforms", "AsStrided", "Split",
-}  # fmt: skip
-# Chip: float32 TFLOPS and GB/s as published; a launch takes about 5 us of the host's time.
-CHIPS = {"M1 (8 cores)": (2.6, 68), "M3 Pro": (6.4, 150), "M4 Max": (17.4, 546), "M2 Ultra": (27.2, 800)}
-LAUNCH_S = 5e-6
 HALF, SINGLE = 2, 4  # bytes of an activation on a GPU, and of a logit
 
 OPTIONS = (
@@ -154,8 +138,8 @@ def _with_factors(layer: Any, x: mx.array, lora_a: mx.array, lora_b: mx.array) -
     return y
 
 
-def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, int, Counter]:
-    """Return the median seconds of a step, MLX's peak bytes, and its operations by name."""
+def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, int]:
+    """Return the median seconds of a step, and MLX's peak bytes."""
     head = find_head(base.model, base.config)
     loss = head_loss(head, POLYNOMIAL if way.polynomial else TILES, loss_tile_bytes())
     tape = apply_checkpointing(base.model, mode)
@@ -169,21 +153,7 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
         mx.eval(step([batch]), step.state)
         times.append(way.clock() - start)
     say(f"First step {times[0]:.2f} s, the others {', '.join(f'{t:.2f}' for t in times[1:])}")
-    return statistics.median(times[1:]), mx.get_peak_memory(), operations(step, batch)
-
-
-def operations(step: Step, batch: Batch) -> Counter:
-    """Count the operations of one step's compiled graphs, by name."""
-    found: Counter = Counter()
-    gradient = step._micro(token_arrays(batch))  # traced, not run
-    # The update's operations are read from a separate run, on gradients that are already computed.
-    for outputs in (gradient, lambda: (mx.eval(gradient), step._apply(*gradient), step.state)[1:]):
-        outputs = outputs() if callable(outputs) else outputs
-        with tempfile.NamedTemporaryFile(suffix=".dot") as file:
-            mx.export_to_dot(file.name, *[a for _, a in tree_flatten(outputs) if isinstance(a, mx.array)])
-            labels = re.findall(r'label ?= ?"([^"]+)"', Path(file.name).read_text())
-        found.update("Compiled" if name.startswith("Compiled") else name for name in labels if len(name) > 3)
-    return found
+    return statistics.median(times[1:]), mx.get_peak_memory()
 
 
 def loss_seconds(base: Base, supervised: int, way: Way) -> float:
@@ -207,10 +177,6 @@ class Count:
 
     flops: float
     moved_bytes: float
-
-    def seconds(self, tflops: float, gb_per_s: float) -> float:
-        """Return the longer time of computing and moving."""
-        return max(self.flops / tflops / 1e12, self.moved_bytes / gb_per_s / 1e9)
 
 
 def count_step(model: nn.Module, config: dict[str, Any], rows: int, width: int, supervised: int) -> dict[str, Count]:
@@ -248,19 +214,7 @@ def count_step(model: nn.Module, config: dict[str, Any], rows: int, width: int, 
     }
 
 
-def predictions(parts: dict[str, Count], launches: int) -> str:
-    """Return a Markdown table of the chips: seconds of computing, of moving, of both by part, of launches."""
-    flops, moved = sum(p.flops for p in parts.values()), sum(p.moved_bytes for p in parts.values())
-    rows = []
-    for chip, (tflops, gb_per_s) in CHIPS.items():
-        slow = [n for n, p in parts.items() if p.moved_bytes / gb_per_s / 1e9 > p.flops / tflops / 1e12]
-        roofline = sum(p.seconds(tflops, gb_per_s) for p in parts.values())
-        times = flops / tflops / 1e12, moved / gb_per_s / 1e9, roofline, launches * LAUNCH_S
-        rows.append([chip, *(f"{seconds:.3f}" for seconds in times), ", ".join(slow)])
-    return table(["predicted, not measured", "FLOPs s", "bytes s", "roofline s", "launches s", "bound by bytes"], rows)
-
-
-def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:
+def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], peak: int) -> str:
     """Return the figures as Markdown."""
     rows = []
     for name, value in {**parts, "residuals": step_s - sum(parts.values())}.items():
@@ -270,8 +224,8 @@ def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], lau
     flops, moved = sum(c.flops for c in counts.values()), sum(c.moved_bytes for c in counts.values())
     rows.append(["the step", f"{step_s:.2f}", "", f"{flops / 1e9:.0f}", f"{moved / 1e9:.2f}"])
     head = ["part, forward and backward, all blocks", "s", "share of the step", "GFLOP", "GB in 16 bits"]
-    rates = f"Peak {peak / 1e9:.2f} GB, {launches} launches, {flops / step_s / 1e9:.0f} GFLOP/s"
-    return "\n\n".join([table(head, rows), rates, predictions(counts, launches)])
+    rates = f"Peak {peak / 1e9:.2f} GB, {flops / step_s / 1e9:.0f} GFLOP/s"
+    return "\n\n".join([table(head, rows), rates])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -289,12 +243,11 @@ def main(argv: Sequence[str]) -> int:
     supervised = len(batch.positions)
     parts = parts_of_a_block(base, args.rows, args.width, way)
     parts["loss"] = loss_seconds(base, supervised, way)
-    step_s, peak, found = whole_step(base, batch, args.checkpointing, way)
-    launches = sum(count for name, count in found.items() if name not in FREE)
+    step_s, peak = whole_step(base, batch, args.checkpointing, way)
     counts = count_step(base.model, base.config, args.rows, args.width, supervised)
-    print(report(parts, step_s, counts, launches, peak))
+    print(report(parts, step_s, counts, peak))
     counted = {name: dataclasses.asdict(count) for name, count in counts.items()}
-    result = {"parts_s": parts, "step_s": step_s, "counts": counted, "peak_bytes": peak, "operations": found}
+    result = {"parts_s": parts, "step_s": step_s, "counts": counted, "peak_bytes": peak}
     record({**environment(), **result})
     return 0
 

@@ -123,7 +123,7 @@ def _plain(name: str) -> str:
 
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
-LAUNCHES_PER_BLOCK = 160  # forward and backward: 4,832 for SmolLM2's 30 blocks (benchmarks/profile_step.py)
+LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
 # What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
 # the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
 # compiled step does a chain of operations in one pass.

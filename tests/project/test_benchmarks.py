@@ -486,12 +486,11 @@ def test_a_steps_operations_are_counted_by_hand(module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
-def test_profile_times_and_counts_a_step(mode, tiny_folder):
+def test_profile_times_a_step_and_counts_its_parts(mode, tiny_folder):
     asked = ["--model", tiny_folder, "--width", 70, "--rounds", 2, "--checkpointing", mode]
     result = last_line("profile_step.py", *asked)
     assert result["step_s"] > 0 < result["peak_bytes"]
     assert result["counts"].keys() - result["parts_s"].keys() == {"residuals"}
-    assert result["operations"]["Matmul"] > 2 * 7 * 4  # blocks, layers, products with weights and factors
 
 
 # --- parity with PEFT
@@ -741,10 +740,10 @@ def test_launches_bytes_and_operations_are_those_that_one_counts_by_hand(module)
     assert compiled["copy"].nbytes == 2 * of_y  # and a view of the other result is none
     assert compiled["fused"].nbytes == pytest.approx(2 * of_y, abs=4)  # and the constant
     assert len(counts.launches_of(listed)) == 4
-    assert [one.kind for one in counts.launches_of(listed, fuses=False)].count("elementwise") == 2
     # A product with a long sum and few results is divided, and added up by another launch.
     thin = graph.plain_graph(lambda a, b: [a.T @ b], [mx.zeros((4096, 16)), mx.zeros((4096, 64))])
-    assert [one.kind for one in counts.launches_of(thin)] == ["product", "split-K sum"]
+    product, added = counts.launches_of(thin)
+    assert (product.kind, added) == ("product", ("split-K sum", 2 * 32 * 4 * 16 * 64, 0.0, 4))
 
 
 @pytest.mark.long
