@@ -1,7 +1,7 @@
 """Print how large the package is and what it is made of, against the bars that hold; exits with 1 above a bar.
 
-python scripts/house.py            # all that can be read from the source
-python scripts/house.py --run      # and the modules that a plain fine-tuning run of the command loads
+python scripts/house.py                      # all that can be read from the source
+python scripts/house.py --run MODEL DATA     # and the modules that a plain fine-tuning run of the command loads
 
 Statements are those of the syntax tree without docstrings. The applications are what people start (APPLICATIONS); everything else is the
 core. A change that has a good reason to be larger raises its bar in the same commit.
@@ -9,6 +9,7 @@ core. A change that has a good reason to be larger raises its bar in the same co
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import subprocess
@@ -220,9 +221,14 @@ def measure() -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Print the table; returns 1 above a bar."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--run", nargs=2, metavar=("MODEL", "DATA"), help="also count the modules that a plain run loads"
+    )
+    run = parser.parse_args(argv).run
     found = measure()
-    if "--run" in argv:
-        found["modules of a plain run"] = loaded(*argv[argv.index("--run") + 1 :][:2])
+    if run:
+        found["modules of a plain run"] = loaded(*run)
     above = 0
     for name, value in found.items():
         goal, bar = BARS[name]

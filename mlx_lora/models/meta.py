@@ -37,7 +37,7 @@ from mlx_lora.models.convert import FLOATS, build_model, cast_model, has_bits, q
 from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, of_tower, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
-from mlx_lora.planner.memory import Block, Layer, LayerCache, ModelShape, NotKnown
+from mlx_lora.planner.memory import FLAT_UP_TO, Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 
@@ -249,6 +249,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
         trained=numbers,
         trained_arrays=len(trained),
+        trained_alone=sum(p.size for p in trained.values() if p.size > FLAT_UP_TO),
         frozen_adapter_bytes=max(beside, 4 * numbers * copies),
         first_trained=_first_trained(model, trained),
         head_packed=any(isinstance(layer, QUANTIZED) for layer in heads),

@@ -286,6 +286,7 @@ class ModelShape:
         base_bytes: bytes of the frozen parameters in memory.
         trained: A, how many numbers are trained.
         trained_arrays: how many arrays hold them.
+        trained_alone: how many of the numbers are in arrays that are too large for the optimizer's flat array.
         frozen_adapter_bytes: what a method keeps beside them (PiSSA's initial factors).
         beside_bytes: bytes of other models that are held during the run (reward models).
         first_trained: the first block that has a backward pass; those before it keep nothing.
@@ -313,6 +314,7 @@ class ModelShape:
     base_bytes: int
     trained: int
     trained_arrays: int = 1
+    trained_alone: int = 0
     frozen_adapter_bytes: int = 0
     beside_bytes: int = 0
     first_trained: int = 0
@@ -513,9 +515,9 @@ GATE_ARRAYS = 3.1  # of a gated activation that is not the lean one (GELU by tan
 NORM_ARRAYS = 2.0  # of a norm behind a branch
 HEAD_NORM_ARRAYS = 2.5  # of the norms of queries and keys
 DROPPED_ARRAYS = 1.2  # of an input with dropout: the result and its mask
-# An elementwise optimizer gets up to this many trained numbers as one flat array. Modules that are trained in full are
-# large arrays already, and another copy of them would only take memory.
-FLAT_UP_TO = 1 << 25
+# An elementwise optimizer gets all trained arrays of up to this many numbers as one flat array. Modules that are trained in full
+# are large arrays already, and another copy of them would only take memory.
+FLAT_UP_TO = 1 << 22
 ARRAYS_AHEAD = 23  # arrays in an update at a time, if each is updated separately
 
 
@@ -600,10 +602,11 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
     optimizer = OPTIMIZERS[run.optimizer]
     uncompiled = optimizer.update_copies if optimizer.uncompiled_copies is None else optimizer.uncompiled_copies
     copies = run.of_step(optimizer.update_copies, uncompiled, machine)
-    if not optimizer.elementwise or shape.trained > FLAT_UP_TO:
-        # A step that is not compiled divides all gradients before it updates the first array, and still holds the sums.
-        divided = run.of_step(0.0, 1.0, machine)
-        copies = divided + (copies - divided) * min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
+    # Arrays that are updated one by one. A step that is not compiled divides all gradients before it updates the first, and
+    # still holds the sums.
+    alone = (shape.trained_alone if optimizer.elementwise else shape.trained) / max(1, shape.trained)
+    waiting = (copies - run.of_step(0.0, 1.0, machine)) * (1 - min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays)))
+    copies -= alone * waiting
     held = {
         "base": shape.base_bytes,
         "other models": shape.beside_bytes,

@@ -219,8 +219,8 @@ class Restarts:
         guide = entry.get("v")
         if guide is None:
             return entry
-        parts = masters.by_name({name: guide}) if masters.is_flat else {name: guide}
-        kept = mx.concatenate([self._largest(mx.abs(part).reshape(-1)) for part in parts.values()])
+        parts = masters.by_name({name: guide}).values()
+        kept = mx.concatenate([self._largest(mx.abs(part).reshape(-1)) for part in parts])
         return {
             key: mx.where(kept.reshape(value.shape), value, 0.0) if value.shape == guide.shape else value
             for key, value in entry.items()

@@ -91,8 +91,8 @@ class Masters:
     """The trainable parameters, in the layout that the optimizer uses.
 
     An adapter has hundreds of small arrays, and updating each separately takes about ten operations, in total as many
-    as the backward pass. Therefore an elementwise optimizer gets one flat array, and the model's parameters are views
-    of it.
+    as the backward pass. Therefore an elementwise optimizer gets them as one array, `flat`, of which the model's parameters
+    are views. Large arrays, as all arrays of other optimizers, keep their names.
     """
 
     def __init__(self, model: nn.Module, flat: bool):
@@ -100,27 +100,20 @@ class Masters:
 
         Args:
             model: its parameters become views of `arrays` by `hand_out`.
-            flat: hold one array, unless it would be too large; otherwise one array per parameter.
+            flat: hold the small ones in one array; otherwise one array per parameter.
         """
         self._model = model
         self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
-        self._flat = flat and sum(prod(shape) for _, shape, _ in self._own) <= FLAT_UP_TO
+        self._flat = {name: shape for name, shape, _ in self._own if flat and prod(shape) <= FLAT_UP_TO}
         # This dict is changed in place, because compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
 
-    @property
-    def is_flat(self) -> bool:
-        """Whether `arrays` holds one array, under the name `flat`."""
-        return self._flat
-
     def gathered(self, tree: dict) -> dict:
         """Return a tree like the model's trainable parameters, laid out like `arrays`."""
-        leaves = tree_flatten(tree)
         # Float32 for any model dtype: a module trained in full may have 16 bits.
-        leaves = [(name, leaf.astype(mx.float32)) for name, leaf in leaves]
-        if not self._flat:
-            return dict(leaves)
-        return {"flat": mx.concatenate([leaf.reshape(-1) for _, leaf in leaves])}
+        leaves = {name: leaf.astype(mx.float32) for name, leaf in tree_flatten(tree)}
+        small = [leaves.pop(name).reshape(-1) for name in self._flat]
+        return {"flat": mx.concatenate(small), **leaves} if small else leaves
 
     def put(self, arrays: dict) -> None:
         """Replace the arrays."""
@@ -132,22 +125,24 @@ class Masters:
         Args:
             rate_of: parameter name -> multiple.
         """
-        if not self._flat:
-            return {name: mx.array(rate_of(name)) for name, _, _ in self._own}
-        return {"flat": mx.concatenate([mx.full((prod(shape),), rate_of(name)) for name, shape, _ in self._own])}
+        small = [mx.full((prod(shape),), rate_of(name)) for name, shape in self._flat.items()]
+        alone = {name: mx.array(rate_of(name)) for name in self.arrays if name != "flat"}
+        return {"flat": mx.concatenate(small), **alone} if small else alone
 
     def by_name(self, arrays: dict | None = None) -> dict[str, mx.array]:
         """Return parameter name -> its part of `arrays`, in its own shape.
 
         Args:
-            arrays: laid out like `self.arrays`, which is the default.
+            arrays: laid out like `self.arrays`, which is the default, or some of them.
         """
-        arrays = self.arrays if arrays is None else arrays
-        if not self._flat:
-            return dict(arrays)
-        ends = list(accumulate(prod(shape) for _, shape, _ in self._own))
-        parts = mx.split(arrays["flat"], ends[:-1])
-        return {name: part.reshape(shape) for (name, shape, _), part in zip(self._own, parts, strict=True)}
+        found = dict(self.arrays if arrays is None else arrays)
+        if "flat" in found:
+            ends = list(accumulate(map(prod, self._flat.values())))
+            parts = mx.split(found.pop("flat"), ends[:-1])
+            found |= {
+                name: part.reshape(shape) for (name, shape), part in zip(self._flat.items(), parts, strict=True)
+            }
+        return found
 
     def from_names(self, values: dict[str, mx.array]) -> dict:
         """Return values given by parameter name, laid out like `arrays`."""

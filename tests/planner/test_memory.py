@@ -330,7 +330,8 @@ def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     assert short["update"] > long["update"]
     assert unknown == {name: pytest.approx((short[name] + long[name]) / 2) for name in short}
     # Updated one by one, many arrays still have all their divided gradients beside the summed ones.
-    many = replace(llama(2, 1024, 4096, rank=512), trained_arrays=2000)
+    many = llama(2, 1024, 4096, rank=512)
+    many = replace(many, trained_arrays=2000, trained_alone=many.trained)
     one_by_one = [plan_memory(many, replace(RUN, steps=steps), cpu).phases["update"] for steps in (3, 200)]
     assert one_by_one[0] - one_by_one[1] > 0.95 * 4 * many.trained
     on_gpu = [plan_memory(loss, replace(RUN, steps=steps), M2).phases for steps in (3, 200, None)]

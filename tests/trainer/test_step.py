@@ -176,6 +176,16 @@ def test_one_flat_array_gets_the_update_of_many(monkeypatch):
             step([batch(2, 9, seed=s)])
         runs[flat] = factors(model)
         assert (set(step.optimizer.state) >= {"flat"}) is flat
+    monkeypatch.setattr("mlx_lora.trainer.step.ELEMENTWISE", (optim.Adam,))
+    model = adapted(seed=3)
+    sizes = sorted(p.size for _, p in tree_flatten(model.trainable_parameters()))
+    monkeypatch.setattr("mlx_lora.trainer.optimizer.FLAT_UP_TO", sizes[0])  # larger ones stay by themselves
+    step = make_step(model, clip=0.5, weight_decay=0.1)
+    assert len(step.masters.arrays) == 1 + sum(size > sizes[0] for size in sizes)
+    assert set(step.masters.by_name()) == {name for name, _ in tree_flatten(model.trainable_parameters())}
+    for s in range(4):
+        step([batch(2, 9, seed=s)])
+    assert np.allclose(runs[True], factors(model), atol=1e-6)
     assert np.allclose(runs[True], runs[False], atol=1e-6)
     assert not np.allclose(runs[True], factors(adapted(seed=3)), atol=1e-3)
     muon = make_step(adapted(), optimizer="muon")  # works on matrices: never flat
