@@ -486,6 +486,9 @@ TILE_QUERIES = 64
 # With a sliding window a tile's scores do not grow with the row, so tiles have more queries, whose products fill the machine
 # better: up to half a window, beyond which much of what is computed is masked, and up to so many scores for each head.
 MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
+# A GPU takes more queries at a time in short rows, up to so many bytes of one row's scores: 64 queries of 16 heads have that many
+# in a row of 1,024. Each tile is some 20 launches, which take longer there than the scores above the diagonal.
+SCORE_TILE_BYTES = 2 << 20
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
@@ -815,7 +818,7 @@ def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) 
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     own = machine.kernels.scores(run.width)
-    ahead = ATTENTION_AHEAD * min(TILE_QUERIES, run.width)  # scores per key
+    ahead = ATTENTION_AHEAD * planned_queries(block, run, machine)  # scores per key
     if own is not None:
         ahead = (own[1] if run.checkpointing == "none" else own[0] + own[1]) * run.width
     scores = ahead * run.rows * block.heads * run.width * size
@@ -918,15 +921,22 @@ def position_chunks(outputs_bytes: int) -> int:
     return 1 << (-(-outputs_bytes // CHUNK_BYTES) - 1).bit_length()
 
 
-def tile_queries(window: int | None) -> int:
+def tile_queries(window: int | None, of_query: int = 0) -> int:
     """Return about how many queries a tile of attention has.
 
     Args:
         window: the most keys that a query sees; None: all keys before it.
+        of_query: bytes of a query's scores, in all heads, on a device where launches decide; 0: exponentials do.
     """
     if window is None:
-        return TILE_QUERIES
+        return max(TILE_QUERIES, SCORE_TILE_BYTES // of_query if of_query else 0)
     return max(TILE_QUERIES, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
+
+
+def planned_queries(block: Block, run: RunShape, machine: Machine) -> int:
+    """Return about how many queries a tile of a block's attention has, without a window."""
+    of_query = 0 if machine.keeps_exponentials else block.heads * run.width * machine.number_bytes
+    return min(run.width, tile_queries(None, of_query))
 
 
 def _even(length: int, most: int) -> int:

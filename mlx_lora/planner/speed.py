@@ -27,12 +27,12 @@ from math import ceil, isfinite
 from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.planner.memory import (
     SINGLE,
-    TILE_QUERIES,
     Block,
     Machine,
     ModelShape,
     Numbers,
     RunShape,
+    planned_queries,
     probabilities,
     tile_queries,
 )
@@ -123,7 +123,7 @@ def _plain(name: str) -> str:
 
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
-LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
+LAUNCHES_PER_BLOCK = 170  # by benchmarks/gpu_counts.py, in rows of 256
 # What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
 # the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
 # compiled step does a chain of operations in one pass.
@@ -232,7 +232,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
         adapter_bytes += (2 + 2 * trained) * sum(
             (layer.inputs + layer.outputs) * layer.active for layer in block.layers if layer.rank
         )
-        scores = _scores(block, run)
+        scores = _scores(block, run, machine)
         kept = bool(probabilities(block, run, machine)) and not again
         attention += 2 * block.head_width * scores * (2 + trained * (4 + (not kept)))
         scores_exp += scores * (1 + trained * (not kept))
@@ -277,12 +277,12 @@ def _fake_quantization(block: Block, tokens: int, products: int, trained: bool, 
     return Count(flops, SINGLE * passes)
 
 
-def _scores(block: Block, run: RunShape) -> float:
+def _scores(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the number of attention scores that are computed: about half of queries x keys, or the window of each query."""
     if block.window and run.width > block.window:
         keys = block.window + tile_queries(block.window)  # of a tile; those of the first window have half on average
         return run.rows * block.heads * keys * (run.width - block.window / 2)
-    return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
+    return run.rows * block.heads * run.width * (run.width + planned_queries(block, run, machine)) / 2
 
 
 # The frozen blocks' output on disk

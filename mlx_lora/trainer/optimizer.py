@@ -139,9 +139,7 @@ class Masters:
         if "flat" in found:
             ends = list(accumulate(map(prod, self._flat.values())))
             parts = mx.split(found.pop("flat"), ends[:-1])
-            found |= {
-                name: part.reshape(shape) for (name, shape), part in zip(self._flat.items(), parts, strict=True)
-            }
+            found |= {name: part.reshape(shape) for (name, shape), part in zip(self._flat.items(), parts, strict=True)}
         return found
 
     def from_names(self, values: dict[str, mx.array]) -> dict:

@@ -36,6 +36,7 @@ from mlx_lora.kernels.choose import (
 from mlx_lora.kernels.measure import MLX, POLYNOMIAL
 from mlx_lora.losses.agree import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.graph import as_on_gpu
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches
 from mlx_lora.objectives.table import objective_of
@@ -364,6 +365,18 @@ def test_tiles_of_a_window():
     assert tile_queries(None) == tile_queries(16) == TILE_QUERIES
     assert tile_queries(512) == 256
     assert tile_queries(4096) <= 128
+
+
+def test_a_gpu_gets_few_tiles_in_short_rows_and_the_same_scores_in_long_ones(monkeypatch):
+    found: list[list[kernel.Span]] = []
+    monkeypatch.setattr(Tiles, "spans", noting_spans(found))
+    attention = kernel_rows()[0].candidates["tiled"]
+    for width in (256, 1024, 4096):
+        q, k = mx.zeros((1, 32, width, 2), mx.float16), mx.zeros((1, 8, width, 2), mx.float16)
+        attention(q, k, k, None, 1.0, "causal")
+        with as_on_gpu():
+            attention(q, k, k, None, 1.0, "causal")
+    assert [len(spans) for spans in found] == [4, 2, 16, 16, 64, 64]
 
 
 def test_the_planner_counts_scores_in_the_window():

@@ -25,6 +25,7 @@ from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import Block, KernelTerms, Layer, Machine, ModelShape, RunShape, plan_memory
 from mlx_lora.planner.speed import (
     CHIPS,
+    LAUNCHES_PER_BLOCK,
     Ceilings,
     Reading,
     count_step,
@@ -205,7 +206,7 @@ def test_predicted_time_is_the_products_and_more():
     assert total > counts["products"].flops / 1e13
     # A step too small to keep the device busy takes what the host needs to launch it.
     tiny, waits = step_seconds(SHAPE, RunShape(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
-    assert tiny == pytest.approx(5e-6 * 160 * 32)
+    assert tiny == pytest.approx(5e-6 * LAUNCHES_PER_BLOCK * 32)
     assert "waiting for launches" in waits
 
 
