@@ -518,10 +518,10 @@ GATE_ARRAYS = 3.1  # of a gated activation that is not the lean one (GELU by tan
 NORM_ARRAYS = 2.0  # of a norm behind a branch
 HEAD_NORM_ARRAYS = 2.5  # of the norms of queries and keys
 DROPPED_ARRAYS = 1.2  # of an input with dropout: the result and its mask
-# An elementwise optimizer gets all trained arrays of up to this many numbers as one flat array. Modules that are trained in full
-# are large arrays already, and another copy of them would only take memory.
-FLAT_UP_TO = 1 << 22
-ARRAYS_AHEAD = 23  # arrays in an update at a time, if each is updated separately
+# An elementwise optimizer gets the trained arrays joined to flat ones of up to this many numbers, since hundreds of updates are
+# thousands of launches. Larger arrays, such as modules trained in full, stay as they are.
+FLAT_UP_TO = 1 << 21
+ARRAYS_AHEAD, FLAT_AHEAD = 23, 6  # arrays in an update at a time, as they are and flat
 
 
 @dataclass(frozen=True)
@@ -605,11 +605,13 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
     optimizer = OPTIMIZERS[run.optimizer]
     uncompiled = optimizer.update_copies if optimizer.uncompiled_copies is None else optimizer.uncompiled_copies
     copies = run.of_step(optimizer.update_copies, uncompiled, machine)
-    # Arrays that are updated one by one. A step that is not compiled divides all gradients before it updates the first, and
-    # still holds the sums.
+    # A few arrays are updated at a time. A step that is not compiled divides all gradients before it updates the first, and still
+    # holds the sums.
     alone = (shape.trained_alone if optimizer.elementwise else shape.trained) / max(1, shape.trained)
-    waiting = (copies - run.of_step(0.0, 1.0, machine)) * (1 - min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays)))
-    copies -= alone * waiting
+    at_once = alone * min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
+    at_once += min(1 - alone, FLAT_AHEAD * FLAT_UP_TO / max(1, shape.trained))
+    divided = run.of_step(0.0, 1.0, machine)
+    copies = divided + (copies - divided) * at_once
     held = {
         "base": shape.base_bytes,
         "other models": shape.beside_bytes,

@@ -91,8 +91,9 @@ class Masters:
     """The trainable parameters, in the layout that the optimizer uses.
 
     An adapter has hundreds of small arrays, and updating each separately takes about ten operations, in total as many
-    as the backward pass. Therefore an elementwise optimizer gets them as one array, `flat`, of which the model's parameters
-    are views. Large arrays, as all arrays of other optimizers, keep their names.
+    as the backward pass. Therefore an elementwise optimizer gets them as a few flat arrays (`flat`, `flat1`, ...), of which the
+    model's parameters are views. Large arrays, as all arrays of other optimizers, keep their names. One flat array for all of
+    them would have all of the update's intermediate arrays in memory at once.
     """
 
     def __init__(self, model: nn.Module, flat: bool):
@@ -100,11 +101,18 @@ class Masters:
 
         Args:
             model: its parameters become views of `arrays` by `hand_out`.
-            flat: hold the small ones in one array; otherwise one array per parameter.
+            flat: join the small ones; otherwise one array per parameter.
         """
         self._model = model
         self._own = [(name, p.shape, p.dtype) for name, p in tree_flatten(model.trainable_parameters())]
-        self._flat = {name: shape for name, shape, _ in self._own if flat and prod(shape) <= FLAT_UP_TO}
+        self._flat: dict[str, dict[str, tuple[int, ...]]] = {}  # key of a flat array -> names and shapes of its parts
+        room = 0
+        for name, shape, _ in self._own:
+            if flat and (size := prod(shape)) <= FLAT_UP_TO:
+                if size > room:
+                    key, room = f"flat{len(self._flat) or ''}", FLAT_UP_TO
+                self._flat.setdefault(key, {})[name] = shape
+                room -= size
         # This dict is changed in place, because compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
 
@@ -112,8 +120,10 @@ class Masters:
         """Return a tree like the model's trainable parameters, laid out like `arrays`."""
         # Float32 for any model dtype: a module trained in full may have 16 bits.
         leaves = {name: leaf.astype(mx.float32) for name, leaf in tree_flatten(tree)}
-        small = [leaves.pop(name).reshape(-1) for name in self._flat]
-        return {"flat": mx.concatenate(small), **leaves} if small else leaves
+        return {
+            **{key: mx.concatenate([leaves.pop(name).reshape(-1) for name in own]) for key, own in self._flat.items()},
+            **leaves,
+        }
 
     def put(self, arrays: dict) -> None:
         """Replace the arrays."""
@@ -125,9 +135,12 @@ class Masters:
         Args:
             rate_of: parameter name -> multiple.
         """
-        small = [mx.full((prod(shape),), rate_of(name)) for name, shape in self._flat.items()]
-        alone = {name: mx.array(rate_of(name)) for name in self.arrays if name != "flat"}
-        return {"flat": mx.concatenate(small), **alone} if small else alone
+        return {
+            key: mx.concatenate([mx.full((prod(shape),), rate_of(name)) for name, shape in self._flat[key].items()])
+            if key in self._flat
+            else mx.array(rate_of(key))
+            for key in self.arrays
+        }
 
     def by_name(self, arrays: dict | None = None) -> dict[str, mx.array]:
         """Return parameter name -> its part of `arrays`, in its own shape.
@@ -135,11 +148,12 @@ class Masters:
         Args:
             arrays: laid out like `self.arrays`, which is the default, or some of them.
         """
-        found = dict(self.arrays if arrays is None else arrays)
-        if "flat" in found:
-            ends = list(accumulate(map(prod, self._flat.values())))
-            parts = mx.split(found.pop("flat"), ends[:-1])
-            found |= {name: part.reshape(shape) for (name, shape), part in zip(self._flat.items(), parts, strict=True)}
+        found: dict[str, mx.array] = {}
+        for key, array in (self.arrays if arrays is None else arrays).items():
+            own = self._flat.get(key, {key: array.shape})
+            ends = list(accumulate(map(prod, own.values())))
+            parts = mx.split(array, ends[:-1]) if key in self._flat else [array]
+            found |= {name: part.reshape(shape) for (name, shape), part in zip(own.items(), parts, strict=True)}
         return found
 
     def from_names(self, values: dict[str, mx.array]) -> dict:
