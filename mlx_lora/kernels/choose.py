@@ -241,8 +241,9 @@ def _attention(attend: AttentionCall, kernel: str, windows: Windows) -> Callable
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
     ) -> mx.array:
         window = windows.of(mask)
-        of_query = 0 if device.keep_exponentials() else queries.shape[1] * keys.shape[2] * queries.dtype.size
-        tiles = Tiles(scale, mask, tile_queries(window, of_query), kernel, isinstance(cache, SharedPrefix), window)
+        head_bytes = 0 if device.keep_exponentials() else keys.shape[2] * queries.dtype.size
+        most = tile_queries(window, queries.shape[1], head_bytes)
+        tiles = Tiles(scale, mask, most, kernel, isinstance(cache, SharedPrefix), window)
         return attend(queries, keys, values, tiles, sinks)
 
     return attention

@@ -487,8 +487,9 @@ TILE_QUERIES = 64
 # better: up to half a window, beyond which much of what is computed is masked, and up to so many scores for each head.
 MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
 # A GPU takes more queries at a time in short rows, up to so many bytes of one row's scores: 64 queries of 16 heads have that many
-# in a row of 1,024. Each tile is some 20 launches, which take longer there than the scores above the diagonal.
-SCORE_TILE_BYTES = 2 << 20
+# in a row of 1,024. Each tile is some 20 launches, which take longer there than the scores above the diagonal. Models of fewer than
+# 8 heads count as having 8, so that rows of 2,048 have 64 queries in all: longer rows are planned by what those take.
+SCORE_TILE_BYTES, FEWEST_HEADS = 2 << 20, 8
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
@@ -923,22 +924,23 @@ def position_chunks(outputs_bytes: int) -> int:
     return 1 << (-(-outputs_bytes // CHUNK_BYTES) - 1).bit_length()
 
 
-def tile_queries(window: int | None, of_query: int = 0) -> int:
+def tile_queries(window: int | None, heads: int = 0, head_bytes: int = 0) -> int:
     """Return about how many queries a tile of attention has.
 
     Args:
         window: the most keys that a query sees; None: all keys before it.
-        of_query: bytes of a query's scores, in all heads, on a device where launches decide; 0: exponentials do.
+        heads, head_bytes: the bytes of a query's scores in each head, on a device where launches decide; 0: exponentials do.
     """
     if window is None:
+        of_query = max(FEWEST_HEADS, heads) * head_bytes
         return max(TILE_QUERIES, SCORE_TILE_BYTES // of_query if of_query else 0)
     return max(TILE_QUERIES, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
 
 
 def planned_queries(block: Block, run: RunShape, machine: Machine) -> int:
     """Return about how many queries a tile of a block's attention has, without a window."""
-    of_query = 0 if machine.keeps_exponentials else block.heads * run.width * machine.number_bytes
-    return min(run.width, tile_queries(None, of_query))
+    head_bytes = 0 if machine.keeps_exponentials else run.width * machine.number_bytes
+    return min(run.width, tile_queries(None, block.heads, head_bytes))
 
 
 def _even(length: int, most: int) -> int:

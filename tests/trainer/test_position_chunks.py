@@ -225,7 +225,7 @@ LONG = RunShape(1, 1 << 16, checkpointing="block")
 
 
 def test_the_planner_knows_the_chunks(monkeypatch):
-    monkeypatch.setattr("mlx_lora.trainer.fit.WIDTHS", (32, 256, 512))  # quick to trace
+    monkeypatch.setattr("mlx_lora.trainer.fit.WIDTHS", (32, 1024, 2048))  # quick to trace
     block = wide_shape().blocks[0]
     held = {
         "chunks": kept_by(block, LONG, GPU),
