@@ -40,7 +40,7 @@ BARS: dict[str, tuple[float, float]] = {
     "refused combinations as code": (65, 82),
     "imports, definitions, returns, in percent": (30, 33.9),
     "statements of the tests": (37_000, 45_600),
-    "lines of the tests": (62_000, 75_520),
+    "lines of the tests": (62_000, 75_540),
 }
 
 
