@@ -784,8 +784,8 @@ def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: C
         )
     if asked and not run.settings.get("rephrase") and (found.name == YOUR_WORDS or (found.name == LEARNED and not new)):
         words = (
-            "Each question has one wording, or few: --rephrase 3 adds three to each, and tests others. For a model below a billion "
-            "parameters, name a larger one to write them, with --rephrase-model."
+            "Each question has one wording, or few: --rephrase 3 adds three to each, and tests others. The better the writer, the more "
+            "the model finds: name a large one with --rephrase-model, or the address of a server such as LM Studio's or Ollama's."
         )
         return words, run.train_again("--rephrase", "3")
     if asked and found.name == LEARNED and not new:
