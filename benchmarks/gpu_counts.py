@@ -12,8 +12,9 @@ MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each
     other           one launch for a reduction, softmax, gather; one for each part of a concatenation
 
 Bytes are those of the arrays that a launch reads and writes, each once: what a kernel reads twice and finds in a cache is not
-counted. Operations are those of products; the gradients of experts' factors are kernels here, whose operations are not counted. The predicted time is that of one launch after the other, each the longest of computing,
-moving and launching at the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
+counted. Operations are those of products; the gradients of experts' factors are kernels here, whose operations are not
+counted. The predicted time is that of one launch after the other, each the longest of computing, moving and launching at
+the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
 Numbers in parentheses are shares of the last side's.
 
 Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.

@@ -123,7 +123,7 @@ def _plain(name: str) -> str:
 
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
-LAUNCHES_PER_BLOCK = 170  # in rows of 256, by benchmarks/gpu_counts.py: 157 to 197 with SmolLM2, Llama and Gemma
+LAUNCHES_PER_BLOCK = 170  # in rows of 256, by benchmarks/gpu_counts.py: 166 to 198 with SmolLM2, Llama and Gemma
 # What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
 # the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
 # compiled step does a chain of operations in one pass.

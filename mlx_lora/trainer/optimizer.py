@@ -150,9 +150,11 @@ class Masters:
         """
         found: dict[str, mx.array] = {}
         for key, array in (self.arrays if arrays is None else arrays).items():
-            own = self._flat.get(key, {key: array.shape})
-            ends = list(accumulate(map(prod, own.values())))
-            parts = mx.split(array, ends[:-1]) if key in self._flat else [array]
+            if key not in self._flat:
+                found[key] = array
+                continue
+            own = self._flat[key]
+            parts = mx.split(array, list(accumulate(map(prod, own.values())))[:-1])
             found |= {name: part.reshape(shape) for (name, shape), part in zip(own.items(), parts, strict=True)}
         return found
 
