@@ -259,21 +259,20 @@ def ours(case: Case) -> list[Graph]:
         "positions": mx.zeros(trained, mx.int32),
         "weights": mx.zeros(trained),
     }
-    with training_kernels(model):
-        graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
     step = Step(model, optim.AdamW(1e-4), loss.train, max_grad_norm=1.0)
-    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    with training_kernels(model), step.masters.cast():
+        graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
+        gradients = model.trainable_parameters()
 
-    def update(values: list[mx.array]) -> list[mx.array]:
+    def update(values: list[Any]) -> list[mx.array]:
         step.masters.put(values[0])
         step.optimizer.state.update(values[1])
-        grads = tree_unflatten(list(zip(names, values[2], strict=True)))
-        result = step._update(values[3], values[4], {}, step.masters.gathered(grads))
-        step.masters.hand_out()
-        parameters = [value for _, value in tree_flatten(model.trainable_parameters())]
-        return [*_leaves([step.masters.arrays, step.optimizer.state]), *parameters, *result[:4]]
+        with step.masters.cast() as factor:
+            factors = _leaves(model.trainable_parameters())
+        gathered = tree_map(lambda gradient: factor * gradient, step.masters.gathered(values[2]))
+        result = step._update(values[3], values[4], {}, gathered)
+        return [*_leaves([step.masters.arrays, step.optimizer.state]), *factors, *result[:4]]
 
-    gradients = [value for _, value in tree_flatten(model.trainable_parameters())]
     state = [step.masters.arrays, dict(step.optimizer.state), gradients, mx.zeros(()), mx.zeros(())]
     return [graph, _plain(update, state)]
 

@@ -7,8 +7,9 @@ A new layer type needs a subclass in `_CLASSES` (adapters/inject.py) for each ki
 the output (`__call__`) and what is added to the weight (`delta`), and names the arrays that it trains in addition to the
 factors (`BESIDE`). Serving and the exports to PEFT and llama.cpp refuse it until the class says that they support it.
 
-The factors are float32 masters with mlx-lm's names and orientation. They are cast to the activation's dtype inside the call:
-mlx-lm's float32 factors turn all later bfloat16 activations into float32, with twice the memory traffic.
+The factors are float32 masters with mlx-lm's names and orientation. They are cast to the activation's dtype inside the call, or
+by the step for all layers at once: mlx-lm's float32 factors turn all later bfloat16 activations into float32, with twice the
+memory traffic.
 
 While a method trains, a layer may have more arrays:
 
@@ -51,6 +52,7 @@ class AdapterLayer(nn.Module):
         STORED_TYPE: the type that the stored factors have, `fine_tune_type` in adapter_config.json; empty: LAYER_TYPE.
         OVER: the kind of base that it wraps: LINEAR, EMBEDDING or SWITCH.
         BESIDE: names of arrays that are trained and stored in addition to the factors.
+        CAST_ONCE: whether a call reads nothing of the trained arrays but A and scale * B in the activation's dtype.
         KEEPS_PRODUCT: whether the backward pass needs the layer's output before it is scaled; the planner counts it.
         NOT_IN_PEFT, NOT_IN_GGUF, NOT_FOR_A_ROW: why PEFT, llama.cpp's adapters or a row of a served batch cannot use
             this layer, as the end of a sentence that begins with the layer's name; None if they can.
@@ -61,7 +63,7 @@ class AdapterLayer(nn.Module):
     STORED_TYPE: str = ""
     OVER: tuple[type, ...]
     BESIDE: tuple[str, ...] = ()
-    KEEPS_PRODUCT = False
+    CAST_ONCE = KEEPS_PRODUCT = False
     NOT_IN_PEFT: str | None = "is of a type that PEFT does not have"
     NOT_IN_GGUF: str | None = "is of a type that llama.cpp's adapters do not have"
     NOT_FOR_A_ROW: str | None = "cannot be served row by row"
@@ -157,6 +159,10 @@ class AdapterLayer(nn.Module):
         if "lora_e" in self:
             b = mx.expand_dims(self.lora_e, 1) * b
         return a, b
+
+    def times_scale(self, b: mx.array) -> mx.array:
+        """Return scale * b; in a step, which multiplies the factors beforehand, the scale is 1."""
+        return b if self.scale == 1 else self.scale * b
 
     def plain_factors(self) -> Factors:
         """Return one pair with R ranks, float32, so that scale * A B is the sum of all products that the layer adds."""

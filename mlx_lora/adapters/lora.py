@@ -55,6 +55,7 @@ class LoRALinear(AdapterLayer):
     """A frozen linear layer plus scale * (x A) B."""
 
     LAYER_TYPE, OVER = "lora", LINEAR
+    CAST_ONCE = True
     NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = None
 
     def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
@@ -71,7 +72,7 @@ class LoRALinear(AdapterLayer):
         a, b = self.effective_factors()
         z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
         # This takes one pass over the output instead of two.
-        y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
+        y = mx.addmm(y, z, self.times_scale(b).astype(x.dtype))
         if "fixed_a" not in self:
             return y
         a, b = self.fixed_a, self.fixed_b
@@ -123,6 +124,7 @@ class LoRASwitchLinear(AdapterLayer):
     """
 
     LAYER_TYPE, OVER = "lora", SWITCH
+    CAST_ONCE = True
     NOT_IN_PEFT = NOT_IN_GGUF = None
     NOT_FOR_A_ROW = "adapts a mixture's experts"
 
@@ -144,7 +146,7 @@ class LoRASwitchLinear(AdapterLayer):
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         a, b = self.effective_factors()
         z = through(self.dropout(x, key), a)  # (N, 1, r)
-        y = y + through(z, self.scale * b)
+        y = y + through(z, self.times_scale(b))
         if "fixed_a" in self:
             a, b = self.fixed_a, self.fixed_b
             y = y + through(through(x, a), b)

@@ -145,6 +145,7 @@ class FakeQuantized(AdapterLayer):
     mostly broken, model. So all that this layer is asked for is that of its fused form.
     """
 
+    CAST_ONCE = False  # rounds the float32 sum of base and factors
     NOT_IN_PEFT = NOT_IN_GGUF = RIGHT_FUSED
     NOT_FOR_A_ROW = "was trained with --qat"
 

@@ -143,6 +143,6 @@ def differentiation(
     return differentiate
 
 
-def compiled_over(model: nn.Module, function: Differentiation) -> Differentiation:
-    """Compile a function of batches that reads the model and draws random numbers."""
-    return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+def compiled_over(model: nn.Module, function: Differentiation, *read: dict) -> Differentiation:
+    """Compile a function of batches that reads the model and these dicts of arrays, and draws random numbers."""
+    return mx.compile(function, inputs=[model.state, *read, mx.random.state], outputs=[mx.random.state])

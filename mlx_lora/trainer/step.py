@@ -129,11 +129,13 @@ class Step:
         differentiate = differentiation(model, loss, options.kernels, strategy)
 
         def micro(arrays: Arrays) -> tuple[mx.array, mx.array, dict, dict]:
-            loss_sum, tokens, reports, grads = differentiate(arrays)
-            return loss_sum, tokens, reports, self.masters.gathered(grads)
+            with self.masters.cast() as factor:
+                loss_sum, tokens, reports, grads = differentiate(arrays)
+            grads = self.masters.gathered(grads)
+            return loss_sum, tokens, reports, grads if factor == 1 else tree_map(lambda g: factor * g, grads)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
-        self._micro = compiled_over(model, micro) if options.compiled else micro
+        self._micro = compiled_over(model, micro, self.masters.arrays) if options.compiled else micro
         self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
