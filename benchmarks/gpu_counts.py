@@ -27,6 +27,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
@@ -34,13 +35,15 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import mlx.optimizers as optim
+from _gpu_attention import WIDTHS, as_on_metal
 from _harness import environment, options, record, say, table
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.bench.run import MODELS
 from mlx_lora.config.load import train_settings
-from mlx_lora.kernels.choose import training_kernels
+from mlx_lora.kernels.choose import ATTENTION, Choose, assumed, training_kernels
+from mlx_lora.kernels.measure import MLX, Kernel, ShapeClass
 from mlx_lora.losses.cross_entropy import TILES
 from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.graph import (
@@ -76,7 +79,7 @@ OPTIONS = (
     ),
     ("--widths", [256, 1024], "Positions of the step's one row."),
     ("--trained", 1 / 3, "The share of its positions that are trained."),
-    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers.", ("mlx_lora", "mlx_lm.lora")),
+    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers.", ("mlx_lora", "mlx_lora, tiles", "mlx_lm.lora")),
     ("--out", str, "File that gets the counts as JSON."),
 )
 
@@ -125,7 +128,7 @@ class _Counting:
         return all(self.buffers.of[name] != name for name in self.graph.nodes[number].outputs)
 
     def _stood_for(self, number: int) -> list[str]:
-        """Return what the kernel reads for which a filled array stands (`_kernel` of models/graph.py); nothing: it is a filled array."""
+        """Return what the kernel reads for which a filled array stands (`stand_in` of models/graph.py); nothing: it is a filled array."""
         passed, name = list[int](), self.graph.nodes[number].inputs[0]
         while (maker := self.maker.get(name)) is not None:
             node = self.graph.nodes[maker]
@@ -163,7 +166,15 @@ class _Counting:
         elif last.name in PRODUCTS | PACKED:
             self._product(numbers[-1], moved)
         elif last.name == "Full":
-            self._add("kernel" if self.sources[numbers[-1]] else "fill", moved)
+            out = self.graph.arrays[last.outputs[0]]
+            self.launches.append(
+                Launch(
+                    "kernel" if self.sources[numbers[-1]] else "fill",
+                    moved,
+                    self._attention(numbers[-1]),
+                    out.number_bytes,
+                )
+            )
         elif last.name == "Concatenate":
             for name in last.inputs:
                 self._add("copy", 2 * self._bytes(name))
@@ -209,6 +220,13 @@ class _Counting:
             parts = min(max(2, 1 << max(0, each - 1).bit_length()), MOST_PARTS)
             self._add("split-K sum", 2 * parts * 4 * rows * columns)  # written and read again in float32
 
+    def _attention(self, number: int) -> float:
+        """Return the operations of a kernel if it is attention's forward pass, which reads queries, keys and values; else 0."""
+        shapes = [self.graph.arrays[name].shape for name in self.sources[number]]
+        if len(shapes) != 3 or {len(shape) for shape in shapes} != {4}:
+            return 0.0
+        return 4.0 * math.prod(shapes[0]) * shapes[1][2]
+
     def _bytes(self, name: str) -> int:
         return self.graph.arrays[name].nbytes
 
@@ -243,8 +261,8 @@ class Case:
         return outline_of_config(config, mx.bfloat16).model, config
 
 
-def ours(case: Case) -> list[Graph]:
-    """Return the graphs of our step with its defaults: loss and gradient, and the update."""
+def ours(case: Case, choose: Choose = assumed) -> list[Graph]:
+    """Return the graphs of our step with its defaults: loss and gradient, and the update; `choose` as of `training_kernels`."""
     model, config = case.outline()
     settings = train_settings({"model": case.model, "data": "rows"})
     adapt_model(model, settings.adapter, seed=0)
@@ -260,7 +278,7 @@ def ours(case: Case) -> list[Graph]:
         "weights": mx.zeros(trained),
     }
     step = Step(model, optim.AdamW(1e-4), loss.train, max_grad_norm=1.0)
-    with training_kernels(model), step.masters.cast():
+    with training_kernels(model, choose=choose), step.masters.cast():
         graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
         gradients = model.trainable_parameters()
 
@@ -299,7 +317,19 @@ def mlx_lm(case: Case) -> list[Graph]:
     return [graph, _plain(update, [dict(optimizer.state), parameters, parameters])]
 
 
-SIDES: dict[str, Callable[[Case], list[Graph]]] = {"mlx_lora": ours, "mlx_lm.lora": mlx_lm}
+def _native(kernel: Kernel, shape: ShapeClass) -> str:
+    """Choose MLX's attention where Metal has a kernel for its gradient, as measuring is likely to do there."""
+    _, _, _, width, value_width, mask, sinks = shape if kernel.name == ATTENTION else (0, 0, 0, 0, 0, "array", "")
+    return (
+        MLX if mask in ("causal", "none") and not sinks and width == value_width and width in WIDTHS else kernel.assumed
+    )
+
+
+SIDES: dict[str, Callable[[Case], list[Graph]]] = {
+    "mlx_lora": partial(ours, choose=_native),
+    "mlx_lora, tiles": ours,
+    "mlx_lm.lora": mlx_lm,
+}
 
 
 def _leaves(tree: Any) -> list[mx.array]:
@@ -356,7 +386,7 @@ def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) ->
 
 def counted(case: Case, side: str) -> dict[str, Any]:
     """Return what a step of a side asks of a GPU, and the predicted times, in seconds by chip."""
-    with as_on_gpu(), uncollected():
+    with as_on_metal(), as_on_gpu(), uncollected():
         launches = [one for graph in SIDES[side](case) for one in launches_of(graph)]
     found: dict[str, Any] = {
         "side": side,

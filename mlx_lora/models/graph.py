@@ -219,7 +219,7 @@ def _cutting() -> Iterator[_Cuts]:
     ):  # those of kernels/activations.py: one node each, as they run, instead of what replaces them
         functions |= {
             (exponentials, "usable"): lambda *arrays: all(array.dtype == mx.float32 for array in arrays),
-            (exponentials, "exp_minus"): lambda x: _kernel(x, x),
+            (exponentials, "exp_minus"): lambda x: stand_in(x, x),
             (exponentials, "gated_silu"): _gated_silu,
         }
     with exchanged(functions), device.uncompiled():  # MLX cannot list separately compiled functions either
@@ -227,7 +227,7 @@ def _cutting() -> Iterator[_Cuts]:
 
 
 def _segmented_mm(a: mx.array, b: mx.array, segments: mx.array) -> mx.array:
-    return _kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
+    return stand_in(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
 
 
 def _gather_mm(
@@ -250,7 +250,7 @@ def _gather_mm(
     def backward(primals: Arrays, cotangent: mx.array, _: mx.array) -> Arrays:
         a, b = primals
         d_a = theirs(cotangent, b.swapaxes(-1, -2), *indices, **named)
-        return [d_a.reshape(a.shape) if d_a.size == a.size else _kernel(a, d_a), _kernel(b, a, cotangent)]
+        return [d_a.reshape(a.shape) if d_a.size == a.size else stand_in(a, d_a), stand_in(b, a, cotangent)]
 
     return product.vjp(backward)(a, b)
 
@@ -268,12 +268,12 @@ def as_on_gpu() -> AbstractContextManager:
 
 
 def _gated_silu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    slope, silu = _kernel(gate, up, gate), _kernel(gate, gate)  # two nodes: what reads the same is merged
+    slope, silu = stand_in(gate, up, gate), stand_in(gate, gate)  # two nodes: what reads the same is merged
     # One kernel makes both, so the forward pass has the slope too.
     return mx.depends(silu * up, slope), slope, silu
 
 
-def _kernel(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
+def stand_in(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
     """Return an array that stands for one kernel's result: it has the shape of `like`, and depends on `reads`."""
     shape, dtype = like if isinstance(like, tuple) else (like.shape, like.dtype)
     first, *others = reads
@@ -286,23 +286,23 @@ def _dequantized(
 ) -> mx.array:
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // (bits or 4))
     made = dtype or (scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16)
-    return _kernel((shape, made), weight, scales)
+    return stand_in((shape, made), weight, scales)
 
 
 def _normed(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    norm = mx.custom_function(lambda x, *weights: _kernel(x, x, *weights))
+    norm = mx.custom_function(lambda x, *weights: stand_in(x, x, *weights))
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Arrays:
         x, *weights = primals if isinstance(primals, (list, tuple)) else [primals]
-        return [_kernel(x, cotangent, x), *map(_like, weights)]
+        return [stand_in(x, cotangent, x), *map(_like, weights)]
 
     norm.vjp(backward)
     return norm(x) if weight is None else norm(x, weight)
 
 
 def _rotated(x: mx.array, *_: Any, **__: Any) -> mx.array:
-    rotation = mx.custom_function(lambda x: _kernel(x, x))
-    rotation.vjp(lambda primal, cotangent, _: _kernel(primal, cotangent))
+    rotation = mx.custom_function(lambda x: stand_in(x, x))
+    rotation.vjp(lambda primal, cotangent, _: stand_in(primal, cotangent))
     return rotation(x)
 
 
