@@ -22,12 +22,14 @@ Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
@@ -35,7 +37,7 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import mlx.optimizers as optim
-from _gpu_attention import WIDTHS, as_on_metal
+from _gpu_kernels import WIDTHS, as_on_metal
 from _harness import environment, options, record, say, table
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
@@ -70,12 +72,13 @@ PACKED = frozenset(["GatherQMM", "QuantizedMatmul"])
 TILE, FEW_TILES, LONG_SUM, MOST_PARTS = 16, 1024, 8, 32
 SCALAR_BYTES = 16
 CHIPS = ("M1", "M2 Pro", "M4 Max")
+MORE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 OPTIONS = (
     (
         "--models",
         ["llama-3.2-1b", "llama-3.2-1b-4bit"],
-        "Of bench/run.py.",
-        [name + form for name in MODELS for form in ("", "-4bit")],
+        "Of bench/run.py, or of gpu_counts.json.",
+        [name + form for name in (*MODELS, *MORE) for form in ("", "-4bit")],
     ),
     ("--widths", [256, 1024], "Positions of the step's one row."),
     ("--trained", 1 / 3, "The share of its positions that are trained."),
@@ -243,7 +246,7 @@ class Case:
     """What is trained.
 
     Attributes:
-        model: of bench/run.py.
+        model: of bench/run.py or gpu_counts.json.
         packed: whether the base has 4 bits.
         width: positions of the step's one row.
         trained: how many of them are trained.
@@ -256,8 +259,8 @@ class Case:
 
     def outline(self) -> tuple[nn.Module, dict[str, Any]]:
         """Return the model without weights, and its config."""
-        of = MODELS[self.model]
-        config = {**of.config, **({"quantization": of.quantization} if self.packed else {})}
+        of = MODELS.get(self.model, MODELS["qwen3-8b"])
+        config = {**MORE.get(self.model, of.config), **({"quantization": of.quantization} if self.packed else {})}
         return outline_of_config(config, mx.bfloat16).model, config
 
 
@@ -318,7 +321,9 @@ def mlx_lm(case: Case) -> list[Graph]:
 
 
 def _native(kernel: Kernel, shape: ShapeClass) -> str:
-    """Choose MLX's attention where Metal has a kernel for its gradient, as measuring is likely to do there."""
+    """Choose MLX's kernel where Metal has one with a gradient, as measuring is likely to do there."""
+    if "fused" in kernel.candidates:
+        return "fused"
     _, _, _, width, value_width, mask, sinks = shape if kernel.name == ATTENTION else (0, 0, 0, 0, 0, "array", "")
     return (
         MLX if mask in ("causal", "none") and not sinks and width == value_width and width in WIDTHS else kernel.assumed

@@ -1,19 +1,23 @@
-"""Stand for MLX's attention on Metal (mlx 0.32.4) while a graph is listed on a CPU: one kernel forward, and blocks backward.
+"""Stand for MLX's kernels on Metal (mlx 0.32.4) while a graph is listed on a CPU: attention, and the gated delta rule.
 
-It is used where the mask is causal or there is none, without sinks, and with heads of the widths below; elsewhere MLX differentiates
-separate operations. The backward pass takes blocks of 1,024 queries and keys (`MLX_SDPA_VJP_BLOCK`), none of them above the diagonal:
+Attention: one kernel forward, and blocks of 1,024 queries and keys backward (`MLX_SDPA_VJP_BLOCK`), none above the diagonal:
 
     delta = rowsum(dO O)                                               once
     S = Q K^T, dP = dO V^T; one kernel: dS, dS^T, P^T                  for each block of queries and keys
     dQ += dS K, dK = dS^T Q, dV = P^T dO; dK and dV added over heads
 
+It is used where the mask is causal or there is none, without sinks, and with heads of WIDTHS; elsewhere MLX differentiates
+separate operations. The gated delta rule: one kernel forward, two backward, which begin from the states of every 16th token. Its
+operations are not counted.
+
 Shapes: B batch, H query heads, N key heads, T positions, d head width.
-Source: the release of mlx 0.32.4 for macOS; pull request ml-explore/mlx#4563.
+Source: the release of mlx 0.32.4 for macOS; pull requests ml-explore/mlx#4563 and #4565.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -21,14 +25,16 @@ import mlx.core as mx
 from mlx_lora.compat.functions import exchanged, original
 from mlx_lora.models.graph import stand_in
 
-BLOCK = 1024
+BLOCK, STATES = 1024, 16
 WIDTHS = frozenset([64, 72, 80, 96, 128, 192, 256])
 Arrays = list[mx.array]
 
 
 def as_on_metal() -> AbstractContextManager:
-    """List MLX's attention as on Metal inside the block; before `as_on_gpu`, which has the other kernels."""
-    return exchanged({(mx.fast, "scaled_dot_product_attention"): _attention})
+    """List these two as on Metal inside the block; `as_on_gpu` has the other kernels."""
+    return exchanged(
+        {(mx.fast, "scaled_dot_product_attention"): _attention, (mx.fast, "gated_delta_update"): _gated_delta}
+    )
 
 
 def takes(q: mx.array, v: mx.array, mask: Any, sinks: Any) -> bool:
@@ -66,3 +72,21 @@ def _gradient(q: mx.array, k: mx.array, v: mx.array, d: mx.array, output: mx.arr
         mx.concatenate(list(parts[name].values()), axis=-2).reshape(like.shape)
         for name, like in zip("qkv", (q, k, v), strict=True)
     ]
+
+
+def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gamma: mx.array, beta: mx.array, *_: Any) -> Arrays:
+    batch, length, heads, width = v.shape
+    states = (batch, length // STATES + 1, heads, q.shape[-1], width)
+
+    def backward(primals: Arrays, cotangents: Arrays, _: Any) -> Arrays:
+        kept = stand_in((states, mx.float32), *primals)
+        sizes = [array.size for array in primals]
+        whole = stand_in(((sum(sizes),), primals[0].dtype), kept, cotangents[0], *primals)
+        parts = mx.split(whole, list(accumulate(sizes))[:-1])
+        return [part.reshape(array.shape).astype(array.dtype) for part, array in zip(parts, primals, strict=True)]
+
+    rule = mx.custom_function(
+        lambda *primals: [stand_in(v, *primals), stand_in((states[:1] + states[2:], mx.float32), *primals)]
+    )
+    rule.vjp(backward)
+    return rule(q, k, v, gamma, beta)
