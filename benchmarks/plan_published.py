@@ -7,8 +7,9 @@ predicted from the graph of a step of mlx_lm.lora 0.32 with the same model, adap
 from their published settings; nothing is downloaded.
 
 Every other figure, in the order of the file, fits one time of a launch and, for each generation of chips, one share of the
-listed FLOPS. The other half is only predicted. `width` is what a step computes: unless a row is full, the mean row and 16 positions
-of padding, because mlx_lm.lora pads to multiples of 32.
+listed FLOPS. The other half is only predicted. `of the FLOPS` needs neither: it is the counted operations of products for each second
+of the published time, as a share of the chip's listed FLOPS. In the file, `tokens` are those of a step that the published speed counts, and
+`width` is what is computed of each row: of rows that are not full, the mean and 16 positions, because mlx_lm.lora pads to multiples of 32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ KEYS = {"all": None, "q, v": ("self_attn.q_proj", "self_attn.v_proj")}
 CLOSE = 1.3
 LAUNCHES_S = np.geomspace(1e-6, 3e-4, 100)
 SHARES = np.arange(0.05, 1.5, 0.01)
-HEAD = ("who", "chip", "run", "rows", "tokens/s, published", "predicted", "ratio", "fitted", "guessed")
+HEAD = ("who", "chip", "run", "rows", "of the FLOPS", "tokens/s, published", "predicted", "ratio", "fitted")
 OPTIONS = (("--picture", str, "File that gets the picture, such as docs/published.png."),)
 
 
@@ -109,6 +110,11 @@ class Work:
         self.packed = np.array([one.kind == "packed product" for one in counts])
         self.family, self.speed, self.tokens = chip.name.split()[0], figure["tokens_per_s"], figure["tokens"]
 
+    @property
+    def reached(self) -> float:
+        """The share of the listed FLOPS that the published speed needs."""
+        return float(self.times @ self.computing) * self.speed / self.tokens
+
     def ratio(self, launch_s: float, share: float, packed: float = 1.0) -> float:
         """Return the predicted speed divided by the published one.
 
@@ -128,11 +134,13 @@ class Fit(NamedTuple):
         launch_s: time of a launch.
         shares: of the listed FLOPS, by generation of chips.
         packed: see `Work.ratio`.
+        up_to_s: the longest time of a launch with which the squares are at most a tenth above the least.
     """
 
     launch_s: float
     shares: dict[str, float]
     packed: float = 1.0
+    up_to_s: float = 0.0
 
     def ratio(self, work: Work) -> float:
         """Return the ratio of a step; a generation without fitted figures has the median share of the others."""
@@ -148,13 +156,12 @@ def fit(works: Sequence[Work], packed: Iterable[float] = (1.0,), by_family: bool
         for launch_s in LAUNCHES_S:
             squares, shares = 0.0, {}
             for group in groups:
-                errors = [
-                    sum(np.log(one.ratio(launch_s, share, multiple)) ** 2 for one in group) for share in SHARES
-                ]
+                errors = [sum(np.log(one.ratio(launch_s, share, multiple)) ** 2 for one in group) for share in SHARES]
                 squares += min(errors)
                 shares[group[0].family] = float(SHARES[int(np.argmin(errors))])
             found.append((squares, Fit(float(launch_s), shares, multiple)))
-    return min(found, key=lambda one: one[0])[1]
+    least, best = min(found, key=lambda one: one[0])
+    return best._replace(up_to_s=max(one.launch_s for squares, one in found if squares <= 1.1 * least))
 
 
 def close(ratios: Iterable[float]) -> str:
@@ -163,18 +170,43 @@ def close(ratios: Iterable[float]) -> str:
     return f"{sum(within)} of {len(within)} within a factor of {CLOSE}"
 
 
-def row(figure: dict[str, Any], ratio: float, fitted: bool) -> list[str]:
+def row(figure: dict[str, Any], work: Work, ratio: float, fitted: bool) -> list[str]:
     """Return a table row."""
-    layers = "all" if figure["num_layers"] < 0 else figure["num_layers"]
-    bits = f"{figure['bits']} bits" if figure["bits"] else "16 bits"
-    run = f"{figure['model']}, {bits}, rank {figure['rank']} on {figure['keys']} of {layers} blocks"
-    rows = f"{figure['rows']} x {figure['width']:,}{', checkpoints' if figure['checkpoint'] else ''}"
+    layers = "" if figure["num_layers"] < 0 else f", {figure['num_layers']} blocks"
+    bits = f" {figure['bits']}-bit" if figure["bits"] else ""
+    run = f"{figure['model']}{bits}, {figure['keys']}{layers}{', checkpoints' if figure['checkpoint'] else ''}"
     cores = f", {figure['gpu_cores']} cores" if figure["gpu_cores"] else ""
-    speed = figure["tokens_per_s"]
-    return [
-        figure["who"], figure["chip"] + cores, run, rows, f"{speed:,g}", f"{speed * ratio:,.0f}", f"{ratio:.2f}",
-        "yes" if fitted else "no", figure["guessed"],
-    ]  # fmt: skip
+    speeds = f"{work.speed:,.4g}", f"{work.speed * ratio:,.0f}", f"{ratio:.2f}"
+    rows = f"{figure['rows']} x {figure['width']:,}"
+    return [figure["who"], figure["chip"] + cores, run, rows, f"{work.reached:.0%}", *speeds, "yes" if fitted else "no"]
+
+
+def picture(ratios: Sequence[float], file: str) -> None:
+    """Draw predicted against published speeds: one color for each chip, and empty marks for what was not fitted."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axis = drawing.subplots()
+    ends = np.array([20.0, 4000.0])
+    axis.fill_between(ends, ends / CLOSE, ends * CLOSE, color="0.92", label=f"within a factor of {CLOSE}")
+    axis.plot(ends, ends, color="0.6", linewidth=1)
+    chips = list({one["chip"]: 0 for one in FIGURES})
+    for at, (one, ratio) in enumerate(zip(FIGURES, ratios, strict=True)):
+        color, speed = f"C{chips.index(one['chip'])}", one["tokens_per_s"]
+        face = "none" if at % 2 else color
+        axis.plot(speed, speed * ratio, "o", markersize=8, markeredgewidth=1.6, color=color, markerfacecolor=face)
+    for at, chip in enumerate(chips):
+        axis.plot([], [], "o", color=f"C{at}", label=chip)
+    axis.plot([], [], "o", color="0.3", markerfacecolor="none", markeredgewidth=1.6, label="empty: not fitted")
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    ticks = [30, 100, 300, 1000, 3000]
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        side.set_ticks([], minor=True)
+    axis.set(xlabel="published tokens/s", ylabel="predicted tokens/s")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    drawing.savefig(file, dpi=120)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -184,20 +216,24 @@ def main(argv: Sequence[str]) -> int:
     known, unseen = works[::2], works[1::2]
     found = fit(known)
     ratios = [found.ratio(one) for one in works]
-    print(table(HEAD, [row(figure, ratio, not at % 2) for at, (figure, ratio) in enumerate(zip(FIGURES, ratios, strict=True))]))
+    marked = [at % 2 == 0 for at in range(len(FIGURES))]
+    print(table(HEAD, map(row, FIGURES, works, ratios, marked)))
     shares = ", ".join(f"{name} {share:.0%}" for name, share in found.shares.items())
-    print(f"\nFitted: {1e6 * found.launch_s:.0f} us a launch; of the listed FLOPS: {shares}")
+    launch = f"{1e6 * found.launch_s:.0f} us a launch (up to {1e6 * found.up_to_s:.0f} us fit about as well)"
+    print(f"\nFitted: {launch}; of the listed FLOPS: {shares}\n")
     ways = {
         "fitted": found,
         "one share for all chips": fit(known, by_family=False),
-        "another speed of packed products": fit(known, packed=np.arange(0.5, 2.01, 0.1)),
+        "products of packed weights with a speed of their own": fit(known, packed=np.arange(0.5, 2.01, 0.1)),
         "planner/speed.py, nothing fitted": Fit(LAUNCH_S, {"": REACHED_FLOPS}),
     }
     for name, way in ways.items():
+        used = f"{1e6 * way.launch_s:.0f} us, {median(way.shares.values()):.0%}, packed {way.packed:.1f}x"
         print(
-            f"- {name}: fitted half {close(map(way.ratio, known))}, other half {close(map(way.ratio, unseen))}"
-            f" ({1e6 * way.launch_s:.0f} us, {median(way.shares.values()):.0%}, packed {way.packed:.1f})"
+            f"- {name}: fitted half {close(map(way.ratio, known))}, other half {close(map(way.ratio, unseen))} ({used})"
         )
+    if asked.picture:
+        picture(ratios, asked.picture)
     return 0
 
 
