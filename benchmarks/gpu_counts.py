@@ -248,14 +248,22 @@ class Case:
     Attributes:
         model: of bench/run.py or gpu_counts.json.
         packed: whether the base has 4 bits.
-        width: positions of the step's one row.
+        width: positions of a row.
         trained: how many of them are trained.
+        rows: of the step; this and what follows is read on mlx_lm.lora's side only.
+        rank: of the adapter.
+        num_layers: of the blocks that are adapted, counted from the last; -1: all.
+        keys: the layers of a block that are adapted; None: all linear ones.
     """
 
     model: str
     packed: bool
     width: int
     trained: int
+    rows: int = 1
+    rank: int = 16
+    num_layers: int = -1
+    keys: tuple[str, ...] | None = None
 
     def outline(self) -> tuple[nn.Module, dict[str, Any]]:
         """Return the model without weights, and its config."""
@@ -298,16 +306,25 @@ def ours(case: Case, choose: Choose = assumed) -> list[Graph]:
     return [graph, _plain(update, state)]
 
 
-def mlx_lm(case: Case) -> list[Graph]:
-    """Return the graphs of a step of mlx_lm.lora: its loss, its layers on all linear layers, its optimizer."""
-    from mlx_lm.tuner.trainer import default_loss
+def adapted_by_mlx_lm(case: Case) -> nn.Module:
+    """Return the model with the layers of mlx_lm.lora."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model, _ = case.outline()
     model.freeze()
-    linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
+    how = {"rank": case.rank, "scale": 2.0, "dropout": 0.0, "keys": case.keys}
+    linear_to_lora_layers(model, case.num_layers, how)
     model.train()
-    arrays = {"batch": mx.zeros((1, case.width + 1), mx.int32), "lengths": mx.zeros((1, 2), mx.int32)}
+    return model
+
+
+def mlx_lm(case: Case) -> list[Graph]:
+    """Return the graphs of a step of mlx_lm.lora: its loss, its layers, its optimizer."""
+    from mlx_lm.tuner.trainer import default_loss
+
+    model = adapted_by_mlx_lm(case)
+    tokens, lengths = mx.zeros((case.rows, case.width + 1), mx.int32), mx.zeros((case.rows, 2), mx.int32)
+    arrays = {"batch": tokens, "lengths": lengths}
     graph = _gradient(model, lambda: default_loss(model, arrays["batch"], arrays["lengths"])[0], arrays)
     optimizer = optim.AdamW(1e-4)
     parameters = dict(model.trainable_parameters())

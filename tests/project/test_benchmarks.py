@@ -539,10 +539,18 @@ def test_planned_peaks_lie_beside_measured_ones(module, tiny_folder, tmp_path, c
 
 
 @pytest.mark.slow
-def test_published_figures_lie_beside_predictions(module, capsys):
-    assert module("plan_published").main() == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]
-    assert len(rows) == len(module("plan_published").FIGURES)
+def test_published_figures_lie_beside_predictions(module, capsys, tmp_path):
+    assert module("plan_published").main(["--picture", str(tmp_path / "published.png")]) == 0
+    assert capsys.readouterr().out.count("\n| ") == len(module("plan_published").FIGURES)
+
+
+def test_checkpoints_compute_blocks_again_but_not_their_last_product(module):
+    script = module("plan_published")
+    case = script.case_of(next(one for one in script.FIGURES if one["model"] == "TinyLlama-1.1B"))
+    with script.as_on_gpu():
+        again = script.launches_of(script.graphs(case)[-1])
+    products = 2048 * (2 * 2048 + 2 * 256 + 2 * 5632) + 8 * (3 * 2048 + 256) + 2 * 2048 * case.width
+    assert sum(one.flops for one in again) == 2 * case.width * case.num_layers * products
 
 
 def made(ratio: float, spread: float = 0.01, rounds: int = 5, seed: int = 0, **changes) -> dict:
