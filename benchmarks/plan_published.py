@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
         "fitted": found,
         "one share for all chips": fit(known, by_family=False),
         "products of packed weights with a speed of their own": fit(known, packed=np.arange(0.5, 2.01, 0.1)),
-        "planner/speed.py, nothing fitted": Fit(LAUNCH_S, {"": REACHED_FLOPS}),
+        "planner/speed.py, nothing fitted": Fit(LAUNCH_S, REACHED_FLOPS),
     }
     for name, way in ways.items():
         used = f"{1e6 * way.launch_s:.0f} us, {median(way.shares.values()):.0%}, packed {way.packed:.1f}x"

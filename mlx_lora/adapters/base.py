@@ -138,6 +138,12 @@ class AdapterLayer(nn.Module):
         return {"lora_a": 1, "lora_b": 2 if self.OVER is SWITCH else 0}
 
     @property
+    def cast_to(self) -> mx.Dtype | None:
+        """The 16-bit dtype of all that a call reads of the trained arrays; None if there is none."""
+        dtype = float_dtype(self.base)
+        return dtype if self.CAST_ONCE and dtype.size == 2 and "start_a" not in self else None
+
+    @property
     def trained(self) -> list[str]:
         """Names of the arrays that training changes."""
         return [name for name in ("lora_a", "lora_b", "lora_e", *self.BESIDE) if name in self]

@@ -302,20 +302,17 @@ def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str
     ):
         if way is None:
             continue
-        fits = _is_trainable if way == "full" else _is_linear
-        names = [name for name, module in parts.items() if of_connector(name) == is_connector and fits(module)]
+        whole = way == "full"
+        names = [
+            name
+            for name, module in parts.items()
+            if of_connector(name) == is_connector
+            and (has_weights(module) and BUFFERS.isdisjoint(module) if whole else isinstance(module, LINEAR))
+        ]
         if not names:
             raise InputError(f"{flag} {way}: this model has no linear layer there; give {flag} full")
         found[way] += names
     return tuple(found["lora"]), tuple(found["full"])
-
-
-def _is_trainable(module: nn.Module) -> bool:
-    return has_weights(module) and BUFFERS.isdisjoint(module)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, LINEAR)
 
 
 def outlined_tower(settings: TrainSettings) -> VisionTower | None:

@@ -186,9 +186,9 @@ def sharing_problem(
     rows = _random_pair(embedding_rows(model, config) or 256)
     try:
         with nullcontext() if kernels is None else training_kernels(model, choose=kernels):
-            apart, together, as_one = (
-                _probe(model, loss, one) for one in (rows, joined(rows), _without_starts(joined(rows)))
-            )
+            both = joined(rows)
+            without_starts = EncodedSet(both.tokens, both.mask, both.offsets)
+            apart, together, as_one = (_probe(model, loss, one) for one in (rows, both, without_starts))
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -209,10 +209,6 @@ def _random_pair(vocabulary: int) -> EncodedSet:
     prompt = random.integers(0, vocabulary, PROMPT_TOKENS).astype(np.int32)
     texts = [np.concatenate([prompt, random.integers(0, vocabulary, n).astype(np.int32)]) for n in ANSWER_TOKENS]
     return EncodedSet.from_rows([(text, np.arange(len(text)) >= PROMPT_TOKENS) for text in texts]).grouped(2)
-
-
-def _without_starts(rows: EncodedSet) -> EncodedSet:
-    return EncodedSet(rows.tokens, rows.mask, rows.offsets)
 
 
 def _probe(model: nn.Module, loss: Loss, rows: EncodedSet) -> Probe:

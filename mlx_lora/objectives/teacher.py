@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,7 @@ def tokenizer_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         one, other = ours.get(number), theirs.get(number)
         if one != other:
             return f"token {number} is {_shown(one)} for the student and {_shown(other)} for the teacher"
-    for number, (one, other) in enumerate(zip(*_same_length(_merges(student), _merges(teacher)), strict=True)):
+    for number, (one, other) in enumerate(zip_longest(_merges(student), _merges(teacher))):
         if one != other:
             return f"merge {number} is {_shown(one)} for the student and {_shown(other)} for the teacher"
     return None
@@ -305,11 +306,6 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return []
     model: Any = json.loads(tokenizer.backend_tokenizer.to_str()).get("model", {})
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
-
-
-def _same_length(one: list[str], other: list[str]) -> tuple[list[str | None], list[str | None]]:
-    most = max(len(one), len(other))
-    return [*one, *[None] * (most - len(one))], [*other, *[None] * (most - len(other))]
 
 
 def _shown(token: str | None) -> str:

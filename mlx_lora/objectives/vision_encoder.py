@@ -138,7 +138,8 @@ class ImageFeatureCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
-            if _folder_bytes(self._folder.parent) + _size(seen) > MOST_DISK_BYTES or free < 2 * _size(seen) + (1 << 30):
+            stored = sum(file.stat().st_size for file in self._folder.parent.rglob("*.safetensors"))
+            if stored + _size(seen) > MOST_DISK_BYTES or free < 2 * _size(seen) + (1 << 30):
                 self._writes = False
                 log.info(
                     f"Pictures: no more room in {self._folder.parent}; what does not fit in memory is computed again "
@@ -161,10 +162,6 @@ def most_kept_bytes() -> int:
 
 def _size(seen: ImageFeatures) -> int:
     return seen.embeddings.nbytes + (0 if seen.deep is None else seen.deep.nbytes)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def tower_key(tower: VisionTower, processor: ImageProcessor) -> str:

@@ -875,14 +875,11 @@ def held_out_prompts(
     found: dict[int, list[int]] = {}
     for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
         beginning = _beginning(*rows.row(number), begins_word)
-        alike = any(beginning == one and _same_pictures(rows, number, other) for other, one in found.items())
+        seen = [other for other, one in found.items() if beginning == one]
+        alike = any(rows.pictures is None or rows.pictures[number] == rows.pictures[other] for other in seen)
         if len(found) < most and not alike:
             found[number] = beginning
     return list(found.items())
-
-
-def _same_pictures(rows: EncodedSet, one: int, other: int) -> bool:
-    return rows.pictures is None or rows.pictures[one] == rows.pictures[other]
 
 
 def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:

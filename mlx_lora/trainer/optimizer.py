@@ -13,7 +13,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import AdapterLayer, float_dtype
 from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.kernels.measure import modules_of
 from mlx_lora.planner.memory import FLAT_UP_TO
@@ -118,17 +117,7 @@ class Masters:
                 room -= size
         # This dict is changed in place, because compiled functions capture it.
         self.arrays = self.gathered(model.trainable_parameters())
-        self._cast = self._cast_once()
-
-    def _cast_once(self) -> tuple[list[AdapterLayer], mx.Dtype, float] | None:
-        """Return the adapted layers, their bases' dtype of 16 bits and their scale, if one cast of `arrays` does for all of them."""
-        layers = [layer for layer in modules_of(self._model) if isinstance(layer, AdapterLayer) and layer.trainable_parameters()]
-        kinds = {(float_dtype(layer.base), layer.scale) for layer in layers}
-        plain = all(layer.CAST_ONCE and "start_a" not in layer for layer in layers)
-        if not plain or len(kinds) != 1 or len(self._own) != 2 * len(layers):
-            return None
-        ((dtype, scale),) = kinds
-        return (layers, dtype, scale) if dtype.size == 2 and scale > 0 else None
+        self._layers = [module for module in modules_of(model) if "lora_a" in module and module.trainable_parameters()]
 
     @contextmanager
     def cast(self) -> Iterator[float]:
@@ -140,16 +129,18 @@ class Masters:
         Yields:
             What the gradients by the factors must be multiplied by.
         """
-        if self._cast is None:
+        (dtype, scale), *others = {(getattr(layer, "cast_to", None), layer.scale) for layer in self._layers} or {
+            (None, 1.0)
+        }
+        if dtype is None or others or scale <= 0 or len(self._own) != 2 * len(self._layers):
             yield 1.0
             return
-        layers, dtype, scale = self._cast
         before, root = self._model.trainable_parameters(), sqrt(scale)
         own = self.by_name({key: (root * array).astype(dtype) for key, array in self.arrays.items()})
 
         def use(factors: dict, scale: float) -> None:
             self._model.update(factors)
-            for layer in layers:
+            for layer in self._layers:
                 layer.scale = scale
 
         use(tree_unflatten(list(own.items())), 1.0)
@@ -161,7 +152,9 @@ class Masters:
     def gathered(self, tree: dict) -> dict:
         """Return a tree like the model's trainable parameters, laid out like `arrays`."""
         leaves = dict(tree_flatten(tree))
-        joined = {key: mx.concatenate([leaves.pop(name).reshape(-1) for name in own]) for key, own in self._flat.items()}
+        joined = {
+            key: mx.concatenate([leaves.pop(name).reshape(-1) for name in own]) for key, own in self._flat.items()
+        }
         # Float32 for any model dtype: a module trained in full may have 16 bits.
         return tree_map(lambda leaf: leaf.astype(mx.float32), joined | leaves)
 

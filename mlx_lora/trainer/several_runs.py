@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.stacked import unstackable
 from mlx_lora.config.objectives import OBJECTIVES
@@ -554,10 +555,8 @@ class SeveralRuns:
         memories = [trainer.ctx.memory for trainer in trainers]
         if any(memory is None for memory in memories):
             return float("inf")
-        held = [
-            sum(a.nbytes for a in trainer.step.masters.arrays.values()) + _state_bytes(trainer.step.optimizer.state)
-            for trainer in trainers
-        ]
+        kept = ([trainer.step.masters.arrays, trainer.step.optimizer.state] for trainer in trainers)
+        held = [sum(array.nbytes for _, array in tree_flatten(arrays)) for arrays in kept]
         plans = [memory for memory in memories if memory is not None]
         base = self._base.size_bytes
         steps = [max(0, plan.peak_bytes - base - own) for plan, own in zip(plans, held, strict=True)]
@@ -588,10 +587,6 @@ def _kept_share(mode: str) -> tuple[int, int]:
     """Return an order of checkpointing modes, those that keep the least first."""
     every = checkpoint_every(mode)
     return (3, 0) if every is None else (2, 0) if mode == "selective" else (1, every)
-
-
-def _state_bytes(state: Mapping[str, Any]) -> int:
-    return sum(a.nbytes for entry in state.values() for a in (entry.values() if isinstance(entry, dict) else [entry]))
 
 
 def failures(members: Sequence[ConcurrentRun]) -> RunError | None:
