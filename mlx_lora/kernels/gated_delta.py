@@ -38,6 +38,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -119,10 +120,7 @@ def fused_gated_delta_update(
     dt_bias: mx.array,
     state: mx.array | None = None,
     mask: mx.array | None = None,
-    *,
-    use_kernel: bool = True,
-    lower_bound: float | None = None,
-    allow_neg_eigval: bool = False,
+    **options: Any,
 ) -> tuple[mx.array, mx.array]:
     """Return what `chunked_gated_delta_update` returns, computed by MLX's fused kernel if that supports the arguments.
 
@@ -130,7 +128,7 @@ def fused_gated_delta_update(
     `mx.fast.gated_delta_update` is a loop over tokens, so the chunked function is used instead. The kernels read gates in
     q's dtype, and bfloat16 keeps three digits of a decay near 1, so all arguments are passed as float32.
     """
-    options = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+    options.pop("use_kernel", None)
     if mask is not None or a.ndim == 4 or (k.shape[-1], v.shape[-1]) != (FUSED_WIDTH, FUSED_WIDTH):
         return chunked_gated_delta_update(q, k, v, a, b, A_log, dt_bias, state, mask, **options)
     log_g, beta = log_gates(a, b, A_log, dt_bias, None, **options)
@@ -145,8 +143,8 @@ def log_gates(
     A_log: mx.array,
     dt_bias: mx.array,
     mask: mx.array | None,
-    lower_bound: float | None,
-    allow_neg_eigval: bool,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
 ) -> list[mx.array]:
     """Return the gates' logarithms, (B, T, Hv) or (B, T, Hv, Dk), and beta, (B, T, Hv), both float32."""
     rate = mx.exp(A_log.astype(mx.float32))

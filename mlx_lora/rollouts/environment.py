@@ -88,6 +88,7 @@ from mlx_lora.rollouts.rewards import (
     NO_FUNCTIONS,
     FirstTimes,
     Functions,
+    Note,
     Reward,
     TrainerState,
     guarded,
@@ -200,12 +201,7 @@ class VectorEnv:
     facts: list[Facts] = field(default_factory=list)
 
     def reset(
-        self,
-        prompts: Sequence[list[int]],
-        facts: Sequence[Facts],
-        group: int,
-        seeds: Sequence[int],
-        note: Callable[[str], None],
+        self, prompts: Sequence[list[int]], facts: Sequence[Facts], group: int, seeds: Sequence[int], note: Note
     ) -> list[list[int]]:
         """Begin G episodes for each prompt, and return the prompts with the first observations.
 
@@ -222,9 +218,7 @@ class VectorEnv:
         self.facts = [fact for fact in facts for _ in range(group)]
         return list(prompts)
 
-    def step(
-        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
-    ) -> StepResults:
+    def step(self, episodes: Sequence[int], completions: Sequence[list[int]], note: Note) -> StepResults:
         """Take what the model said in some episodes.
 
         Args:
@@ -237,7 +231,7 @@ class VectorEnv:
         """
         raise NotImplementedError
 
-    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+    def finish(self, episodes: Sequence[Episode], note: Note) -> np.ndarray | None:
         """Return what all episodes get at the end, (E, F) float64, which is added to what steps gave; None: nothing.
 
         Args:
@@ -386,9 +380,7 @@ def seeds_of(seed: int, rollout: int, prompts: Sequence[int]) -> list[int]:
 class SingleTurnEnv(VectorEnv):
     """The environment of a single answer, which rewards answers in one call for all of a batch."""
 
-    def step(
-        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
-    ) -> StepResults:
+    def step(self, episodes: Sequence[int], completions: Sequence[list[int]], note: Note) -> StepResults:
         found = np.zeros((len(completions), len(self.rewards)))
         if self.rewards and completions:
             facts = [self.facts[number] for number in episodes]
@@ -445,12 +437,7 @@ class MultiTurnEnv(VectorEnv):
     make: Callable[[], Env] = field(kw_only=True)
 
     def reset(
-        self,
-        prompts: Sequence[list[int]],
-        facts: Sequence[Facts],
-        group: int,
-        seeds: Sequence[int],
-        note: Callable[[str], None],
+        self, prompts: Sequence[list[int]], facts: Sequence[Facts], group: int, seeds: Sequence[int], note: Note
     ) -> list[list[int]]:
         super().reset(prompts, facts, group, seeds, note)
         self.turns, self.totals = [0] * len(self.facts), [np.nan] * len(self.facts)
@@ -466,9 +453,7 @@ class MultiTurnEnv(VectorEnv):
             found.append(prompt)
         return found
 
-    def step(
-        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
-    ) -> StepResults:
+    def step(self, episodes: Sequence[int], completions: Sequence[list[int]], note: Note) -> StepResults:
         observations, done = [], []
         with one_note(note) as skipped:
             for number, completion in zip(episodes, completions, strict=True):
@@ -477,10 +462,10 @@ class MultiTurnEnv(VectorEnv):
                 done.append(text is None)
         return StepResults(observations, np.full((len(done), 1), np.nan), done)
 
-    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+    def finish(self, episodes: Sequence[Episode], note: Note) -> np.ndarray | None:
         return np.array(self.totals)[:, None]
 
-    def _begun(self, number: int, seed: int, note: Callable[[str], None]) -> tuple[Env, str | None] | None:
+    def _begun(self, number: int, seed: int, note: Note) -> tuple[Env, str | None] | None:
         """Begin an episode, and return it with what is added to its prompt; None if that failed and is skipped."""
 
         def begin() -> list[Any]:
@@ -491,7 +476,7 @@ class MultiTurnEnv(VectorEnv):
         begun = self._guarded(begin, number, "", note)
         return None if begun is None else (begun[0], begun[1])
 
-    def _answered(self, number: int, text: str, note: Callable[[str], None]) -> str | None:
+    def _answered(self, number: int, text: str, note: Note) -> str | None:
         """Tell an episode what the model said, and return the observation; None: it is over.
 
         An episode that fails is over, and so that it is not compared with whole ones, it has no reward for earlier turns.
@@ -522,9 +507,7 @@ class MultiTurnEnv(VectorEnv):
         self.turns[number] += 1
         return None if over or self.turns[number] >= self.settings.objective.max_turns else observation
 
-    def _guarded(
-        self, function: Callable[[], list[Any]], number: int, text: str, note: Callable[[str], None]
-    ) -> list[Any] | None:
+    def _guarded(self, function: Callable[[], list[Any]], number: int, text: str, note: Note) -> list[Any] | None:
         """Return what an episode of the user's returns, None if it failed and that is skipped."""
         answers = {"prompts": [self.facts[number]["prompt"]], "completions": [text]}
         return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
@@ -903,7 +886,7 @@ def called(tools: Mapping[str, Tool], call: Call, limit_s: float) -> Result:
     return Result(str({"error": words}), f"{kind}: {first[0]}" if first else kind)
 
 
-def watch_failure(counts: FirstTimes, tool: str, why: str, note: Callable[[str], None]) -> None:
+def watch_failure(counts: FirstTimes, tool: str, why: str, note: Note) -> None:
     """Count a failed call, and say so at the first, the 10th, the 100th of each tool."""
     tool = tool[:40]
     if count := counts.next(tool):
@@ -1039,12 +1022,7 @@ class ToolEnv(VectorEnv):
     pool: list[Any] = field(default_factory=list)
 
     def reset(
-        self,
-        prompts: Sequence[list[int]],
-        facts: Sequence[Facts],
-        group: int,
-        seeds: Sequence[int],
-        note: Callable[[str], None],
+        self, prompts: Sequence[list[int]], facts: Sequence[Facts], group: int, seeds: Sequence[int], note: Note
     ) -> list[list[int]]:
         super().reset(prompts, facts, group, seeds, note)
         self.talks: list[EpisodeTurns] = []
@@ -1068,9 +1046,7 @@ class ToolEnv(VectorEnv):
             for prompt, fact, text in zip(prompts, facts, observations, strict=True)
         ]
 
-    def step(
-        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
-    ) -> StepResults:
+    def step(self, episodes: Sequence[int], completions: Sequence[list[int]], note: Note) -> StepResults:
         nothing = np.full((len(completions), len(self.rewards)), np.nan)
         if not self.talks:
             return StepResults([[] for _ in completions], nothing, [True] * len(completions))
@@ -1079,7 +1055,7 @@ class ToolEnv(VectorEnv):
         ]
         return StepResults([tokens or [] for tokens in found], nothing, [tokens is None for tokens in found])
 
-    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+    def finish(self, episodes: Sequence[Episode], note: Note) -> np.ndarray | None:
         if not self.talks:
             return None
         for talk, episode in zip(self.talks, episodes, strict=True):
@@ -1100,9 +1076,7 @@ class ToolEnv(VectorEnv):
         with self.talks[0].random.used():  # `get_reward` may draw, too
             return rewards_for(self.rewards, arguments, self.settings.objective, note, whole, self.state, self.silent)
 
-    def _begun(
-        self, randoms: Sequence[OwnRandom], seeds: Sequence[int], note: Callable[[str], None]
-    ) -> list[Any] | None:
+    def _begun(self, randoms: Sequence[OwnRandom], seeds: Sequence[int], note: Note) -> list[Any] | None:
         """Begin the episodes, and return what is added to each prompt; None if one failed and that is skipped."""
         make = self.toolbox.environment
         if make is None:
@@ -1125,7 +1099,7 @@ class ToolEnv(VectorEnv):
         answers = {"prompts": [fact["prompt"] for fact in self.facts], "completions": [""] * len(self.facts)}
         return guarded(begun, f"--environment {self.toolbox.name}", answers, self.settings.objective, note)
 
-    def _answered(self, talk: EpisodeTurns, completion: list[int], note: Callable[[str], None]) -> list[int] | None:
+    def _answered(self, talk: EpisodeTurns, completion: list[int], note: Note) -> list[int] | None:
         """Take what the model said in an episode; return the tokens of the results of its calls, or None if it is over."""
         said = self.reader(completion)
         talk.turns.append(said.message)

@@ -27,7 +27,7 @@ import atexit
 import inspect
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
@@ -79,6 +79,7 @@ from mlx_lora.rollouts.rewards import (
     NO_FUNCTIONS,
     FirstTimes,
     Functions,
+    Note,
     Reward,
     fail,
     no_function,
@@ -228,12 +229,7 @@ class VerifiersEnv(VectorEnv):
     readers: dict[str, CallReader] = field(default_factory=dict)
 
     def reset(
-        self,
-        prompts: Sequence[list[int]],
-        facts: Sequence[Facts],
-        group: int,
-        seeds: Sequence[int],
-        note: Callable[[str], None],
+        self, prompts: Sequence[list[int]], facts: Sequence[Facts], group: int, seeds: Sequence[int], note: Note
     ) -> list[list[int]]:
         super().reset(prompts, facts, group, seeds, note)
         self.talks = [Dialogue() for _ in self.facts]
@@ -284,9 +280,7 @@ class VerifiersEnv(VectorEnv):
             begun.append(tokens)
         return begun
 
-    def step(
-        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
-    ) -> StepResults:
+    def step(self, episodes: Sequence[int], completions: Sequence[list[int]], note: Note) -> StepResults:
         for number, completion in zip(episodes, completions, strict=True):
             self._answer(number, completion, note)
         alive = [number for number in episodes if not self.talks[number].dead]
@@ -296,7 +290,7 @@ class VerifiersEnv(VectorEnv):
         nothing = np.full((len(episodes), len(self.rewards)), np.nan)
         return StepResults([tokens or [] for tokens in found], nothing, [tokens is None for tokens in found])
 
-    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+    def finish(self, episodes: Sequence[Episode], note: Note) -> np.ndarray | None:
         found = np.full((len(self.talks), len(self.rewards)), np.nan)
         alive = [number for number, talk in enumerate(self.talks) if not talk.dead]
         for number in alive:  # what stands at a question has no room for an answer
@@ -337,7 +331,7 @@ class VerifiersEnv(VectorEnv):
         objective = self.settings.objective
         return host_of(objective.environment or "", objective.max_turns, objective.reward_timeout)
 
-    def _settle(self, numbers: Sequence[int], limit_s: float, note: Callable[[str], None]) -> None:
+    def _settle(self, numbers: Sequence[int], limit_s: float, note: Note) -> None:
         """Wait until episodes ask something or are over, and give those up that take too long."""
         for number in self.host.settle(numbers, limit_s):
             why = f"took longer than {limit_s:g} s"
@@ -350,7 +344,7 @@ class VerifiersEnv(VectorEnv):
                 self.talks[number].counts[FAILED] += 1
                 watch_failure(self.failed, name, why, note)
 
-    def _give_up(self, number: int, why: str, note: Callable[[str], None], flag: str = "") -> None:
+    def _give_up(self, number: int, why: str, note: Note, flag: str = "") -> None:
         """Stop the run for an episode that cannot be used, or leave it without a reward."""
         talk = self.talks[number]
         talk.dead, talk.counts[ERRORS] = True, 1.0
@@ -358,7 +352,7 @@ class VerifiersEnv(VectorEnv):
         verb = why if why.startswith("took") else f"failed ({why})"
         fail(f"{self.asked} {verb} in an episode of task {task}", self.settings.objective, note, flag)
 
-    def _answer(self, number: int, completion: list[int], note: Callable[[str], None]) -> None:
+    def _answer(self, number: int, completion: list[int], note: Note) -> None:
         """Give an episode what the model said."""
         talk = self.talks[number]
         if talk.dead:
@@ -382,7 +376,7 @@ class VerifiersEnv(VectorEnv):
         made = import_module("mlx_lora.rollouts.verifiers_host").response_of
         self.host.answer(number, made(said.content, said.thinking, talk.calls, before, list(completion), ended))
 
-    def _observation(self, number: int, note: Callable[[str], None]) -> list[int] | None:
+    def _observation(self, number: int, note: Note) -> list[int] | None:
         """Return the tokens of what an episode adds to the conversation; None: it is over."""
         talk, played = self.talks[number], self.host.episodes[number]
         if talk.dead or played.question is None:
@@ -420,7 +414,7 @@ class VerifiersEnv(VectorEnv):
         ]
         return self._reader(tools).turns.tokens(talk.calls, results)
 
-    def _scores(self, number: int, played: PlayedEpisode, note: Callable[[str], None]) -> np.ndarray:
+    def _scores(self, number: int, played: PlayedEpisode, note: Note) -> np.ndarray:
         """Return an episode's rewards, (F,), and count what the package measured."""
         talk, trace = self.talks[number], played.trace
         talk.counts[TIMEOUTS] = float(played.cut_short)

@@ -223,6 +223,7 @@ def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: st
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Functions = Mapping[str, RewardFunction]
+Note = Callable[[str], None]  # notes what failed
 NO_FUNCTIONS: Functions = MappingProxyType({})
 REGEX = "regex:"  # before a pattern
 REWARD_NAME = re.compile(r"[\w./~ -]+(:.*)?")  # a ready reward, FILE.py:NAME or a folder
@@ -409,7 +410,7 @@ def _called(
     answers: dict[str, Any],
     conversations: Sequence[Conversation | Completion],
     settings: ObjectiveSettings,
-    note: Callable[[str], None],
+    note: Note,
     state: TrainerState,
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
@@ -434,7 +435,7 @@ def guarded(
     name: str,
     answers: dict[str, Any],
     settings: ObjectiveSettings,
-    note: Callable[[str], None],
+    note: Note,
     limited: bool = True,
 ) -> list[Any] | None:
     """Return what a user's code returns, None if it failed and that is skipped.
@@ -461,7 +462,7 @@ def guarded(
     return None
 
 
-def fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], flag: str = "") -> None:
+def fail(what: str, settings: ObjectiveSettings, note: Note, flag: str = "") -> None:
     """Stop the run, or note what is skipped."""
     if settings.reward_errors == "skip":
         note(f"Note: {what}; skipped")
@@ -470,7 +471,7 @@ def fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], fl
 
 
 @contextmanager
-def one_note(note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+def one_note(note: Note) -> Iterator[Note]:
     """Take the notes on what is skipped in here, and pass on the first, with how many more there were."""
     found: list[str] = []
     yield found.append
@@ -503,7 +504,7 @@ def rewards_for(
     rewards: Sequence[Reward],
     answers: dict[str, Any],
     settings: ObjectiveSettings,
-    note: Callable[[str], None],
+    note: Note,
     conversations: Sequence[Conversation | Completion] = (),
     state: TrainerState = TrainerState(),  # noqa: B008 (never changed here)
     silent: FirstTimes | None = None,

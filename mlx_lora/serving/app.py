@@ -92,7 +92,7 @@ from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.embed import TextEmbedder, open_embedder, stored_choices
+from mlx_lora.objectives.embed import open_embedder, stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.reports import charts
 from mlx_lora.utils.errors import InputError, RunError
@@ -735,12 +735,14 @@ class TextModels:
         if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
             named = {base_name(engine.base): None, **named}
         settings = train_settings({"model": str(engine.base.folder), "objective": "embed"})
-
-        def open_one(folder: Path | None) -> TextEmbedder:
-            return open_embedder(settings, twin_of(engine.base), folder, engine.ignore_fingerprint)
-
+        # Each has a twin of its own, which its adapter changes.
         self._embedders = {
-            name: engine.call(lambda store, folder=folder: open_one(folder)).result() for name, folder in named.items()
+            name: engine.call(
+                lambda _, folder=folder: open_embedder(
+                    settings, twin_of(engine.base), folder, engine.ignore_fingerprint
+                )
+            ).result()
+            for name, folder in named.items()
         }
 
     def describe(self) -> list[str]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from rehearsal.host_syncs import counted_syncs
-from run_cli import run
+from run_cli import run, succeeds
 
 from mlx_lora.trainer.step import Step
 
@@ -52,6 +52,18 @@ def test_a_step_waits_once(tiny_folder, chats, tmp_path, flags):
 def test_a_step_on_pairs_waits_once(tiny_folder, pairs, tmp_path):
     waits, places = syncs_per_step(tiny_folder, pairs, tmp_path, "--objective", "dpo")
     assert waits <= 1, places
+
+
+def test_a_sampled_token_of_all_rows_waits_once(tiny_folder, pairs, tmp_path):
+    (tmp_path / "reward.py").write_text("def odd(completions, **columns): return [len(one) % 2 for one in completions]")
+    waits = []
+    for tokens in (FEW, MANY):
+        with counted_syncs() as found:
+            succeeds("train", "--model", tiny_folder, "--data", pairs, "--adapter-path", tmp_path / str(tokens), "--iters", 1,
+                     "--objective", "grpo", "--reward", f"{tmp_path / 'reward.py'}:odd", "--batch-size", 2, "--group-size", 4,
+                     "--max-new-tokens", tokens, "--kernels", "ours", "--sample-tokens", 0, "--val-batches", 0)  # fmt: skip
+        waits.append(sum(found.values()))
+    assert FEW - MANY // 2 < waits[1] - waits[0] <= MANY - FEW
 
 
 def test_a_second_wait_in_a_step_is_found(tiny_folder, chats, tmp_path, monkeypatch):

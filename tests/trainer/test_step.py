@@ -14,7 +14,7 @@ from conftest import tiny_model
 from mlx.utils import tree_flatten
 from tiny_steps import adapted, batch, factors, make_step
 
-from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedLinear
@@ -195,6 +195,30 @@ def test_one_flat_array_gets_the_update_of_many(monkeypatch):
     assert not np.allclose(runs[True], factors(adapted(seed=3)), atol=1e-3)
     muon = make_step(adapted(), optimizer="muon")  # works on matrices: never flat
     assert "flat" not in muon.optimizer.state
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_factors_of_a_16_bit_model_are_cast_once(extra):
+    """With a scale whose root is exact, the bits are those of a cast in each layer; with a further trained array, layers cast."""
+    model, seen = adapted(seed=4), set()
+    model.set_dtype(mx.bfloat16, lambda kind: kind == mx.float32)
+    model.load_weights([(name, a.astype(mx.float32)) for name, a in adapter_parameters(model).items()], strict=False)
+    layers = list(adapter_layers(model).values())
+    for layer in layers:
+        layer.scale = 4.0
+    if extra:
+        model.model.norm.unfreeze()
+
+    def loss(model, arrays):
+        seen.add((layers[0].lora_a.dtype, layers[0].scale))
+        return plain_loss(model, arrays)
+
+    step, arrays = Step(model, optim.SGD(1.0), loss, 0.0), token_arrays(batch(2, 9, seed=1))
+    _, expected = nn.value_and_grad(model, lambda model: plain_loss(model, arrays)[0])(model)
+    found = step.masters.by_name(step._micro(arrays)[3])
+    assert all(mx.array_equal(found[name], value.astype(mx.float32)) for name, value in tree_flatten(expected))
+    assert seen == {(mx.float32, 4.0) if extra else (mx.bfloat16, 1.0)}
+    assert {(layer.lora_a.dtype, layer.scale) for layer in layers} == {(mx.float32, 4.0)}
 
 
 def test_schedules_warm_up_peak_and_end():

@@ -391,7 +391,13 @@ def self_test() -> Iterator[CheckFinding]:
         for dtype in (mx.float32, mx.bfloat16, mx.float16):
             most = MOST_CPU_OPERATIONS if dtype == mx.float32 else MOST_CPU_HALF_OPERATIONS
             if not on_cpu or 2 * m * k * n <= most:
-                yield _product(m, k, n, dtype)
+                x, w = normal(m, k, seed=0, dtype=dtype), normal(n, k, seed=1, dtype=dtype)
+                yield compare_rows(
+                    f"{m} x {k} by {k} x {n}, {dtype_name(dtype)}",
+                    x @ w.T,
+                    lambda rows, x=x, w=w: host(x)[rows] @ host(w).T,
+                    PRODUCT_TOLERANCE[dtype],
+                )
     rows = 64 if on_cpu else 720
     for bits, group_size, mode in LAYOUTS:
         for transpose in (True, False):
@@ -399,12 +405,6 @@ def self_test() -> Iterator[CheckFinding]:
             yield _quantized(rows, 2048 if not on_cpu else 512, layout, transpose)
     yield _quantized(4, 4096 if not on_cpu else 1024, {"bits": 4, "group_size": 16, "mode": "nvfp4"}, True)
     yield _attention()
-
-
-def _product(m: int, k: int, n: int, dtype: mx.Dtype) -> CheckFinding:
-    x, w = normal(m, k, seed=0, dtype=dtype), normal(n, k, seed=1, dtype=dtype)
-    what = f"{m} x {k} by {k} x {n}, {dtype_name(dtype)}"
-    return compare_rows(what, x @ w.T, lambda rows: host(x)[rows] @ host(w).T, PRODUCT_TOLERANCE[dtype])
 
 
 def _quantized(m: int, side: int, layout: dict[str, Any], transpose: bool) -> CheckFinding:

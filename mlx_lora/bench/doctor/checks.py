@@ -114,7 +114,8 @@ from mlx_lora.losses.preference import (
 from mlx_lora.models.generator import Sampling
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.planner.machine import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes, measure_ceilings
+from mlx_lora.planner.speed import known_chip, listed_ceilings
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
 from mlx_lora.utils import device
@@ -1054,6 +1055,17 @@ BATCH, SPEED_RANK = 4, 16
 FASTER = 0.95  # of a peer's speed: within the noise of two runs
 STEADY = 1.10  # first speed over last
 MODELS = 4
+
+
+def check_rates(kit: Kit) -> Iterator[CheckFinding]:
+    """Compare the rates by which speeds are predicted for this chip with what it reaches, so that its owner can correct them."""
+    if chip := known_chip(kit.here.name):
+        found, assumed = measure_ceilings(rounds=3), listed_ceilings(chip, device.compute_dtype().size)
+        values = {name: getattr(found, name) for name in ("flops_per_s", "bytes_per_s", "launch_s")}
+        told = ", ".join(f"{name} {value:.3g} (assumed {getattr(assumed, name):.3g})" for name, value in values.items())
+        yield CheckFinding("rates", "ok", told, values=values)
+    else:
+        yield CheckFinding("rates", "skipped", f"{kit.here.name}: no prediction is made for it")
 
 
 def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:

@@ -337,6 +337,7 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
             )
             for number in range(checks.MODELS)
         ),
+        KitCheck("speed", "rates", checks.check_rates),
         KitCheck("speed", "steady load", checks.check_steady, quick=False),
     ]
     return sorted(made, key=lambda check: list(GROUPS).index(check.group))
