@@ -23,10 +23,11 @@ Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
@@ -52,7 +53,9 @@ from mlx_lora.models.graph import (
     as_on_gpu,
     fused_chains,
     gradient_graph,
+    needed_for,
     plain_graph,
+    row_strides,
     uncollected,
 )
 from mlx_lora.models.head import find_head, with_last_block
@@ -66,6 +69,7 @@ PACKED = frozenset(["GatherQMM", "QuantizedMatmul"])
 # steel_gemm_splitk_axpby of matmul.cpp). Max and Ultra divide up to twice as many tiles, which is not counted.
 TILE, FEW_TILES, LONG_SUM, MOST_PARTS = 16, 1024, 8, 32
 SCALAR_BYTES = 16
+BEHIND = 1 << 30  # stands for a block behind all others
 CHIPS = ("M1", "M2 Pro", "M4 Max")
 OPTIONS = (
     (
@@ -76,7 +80,12 @@ OPTIONS = (
     ),
     ("--widths", [256, 1024], "Positions of the step's one row."),
     ("--trained", 1 / 3, "The share of its positions that are trained."),
-    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers.", ("mlx_lora", "mlx_lm.lora")),
+    (
+        "--sides",
+        ["mlx_lora", "mlx_lm.lora"],
+        "Trainers.",
+        ("mlx_lora", "mlx_lm.lora", "mlx-lm-lora", "unsloth-zoo", "mlx-train-perf", "mlx-vlm"),
+    ),
     ("--out", str, "File that gets the counts as JSON."),
 )
 
@@ -97,19 +106,19 @@ class Launch(NamedTuple):
     number_bytes: int = 4
 
 
-def launches_of(graph: Graph) -> list[Launch]:
-    """Return the launches of a graph that is compiled."""
-    return _Counting(graph).launches
+def launches_of(graph: Graph, compiled: bool = True) -> list[Launch]:
+    """Return the launches of a graph."""
+    return _Counting(graph, compiled).launches
 
 
 class _Counting:
     """Counts a graph's launches."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, compiled: bool) -> None:
         self.graph, self.launches = graph, list[Launch]()
-        self.buffers = Buffers(graph, fuses=True)
+        self.buffers = Buffers(graph, fuses=compiled)
         self.maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
-        self.chain, self.inner = fused_chains(graph)
+        self.chain, self.inner = fused_chains(graph) if compiled else ({}, set())
         self.inside = set[int]()  # nodes that only say what a kernel's stand-in reads
         self.sources = {n: self._stood_for(n) for n, node in enumerate(graph.nodes) if node.name == "Full"}
         chains: dict[int, list[int]] = defaultdict(list)
@@ -125,7 +134,7 @@ class _Counting:
         return all(self.buffers.of[name] != name for name in self.graph.nodes[number].outputs)
 
     def _stood_for(self, number: int) -> list[str]:
-        """Return what the kernel reads for which a filled array stands (`_kernel` of models/graph.py); nothing: it is a filled array."""
+        """Return what the kernel reads for which a filled array stands (`one_kernel` of models/graph.py); nothing: it is a filled array."""
         passed, name = list[int](), self.graph.nodes[number].inputs[0]
         while (maker := self.maker.get(name)) is not None:
             node = self.graph.nodes[maker]
@@ -163,7 +172,7 @@ class _Counting:
         elif last.name in PRODUCTS | PACKED:
             self._product(numbers[-1], moved)
         elif last.name == "Full":
-            self._add("kernel" if self.sources[numbers[-1]] else "fill", moved)
+            self._kernel(self.sources[numbers[-1]], moved)
         elif last.name == "Concatenate":
             for name in last.inputs:
                 self._add("copy", 2 * self._bytes(name))
@@ -186,6 +195,16 @@ class _Counting:
 
     def _add(self, kind: str, nbytes: int) -> None:
         self.launches.append(Launch(kind, nbytes))
+
+    def _kernel(self, sources: list[str], moved: int) -> None:
+        """Count what a filled array stands for: of a trainer's own kernel, the copies and the products too (`own_kernel`)."""
+        shapes = [self.graph.arrays[name].shape for name in sources]
+        products = [shape for shape in shapes if shape[:1] == (0,)]
+        for name in sources if products else ():
+            if self.buffers.strides[name] != row_strides(self.graph.arrays[name].shape):
+                self._add("copy", 2 * self._bytes(name))
+        flops = sum(2.0 * math.prod(shape[1:]) for shape in products)
+        self.launches.append(Launch("kernel" if sources else "fill", moved, flops, 2))
 
     def _product(self, number: int, moved: int) -> None:
         node = self.graph.nodes[number]
@@ -260,7 +279,7 @@ def ours(case: Case) -> list[Graph]:
         "weights": mx.zeros(trained),
     }
     with training_kernels(model):
-        graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
+        graph = gradient_of(model, lambda: [loss.train(model, arrays)[0]], arrays)
     step = Step(model, optim.AdamW(1e-4), loss.train, max_grad_norm=1.0)
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
 
@@ -271,11 +290,11 @@ def ours(case: Case) -> list[Graph]:
         result = step._update(values[3], values[4], {}, step.masters.gathered(grads))
         step.masters.hand_out()
         parameters = [value for _, value in tree_flatten(model.trainable_parameters())]
-        return [*_leaves([step.masters.arrays, step.optimizer.state]), *parameters, *result[:4]]
+        return [*leaves([step.masters.arrays, step.optimizer.state]), *parameters, *result[:4]]
 
     gradients = [value for _, value in tree_flatten(model.trainable_parameters())]
     state = [step.masters.arrays, dict(step.optimizer.state), gradients, mx.zeros(()), mx.zeros(())]
-    return [graph, _plain(update, state)]
+    return [graph, plain_of(update, state)]
 
 
 def mlx_lm(case: Case) -> list[Graph]:
@@ -288,26 +307,37 @@ def mlx_lm(case: Case) -> list[Graph]:
     linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
     model.train()
     arrays = {"batch": mx.zeros((1, case.width + 1), mx.int32), "lengths": mx.zeros((1, 2), mx.int32)}
-    graph = _gradient(model, lambda: default_loss(model, arrays["batch"], arrays["lengths"])[0], arrays)
+    graph = gradient_of(model, lambda: [default_loss(model, arrays["batch"], arrays["lengths"])[0]], arrays)
     optimizer = optim.AdamW(1e-4)
     parameters = dict(model.trainable_parameters())
     optimizer.init(parameters)
 
     def update(values: list[mx.array]) -> list[mx.array]:
         optimizer.state.update(values[0])
-        return _leaves([optimizer.apply_gradients(values[1], values[2]), optimizer.state])
+        return leaves([optimizer.apply_gradients(values[1], values[2]), optimizer.state])
 
-    return [graph, _plain(update, [dict(optimizer.state), parameters, parameters])]
-
-
-SIDES: dict[str, Callable[[Case], list[Graph]]] = {"mlx_lora": ours, "mlx_lm.lora": mlx_lm}
+    return [graph, plain_of(update, [dict(optimizer.state), parameters, parameters])]
 
 
-def _leaves(tree: Any) -> list[mx.array]:
+# How many times a step waits for the GPU. Ours reads each report a step later, when it is there (mlx_lora/trainer/step.py).
+# mlx_lm: mx.eval(state, losses, n_tokens, grad_accum) in tuner/trainer.py, `train`.
+WAITS = {"mlx_lora": 0, "mlx_lm.lora": 1}
+
+
+def graphs_of(case: Case, side: str) -> tuple[list[Graph], bool, int]:
+    """Return the graphs of a side's step, whether it is compiled, and how many times a step waits for the GPU."""
+    if side in WAITS:
+        return (ours if side == "mlx_lora" else mlx_lm)(case), True, WAITS[side]
+    from _gpu_sides import first_step  # of packages that have an environment of their own
+
+    return first_step(side, case, gradient_of, plain_of)
+
+
+def leaves(tree: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(tree) if isinstance(value, mx.array)]
 
 
-def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
+def plain_of(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     """Return the graph of a function of a tree of arrays."""
 
     def of_leaves(*values: mx.array) -> list[mx.array]:
@@ -317,8 +347,17 @@ def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     return plain_graph(of_leaves, [value for _, value in tree_flatten(tree)])
 
 
-def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, mx.array]) -> Graph:
-    """Return the graph of a loss of `arrays` and of the gradient of the model's trainable parameters."""
+def gradient_of(
+    model: nn.Module, loss: Callable[[], list[mx.array]], arrays: dict[str, mx.array], recomputes: bool = False
+) -> Graph:
+    """Return the graph of a loss of `arrays` and of the gradient of the model's trainable parameters.
+
+    Args:
+        model: is given arrays to trace with, and gets its own back.
+        loss: returns the loss, and what else of a step is computed with it.
+        arrays: that the loss reads; replaced while it is traced.
+        recomputes: whether the backward pass computes each block's forward pass again.
+    """
     own = dict(tree_flatten(model.parameters()))
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     names = [*trained, *(name for name in own if name not in set(trained))]
@@ -328,14 +367,55 @@ def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, 
         arrays.update(zip(before, fixed, strict=False))
         values = zip(names, [*varied, *fixed[len(before) :]], strict=True)
         model.update(tree_unflatten(list(values)))
-        return [loss()]
+        return loss()
 
     try:
         frozen = [own[name] for name in names[len(trained) :]]
-        return gradient_graph(function, [own[name] for name in trained], [*before.values(), *frozen])
+        graph = gradient_graph(function, [own[name] for name in trained], [*before.values(), *frozen])
+        inputs = [*trained, *("" for _ in before), *names[len(trained) :]]
+        return recomputed(graph, inputs) if recomputes else graph
     finally:
         arrays.update(before)
         model.update(tree_unflatten(list(own.items())))
+
+
+def recomputed(graph: Graph, names: Sequence[str]) -> Graph:
+    """Return a graph whose backward pass computes each block's forward pass again, from the block's input.
+
+    Args:
+        graph: a loss with its gradient.
+        names: of its inputs. What reads a parameter of `layers.N.`, and all that depends on it and on no later block, is in that
+            block; the norm and the head are behind all blocks.
+    """
+    block = dict.fromkeys(graph.arrays, -1)
+    for array, name in zip(graph.inputs, names, strict=False):  # the cotangents come last
+        if found := re.search(r"\blayers\.(\d+)\.", name):
+            block[array] = int(found[1])
+        elif "norm" in name or "head" in name:
+            block[array] = BEHIND
+    forward, maker, ends = needed_for(graph, graph.returned), dict[str, Node](), set[str]()
+    for node in (graph.nodes[number] for number in sorted(forward)):
+        own = max((block[name] for name in node.inputs), default=-1)
+        ends |= {name for name in node.inputs if name in maker and block[name] < own}
+        maker |= dict.fromkeys(node.outputs, node)
+        block |= dict.fromkeys(node.outputs, own)
+    nodes, arrays, again = list[Node](), dict(graph.arrays), dict[str, str]()
+
+    def computed_again(name: str) -> str:
+        if name not in maker or name in ends or not 0 <= block[name] < BEHIND:
+            return name
+        if name not in again:
+            node = maker[name]
+            inputs = tuple(map(computed_again, node.inputs))
+            again.update((output, f"{output} again") for output in node.outputs)
+            arrays.update((again[output], arrays[output]) for output in node.outputs)
+            nodes.append(node._replace(inputs=inputs, outputs=tuple(again[output] for output in node.outputs)))
+        return again[name]
+
+    for number, node in enumerate(graph.nodes):
+        inputs = node.inputs if number in forward else tuple(map(computed_again, node.inputs))
+        nodes.append(node._replace(inputs=inputs))
+    return replace(graph, nodes=nodes, arrays=arrays)
 
 
 def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) -> tuple[float, Counter[str]]:
@@ -358,10 +438,13 @@ def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) ->
 def counted(case: Case, side: str) -> dict[str, Any]:
     """Return what a step of a side asks of a GPU, and the predicted times, in seconds by chip."""
     with as_on_gpu(), uncollected():
-        launches = [one for graph in SIDES[side](case) for one in launches_of(graph)]
+        graphs, compiled, waits = graphs_of(case, side)
+        launches = [one for graph in graphs for one in launches_of(graph, compiled)]
     found: dict[str, Any] = {
         "side": side,
         **vars(case),
+        "trained_numbers": sum(math.prod(graphs[0].arrays[name].shape) for name in graphs[0].gradients),
+        "host_syncs": waits,
         "launches": len(launches),
         "kinds": Counter(one.kind for one in launches),
         "bytes": sum(one.nbytes for one in launches),
