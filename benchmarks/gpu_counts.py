@@ -23,11 +23,10 @@ Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
@@ -53,7 +52,6 @@ from mlx_lora.models.graph import (
     as_on_gpu,
     fused_chains,
     gradient_graph,
-    needed_for,
     plain_graph,
     row_strides,
     uncollected,
@@ -69,7 +67,6 @@ PACKED = frozenset(["GatherQMM", "QuantizedMatmul"])
 # steel_gemm_splitk_axpby of matmul.cpp). Max and Ultra divide up to twice as many tiles, which is not counted.
 TILE, FEW_TILES, LONG_SUM, MOST_PARTS = 16, 1024, 8, 32
 SCALAR_BYTES = 16
-BEHIND = 1 << 30  # stands for a block behind all others
 CHIPS = ("M1", "M2 Pro", "M4 Max")
 OPTIONS = (
     (
@@ -198,8 +195,7 @@ class _Counting:
 
     def _kernel(self, sources: list[str], moved: int) -> None:
         """Count what a filled array stands for: of a trainer's own kernel, the copies and the products too (`own_kernel`)."""
-        shapes = [self.graph.arrays[name].shape for name in sources]
-        products = [shape for shape in shapes if shape[:1] == (0,)]
+        products = [shape for name in sources if (shape := self.graph.arrays[name].shape)[:1] == (0,)]
         for name in sources if products else ():
             if self.buffers.strides[name] != row_strides(self.graph.arrays[name].shape):
                 self._add("copy", 2 * self._bytes(name))
@@ -289,52 +285,21 @@ def ours(case: Case) -> list[Graph]:
         grads = tree_unflatten(list(zip(names, values[2], strict=True)))
         result = step._update(values[3], values[4], {}, step.masters.gathered(grads))
         step.masters.hand_out()
-        parameters = [value for _, value in tree_flatten(model.trainable_parameters())]
-        return [*leaves([step.masters.arrays, step.optimizer.state]), *parameters, *result[:4]]
+        made = [step.masters.arrays, step.optimizer.state, model.trainable_parameters(), result[:4]]
+        return [value for _, value in tree_flatten(made)]
 
     gradients = [value for _, value in tree_flatten(model.trainable_parameters())]
     state = [step.masters.arrays, dict(step.optimizer.state), gradients, mx.zeros(()), mx.zeros(())]
     return [graph, plain_of(update, state)]
 
 
-def mlx_lm(case: Case) -> list[Graph]:
-    """Return the graphs of a step of mlx_lm.lora: its loss, its layers on all linear layers, its optimizer."""
-    from mlx_lm.tuner.trainer import default_loss
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    model, _ = case.outline()
-    model.freeze()
-    linear_to_lora_layers(model, -1, {"rank": 16, "scale": 2.0, "dropout": 0.0})
-    model.train()
-    arrays = {"batch": mx.zeros((1, case.width + 1), mx.int32), "lengths": mx.zeros((1, 2), mx.int32)}
-    graph = gradient_of(model, lambda: [default_loss(model, arrays["batch"], arrays["lengths"])[0]], arrays)
-    optimizer = optim.AdamW(1e-4)
-    parameters = dict(model.trainable_parameters())
-    optimizer.init(parameters)
-
-    def update(values: list[mx.array]) -> list[mx.array]:
-        optimizer.state.update(values[0])
-        return leaves([optimizer.apply_gradients(values[1], values[2]), optimizer.state])
-
-    return [graph, plain_of(update, [dict(optimizer.state), parameters, parameters])]
-
-
-# How many times a step waits for the GPU. Ours reads each report a step later, when it is there (mlx_lora/trainer/step.py).
-# mlx_lm: mx.eval(state, losses, n_tokens, grad_accum) in tuner/trainer.py, `train`.
-WAITS = {"mlx_lora": 0, "mlx_lm.lora": 1}
-
-
 def graphs_of(case: Case, side: str) -> tuple[list[Graph], bool, int]:
     """Return the graphs of a side's step, whether it is compiled, and how many times a step waits for the GPU."""
-    if side in WAITS:
-        return (ours if side == "mlx_lora" else mlx_lm)(case), True, WAITS[side]
-    from _gpu_sides import first_step  # of packages that have an environment of their own
+    if side == "mlx_lora":
+        return ours(case), True, 0  # a report is read when it is there, a step later (mlx_lora/trainer/step.py)
+    from _gpu_sides import first_step  # of packages that may have an environment of their own
 
     return first_step(side, case, gradient_of, plain_of)
-
-
-def leaves(tree: Any) -> list[mx.array]:
-    return [value for _, value in tree_flatten(tree) if isinstance(value, mx.array)]
 
 
 def plain_of(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
@@ -347,17 +312,8 @@ def plain_of(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     return plain_graph(of_leaves, [value for _, value in tree_flatten(tree)])
 
 
-def gradient_of(
-    model: nn.Module, loss: Callable[[], list[mx.array]], arrays: dict[str, mx.array], recomputes: bool = False
-) -> Graph:
-    """Return the graph of a loss of `arrays` and of the gradient of the model's trainable parameters.
-
-    Args:
-        model: is given arrays to trace with, and gets its own back.
-        loss: returns the loss, and what else of a step is computed with it.
-        arrays: that the loss reads; replaced while it is traced.
-        recomputes: whether the backward pass computes each block's forward pass again.
-    """
+def gradient_of(model: nn.Module, loss: Callable[[], list[mx.array]], arrays: dict[str, mx.array]) -> Graph:
+    """Return the graph of a loss of `arrays`, and what is computed with it, and of the gradient of the model's trainable parameters."""
     own = dict(tree_flatten(model.parameters()))
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     names = [*trained, *(name for name in own if name not in set(trained))]
@@ -371,51 +327,10 @@ def gradient_of(
 
     try:
         frozen = [own[name] for name in names[len(trained) :]]
-        graph = gradient_graph(function, [own[name] for name in trained], [*before.values(), *frozen])
-        inputs = [*trained, *("" for _ in before), *names[len(trained) :]]
-        return recomputed(graph, inputs) if recomputes else graph
+        return gradient_graph(function, [own[name] for name in trained], [*before.values(), *frozen])
     finally:
         arrays.update(before)
         model.update(tree_unflatten(list(own.items())))
-
-
-def recomputed(graph: Graph, names: Sequence[str]) -> Graph:
-    """Return a graph whose backward pass computes each block's forward pass again, from the block's input.
-
-    Args:
-        graph: a loss with its gradient.
-        names: of its inputs. What reads a parameter of `layers.N.`, and all that depends on it and on no later block, is in that
-            block; the norm and the head are behind all blocks.
-    """
-    block = dict.fromkeys(graph.arrays, -1)
-    for array, name in zip(graph.inputs, names, strict=False):  # the cotangents come last
-        if found := re.search(r"\blayers\.(\d+)\.", name):
-            block[array] = int(found[1])
-        elif "norm" in name or "head" in name:
-            block[array] = BEHIND
-    forward, maker, ends = needed_for(graph, graph.returned), dict[str, Node](), set[str]()
-    for node in (graph.nodes[number] for number in sorted(forward)):
-        own = max((block[name] for name in node.inputs), default=-1)
-        ends |= {name for name in node.inputs if name in maker and block[name] < own}
-        maker |= dict.fromkeys(node.outputs, node)
-        block |= dict.fromkeys(node.outputs, own)
-    nodes, arrays, again = list[Node](), dict(graph.arrays), dict[str, str]()
-
-    def computed_again(name: str) -> str:
-        if name not in maker or name in ends or not 0 <= block[name] < BEHIND:
-            return name
-        if name not in again:
-            node = maker[name]
-            inputs = tuple(map(computed_again, node.inputs))
-            again.update((output, f"{output} again") for output in node.outputs)
-            arrays.update((again[output], arrays[output]) for output in node.outputs)
-            nodes.append(node._replace(inputs=inputs, outputs=tuple(again[output] for output in node.outputs)))
-        return again[name]
-
-    for number, node in enumerate(graph.nodes):
-        inputs = node.inputs if number in forward else tuple(map(computed_again, node.inputs))
-        nodes.append(node._replace(inputs=inputs))
-    return replace(graph, nodes=nodes, arrays=arrays)
 
 
 def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) -> tuple[float, Counter[str]]:
@@ -453,8 +368,7 @@ def counted(case: Case, side: str) -> dict[str, Any]:
         "bound_by": {},
     }
     for chip in map(find_chip, CHIPS):
-        whole = listed_ceilings(chip, 4).flops_per_s
-        total, bound = seconds(launches, listed_ceilings(chip), whole)
+        total, bound = seconds(launches, listed_ceilings(chip), listed_ceilings(chip, 4).flops_per_s)
         found["predicted_s"][chip.name] = total
         found["bound_by"][chip.name] = {name: value / total for name, value in bound.items()}
     return found
@@ -472,7 +386,7 @@ def as_row(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         f"{1e3 * value:,.0f} ms ({value / other['predicted_s'][chip]:.2f}); launches {one['bound_by'][chip].get('launches', 0):.0%}"
         for chip, value in one["predicted_s"].items()
     ]
-    return [of, f"{one['width']:,} ({one['trained']:,})", one["side"], *numbers, *times]
+    return [of, f"{one['width']:,} ({one['trained']:,})", one["side"], *numbers, str(one["host_syncs"]), *times]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -486,7 +400,7 @@ def main(argv: Sequence[str]) -> int:
             )
             results.append([counted(case, side) for side in asked.sides])
             say(f"{model}, {width} positions")
-    head = ["model", "row (trained)", "side", "launches", "GB", "TFLOP", *CHIPS]
+    head = ["model", "row (trained)", "side", "launches", "GB", "TFLOP", "waits", *CHIPS]
     print(table(head, [as_row(one, row[-1]) for row in results for one in row]))
     record(
         {"environment": environment(), "results": [one for row in results for one in row]}, asked.out, ["environment"]
