@@ -747,8 +747,10 @@ def _chain(
         ):
             continue
         name = node.outputs[0]
-        if depth and not is_broadcast and (name in ends or not passed.issuperset(readers[name])):
-            continue
+        if depth and not is_broadcast:
+            differs = graph.arrays[name].shape != graph.arrays[graph.nodes[last].outputs[0]].shape
+            if (name in ends and differs) or not passed.issuperset(readers[name]):
+                continue
         passed.add(number)
         if not is_broadcast:
             found.add(number)
