@@ -48,8 +48,7 @@ def first_step(
         case: what is trained; of gpu_counts.py.
         gradient_of, plain_of: of gpu_counts.py.
     """
-    start, waits = SIDES[side]
-    loop = Loop(gradient_of, plain_of)
+    (start, waits), loop = SIDES[side], Loop(gradient_of, plain_of)
     with suppress(Listed), exchanged(loop.places), redirect_stdout(io.StringIO()):
         start(case)
     return loop.graphs, side != "mlx-vlm", waits(MODELS[case.model].config["num_hidden_layers"])
@@ -294,8 +293,8 @@ def _unsloth_zoo(case: Any) -> None:
     )  # fmt: skip
     with exchanged({(utils, "_gather_qmm_canary_defective"): lambda *_: False}):
         loader.FastMLXModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-        labels = [-100] * given + tokens[given:]
-        trainer.MLXTrainer(model, None, [{"input_ids": tokens, "labels": labels}], args=settings).train()
+        row = {"input_ids": tokens, "labels": [-100] * given + tokens[given:]}
+        trainer.MLXTrainer(model, None, [row], args=settings).train()
 
 
 def _mlx_vlm(case: Any) -> None:
@@ -307,11 +306,17 @@ def _mlx_vlm(case: Any) -> None:
     model = kind.Model(kind.ModelConfig.from_dict(of.config))
     model.set_dtype(mx.bfloat16)
     if case.packed:
-        nn.quantize(model, **of.quantization)
+        part = "experts" if of.quantization["mode"] == "mxfp4" else ""  # as mlx_lora/models/meta.py
+        nn.quantize(
+            model,
+            **of.quantization,
+            class_predicate=lambda path, layer: part in path and hasattr(layer, "to_quantized"),
+        )
     prepare_model_for_training(model, lora_rank=RANK, lora_alpha=ALPHA, verbose=False)
-    row = {"input_ids": np.array(tokens), "completion_mask": np.arange(len(tokens)) >= given}
-    settings = VLMTrainingArgs(max_seq_length=len(tokens), train_on_completions=True, compile=True)  # to meet its step
-    train_vlm(model, optim.AdamW(RATE), [row], None, settings)
+    rows = [{"input_ids": np.array(tokens), "completion_mask": np.arange(len(tokens)) >= given}]
+    # It is asked to compile its step only to meet it (`Loop`).
+    settings = VLMTrainingArgs(max_seq_length=len(tokens), train_on_completions=True, compile=True)
+    train_vlm(model, optim.AdamW(RATE), rows, None, settings)
 
 
 # Each with how many times its loop waits for the GPU in a step; a wait for what is computed already is none.
