@@ -2,8 +2,9 @@
 
 A trainer gives its step to `mx.compile`, and that step calls what `nn.value_and_grad` returned. Both are replaced here, so the loss,
 the clipping and the update are the trainer's, and so are its batches. Each of its own Metal kernels is replaced by one operation
-that reads and writes the same; the kernels of mlx-train-perf multiply, which is counted at the rate of a matrix product. What a loop
-adds up beside its step, a few numbers, is not counted.
+that reads and writes the same. Those of mlx-train-perf multiply: each pair of positions that attention needs, and the logits, at the
+rate of a matrix product, which its authors do not claim. What a loop adds up beside its step, a few numbers, is not counted, nor that a
+step without compiling computes twice what it asks for twice. A trainer that refuses a model says why.
 
 All train factors of rank 16 of all linear layers with AdamW and a constant learning rate. What else is their default stays:
 

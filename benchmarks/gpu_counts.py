@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_counts.py
     python benchmarks/gpu_counts.py --models qwen3-8b-4bit gpt-oss-20b-4bit --widths 256 1024 --out counts.json
+    python benchmarks/gpu_counts.py --sides mlx_lora unsloth-zoo mlx_lm.lora    # with that package beside us
 
 MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each operation it is known here what it launches:
 
     view            nothing: reshape, transpose, slice, broadcast ... share their input's memory
     fused           one launch for a chain of elementwise operations, which compiling joins, and which keeps what is inside in registers
+    elementwise     one launch for an elementwise operation alone; all are, in a step that its trainer does not compile
     product         one launch; another for each matrix that must be copied first, and one more if its sum is divided (split-K)
     kernel          one launch: norm, rotation, dequantization
     other           one launch for a reduction, softmax, gather; one for each part of a concatenation
@@ -15,7 +17,8 @@ Bytes are those of the arrays that a launch reads and writes, each once: what a 
 counted. Operations are those of products; the gradients of experts' factors are kernels here, whose operations are not
 counted. The predicted time is that of one launch after the other, each the longest of computing, moving and launching at
 the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
-Numbers in parentheses are shares of the last side's.
+Numbers in parentheses are shares of the last side's. `waits` says how many times in a step the host waits for the GPU. What each
+of the other trainers does by default is told in _gpu_sides.py.
 
 Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 """
@@ -93,7 +96,7 @@ class Launch(NamedTuple):
     Attributes:
         kind: of the table above.
         nbytes: that it reads and writes.
-        flops: of a product.
+        flops: of a product, or of a trainer's own kernel that multiplies.
         number_bytes: of a product's result.
     """
 
@@ -104,7 +107,7 @@ class Launch(NamedTuple):
 
 
 def launches_of(graph: Graph, compiled: bool = True) -> list[Launch]:
-    """Return the launches of a graph."""
+    """Return the launches of a graph that is compiled, or is not."""
     return _Counting(graph, compiled).launches
 
 
