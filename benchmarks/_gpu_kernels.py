@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.compat.functions import exchanged, original
-from mlx_lora.models.graph import stand_in
+from mlx_lora.models.graph import one_kernel
 
 BLOCK, STATES = 1024, 16
 WIDTHS = frozenset([64, 72, 80, 96, 128, 192, 256])
@@ -46,14 +46,14 @@ def _attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, sinks
     if not takes(q, v, mask, sinks):
         theirs = original(mx.fast, "scaled_dot_product_attention")
         return theirs(q, k, v, mask=mask, sinks=sinks, **rest)
-    attention = mx.custom_function(lambda q, k, v: stand_in(q, q, k, v))
+    attention = mx.custom_function(lambda q, k, v: one_kernel(q, q, k, v))
     attention.vjp(lambda primals, d, output: _gradient(*primals, d, output, mask is not None))
     return attention(q, k, v)
 
 
 def _gradient(q: mx.array, k: mx.array, v: mx.array, d: mx.array, output: mx.array, causal: bool) -> Arrays:
     heads = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1])
-    delta = stand_in((q.shape[:3], mx.float32), output, d)
+    delta = one_kernel((q.shape[:3], mx.float32), output, d)
     by_head = [array.reshape(*heads, *array.shape[2:]) for array in (q, d)]
     parts: dict[str, dict[int, mx.array]] = {"q": {}, "k": {}, "v": {}}
     for i in range(0, q.shape[2], BLOCK):
@@ -61,13 +61,13 @@ def _gradient(q: mx.array, k: mx.array, v: mx.array, d: mx.array, output: mx.arr
         for j in range(0, i + 1 if causal else k.shape[2], BLOCK):
             keys, values = (array[:, :, None, j : j + BLOCK] for array in (k, v))
             scores, slopes = own @ keys.swapaxes(-1, -2), slope @ values.swapaxes(-1, -2)
-            made = stand_in(((3, *scores.shape), scores.dtype), scores, slopes, delta)
+            made = one_kernel(((3, *scores.shape), scores.dtype), scores, slopes, delta)
             scored, *turned = (part.reshape(scores.shape) for part in mx.split(made, 3))
             turned = [part.reshape(*heads, keys.shape[3], own.shape[3]) for part in turned]
             parts["q"][i] = mx.addmm(parts["q"][i], scored, keys) if i in parts["q"] else scored @ keys
             for name, by_key in zip("kv", (turned[0] @ own, turned[1] @ slope), strict=True):
                 before = [parts[name][j]] if j in parts[name] else []
-                parts[name][j] = stand_in(((*heads[:2], *by_key.shape[3:]), by_key.dtype), by_key, *before)
+                parts[name][j] = one_kernel(((*heads[:2], *by_key.shape[3:]), by_key.dtype), by_key, *before)
     return [
         mx.concatenate(list(parts[name].values()), axis=-2).reshape(like.shape)
         for name, like in zip("qkv", (q, k, v), strict=True)
@@ -79,14 +79,14 @@ def _gated_delta(q: mx.array, k: mx.array, v: mx.array, gamma: mx.array, beta: m
     states = (batch, length // STATES + 1, heads, q.shape[-1], width)
 
     def backward(primals: Arrays, cotangents: Arrays, _: Any) -> Arrays:
-        kept = stand_in((states, mx.float32), *primals)
+        kept = one_kernel((states, mx.float32), *primals)
         sizes = [array.size for array in primals]
-        whole = stand_in(((sum(sizes),), primals[0].dtype), kept, cotangents[0], *primals)
+        whole = one_kernel(((sum(sizes),), primals[0].dtype), kept, cotangents[0], *primals)
         parts = mx.split(whole, list(accumulate(sizes))[:-1])
         return [part.reshape(array.shape).astype(array.dtype) for part, array in zip(parts, primals, strict=True)]
 
     rule = mx.custom_function(
-        lambda *primals: [stand_in(v, *primals), stand_in((states[:1] + states[2:], mx.float32), *primals)]
+        lambda *primals: [one_kernel(v, *primals), one_kernel((states[:1] + states[2:], mx.float32), *primals)]
     )
     rule.vjp(backward)
     return rule(q, k, v, gamma, beta)

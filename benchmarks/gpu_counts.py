@@ -2,11 +2,13 @@
 
     python benchmarks/gpu_counts.py
     python benchmarks/gpu_counts.py --models qwen3-8b-4bit gpt-oss-20b-4bit --widths 256 1024 --out counts.json
+    python benchmarks/gpu_counts.py --sides mlx_lora unsloth-zoo mlx_lm.lora    # with that package beside us
 
 MLX lists the graph that Metal would compute (mlx_lora/models/graph.py). Of each operation it is known here what it launches:
 
     view            nothing: reshape, transpose, slice, broadcast ... share their input's memory
     fused           one launch for a chain of elementwise operations, which compiling joins, and which keeps what is inside in registers
+    elementwise     one launch for an elementwise operation alone; all are, in a step that its trainer does not compile
     product         one launch; another for each matrix that must be copied first, and one more if its sum is divided (split-K)
     kernel          one launch: norm, rotation, dequantization
     other           one launch for a reduction, softmax, gather; one for each part of a concatenation
@@ -15,7 +17,8 @@ Bytes are those of the arrays that a launch reads and writes, each once: what a 
 counted. Operations are those of products; the gradients of experts' factors are kernels here, whose operations are not
 counted. The predicted time is that of one launch after the other, each the longest of computing, moving and launching at
 the rates of planner/speed.py; nobody has measured it. A model's 4-bit form is named with `-4bit`.
-Numbers in parentheses are shares of the last side's.
+Numbers in parentheses are shares of the last side's. `waits` says how many times in a step the host waits for the GPU. What each
+of the other trainers does by default is told in _gpu_sides.py.
 
 Source: mlx/backend/metal/{matmul,reduce,copy,compiled}.cpp, mlx 0.32.
 """
@@ -37,12 +40,14 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import mlx.optimizers as optim
+from _gpu_checkpoints import computed_twice, marked
 from _gpu_kernels import WIDTHS, as_on_metal
 from _harness import environment, options, record, say, table
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.bench.run import MODELS
+from mlx_lora.compat.functions import exchanged, original
 from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.choose import ATTENTION, Choose, assumed, training_kernels
 from mlx_lora.kernels.measure import MLX, Kernel, ShapeClass
@@ -58,6 +63,7 @@ from mlx_lora.models.graph import (
     fused_chains,
     gradient_graph,
     plain_graph,
+    row_strides,
     uncollected,
 )
 from mlx_lora.models.head import find_head, with_last_block
@@ -82,7 +88,13 @@ OPTIONS = (
     ),
     ("--widths", [256, 1024], "Positions of the step's one row."),
     ("--trained", 1 / 3, "The share of its positions that are trained."),
-    ("--sides", ["mlx_lora", "mlx_lm.lora"], "Trainers.", ("mlx_lora", "mlx_lora, tiles", "mlx_lm.lora")),
+    ("--checkpoint", False, "Checkpoint blocks, as --grad-checkpoint does in both mlx_lora (block) and mlx_lm.lora."),
+    (
+        "--sides",
+        ["mlx_lora", "mlx_lm.lora"],
+        "Trainers.",
+        ("mlx_lora", "mlx_lora, tiles", "mlx_lm.lora", "mlx-lm-lora", "unsloth-zoo", "mlx-train-perf", "mlx-vlm"),
+    ),
     ("--out", str, "File that gets the counts as JSON."),
 )
 
@@ -93,7 +105,7 @@ class Launch(NamedTuple):
     Attributes:
         kind: of the table above.
         nbytes: that it reads and writes.
-        flops: of a product.
+        flops: of a product, or of a trainer's own kernel that multiplies.
         number_bytes: of a product's result.
     """
 
@@ -103,19 +115,19 @@ class Launch(NamedTuple):
     number_bytes: int = 4
 
 
-def launches_of(graph: Graph) -> list[Launch]:
-    """Return the launches of a graph that is compiled."""
-    return _Counting(graph).launches
+def launches_of(graph: Graph, compiled: bool = True) -> list[Launch]:
+    """Return the launches of a graph that is compiled, or is not."""
+    return _Counting(graph, compiled).launches
 
 
 class _Counting:
     """Counts a graph's launches."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, compiled: bool) -> None:
         self.graph, self.launches = graph, list[Launch]()
-        self.buffers = Buffers(graph, fuses=True)
+        self.buffers = Buffers(graph, fuses=compiled)
         self.maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
-        self.chain, self.inner = fused_chains(graph)
+        self.chain, self.inner = fused_chains(graph) if compiled else ({}, set())
         self.inside = set[int]()  # nodes that only say what a kernel's stand-in reads
         self.sources = {n: self._stood_for(n) for n, node in enumerate(graph.nodes) if node.name == "Full"}
         chains: dict[int, list[int]] = defaultdict(list)
@@ -131,7 +143,7 @@ class _Counting:
         return all(self.buffers.of[name] != name for name in self.graph.nodes[number].outputs)
 
     def _stood_for(self, number: int) -> list[str]:
-        """Return what the kernel reads for which a filled array stands (`stand_in` of models/graph.py); nothing: it is a filled array."""
+        """Return what the kernel reads for which a filled array stands (`one_kernel` of models/graph.py); nothing: it is a filled array."""
         passed, name = list[int](), self.graph.nodes[number].inputs[0]
         while (maker := self.maker.get(name)) is not None:
             node = self.graph.nodes[maker]
@@ -169,15 +181,7 @@ class _Counting:
         elif last.name in PRODUCTS | PACKED:
             self._product(numbers[-1], moved)
         elif last.name == "Full":
-            out = self.graph.arrays[last.outputs[0]]
-            self.launches.append(
-                Launch(
-                    "kernel" if self.sources[numbers[-1]] else "fill",
-                    moved,
-                    self._attention(numbers[-1]),
-                    out.number_bytes,
-                )
-            )
+            self._kernel(self.sources[numbers[-1]], moved)
         elif last.name == "Concatenate":
             for name in last.inputs:
                 self._add("copy", 2 * self._bytes(name))
@@ -201,6 +205,18 @@ class _Counting:
     def _add(self, kind: str, nbytes: int) -> None:
         self.launches.append(Launch(kind, nbytes))
 
+    def _kernel(self, sources: list[str], moved: int) -> None:
+        """Count what a filled array stands for: of a trainer's own kernel, the copies and the products too (`own_kernel`)."""
+        products = [shape for name in sources if (shape := self.graph.arrays[name].shape)[:1] == (0,)]
+        for name in sources if products else ():
+            if self.buffers.strides[name] != row_strides(self.graph.arrays[name].shape):
+                self._add("copy", 2 * self._bytes(name))
+        flops = sum(2.0 * math.prod(shape[1:]) for shape in products)
+        shapes = [self.graph.arrays[name].shape for name in sources]
+        if len(shapes) == 3 and {len(shape) for shape in shapes} == {4}:  # MLX's attention: queries, keys, values
+            flops = 4.0 * math.prod(shapes[0]) * shapes[1][2]
+        self.launches.append(Launch("kernel" if sources else "fill", moved, flops, 2))
+
     def _product(self, number: int, moved: int) -> None:
         node = self.graph.nodes[number]
         shapes = [self.graph.arrays[name].shape for name in node.inputs[:2]]
@@ -223,13 +239,6 @@ class _Counting:
             parts = min(max(2, 1 << max(0, each - 1).bit_length()), MOST_PARTS)
             self._add("split-K sum", 2 * parts * 4 * rows * columns)  # written and read again in float32
 
-    def _attention(self, number: int) -> float:
-        """Return the operations of a kernel if it is attention's forward pass, which reads queries, keys and values; else 0."""
-        shapes = [self.graph.arrays[name].shape for name in self.sources[number]]
-        if len(shapes) != 3 or {len(shape) for shape in shapes} != {4}:
-            return 0.0
-        return 4.0 * math.prod(shapes[0]) * shapes[1][2]
-
     def _bytes(self, name: str) -> int:
         return self.graph.arrays[name].nbytes
 
@@ -250,6 +259,7 @@ class Case:
         packed: whether the base has 4 bits.
         width: positions of a row.
         trained: how many of them are trained.
+        checkpoint: whether blocks are computed again in the backward pass; of the others' sides, mlx_lm.lora's and mlx-lm-lora's.
         rows: of the step; this and what follows is read on mlx_lm.lora's side only.
         rank: of the adapter.
         num_layers: of the blocks that are adapted, counted from the last; -1: all.
@@ -260,6 +270,7 @@ class Case:
     packed: bool
     width: int
     trained: int
+    checkpoint: bool = False
     rows: int = 1
     rank: int = 16
     num_layers: int = -1
@@ -270,6 +281,14 @@ class Case:
         of = MODELS.get(self.model, MODELS["qwen3-8b"])
         config = {**MORE.get(self.model, of.config), **({"quantization": of.quantization} if self.packed else {})}
         return outline_of_config(config, mx.bfloat16).model, config
+
+
+def native(kernel: Kernel, shape: ShapeClass) -> str:
+    """Choose MLX's kernel where Metal has one with a gradient, as measuring is likely to do there."""
+    if "fused" in kernel.candidates:
+        return "fused"
+    _, _, _, width, value_width, mask, sinks = shape if kernel.name == ATTENTION else (0, 0, 0, 0, 0, "array", "")
+    return MLX if mask in ("causal", "none") and not sinks and width == value_width in WIDTHS else kernel.assumed
 
 
 def ours(case: Case, choose: Choose = assumed) -> list[Graph]:
@@ -289,76 +308,42 @@ def ours(case: Case, choose: Choose = assumed) -> list[Graph]:
         "weights": mx.zeros(trained),
     }
     step = Step(model, optim.AdamW(1e-4), loss.train, max_grad_norm=1.0)
-    with training_kernels(model, choose=choose), step.masters.cast():
-        graph = _gradient(model, lambda: loss.train(model, arrays)[0], arrays)
+    blocks = type(model.layers[0]), "__call__"
+    twice = exchanged({blocks: partial(marked, original(*blocks))} if case.checkpoint else {})
+    with training_kernels(model, choose=choose), step.masters.cast(), twice:
+        graph = gradient_of(model, lambda: [loss.train(model, arrays)[0]], arrays)
         gradients = model.trainable_parameters()
 
     def update(values: list[Any]) -> list[mx.array]:
         step.masters.put(values[0])
         step.optimizer.state.update(values[1])
         with step.masters.cast() as factor:
-            factors = _leaves(model.trainable_parameters())
+            factors = model.trainable_parameters()
         gathered = tree_map(lambda gradient: factor * gradient, step.masters.gathered(values[2]))
         result = step._update(values[3], values[4], {}, gathered)
-        return [*_leaves([step.masters.arrays, step.optimizer.state]), *factors, *result[:4]]
+        return [value for _, value in tree_flatten([step.masters.arrays, step.optimizer.state, factors, result[:4]])]
 
     state = [step.masters.arrays, dict(step.optimizer.state), gradients, mx.zeros(()), mx.zeros(())]
-    return [graph, _plain(update, state)]
+    return [computed_twice(graph), plain_of(update, state)]
 
 
-def adapted_by_mlx_lm(case: Case) -> nn.Module:
-    """Return the model with the layers of mlx_lm.lora."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
-    model, _ = case.outline()
-    model.freeze()
-    how = {"rank": case.rank, "scale": 2.0, "dropout": 0.0, "keys": case.keys}
-    linear_to_lora_layers(model, case.num_layers, how)
-    model.train()
-    return model
+OURS = {"mlx_lora": native, "mlx_lora, tiles": assumed}
 
 
-def mlx_lm(case: Case) -> list[Graph]:
-    """Return the graphs of a step of mlx_lm.lora: its loss, its layers, its optimizer."""
-    from mlx_lm.tuner.trainer import default_loss
+def graphs_of(case: Case, side: str) -> tuple[list[Graph], bool, int]:
+    """Return the graphs of a side's step, whether it is compiled, and how many times a step waits for the GPU."""
+    if side in OURS:
+        return (
+            ours(case, OURS[side]),
+            True,
+            0,
+        )  # a report is read when it is there, a step later (mlx_lora/trainer/step.py)
+    from _gpu_sides import first_step  # of packages that may have an environment of their own
 
-    model = adapted_by_mlx_lm(case)
-    tokens, lengths = mx.zeros((case.rows, case.width + 1), mx.int32), mx.zeros((case.rows, 2), mx.int32)
-    arrays = {"batch": tokens, "lengths": lengths}
-    graph = _gradient(model, lambda: default_loss(model, arrays["batch"], arrays["lengths"])[0], arrays)
-    optimizer = optim.AdamW(1e-4)
-    parameters = dict(model.trainable_parameters())
-    optimizer.init(parameters)
-
-    def update(values: list[mx.array]) -> list[mx.array]:
-        optimizer.state.update(values[0])
-        return _leaves([optimizer.apply_gradients(values[1], values[2]), optimizer.state])
-
-    return [graph, _plain(update, [dict(optimizer.state), parameters, parameters])]
+    return first_step(side, case, gradient_of, plain_of)
 
 
-def _native(kernel: Kernel, shape: ShapeClass) -> str:
-    """Choose MLX's kernel where Metal has one with a gradient, as measuring is likely to do there."""
-    if "fused" in kernel.candidates:
-        return "fused"
-    _, _, _, width, value_width, mask, sinks = shape if kernel.name == ATTENTION else (0, 0, 0, 0, 0, "array", "")
-    return (
-        MLX if mask in ("causal", "none") and not sinks and width == value_width and width in WIDTHS else kernel.assumed
-    )
-
-
-SIDES: dict[str, Callable[[Case], list[Graph]]] = {
-    "mlx_lora": partial(ours, choose=_native),
-    "mlx_lora, tiles": ours,
-    "mlx_lm.lora": mlx_lm,
-}
-
-
-def _leaves(tree: Any) -> list[mx.array]:
-    return [value for _, value in tree_flatten(tree) if isinstance(value, mx.array)]
-
-
-def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
+def plain_of(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     """Return the graph of a function of a tree of arrays."""
 
     def of_leaves(*values: mx.array) -> list[mx.array]:
@@ -368,8 +353,8 @@ def _plain(function: Callable[[Any], list[mx.array]], tree: Any) -> Graph:
     return plain_graph(of_leaves, [value for _, value in tree_flatten(tree)])
 
 
-def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, mx.array]) -> Graph:
-    """Return the graph of a loss of `arrays` and of the gradient of the model's trainable parameters."""
+def gradient_of(model: nn.Module, loss: Callable[[], list[mx.array]], arrays: dict[str, mx.array]) -> Graph:
+    """Return the graph of a loss of `arrays`, and what is computed with it, and of the gradient of the model's trainable parameters."""
     own = dict(tree_flatten(model.parameters()))
     trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
     names = [*trained, *(name for name in own if name not in set(trained))]
@@ -379,7 +364,7 @@ def _gradient(model: nn.Module, loss: Callable[[], mx.array], arrays: dict[str, 
         arrays.update(zip(before, fixed, strict=False))
         values = zip(names, [*varied, *fixed[len(before) :]], strict=True)
         model.update(tree_unflatten(list(values)))
-        return [loss()]
+        return loss()
 
     try:
         frozen = [own[name] for name in names[len(trained) :]]
@@ -409,10 +394,13 @@ def seconds(launches: Iterable[Launch], ceilings: Ceilings, full_rate: float) ->
 def counted(case: Case, side: str) -> dict[str, Any]:
     """Return what a step of a side asks of a GPU, and the predicted times, in seconds by chip."""
     with as_on_metal(), as_on_gpu(), uncollected():
-        launches = [one for graph in SIDES[side](case) for one in launches_of(graph)]
+        graphs, compiled, waits = graphs_of(case, side)
+        launches = [one for graph in graphs for one in launches_of(graph, compiled)]
     found: dict[str, Any] = {
         "side": side,
         **vars(case),
+        "trained_numbers": sum(math.prod(graphs[0].arrays[name].shape) for name in graphs[0].gradients),
+        "host_syncs": waits,
         "launches": len(launches),
         "kinds": Counter(one.kind for one in launches),
         "bytes": sum(one.nbytes for one in launches),
@@ -421,8 +409,7 @@ def counted(case: Case, side: str) -> dict[str, Any]:
         "bound_by": {},
     }
     for chip in map(find_chip, CHIPS):
-        whole = listed_ceilings(chip, 4).flops_per_s
-        total, bound = seconds(launches, listed_ceilings(chip), whole)
+        total, bound = seconds(launches, listed_ceilings(chip), listed_ceilings(chip, 4).flops_per_s)
         found["predicted_s"][chip.name] = total
         found["bound_by"][chip.name] = {name: value / total for name, value in bound.items()}
     return found
@@ -440,7 +427,7 @@ def as_row(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         f"{1e3 * value:,.0f} ms ({value / other['predicted_s'][chip]:.2f}); launches {one['bound_by'][chip].get('launches', 0):.0%}"
         for chip, value in one["predicted_s"].items()
     ]
-    return [of, f"{one['width']:,} ({one['trained']:,})", one["side"], *numbers, *times]
+    return [of, f"{one['width']:,} ({one['trained']:,})", one["side"], *numbers, str(one["host_syncs"]), *times]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -449,12 +436,11 @@ def main(argv: Sequence[str]) -> int:
     results = []
     for model in asked.models:
         for width in asked.widths:
-            case = Case(
-                model.removesuffix("-4bit"), model.endswith("-4bit"), width, max(1, round(asked.trained * width))
-            )
+            trained, packed = max(1, round(asked.trained * width)), model.endswith("-4bit")
+            case = Case(model.removesuffix("-4bit"), packed, width, trained, asked.checkpoint)
             results.append([counted(case, side) for side in asked.sides])
             say(f"{model}, {width} positions")
-    head = ["model", "row (trained)", "side", "launches", "GB", "TFLOP", *CHIPS]
+    head = ["model", "row (trained)", "side", "launches", "GB", "TFLOP", "waits", *CHIPS]
     print(table(head, [as_row(one, row[-1]) for row in results for one in row]))
     record(
         {"environment": environment(), "results": [one for row in results for one in row]}, asked.out, ["environment"]

@@ -27,12 +27,12 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from _gpu_kernels import as_on_metal
 from _harness import options, table
-from gpu_counts import Case, Launch, adapted_by_mlx_lm, launches_of, mlx_lm
+from gpu_counts import Case, Launch, graphs_of, launches_of
 from mlx import nn
-from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.models.graph import Graph, as_on_gpu, plain_graph, uncollected
+from mlx_lora.models.graph import as_on_gpu, uncollected
 from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.speed import LAUNCH_S, REACHED_BANDWIDTH, REACHED_FLOPS, find_chip
 
@@ -52,11 +52,9 @@ class Published(Case):
 
     Attributes:
         config: of its model.
-        checkpoint: whether a block's forward pass runs again in the backward pass.
     """
 
     config: Any = None
-    checkpoint: bool = False
 
     def outline(self) -> tuple[nn.Module, dict[str, Any]]:
         """Return the model without weights, and its config."""
@@ -68,31 +66,9 @@ def case_of(figure: dict[str, Any]) -> Published:
     bits = figure["bits"]
     packed = {"quantization": {"group_size": 64, "bits": bits}} if bits else {}
     return Published(
-        figure["model"], bool(bits), figure["width"], figure["width"], figure["rows"], figure["rank"],
-        figure["num_layers"], KEYS[figure["keys"]], PUBLISHED["models"][figure["model"]] | packed, figure["checkpoint"],
+        figure["model"], bool(bits), figure["width"], figure["width"], figure["checkpoint"], figure["rows"], figure["rank"],
+        figure["num_layers"], KEYS[figure["keys"]], PUBLISHED["models"][figure["model"]] | packed,
     )  # fmt: skip
-
-
-def graphs(case: Published) -> list[Graph]:
-    """Return the graphs of a step; with checkpointing, also that of what the adapted blocks compute again."""
-    found = mlx_lm(case)
-    if not case.checkpoint:
-        return found
-    model = adapted_by_mlx_lm(case)
-    hidden = case.config["hidden_size"]
-    blocks = model.layers[-max(case.num_layers, 0) :]
-    for block in blocks:
-        block.mlp.down_proj = lambda gated: gated[..., :hidden]  # nothing reads the last product of a block again
-
-    names, weights = zip(*tree_flatten(model.parameters()), strict=True)
-
-    def again(x: mx.array, *weights: mx.array) -> list[mx.array]:
-        model.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        for block in blocks:
-            x = block(x, "causal", None)
-        return [x]
-
-    return [*found, plain_graph(again, [mx.zeros((case.rows, case.width, hidden), mx.bfloat16), *weights])]
 
 
 class Work:
@@ -101,8 +77,10 @@ class Work:
     def __init__(self, figure: dict[str, Any]) -> None:
         chip = find_chip(figure["chip"])
         cores = (figure["gpu_cores"] or chip.gpu_cores) / chip.gpu_cores
-        with as_on_gpu(), uncollected():
-            counts = Counter[Launch](one for graph in graphs(case_of(figure)) for one in launches_of(graph))
+        with as_on_metal(), as_on_gpu(), uncollected():
+            counts = Counter[Launch](
+                one for graph in graphs_of(case_of(figure), "mlx_lm.lora")[0] for one in launches_of(graph)
+            )
         self.times = np.array(list(counts.values()))
         # Where a chip has matrix units, mlx did not use them yet.
         self.computing = np.array([one.flops for one in counts]) / (chip.tflops * 1e12 * cores)

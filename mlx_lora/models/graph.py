@@ -219,7 +219,7 @@ def _cutting() -> Iterator[_Cuts]:
     ):  # those of kernels/activations.py: one node each, as they run, instead of what replaces them
         functions |= {
             (exponentials, "usable"): lambda *arrays: all(array.dtype == mx.float32 for array in arrays),
-            (exponentials, "exp_minus"): lambda x: stand_in(x, x),
+            (exponentials, "exp_minus"): lambda x: one_kernel(x, x),
             (exponentials, "gated_silu"): _gated_silu,
         }
     with exchanged(functions), device.uncompiled():  # MLX cannot list separately compiled functions either
@@ -227,7 +227,7 @@ def _cutting() -> Iterator[_Cuts]:
 
 
 def _segmented_mm(a: mx.array, b: mx.array, segments: mx.array) -> mx.array:
-    return stand_in(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
+    return one_kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
 
 
 def _gather_mm(
@@ -250,7 +250,7 @@ def _gather_mm(
     def backward(primals: Arrays, cotangent: mx.array, _: mx.array) -> Arrays:
         a, b = primals
         d_a = theirs(cotangent, b.swapaxes(-1, -2), *indices, **named)
-        return [d_a.reshape(a.shape) if d_a.size == a.size else stand_in(a, d_a), stand_in(b, a, cotangent)]
+        return [d_a.reshape(a.shape) if d_a.size == a.size else one_kernel(a, d_a), one_kernel(b, a, cotangent)]
 
     return product.vjp(backward)(a, b)
 
@@ -268,12 +268,12 @@ def as_on_gpu() -> AbstractContextManager:
 
 
 def _gated_silu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    slope, silu = stand_in(gate, up, gate), stand_in(gate, gate)  # two nodes: what reads the same is merged
+    slope, silu = one_kernel(gate, up, gate), one_kernel(gate, gate)  # two nodes: what reads the same is merged
     # One kernel makes both, so the forward pass has the slope too.
     return mx.depends(silu * up, slope), slope, silu
 
 
-def stand_in(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
+def one_kernel(like: mx.array | tuple[Shape, mx.Dtype], *reads: mx.array) -> mx.array:
     """Return an array that stands for one kernel's result: it has the shape of `like`, and depends on `reads`."""
     shape, dtype = like if isinstance(like, tuple) else (like.shape, like.dtype)
     first, *others = reads
@@ -286,23 +286,24 @@ def _dequantized(
 ) -> mx.array:
     shape = (*weight.shape[:-1], weight.shape[-1] * 32 // (bits or 4))
     made = dtype or (scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16)
-    return stand_in((shape, made), weight, scales)
+    return one_kernel((shape, made), weight, scales)
 
 
 def _normed(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    norm = mx.custom_function(lambda x, *weights: stand_in(x, x, *weights))
+    x = x if weight is None else x.astype(mx.result_type(x, weight))
+    norm = mx.custom_function(lambda x, *weights: one_kernel(x, x, *weights))
 
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Arrays:
         x, *weights = primals if isinstance(primals, (list, tuple)) else [primals]
-        return [stand_in(x, cotangent, x), *map(_like, weights)]
+        return [one_kernel(x, cotangent, x), *map(_like, weights)]
 
     norm.vjp(backward)
     return norm(x) if weight is None else norm(x, weight)
 
 
 def _rotated(x: mx.array, *_: Any, **__: Any) -> mx.array:
-    rotation = mx.custom_function(lambda x: stand_in(x, x))
-    rotation.vjp(lambda primal, cotangent, _: stand_in(primal, cotangent))
+    rotation = mx.custom_function(lambda x: one_kernel(x, x))
+    rotation.vjp(lambda primal, cotangent, _: one_kernel(primal, cotangent))
     return rotation(x)
 
 
@@ -549,7 +550,7 @@ def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
         fuses: whether it is compiled.
     """
     buffers = Buffers(graph, fuses)
-    forward = _before(graph, graph.returned)
+    forward = needed_for(graph, graph.returned)
     kept = {
         buffers.of[name]
         for number, node in enumerate(graph.nodes)
@@ -570,7 +571,7 @@ def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
 
 def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
     """Return the most bytes that are allocated while the function is computed without its gradient; arguments as above."""
-    needed = _before(graph, graph.returned)
+    needed = needed_for(graph, graph.returned)
     nodes = [node for number, node in enumerate(graph.nodes) if number in needed]
     alone = replace(graph, nodes=nodes, gradients=())
     return max((live for _, live, _ in _live(alone, Buffers(alone, fuses), lag)), default=0)
@@ -612,7 +613,7 @@ def as_evaluated(graph: Graph) -> Graph:
     return replace(graph, nodes=[graph.nodes[number] for number in reversed(found) if number is not None])
 
 
-def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
+def needed_for(graph: Graph, names: tuple[str, ...]) -> set[int]:
     """Return the numbers of all nodes that are needed to compute some arrays."""
     needed, found = set(names), set()
     for number in reversed(range(len(graph.nodes))):
@@ -637,7 +638,7 @@ class Buffers:
     def __init__(self, graph: Graph, fuses: bool) -> None:
         self.arrays = graph.arrays
         self.of = {name: name for name in graph.arrays}
-        self.strides = {name: _row_strides(info.shape) for name, info in graph.arrays.items()}
+        self.strides = {name: row_strides(info.shape) for name, info in graph.arrays.items()}
         self.size: dict[str, int] = {}
         self.maker: dict[str, int] = {}
         self.copied: dict[int, int] = defaultdict(int)
@@ -680,6 +681,8 @@ class Buffers:
             return source, tuple(a * b for a, b in zip(strides, node.arguments[2], strict=True))
         if node.name == "Split":
             return source, strides
+        if node.name == "View":  # of the bytes, as another dtype
+            return source, row_strides(shape)
         return None
 
     def multiplies(self, name: str) -> bool:
@@ -744,8 +747,10 @@ def _chain(
         ):
             continue
         name = node.outputs[0]
-        if depth and not is_broadcast and (name in ends or not passed.issuperset(readers[name])):
-            continue
+        if depth and not is_broadcast:
+            differs = graph.arrays[name].shape != graph.arrays[graph.nodes[last].outputs[0]].shape
+            if (name in ends and differs) or not passed.issuperset(readers[name]):
+                continue
         passed.add(number)
         if not is_broadcast:
             found.add(number)
@@ -795,7 +800,7 @@ def _donor(node: Node, name: str, number: int, buffers: Buffers, readers_so_far:
 
 
 @lru_cache(maxsize=4096)
-def _row_strides(shape: Shape) -> Shape:
+def row_strides(shape: Shape) -> Shape:
     """Return the strides, in numbers, of a row-major array."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
@@ -806,7 +811,7 @@ def _reshaped(shape: Shape, strides: Shape, new: Shape) -> Shape | None:
     found = [0] * len(new)
     axes = [axis for axis, size in enumerate(new) if size != 1]
     if math.prod(shape) == 0:
-        return _row_strides(new)
+        return row_strides(new)
     while axes:
         if not old:
             return None
