@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_lora.losses.cross_entropy import Arrays, Kernels, LossFunction, compiled_over, differentiation, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -225,7 +225,7 @@ class Step:
         if self.events is not None:
             self.events.observe(updated, grads, applied)
         # Chosen on the device: the host need not wait for the answer.
-        self.masters.put(_choose(applied, updated, self.masters.arrays))
+        chosen = _choose(applied, updated, self.masters.arrays)
         # In place, because the compiled function captured this dict.
         progress = {name: optimizer.state[name] for name in ("step", "learning_rate") if name in optimizer.state}
         # A step without anything to train on is one of the run's steps: its number is that of `taken`, which a resumed run takes from it.
@@ -233,12 +233,21 @@ class Step:
             _choose(applied, optimizer.state, state)
             | _choose(counted, progress, {name: state[name] for name in progress})
         )
+        self.masters.put({name: _made_with(new, optimizer.state.get(name)) for name, new in chosen.items()})
         return StepResult(loss_sum, count, norm, applied, reports)
 
     @property
     def learning_rate(self) -> float:
         """The rate of the last step taken."""
         return float(self.optimizer.learning_rate)
+
+
+def _made_with(array: mx.array, state: dict | None) -> mx.array:
+    """Return an array that reads an optimizer's new state of the same shape: so that compiling makes both in one pass over memory."""
+    for _, own in tree_flatten(state or {}):
+        if own.shape == array.shape:
+            array = mx.where(own == own, array, array)
+    return array
 
 
 def _choose(condition: mx.array, new: dict, old: dict) -> dict:
