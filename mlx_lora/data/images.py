@@ -44,7 +44,6 @@ from mlx_lora.data.examples import (
     Example,
     Fields,
     FormatError,
-    Message,
     Text,
     as_conversation,
 )
@@ -191,7 +190,9 @@ def illustrated(entry: Any, record: Fields, sources: Mapping[str, str | bytes]) 
     if isinstance(entry, Prompt):
         answer = {"answer": entry.columns["answer"]} if "answer" in entry.columns else {}
         columns, shown = {**record, **answer}, replace(entry, example=_without_marks(entry.example))
-        asked = _with_parts(entry.example) if entry.chat else prompt_of(shown)
+        turns = as_conversation(entry.example).messages[:-1] if entry.chat else ()
+        parts = [{"role": turn["role"], "content": parts_of(turn["content"])} for turn in turns]
+        asked = parts if entry.chat else prompt_of(shown)
         seen = {"prompt": asked, "chat": entry.chat, "columns": columns, "example": shown.example}
         return ImagePrompt(_with_sources(entry.example, sources), columns, entry.chat, entry.answered, seen)
     if not sources:
@@ -224,12 +225,6 @@ def _without_marks(example: Conversation | Completion) -> Conversation | Complet
     if isinstance(example, Completion):
         return replace(example, prompt=MARK.sub(PLACE, example.prompt))
     return replace(example, messages=[{**one, "content": MARK.sub(PLACE, one["content"])} for one in example.messages])
-
-
-def _with_parts(example: Conversation | Completion) -> list[Message]:
-    """Return a prompt as messages; one with pictures has a list of parts as its content."""
-    turns = as_conversation(example).messages[:-1]
-    return [{"role": turn["role"], "content": parts_of(turn["content"])} for turn in turns]
 
 
 def parts_of(content: str) -> str | list[dict[str, str]]:

@@ -268,7 +268,8 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         return "it gives no logits to some tokens, which the fused loss would count"
     if layer.trainable_parameters():
         return "the head itself is trained"  # the fused loss has no gradient for it
-    return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)
+    cap = next(filter(None, map(config.get, SOFT_CAPS)), FIXED_SOFT_CAPS.get(config.get("model_type", "")))
+    return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), cap, inner)
 
 
 def tied_embedding(model: nn.Module) -> str | None:
@@ -330,12 +331,6 @@ def _scale(config: dict[str, Any], tied: bool) -> float:
     for name in (*DIVISORS, *ratio[1:]):
         scale /= config.get(name) or 1.0
     return float(scale)
-
-
-def _soft_cap(config: dict[str, Any]) -> float | None:
-    """Return the soft cap of the logits, None if there is none."""
-    caps = [config[name] for name in SOFT_CAPS if config.get(name)]
-    return caps[0] if caps else FIXED_SOFT_CAPS.get(config.get("model_type", ""))
 
 
 # The last block at some positions

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_lora.losses.cross_entropy import Arrays, Kernels, LossFunction, compiled_over, differentiation, token_arrays
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -233,21 +233,19 @@ class Step:
             _choose(applied, optimizer.state, state)
             | _choose(counted, progress, {name: state[name] for name in progress})
         )
-        self.masters.put({name: _made_with(new, optimizer.state.get(name)) for name, new in chosen.items()})
+        # Adam's parameters come from its new moments as they are before the choice. Reading those after it too makes MLX compile all
+        # three into one pass over memory.
+        for name, new in list(chosen.items()):
+            moments: Any = optimizer.state[name]
+            if "m" in moments:
+                chosen[name] = mx.where((moments["m"] == moments["m"]) & (moments["v"] == moments["v"]), new, new)
+        self.masters.put(chosen)
         return StepResult(loss_sum, count, norm, applied, reports)
 
     @property
     def learning_rate(self) -> float:
         """The rate of the last step taken."""
         return float(self.optimizer.learning_rate)
-
-
-def _made_with(array: mx.array, state: dict | None) -> mx.array:
-    """Return an array that reads an optimizer's new state of the same shape: so that compiling makes both in one pass over memory."""
-    for _, own in tree_flatten(state or {}):
-        if own.shape == array.shape:
-            array = mx.where(own == own, array, array)
-    return array
 
 
 def _choose(condition: mx.array, new: dict, old: dict) -> dict:
