@@ -229,7 +229,7 @@ def arguments(case: Any, kind: type, prepare: Callable[[nn.Module], None] = lamb
     linear_to_lora_layers(model, case.num_layers, how)
     optimizer = optim.AdamW(RATE)
     optimizer.init(model.trainable_parameters())
-    settings = kind(case.rows, iters=1, max_seq_length=case.width + 1, grad_checkpoint=case.checkpoint)
+    settings = kind(batch_size=case.rows, iters=1, max_seq_length=case.width + 1, grad_checkpoint=case.checkpoint)
     return [model, optimizer, [_row(case)] * case.rows, None, settings]
 
 
