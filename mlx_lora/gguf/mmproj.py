@@ -35,7 +35,6 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 
-from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.image_tokens import ImageProcessor
 from mlx_lora.gguf.arch import text_model
@@ -137,11 +136,6 @@ def _frame(number: int) -> Callable[[np.ndarray], np.ndarray]:
 def _rotated(heads: int) -> Callable[[np.ndarray], np.ndarray]:
     """Return what puts rows of queries or keys into llama.cpp's order (see gguf/mapping.py)."""
     return lambda values: values[rope_order(heads).to_file(len(values))]
-
-
-def _third(number: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what takes the rows of queries, keys or values of a joined projection."""
-    return lambda values: np.split(values, 3)[number]
 
 
 # SigLIP: SmolVLM, Gemma 3
@@ -291,7 +285,10 @@ def _qwen(kind: str, facts: TowerFacts) -> Tensors:
         found |= pairs({theirs + name: f"{ours}mlp.{own}" for name, own in layers.items()})
         for part in ("weight", "bias"):
             joined = f"{ours}attn.qkv.{part}"
-            split = {f"{theirs}attn_{name}.{part}": VisionTensor(joined, _third(n)) for n, name in enumerate("qkv")}
+            split = {
+                f"{theirs}attn_{name}.{part}": VisionTensor(joined, lambda rows, n=n: np.split(rows, 3)[n])
+                for n, name in enumerate("qkv")
+            }
             found |= {f"{theirs}attn_qkv.{part}": VisionTensor(joined)} if kind == "qwen3_vl" else split
     found |= pairs({theirs: f"{QWEN}merger.{ours}" for theirs, ours in merger.items()})
     return found if kind == "qwen3_vl" else found | pairs({"v.post_ln": f"{QWEN}merger.ln_q"}, norms)
@@ -461,7 +458,9 @@ def mmproj_of(base: Base, gguf_type: str, full: tuple[str, ...] = ()) -> Mmproj:
         for path, layer in adapter_layers(base.model).items():
             if of_tower(path):
                 source = sources[f"{path}.weight"]
-                sources[f"{path}.weight"] = TensorSource(source.shape, partial(_with_update, source, layer))
+                sources[f"{path}.weight"] = TensorSource(
+                    source.shape, lambda source=source, layer=layer: source.values() + layer.delta()
+                )
     given = {name: value for name, value in base.config["vision_config"].items() if value is not None}
     vision = {**vars(model.config.vision_config), **given}
     shapes = {name: source.shape for name, source in sources.items()}
@@ -481,7 +480,8 @@ def mmproj_of(base: Base, gguf_type: str, full: tuple[str, ...] = ()) -> Mmproj:
         source = sources[one.name]
         shape = one.change(np.broadcast_to(np.float32(0), source.shape)).shape
         own = Kind.F32 if len(shape) == 1 or one.exact else float_kind
-        planned.append(PlannedTensor(name, TensorSource(shape, partial(_changed, one, source)), own))
+        values = TensorSource(shape, lambda one=one, source=source: mx.array(one.change(np.array(source.values()))))
+        planned.append(PlannedTensor(name, values, own))
     width = text_model(base.model)[1].args.hidden_size
     if LINE_TOKEN in base.hf_tokenizer.get_vocab() and settings["projector_type"] == "pixtral":
         token = mx.array([base.hf_tokenizer.convert_tokens_to_ids(LINE_TOKEN)])
@@ -499,11 +499,3 @@ def mmproj_of(base: Base, gguf_type: str, full: tuple[str, ...] = ()) -> Mmproj:
     }
     metadata = {f"clip.{key}": value for key, value in {**shared, **settings}.items()}
     return Mmproj({"general.file_type": int(file_type), **metadata}, planned)
-
-
-def _changed(tensor: VisionTensor, source: TensorSource) -> mx.array:
-    return mx.array(tensor.change(np.array(source.values())))
-
-
-def _with_update(source: TensorSource, layer: AdapterLayer) -> mx.array:
-    return source.values() + layer.delta()

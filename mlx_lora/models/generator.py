@@ -93,10 +93,11 @@ from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
+from mlx_lora.adapters.base import float_dtype
 from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.compat.foreign import LENGTH
 from mlx_lora.compat.functions import become, exchanged, mixed, original
-from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
+from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, modules_of, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,
     MeasuredQuantizedEmbedding,
@@ -197,11 +198,31 @@ def held_weights(base: Base, rows: int = TOKEN) -> Iterator[DecodeWeights | None
     """
     had = any(DENSE in layer for layer in base.model.modules())
     try:
-        yield hold_weights(base, rows)
+        with cast_factors(base.model):
+            yield hold_weights(base, rows)
     finally:
         if not had:
             release_weights(base.model)
             mx.clear_cache()
+
+
+MORE = frozenset({"lora_e", "start_a"})  # arrays that some methods' factors are computed from
+
+
+@contextmanager
+def cast_factors(model: nn.Module) -> Iterator[None]:
+    """Let plain LoRA layers have A and scale * B in their base's dtype inside the block, so that not each token casts them."""
+    layers: list[Any] = [one for one in modules_of(model) if getattr(one, "CAST_ONCE", False) and not one.keys() & MORE]
+    before = [(layer.lora_a, layer.lora_b, layer.scale) for layer in layers]
+    for layer in layers:
+        dtype = float_dtype(layer.base)
+        layer.lora_a, layer.lora_b = layer.lora_a.astype(dtype), layer.times_scale(layer.lora_b).astype(dtype)
+        layer.scale = 1.0
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.lora_a, layer.lora_b, layer.scale = own
 
 
 def hold_weights(base: Base, rows: int = TOKEN) -> DecodeWeights | None:

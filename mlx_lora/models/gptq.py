@@ -403,15 +403,10 @@ def _awq(model: nn.Module, config: dict[str, Any], quantization: QuantFormat, ro
     return model
 
 
-def _gptq(model: nn.Module, config: dict[str, Any], quantization: QuantFormat, rows: Rows) -> nn.Module:
-    made, _ = gptq.gptq_quantize(
-        model, _windows(rows), quantization.bits, quantization.group_size, GPTQ_OTHER_BITS, quantization.group_size
-    )
-    return made
-
-
 QUANTIZERS: dict[str, Callable[[nn.Module, dict[str, Any], QuantFormat, Rows], nn.Module]] = {
     "dwq": _dwq,
     "awq": _awq,
-    "gptq": _gptq,
+    "gptq": lambda model, _, to, rows: gptq.gptq_quantize(
+        model, _windows(rows), to.bits, to.group_size, GPTQ_OTHER_BITS, to.group_size
+    )[0],
 }

@@ -359,15 +359,11 @@ def arrays_of(batch: Batch) -> Arrays:
     real = batch.real[::group].astype(np.float32)
     arrays = {"numbers": numbers.reshape(-1, group), "real": real}
     for name, of in (("queries", first), ("documents", ~first)):
-        arrays[name] = batch.inputs[of][:, : _width_of(lengths[of], batch.inputs.shape[1])]
+        width, longest = batch.inputs.shape[1], int(lengths[of].max(initial=1))
+        arrays[name] = batch.inputs[of][:, : next((step for step in STEPS if longest <= step <= width), width)]
         arrays[f"{name}_lengths"] = lengths[of]
     arrays |= {name: batch.columns[name] for name in (GRADIENT, LOSSES, TOLD) if name in batch.columns}
     return {name: mx.array(values) for name, values in arrays.items()}
-
-
-def _width_of(lengths: np.ndarray, width: int) -> int:
-    longest = int(lengths.max(initial=1))
-    return next((step for step in STEPS if longest <= step <= width), width)
 
 
 def vectors_of(embedder: Embedder, arrays: Arrays) -> mx.array:

@@ -153,7 +153,12 @@ def own_prompts(settings: TrainSettings, base: Base, today: date | None) -> Path
         start = time.perf_counter()
         with long_task("Writing prompts", wanted, "prompts") as task:
             found = _write_prompts(base, turn, options, wanted, settings.loop.seed, task)
-        _check_enough(found, wanted)
+        if len(found.kept) < LEAST_SHARE * wanted:
+            reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common(3))
+            raise InputError(
+                f"no --data: of the prompts that the model wrote itself, {counted(len(found.kept), 'is', 'are')} usable and "
+                f"{wanted:,} are wanted ({reasons}); {ADVICE}"
+            )
         write_records(file, ({"prompt": text} for text in found.kept))
     reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common())
     fewer = f", and {wanted:,} were wanted" if len(found.kept) < wanted else ""
@@ -189,16 +194,6 @@ def _write_prompts(
         tried, number = tried + count, number + 1
     del found.kept[wanted:]
     return found
-
-
-def _check_enough(found: TurnFilter, wanted: int) -> None:
-    """Refuse a model that hardly wrote usable prompts."""
-    if len(found.kept) < LEAST_SHARE * wanted:
-        reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common(3))
-        raise InputError(
-            f"no --data: of the prompts that the model wrote itself, {counted(len(found.kept), 'is', 'are')} usable and "
-            f"{wanted:,} are wanted ({reasons}); {ADVICE}"
-        )
 
 
 # A user's turn

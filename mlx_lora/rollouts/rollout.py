@@ -58,6 +58,7 @@ from mlx_lora.models.generator import (
     SamplingOptions,
     TokenSteps,
     answer_keys,
+    cast_factors,
     choose_weights,
     copied_bytes,
     copy_weights,
@@ -180,7 +181,8 @@ class SamplingForm:
         if self.copied_bytes:
             copy_weights(base)
         try:
-            yield TokenSteps(base.model)
+            with cast_factors(base.model):
+                yield TokenSteps(base.model)
         finally:
             if self.copied_bytes:
                 release_weights(base.model)

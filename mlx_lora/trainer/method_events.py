@@ -293,10 +293,14 @@ class RankBudget:
         self._off: dict[str, mx.array] = {}
 
     def penalty(self, parameters: dict[str, mx.array]) -> mx.array | None:
-        """Return gamma times the factors' mean distance from orthogonality."""
+        """Return gamma times the factors' mean distance from orthogonality, |gram - 1|_F."""
         if self._orthogonality == 0:
             return None
-        distances = [_distance(gram) for path in self._paths for gram in _grams(parameters, path)]
+        grams = [
+            gram for path in self._paths for gram in _grams(parameters, path)
+        ]  # all experts of a layer are one matrix
+        # The tiny term keeps the root's gradient finite at zero.
+        distances = [mx.sqrt(mx.square(gram - mx.eye(gram.shape[-1])).sum() + 1e-30) for gram in grams]
         return self._orthogonality * mx.stack(distances).mean()
 
     def observe(self, arrays: dict, gradients: dict, applied: mx.array) -> None:
@@ -353,12 +357,6 @@ def _grams(parameters: dict[str, mx.array], path: str) -> Iterator[mx.array]:
     a, b = _factors(parameters, path)
     yield a @ a.swapaxes(-1, -2)  # (..., r, r)
     yield b.swapaxes(-1, -2) @ b
-
-
-def _distance(gram: mx.array) -> mx.array:
-    """Return |gram - 1|_F, taking all experts of a layer as one matrix."""
-    # The tiny term keeps the root's gradient finite at zero.
-    return mx.sqrt(mx.square(gram - mx.eye(gram.shape[-1])).sum() + 1e-30)
 
 
 def _triplets(scores: dict[str, mx.array], path: str) -> mx.array:

@@ -126,7 +126,9 @@ def command_line(words: list[str]) -> str:
     """
     if os.environ.get("UV") and any(part.startswith("archive-v") for part in Path(sys.prefix).parts):
         return f"uvx {SCRIPT} {shlex.join(words)}"  # in uvx's own environment, which the user's shell does not search
-    return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
+    beside = Path(sys.executable).parent / SCRIPT
+    has_script = Path(sys.argv[0]).name == SCRIPT or beside.exists() or shutil.which(SCRIPT) is not None
+    return f"{SCRIPT} {shlex.join(words)}" if has_script else f"python -m {MODULE} {shlex.join(words)}"
 
 
 def model_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -152,11 +154,6 @@ def this_command() -> str:
     if words[:2] == ["-m", MODULE] or (words and Path(words[0]).name == SCRIPT):
         return command_line(words[2 if words[0] == "-m" else 1 :])
     return shlex.join(["python", *words])
-
-
-def _has_script() -> bool:
-    beside = Path(sys.executable).parent / SCRIPT
-    return Path(sys.argv[0]).name == SCRIPT or beside.exists() or shutil.which(SCRIPT) is not None
 
 
 # Versions
