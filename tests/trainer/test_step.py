@@ -19,6 +19,7 @@ from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedLinear
 from mlx_lora.losses.cross_entropy import plain_loss, token_arrays
+from mlx_lora.models.generator import cast_factors
 from mlx_lora.trainer.optimizer import build_optimizer, clip_scale, learning_rate_schedule
 from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError
@@ -218,6 +219,11 @@ def test_factors_of_a_16_bit_model_are_cast_once(extra):
     found = step.masters.by_name(step._micro(arrays)[3])
     assert all(mx.array_equal(found[name], value.astype(mx.float32)) for name, value in tree_flatten(expected))
     assert seen == {(mx.float32, 4.0) if extra else (mx.bfloat16, 1.0)}
+    assert {(layer.lora_a.dtype, layer.scale) for layer in layers} == {(mx.float32, 4.0)}
+    plain = model(arrays["inputs"])
+    with cast_factors(model):
+        assert layers[0].lora_b.dtype == mx.bfloat16
+        assert mx.array_equal(model(arrays["inputs"]), plain)
     assert {(layer.lora_a.dtype, layer.scale) for layer in layers} == {(mx.float32, 4.0)}
 
 
