@@ -283,6 +283,19 @@ def own_memory_limit():
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def uncompiled():
+    """Compiling every family's kernels takes minutes; `compiled_again` turns it on again."""
+    mx.disable_compile()
+
+
+@pytest.fixture
 def own_runs_list():
     """Begin with an empty list of noted runs, which the studio's real server would show."""
     runs_file().unlink(missing_ok=True)

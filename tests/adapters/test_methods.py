@@ -120,6 +120,17 @@ def test_it_starts_as_the_base(method, base):
     assert not np.allclose(model(TOKENS), before, atol=1e-3 * mx.abs(before).max().item())
 
 
+def saved(folder, loaded, setup, method: str) -> tuple[AdapterInfo, np.ndarray]:
+    """Save what was trained; return its description and the logits of TOKENS."""
+    info = AdapterInfo(
+        method, setup.rank, 8.0, setup.scale, 0.0, setup.targets.num_layers, setup.targets.keys,
+        loaded.model_id, None, loaded.fingerprint, full=setup.full,
+    )  # fmt: skip
+    save_adapter(folder, loaded.model, info)
+    loaded.model.eval()
+    return info, np.array(loaded.model(TOKENS))
+
+
 @pytest.mark.parametrize("method", PRESETS)
 @pytest.mark.parametrize("base", by_default(["float", "4-bit", "mxfp4"], "4-bit"))
 def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
@@ -135,13 +146,7 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     setup = adapt_model(loaded.model, settings, seed=1)
     losses = train_steps(loaded.model, settings, 24, 5e-2 if method == "adalora" else 5e-3)
     assert losses[-1] < 0.9 * losses[0]
-    info = AdapterInfo(
-        method, setup.rank, 8.0, setup.scale, 0.0, setup.targets.num_layers, setup.targets.keys,
-        loaded.model_id, None, loaded.fingerprint, full=setup.full,
-    )  # fmt: skip
-    save_adapter(tmp_path / "a", loaded.model, info)
-    loaded.model.eval()
-    expected = np.array(loaded.model(TOKENS))
+    info, expected = saved(tmp_path / "a", loaded, setup, method)
     size = np.abs(expected).max()
     again = load_base(ModelSettings(model=str(folder)))
     assert not np.allclose(again.model(TOKENS), expected, atol=1e-2 * size)
@@ -175,13 +180,7 @@ def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
     assert np.allclose(loaded.model(TOKENS), before, atol=(3e-2 if method == "full" else 1e-4) * np.abs(before).max())
     losses = train_steps(loaded.model, settings, 24, {"adalora": 5e-2, "full": 1e-3}.get(method, 5e-3))
     assert losses[-1] < 0.95 * losses[0]
-    info = AdapterInfo(
-        method, setup.rank, 8.0, setup.scale, 0.0, setup.targets.num_layers, setup.targets.keys,
-        loaded.model_id, None, loaded.fingerprint, full=setup.full,
-    )  # fmt: skip
-    save_adapter(tmp_path / "a", loaded.model, info)
-    loaded.model.eval()
-    expected = np.array(loaded.model(TOKENS))
+    _, expected = saved(tmp_path / "a", loaded, setup, method)
     again = load_base(ModelSettings(model=str(folder)))
     load_adapter(again, tmp_path / "a")
     assert np.allclose(again.model(TOKENS), expected, atol=1e-4 * np.abs(expected).max())

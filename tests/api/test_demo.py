@@ -106,11 +106,10 @@ def test_the_questions_are_test_rows_that_are_not_trained_on():
     assert not set(QUESTIONS) & (asked["train"] | asked["valid"])
 
 
-def test_the_small_model_is_fetched_and_converted_once(tmp_path, monkeypatch):
+def test_the_small_model_is_fetched_and_converted_once(tmp_path, monkeypatch, own_cache):
     gguf = tmp_path / "cache" / "models" / "Small.Q4_1.gguf"
     gguf.parent.mkdir(parents=True)
     write_case("llama untied", gguf, Kind.Q4_1)
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     checksum = hashlib.sha256(gguf.read_bytes()).hexdigest()
     pinned = dataclasses.replace(demo.SMOLLM2_GGUF, file_name=gguf.name, sha256=checksum)
     monkeypatch.setattr(demo, "SMOLLM2_GGUF", pinned)

@@ -29,8 +29,7 @@ def short_plan() -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("plan", "seed", "fewest"), [(short_plan(), 7, SHORT_CASES), (plan_cases(1200), 0, 1000)])
-def test_bad_inputs_by_the_hundred(plan, seed, fewest, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_bad_inputs_by_the_hundred(plan, seed, fewest, tmp_path, own_cache):
     report = run_cases(tmp_path / "fuzz", plan, seed=seed)
     assert len(report.results) >= fewest
     assert not report.faults, "\n".join(describe(f.pop("kind"), f.pop("number"), f) for f in report.faults)

@@ -697,9 +697,8 @@ TEXT = b"First Citizen:\nSpeak.\n"
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch, own_cache):
     """A cache of its own, pinned texts of 22 bytes, and a GitHub that cannot be reached."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shakespeare, "URL", (tmp_path / "input.txt").as_uri())
     digests = {shakespeare.NAME: TEXT, shakespeare.PLAYS_NAME: b"plays " + TEXT}
     monkeypatch.setattr(shakespeare, "SCRIPT", tmp_path / "no script, as in a wheel")

@@ -285,8 +285,7 @@ def server():
 
 
 @pytest.fixture
-def web(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def web(server, monkeypatch, own_cache):
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for told in (server.asked, server.hosts, server.keys):

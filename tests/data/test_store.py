@@ -22,9 +22,8 @@ from mlx_lora.utils import progress as long_task
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "encoded"
+def cache(own_cache):
+    return own_cache / "encoded"
 
 
 @pytest.fixture

@@ -354,8 +354,7 @@ def test_a_day_can_be_given_and_is_todays_otherwise():
     assert render_chat(byte_tokenizer(), turns, text, day=NEXT) == "2026-01-06 00:00"
 
 
-def test_the_day_is_part_of_the_rows_and_of_the_cache_only_where_it_shows(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_the_day_is_part_of_the_rows_and_of_the_cache_only_where_it_shows(tmp_path, monkeypatch, own_cache):
     settings = DataSettings(data=str(write_chats(tmp_path / "d.jsonl")))
     encodes = []
     inner = encode.Encoder.encode

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
-
 import gguf
 import numpy as np
 import pytest
+from gguf_judge import judge  # noqa: F401
 from make_adapters import adapt_and_save, loaded, random_adapter
 from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import one_line, passed, run
@@ -64,34 +62,14 @@ def test_embeddings_are_refused_by_name(tiny_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(("model", "size"), [(smollm2_gguf, 0.2), (gemma3_gguf, 0.02)])
-def test_llamacpp_applies_it_to_the_quantized_base(model, size, tmp_path):
-    xllamacpp = pytest.importorskip("xllamacpp")
+def test_llamacpp_applies_it_to_the_quantized_base(model, size, tmp_path, judge):  # noqa: F811
     path = model()
     bare = loaded(path)
     base = random_adapter(path, tmp_path / "a", size)
     out = exported(path, tmp_path)
 
     def continuation(adapter):
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.port = 512, 1, 0, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.warmup, params.verbosity = False, -1
-        if adapter:
-            info = xllamacpp.CommonAdapterLoraInfo()
-            info.path, info.scale = str(adapter), 1.0
-            params.lora_adapters = [info]
-        server = xllamacpp.Server(params)
-        body = json.dumps({"content": "Once upon a time, in a village by the sea,", "add_special": True}).encode()
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as reply:
-            ids = json.load(reply)["tokens"]
-        settings = {"n_predict": 24, "temperature": 0, "n_probs": 1, "cache_prompt": False}
-        steps = server.handle_completions({"prompt": ids, **settings})["choices"][0]["logprobs"]["content"]
-        return ids, [step["id"] for step in steps], np.array([step["logprob"] for step in steps])
+        return judge.continue_greedily(judge.start_llamacpp(path, adapter), judge.PROMPTS[1])
 
     def apart(ours, ids, new, wanted):
         return float(np.abs(np.array(token_logprobs(ours, ids + new))[-len(new) :] - wanted).mean())

@@ -156,9 +156,8 @@ def test_the_flag_reaches_the_model(folder, monkeypatch):
     assert run("generate", "--model", folder, "--prompt", "a", "--decode-weights", "thin").code == 2
 
 
-def test_the_choice_is_measured_kept_and_shown(folder, monkeypatch, tmp_path):
+def test_the_choice_is_measured_kept_and_shown(folder, monkeypatch, own_cache):
     monkeypatch.setenv(SWITCH, "1")
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
     monkeypatch.setattr(decode_weights, "TRIAL_BYTES", 1 << 18)
     base = base_of(folder)
     assert choose_weights(base, free_bytes=1 << 40).reason == "measured"
@@ -210,8 +209,7 @@ ROPES = {"plain": {}, "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA
 
 
 @pytest.mark.parametrize("name", ["phi", "qwen3", "gemma3_text", "phi3", "gpt_oss", "qwen3_5", "deepseek_v3", *ROPES])
-def test_steps_of_one_token_are_the_models_own(name):
-    mx.disable_compile()
+def test_steps_of_one_token_are_the_models_own(name, uncompiled):
     model = tiny_model(**ROPES[name]) if name in ROPES else tiny_architecture(name)
     own, ours = make_prompt_cache(model), make_prompt_cache(model)
     steps = [PROMPT, *(mx.array([[token]]) for token in (7, 8, 9, 10))]

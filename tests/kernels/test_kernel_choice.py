@@ -156,12 +156,11 @@ def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, d
 
 
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def own_cache(own_cache, monkeypatch):
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_POSITIONS", 64)
     monkeypatch.setattr("mlx_lora.kernels.choose.TRIAL_NUMBERS", 1 << 12)
-    return tmp_path / "cache"
+    return own_cache
 
 
 def test_measured_once_and_again_for_another_mlx(own_cache, monkeypatch, logged):

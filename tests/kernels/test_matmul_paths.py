@@ -124,9 +124,8 @@ def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, tiny
 
 
 @pytest.fixture
-def store(monkeypatch, tmp_path):
+def store(own_cache):
     """The measurements' file in a cache of its own."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
     return cache_dir("measured") / "dense_matmul_from_rows.json"
 
 

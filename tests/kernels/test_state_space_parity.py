@@ -94,14 +94,11 @@ OLD_WORDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_small(monkeypatch):
+def _quiet_and_small(monkeypatch, uncompiled):
     torch.set_num_threads(1)
     monkeypatch.setattr(recurrent, "CHUNK", 8)
     monkeypatch.setattr(recurrent, "MAX_CHUNKS", 2)
     monkeypatch.setattr(recurrent, "SCAN_TOKENS", (16, 16))
-    mx.disable_compile()  # MLX would have a compiler make kernels for minutes
-    yield
-    mx.enable_compile()
 
 
 def torch_model(family: str) -> Any:

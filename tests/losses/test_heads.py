@@ -36,20 +36,13 @@ FAMILIES = [
     ("openelm", TIED), ("qwen", OWN), ("recurrent_gemma", OWN), ("recurrent_gemma", TIED), ("rwkv7", TIED),
     ("spark2_5", TIED),
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("uncompiled")
 # The settings without which a family's logits would be others: each must be read, and missing it must be seen.
 SETTINGS = [
     ("falcon_h1", TIED, "lm_head_multiplier"), ("gemma3n", TIED, "final_logit_softcapping"),
     ("minicpm", OWN, "dim_model_base"), ("minicpm3", OWN, "dim_model_base"), ("muse_glimmer", TIED, "output_multiplier"),
     ("nanochat", OWN, "model_type"), ("recurrent_gemma", TIED, "logits_soft_cap"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """Compiling every family's kernels takes minutes."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def adapted(name: str, tied: bool) -> tuple[nn.Module, dict[str, Any]]:

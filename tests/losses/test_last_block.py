@@ -73,14 +73,6 @@ def loss_and_gradient(model: nn.Module, loss, arrays, mode: str = "none", compil
     return loss_sum.item(), grads
 
 
-@pytest.fixture
-def uncompiled():
-    """Compiling every family's kernels takes minutes."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 @pytest.mark.parametrize("name", [*SEVERAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_loss_and_gradients_are_those_of_the_whole_block(name, uncompiled):
     tied = next(iter(ways(name)))

@@ -37,14 +37,6 @@ FAMILIES = [
 ESSENTIAL = ("load", "plan", "adapt", "gradients", "checkpointing")
 
 
-@pytest.fixture
-def uncompiled():
-    """Compiling every family's kernels takes minutes; the sweep does it."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 # One of attention with windows, of experts, of the delta rule, and of a state space.
 BY_DEFAULT = [one for one in FAMILIES if one[0] in ("gemma3_text", "gpt_oss", "qwen3_5", "falcon_h1")]
 

@@ -50,13 +50,6 @@ def prompt(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def command(model, data, folder, *more: object) -> tuple:
     return (
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "distill", *QUICK, *more,

@@ -260,9 +260,8 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, ti
 
 
 @pytest.mark.slow
-def test_the_reference_is_rounded_where_the_first_step_is(data, tmp_path, monkeypatch):
+def test_the_reference_is_rounded_where_the_first_step_is(data, tmp_path, own_cache):
     """Runs with --qat took the stored reference of one without it; with a share of it, theirs was rounded, and they were not."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     model = write_folder(tmp_path / "model", quantized(tiny_model()), {"quantization": {"group_size": 32, "bits": 4}})
     trained(tmp_path / "start", model, data, "orpo", "--iters", 6)
     more = ("--resume-adapter-file", tmp_path / "start", "--learning-rate", "1e-9", "--iters", 2)
@@ -274,9 +273,8 @@ def test_the_reference_is_rounded_where_the_first_step_is(data, tmp_path, monkey
     assert json.loads(run("evaluate", *common, "--json").out)["margin"] == pytest.approx(0, abs=1e-4)
 
 
-def test_another_alpha_of_some_layers_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
+def test_another_alpha_of_some_layers_is_another_reference(tiny_folder, data, tmp_path, own_cache):
     """Factors without a config have the scale of the run that starts from them."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "start", tiny_folder, data, "orpo")
     bare = tmp_path / "bare.safetensors"
     shutil.copy(tmp_path / "start/adapters.safetensors", bare)
@@ -305,9 +303,8 @@ def test_only_adapters_of_this_disk_become_the_reference_of_a_strangers_adapter(
         start_folder("owner/name")
 
 
-def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, monkeypatch):
+def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, own_cache):
     """The norms are the base's: their fingerprint alone took the base's reference for the merged model's."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     merged = tmp_path / "merged"
     shutil.copytree(tiny_folder, merged)
     weights = mx.load(str(merged / "model.safetensors"))
@@ -321,8 +318,7 @@ def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, 
 
 
 @pytest.mark.long
-def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, own_cache):
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
     shutil.copytree(tmp_path / "a", tmp_path / "scaled")
     file = tmp_path / "scaled/adapter_config.json"
@@ -337,9 +333,8 @@ def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeyp
 
 
 @pytest.mark.long
-def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeypatch):
+def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, own_cache):
     """A raw FileNotFoundError: its weights have another name."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
     succeeds(
         "export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft"
@@ -352,8 +347,7 @@ def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeyp
     assert theirs[0]["val_loss"] != pytest.approx(0.6931, rel=1e-3)
 
 
-def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path, own_cache):
     first = trained(tmp_path / "a", tiny_folder, data, "dpo")
     kept = sorted((tmp_path / "cache/reference").iterdir())
     assert len(kept) == 2  # train and validation

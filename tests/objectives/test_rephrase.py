@@ -23,6 +23,7 @@ from mlx_lora.objectives import rephrase as rephrasing
 from mlx_lora.objectives.rephrase import Question
 from mlx_lora.utils.files import cache_dir
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = ("--rank", 4, "--iters", 4, "--sample-tokens", 0, "--kernels", "ours", "--save-every", 2)
 ANIMALS = ("otter", "heron", "badger", "weasel", "lynx", "marten", "stoat", "egret")
 FORMS = ("tell me where the {} lives", "the {} lives where exactly", "in which place does the {} live", "home of the {}, please",
@@ -78,11 +79,6 @@ def server() -> Iterator[Any]:
     yield found
     found.shutdown()
     found.server_close()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

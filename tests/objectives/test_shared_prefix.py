@@ -58,15 +58,9 @@ from mlx_lora.rollouts.rewards import Reward, TrainerState, no_function
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
 SHARING = ("llama", "gemma3_text", "gemma4_text", "gpt_oss", "phi3", "cohere2", "deepseek_v3")
 SEPARATE = {"qwen3_5": "ArraysCache", "falcon_h1": "CacheList", "llama4": "ChunkedKVCache", "mistral3": "fails"}
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def pairs(count: int = 5, seed: int = 0, longest: int = 12, vocabulary: int = 200) -> EncodedSet:

@@ -111,12 +111,6 @@ def colors(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def command(model, data, folder, *more: object) -> tuple:
     return (
         "train", "--model", model, "--data", data, "--adapter-path", folder, "--iters", 12,

@@ -122,10 +122,9 @@ def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder
 
 @pytest.mark.slow
 def test_the_output_of_frozen_blocks_is_kept_and_later_epochs_read_the_others_alone(
-    tiny_4bit_folder, chats, tmp_path, monkeypatch
+    tiny_4bit_folder, chats, tmp_path, monkeypatch, own_cache
 ):
     """Losses are those of a run that computes all blocks; another base's output is not used."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     real, units = base_reader.BaseReader._fill, []
 
     def counted(self, unit):
@@ -224,13 +223,12 @@ def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypa
 
 
 @pytest.mark.long
-def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch):
+def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch, own_cache):
     large = {"vocab_size": MAX_SLICE + 1}  # so that the head has two slices
     model = tiny_model(**large)
     quantized(model)
     folder = write_folder(tmp_path / "base", model, large | {"quantization": {"group_size": 32, "bits": 4}})
     monkeypatch.setenv(SWITCH, "1")
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     succeeds(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto", "--iters", 1))
     assert "plain cross-entropy" not in json.loads((tmp_path / "run" / "report.json").read_text())["step"]
     kept = read_store("kernels")

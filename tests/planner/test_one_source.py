@@ -18,11 +18,6 @@ from mlx_lora.utils import device
 from mlx_lora.utils.files import read_store, write_store
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-
-
 def measurer(*rates: float):
     """A measurement that finds these rates, one after another, as on a machine with other work."""
     left = list(rates)

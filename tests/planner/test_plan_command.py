@@ -244,9 +244,9 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
 
 @pytest.mark.long
 @pytest.mark.cpu("a GPU computes exponentials as fast as it reads numbers, and has no fast form of them")
-def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, tmp_path, monkeypatch):
+def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, monkeypatch, own_cache):
+    """Without the rates of an earlier plan, which are kept for a day."""
     measured = []
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))  # the rates of an earlier plan are kept for a day
     monkeypatch.setattr(ceilings, "measure_ceilings", MEASURE)
     monkeypatch.setattr(ceilings, "_best_s", lambda make, rounds, clock: 1e-3)
     monkeypatch.setattr(ceilings, "_exponentials_per_s", lambda power, *_: measured.append(power) or 1e8)
@@ -560,7 +560,7 @@ def test_pairs_stay_whole_in_the_largest_batch_and_its_parts():
     assert [run_of(settings, 10, width, "none").rows for settings in cut] == [4, 3]
 
 
-def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_path, monkeypatch):
+def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_path, monkeypatch, own_cache):
     """Its batches are as large as the step's, so its forward pass has a lower peak."""
     found, fit_settings = [], composition.fit_settings
 
@@ -574,7 +574,6 @@ def test_the_reference_is_measured_in_batches_that_fit(tiny_folder, pairs, tmp_p
 
     monkeypatch.setattr(composition, "fit_settings", narrow)
     monkeypatch.setattr(reference, "row_log_probabilities", measured)
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     succeeds(
         "train", "--model", tiny_folder, "--data", pairs, "--objective", "dpo", "--adapter-path", tmp_path / "a",
         "--iters", 1, "--sample-tokens", 0, "--val-batches", 0,

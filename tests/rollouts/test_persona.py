@@ -84,11 +84,6 @@ def records(folder: Path, split: str = "train") -> list[dict]:
     return [json.loads(line) for line in (folder / "written" / f"{split}.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.long
 def test_the_teacher_writes_the_answers_once(model, asked, tmp_path, own_cache):
     ran = succeeds(*command(model, asked, tmp_path / "a", *SHORT))

@@ -75,11 +75,10 @@ def test_a_chat_answers_about_pictures_as_generate_does(served):
     assert len(engine.prompt_cache) <= 2  # of rows without pictures only
 
 
-def test_a_picture_that_is_named_by_its_web_address_is_downloaded(served, monkeypatch, tmp_path):
+def test_a_picture_that_is_named_by_its_web_address_is_downloaded(served, monkeypatch, tmp_path, own_cache):
     root, engine = served
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     with picture_server() as server:
         web = f"http://127.0.0.1:{server.server_address[1]}/"
         (tmp_path / "0.png").write_bytes(png(0))

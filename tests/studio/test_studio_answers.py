@@ -71,8 +71,7 @@ def test_a_tick_counts_for_the_run_and_for_later_questions(home):
         assert tick(index=0, right=True).status_code == 409, "no finished run"
 
 
-def test_runs_on_the_same_data_say_so_wherever_it_is(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_runs_on_the_same_data_say_so_wherever_it_is(home, tmp_path, monkeypatch, own_cache):
     monkeypatch.chdir(tmp_path)
     Path("mine.jsonl").write_bytes((home / "data" / "chats.jsonl").read_bytes())
     Path("other.jsonl").write_text('{"text": "other"}\n')

@@ -102,22 +102,28 @@ def test_what_is_not_complete_stays_is_told_and_stops_the_start(watched):
     assert field.input_value() == "2e-35"
 
 
-def test_other_columns_are_chosen_from_two_menus(browser, server):
-    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "cut", "doubled", "empty"), 0) | {"refused": 9}
+def refuse_rows(watched: Watched, refused: int, problem: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    """Go to the data, whose rows are refused; return the settings of each preview that the page asks for."""
+    asked = []
+    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "cut", "doubled", "empty"), 0) | {"refused": refused}
     answer = {
-        "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None,
-        "problems": [{"file": "faq.csv", "line": 2, "message": "found “Column of the prompt”"}], "set_rows": [0],
-        "columns": ["Frage", "Antwort", "Nr"],
+        "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None, "problems": [problem],
+        **more,
     }  # fmt: skip
+
+    def preview(route: Any) -> None:
+        asked.append(route.request.post_data_json["settings"])
+        route.fulfill(json=answer)
+
+    watched.page.route("**/api/data/preview", preview)
+    watched.go("data")
+    return asked
+
+
+def test_other_columns_are_chosen_from_two_menus(browser, server):
+    problem = {"file": "faq.csv", "line": 2, "message": "found “Column of the prompt”"}
     with open_studio(browser, server.url, project=PROJECT) as watched:
-        page, asked = watched.page, []
-
-        def preview(route: Any) -> None:
-            asked.append(route.request.post_data_json["settings"])
-            route.fulfill(json=answer)
-
-        page.route("**/api/data/preview", preview)
-        watched.go("data")
+        page, asked = watched.page, refuse_rows(watched, 9, problem, set_rows=[0], columns=["Frage", "Antwort", "Nr"])
         page.get_by_label("Question", exact=True).select_option("Frage")
         assert page.get_by_text("Column of the prompt").locator("visible=true").count() == 0, "it is said once"
         page.get_by_label("Answer", exact=True).select_option("Antwort")
@@ -130,20 +136,8 @@ def test_a_table_with_other_columns_opens_the_fields_that_its_error_names(browse
     with pytest.raises(MissingColumn) as error:
         parse_record({"frage": "Wann?", "antwort": "Um neun."})
     said = in_page_words(str(error.value))
-    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "cut", "doubled", "empty"), 0) | {"refused": 1}
-    answer = {
-        "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None,
-        "problems": [{"file": "/home/me/tutor.csv", "line": 2, "message": said}],
-    }  # fmt: skip
     with open_studio(browser, server.url, project=PROJECT) as watched:
-        page, asked = watched.page, []
-
-        def preview(route: Any) -> None:
-            asked.append(route.request.post_data_json["settings"])
-            route.fulfill(json=answer)
-
-        page.route("**/api/data/preview", preview)
-        watched.go("data")
+        page, asked = watched.page, refuse_rows(watched, 1, {"file": "/home/me/tutor.csv", "line": 2, "message": said})
         named = re.findall("“(.*?)”", said)
         assert named[:2] == [label_of("prompt_column"), label_of("completion_column")]
         for label in named:

@@ -21,8 +21,7 @@ from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def file(own_cache):
     return runs_file()
 
 

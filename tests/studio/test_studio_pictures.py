@@ -97,8 +97,7 @@ def test_nothing_but_pictures_of_the_datas_folder_is_shown(home):
         assert shown(changed["url"]).getpixel((9, 9))[0] < 50, "the picture that was encoded"
 
 
-def test_a_picture_that_has_changed_is_not_shown(home, monkeypatch, tmp_path):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_a_picture_that_has_changed_is_not_shown(home, own_cache):
     with studio(home) as client:
         assert previewed(client, home, limit=1)["rows"][0]["pictures"][0]["url"]
         old = (home / "data/colors/changing.png").read_bytes()

@@ -334,8 +334,7 @@ def test_a_run_that_was_asked_to_end_says_so_until_it_has(tmp_path):
 
 
 @pytest.mark.long
-def test_the_example_is_fetched_once_and_its_model_is_listed(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_the_example_is_fetched_once_and_its_model_is_listed(tmp_path, own_cache):
     with studio(tmp_path / "home") as client:
         about = client.get("/api/example").json()
         assert not about["here"]

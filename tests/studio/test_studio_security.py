@@ -289,9 +289,8 @@ def test_settings_that_the_page_may_not_choose_get_400(client):
 
 
 @pytest.fixture
-def started(monkeypatch, tmp_path):
+def started(monkeypatch, own_cache):
     """The words, log and folder of the commands that the studio starts; none of them runs. The list of agreed code is empty."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     found = []
 
     def start(words, log, **how):

@@ -49,9 +49,8 @@ TOKENS = 24
 
 
 @pytest.fixture
-def measuring(tmp_path, monkeypatch):
+def measuring(monkeypatch, own_cache):
     """A cache of its own, in which checks may be remembered."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "own-cache"))
     monkeypatch.setenv(SWITCH, "1")
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from architectures.build import tiny_architecture, tiny_config
-from comparing import assert_equal
+from comparing import assert_equal, peak_bytes
 from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 from tiers import by_default
@@ -193,24 +193,19 @@ def test_the_number_of_chunks():
 WIDE = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2}
 
 
-def peak_bytes(forced: int) -> int:
+def peak_of_chunks(forced: int) -> int:
     """Return what an MLP's forward and backward pass take at their peak."""
     model = tiny_model(**WIDE)
     inject(model, select_targets(model).paths, rank=4, scale=2.0)
     chunk_positions(model, {}, "block")
     part = found_parts(model)[0]
     part.forced_chunks = forced
-    x = mx.ones((1, 4096, 64))
-    mx.eval(model.parameters(), x)
-    mx.clear_cache()
-    start = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.vjp(lambda x: [part(x)], [x], [x]))
-    return mx.get_peak_memory() - start
+    mx.eval(model.parameters())
+    return peak_bytes(lambda x: mx.vjp(lambda x: [part(x)], [x], [x]), mx.ones((1, 4096, 64)), waits=False)
 
 
 def test_chunks_hold_less_at_once():
-    assert peak_bytes(16) < 0.5 * peak_bytes(1)
+    assert peak_of_chunks(16) < 0.5 * peak_of_chunks(1)
 
 
 def wide_shape() -> ModelShape:

