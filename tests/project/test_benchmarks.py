@@ -744,7 +744,6 @@ def test_launches_bytes_and_operations_are_those_that_one_counts_by_hand(module)
     product, added = counts.launches_of(thin)
     assert (product.kind, added) == ("product", ("split-K sum", 2 * 32 * 4 * 16 * 64, 0.0, 4))
 
-
     both = graph.plain_graph(lambda x: [y := x * x + x, mx.exp(y)], [x])
     assert [len(counts.launches_of(both, compiled)) for compiled in (True, False)] == [1, 3]
     # Another trainer's kernel copies what is transposed, and writes two arrays at once.
