@@ -139,9 +139,8 @@ class AdapterLayer(nn.Module):
 
     @property
     def cast_to(self) -> mx.Dtype | None:
-        """The 16-bit dtype of all that a call reads of the trained arrays; None if there is none."""
-        dtype = float_dtype(self.base)
-        return dtype if self.CAST_ONCE and dtype.size == 2 and "start_a" not in self else None
+        """The dtype in which a call reads A and scale * B; None if it reads more of what is trained, or more exactly."""
+        return float_dtype(self.base) if self.CAST_ONCE and not self.keys() & {"start_a", "lora_e"} else None
 
     @property
     def trained(self) -> list[str]:

@@ -93,7 +93,6 @@ from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
-from mlx_lora.adapters.base import float_dtype
 from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.compat.foreign import LENGTH
 from mlx_lora.compat.functions import become, exchanged, mixed, original
@@ -206,16 +205,13 @@ def held_weights(base: Base, rows: int = TOKEN) -> Iterator[DecodeWeights | None
             mx.clear_cache()
 
 
-MORE = frozenset({"lora_e", "start_a"})  # arrays that some methods' factors are computed from
-
-
 @contextmanager
 def cast_factors(model: nn.Module) -> Iterator[None]:
     """Let plain LoRA layers have A and scale * B in their base's dtype inside the block, so that not each token casts them."""
-    layers: list[Any] = [one for one in modules_of(model) if getattr(one, "CAST_ONCE", False) and not one.keys() & MORE]
+    layers: list[Any] = [module for module in modules_of(model) if getattr(module, "cast_to", None) is not None]
     before = [(layer.lora_a, layer.lora_b, layer.scale) for layer in layers]
     for layer in layers:
-        dtype = float_dtype(layer.base)
+        dtype = layer.cast_to
         layer.lora_a, layer.lora_b = layer.lora_a.astype(dtype), layer.times_scale(layer.lora_b).astype(dtype)
         layer.scale = 1.0
     try:

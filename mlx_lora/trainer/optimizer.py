@@ -132,7 +132,7 @@ class Masters:
         (dtype, scale), *others = {(getattr(layer, "cast_to", None), layer.scale) for layer in self._layers} or {
             (None, 1.0)
         }
-        if dtype is None or others or scale <= 0 or len(self._own) != 2 * len(self._layers):
+        if dtype is None or dtype.size != 2 or others or scale <= 0 or len(self._own) != 2 * len(self._layers):
             yield 1.0
             return
         before, root = self._model.trainable_parameters(), sqrt(scale)

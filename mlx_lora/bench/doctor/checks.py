@@ -1062,7 +1062,11 @@ def check_rates(kit: Kit) -> Iterator[CheckFinding]:
     if chip := known_chip(kit.here.name):
         found, assumed = measure_ceilings(rounds=3), listed_ceilings(chip, device.compute_dtype().size)
         values = {name: getattr(found, name) for name in ("flops_per_s", "bytes_per_s", "launch_s")}
-        told = ", ".join(f"{name} {value:.3g} (assumed {getattr(assumed, name):.3g})" for name, value in values.items())
+        told = (
+            f"products {found.flops_per_s / 1e12:.2f} TFLOPS (predictions assume {assumed.flops_per_s / 1e12:.2f}), memory "
+            f"{found.bytes_per_s / 1e9:.0f} GB/s ({assumed.bytes_per_s / 1e9:.0f}), a launch {1e6 * found.launch_s:.1f} us "
+            f"({1e6 * assumed.launch_s:.1f})"
+        )
         yield CheckFinding("rates", "ok", told, values=values)
     else:
         yield CheckFinding("rates", "skipped", f"{kit.here.name}: no prediction is made for it")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import webbrowser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlparse
 
 import mlx.core as mx
@@ -161,6 +162,7 @@ def test_after_an_interrupt_only_the_rest_is_run(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 import mlx_lora
 from mlx_lora.bench.doctor.check import CheckFinding, KitCheck
 from mlx_lora.bench.doctor.kit import Asked, run_kit
@@ -352,3 +354,10 @@ def test_the_whole_kit_has_no_red_line_here(share, tmp_path):
     assert ran.code == 0, red(content)
     assert content["finished"]
     assert {check["group"] for check in content["checks"]} == set(GROUPS)
+
+
+@pytest.mark.parametrize("chip", ["M2 Pro", "Cray-1"])
+def test_assumed_rates_stand_beside_measured_ones(chip):
+    (found,) = kit_checks.check_rates(SimpleNamespace(here=SimpleNamespace(name=chip)))
+    assert (found.status == "ok") is bool(found.values) is (chip == "M2 Pro")
+    assert all(value >= 0 for value in found.values.values())
