@@ -48,6 +48,9 @@ class Foreign:
 
 GET_CLASSES = Foreign("mlx_lm.utils", "_get_classes", "the classes of an architecture are found")
 TOKENIZER = Foreign("mlx_lm.tokenizer_utils:TokenizerWrapper", "_tokenizer", "the tokenizer of transformers is reached")
+INFER_TOOL_PARSER = Foreign(
+    "mlx_lm.tokenizer_utils", "_infer_tool_parser", "the parser of a chat template's calls is chosen as mlx-lm does"
+)
 LENGTH = Foreign("mlx_lm.models.cache:BatchKVCache", "_idx", "rows at the same positions are found")
 KEPT_SHARE = Foreign("mlx.nn:Dropout", "_p_1", "frozen blocks that drop features are found")
 MERGE_PICTURE = Foreign(

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ from mlx_lora.models.generator import (
     hold_weights,
     one_row_because,
 )
+from mlx_lora.models.grammar import Grammars
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation, spelling
@@ -413,6 +415,15 @@ class Engine(ModelThread):
         self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
         self.batch = RunningBatch(self._model, routing)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes grammars of answers; prepared when a request first has one.
+
+        Raises:
+            InputError: as of `Grammars`.
+        """
+        return Grammars(self.base.hf_tokenizer, self.vocabulary, sorted(self._eos))
+
     @property
     def _idle(self) -> bool:
         return not len(self.batch) and self._prefill is None and not self._waiting
@@ -463,7 +474,8 @@ class Engine(ModelThread):
         caches, cached = (None, 0) if pictures else self.prompt_cache.find(number, request.tokens)
         text = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
         ticket.text, ticket.cached = TextStream(text, request.stops), cached
-        sampler, kept = Sampler(request.sampling, self.vocabulary), pictures is None
+        grammar, kept = request.sampling.grammar, pictures is None
+        sampler = Sampler(request.sampling, self.vocabulary, grammar and self.grammars.matcher(grammar))
         row = BatchRow(ticket, number, sampler, request.tokens[:cached], kept=kept)
         self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches, pictures)
         self.counts.prompt_tokens += len(request.tokens) - cached
@@ -473,7 +485,7 @@ class Engine(ModelThread):
         for row, token, likelihoods in self.batch.step():
             if row.owner.canceled.is_set():
                 continue
-            event = self._event(row.owner, token, likelihoods)
+            event = self._event(row, token, likelihoods)
             self.counts.generated_tokens += 1
             if event.last:
                 leaving.append((row, event))
@@ -482,7 +494,8 @@ class Engine(ModelThread):
         for row, event in leaving:
             if row.kept:
                 self.prompt_cache.keep(row.adapter, row.tokens, self.batch.extract(row))
-            self.counts.finished += 1
+            self.counts.finished += event.error is None
+            self.counts.failed += event.error is not None
             self._close(row.owner, event)
         if leaving:
             self.batch.leave([row for row, _ in leaving])
@@ -490,9 +503,13 @@ class Engine(ModelThread):
         if self.counts.steps % STEPS_PER_CLEARING == 0:
             mx.clear_cache()
 
-    def _event(self, ticket: Ticket, token: int, likelihoods: Likelihoods | None) -> Event:
+    def _event(self, row: BatchRow, token: int, likelihoods: Likelihoods | None) -> Event:
         """Return the event for a new token of a request."""
-        request = ticket.request
+        ticket, request = row.owner, row.owner.request
+        if failure := row.sampler.failure:
+            return Event(
+                Piece(""), error=InputError(f"the grammar of this answer is too large ({failure.splitlines()[0]})")
+            )
         ended = token in self._eos and not request.ignore_eos
         ticket.made += not ended
         usage = Usage(len(request.tokens), ticket.cached, ticket.made)
@@ -510,7 +527,8 @@ class Engine(ModelThread):
         if not piece.stopped:
             rest = ticket.text.finish()
             piece = Piece(piece.text + rest.text, piece.reports + rest.reports, rest.stopped)
-        return Event(piece, "stop" if piece.stopped else "length", usage)
+        # What was cut before a stop sequence is no text of the grammar.
+        return Event(piece, "stop" if piece.stopped and row.sampler.matcher is None else "length", usage)
 
     def _close(self, ticket: Ticket, event: Event | None = None) -> None:
         """End a request, and free its adapter and its position in the queue; without a last event, it was canceled."""
@@ -560,14 +578,16 @@ def opened_engine(
 
 # Requests of clients
 
-MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
+MAX_STOPS, MAX_TOP_LOGPROBS, MAX_CHOICES = 16, 20, 128
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Fields that both endpoints, or one of them, read.
 _COMMON = {
     "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
-    "ignore_eos",
+    "ignore_eos", "n", "frequency_penalty", "presence_penalty", "logit_bias", "response_format", "grammar", "regex",
 }  # fmt: skip
-_CHAT = _COMMON | {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"}
+_CHAT = _COMMON | {
+    "messages", "tools", "tool_choice", "parallel_tool_calls", "max_completion_tokens", "top_logprobs",
+}  # fmt: skip
 _COMPLETION = _COMMON | {"prompt"}
 # Fields that do not change an answer.
 _HARMLESS = {
@@ -575,14 +595,12 @@ _HARMLESS = {
     "metadata",
     "store",
     "service_tier",
-    "parallel_tool_calls",
     "safety_identifier",
     "prompt_cache_key",
 }
 # Fields that are not supported, except with these values.
 _NEUTRAL = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": (None, ""), "presence_penalty": (0,),
-    "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "best_of": (1,), "echo": (False,), "suffix": (None, ""),
 }  # fmt: skip
 
 
@@ -593,10 +611,14 @@ class Ask:
     Attributes:
         model: id of the base or of an adapter; None: the base.
         messages, tools: of a chat; None for a completion.
+        tool_choice: `auto`, `required`, or the name of the tool that has to be called.
+        parallel: several tools may be called in an answer.
         pictures: what the marks of pictures in the messages stand for: file names or data URLs.
         prompt: text or token ids of a completion; None for a chat.
         max_tokens: None: as many as allowed.
         sampling, stops, ignore_eos: as in the engine's Request.
+        n: answers.
+        form: of the answer: `schema`, `regex` or `grammar`, with its text or schema, and the field that has it; None: any text.
         stream: send pieces as they come.
         include_usage: end a stream with the token counts.
     """
@@ -609,8 +631,12 @@ class Ask:
     sampling: Sampling
     stops: tuple[str, ...]
     ignore_eos: bool
+    n: int
+    form: tuple[str, Any, str] | None
     stream: bool
     include_usage: bool
+    tool_choice: str = "auto"
+    parallel: bool = True
     pictures: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
@@ -631,19 +657,34 @@ def read_chat(body: dict[str, Any]) -> Ask:
             400, "top_logprobs without logprobs: nothing is reported; set logprobs to true", "invalid", "logprobs"
         )
     most = read_number(body, "max_completion_tokens", 1, 10**9)
-    choice = body.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise bad_value("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
-    tools = read_typed(body, "tools", list, []) if choice != "none" else []
+    choice, tools = body.get("tool_choice"), read_typed(body, "tools", list, [])
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise bad_value("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, dict) else None
+        if choice not in names:
+            raise bad_value(
+                "tool_choice", body["tool_choice"], f"a function of tools, which has {', '.join(names) or 'none'}"
+            )
+    elif choice not in (None, "none", "auto", "required"):
+        raise bad_value(
+            "tool_choice", choice, 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
+        )
+    if choice == "required" and not tools:
+        raise bad_value("tool_choice", choice, "none or auto where there are no tools")
+    if choice == "none":
+        tools = []
     pictures: dict[str, str | bytes] = {}
     return Ask(
         messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
         pictures=pictures,
         tools=tools or None,
+        tool_choice=choice or "auto",
+        parallel=read_typed(body, "parallel_tool_calls", bool, True),
         prompt=None,
         **_common(body, most, (top or 0) if wanted else None),
     )
@@ -677,6 +718,14 @@ def _common(
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise bad_value("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
+    form = _answer_form(body)
+    if form and read_typed(body, "ignore_eos", bool, False):
+        raise ApiError(
+            400, f"ignore_eos with {form[2]}: its answer has an end; leave one of the two out", "invalid", "ignore_eos"
+        )
+    bias = read_typed(body, "logit_bias", dict, {})
+    if not all(key.isdecimal() and is_number(value, -100, 100) for key, value in bias.items()):
+        raise bad_value("logit_bias", bias, 'token ids with numbers from -100 to 100, such as {"50256": -100}')
     return {
         "model": read_typed(body, "model", str, None),
         "max_tokens": most,
@@ -687,12 +736,38 @@ def _common(
             top_k=read_number(body, "top_k", 0, 10**9, 0),
             seed=None if seed is None else seed % 2**63,
             top_logprobs=top_logprobs,
+            frequency_penalty=read_number(body, "frequency_penalty", -2, 2, 0.0, whole=False),
+            presence_penalty=read_number(body, "presence_penalty", -2, 2, 0.0, whole=False),
+            logit_bias={int(key): float(value) for key, value in bias.items()},
         ),
+        "n": read_number(body, "n", 1, MAX_CHOICES, 1),
+        "form": form,
         "stops": tuple(stops),
         "ignore_eos": read_typed(body, "ignore_eos", bool, False),
         "stream": stream,
         "include_usage": stream and bool(read_typed(options, "include_usage", bool, False)),
     }
+
+
+def _answer_form(body: dict[str, Any]) -> tuple[str, Any, str] | None:
+    """Return the form that an answer is asked in, with what says it, and the field's name."""
+    asked, found = read_typed(body, "response_format", dict, {"type": "text"}), []
+    kind, name = asked.get("type"), "response_format"
+    if kind == "json_object":
+        found.append(("schema", asked.get("schema", {"type": "object"}), f"{name}.schema"))
+    elif kind == "json_schema":
+        inner = asked.get("json_schema")
+        if not isinstance(inner, dict) or "schema" not in inner:
+            raise bad_value(f"{name}.json_schema", inner, 'an object with "name" and "schema"')
+        found.append(("schema", inner["schema"], f"{name}.json_schema.schema"))
+    elif kind != "text":
+        raise bad_value(f"{name}.type", kind, "text, json_object or json_schema")
+    for name in ("grammar", "regex"):
+        if text := read_typed(body, name, str, ""):
+            found.append((name, text, name))
+    if len(found) > 1:
+        raise ApiError(400, f"{' and '.join(form[2] for form in found)}: give only one of them", "invalid", found[1][2])
+    return found[0] if found else None
 
 
 def _check_fields(body: dict[str, Any], known: set[str]) -> None:

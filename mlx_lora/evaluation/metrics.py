@@ -55,8 +55,8 @@ from mlx_lora.evaluation.paired import (
     score_interval,
 )
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.rollouts.environment import CallReader, Said, ToolTurns
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
+from mlx_lora.rollouts.tool_calls import CallReader, Said, ToolTurns
 from mlx_lora.rollouts.user_code import FAILURES, from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import closest, counted
@@ -448,7 +448,7 @@ def _answer(base: Base, reader: CallReader | None, row: AskedRow, written: Writt
     text = str(base.hf_tokenizer.decode(list(written.tokens), skip_special_tokens=True)).strip()
     if reader is None:
         return ModelAnswer(text, written.tokens, Said(text))
-    said = replace(reader, turns=replace(reader.turns, tools=row.tools))(written.tokens)
+    said = replace(reader, tools=row.tools)(written.tokens)
     calls = [f"→ {call['name']} {call['arguments']}" for call in said.calls]
     return ModelAnswer("\n".join(filter(None, [said.content, *calls])), written.tokens, said)
 

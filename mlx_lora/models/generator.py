@@ -67,7 +67,7 @@ import math
 import secrets
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -105,6 +105,7 @@ from mlx_lora.kernels.quantized_matmul import (
     packed_arrays,
     shape_class,
 )
+from mlx_lora.models.grammar import fill_masks, masked
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
@@ -955,7 +956,12 @@ class Sampling:
             likeliest token.
         top_k: draw from the k likeliest tokens; 0 is off.
         seed: of the request's own random stream; None: a random seed.
-        top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none.
+        top_logprobs: report the log-probability of the token and of this many likeliest ones; None: report none. They are the
+            model's own, before the following.
+        frequency_penalty: taken from a token's logit for each time that the answer has it.
+        presence_penalty: taken from its logit if the answer has it.
+        logit_bias: added to tokens' logits.
+        grammar: that the answer fits (models/grammar.py); None: any text.
     """
 
     temperature: float = 1.0
@@ -963,23 +969,53 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     top_logprobs: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    grammar: str | None = None
 
 
 class Sampler:
     """One request's random stream."""
 
-    def __init__(self, settings: Sampling, vocabulary: int):
+    def __init__(self, settings: Sampling, vocabulary: int, matcher: Any = None):
         """Start the stream.
 
         Args:
             settings: the request's settings.
             vocabulary: width of the logits; a larger top_k means all tokens.
+            matcher: of the settings' grammar, at its start.
         """
-        self.settings = settings
+        self.settings, self.matcher = settings, matcher
+        self.bias: np.ndarray | None = None  # (V,) float32, added to the logits
+        self._seen: set[int] = set()
+        if settings.logit_bias or settings.frequency_penalty or settings.presence_penalty:
+            self.bias = np.zeros(vocabulary, np.float32)
+            for token, value in settings.logit_bias.items():
+                self.bias[token] = value
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
         self._greedy = settings.temperature == 0 or settings.top_p == 0
         if not self._greedy:
             self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a token depends on those before it by more than the logits, so that the host has to know them."""
+        return self.matcher is not None or self.bias is not None
+
+    @property
+    def failure(self) -> str:
+        """Why the grammar cannot say what may follow, such as a limit of its size; empty: it can."""
+        return self.matcher.get_error() if self.matcher is not None and self.matcher.is_error() else ""
+
+    def take(self, token: int) -> None:
+        """Take a token of the answer."""
+        if self.matcher is not None:
+            self.matcher.consume_token(token)
+        if self.bias is not None:
+            own = self.settings
+            self.bias[token] -= own.frequency_penalty + (token not in self._seen) * own.presence_penalty
+            self._seen.add(token)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Return a token (1,) for log-probabilities (1, V) float32; every call advances the stream."""
@@ -1024,15 +1060,26 @@ def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, li
         Tokens (B,), and the likelihoods of the rows that report them.
     """
     reporting = [sampler.settings.top_logprobs is not None for sampler in samplers]
-    greedy = [sampler.settings.temperature == 0 for sampler in samplers]
-    if all(greedy) and not any(reporting):
-        return mx.argmax(logits, axis=-1), [None] * len(samplers)
-    logits = logits.astype(mx.float32)
+    greedy = all(sampler.settings.temperature == 0 for sampler in samplers)
+    drawn = logits
+    if any(sampler.bias is not None for sampler in samplers):
+        nothing = np.zeros(logits.shape[1], np.float32)
+        drawn = drawn + mx.array(np.stack([nothing if one.bias is None else one.bias for one in samplers]))
+    if any(sampler.matcher is not None for sampler in samplers):
+        masks = fill_masks([sampler.matcher for sampler in samplers], (logits.shape[1] + 31) // 32)
+        drawn = masked(drawn, mx.array(masks.view(np.uint32)))
+    if greedy and not any(reporting):
+        return mx.argmax(drawn, axis=-1), [None] * len(samplers)
+    changed, logits = drawn is not logits, logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    likely = logprobs
+    if changed and not greedy:
+        drawn = drawn.astype(mx.float32)
+        likely = drawn - mx.logsumexp(drawn, axis=-1, keepdims=True)
     tokens = (
-        mx.argmax(logprobs, axis=-1)
-        if all(greedy)
-        else mx.concatenate([sampler(logprobs[row : row + 1]) for row, sampler in enumerate(samplers)])
+        mx.argmax(drawn if changed else logprobs, axis=-1)
+        if greedy
+        else mx.concatenate([sampler(likely[row : row + 1]) for row, sampler in enumerate(samplers)])
     )
     reports: list[Likelihoods | None] = [None] * len(samplers)
     for row, sampler in enumerate(samplers):
@@ -1149,6 +1196,11 @@ class RunningBatch:
         known, reports = self._next, self._reports
         self._routing.rows = tuple(row.adapter for row in self.rows)
         logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
+        if any(row.sampler.follows for row in self.rows):
+            mx.async_eval(logits)  # computed while the host finds what may follow
+            for row, token in zip(self.rows, known.tolist(), strict=True):
+                if not row.fresh:
+                    row.sampler.take(token)
         self._next, self._reports = sample_rows(logits, [row.sampler for row in self.rows])
         mx.async_eval(self._next, [[report.token, report.ids, report.values] for report in self._reports if report])
         news = []

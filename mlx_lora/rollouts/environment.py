@@ -18,18 +18,6 @@ memory are known before the run; an episode that reaches the end of its room is 
 
 Shapes: N prompts, G episodes of each, E = N G episodes, F rewards.
 
-Read the calls of tools in what a model wrote, in the form in which its chat template writes calls.
-
-Which form that is, is found by having the template write a call and reading it back (`ToolTurns`), so a template
-needs no entry in a list. The forms are those of mlx-lm's parsers (mlx_lm/tool_parsers), which have a text before a call
-and one after it, and these:
-
-    Llama 3    {"name": "f", "parameters": {"x": 1}}
-    harmony    <|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}<|call|>
-    fenced     ```tool_code, a call in Python, ```
-
-A call inside the model's thinking is no call. What cannot be read as a call is text, as in TRL.
-
 Tools that the model may call: which ones there are, their schemas, and calling them.
 
     --tools FILE.py, FILE.py:NAME,NAME    plain functions, the same for every episode
@@ -46,42 +34,33 @@ Episodes in which the model calls tools: it calls, reads what they return, and c
     finish    rewards all episodes of the batch in one call, when all are over
 
 An episode is over after an answer without a call, at --max-turns, or at the end of its room. The model's tokens stay as they
-were sampled; results are appended to them as the template writes results (at the end of this file). Rewards see conversations,
+were sampled; results are appended to them as the template writes results (rollouts/tool_calls.py). Rewards see conversations,
 the calls and results included, and `environments`, the instances of the class, as in TRL.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import json
-import pkgutil
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cache, cached_property, partial
-from importlib import import_module
+from functools import cached_property
 from types import MethodType
 from typing import Any, Protocol
 
-import jinja2
 import numpy as np
-from mlx_lm import tool_parsers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import get_json_schema
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.chat_template import rendered_chat, template_shows, tokens_of_rendered
-from mlx_lora.data.examples import Conversation, FormatError, Message
+from mlx_lora.data.examples import Conversation, Message
 from mlx_lora.data.load import prompt_encoder
 from mlx_lora.data.prompts import example_with_answer, observation_tokens, with_observation
 from mlx_lora.data.read import SplitRows
-from mlx_lora.data.render import CALL_FORMATS
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.rewards import (
     IN_PYTHON,
@@ -96,6 +75,7 @@ from mlx_lora.rollouts.rewards import (
     problem_of,
     rewards_for,
 )
+from mlx_lora.rollouts.tool_calls import Call, CallReader, ToolTurns, call_id
 from mlx_lora.rollouts.user_code import FAILURES, TooLong, at_most, awaited, from_file, module_of, without_defaults
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -511,229 +491,6 @@ class MultiTurnEnv(VectorEnv):
         """Return what an episode of the user's returns, None if it failed and that is skipped."""
         answers = {"prompts": [self.facts[number]["prompt"]], "completions": [text]}
         return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
-
-
-Call = dict[str, Any]
-"""`name` and `arguments`, and `id` if the model wrote one."""
-Schemas = Sequence[dict[str, Any]]
-Reader = Callable[[str, Schemas], tuple[str, list[Call]]]
-"""(what the model wrote after its thinking, schemas of the tools) -> the text around its calls, and these.
-
-Raises any exception if what looks like a call cannot be read.
-"""
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """A way of writing calls: its name, of the parser in mlx-lm or of the family, and what reads them."""
-
-    name: str
-    read: Reader
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a model said in a turn.
-
-    Attributes:
-        content: the text, without special tokens, thinking and calls.
-        calls: of tools, in order.
-        thinking: the text of its thinking.
-    """
-
-    content: str
-    calls: list[Call] = field(default_factory=list)
-    thinking: str = ""
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The turn as rewards see it, which is as in TRL."""
-        found: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.thinking:
-            found["reasoning_content"] = self.thinking
-        if self.calls:
-            found["tool_calls"] = [
-                {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
-                for call in self.calls
-            ]
-        return found
-
-
-# Forms
-
-
-def _between(start: str, end: str, parse: Callable[..., Any], text: str, tools: Schemas) -> tuple[str, list[Call]]:
-    """Read calls that stand between two texts; without an end, the last one goes up to the text's end."""
-    rest, calls = "", []
-    before, found, after = text.partition(start)
-    rest += before
-    while found:
-        inside, closed, after = after.partition(end) if end else (after, "", "")
-        if end and not closed:
-            raise ValueError("a call without an end")
-        read = parse(inside, list(tools))
-        calls += read if isinstance(read, list) else [read]
-        before, found, after = after.partition(start)
-        rest += before
-    return rest, calls
-
-
-LLAMA_CALL = re.compile(r'\{\s*"name"\s*:')
-
-
-def _llama(text: str, tools: Schemas) -> tuple[str, list[Call]]:
-    """Read JSON objects with a name and parameters, which nothing but white space or a semicolon may follow."""
-    text = text.replace("<|python_tag|>", "")
-    found = LLAMA_CALL.search(text)
-    if found is None:
-        return text, []
-    calls, at, decoder = [], found.start(), json.JSONDecoder()
-    while at < len(text):
-        read, at = decoder.raw_decode(text, at)
-        calls.append({"name": read["name"], "arguments": read.get("parameters", read.get("arguments"))})
-        at += len(text[at:]) - len(text[at:].lstrip(" \n;"))
-    return text[: found.start()], calls
-
-
-HARMONY_TO = re.compile(r"to=functions\.([\w.-]+)")
-
-
-def _harmony(text: str, tools: Schemas) -> tuple[str, list[Call]]:
-    """Read messages of the commentary channel to a function; the text is that of the final channel."""
-    said, calls = "", []
-    for part in text.split("<|start|>"):
-        header, message, body = part.partition("<|message|>")
-        body = re.split(r"<\|(?:end|call|return)\|>", body)[0]
-        if to := HARMONY_TO.search(header):
-            calls.append({"name": to[1], "arguments": json.loads(body)})
-        elif not message:
-            said += header
-        elif "analysis" not in header:
-            said += body
-    return said, calls
-
-
-FENCE = re.compile(r"```tool_code\s*\n(.*?)```", re.DOTALL)
-
-
-def _fenced(text: str, tools: Schemas) -> tuple[str, list[Call]]:
-    """Read calls in Python, one a line, in a fence."""
-    calls = []
-    for fence in FENCE.findall(text):
-        for line in ast.parse(fence.strip()).body:
-            call = line.value if isinstance(line, ast.Expr) else None
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-                raise ValueError("not a call with named arguments")
-            arguments = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
-            calls.append({"name": call.func.id, "arguments": arguments})
-    return FENCE.sub("", text), calls
-
-
-PLAINEST = "json_tools"  # is tried first: some others read its form too
-
-
-@cache
-def call_forms() -> tuple[CallForm, ...]:
-    """Return all forms that are known."""
-    found, names = [], [module.name for module in pkgutil.iter_modules(tool_parsers.__path__)]
-    for name in sorted(names, key=lambda name: (name != PLAINEST, name)):
-        parser: Any = import_module(f"{tool_parsers.__name__}.{name}")
-        read = partial(_between, parser.tool_call_start, parser.tool_call_end or "", parser.parse_tool_call)
-        found.append(CallForm(name, read))
-    return *found, CallForm("harmony", _harmony), CallForm("fenced", _fenced), CallForm("llama3", _llama)
-
-
-def call_form(turns: ToolTurns) -> CallForm:
-    """Return the form in which a chat template writes calls.
-
-    Raises:
-        InputError: the template does not show tools, or its form is not known.
-    """
-    written = turns.probed()
-    said = written
-    for end in turns.ends:  # the token that ends the turn
-        token = str(turns.tokenizer.convert_ids_to_tokens(end))
-        if written.endswith(token) and token != "<|call|>":
-            said = written.removesuffix(token)
-            break
-    for form in call_forms():
-        found = _read(form, said, [PROBE_SCHEMA])[1]
-        if [{name: call[name] for name in PROBE} for call in found] == [PROBE]:
-            return form
-    raise InputError(
-        f"the chat template writes calls of tools in a form that is not known ({said.strip()[:80]!r}); give another with "
-        "--chat-template, such as chatml"
-    )
-
-
-def _read(form: CallForm, text: str, tools: Schemas) -> tuple[str, list[Call]]:
-    """Return the text around the calls and these; all of it as text if a call cannot be read."""
-    try:
-        (around, found), calls = form.read(text, tools), []
-        for call in found:
-            name, arguments = call["name"], call.get("arguments")
-            if not isinstance(name, str) or not name:
-                raise ValueError("a call without a name")
-            own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-            calls.append({"name": name, "arguments": {} if arguments is None else arguments, **own})
-        return around, calls
-    except Exception:  # mlx-lm's parsers may raise anything on what a model wrote
-        return text, []
-
-
-# What a model said
-
-# Texts around thinking; harmony's is a channel of its own.
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
-HARMONY_THOUGHT = re.compile(r"<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|$)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class CallReader:
-    """Reads what a model said in a turn.
-
-    Attributes:
-        turns: of its chat template.
-        form: of calls there.
-        opened: whether its turn begins inside its thinking.
-    """
-
-    turns: ToolTurns
-    form: CallForm
-    opened: bool
-
-    @classmethod
-    def of(cls, turns: ToolTurns) -> CallReader:
-        """Return it for a chat template; errors as of `call_form`."""
-        return cls(turns, call_form(turns), turns.opens_thinking())
-
-    def __call__(self, tokens: Sequence[int]) -> Said:
-        """Return what the tokens of a turn say, with or without its end token."""
-        tokenizer, own = self.turns.tokenizer, list(tokens)
-        if own and own[-1] in self.turns.ends and tokenizer.convert_ids_to_tokens(own[-1]) != "<|call|>":
-            own.pop()
-        text = str(tokenizer.decode(own, skip_special_tokens=False))
-        thinking, answer = _thought(text, self.opened)
-        around, calls = _read(self.form, answer, self.turns.tools)
-        for token in tokenizer.added_tokens_decoder.values():
-            if token.special:
-                around, thinking = around.replace(token.content, ""), thinking.replace(token.content, "")
-        return Said(around.strip(), calls, thinking.strip())
-
-
-def _thought(text: str, opened: bool) -> tuple[str, str]:
-    """Return the thinking and what follows it; all is thinking if that does not end."""
-    if harmony := HARMONY_THOUGHT.findall(text):
-        return "\n".join(harmony), text
-    for start, end in THOUGHTS:
-        before, found, after = text.rpartition(end)
-        if found:
-            later = after.partition(start)  # it thinks once more, and was cut
-            return before.replace(start, "", 1) + later[2], later[0]
-        if start in text or (opened and start == THOUGHTS[0][0]):
-            answer, _, thinking = ("", "", text) if opened and start not in text else text.partition(start)
-            return thinking, answer
-    return "", text
 
 
 # Tools that the model may call
@@ -1156,146 +913,3 @@ def with_ids(turns: Sequence[Message]) -> list[Message]:
             message = {**message, "content": Result(message["content"]).text, "tool_call_id": own}
         found.append(message)
     return found
-
-
-# How a chat template writes a call of a tool and its result: what the model says, and what follows until it speaks again.
-#
-# Both are found in a rendered conversation. The call has an argument that no other text has; after it, the first token that
-# ends an answer of this model divides the two:
-#
-#     <|im_start|>assistant\n<tool_call>\n{"name": "f", "arguments": {"text": MARK}}\n</tool_call><|im_end|>
-#     \n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n
-#
-# Only what follows is ever put into an episode. What the model said stays as it was sampled, even where the template would
-# write it otherwise, for example without its thinking.
-
-QUESTION, RESULT, MARK = "the-question-before", "the-result-after", "the-call-between"
-PROBE: dict[str, Any] = {"name": "look_up", "arguments": {"text": MARK, "count": 7}}
-PROBE_SCHEMA: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Looks up a text.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "text": {"type": "string", "description": "The text."},
-                "count": {"type": "integer", "description": "A number."},
-            },
-            "required": ["text", "count"],
-        },
-    },
-}
-ANOTHER = "give another with --chat-template, such as chatml"
-THINKING = ("<think>", "</think>")
-
-
-@dataclass(frozen=True)
-class ToolTurns:
-    """Writes results of tools as a chat template does.
-
-    Attributes:
-        tokenizer: not mlx-lm's wrapper.
-        template: Jinja text.
-        ends: the tokens that end what the model says.
-        tools: schemas of all tools that prompts show.
-        day: that the template shows as today; None: today.
-        allow_special_tokens: a result that spells a control token brings that token in.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    ends: frozenset[int]
-    tools: Sequence[dict[str, Any]] = field(default_factory=list)
-    day: date | None = None
-    allow_special_tokens: bool = False
-
-    def probed(self) -> str:
-        """Return how the model would write the call `PROBE`, from its turn's beginning to its end token.
-
-        Raises:
-            InputError: the template does not show tools, calls or results, or no end token stands between the two.
-        """
-        asked = [{"role": "user", "content": QUESTION}]
-        if not template_shows(self.tokenizer, asked, self.template, [PROBE_SCHEMA]):
-            raise InputError(f"the chat template does not show tools to the model; {ANOTHER}")
-        text, _, cut = self._divided([PROBE], [RESULT], MARK, [PROBE_SCHEMA])
-        if RESULT not in text[cut:]:
-            raise InputError(f"the chat template does not show what a tool returned; {ANOTHER}")
-        if RESULT in text[:cut]:
-            raise InputError(
-                "the chat template writes no end token of the model between a call and its result, so the model would not "
-                f"wait for it; {ANOTHER}"
-            )
-        begun = self._rendered(asked, [PROBE_SCHEMA])[0].partition(QUESTION)[2]
-        said = text[:cut].partition(QUESTION)[2]
-        return said.removeprefix(begun)
-
-    def opens_thinking(self) -> bool:
-        """Return whether the template itself opens the model's thinking, so that an answer begins inside of it."""
-        begun = self._rendered([{"role": "user", "content": QUESTION}], self.tools)[0].partition(QUESTION)[2]
-        return begun.rfind(THINKING[0]) > begun.rfind(THINKING[1])
-
-    def tokens(self, calls: Sequence[Mapping[str, Any]], results: Sequence[str]) -> list[int]:
-        """Return the tokens between the end token of a turn with calls and the model's next turn.
-
-        Args:
-            calls: each with `name`, and an `id` if the model wrote one.
-            results: the text that each returned.
-
-        Raises:
-            InputError: the template refuses them.
-        """
-        mark = MARK
-        while any(mark in result for result in results):
-            mark += "-"
-        marked = [{**call, "arguments": {"text": mark}} for call in calls]
-        text, spans, cut = self._divided(marked, results, mark, self.tools)
-        return tokens_of_rendered(self.tokenizer, text[cut:], [(a - cut, b - cut) for a, b in spans if a >= cut])
-
-    def _divided(
-        self, calls: Sequence[Mapping[str, Any]], results: Sequence[str], mark: str, tools: Sequence[dict[str, Any]]
-    ) -> tuple[str, list[tuple[int, int]], int]:
-        """Return a conversation with calls and results, the spans of its control tokens, and where the turn of the calls ends."""
-        ids = [call_id(call, place) for place, call in enumerate(calls)]
-        written = [
-            {"id": own, "type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
-            for own, call in zip(ids, calls, strict=True)
-        ]
-        after: list[Message] = [
-            {"role": "tool", "name": call["name"], "content": result, "tool_call_id": own}
-            for own, call, result in zip(ids, calls, results, strict=True)
-        ]
-        refused: Exception | None = None
-        for shown in (written, written[-1:]):  # some templates take a single call in a turn
-            turn: Message = {"role": "assistant", "content": "", "tool_calls": shown}
-            for formatted in CALL_FORMATS:
-                messages = formatted([{"role": "user", "content": QUESTION}, turn, *after])
-                try:
-                    text, spans = self._rendered(messages, tools)
-                except (jinja2.TemplateError, TypeError, ValueError, FormatError) as error:
-                    refused = refused or error
-                    continue
-                return text, spans, self._end(text, mark)
-        raise InputError(f"the chat template refuses the result of a tool ({refused}); {ANOTHER}")
-
-    def _end(self, text: str, mark: str) -> int:
-        """Return where the turn ends whose call has the mark."""
-        if mark not in text:
-            raise InputError(f"the chat template does not show calls of tools; {ANOTHER}")
-        after = text.rindex(mark) + len(mark)
-        texts = [str(self.tokenizer.convert_ids_to_tokens(end)) for end in self.ends]
-        found = [(text.find(one, after), -len(one)) for one in texts if text.find(one, after) >= 0]
-        if not found:
-            raise InputError(f"the chat template writes no end token of the model after a call; {ANOTHER}")
-        start, minus_length = min(found)
-        return start - minus_length
-
-    def _rendered(self, messages: list[Message], tools: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        return rendered_chat(self.tokenizer, messages, self.template, list(tools), self.day, self.allow_special_tokens)
-
-
-def call_id(call: Mapping[str, Any], place: int) -> str:
-    """Return the id of a call: the model's own if Mistral's templates would take it, else one of its place."""
-    own = call.get("id")
-    return own if isinstance(own, str) and len(own) == 9 and own.isalnum() and own.isascii() else f"call{place:05d}"

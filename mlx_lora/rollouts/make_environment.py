@@ -55,19 +55,14 @@ from mlx_lora.rollouts.environment import (
     STEP,
     TOOL_REPORTS,
     TURNS,
-    CallForm,
-    CallReader,
     Episode,
     Facts,
     MultiTurnEnv,
-    Said,
     SingleTurnEnv,
     StepResults,
     Toolbox,
     ToolEnv,
-    ToolTurns,
     VectorEnv,
-    call_id,
     plain_tools,
     same_beginnings,
     tool_methods,
@@ -85,6 +80,7 @@ from mlx_lora.rollouts.rewards import (
     no_function,
     reward_names,
 )
+from mlx_lora.rollouts.tool_calls import NO_CALLS, CallReader, Said, ToolTurns, call_id
 from mlx_lora.rollouts.user_code import awaited, from_file
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.progress import waiting
@@ -95,7 +91,6 @@ if TYPE_CHECKING:
 METRIC = "metrics/"  # before the name of a metric in reports
 ERRORS, TIMEOUTS = "episodes/error_frequency", "episodes/timeout_frequency"
 START_S = 240.0  # that servers of tools may take to start, at least; the package gives up after 180 s, and says why
-NO_CALLS = CallForm("none", lambda text, tools: (text, []))  # of episodes without tools
 
 
 # Episodes of verifiers: before a run

@@ -41,6 +41,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 import time
 import uuid
@@ -90,15 +91,28 @@ from mlx_lora.engine.engine import (
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
+from mlx_lora.models.grammar import THOUGHTS
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.reports import charts
+from mlx_lora.rollouts.tool_calls import (
+    JSON_CALLS,
+    NO_CALLS,
+    CallReader,
+    Said,
+    SaidStream,
+    ToolTurns,
+    call_form,
+    call_rules,
+)
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.utils.http import ApiError, bad_value, is_number, read_fields, read_json, read_number
 from mlx_lora.utils.hub import HUB_ID, resolve_adapter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,38 +164,110 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
 
 
 class ChatReply:
-    """Builds the answers of chat/completions."""
+    """Builds the answers of chat/completions; `choices` is what has been told of each, by its index."""
 
     PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str):
-        self._head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._opened = False
+    def __init__(
+        self, model: str, reader: CallReader | None = None, parallel: bool = True, counts: Counter | None = None
+    ):
+        """Begin.
 
-    def chunk(self, event: Event) -> dict[str, Any]:
-        """Return a chunk with the new text."""
-        choice = {**self._piece(event), "logprobs": self._logprobs(event.piece.reports)}
-        choices = [{"index": 0, **choice, "finish_reason": event.finish}]
-        return {**self._head, "object": self.CHUNK, "choices": choices}
+        Args:
+            model: its id.
+            reader: reads thinking and calls of tools in an answer; None: all of it is text.
+            parallel: an answer may have several calls; otherwise the first is told.
+            counts: where calls that could not be read are counted.
+        """
+        self._head = {"id": f"{self.PREFIX}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._reader, self._parallel, self._counts = reader, parallel, Counter() if counts is None else counts
+        self._streams: dict[int, SaidStream] = {}
+        self._calls: Counter[int] = Counter()
+        self._opened: set[int] = set()
+
+    def chunks(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """Return the chunks with the new text of a choice, and what else is new in it."""
+        pieces = self._pieces(index, event)
+        finish = self._finish(event, self._calls[index] > 0)
+        return [
+            {
+                **self._head,
+                "object": self.CHUNK,
+                "choices": [
+                    {
+                        "index": index,
+                        **piece,
+                        "logprobs": None if place else self._logprobs(event.piece.reports),
+                        "finish_reason": finish if place == len(pieces) - 1 else None,
+                    }
+                ],
+            }
+            for place, piece in enumerate(pieces)
+        ]
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         """Return the chunk that ends a stream with token counts."""
         return {**self._head, "object": self.CHUNK, "choices": [], "usage": usage_object(usage)}
 
-    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
-        """Return the answer in one piece."""
-        choice = {**self._all(text), "logprobs": self._logprobs(reports)}
-        choices = [{"index": 0, **choice, "finish_reason": end.finish}]
-        return {**self._head, "object": self.WHOLE, "choices": choices, "usage": usage_object(end.usage)}
+    def whole(self, answers: Sequence[tuple[str, list[TokenReport], Event]], usage: Usage) -> dict[str, Any]:
+        """Return the answers in one piece, each with its text, what is reported of its tokens, and its last event."""
+        choices = []
+        for index, (text, reports, end) in enumerate(answers):
+            content = self._all(index, text)
+            finish = self._finish(end, self._calls[index] > 0)
+            choices.append({"index": index, **content, "logprobs": self._logprobs(reports), "finish_reason": finish})
+        return {**self._head, "object": self.WHOLE, "choices": choices, "usage": usage_object(usage)}
 
-    def _piece(self, event: Event) -> dict[str, Any]:
-        """Return the new text; the first chunk also has the role."""
-        delta = {} if self._opened else {"role": "assistant"}
-        self._opened = True
-        return {"delta": {**delta, **({"content": event.piece.text} if event.piece.text or not event.last else {})}}
+    def _finish(self, event: Event, calls: bool) -> str | None:
+        return "tool_calls" if calls and event.finish == "stop" else event.finish
 
-    def _all(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _said(self, index: int, text: str, last: bool) -> Said:
+        """Return what is new in a choice with some more text, with an id for each call."""
+        if self._reader is None:
+            return Said(text)
+        said = self._streams.setdefault(index, SaidStream(self._reader)).add(text, last)
+        if said.unread:
+            self._counts[UNREAD] += said.unread
+            log.warning("a call of a tool could not be read, and is sent as text: %s", said.content[:200])
+        told = self._calls[index]
+        calls = said.calls if self._parallel else said.calls[: max(0, 1 - told)]
+        self._calls[index] += len(calls)
+        made = []
+        for place, call in enumerate(calls, told):
+            given = call["arguments"]
+            text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            function = {"name": call["name"], "arguments": text}
+            # Of nine letters and digits, as the templates of Mistral want it.
+            made.append({"index": place, "id": uuid.uuid4().hex[:9], "type": "function", "function": function})
+        return replace(said, calls=made)
+
+    def _pieces(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """Return the changes of a choice; the first also has the role, and a call's arguments follow its name."""
+        said = self._said(index, event.piece.text, event.last)
+        deltas: list[dict[str, Any]] = [{"reasoning_content": said.thinking}] if said.thinking else []
+        if said.content or (self._reader is None and not event.last):
+            deltas.append({"content": said.content})
+        for call in said.calls:
+            deltas.append({"tool_calls": [{**call, "function": {**call["function"], "arguments": ""}}]})
+            given = {"index": call["index"], "function": {"arguments": call["function"]["arguments"]}}
+            deltas.append({"tool_calls": [given]})
+        new = index not in self._opened
+        if not deltas and (new or event.last or event.piece.reports):
+            deltas.append({})
+        if new:
+            self._opened.add(index)
+            deltas[0] = {"role": "assistant", **deltas[0]}
+        return [{"delta": delta} for delta in deltas]
+
+    def _all(self, index: int, text: str) -> dict[str, Any]:
+        said = self._said(index, text, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.thinking:
+            message["reasoning_content"] = said.thinking
+        if said.calls:
+            message["content"] = said.content or None
+            message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in said.calls]
+        return {"message": message}
 
     def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
         if not reports:
@@ -199,10 +285,10 @@ class CompletionReply(ChatReply):
 
     PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
 
-    def _piece(self, event: Event) -> dict[str, Any]:
-        return {"text": event.piece.text}
+    def _pieces(self, index: int, event: Event) -> list[dict[str, Any]]:
+        return [{"text": event.piece.text}]
 
-    def _all(self, text: str) -> dict[str, Any]:
+    def _all(self, index: int, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def _logprobs(self, reports: Sequence[TokenReport]) -> dict[str, Any] | None:
@@ -286,6 +372,7 @@ def make_app(
             "reused_prompt_tokens": prompts.reused_tokens,
             "adapter_loads": store.loads,
             "adapter_evictions": store.evictions,
+            UNREAD: completions.counts[UNREAD],
         }
         now = {
             "running": len(engine.batch),
@@ -347,7 +434,7 @@ def make_app(
     )
 
 
-Reply = ChatReply | CompletionReply
+UNREAD = "unread_tool_calls"  # calls of tools that could not be read, and were sent as text
 
 
 class Completions:
@@ -358,6 +445,8 @@ class Completions:
         self._pictures = PictureReader(engine.base, [limits.images_from] if limits.images_from else [])
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
+        self._readers: dict[str, CallReader] = {}  # by chat template
+        self.counts: Counter[str] = Counter()
 
     async def chat(self, request: HttpRequest) -> EngineResponse:
         """POST /v1/chat/completions."""
@@ -377,12 +466,14 @@ class Completions:
         """GET /v1/models/ID."""
         return JSONResponse(self._model(self._card(request.path_params["model"])))
 
-    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> EngineResponse:
+    async def _answer(self, ask: Ask, make_reply: type[ChatReply]) -> EngineResponse:
         if is_encoder(self._engine.base.model):
             message = f"{self._base_name} is an encoder, which writes no text; POST /v1/embeddings has its vectors"
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
-        tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
+        tokens, pictures, reader, grammar = await anyio.to_thread.run_sync(
+            self._prompt, ask, card, limiter=self._one_at_a_time
+        )
         limits, asked = self._limits, ask.max_tokens or 1
         if asked > limits.max_tokens:
             message = f"max_tokens {asked}: this server allows at most {limits.max_tokens}"
@@ -391,30 +482,85 @@ class Completions:
         if room < asked:
             message = f"{len(tokens)} tokens in the prompt and {asked} new ones: the limit is {limits.max_context}"
             raise ApiError(400, message, "context_length_exceeded", "messages")
-        most = ask.max_tokens or min(limits.max_tokens, room)
+        most, engine = ask.max_tokens or min(limits.max_tokens, room), self._engine
+        if ask.n > (queued := engine.limits.max_batch + engine.limits.max_waiting):
+            raise ApiError(400, f"n {ask.n}: this server answers at most {queued} at once", "too_many_choices", "n")
         request = Request(
             tokens=tokens,
             adapter=card.name if card else None,
             max_tokens=most,
-            sampling=ask.sampling,
+            sampling=replace(ask.sampling, grammar=grammar),
             stops=ask.stops,
             ignore_eos=ask.ignore_eos,
             continues=ask.messages is None,
             pictures=pictures,
         )
-        return EngineResponse(
-            self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
-        )
+        reply = make_reply(card.name if card else self._base_name, reader, ask.parallel, self.counts)
+        return EngineResponse(engine, request, reply, ask, limits.timeout_s)
 
-    def _tokens(self, ask: Ask, card: Card | None) -> tuple[list[int], PicturePrompt | None]:
+    def _prompt(
+        self, ask: Ask, card: Card | None
+    ) -> tuple[list[int], PicturePrompt | None, CallReader | None, str | None]:
+        """Return the prompt's tokens and pictures, what reads the answer, and the answer's grammar."""
         template = card.chat_template if card else None
         try:
-            if not ask.pictures:
-                return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary), None
-            prompt = picture_prompt(self._pictures, ask, template, card.max_pixels if card else None)
+            if ask.pictures:
+                pictures = picture_prompt(self._pictures, ask, template, card.max_pixels if card else None)
+                tokens = pictures.tokens
+            else:
+                pictures = None
+                tokens = prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary)
+            template = template or own_template(self._engine.base.hf_tokenizer) or ""
+            reader = None if ask.messages is None else self._reader(ask, template, tokens)
+            return tokens, pictures, *self._constrained(ask, reader)
         except ApiError as error:
             raise client_error(self._engine, error, self._pictures.folders) from None
-        return prompt.tokens, prompt
+
+    def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
+        """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
+        base, tools = self._engine.base, tuple(ask.tools or ())
+        opened = str(base.hf_tokenizer.decode(tokens[-8:])).rstrip().endswith(THOUGHTS[0][0])
+        marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
+        if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
+            return None
+        if template not in self._readers:
+            turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
+            try:
+                form = call_form(turns)
+            except InputError:  # the template shows no calls; a model may still write them
+                form = JSON_CALLS
+            self._readers[template] = CallReader(turns, form, False)
+        form = self._readers[template].form if tools else NO_CALLS
+        return replace(self._readers[template], form=form, opened=opened, tools=tools)
+
+    def _constrained(self, ask: Ask, reader: CallReader | None) -> tuple[CallReader | None, str | None]:
+        """Return what reads an answer, and its grammar; None: it may be any text."""
+        tools, answer, calls, chosen = ask.tools or [], None, "", []
+        strict = any(tool["function"].get("strict") for tool in tools)
+        if ask.form is None and ask.tool_choice == "auto" and not strict:
+            return reader, None
+        try:
+            grammars = self._engine.grammars
+            if ask.form is not None:
+                kind, given, place = ask.form
+                answer = grammars.of_schema(given, place) if kind == "schema" else grammars.of_text(kind, given, place)
+            if ask.messages is None:
+                return None, answer
+            for number, tool in enumerate(tools):
+                function = tool["function"]
+                if ask.tool_choice in ("auto", "required", function["name"]):
+                    grammars.of_schema(function.get("parameters") or {}, f"tools[{number}].function.parameters")
+                    chosen.append(tool)
+            answer = answer if ask.tool_choice == "auto" else None
+            free = bool(chosen) and ask.tool_choice == "auto" and answer is None
+            if reader is not None and chosen:
+                form, calls = call_rules(reader, chosen, grammars.literal, ask.parallel, free)
+                reader = replace(reader, form=form)
+            grammar = grammars.whole(answer, calls, reader is not None and reader.opened, free)
+            grammars.matcher(grammar)  # compiled here, and not between two steps of the engine
+        except InputError as error:
+            raise ApiError(400, str(error), "invalid_grammar") from None
+        return reader, grammar
 
     def _model(self, card: Card | None) -> dict[str, Any]:
         return {
@@ -435,9 +581,9 @@ class Completions:
 
 
 class EngineResponse:
-    """A response that the engine generates, as an ASGI application; its row is freed when it ends in any way."""
+    """A response that the engine generates, as an ASGI application; its rows are freed when it ends in any way."""
 
-    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
+    def __init__(self, engine: Engine, request: Request, reply: ChatReply, ask: Ask, timeout_s: float):
         self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
         self._timeout_s, self._opened = timeout_s, False
         folders = request.pictures.reader.folders if request.pictures else ()
@@ -450,24 +596,26 @@ class EngineResponse:
             ApiError: 429 if the queue is full, 503 if the engine has stopped; or the answer is an error, or is not done in
                 time. One after the first event of a stream is sent as an event.
         """
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
 
-        def emit(event: Event) -> None:
+        def emit(index: int, event: Event) -> None:
             # The loop is already closed if the process ends while requests are running.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
         async def until_gone() -> None:  # after the body, `receive` only tells when the client disconnects
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        try:
-            ticket = self._engine.submit(self._request, emit)
-        except (QueueFull, Stopped) as error:
-            raise self._told(error) from None
+        tickets = []
         gone = loop.create_task(until_gone())
         answering = loop.create_task(self._stream(send) if self._ask.stream else self._whole(send))
         try:
+            for index in range(self._ask.n):
+                sampling = self._request.sampling
+                if sampling.seed is not None:
+                    sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
+                tickets.append(self._engine.submit(replace(self._request, sampling=sampling), partial(emit, index)))
             # A client can also delay the answer by not reading it.
             await asyncio.wait({gone, answering}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
@@ -475,6 +623,8 @@ class EngineResponse:
             elif not gone.done():
                 message = f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens"
                 raise ApiError(504, message, "timeout")
+        except (QueueFull, Stopped) as error:
+            raise self._told(error) from None
         except ApiError as error:
             if not self._opened:
                 raise
@@ -484,28 +634,33 @@ class EngineResponse:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(_sent(send, json.dumps(error.body()), last=True), timeout=1)
         finally:
-            ticket.canceled.set()
+            for ticket in tickets:
+                ticket.canceled.set()
             gone.cancel()
             answering.cancel()
 
-    async def _answer(self) -> AsyncIterator[Event]:
-        """Yield the events up to the last one."""
-        last = False
-        while not last:
-            event = await self._events.get()
+    async def _answer(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events of all choices up to their last ones."""
+        left, self._usage = self._ask.n, Usage(0, 0, 0)
+        while left:
+            index, event = await self._events.get()
             if event.error is not None:
                 raise self._told(event.error)
-            last = event.last
-            yield event
+            if event.usage is not None:
+                left, own, all_of = left - 1, event.usage, self._usage
+                self._usage = Usage(own.prompt, max(own.cached, all_of.cached), own.completion + all_of.completion)
+            yield index, event
 
     async def _whole(self, send: Callable[[Any], Any]) -> None:
         """Send the complete answer at once."""
-        pieces, reports = [], []
-        event: Any = None  # the last event, of which there is one at least
-        async for event in self._answer():
-            pieces.append(event.piece.text)
-            reports += event.piece.reports
-        content = json.dumps(self._reply.whole("".join(pieces), reports, event)).encode()
+        events: list[list[Event]] = [[] for _ in range(self._ask.n)]
+        async for index, event in self._answer():
+            events[index].append(event)
+        answers = [
+            ("".join(event.piece.text for event in own), [one for event in own for one in event.piece.reports], own[-1])
+            for own in events
+        ]
+        content = json.dumps(self._reply.whole(answers, self._usage)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._opened = True
@@ -514,13 +669,14 @@ class EngineResponse:
     async def _stream(self, send: Callable[[Any], Any]) -> None:
         """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        async for event in self._answer():
+        async for index, event in self._answer():
             if not self._opened:
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 self._opened = True
-            await _sent(send, json.dumps(self._reply.chunk(event)))
-            if event.usage and self._ask.include_usage:
-                await _sent(send, json.dumps(self._reply.usage_chunk(event.usage)))
+            for chunk in self._reply.chunks(index, event):
+                await _sent(send, json.dumps(chunk))
+        if self._ask.include_usage:
+            await _sent(send, json.dumps(self._reply.usage_chunk(self._usage)))
         await _sent(send, "[DONE]", last=True)
 
 

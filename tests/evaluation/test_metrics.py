@@ -15,7 +15,7 @@ from mlx_lora.evaluation import metrics as judging
 from mlx_lora.evaluation.metrics import AnswerPair, AskedRow, ModelAnswer, judge_pairs, metric_of, rouge_l
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.evaluation.paired import Comparison, compare, compare_weighted, score_interval, standard_error
-from mlx_lora.rollouts.environment import Said
+from mlx_lora.rollouts.tool_calls import Said
 from mlx_lora.utils.errors import InputError, RunError
 
 

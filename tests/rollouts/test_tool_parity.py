@@ -26,9 +26,10 @@ from mlx_lora.losses.agree import choose_loss
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, REWARDS, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.environment import Agent, CallReader, Toolbox, ToolEnv, ToolTurns, play, tool_schemas
+from mlx_lora.rollouts.environment import Agent, Toolbox, ToolEnv, play, tool_schemas
 from mlx_lora.rollouts.rewards import Reward
 from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.tool_calls import CallReader, ToolTurns
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 QWEN, GROUP, ROOM = "qwen3_thinking", 3, 400

@@ -122,7 +122,9 @@ def test_offsets_are_places_in_the_text():
         report = TokenReport(spelling(tokenizer, token)[0], -1.0, ())
         reports += text.add(token, report).reports
     reports += text.finish().reports
-    told = CompletionReply("m").whole("", reports, Event(Piece(""), "stop", Usage(1, 0, 8)))["choices"][0]["logprobs"]
+    told = CompletionReply("m").whole([("", reports, Event(Piece(""), "stop"))], Usage(1, 0, 8))["choices"][0][
+        "logprobs"
+    ]
     assert told["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
 
 

@@ -1,0 +1,218 @@
+"""Keep what a model writes within a grammar: JSON that fits a schema, a regular expression, or a grammar of llguidance.
+
+    schema, regex, Lark, GBNF -> grammar (text) -> Grammars.matcher -> one row's matcher -> a mask of the tokens that may follow
+
+llguidance computes masks on the host, while the device computes the logits that they are for. So rows of a batch may have
+different grammars, and rows without one are not slowed down.
+
+A model that thinks before it answers does so outside of the grammar.
+
+Source: https://github.com/guidance-ai/llguidance, docs/syntax.md and docs/json_schema.md.
+
+Shapes: B rows, V vocabulary, W = V / 32 words of a mask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.utils.errors import InputError, first_line
+
+# White space between the parts of JSON: none, a space, or a line break with an indentation. Without a limit, a small model that
+# is drawn from at temperature 1 may write line breaks up to its last token.
+WHITE_SPACE = r"( |\n[ \t]{0,24})?"
+REMEMBERED = 64  # grammars that are ready to be used again
+# Texts around a model's thinking; harmony's is a channel of its own.
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
+INSTALL = "pip install 'mlx-lora[serve]'"
+
+
+def schema_grammar(schema: Any) -> str:
+    """Return the grammar of JSON that fits a schema, with bounded white space.
+
+    Args:
+        schema: a JSON Schema; true: any JSON.
+    """
+    return json.dumps({"grammars": [{"json_schema": with_white_space(schema)}]})
+
+
+def with_white_space(schema: Any) -> Any:
+    """Return a schema that says how much white space its JSON may have."""
+    if schema is True:
+        schema = {}
+    return {"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **schema} if isinstance(schema, dict) else schema
+
+
+class Grammars:
+    """The grammars of one tokenizer; may be used by several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: Sequence[int]):
+        """Prepare the tokenizer, which takes about a second for a large vocabulary.
+
+        Args:
+            tokenizer: of transformers, a fast one.
+            vocabulary: V, which may be larger than the tokenizer's.
+            ends: tokens that may end a text where its grammar allows an end.
+
+        Raises:
+            InputError: llguidance is not installed, or the tokenizer is not a fast one.
+        """
+        try:
+            import llguidance
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise InputError(f"an answer in a schema or grammar needs llguidance; {INSTALL}") from None
+        self._package: Any = llguidance
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, vocabulary, list(ends))  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise InputError(f"an answer in a schema or grammar: this tokenizer cannot be used ({error})") from None
+        self.words = (vocabulary + 31) // 32
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        self._special = {text: number for text, number in added.items() if self._tokenizer.is_special_token(number)}
+        self._added = added.keys()
+        self._known: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, grammar: str) -> Any:
+        """Return a new matcher for a row (llguidance's LLMatcher).
+
+        Raises:
+            InputError: the grammar is invalid, which the text describes.
+        """
+        with self._lock:
+            if grammar not in self._known:
+                found = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
+                if found.is_error():
+                    raise InputError(self._package.LLMatcher.validate_grammar(grammar, self._tokenizer) or "invalid")
+                self._known[grammar] = found
+                while len(self._known) > REMEMBERED:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(grammar)
+            return self._known[grammar].deep_copy()
+
+    def of_schema(self, schema: Any, name: str) -> str:
+        """Return the grammar of a schema, after a check.
+
+        Args:
+            schema: a JSON Schema.
+            name: of its place, for messages.
+
+        Raises:
+            InputError: it is invalid, or has what cannot be enforced; the text names the innermost place.
+        """
+        why = self._problem(schema, schema)
+        if not why:
+            return schema_grammar(schema)
+        inner, place = why, ""
+        at, found = schema, True
+        while found and isinstance(at, dict):
+            found = False
+            for step, part in _parts(at):
+                if problem := self._problem(part, schema):
+                    at, inner, place, found = part, problem, f"{place}.{step}", True
+                    break
+        raise InputError(f"{name}{place}: {inner}")
+
+    def _problem(self, schema: Any, root: Any) -> str:
+        """Return what is wrong with a part of a schema, in the first line; empty: nothing."""
+        shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
+        whole = {**shared, **schema} if isinstance(schema, dict) else schema
+        if not isinstance(whole, dict | bool):
+            return f"found {json.dumps(whole)[:60]}; a schema is an object, true or false"
+        return self._package.LLMatcher.validate_grammar(schema_grammar(whole), self._tokenizer).partition("\n")[0]
+
+    def of_text(self, form: str, text: str, name: str) -> str:
+        """Return the grammar of a regular expression (`regex`), or of Lark's or GBNF's text (`grammar`), after a check.
+
+        Raises:
+            InputError: it is invalid.
+        """
+        try:
+            grammar = json.loads(self._package.grammar_from(form, text))
+            grammar["grammars"] = grammar["grammars"][:1]
+            self.matcher(json.dumps(grammar))
+        except (InputError, ValueError) as error:
+            raise InputError(f"{name}: {first_line(error)}") from None
+        return json.dumps(grammar)
+
+    def literal(self, text: str) -> str:
+        """Return a text in Lark, with special tokens as tokens."""
+        names = sorted(map(re.escape, self._special), key=len, reverse=True)
+        parts = re.split(f"({'|'.join(names)})", text) if names else [text]
+        return " ".join(
+            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
+
+    def whole(self, answer: str | None, calls: str = "", opened: bool = False, free: bool = False) -> str:
+        """Return the grammar of a turn: calls of tools or an answer, before which a model may think if it is one that does.
+
+        Args:
+            answer: the grammar of an answer; None: there is none, or any text is one.
+            calls: rules in Lark, `calls` the first of them; empty: there are none.
+            opened: the prompt ends inside the thinking.
+            free: any text may be around the calls.
+        """
+        body = [] if answer is None else json.loads(answer)["grammars"][:1]
+        harmony = {"<|channel|>", "<|message|>"} <= self._special.keys()
+        pair = next((pair for pair in THOUGHTS if opened or set(pair) <= self._added), None)
+        if not calls and not harmony and pair is None:
+            return json.dumps({"grammars": body})
+        final = self.literal("<|channel|>final<|message|>") if harmony else ""
+        turns = [*(["calls"] if calls else []), *([f"{final} @answer"] if body else [])]
+        rules = [calls, "TEXT: /(.|\\n)*/"]
+        if free:
+            start = "calls"
+        elif harmony:
+            start = f"thought? ({' | '.join(turns)})"
+            begun, ended = map(self.literal, ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"))
+            rules.append(f"thought: {begun} TEXT {ended}")
+        elif pair is not None:
+            first, last = map(self.literal, pair)
+            start = f"{'thought' if opened else f'({first} thought)?'} /\\s*/ ({' | '.join(turns)})"
+            rules.append(f"thought{'' if pair[1] in self._special else '[lazy]'}: TEXT {last}")
+        else:
+            start = " | ".join(turns)
+        lark = "\n".join([f"start: {start}", *rules])
+        return json.dumps(
+            {"grammars": [{"name": "turn", "lark_grammar": lark}, *({"name": "answer", **one} for one in body)]}
+        )
+
+
+def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the schemas within a schema, with the steps that lead to them."""
+    found = []
+    for key in ("properties", "$defs", "definitions", "patternProperties"):
+        if isinstance(schema.get(key), dict):
+            found += [(f"{key}.{name}", part) for name, part in schema[key].items()]
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        if isinstance(schema.get(key), list):
+            found += [(f"{key}[{place}]", part) for place, part in enumerate(schema[key])]
+    return found + [(key, schema[key]) for key in ("items", "additionalProperties") if key in schema]
+
+
+def fill_masks(matchers: Sequence[Any], words: int) -> np.ndarray:
+    """Return the masks of rows, (B, W) int32; all bits are set for a row without a matcher, and for one that has ended."""
+    masks = np.full((len(matchers), words), -1, np.int32)
+    for mask, matcher in zip(masks, matchers, strict=True):
+        if matcher is not None and not matcher.is_stopped():
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return masks
+
+
+@mx.compile
+def masked(logits: mx.array, masks: mx.array) -> mx.array:
+    """Return logits (B, V) in which the tokens that masks (B, W) uint32 leave out are -inf."""
+    bits = (masks[..., None] >> mx.arange(32, dtype=mx.uint32)) & 1
+    return mx.where(bits.flatten(1)[:, : logits.shape[1]].astype(mx.bool_), logits, -mx.inf)
