@@ -1010,7 +1010,7 @@ class Sampler:
 
     def take(self, token: int) -> None:
         """Take a token of the answer."""
-        if self.matcher is not None:
+        if self.matcher is not None and not self.matcher.is_stopped():  # then the token is the end token
             self.matcher.consume_token(token)
         if self.bias is not None:
             own = self.settings

@@ -27,9 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.utils.errors import InputError, first_line
 
-# White space between the parts of JSON: none, a space, or a line break with an indentation. Without a limit, a small model that
-# is drawn from at temperature 1 may write line breaks up to its last token.
-WHITE_SPACE = r"( |\n[ \t]{0,24})?"
+# White space in JSON: as `json.dumps` writes it, with or without an indentation. Without a limit, a small model that is drawn
+# from at temperature 1 may write line breaks up to its last token.
+WHITE_SPACE = {"whitespace_pattern": r"(\n[ \t]{0,24})?", "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
 REMEMBERED = 64  # grammars that are ready to be used again
 # Texts around a model's thinking; harmony's is a channel of its own.
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
@@ -49,7 +49,7 @@ def with_white_space(schema: Any) -> Any:
     """Return a schema that says how much white space its JSON may have."""
     if schema is True:
         schema = {}
-    return {"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **schema} if isinstance(schema, dict) else schema
+    return {"x-guidance": WHITE_SPACE, **schema} if isinstance(schema, dict) else schema
 
 
 class Grammars:
@@ -138,12 +138,16 @@ class Grammars:
             InputError: it is invalid.
         """
         try:
-            grammar = json.loads(self._package.grammar_from(form, text))
-            grammar["grammars"] = grammar["grammars"][:1]
-            self.matcher(json.dumps(grammar))
+            lark = (
+                f"start: /{self._package.regex_to_lark(text)}/"
+                if form == "regex"
+                else self._package.grammar_from(form, text)
+            )
+            grammar = json.dumps({"grammars": [{"lark_grammar": lark}]})
+            self.matcher(grammar)
         except (InputError, ValueError) as error:
             raise InputError(f"{name}: {first_line(error)}") from None
-        return json.dumps(grammar)
+        return grammar
 
     def literal(self, text: str) -> str:
         """Return a text in Lark, with special tokens as tokens."""
@@ -203,10 +207,10 @@ def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def fill_masks(matchers: Sequence[Any], words: int) -> np.ndarray:
-    """Return the masks of rows, (B, W) int32; all bits are set for a row without a matcher, and for one that has ended."""
+    """Return the masks of rows, (B, W) int32; all bits are set for a row without a matcher, and for one that has failed."""
     masks = np.full((len(matchers), words), -1, np.int32)
     for mask, matcher in zip(masks, matchers, strict=True):
-        if matcher is not None and not matcher.is_stopped():
+        if matcher is not None and not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     return masks
 
