@@ -30,6 +30,7 @@ from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.config import check_language_model
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.generator import TokenSteps, hold_weights, release_weights
+from mlx_lora.models.grammar import SchemaProcessor
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
@@ -169,6 +170,7 @@ class Base:
         seed: int | None = None,
         system_prompt: str | None = None,
         tools: list[dict[str, Any]] | None = None,
+        schema: dict[str, Any] | None = None,
         ignore_chat_template: bool = False,
         ignore_fingerprint: bool = False,
     ) -> str:
@@ -184,6 +186,7 @@ class Base:
             seed: of the sampling; None: another text each time.
             system_prompt: a system message before the prompt.
             tools: that the model may call, as in a row's `tools`; the chat template shows them.
+            schema: a JSON Schema that the text fits, unless `max_tokens` cuts it; it needs llguidance.
             ignore_chat_template: give the prompt to the model unchanged.
             ignore_fingerprint: use an adapter that was trained on another base of the same shape.
 
@@ -204,7 +207,8 @@ class Base:
                 self._adapted = (key, adapted, info.chat_template)
             _, base, template = self._adapted
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-        return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings, tools))
+        pieces = text_pieces(base, prompt, template, system_prompt, settings, tools, schema=schema)
+        return "".join(piece.text for piece in pieces)
 
     def release(self) -> None:
         """Free what only serves generating: float copies of quantized weights, and the adapter used last."""
@@ -334,6 +338,7 @@ def text_pieces(
     settings: TextSettings,
     tools: list[dict[str, Any]] | None = None,
     strategy: Strategy = SINGLE_DEVICE,
+    schema: Any = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses, at least one, each with a piece of the text.
 
@@ -345,16 +350,19 @@ def text_pieces(
         settings: how.
         tools: that the model may call, as OpenAI has them.
         strategy: how ranks divide the base.
+        schema: a JSON Schema that the text fits; None: it may be any text.
 
     Raises:
-        InputError: the prompt cannot be encoded, or the model is an encoder, or mlx-lm cannot generate with it.
+        InputError: the prompt cannot be encoded, the schema is invalid, the model is an encoder, or mlx-lm cannot generate
+            with it.
     """
     check_language_model(base.model, base.model_id)
     if not prompt:
         raise errors.InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
-    responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy)
+    processors = [] if schema is None else [SchemaProcessor(base, schema, tokens, template is not None)]
+    responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy, processors)
     yield from responses if template else continued(responses, base.tokenizer)
 
 
@@ -364,6 +372,7 @@ def generated(
     max_tokens: int,
     sampler: Callable[[mx.array], mx.array],
     strategy: Strategy = SINGLE_DEVICE,
+    processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = (),
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's generated text; the base keeps the form of its weights that is the fastest for it.
 
@@ -377,7 +386,9 @@ def generated(
     model: Any = TokenSteps(base.model)  # mlx-lm only calls it
     sampler = strategy.same_choice(base.model, sampler)
     try:
-        for response in stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
+        for response in stream_generate(
+            model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler, logits_processors=list(processors)
+        ):
             strategy.check_read(mx.isnan(response.logprobs), base.config)
             yield response
         strategy.await_messages(base.model)
@@ -398,6 +409,7 @@ def image_answer_pieces(
     system_prompt: str | None,
     settings: TextSettings,
     max_pixels: int | None = None,
+    schema: Any = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses to a question about pictures, each with a piece of the text.
 
@@ -409,6 +421,7 @@ def image_answer_pieces(
         system_prompt: a system message before it.
         settings: how.
         max_pixels: of a picture; a larger one is made smaller.
+        schema: as for `text_pieces`.
 
     Raises:
         InputError: a picture cannot be used, or the model sees none.
@@ -442,6 +455,7 @@ def image_answer_pieces(
         tokens,
         max_tokens=settings.max_tokens,
         sampler=sampler,
+        logits_processors=[] if schema is None else [SchemaProcessor(base, schema, tokens, chat=True)],
         prompt_cache=model.caches(),
         prefill_step_size=len(tokens),  # the tokens of a picture may have to see one another
     )

@@ -905,6 +905,7 @@ class TasksRequest:
         ignore_fingerprint: use adapters that were trained on another base of the same shape.
         batch_tokens: positions of a batch; None: the default.
         stopped: asked whether to end.
+        schema: a JSON Schema that the answers to the rows fit; None: they may be any text.
     """
 
     tasks: Sequence[str] = ()
@@ -919,6 +920,7 @@ class TasksRequest:
     ignore_fingerprint: bool = False
     batch_tokens: int | None = None
     stopped: Callable[[], bool] = never
+    schema: Any = None
 
 
 @speaks_python()
@@ -934,6 +936,7 @@ def evaluate_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
     max_tokens: int = 256,
+    schema: dict[str, Any] | None = None,
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
     **settings: Any,
@@ -951,6 +954,7 @@ def evaluate_tasks(
         fewshot: solved examples before each question of a task; None: as the task says.
         limit: rows of each task, and of your own; None: all.
         max_tokens: of an answer to your own rows.
+        schema: a JSON Schema that these answers fit, unless they are cut.
         batch_tokens: positions of a batch, padding included.
         ignore_fingerprint: use adapters that were trained on another base of the same shape.
         settings: of data, as for `train`.
@@ -979,7 +983,7 @@ def evaluate_tasks(
     asked = TasksRequest(
         [tasks] if isinstance(tasks, str) else list(tasks), rows, max_tokens,
         [metrics] if isinstance(metrics, str) else list(metrics), None if judge is None else os.fspath(judge),
-        chat_template, fewshot, limit, sources, ignore_fingerprint, batch_tokens,
+        chat_template, fewshot, limit, sources, ignore_fingerprint, batch_tokens, schema=schema,
     )  # fmt: skip
     metric_list = check_tasks(asked)
     with loaded.loaded.lent() as lent:
@@ -998,6 +1002,7 @@ def check_tasks(asked: TasksRequest) -> list[Metric]:
         {
             "--tasks: needs lm-eval; pip install 'mlx-lora[eval]'": asked.tasks
             and importlib.util.find_spec("lm_eval") is None,
+            "--schema: is of answers to rows of your own; give --data FILE": asked.schema is not None and no_data,
             "--metric and --judge: score answers to rows of your own; give --data FILE": scored and no_data,
             "--metric: no rows to answer; give --data FILE, or --tasks": not asked.tasks and no_data and not scored,
             "--data with --tasks: give --metric exact_match, or another, to say how its answers are scored": (
@@ -1032,7 +1037,9 @@ def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) ->
 
             found = run_tasks(models, asked.tasks, asked.chat_template, asked.fewshot, asked.limit, asked.stopped)
         if asked.data is not None:
-            rows, answers = answer_rows(models, asked.data, metrics, asked.max_tokens, asked.limit, asked.stopped)
+            rows, answers = answer_rows(
+                models, asked.data, metrics, asked.max_tokens, asked.limit, asked.stopped, asked.schema
+            )
             own = score_rows(name, rows, answers, metrics)
             found.scores += own.scores
             found.answers |= own.answers

@@ -52,6 +52,7 @@ from mlx_lora.config.objectives import UNITS
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.engine.adapter_store import adapter_sources
+from mlx_lora.models.grammar import read_schema
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
@@ -308,6 +309,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
     "regex:PATTERN, json_schema:FILE, or a function as FILE.py:NAME.",
 )
 @click.option(
+    "--schema", default=None, metavar="FILE", help="Let answers to --data be JSON that fits this JSON schema."
+)
+@click.option(
     "--judge", default=None, help="Another model, which compares each adapter's answers to --data with the base's."
 )
 @click.option(
@@ -344,7 +348,7 @@ def tasks_command(
     Every adapter is compared with the base on the same rows. A difference is called one only if its 95% interval leaves out 0.
     """  # fmt: skip
     own = {name: given.pop(name) for name in ("judge", "fewshot", "limit", "apply_chat_template", "max_tokens")}
-    batch_tokens = given.pop("batch_tokens")
+    batch_tokens, schema = given.pop("batch_tokens"), given.pop("schema")
     split = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
     if split == ["list"]:
         check_tasks(TasksRequest(tasks=split))
@@ -366,7 +370,7 @@ def tasks_command(
         rows = None
     asked = TasksRequest(
         split, rows, own["max_tokens"], metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"],
-        sources, named.ignore_fingerprint, batch_tokens,
+        sources, named.ignore_fingerprint, batch_tokens, schema=read_schema(schema) if schema else None,
     )  # fmt: skip
     known, begun = check_tasks(asked), time.monotonic()
     base = load_base(settings.model)

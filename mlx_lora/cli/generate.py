@@ -19,6 +19,7 @@ from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.data_sets import read_tools
 from mlx_lora.data.examples import MOST_CHARACTERS
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, with_limits_of_run
+from mlx_lora.models.grammar import read_schema
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.trainer.fit import strategy_of
@@ -47,6 +48,9 @@ from mlx_lora.utils.errors import InputError
     help="Picture that the prompt is about; may be given several times. Needs a vision-language model.",
 )
 @flags.setting_option("max_pixels")
+@click.option(
+    "--schema", default=None, metavar="FILE", help="Let the answer be JSON that fits the JSON schema in this file."
+)
 @flags.text_options(100, TextSettings, top_k=True)
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
@@ -57,6 +61,7 @@ def main(
     prompt: str,
     how: TextSettings,
     images: tuple[str, ...],
+    schema: str | None,
     ignore_chat_template: bool,
     as_json: bool,
     **given: Any,
@@ -68,21 +73,21 @@ def main(
     tools, folder = read_tools(tools_file) if tools_file else None, adapter.folder()
     if folder is not None:
         check_writes_text(folder)
-    settings = train_settings(given)
+    settings, form = train_settings(given), read_schema(schema) if schema else None
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
             data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
-            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
+            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels, form)
         else:
             template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
             strategy.divide(base, settings)
             if strategy.words:
                 console.echo(strategy.words)
                 strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
-            pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy)
+            pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy, form)
         said: list[str] = []
         last: Any = None
         for last in pieces:  # all processes take part, and one prints

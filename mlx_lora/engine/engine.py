@@ -738,7 +738,7 @@ def _common(
             top_logprobs=top_logprobs,
             frequency_penalty=read_number(body, "frequency_penalty", -2, 2, 0.0, whole=False),
             presence_penalty=read_number(body, "presence_penalty", -2, 2, 0.0, whole=False),
-            logit_bias={int(key): float(value) for key, value in bias.items()},
+            logit_bias=tuple((int(key), float(value)) for key, value in bias.items()),
         ),
         "n": read_number(body, "n", 1, MAX_CHOICES, 1),
         "form": form,

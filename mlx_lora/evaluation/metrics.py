@@ -6,7 +6,7 @@ batch.
 
     exact_match      the answer is the expected one, but for white space around it
     number_match     its last number is that of the expected answer
-    json             it is valid JSON
+    json             it is valid JSON; where the expected answer is an object, also the share of its fields that are equal
     json_schema:FILE it is JSON that fits a schema
     regex:PATTERN    the pattern is found in it
     rouge_l          the longest common subsequence of words, as F1
@@ -54,6 +54,8 @@ from mlx_lora.evaluation.paired import (
     TaskScore,
     score_interval,
 )
+from mlx_lora.models.generator import Sampling
+from mlx_lora.models.grammar import opens_thinking
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.rollouts.rewards import ANSWER_COLUMNS, MATH, PLAIN, TrainerState, call_reward, problem_of, ready_reward
 from mlx_lora.rollouts.tool_calls import CallReader, Said, ToolTurns
@@ -134,7 +136,7 @@ def metric_of(name: str) -> Metric:
     if name == TOOLS:
         return Metric(name, tool_call_values, lambda row: row.calls is not None or bool(row.tools))
     if name == "json":
-        return Metric(name, lambda rows, answers: {name: [_valid_json(answer.text) for answer in answers]})
+        return Metric(name, _json_values)
     if name == "rouge_l":
         return Metric(name, _rouge_values, _has_answer)
     path, colon, called = name.rpartition(":")
@@ -187,12 +189,40 @@ def _function_values(
     return {shown: [None if value is None else float(value) for value in found]}
 
 
-def _valid_json(text: str) -> float:
-    try:
-        json.loads(text)
-    except ValueError:
-        return 0.0
-    return 1.0
+MOST_FIELDS = 20  # that have a score of their own
+
+
+def _json_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
+    """Return which answers are JSON, and of objects the share of the expected fields that are equal, together and by field."""
+    said, valid = [], []
+    for answer in answers:
+        try:
+            said.append(json.loads(answer.text))
+        except ValueError:
+            said.append(None)
+        valid.append(float(said[-1] is not None or answer.text.strip() == "null"))
+    found: Values = {"json": valid}
+    wanted: list[Any] = []
+    for row in rows:
+        right = expected_of(row)
+        with suppress(ValueError):
+            right = json.loads(right) if isinstance(right, str) else right
+        wanted.append(right if isinstance(right, dict) and right else None)
+    names = list(dict.fromkeys(name for right in wanted if right for name in right))
+    if not names:
+        return found
+    equal = [
+        right
+        and {
+            name: float(isinstance(own, dict) and name in own and _strict(own[name]) == _strict(value))
+            for name, value in right.items()
+        }
+        for right, own in zip(wanted, said, strict=True)
+    ]
+    found["json_fields"] = [None if own is None else sum(own.values()) / len(own) for own in equal]
+    for name in names[:MOST_FIELDS]:
+        found[f"json_fields {name}"] = [None if own is None else own.get(name) for own in equal]
+    return found
 
 
 def _rouge_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
@@ -332,6 +362,7 @@ def answer_rows(
     max_tokens: int = 256,
     limit: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    schema: Any = None,
 ) -> tuple[list[AskedRow], dict[str, list[ModelAnswer]]]:
     """Let all models answer all rows, and return the rows, and each model's answers to them.
 
@@ -342,6 +373,7 @@ def answer_rows(
         max_tokens: of an answer.
         limit: rows, from the first on; None: all.
         stopped: asked before each step whether to end.
+        schema: a JSON Schema that the answers fit, unless they are cut; None: they may be any text.
 
     Raises:
         InputError: the data cannot be read, has no prompts, or has nothing that a metric compares with.
@@ -349,6 +381,7 @@ def answer_rows(
     """
     base, sets, readers, prompts = models.base, {}, {}, []
     tokenizer, own = base.hf_tokenizer, base.hf_tokenizer.chat_template
+    form = None if schema is None else models.grammars.of_schema(schema, "--schema")
     for name in models.names:
         template = None if data.chat_template else models.templates[name]
         if template not in sets:
@@ -360,7 +393,10 @@ def answer_rows(
             check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
             sets[template] = rows.select(range(min(rows.examples, limit))) if limit else rows
         asked = [tuple(sets[template].row(number)[0].tolist()) for number in range(len(sets[template]))]
-        prompts += [TextRequest(name, tokens, max_tokens, special=True) for tokens in asked]
+        for tokens in asked:
+            grammar = None if form is None else models.grammars.whole(form, opened=opens_thinking(tokenizer, tokens))
+            sampling = Sampling(temperature=0, grammar=grammar)
+            prompts.append(TextRequest(name, tokens, max_tokens, sampling=sampling, special=True))
         used = template if template is not None else data.chat_template or own_template(tokenizer)
         readers[name] = None
         if used is not None and any(metric.name == TOOLS for metric in metrics):

@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -49,6 +50,7 @@ from mlx_lora.models.generator import (
     held_weights,
     one_row_because,
 )
+from mlx_lora.models.grammar import Grammars
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
@@ -368,6 +370,8 @@ class Models:
                 leaving = []
                 for row, token, _ in batch.step():
                     number, stream = row.owner
+                    if row.sampler.failure:
+                        raise InputError(f"--schema: too large to be enforced ({row.sampler.failure.splitlines()[0]})")
                     if token in ends or stream.add(token).stopped or len(row.tokens) == asked[number].room:
                         leaving.append(row)
                 if leaving:
@@ -382,6 +386,11 @@ class Models:
                     task.advance()
         return found
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes grammars of texts."""
+        return Grammars.of(self.base)
+
     def _join(self, batch: RunningBatch, known: PromptCache, at: int, asked: Sequence[TextRequest]) -> None:
         """Compute a prompt, and add its row to the batch; the row's owner is its number and its text."""
         prompt = asked[at]
@@ -389,7 +398,9 @@ class Models:
         caches, cached = known.find(number, tokens)
         stream = TextStream(Continuation(self.base.tokenizer), prompt.stops)
         vocabulary = self.base.token_rows or len(self.base.hf_tokenizer)
-        row = BatchRow((at, stream), number, Sampler(prompt.sampling, vocabulary), tokens[:cached])
+        grammar = prompt.sampling.grammar
+        sampler = Sampler(prompt.sampling, vocabulary, grammar and self.grammars.matcher(grammar))
+        row = BatchRow((at, stream), number, sampler, tokens[:cached])
         prefill = Prefill(self._steps, self._routing, row, tokens[cached:], caches)
         while not prefill.done:
             prefill.advance(PREFILL_TOKENS)

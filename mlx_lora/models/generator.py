@@ -67,7 +67,7 @@ import math
 import secrets
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -960,7 +960,7 @@ class Sampling:
             model's own, before the following.
         frequency_penalty: taken from a token's logit for each time that the answer has it.
         presence_penalty: taken from its logit if the answer has it.
-        logit_bias: added to tokens' logits.
+        logit_bias: tokens, and what is added to their logits.
         grammar: that the answer fits (models/grammar.py); None: any text.
     """
 
@@ -971,7 +971,7 @@ class Sampling:
     top_logprobs: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
 
 
@@ -991,7 +991,7 @@ class Sampler:
         self._seen: set[int] = set()
         if settings.logit_bias or settings.frequency_penalty or settings.presence_penalty:
             self.bias = np.zeros(vocabulary, np.float32)
-            for token, value in settings.logit_bias.items():
+            for token, value in settings.logit_bias:
                 self.bias[token] = value
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
         self._greedy = settings.temperature == 0 or settings.top_p == 0

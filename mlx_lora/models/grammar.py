@@ -19,13 +19,18 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.utils.errors import InputError, first_line
+from mlx_lora.utils.parsing import parse_json
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base
 
 # White space in JSON: as `json.dumps` writes it, with or without an indentation. Without a limit, a small model that is drawn
 # from at temperature 1 may write line breaks up to its last token.
@@ -76,12 +81,16 @@ class Grammars:
             self._tokenizer = from_tokenizer(tokenizer, vocabulary, list(ends))  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise InputError(f"an answer in a schema or grammar: this tokenizer cannot be used ({error})") from None
-        self.words = (vocabulary + 31) // 32
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self._special = {text: number for text, number in added.items() if self._tokenizer.is_special_token(number)}
         self._added = added.keys()
         self._known: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, base: Base) -> Grammars:
+        """Return those of a base; errors as of the constructor."""
+        return cls(base.hf_tokenizer, base.token_rows or len(base.hf_tokenizer), sorted(base.tokenizer.eos_token_ids))
 
     def matcher(self, grammar: str) -> Any:
         """Return a new matcher for a row (llguidance's LLMatcher).
@@ -192,6 +201,56 @@ class Grammars:
         return json.dumps(
             {"grammars": [{"name": "turn", "lark_grammar": lark}, *({"name": "answer", **one} for one in body)]}
         )
+
+
+def opens_thinking(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> bool:
+    """Return whether a prompt ends inside the thinking that its chat template opens."""
+    return str(tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(THOUGHTS[0][0])
+
+
+def read_schema(file: str) -> Any:
+    """Return the JSON schema in a file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    try:
+        return parse_json(Path(file).expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--schema {file}: no JSON schema can be read ({first_line(error)}); give a JSON file"
+        ) from None
+
+
+class SchemaProcessor:
+    """One of mlx-lm's logits processors, which keeps one text within a schema."""
+
+    def __init__(self, base: Base, schema: Any, prompt: Sequence[int], chat: bool):
+        """Prepare.
+
+        Args:
+            base: whose tokens the text has.
+            schema: a JSON Schema.
+            prompt: its tokens.
+            chat: it is a chat, so that a model that thinks does so before its answer.
+
+        Raises:
+            InputError: as of `Grammars` and `Grammars.of_schema`.
+        """
+        grammars = Grammars.of(base)
+        grammar = grammars.of_schema(schema, "--schema")
+        whole = grammars.whole(grammar, opened=opens_thinking(base.hf_tokenizer, prompt)) if chat else grammar
+        self._matcher, self._begun = grammars.matcher(whole), False
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        """Return the logits (1, V) of the tokens that may follow `tokens`."""
+        mx.async_eval(logits)
+        if self._begun and not self._matcher.is_stopped():
+            self._matcher.consume_token(tokens[-1].item())
+        self._begun = True
+        if self._matcher.is_error():
+            raise InputError(f"--schema: too large to be enforced ({self._matcher.get_error().splitlines()[0]})")
+        return masked(logits, mx.array(fill_masks([self._matcher], (logits.shape[1] + 31) // 32).view(np.uint32)))
 
 
 def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:

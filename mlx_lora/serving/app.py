@@ -91,7 +91,7 @@ from mlx_lora.engine.engine import (
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
-from mlx_lora.models.grammar import THOUGHTS
+from mlx_lora.models.grammar import THOUGHTS, opens_thinking
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
@@ -519,7 +519,7 @@ class Completions:
     def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
         """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
         base, tools = self._engine.base, tuple(ask.tools or ())
-        opened = str(base.hf_tokenizer.decode(tokens[-8:])).rstrip().endswith(THOUGHTS[0][0])
+        opened = opens_thinking(base.hf_tokenizer, tokens)
         marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
         if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
             return None
