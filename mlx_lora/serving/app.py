@@ -483,6 +483,9 @@ class Completions:
             message = f"{len(tokens)} tokens in the prompt and {asked} new ones: the limit is {limits.max_context}"
             raise ApiError(400, message, "context_length_exceeded", "messages")
         most, engine = ask.max_tokens or min(limits.max_tokens, room), self._engine
+        if any(token >= engine.vocabulary for token, _ in ask.sampling.logit_bias):
+            message = f"logit_bias: token ids must be from 0 to {engine.vocabulary - 1}"
+            raise ApiError(400, message, "invalid_value", "logit_bias")
         if ask.n > (queued := engine.limits.max_batch + engine.limits.max_waiting):
             raise ApiError(400, f"n {ask.n}: this server answers at most {queued} at once", "too_many_choices", "n")
         request = Request(
