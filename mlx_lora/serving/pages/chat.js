@@ -115,6 +115,11 @@ function show(text, said, now) {
   text.replaceChildren(...(said.length > LONGEST ? [made("p", "plain", said)] : markdown(said)));
 }
 
+// What the model thought before its answer, as a quotation. It is shown, and is not part of the conversation.
+function quoted(thought) {
+  return thought && thought.replace(/^/gm, "> ") + "\n\n";
+}
+
 // Streams one side's answer into its box, and makes it a turn of that side's conversation. Returns false when the
 // message was refused and has to be sent again.
 async function answer(side, question, box, signal, atOnce) {
@@ -130,6 +135,7 @@ async function answer(side, question, box, signal, atOnce) {
   box.taken = false;
   const start = performance.now();
   let said = "";
+  let thought = "";
   let count = 0;
   let first = 0;
   let last = 0;
@@ -150,12 +156,13 @@ async function answer(side, question, box, signal, atOnce) {
       const [choice] = event.choices;
       const follow = atEnd();
       if (event.usage) count = event.usage.completion_tokens;
-      else if (choice.delta.content) {
+      else if (choice.delta.content || choice.delta.reasoning_content) {
         last = performance.now();
         first = first || last;
         count += 1;
-        said += choice.delta.content;
-        show(text, said);
+        thought += choice.delta.reasoning_content || "";
+        said += choice.delta.content || "";
+        show(text, quoted(thought) + said);
       }
       if (choice && choice.finish_reason === "length") ending = ", stopped at Max tokens";
       if (first) figures.textContent = figuresOf(count, first, last, start, atOnce) + ending;
@@ -168,7 +175,7 @@ async function answer(side, question, box, signal, atOnce) {
     if (!aborted) problem.textContent = "Error: " + error.message;
     if (!said) return aborted;
   } finally {
-    show(text, said, true);
+    show(text, quoted(thought) + said, true);
     box.removeAttribute("aria-busy");
   }
   if (!box.isConnected) return true; // the conversation was reset meanwhile
