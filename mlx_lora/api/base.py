@@ -193,7 +193,7 @@ class Base:
         Raises:
             InputError: an argument is out of range, or the adapter does not fit this model.
         """
-        settings = TextSettings(max_tokens, temperature, top_p, top_k, seed)
+        settings = TextSettings(max_tokens, temperature, top_p, top_k, seed, schema)
         hold_weights(self.loaded)  # before the copy with an adapter, which shares them
         base, template = self.loaded, None
         if adapter is not None:
@@ -207,8 +207,7 @@ class Base:
                 self._adapted = (key, adapted, info.chat_template)
             _, base, template = self._adapted
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-        pieces = text_pieces(base, prompt, template, system_prompt, settings, tools, schema=schema)
-        return "".join(piece.text for piece in pieces)
+        return "".join(piece.text for piece in text_pieces(base, prompt, template, system_prompt, settings, tools))
 
     def release(self) -> None:
         """Free what only serves generating: float copies of quantized weights, and the adapter used last."""
@@ -293,6 +292,7 @@ class TextSettings:
         top_p: nucleus sampling from this share of the probability; 1: all tokens, 0: the likeliest token.
         top_k: sample from the k most likely tokens; 0: all.
         seed: of the sampling; None: MLX's random state as it is.
+        schema: a JSON Schema that the text fits, unless it is cut; None: it may be any text.
     """
 
     max_tokens: int = 100
@@ -300,6 +300,7 @@ class TextSettings:
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
+    schema: Any = None
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers out of range, all at once."""
@@ -318,6 +319,10 @@ class TextSettings:
                 and useless,
             }
         )
+
+    def processors(self, base: LoadedBase, prompt: Sequence[int], chat: bool) -> list[Any]:
+        """Return mlx-lm's processors of logits for a text; arguments and errors as of `SchemaProcessor`."""
+        return [] if self.schema is None else [SchemaProcessor(base, self.schema, prompt, chat)]
 
     def sampler(self, base: LoadedBase) -> Callable[[mx.array], mx.array]:
         """Return what draws the tokens of a text, from its seed on."""
@@ -338,7 +343,6 @@ def text_pieces(
     settings: TextSettings,
     tools: list[dict[str, Any]] | None = None,
     strategy: Strategy = SINGLE_DEVICE,
-    schema: Any = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses, at least one, each with a piece of the text.
 
@@ -350,7 +354,6 @@ def text_pieces(
         settings: how.
         tools: that the model may call, as OpenAI has them.
         strategy: how ranks divide the base.
-        schema: a JSON Schema that the text fits; None: it may be any text.
 
     Raises:
         InputError: the prompt cannot be encoded, the schema is invalid, the model is an encoder, or mlx-lm cannot generate
@@ -361,7 +364,7 @@ def text_pieces(
         raise errors.InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
-    processors = [] if schema is None else [SchemaProcessor(base, schema, tokens, template is not None)]
+    processors = settings.processors(base, tokens, chat=template is not None)
     responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy, processors)
     yield from responses if template else continued(responses, base.tokenizer)
 
@@ -409,7 +412,6 @@ def image_answer_pieces(
     system_prompt: str | None,
     settings: TextSettings,
     max_pixels: int | None = None,
-    schema: Any = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses to a question about pictures, each with a piece of the text.
 
@@ -421,7 +423,6 @@ def image_answer_pieces(
         system_prompt: a system message before it.
         settings: how.
         max_pixels: of a picture; a larger one is made smaller.
-        schema: as for `text_pieces`.
 
     Raises:
         InputError: a picture cannot be used, or the model sees none.
@@ -455,7 +456,7 @@ def image_answer_pieces(
         tokens,
         max_tokens=settings.max_tokens,
         sampler=sampler,
-        logits_processors=[] if schema is None else [SchemaProcessor(base, schema, tokens, chat=True)],
+        logits_processors=settings.processors(base, tokens, chat=True),
         prompt_cache=model.caches(),
         prefill_step_size=len(tokens),  # the tokens of a picture may have to see one another
     )

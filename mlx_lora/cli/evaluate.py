@@ -52,7 +52,6 @@ from mlx_lora.config.objectives import UNITS
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.engine.adapter_store import adapter_sources
-from mlx_lora.models.grammar import read_schema
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
@@ -370,7 +369,7 @@ def tasks_command(
         rows = None
     asked = TasksRequest(
         split, rows, own["max_tokens"], metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"],
-        sources, named.ignore_fingerprint, batch_tokens, schema=read_schema(schema) if schema else None,
+        sources, named.ignore_fingerprint, batch_tokens, schema=schema,
     )  # fmt: skip
     known, begun = check_tasks(asked), time.monotonic()
     base = load_base(settings.model)

@@ -49,8 +49,9 @@ from mlx_lora.utils.errors import InputError
 )
 @flags.setting_option("max_pixels")
 @click.option(
-    "--schema", default=None, metavar="FILE", help="Let the answer be JSON that fits the JSON schema in this file."
-)
+    "--schema", default=None, metavar="FILE", callback=lambda ctx, param, file: read_schema(file) if file else None,
+    help="Let the answer be JSON that fits the JSON schema in this file.",
+)  # fmt: skip
 @flags.text_options(100, TextSettings, top_k=True)
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
@@ -61,7 +62,6 @@ def main(
     prompt: str,
     how: TextSettings,
     images: tuple[str, ...],
-    schema: str | None,
     ignore_chat_template: bool,
     as_json: bool,
     **given: Any,
@@ -73,21 +73,21 @@ def main(
     tools, folder = read_tools(tools_file) if tools_file else None, adapter.folder()
     if folder is not None:
         check_writes_text(folder)
-    settings, form = train_settings(given), read_schema(schema) if schema else None
+    settings = train_settings(given)
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
             data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
-            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels, form)
+            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
         else:
             template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
             strategy.divide(base, settings)
             if strategy.words:
                 console.echo(strategy.words)
                 strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
-            pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy, form)
+            pieces = text_pieces(base, text, template, system_prompt, how, tools, strategy)
         said: list[str] = []
         last: Any = None
         for last in pieces:  # all processes take part, and one prints

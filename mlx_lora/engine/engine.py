@@ -42,7 +42,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.chat_template import encode_chat
+from mlx_lora.data.chat_template import encode_chat, own_template
 from mlx_lora.data.downloads import is_on_web
 from mlx_lora.data.examples import FormatError, Message
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages, family_of
@@ -74,12 +74,13 @@ from mlx_lora.models.generator import (
     hold_weights,
     one_row_because,
 )
-from mlx_lora.models.grammar import Grammars
+from mlx_lora.models.grammar import THOUGHTS, Grammars, opens_thinking
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.vision_encoder import ImageFeatureCache, VisionEncoder, image_template
+from mlx_lora.rollouts.tool_calls import JSON_CALLS, NO_CALLS, CallReader, ToolTurns, call_form, call_rules
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.http import ApiError, bad_value, is_number, read_number, read_typed, shown_value
@@ -818,6 +819,77 @@ def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict
         return {**plain, "tool_calls": [{**call, "function": one} for call, one in zip(calls, read, strict=True)]}
     except (TypeError, KeyError, AttributeError, ValueError):
         raise bad_value(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
+
+
+# The form of an answer
+
+
+class AnswerForms:
+    """Says how the answer of a request is read, and what it has to be; one request at a time."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._readers: dict[str, CallReader] = {}  # by chat template
+
+    def of(self, ask: Ask, template: str | None, tokens: list[int]) -> tuple[CallReader | None, str | None]:
+        """Return what reads an answer, None if it is text alone, and its grammar, None if it may be any text.
+
+        Args:
+            ask: the request.
+            template: the adapter's own chat template; None: the model's.
+            tokens: of the prompt.
+
+        Raises:
+            ApiError: 400: a schema or grammar is invalid, with its place.
+        """
+        template = template or own_template(self._engine.base.hf_tokenizer) or ""
+        return self._constrained(ask, None if ask.messages is None else self._reader(ask, template, tokens))
+
+    def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
+        """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
+        base, tools = self._engine.base, tuple(ask.tools or ())
+        opened = opens_thinking(base.hf_tokenizer, tokens)
+        marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
+        if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
+            return None
+        if template not in self._readers:
+            turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
+            try:
+                form = call_form(turns)
+            except InputError:  # the template shows no calls; a model may still write them
+                form = JSON_CALLS
+            self._readers[template] = CallReader(turns, form, False)
+        form = self._readers[template].form if tools else NO_CALLS
+        return replace(self._readers[template], form=form, opened=opened, tools=tools)
+
+    def _constrained(self, ask: Ask, reader: CallReader | None) -> tuple[CallReader | None, str | None]:
+        """Return what reads an answer, and its grammar; None: it may be any text."""
+        tools, answer, calls, chosen = ask.tools or [], None, "", []
+        strict = any(tool["function"].get("strict") for tool in tools)
+        if ask.form is None and ask.tool_choice == "auto" and not strict:
+            return reader, None
+        try:
+            grammars = self._engine.grammars
+            if ask.form is not None:
+                kind, given, place = ask.form
+                answer = grammars.of_schema(given, place) if kind == "schema" else grammars.of_text(kind, given, place)
+            if ask.messages is None:
+                return None, answer
+            for number, tool in enumerate(tools):
+                function = tool["function"]
+                if ask.tool_choice in ("auto", "required", function["name"]):
+                    grammars.of_schema(function.get("parameters") or {}, f"tools[{number}].function.parameters")
+                    chosen.append(tool)
+            answer = answer if ask.tool_choice == "auto" else None
+            free = bool(chosen) and ask.tool_choice == "auto" and answer is None
+            if reader is not None and chosen:
+                form, calls = call_rules(reader, chosen, grammars.literal, ask.parallel, free)
+                reader = replace(reader, form=form)
+            grammar = grammars.whole(answer, calls, reader is not None and reader.opened, free)
+            grammars.matcher(grammar)  # compiled here, and not between two steps of the engine
+        except InputError as error:
+            raise ApiError(400, str(error), "invalid_grammar") from None
+        return reader, grammar
 
 
 RETRY_AFTER_S = 1

@@ -73,6 +73,7 @@ from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
 from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
 from mlx_lora.engine.engine import (
+    AnswerForms,
     Ask,
     Engine,
     Event,
@@ -91,21 +92,15 @@ from mlx_lora.engine.engine import (
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
-from mlx_lora.models.grammar import THOUGHTS, opens_thinking
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.reports import charts
 from mlx_lora.rollouts.tool_calls import (
-    JSON_CALLS,
-    NO_CALLS,
     CallReader,
     Said,
     SaidStream,
-    ToolTurns,
-    call_form,
-    call_rules,
 )
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.guard import Guard, GuardLimits, error_response, not_here
@@ -445,7 +440,7 @@ class Completions:
         self._pictures = PictureReader(engine.base, [limits.images_from] if limits.images_from else [])
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
-        self._readers: dict[str, CallReader] = {}  # by chat template
+        self._forms = AnswerForms(engine)
         self.counts: Counter[str] = Counter()
 
     async def chat(self, request: HttpRequest) -> EngineResponse:
@@ -513,57 +508,9 @@ class Completions:
             else:
                 pictures = None
                 tokens = prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary)
-            template = template or own_template(self._engine.base.hf_tokenizer) or ""
-            reader = None if ask.messages is None else self._reader(ask, template, tokens)
-            return tokens, pictures, *self._constrained(ask, reader)
+            return tokens, pictures, *self._forms.of(ask, template, tokens)
         except ApiError as error:
             raise client_error(self._engine, error, self._pictures.folders) from None
-
-    def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
-        """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
-        base, tools = self._engine.base, tuple(ask.tools or ())
-        opened = opens_thinking(base.hf_tokenizer, tokens)
-        marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
-        if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
-            return None
-        if template not in self._readers:
-            turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
-            try:
-                form = call_form(turns)
-            except InputError:  # the template shows no calls; a model may still write them
-                form = JSON_CALLS
-            self._readers[template] = CallReader(turns, form, False)
-        form = self._readers[template].form if tools else NO_CALLS
-        return replace(self._readers[template], form=form, opened=opened, tools=tools)
-
-    def _constrained(self, ask: Ask, reader: CallReader | None) -> tuple[CallReader | None, str | None]:
-        """Return what reads an answer, and its grammar; None: it may be any text."""
-        tools, answer, calls, chosen = ask.tools or [], None, "", []
-        strict = any(tool["function"].get("strict") for tool in tools)
-        if ask.form is None and ask.tool_choice == "auto" and not strict:
-            return reader, None
-        try:
-            grammars = self._engine.grammars
-            if ask.form is not None:
-                kind, given, place = ask.form
-                answer = grammars.of_schema(given, place) if kind == "schema" else grammars.of_text(kind, given, place)
-            if ask.messages is None:
-                return None, answer
-            for number, tool in enumerate(tools):
-                function = tool["function"]
-                if ask.tool_choice in ("auto", "required", function["name"]):
-                    grammars.of_schema(function.get("parameters") or {}, f"tools[{number}].function.parameters")
-                    chosen.append(tool)
-            answer = answer if ask.tool_choice == "auto" else None
-            free = bool(chosen) and ask.tool_choice == "auto" and answer is None
-            if reader is not None and chosen:
-                form, calls = call_rules(reader, chosen, grammars.literal, ask.parallel, free)
-                reader = replace(reader, form=form)
-            grammar = grammars.whole(answer, calls, reader is not None and reader.opened, free)
-            grammars.matcher(grammar)  # compiled here, and not between two steps of the engine
-        except InputError as error:
-            raise ApiError(400, str(error), "invalid_grammar") from None
-        return reader, grammar
 
     def _model(self, card: Card | None) -> dict[str, Any]:
         return {
