@@ -107,14 +107,14 @@ class Said:
 
 
 def _between(start: str, end: str, parse: Callable[..., Any], text: str, tools: Schemas) -> Iterator[Part]:
-    """Find calls that stand between two texts; without an end, the first one goes up to the text's end."""
+    """Find calls that stand between two texts; one without an end goes up to the next call, or to the text's end."""
     before, found, after = text.partition(start)
     yield Part(before)
     while found:
-        inside, closed, after = after.partition(end) if end else (after, "", "")
+        inside, closed, rest = after.partition(end or start)
         read = partial(parse, inside, list(tools)) if closed or not end else _unended
-        before, found, after = after.partition(start)
-        yield Part(start + inside + closed, read, bool(closed))
+        before, found, after = rest.partition(start) if end else ("", closed, rest)
+        yield Part(start + inside + (closed if end else ""), read, bool(closed))
         yield Part(before)
 
 
