@@ -6,16 +6,20 @@ import logging
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_lora.adapters.base import SWITCH
+from mlx_lora.adapters.base import LINEAR, SWITCH
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base, speaks_python
+from mlx_lora.api.fuse import FuseSettings, ways_to_round
 from mlx_lora.exporters.adapter_config import (
     LABELS_FILE,
     SAME_LAYOUT,
@@ -39,9 +43,10 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import has_tower
 from mlx_lora.objectives.embed import form_of_run
-from mlx_lora.utils.errors import InputError, refuse
+from mlx_lora.utils.errors import InputError, RunError, refuse
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
+from mlx_lora.utils.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +55,10 @@ ONLY_LLAMA_CPP = re.compile(r"i?q\d_(k|k_\w+|xs|xxs|s|m|nl)|tq\d_0", re.IGNORECA
 # Forms that have a place for a changed vision tower.
 WITH_TOWER = ("gguf", "peft", "mlx-vlm")
 # Forms whose readers take the chat template of the base.
-WITHOUT_TEMPLATE = ("mlx-lm", "mlx-vlm", "gguf-adapter")
+WITHOUT_TEMPLATE = ("mlx-lm", "mlx-swift", "mlx-vlm", "gguf-adapter")
 FLOATS = ("f32", "f16", "bf16")  # what llama-quantize makes smaller
 FUSE = "fuse it instead (mlx-lora fuse)"
+QUESTION = "Hello! Who are you?"
 LMSTUDIO = "~/.lmstudio/models/PUBLISHER/MODEL/"
 
 
@@ -69,6 +75,7 @@ class ExportSettings:
         force: replace what is in `out`.
         push_to_hub: hub id to upload to; None: nothing is uploaded.
         private: make that repository private.
+        create: create the model in Ollama, and ask it a question.
     """
 
     to: str
@@ -79,6 +86,7 @@ class ExportSettings:
     force: bool = False
     push_to_hub: str | None = None
     private: bool = False
+    create: bool = False
 
     def check(self, has_adapter: bool) -> None:
         """Refuse settings that the format does not have, before anything is loaded.
@@ -108,6 +116,9 @@ class ExportSettings:
                 and "peft" not in self.to,
                 "--private without --push-to-hub: nothing is uploaded; give both, or neither": self.private
                 and self.push_to_hub is None,
+                f"--create with {to}: only Ollama creates a model; leave it out": self.create and self.to != "ollama",
+                "--create: there is no program ollama on the PATH; install it, or leave --create out": self.create
+                and shutil.which("ollama") is None,
                 f"--gguf-type with {to}: only a merged GGUF has one; leave it out": self.gguf_type and not merged,
                 "--ollama-base: needs --to ollama and --adapter-path, and excludes --gguf-type; change those flags": (
                     self.ollama_base and (self.to != "ollama" or self.gguf_type or not has_adapter)
@@ -136,9 +147,10 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-vlm (of a vision-language model), hf (a merged model for transformers), sentence-transformers or
-            sentence-transformers-peft (of embeddings), gguf-adapter, gguf (a merged model) or ollama.
-        out: folder or .gguf file to write.
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-swift, mlx-vlm (of a vision-language model), hf (a
+            merged model for transformers), sentence-transformers or sentence-transformers-peft (of embeddings), gguf-adapter,
+            gguf (a merged model), ollama or lmstudio (a merged model in its folder).
+        out: folder or .gguf file to write; of lmstudio NAME or PUBLISHER/NAME.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
         gguf_type: type of the weights of a merged GGUF.
         ollama_base: Ollama model or .gguf file that a Modelfile applies the adapter to (default: none, the merged model).
@@ -146,7 +158,7 @@ def export(
         ignore_fingerprint: use an adapter that was trained on another base of the same shape.
 
     Returns:
-        `out`.
+        The folder or file.
 
     Raises:
         InputError: an argument cannot be used, or the format cannot hold this adapter.
@@ -156,8 +168,8 @@ def export(
     base = as_base(base, "export")
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     with base.loaded.lent() as lent:
-        write_export(settings, lent, folder, ignore_fingerprint, keep_dtype=base.settings.dtype != "auto")
-    return settings.out
+        job = write_export(settings, lent, folder, ignore_fingerprint, keep_dtype=base.settings.dtype != "auto")
+    return job.settings.out
 
 
 def write_export(
@@ -179,6 +191,8 @@ def write_export(
     Returns:
         What was written.
     """
+    if settings.to == "lmstudio":
+        settings = replace(settings, out=lmstudio_folder(settings.out))
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
     if adapter and adapter.resolve().is_relative_to(out.resolve()):
         raise InputError(f"--out {out}: holds the adapter {adapter}; give another folder")
@@ -206,7 +220,9 @@ def write_export(
             f"Note: the adapter was trained with a chat template of its own, and --to {settings.to} has no place for it, so "
             "the base's is used there; fuse, or export a merged model, to keep it"
         )
-    if uses := commands(job):
+    if settings.create:
+        create_in_ollama(job)
+    elif uses := commands(job):
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         for path in form.files(job):
@@ -260,7 +276,9 @@ class Export:
 
     @property
     def rounds(self) -> bool:
-        """Whether the merged weights of a GGUF are rounded to less than 16 bits, so that they may keep less of the adapter."""
+        """Whether the merged weights are rounded to less than 16 bits, so that they may keep less of the adapter."""
+        if self.settings.to == "lmstudio":
+            return bool(self.base.quantization) and not self._fits_base
         if not FORMATS[self.settings.to].merged_gguf or self.gguf_type in FLOATS:
             return False
         return not (self.gguf_type == STORED and self._fits_base)
@@ -311,6 +329,9 @@ def _write_factors(job: Export) -> None:
     check_new_folder(out, job.settings.force)
     kind, sees = str(job.base.config.get("model_type")), isinstance(job.base.config.get("vision_config"), dict)
     layers = adapter_layers(job.base.model)
+    outside = next(
+        (path for path, layer in layers.items() if layer.OVER is not LINEAR or ".layers." not in f".{path}"), ""
+    )
     apart = next((path for path, layer in layers.items() if not layer.adapts_head), None)
     experts = next((path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE), "")
     beside = f"--to {to}: the adapter"
@@ -318,6 +339,8 @@ def _write_factors(job: Export) -> None:
         {
             f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm" and not sees,
             f"--to mlx-lm: the adapter {FUSED_ONLY}": to == "mlx-lm" and info.qat,
+            f"{beside} is on {outside or 'whole parameters'}, and mlx-swift-lm loads adapters of linear layers in blocks alone; "
+            f"{FUSE}": to == "mlx-swift" and (outside or info.full or info.qat),
             f"{beside} trains {', '.join(info.full[:1])} in full, which they do not load beside adapter weights; {FUSE}": (
                 info.full and info.method != "full"
             ),
@@ -384,6 +407,59 @@ def _embedding_form(job: Export) -> EmbeddingForm:
             f"--to {job.settings.to}: {job.adapter} was not trained with --objective embed; export it to another format"
         )
     return form
+
+
+def lmstudio_folder(name: Path) -> Path:
+    """Return the folder of a model in LM Studio's models: those of its settings, of its home, or of its old place.
+
+    Args:
+        name: NAME, or PUBLISHER/NAME.
+
+    Raises:
+        InputError: it is neither, or LM Studio has no folder here.
+    """
+    home, old = Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio/models").expanduser()
+    models = home / "models"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or {".", ".."} & set(name.parts):
+        raise InputError(f"--out {name}: not a name in LM Studio; give NAME or PUBLISHER/NAME")
+    if not home.is_dir() and not old.is_dir():
+        raise InputError(
+            f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse"
+        )
+    if old.is_dir() and not models.is_dir():
+        models = old
+    with suppress(OSError, ValueError):  # it has not been changed
+        chosen = parse_json((home / "settings.json").read_bytes()).get("downloadsFolder")
+        models = Path(chosen) if isinstance(chosen, str) and Path(chosen).is_dir() else models
+    return models / (name if len(name.parts) == 2 else Path("mlx-lora") / name)
+
+
+def _write_lmstudio(job: Export) -> None:
+    """Write the fused MLX model, rounded as `mlx-lora fuse` does first."""
+    out, force = job.settings.out, job.settings.force
+    if job.info.chat_template:  # layers are rounded for rows that are written with it
+        job.base.hf_tokenizer.chat_template = job.info.chat_template
+    adapter: Any = job.adapter  # it is not written without one
+    way = ways_to_round(job.base, adapter, FuseSettings(out))[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_fused(job.base, out, job.info, way, force=force, keep_dtype=job.keep_dtype)
+
+
+def create_in_ollama(job: Export) -> None:
+    """Create a model in Ollama from what was written, and ask it one question.
+
+    Raises:
+        RunError: Ollama fails, or says nothing; what was written stays.
+    """
+    create, run = (shlex.split(line) for line in commands(job))
+    for command in (create, [*run, QUESTION]):
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode or (command is not create and not done.stdout.strip()):
+            why = (done.stderr.strip() or "no answer").splitlines()[-1]
+            raise RunError(
+                f"{shlex.join(command)} failed ({why}); {job.settings.out} is written: run it again yourself"
+            )
+    log.info(f"{run[-1]}: in Ollama. Asked {QUESTION!r}, it says: {done.stdout.strip()[:200]}")
 
 
 def _check_gguf_file(out: Path, force: bool) -> None:
@@ -474,7 +550,10 @@ def commands(job: Export) -> list[str]:
             return [f'python -c "from sentence_transformers import SentenceTransformer as S; print(S({str(out)!r}))"']
         case "gguf-adapter":
             file = base if base.endswith(".gguf") and path.is_file() else "BASE.gguf"
-            return [f"llama-cli -m {shlex.quote(file)} --lora {job.path}"]
+            several = f"llama-server -m {shlex.quote(file)} --lora-scaled {job.path}:1.0,OTHER.gguf:0.5"
+            return [f"llama-cli -m {shlex.quote(file)} --lora {job.path}", f"{several}  # several at once"]
+        case "lmstudio":
+            return ["lms ls", f"lms load {'/'.join(out.parts[-2:])}  # by its name in the list"]
         case "gguf":
             lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
             if towers := _gguf_files(job)[1:]:
@@ -520,6 +599,8 @@ FORMATS = {
         "PEFT over a GPTQ base (use_qalora)", _write_peft, holds_base=False, card_library="peft"
     ),
     "mlx-lm": ExportFormat("stock mlx-lm (--adapter-path)", _write_factors, holds_base=False, card_library="mlx"),
+    "mlx-swift": ExportFormat("mlx-swift-lm (LoRAContainer), in an app", _write_factors, holds_base=False),
+    "lmstudio": ExportFormat("LM Studio", _write_lmstudio),
     "mlx-vlm": ExportFormat(
         "stock mlx-vlm (--adapter-path), for a vision-language model", _write_factors, holds_base=False
     ),

@@ -6,6 +6,8 @@ python -m mlx_lora export --model DIR --adapter-path my-adapter --to hf   --out 
 python -m mlx_lora export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
 python -m mlx_lora export --model DIR --adapter-path my-adapter --to gguf --out m.gguf           llama.cpp, LM Studio
 python -m mlx_lora export --model DIR --adapter-path my-adapter --to ollama --out folder         ollama create
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to lmstudio --out my-model     LM Studio
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to mlx-swift --out folder      apps with mlx-swift-lm
 
 The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path it is the model itself.
 """
@@ -39,9 +41,14 @@ from mlx_lora.utils import console
     "to",
     type=click.Choice(tuple(FORMATS), False),  # in any case
     required=True,
-    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
+    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, Ollama's Modelfile, or a model in LM Studio.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to write.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder or .gguf file to write; lmstudio: NAME or PUBLISHER/NAME there.",
+)
 @click.option(
     "--base-id", type=str, default=None, help="Hub id that a PEFT adapter names as its base [default: the base's own]."
 )
@@ -66,6 +73,7 @@ from mlx_lora.utils import console
     help="Measure on these rows what a merged model keeps of the adapter [default: if --gguf-type is below 16 bits, what "
     "the adapter's run held out].",
 )
+@click.option("--create", is_flag=True, help="ollama: create the model in Ollama as well, and ask it a question.")
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @click.option(
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
@@ -87,9 +95,10 @@ def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
     written = write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
     del base  # the next lines load models
     kind, rounds = written.gguf_type if FORMATS[asked.to].merged_gguf else "float", written.rounds
+    asked = written.settings  # with LM Studio's folder
     scores, qat = written.scores, written.info is not None and written.info.qat
     del written  # it holds the base
-    if folder is None or scores or not (in_ollama or asked.to in ("gguf", "hf")):
+    if folder is None or scores or not (in_ollama or asked.to in ("gguf", "hf", "lmstudio")):
         return
     if not data and not rounds:
         kind = "the base's own numbers" if kind == STORED else kind

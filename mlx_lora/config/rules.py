@@ -395,7 +395,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         *(excludes(("forgetting", "objective=embed"), "it needs the whole base", BOTH, **one) for one in DIVIDED),
     ),
     "export": (
-        excludes("data", "only a merged model is measured", to=other_than("gguf", "hf", "ollama")),
+        excludes("data", "only a merged model is measured", to=other_than("gguf", "hf", "ollama", "lmstudio")),
         excludes("data", "only a merged model is measured", ollama_base=GIVEN),
         needs("data", "there is no adapter to measure", adapter_path=GIVEN),
     ),
