@@ -85,7 +85,7 @@ def test_every_reason_has_a_command():
 
 
 def test_every_block_says_what_it_is():
-    known = {"bash", "console", "json", "python", "text", "toml", "yaml"}
+    known = {"bash", "console", "json", "python", "swift", "text", "toml", "yaml"}
     for block in all_blocks():
         assert block.language in known, block
     for block in all_blocks():
