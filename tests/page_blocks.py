@@ -125,6 +125,7 @@ NOT_RUN = {
     r"mlx-lora serve .*--training": "needs Tinker's client; test_training_client.py runs it against such a server",
     r"mlx-lora fuse .*--(compensate|bits-budget)": "needs a quantized base; test_compensate.py has one",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
+    r"mlx-lora export .*--to (lmstudio|mlx-swift|ollama .*--create)": "needs another program; test_other_apps.py has stand-ins",
     r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",
     r"llama-(cli|server) ": "needs llama.cpp; test_gguf_adapter.py judges with its library",
     r"lms ": "needs LM Studio; test_other_apps.py has directories laid out like its own",
