@@ -419,15 +419,13 @@ def lmstudio_folder(name: Path) -> Path:
         InputError: it is neither, or LM Studio has no folder here.
     """
     home, old = Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio/models").expanduser()
-    models = home / "models"
+    models = old if old.is_dir() and not (home / "models").is_dir() else home / "models"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or {".", ".."} & set(name.parts):
         raise InputError(f"--out {name}: not a name in LM Studio; give NAME or PUBLISHER/NAME")
     if not home.is_dir() and not old.is_dir():
         raise InputError(
             f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse"
         )
-    if old.is_dir() and not models.is_dir():
-        models = old
     with suppress(OSError, ValueError):  # it has not been changed
         chosen = parse_json((home / "settings.json").read_bytes()).get("downloadsFolder")
         models = Path(chosen) if isinstance(chosen, str) and Path(chosen).is_dir() else models

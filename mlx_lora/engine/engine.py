@@ -671,19 +671,15 @@ def read_chat(body: dict[str, Any]) -> Ask:
             raise bad_value(
                 "tool_choice", body["tool_choice"], f"a function of tools, which has {', '.join(names) or 'none'}"
             )
-    elif choice not in (None, "none", "auto", "required"):
+    elif choice not in (None, "none", "auto") and not (choice == "required" and tools):
         raise bad_value(
-            "tool_choice", choice, 'none, auto, required, or {"type": "function", "function": {"name": ...}}'
+            "tool_choice", choice, 'none, auto, with tools required, or {"type": "function", "function": {"name": ...}}'
         )
-    if choice == "required" and not tools:
-        raise bad_value("tool_choice", choice, "none or auto where there are no tools")
-    if choice == "none":
-        tools = []
     pictures: dict[str, str | bytes] = {}
     return Ask(
         messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
         pictures=pictures,
-        tools=tools or None,
+        tools=(tools or None) if choice != "none" else None,
         tool_choice=choice or "auto",
         parallel=read_typed(body, "parallel_tool_calls", bool, True),
         prompt=None,
@@ -843,27 +839,7 @@ class AnswerForms:
             ApiError: 400: a schema or grammar is invalid, with its place.
         """
         template = template or own_template(self._engine.base.hf_tokenizer) or ""
-        return self._constrained(ask, None if ask.messages is None else self._reader(ask, template, tokens))
-
-    def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
-        """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
-        base, tools = self._engine.base, tuple(ask.tools or ())
-        opened = opens_thinking(base.hf_tokenizer, tokens)
-        marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
-        if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
-            return None
-        if template not in self._readers:
-            turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
-            try:
-                form = call_form(turns)
-            except InputError:  # the template shows no calls; a model may still write them
-                form = JSON_CALLS
-            self._readers[template] = CallReader(turns, form, False)
-        form = self._readers[template].form if tools else NO_CALLS
-        return replace(self._readers[template], form=form, opened=opened, tools=tools)
-
-    def _constrained(self, ask: Ask, reader: CallReader | None) -> tuple[CallReader | None, str | None]:
-        """Return what reads an answer, and its grammar; None: it may be any text."""
+        reader = None if ask.messages is None else self._reader(ask, template, tokens)
         tools, answer, calls, chosen = ask.tools or [], None, "", []
         strict = any(tool["function"].get("strict") for tool in tools)
         if ask.form is None and ask.tool_choice == "auto" and not strict:
@@ -890,6 +866,23 @@ class AnswerForms:
         except InputError as error:
             raise ApiError(400, str(error), "invalid_grammar") from None
         return reader, grammar
+
+    def _reader(self, ask: Ask, template: str, tokens: list[int]) -> CallReader | None:
+        """Return what reads thinking and calls of tools in a chat's answer; None: all of it is text."""
+        base, tools = self._engine.base, tuple(ask.tools or ())
+        opened = opens_thinking(base.hf_tokenizer, tokens)
+        marks = {token.content for token in base.hf_tokenizer.added_tokens_decoder.values()}
+        if not tools and not opened and marks.isdisjoint(["<|channel|>", *(end for _, end in THOUGHTS)]):
+            return None
+        if template not in self._readers:
+            turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
+            try:
+                form = call_form(turns)
+            except InputError:  # the template shows no calls; a model may still write them
+                form = JSON_CALLS
+            self._readers[template] = CallReader(turns, form, False)
+        form = self._readers[template].form if tools else NO_CALLS
+        return replace(self._readers[template], form=form, opened=opened, tools=tools)
 
 
 RETRY_AFTER_S = 1

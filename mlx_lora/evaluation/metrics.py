@@ -189,40 +189,37 @@ def _function_values(
     return {shown: [None if value is None else float(value) for value in found]}
 
 
+NO_JSON = object()
 MOST_FIELDS = 20  # that have a score of their own
 
 
 def _json_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
     """Return which answers are JSON, and of objects the share of the expected fields that are equal, together and by field."""
-    said, valid = [], []
-    for answer in answers:
-        try:
-            said.append(json.loads(answer.text))
-        except ValueError:
-            said.append(None)
-        valid.append(float(said[-1] is not None or answer.text.strip() == "null"))
-    found: Values = {"json": valid}
-    wanted: list[Any] = []
-    for row in rows:
-        right = expected_of(row)
-        with suppress(ValueError):
-            right = json.loads(right) if isinstance(right, str) else right
-        wanted.append(right if isinstance(right, dict) and right else None)
+    said, expected = [_parsed(answer.text) for answer in answers], [_parsed(expected_of(row)) for row in rows]
+    found: Values = {"json": [float(one is not NO_JSON) for one in said]}
+    wanted = [one if isinstance(one, dict) and one else None for one in expected]
     names = list(dict.fromkeys(name for right in wanted if right for name in right))
-    if not names:
-        return found
     equal = [
         right
         and {
-            name: float(isinstance(own, dict) and name in own and _strict(own[name]) == _strict(value))
-            for name, value in right.items()
+            name: float(isinstance(own, dict) and name in own and _strict(own[name]) == _strict(right[name]))
+            for name in right
         }
         for right, own in zip(wanted, said, strict=True)
     ]
-    found["json_fields"] = [None if own is None else sum(own.values()) / len(own) for own in equal]
+    if names:
+        found["json_fields"] = [None if own is None else sum(own.values()) / len(own) for own in equal]
     for name in names[:MOST_FIELDS]:
         found[f"json_fields {name}"] = [None if own is None else own.get(name) for own in equal]
     return found
+
+
+def _parsed(text: Any) -> Any:
+    """Return what a text is as JSON, or NO_JSON; anything but a text as it is."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return NO_JSON
 
 
 def _rouge_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:

@@ -993,15 +993,12 @@ class Sampler:
             self.bias = np.zeros(vocabulary, np.float32)
             for token, value in settings.logit_bias:
                 self.bias[token] = value
+        # Whether a token depends on those before it by more than the logits, so that the host has to know them.
+        self.follows = matcher is not None or self.bias is not None
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
         self._greedy = settings.temperature == 0 or settings.top_p == 0
         if not self._greedy:
             self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
-
-    @property
-    def follows(self) -> bool:
-        """Whether a token depends on those before it by more than the logits, so that the host has to know them."""
-        return self.matcher is not None or self.bias is not None
 
     @property
     def failure(self) -> str:
@@ -1063,8 +1060,8 @@ def sample_rows(logits: mx.array, samplers: list[Sampler]) -> tuple[mx.array, li
     greedy = all(sampler.settings.temperature == 0 for sampler in samplers)
     drawn = logits
     if any(sampler.bias is not None for sampler in samplers):
-        nothing = np.zeros(logits.shape[1], np.float32)
-        drawn = drawn + mx.array(np.stack([nothing if one.bias is None else one.bias for one in samplers]))
+        zeros = mx.zeros(logits.shape[1])
+        drawn = drawn + mx.stack([zeros if one.bias is None else mx.array(one.bias) for one in samplers])
     if any(sampler.matcher is not None for sampler in samplers):
         masks = fill_masks([sampler.matcher for sampler in samplers], (logits.shape[1] + 31) // 32)
         drawn = masked(drawn, mx.array(masks.view(np.uint32)))

@@ -18,7 +18,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,26 +119,19 @@ class Grammars:
         Raises:
             InputError: it is invalid, or has what cannot be enforced; the text names the innermost place.
         """
-        why = self._problem(schema, schema)
-        if not why:
-            return schema_grammar(schema)
-        inner, place = why, ""
-        at, found = schema, True
-        while found and isinstance(at, dict):
-            found = False
-            for step, part in _parts(at):
-                if problem := self._problem(part, schema):
-                    at, inner, place, found = part, problem, f"{place}.{step}", True
-                    break
-        raise InputError(f"{name}{place}: {inner}")
+        if why := self._invalid(schema, schema, name):
+            raise InputError(why)
+        return schema_grammar(schema)
 
-    def _problem(self, schema: Any, root: Any) -> str:
-        """Return what is wrong with a part of a schema, in the first line; empty: nothing."""
+    def _invalid(self, schema: Any, root: Any, name: str) -> str:
+        """Return what is wrong with a part of a schema, and its innermost place; empty: nothing."""
+        if not isinstance(schema, dict | bool):
+            return f"{name}: found {json.dumps(schema)[:60]}; a schema is an object, true or false"
         shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
         whole = {**shared, **schema} if isinstance(schema, dict) else schema
-        if not isinstance(whole, dict | bool):
-            return f"found {json.dumps(whole)[:60]}; a schema is an object, true or false"
-        return self._package.LLMatcher.validate_grammar(schema_grammar(whole), self._tokenizer).partition("\n")[0]
+        why = self._package.LLMatcher.validate_grammar(schema_grammar(whole), self._tokenizer).partition("\n")[0]
+        inner = (self._invalid(part, root, f"{name}.{step}") for step, part in _parts(schema)) if why else ()
+        return next(filter(None, inner), f"{name}: {why}" if why else "")
 
     def of_text(self, form: str, text: str, name: str) -> str:
         """Return the grammar of a regular expression (`regex`), or of Lark's or GBNF's text (`grammar`), after a check.
@@ -253,9 +246,10 @@ class SchemaProcessor:
         return masked(logits, mx.array(fill_masks([self._matcher], (logits.shape[1] + 31) // 32).view(np.uint32)))
 
 
-def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _parts(schema: Any) -> list[tuple[str, Any]]:
     """Return the schemas within a schema, with the steps that lead to them."""
     found = []
+    schema = schema if isinstance(schema, dict) else {}
     for key in ("properties", "$defs", "definitions", "patternProperties"):
         if isinstance(schema.get(key), dict):
             found += [(f"{key}.{name}", part) for name, part in schema[key].items()]

@@ -339,14 +339,9 @@ def frozen_tower_bytes(tower: VisionTower, deep: int, table: ImageTable, most_by
         table: of the pictures.
         most_bytes: that are kept of what it saw (objectives/vision_encoder.py).
     """
-    of_token = tower.width * dtype_of(tower).size * (1 + deep)
-    return tower.size_bytes + min(most_bytes, of_token * sum(shown.tokens for shown in table.shown.values()))
-
-
-def dtype_of(tower: VisionTower) -> mx.Dtype:
-    """Return the dtype of a tower's weights."""
     floats = (a for a in arrays_of(tower.model).values() if mx.issubdtype(a.dtype, mx.floating))
-    return max(floats, key=lambda array: array.size).dtype
+    of_token = tower.width * max(floats, key=lambda array: array.size).dtype.size * (1 + deep)
+    return tower.size_bytes + min(most_bytes, of_token * sum(shown.tokens for shown in table.shown.values()))
 
 
 # What objectives with pictures have in common: the tower, rows with pictures, and a loss that reads them

@@ -28,7 +28,7 @@ work; if only shorter ones may, they are planned apart, and each batch is joined
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -375,11 +375,6 @@ class Layout:
         return {KEY: BY_BATCH} if self.joining else {}
 
 
-def asked_before(identity: Mapping[str, Any]) -> str:
-    """Return the --shared-prefix that a checkpoint's run goes on with."""
-    return {True: "on", BY_BATCH: "auto"}.get(identity.get(KEY), "off")
-
-
 def lay_out(ctx: RunContext, rows: EncodedSet) -> Layout:
     """Choose loss and kernels (`ctx.compute`), and return whether a prompt is computed once for its answers.
 
@@ -393,7 +388,7 @@ def lay_out(ctx: RunContext, rows: EncodedSet) -> Layout:
     settings, base = ctx.settings, ctx.base
     asked = settings.objective.shared_prefix
     if ctx.resumed is not None:
-        before = asked_before(ctx.resumed)
+        before = {True: "on", BY_BATCH: "auto"}.get(ctx.resumed.get(KEY), "off")  # what its run goes on with
         if asked not in (before, "auto"):
             raise InputError(f"--shared-prefix {asked}: the run that you resume has it {before}; leave the flag out")
         asked = before

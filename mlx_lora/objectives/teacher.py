@@ -356,8 +356,11 @@ def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
     # Otherwise nobody writes, or the student does, during the run.
     writes = not (asked.on_policy and data.data is not None)
     if not writes or (data.data is not None and not has_unanswered(data)):
-        if writes:
-            _refuse_sampling(asked)
+        given = [flag_of(name) for name in OF_WRITING if getattr(asked, name) != getattr(ObjectiveSettings(), name)]
+        if writes and given:
+            raise InputError(
+                f"{' and '.join(given)} with answers in --data: only used if the teacher writes the answers; leave it out"
+            )
         return objective.read_data(ctx, data)
     if settings.loop.offload_base == "on":
         raise InputError(
@@ -411,15 +414,6 @@ def _written(settings: TrainSettings, base: Base, today: date) -> Path:
             return file.parent
         settings = replace(settings, data=written_data(settings.data, file))
     return _answered(settings, base, today)
-
-
-def _refuse_sampling(objective: ObjectiveSettings) -> None:
-    """Refuse settings of sampling if nothing is sampled."""
-    given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
-    if given:
-        raise InputError(
-            f"{' and '.join(given)} with answers in --data: only used if the teacher writes the answers; leave it out"
-        )
 
 
 def kept_folder(loop: LoopSettings, trains: bool = True) -> Path | None:

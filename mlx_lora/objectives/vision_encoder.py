@@ -405,7 +405,3 @@ class PromptPictures:
         """
         arrays = self.vision.shown(self.vision.arrays(np.array([list(tokens)], np.int32), [self.digests]))
         return ModelWithImages(model, self.vision.spec, arrays, tokens)
-
-    def without_places(self, tokens: Sequence[int]) -> list[int]:
-        """Return a prompt's tokens without those that stand for pictures, to be read by a person."""
-        return [token for token in tokens if token != self.vision.tower.token]

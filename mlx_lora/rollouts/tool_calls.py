@@ -144,12 +144,10 @@ def _llama(text: str, tools: Schemas) -> Iterator[Part]:
             begun = text[at] == "{"
             yield Part(text[at:], _unended if begun else None, ended=not begun)
             return
-        yield Part(text[at:end], partial(_llama_call, read))
+        own = read if isinstance(read, dict) else {}
+        call = {"name": own.get("name"), "arguments": own.get("parameters", own.get("arguments"))}
+        yield Part(text[at:end], lambda call=call: call)
         at = end + len(text[end:]) - len(text[end:].lstrip(" \n;"))
-
-
-def _llama_call(read: Any) -> Call:
-    return {"name": read["name"], "arguments": read.get("parameters", read.get("arguments"))}
 
 
 HARMONY_TO = re.compile(r"to=functions\.([\w.-]+)")
@@ -163,15 +161,12 @@ def _harmony(text: str, tools: Schemas) -> Iterator[Part]:
         body, *closed = re.split(r"<\|(?:end|call|return)\|>", body, maxsplit=1)
         ended = bool(closed) or place < len(parts) - 1
         if to := HARMONY_TO.search(header):
-            yield Part(body, partial(_harmony_call, to[1], body), ended)
+            name = to[1]
+            yield Part(body, lambda name=name, body=body: {"name": name, "arguments": json.loads(body)}, ended)
         elif not message:
             yield Part(header, ended=ended)
         elif "analysis" not in header:
             yield Part(body)
-
-
-def _harmony_call(name: str, body: str) -> Call:
-    return {"name": name, "arguments": json.loads(body)}
 
 
 def _python_calls(text: str, tools: Schemas) -> list[Call]:

@@ -218,15 +218,11 @@ def logger_callbacks(settings: TrainSettings) -> list[Callback]:
     """
     project, made = settings.loop.project_name, []
     makers = {"trackio": Trackio, "wandb": Wandb, "swanlab": SwanLab}
+    named = [name.strip().lower() for name in (settings.loop.report_to or "").split(",")]
     for name in LOGGERS:
-        if name in named_loggers(settings.loop.report_to):
+        if name in named:
             made.append(TensorBoard() if name == "tensorboard" else makers[name](project))
     return made
-
-
-def named_loggers(report_to: str | None) -> list[str]:
-    """Return the names in --report-to."""
-    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
 
 
 class TensorBoard(Callback):
@@ -421,7 +417,10 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         turns.append(("Before", sample.said(sample.before)))
         turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
         turns.append(("After", sample.said(sample.after or "")))
-        parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
+        # Each on one line beside the name, without control characters.
+        texts = [(who, console.printable(text, 10**6)) for who, text in turns]
+        said = (f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}" for who, text in texts)
+        parts.append("\n".join(["", "One text, before and after training:", *said]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
     lines = next_commands(folder, settings, info, samples, uses)
     parts.append("\n".join(["What to do next:", *(f"    {line}" for line in lines)]))
@@ -553,12 +552,6 @@ def _own_prompt(samples: list[Sample], question: str) -> str:
     return "Hello"
 
 
-def _spoken(who: str, text: str) -> str:
-    """Return one speaker's words, cut to a few lines beside the name."""
-    text = console.printable(text, 10**6)  # on one line, and without control characters
-    return f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}"
-
-
 # Report on a run while it goes on and at its end: report.html, texts before and after, fixed answers, model card.
 #
 # report.html is written at every save. After the last step it gets greedy texts that continue the beginnings of held-out rows,
@@ -608,7 +601,7 @@ def reporting(
     begin_lines(folder.path / CLASSES_FILE, resumed_at)
     begin_lines(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
-        page.begin_answers(resumed_at)
+        begin_lines(page.folder / ANSWERS_FILE, resumed_at)  # up to the step that the run goes on from
     progress = show(run.steps) if show else PlainProgress(run.steps)
 
     def report(record: Metrics) -> None:
@@ -729,10 +722,6 @@ class RunPage:
             page._write_texts("Writing texts before training")
         return page
 
-    def begin_answers(self, resumed_at: int | None) -> None:
-        """Begin answers.jsonl, or keep its lines up to the step that the run goes on from."""
-        begin_lines(self.folder / ANSWERS_FILE, resumed_at)
-
     def validated(self, step: int) -> None:
         """Answer the fixed prompts, after the validation at a step.
 
@@ -773,7 +762,8 @@ class RunPage:
     def _words(self, prompt: list[int], number: int) -> str:
         """Return a prompt as a text, in which no tokens stand for pictures."""
         shown = self.pictures[number]
-        return str(self.base.hf_tokenizer.decode(prompt if shown is None else shown.without_places(prompt)))
+        places = () if shown is None else (shown.vision.tower.token,)  # of pictures
+        return str(self.base.hf_tokenizer.decode([token for token in prompt if token not in places]))
 
     def _digests(self, number: int) -> list[str]:
         shown = self.pictures[number]

@@ -656,15 +656,11 @@ def keeping_best(settings: TrainSettings, steps: int) -> TrainSettings:
     return replace(settings, loop=replace(loop, keep_best=True, steps_per_eval=validated_every(steps)))
 
 
-def trials_around(settings: TrainSettings, factors: Sequence[float]) -> list[Trial]:
-    """Return trials of rates around the default one, each with its settings."""
-    rates = rates_around(settings, factors)
-    return trials_of(settings, candidates({"learning_rate": rates}), 1, Path(settings.loop.adapter_path) / TRIALS)
-
-
 def _ways(settings: TrainSettings, folder: Path) -> list[list[Trial]]:
     """Return the trials of a run with many steps and of one with few; with --resume, those that an earlier start has begun."""
-    ways = [trials_around(settings, factors) for factors in AROUND_DEFAULT]
+    place = Path(settings.loop.adapter_path) / TRIALS
+    around = [candidates({"learning_rate": rates_around(settings, factors)}) for factors in AROUND_DEFAULT]
+    ways = [trials_of(settings, rates, 1, place) for rates in around]
     begun = _begun(settings, folder)
     return [tried for tried in ways if begun is not None and begun.candidates == _rates(tried)] or ways
 
