@@ -32,7 +32,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -876,10 +876,9 @@ class AnswerForms:
             return None
         if template not in self._readers:
             turns = ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids))
-            try:
+            form = JSON_CALLS
+            with suppress(InputError):  # the template shows no calls; a model may still write them
                 form = call_form(turns)
-            except InputError:  # the template shows no calls; a model may still write them
-                form = JSON_CALLS
             self._readers[template] = CallReader(turns, form, False)
         form = self._readers[template].form if tools else NO_CALLS
         return replace(self._readers[template], form=form, opened=opened, tools=tools)

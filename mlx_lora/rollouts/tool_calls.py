@@ -144,9 +144,10 @@ def _llama(text: str, tools: Schemas) -> Iterator[Part]:
             begun = text[at] == "{"
             yield Part(text[at:], _unended if begun else None, ended=not begun)
             return
-        own = read if isinstance(read, dict) else {}
-        call = {"name": own.get("name"), "arguments": own.get("parameters", own.get("arguments"))}
-        yield Part(text[at:end], lambda call=call: call)
+        yield Part(
+            text[at:end],
+            lambda read=read: {"name": read["name"], "arguments": read.get("parameters", read.get("arguments"))},
+        )
         at = end + len(text[end:]) - len(text[end:].lstrip(" \n;"))
 
 
@@ -161,8 +162,7 @@ def _harmony(text: str, tools: Schemas) -> Iterator[Part]:
         body, *closed = re.split(r"<\|(?:end|call|return)\|>", body, maxsplit=1)
         ended = bool(closed) or place < len(parts) - 1
         if to := HARMONY_TO.search(header):
-            name = to[1]
-            yield Part(body, lambda name=name, body=body: {"name": name, "arguments": json.loads(body)}, ended)
+            yield Part(body, lambda name=to[1], body=body: {"name": name, "arguments": json.loads(body)}, ended)
         elif not message:
             yield Part(header, ended=ended)
         elif "analysis" not in header:
@@ -262,7 +262,7 @@ def call_rules(
             form, before, after = reader.form, written[: found.start()], written[found.end() :]
     head, _, rest = before.partition(PROBE["name"])
     marked = literal(head).startswith("<[")  # by a token of its own
-    rules, names = [], []
+    rules = []
     for place, tool in enumerate(tools):
         function = tool["function"]
         schema = function.get("parameters") or {"type": "object", "additionalProperties": False}
@@ -276,10 +276,9 @@ def call_rules(
         elif free:
             begun = f"TEXT {begun}"
         rules.append(f"call_{place}: {begun} %json {json.dumps(with_white_space(schema))} {ids}")
-        names.append(f"call_{place}")
     most = MOST_CALLS - 1 if parallel and form.name not in ("harmony",) else 0
     calls = "calls: call* TEXT" if free else f'calls: call ("\\n"? call){{0,{most}}}' if most else "calls: call"
-    return form, "\n".join([calls, f"call: {' | '.join(names)}", *rules])
+    return form, "\n".join([calls, f"call: {' | '.join(f'call_{place}' for place in range(len(tools)))}", *rules])
 
 
 def _read(form: CallForm, text: str, tools: Schemas, whole: bool = True) -> tuple[str, list[Call], int]:
