@@ -457,7 +457,7 @@ def create_in_ollama(job: Export) -> None:
             raise RunError(
                 f"{shlex.join(command)} failed ({why}); {job.settings.out} is written: run it again yourself"
             )
-    log.info(f"{run[-1]}: in Ollama. Asked {QUESTION!r}, it says: {done.stdout.strip()[:200]}")
+    log.info(f"{run[-1]}: in Ollama. Asked {QUESTION!r}, it says: {done.stdout.strip()[:200]!r}")
 
 
 def _check_gguf_file(out: Path, force: bool) -> None:

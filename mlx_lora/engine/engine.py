@@ -863,7 +863,7 @@ class AnswerForms:
                 reader = replace(reader, form=form)
             grammar = grammars.whole(answer, calls, reader is not None and reader.opened, free)
             grammars.matcher(grammar)  # compiled here, and not between two steps of the engine
-        except InputError as error:
+        except (InputError, RecursionError) as error:
             raise ApiError(400, str(error), "invalid_grammar") from None
         return reader, grammar
 
@@ -880,7 +880,7 @@ class AnswerForms:
             with suppress(InputError):  # the template shows no calls; a model may still write them
                 form = call_form(turns)
             self._readers[template] = CallReader(turns, form, False)
-        form = self._readers[template].form if tools else NO_CALLS
+        form = self._readers[template].form if tools or "<|channel|>" in marks else NO_CALLS
         return replace(self._readers[template], form=form, opened=opened, tools=tools)
 
 

@@ -18,7 +18,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
 # White space in JSON: as `json.dumps` writes it, with or without an indentation. Without a limit, a small model that is drawn
 # from at temperature 1 may write line breaks up to its last token.
 WHITE_SPACE = {"whitespace_pattern": r"(\n[ \t]{0,24})?", "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
-REMEMBERED = 64  # grammars that are ready to be used again
 # Texts around a model's thinking; harmony's is a channel of its own.
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
-INSTALL = "pip install 'mlx-lora[serve]'"
 
 
 def schema_grammar(schema: Any) -> str:
@@ -75,7 +73,9 @@ class Grammars:
             import llguidance
             from llguidance.hf import from_tokenizer
         except ImportError:
-            raise InputError(f"an answer in a schema or grammar needs llguidance; {INSTALL}") from None
+            raise InputError(
+                "an answer in a schema or grammar needs llguidance; pip install 'mlx-lora[serve]'"
+            ) from None
         self._package: Any = llguidance
         try:
             self._tokenizer = from_tokenizer(tokenizer, vocabulary, list(ends))  # pyright: ignore[reportArgumentType]
@@ -98,16 +98,17 @@ class Grammars:
         Raises:
             InputError: the grammar is invalid, which the text describes.
         """
+        found = self._known.get(grammar)
+        if found is None:  # compiled without the lock, for which the engine may wait
+            found = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
+            if found.is_error():
+                raise InputError(self._package.LLMatcher.validate_grammar(grammar, self._tokenizer) or "invalid")
         with self._lock:
-            if grammar not in self._known:
-                found = self._package.LLMatcher(self._tokenizer, grammar, log_level=0)
-                if found.is_error():
-                    raise InputError(self._package.LLMatcher.validate_grammar(grammar, self._tokenizer) or "invalid")
-                self._known[grammar] = found
-                while len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
+            self._known[grammar] = found
             self._known.move_to_end(grammar)
-            return self._known[grammar].deep_copy()
+            while len(self._known) > 64:
+                self._known.popitem(last=False)
+            return found.deep_copy()
 
     def of_schema(self, schema: Any, name: str) -> str:
         """Return the grammar of a schema, after a check.
@@ -130,7 +131,9 @@ class Grammars:
         shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
         whole = {**shared, **schema} if isinstance(schema, dict) else schema
         why = self._package.LLMatcher.validate_grammar(schema_grammar(whole), self._tokenizer).partition("\n")[0]
-        inner = (self._invalid(part, root, f"{name}.{step}") for step, part in _parts(schema)) if why else ()
+        # A place so deep is not named any further.
+        parts = _parts(schema) if why and isinstance(schema, dict) and name.count(".") < 30 else ()
+        inner = (self._invalid(part, root, f"{name}.{step}") for step, part in parts)
         return next(filter(None, inner), f"{name}: {why}" if why else "")
 
     def of_text(self, form: str, text: str, name: str) -> str:
@@ -178,8 +181,11 @@ class Grammars:
         final = self.literal("<|channel|>final<|message|>") if harmony else ""
         turns = [*(["calls"] if calls else []), *([f"{final} @answer"] if body else [])]
         rules = [calls, "TEXT: /(.|\\n)*/"]
-        if free:
+        if free:  # special tokens are no text; the one that begins a call only begins calls
+            begin = map(int, re.findall(r"TEXT <\[(\d+)\]>", calls))
+            others = sorted(set(self._special.values()) - {*begin, *self._tokenizer.eos_tokens})
             start = "calls"
+            rules.append(f"other: TEXT <[{','.join(map(str, others))}]>" if others else "other: call")
         elif harmony:
             start = f"thought? ({' | '.join(turns)})"
             begun, ended = map(self.literal, ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"))
@@ -246,10 +252,9 @@ class SchemaProcessor:
         return masked(logits, mx.array(fill_masks([self._matcher], (logits.shape[1] + 31) // 32).view(np.uint32)))
 
 
-def _parts(schema: Any) -> list[tuple[str, Any]]:
+def _parts(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the schemas within a schema, with the steps that lead to them."""
     found = []
-    schema = schema if isinstance(schema, dict) else {}
     for key in ("properties", "$defs", "definitions", "patternProperties"):
         if isinstance(schema.get(key), dict):
             found += [(f"{key}.{name}", part) for name, part in schema[key].items()]

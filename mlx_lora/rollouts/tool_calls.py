@@ -237,9 +237,6 @@ def _without_end(turns: ToolTurns) -> str:
     return turns.probed
 
 
-MOST_CALLS = 8  # in a turn that must have one: a small model might else repeat them up to its last token
-
-
 def call_rules(
     reader: CallReader, tools: Schemas, literal: Callable[[str], str], parallel: bool, free: bool
 ) -> tuple[CallForm, str]:
@@ -276,8 +273,11 @@ def call_rules(
         elif free:
             begun = f"TEXT {begun}"
         rules.append(f"call_{place}: {begun} %json {json.dumps(with_white_space(schema))} {ids}")
-    most = MOST_CALLS - 1 if parallel and form.name not in ("harmony",) else 0
-    calls = "calls: call* TEXT" if free else f'calls: call ("\\n"? call){{0,{most}}}' if most else "calls: call"
+    # Up to 8 calls in a turn that must have one: a small model might else repeat them up to its last token.
+    most = 7 if parallel and form.name != "harmony" else 0
+    calls = (
+        "calls: (call | other)* TEXT" if free else f'calls: call ("\\n"? call){{0,{most}}}' if most else "calls: call"
+    )
     return form, "\n".join([calls, f"call: {' | '.join(f'call_{place}' for place in range(len(tools)))}", *rules])
 
 

@@ -223,17 +223,17 @@ class ChatReply:
         said = self._streams.setdefault(index, SaidStream(self._reader)).add(text, last)
         if said.unread:
             self._counts[UNREAD] += said.unread
-            log.warning("a call of a tool could not be read, and is sent as text: %s", said.content[:200])
+            log.warning("a call of a tool could not be read, and is sent as text: %r", said.content[:200])
         told = self._calls[index]
         calls = said.calls if self._parallel else said.calls[: max(0, 1 - told)]
         self._calls[index] += len(calls)
         made = []
         for place, call in enumerate(calls, told):
-            given = call["arguments"]
-            text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-            function = {"name": call["name"], "arguments": text}
+            text = call["arguments"]
+            text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
             # Of nine letters and digits, as the templates of Mistral want it.
-            made.append({"index": place, "id": uuid.uuid4().hex[:9], "type": "function", "function": function})
+            own = {"index": place, "id": uuid.uuid4().hex[:9], "type": "function"}
+            made.append({**own, "function": {"name": call["name"], "arguments": text}})
         return replace(said, calls=made)
 
     def _pieces(self, index: int, event: Event) -> list[dict[str, Any]]:

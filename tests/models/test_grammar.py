@@ -118,6 +118,14 @@ def test_an_invalid_schema_names_its_innermost_place(grammars, schema, place):
     assert str(error.value).startswith(place)
 
 
+def test_a_schema_that_is_nested_deep_is_refused_or_taken(grammars):
+    schema: dict = {"type": "strin"}
+    for _ in range(200):
+        schema = {"properties": {"a": schema}}
+    with pytest.raises(InputError, match=r"properties\.a\.properties"):
+        grammars.of_schema(schema, "s")
+
+
 def test_texts_of_regular_expressions_and_grammars(grammars, tokenizer):
     for form, text, good, bad in (
         ("regex", r"[a-z]+/\d{2}", "ab/12", "ab/x"),
@@ -215,9 +223,12 @@ def test_free_text_may_have_calls_whose_arguments_fit(family):
     form, rules = call_rules(reader, TOOLS, grammars.literal, parallel=True, free=True)
     free = grammars.whole(None, rules, reader.opened, free=True)
     assert takes(grammars, tokenizer, free, "It is { red } and 7.") == "whole"
+    begun = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant" if family == "harmony" else "A <s> and "
+    assert takes(grammars, tokenizer, free, f"{begun}so it is.") == "whole"  # special tokens are said, too
     if form.name != reader.form.name:
         return
     written = call_text(family, "step_by", {"count": 7})
     written = without_end(written, family)
     assert takes(grammars, tokenizer, free, f"Well, {written}") == "whole"
+    assert takes(grammars, tokenizer, free, f"{begun}{written}") == "whole"
     assert takes(grammars, tokenizer, free, f"Well, {written.partition('7')[0]}100") == "no"
