@@ -209,6 +209,9 @@ def peer(asked: Any, folder: Path) -> dict[str, Any]:
     fused = folder / "fused"
     if not fused.exists():
         run("fuse", "--model", folder / "base", "--adapter-path", folder / "adapter", "--out", fused, "--dequantize")
+    # mlx-lm finds a parser by the variables of a template, and ours has others; a model's maker may name one.
+    config = fused / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tool_parser_type": "json_tools"}))
     prompts, answers = held_out_prompts(asked.prompts), []
     ours = serving(fused, folder / "log", "--decode-weights", "packed")
     theirs = server(["mlx_lm.server", "--model", fused, "--port", 8123], folder / "log-peer")
@@ -216,7 +219,7 @@ def peer(asked: Any, folder: Path) -> dict[str, Any]:
         with opened as address:
             client = client_of(address)
             answers.append([
-                said(client, stream, model=name, messages=question(prompt[0]), tools=prompt[1])
+                said(client, stream, model=name, messages=question(prompt[0]), tools=prompt[1], max_tokens=48)
                 for prompt in prompts for stream in (False, True)
             ])  # fmt: skip
     calls = [[[(name, json.loads(given)) for name, given in one["calls"]] for one in side] for side in answers]
@@ -225,9 +228,7 @@ def peer(asked: Any, folder: Path) -> dict[str, Any]:
     for number, same in enumerate(equal):
         if not same:
             say(f"{prompts[number // 2][0]}: {answers[0][number]} | {answers[1][number]}")
-    print(
-        table([["requests", "equal", "with calls"], [str(len(equal)), str(sum(equal)), str(sum(map(bool, calls[0])))]])
-    )
+    print(table(["requests", "equal", "with calls"], [[len(equal), sum(equal), sum(map(bool, calls[0]))]]))
     return {"requests": len(equal), "equal": sum(equal), "with_calls": sum(map(bool, calls[0]))}
 
 
@@ -359,6 +360,8 @@ def soak(asked: Any, folder: Path) -> dict[str, Any]:
         f"one={folder / 'adapter'}",
         "--adapter",
         f"two={second}",
+        "--request-timeout",
+        3000,
         "--max-batch",
         16,
         "--dtype",
@@ -402,6 +405,7 @@ def soak(asked: Any, folder: Path) -> dict[str, Any]:
             list(threads.map(one, range(asked.requests)))
         time.sleep(1)
         left = metric("unfinished")
+    memory.sort()
     half = [value for number, value in memory if number >= asked.requests // 2]
     growth = statistics.mean(half[len(half) // 2 :]) - statistics.mean(half[: len(half) // 2])
     for case, found in wrong[:3]:
