@@ -352,7 +352,8 @@ def _write_factors(job: Export) -> None:
     if to == "mlx-vlm":
         write_mlx_vlm(out, job.base.model, info, kind)
     else:
-        save_adapter(out, job.base.model, info, same_rank=True)
+        blocks = info.num_layers if info.num_layers > 0 else len(job.base.model.layers)  # mlx-lm's -1 ends an app
+        save_adapter(out, job.base.model, replace(info, num_layers=blocks), same_rank=True)
     remove_earlier(out, WEIGHTS_FILE)
 
 
@@ -420,15 +421,21 @@ def lmstudio_folder(name: Path) -> Path:
     """
     home, old = Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio/models").expanduser()
     models = old if old.is_dir() and not (home / "models").is_dir() else home / "models"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or {".", ".."} & set(name.parts):
-        raise InputError(f"--out {name}: not a name in LM Studio; give NAME or PUBLISHER/NAME")
-    if not home.is_dir() and not old.is_dir():
-        raise InputError(
-            f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse"
-        )
-    with suppress(OSError, ValueError):  # it has not been changed
+    with suppress(OSError, ValueError, AttributeError):  # it has not been changed, or is no object
         chosen = parse_json((home / "settings.json").read_bytes()).get("downloadsFolder")
-        models = Path(chosen) if isinstance(chosen, str) and Path(chosen).is_dir() else models
+        models = Path(chosen) if isinstance(chosen, str) else models
+    own = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not {".", ".."} & set(name.parts)
+    refuse(
+        {
+            f"--out {name}: not a name in LM Studio; give NAME or PUBLISHER/NAME": not own,
+            f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse": not (
+                home.is_dir() or old.is_dir()
+            ),
+            f"--to lmstudio: {models}, the folder of its settings, is not there; connect its disk, or change it in LM Studio": (
+                models not in (old, home / "models") and not models.is_dir()
+            ),
+        }
+    )
     return models / (name if len(name.parts) == 2 else Path("mlx-lora") / name)
 
 
@@ -447,9 +454,16 @@ def create_in_ollama(job: Export) -> None:
     """Create a model in Ollama from what was written, and ask it one question.
 
     Raises:
+        InputError: Ollama has a model of this name, and --force was not given; what was written stays.
         RunError: Ollama fails, or says nothing; what was written stays.
     """
     create, run = (shlex.split(line) for line in commands(job))
+    known = subprocess.run(["ollama", "show", run[-1]], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    if known.returncode == 0 and not job.settings.force:
+        raise InputError(
+            f"Ollama has a model {run[-1]} already; {job.settings.out} is written: create it under another name "
+            f"(ollama create NAME -f {job.settings.out / 'Modelfile'}), or give --force to replace it"
+        )
     for command in (create, [*run, QUESTION]):
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode or (command is not create and not done.stdout.strip()):

@@ -21,6 +21,7 @@ from mlx_lora.models.load import load_base
 OLLAMA = """#!/bin/sh
 echo "$@" >> "$LOG"
 case "$1" in
+show) test "$KNOWN" ;;
 create) grep -q '^FROM' "$4" && test -f "$(dirname "$4")/model.gguf" || { echo 'Error: no Modelfile' >&2; exit 1; } ;;
 run) [ "$MUTE" ] || echo 'I am a pirate.' ;;
 esac
@@ -79,6 +80,16 @@ def test_a_name_in_lm_studio_is_no_path(base, adapter, home, name):
     assert list((home / ".lmstudio/models").iterdir()) == []
 
 
+def test_settings_of_lm_studio_that_say_nothing_or_name_a_folder_that_is_gone(base, adapter, home):
+    (home / ".lmstudio").mkdir()
+    (home / ".lmstudio/settings.json").write_text(json.dumps({"downloadsFolder": str(home / "gone")}))
+    one_line(export(base, adapter, "lmstudio", "x"), str(home / "gone"))
+    assert not (home / "gone").exists()
+    (home / ".lmstudio/settings.json").write_text("[]")
+    assert export(base, adapter, "lmstudio", "x").code == 0
+    assert (home / ".lmstudio/models/mlx-lora/x/config.json").exists()
+
+
 def test_without_lm_studio_nothing_is_written(base, adapter, home):
     one_line(export(base, adapter, "lmstudio", "x"), "LM Studio")
     assert list(home.iterdir()) == []
@@ -98,10 +109,17 @@ def test_ollama_creates_the_model_and_is_asked(tmp_path, monkeypatch):
     ran = export(folder, own, "ollama", tmp_path / "My Pirate", "--create")
     assert ran.code == 0, ran.err
     assert "I am a pirate." in ran.err
-    create, asked = log.read_text().splitlines()
+    _, create, asked = log.read_text().splitlines()
     assert create == f"create my-pirate -f {tmp_path / 'My Pirate' / 'Modelfile'}"
     assert asked.startswith("run my-pirate ")
+    monkeypatch.setenv("KNOWN", "1")
+    log.unlink()
+    refused = export(folder, own, "ollama", tmp_path / "known", "--create")
+    assert refused.code == 2
+    assert "create" not in log.read_text()  # a model of the user's is not replaced
+    assert export(folder, own, "ollama", tmp_path / "known", "--create", "--force").code == 0
     monkeypatch.setenv("MUTE", "1")
+    monkeypatch.delenv("KNOWN")
     silent = export(folder, own, "ollama", tmp_path / "silent", "--create")
     assert silent.code == 1
     assert (tmp_path / "silent/Modelfile").exists()
@@ -124,6 +142,18 @@ def test_mlx_swift_gets_the_keys_that_it_reads(base, tmp_path, form):
     parts = {"lora_a", "lora_b"} | ({"m"} if form == "dora" else set())
     assert {name.rpartition(".")[2] for name in weights} == parts
     assert all(shape["rank"] in array.shape for name, array in weights.items() if not name.endswith(".m"))
+
+
+def test_mlx_swift_gets_a_count_of_blocks_for_mlx_lms_minus_one(base, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    own = tmp_path / "all"
+    own.mkdir()
+    (own / "adapters.safetensors").write_bytes((adapter / "adapters.safetensors").read_bytes())
+    config = {key: value for key, value in config.items() if key != "mlx_lora"} | {"num_layers": -1}
+    (own / "adapter_config.json").write_text(json.dumps(config))
+    assert export(base, own, "mlx-swift", tmp_path / "swift").code == 0
+    written = json.loads((tmp_path / "swift/adapter_config.json").read_text())
+    assert written["num_layers"] == len(load_base(ModelSettings(model=str(base))).model.layers)
 
 
 def test_mlx_swift_is_refused_what_it_does_not_load(base, tmp_path):
