@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import click
+
 from mlx_lora.adapters.base import LINEAR, SWITCH
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qat import FUSED_ONLY
@@ -338,9 +340,9 @@ def _write_factors(job: Export) -> None:
     refuse(
         {
             f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm" and not sees,
-            f"--to mlx-lm: the adapter {FUSED_ONLY}": to == "mlx-lm" and info.qat,
+            f"{beside} {FUSED_ONLY}": info.qat,
             f"{beside} is on {outside or 'whole parameters'}, and mlx-swift-lm loads adapters of linear layers in blocks alone; "
-            f"{FUSE}": to == "mlx-swift" and (outside or info.full or info.qat),
+            f"{FUSE}": to == "mlx-swift" and (outside or info.full),
             f"{beside} trains {', '.join(info.full[:1])} in full, which they do not load beside adapter weights; {FUSE}": (
                 info.full and info.method != "full"
             ),
@@ -411,7 +413,7 @@ def _embedding_form(job: Export) -> EmbeddingForm:
 
 
 def lmstudio_folder(name: Path) -> Path:
-    """Return the folder of a model in LM Studio's models: those of its settings, of its home, or of its old place.
+    """Return the folder of a model in LM Studio's models: those of its settings, or of its home, found as `lms` finds it.
 
     Args:
         name: NAME, or PUBLISHER/NAME.
@@ -419,8 +421,11 @@ def lmstudio_folder(name: Path) -> Path:
     Raises:
         InputError: it is neither, or LM Studio has no folder here.
     """
-    home, old = Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio/models").expanduser()
-    models = old if old.is_dir() and not (home / "models").is_dir() else home / "models"
+    old, pointer = Path("~/.cache/lm-studio").expanduser(), Path("~/.lmstudio-home-pointer").expanduser()
+    home = old if old.is_dir() else Path("~/.lmstudio").expanduser()
+    with suppress(OSError):  # it has not run yet
+        home = Path(pointer.read_text(encoding="utf-8").strip())
+    models = home / "models"
     with suppress(OSError, ValueError, AttributeError):  # it has not been changed, or is no object
         chosen = parse_json((home / "settings.json").read_bytes()).get("downloadsFolder")
         models = Path(chosen) if isinstance(chosen, str) else models
@@ -428,11 +433,11 @@ def lmstudio_folder(name: Path) -> Path:
     refuse(
         {
             f"--out {name}: not a name in LM Studio; give NAME or PUBLISHER/NAME": not own,
-            f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse": not (
-                home.is_dir() or old.is_dir()
+            f"--to lmstudio: no LM Studio here ({home}); start it once, or write a folder with mlx-lora fuse": (
+                not home.is_dir()
             ),
             f"--to lmstudio: {models}, the folder of its settings, is not there; connect its disk, or change it in LM Studio": (
-                models not in (old, home / "models") and not models.is_dir()
+                models != home / "models" and not models.is_dir()
             ),
         }
     )
@@ -467,7 +472,7 @@ def create_in_ollama(job: Export) -> None:
     for command in (create, [*run, QUESTION]):
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if done.returncode or (command is not create and not done.stdout.strip()):
-            why = (done.stderr.strip() or "no answer").splitlines()[-1]
+            why = (click.unstyle(done.stderr).strip() or "no answer").splitlines()[-1]
             raise RunError(
                 f"{shlex.join(command)} failed ({why}); {job.settings.out} is written: run it again yourself"
             )
@@ -577,7 +582,7 @@ def commands(job: Export) -> list[str]:
                 lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
             return lines
         case "ollama":
-            name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().stem.lower()).strip("-._") or "my-model"
+            name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-._") or "my-model"
             return [f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
     return []
 

@@ -271,7 +271,7 @@ DRAFT = re.compile(
     r"(^|\.)(mtp|nextn|eagle\w*|medusa\w*)\."
 )  # a head that only drafts tokens, which mlx-lm does not load
 BLOCK = re.compile(r"(^|\.)layers\.(\d+)\.")
-REWRITTEN = re.compile(r".*\.(safetensors|bin|pth?|gguf|index\.json)|README\.md|config\.json|(.*/)?\..*")
+REWRITTEN = re.compile(r"[^/]*\.(safetensors|bin|pth?|gguf|index\.json)|README\.md|config\.json|(.*/)?\..*")
 
 
 def _left_out(base: Path, fused: Path, config: Mapping[str, Any]) -> list[str]:

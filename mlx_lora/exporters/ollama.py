@@ -244,6 +244,8 @@ def write_ollama(
         else:
             chat_lines, notes = _chat_lines(base.hf_tokenizer, own or own_template(base.hf_tokenizer))
             lines += chat_lines
+        if ollama_base:
+            notes.append("Ollama from 0.34.1 on refuses ADAPTER in a Modelfile; for it, leave --ollama-base out")
         (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return notes
 

@@ -23,7 +23,7 @@ echo "$@" >> "$LOG"
 case "$1" in
 show) test "$KNOWN" ;;
 create) grep -q '^FROM' "$4" && test -f "$(dirname "$4")/model.gguf" || { echo 'Error: no Modelfile' >&2; exit 1; } ;;
-run) [ "$MUTE" ] || echo 'I am a pirate.' ;;
+run) [ "$MUTE" ] && printf '\033[?25lbroken\033[K' >&2 || echo 'I am a pirate.' ;;
 esac
 """
 
@@ -51,12 +51,16 @@ def export(base, adapter, to, out, *more):
     return run("export", "--model", base, "--adapter-path", adapter, "--to", to, "--out", out, *more)
 
 
-@pytest.mark.parametrize("place", [".lmstudio/models", ".cache/lm-studio/models", "elsewhere"])
+@pytest.mark.parametrize("place", [".lmstudio/models", ".cache/lm-studio/models", "elsewhere", "pointed/models"])
 def test_lm_studio_finds_the_fused_model_where_it_looks(base, adapter, home, place):
     (home / place).mkdir(parents=True)
+    if place != ".lmstudio/models":
+        (home / ".lmstudio/models").mkdir(parents=True)  # of a newer version, which goes on with the old place
     if place == "elsewhere":
-        (home / ".lmstudio").mkdir()
         (home / ".lmstudio/settings.json").write_text(json.dumps({"downloadsFolder": str(home / place)}))
+    if place == "pointed/models":
+        (home / ".cache/lm-studio").mkdir(parents=True)
+        (home / ".lmstudio-home-pointer").write_text(f"{home / 'pointed'}\n")
     ran = export(base, adapter, "lmstudio", "me/pirate")
     assert ran.code == 0, ran.err
     written = home / place / "me/pirate"
@@ -69,8 +73,8 @@ def test_lm_studio_finds_the_fused_model_where_it_looks(base, adapter, home, pla
     assert not mx.allclose(fused.model(tokens), plain, atol=1e-2)
     one_line(export(base, adapter, "lmstudio", "me/pirate"), str(written))
     assert export(base, adapter, "lmstudio", "me/pirate", "--force").code == 0
-    assert export(base, adapter, "lmstudio", "alone").code == 0
-    assert (home / place / "mlx-lora/alone/config.json").exists()
+    assert export(base, adapter, "lmstudio", "alone-v1.5").code == 0
+    assert (home / place / "mlx-lora/alone-v1.5/config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "/tmp/x", "..", "a b"])
@@ -106,12 +110,12 @@ def test_ollama_creates_the_model_and_is_asked(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(log))
-    ran = export(folder, own, "ollama", tmp_path / "My Pirate", "--create")
+    ran = export(folder, own, "ollama", tmp_path / "My Pirate 1.5", "--create")
     assert ran.code == 0, ran.err
     assert "I am a pirate." in ran.err
     _, create, asked = log.read_text().splitlines()
-    assert create == f"create my-pirate -f {tmp_path / 'My Pirate' / 'Modelfile'}"
-    assert asked.startswith("run my-pirate ")
+    assert create == f"create my-pirate-1.5 -f {tmp_path / 'My Pirate 1.5' / 'Modelfile'}"
+    assert asked.startswith("run my-pirate-1.5 ")
     monkeypatch.setenv("KNOWN", "1")
     log.unlink()
     refused = export(folder, own, "ollama", tmp_path / "known", "--create")
@@ -122,6 +126,7 @@ def test_ollama_creates_the_model_and_is_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("KNOWN")
     silent = export(folder, own, "ollama", tmp_path / "silent", "--create")
     assert silent.code == 1
+    assert "(broken)" in silent.err
     assert (tmp_path / "silent/Modelfile").exists()
 
 
@@ -172,8 +177,11 @@ def test_what_a_fused_folder_is_without_is_named(tmp_path):
     assert _left_out(base, fused, {"num_hidden_layers": 1}) == []
     (base / "extra.json").write_text("{}")
     (base / "README.md").write_text("a card")
+    (base / "draft").mkdir()
+    mx.save_safetensors(str(base / "draft/model.safetensors"), {"w": mx.zeros(2)})
     (base / ".cache").mkdir()
     (base / ".cache/x.lock").write_text("")
     draft = {"mtp.fc.weight": mx.zeros(2), "model.layers.1.w": mx.zeros(2), "model.mtp_norm": mx.zeros(2)}
     mx.save_safetensors(str(base / "mtp.safetensors"), draft)
-    assert _left_out(base, fused, {"num_hidden_layers": 1}) == ["extra.json", "model.layers.1.w", "mtp.fc.weight"]
+    left = ["draft/model.safetensors", "extra.json", "model.layers.1.w", "mtp.fc.weight"]
+    assert _left_out(base, fused, {"num_hidden_layers": 1}) == left
