@@ -30,7 +30,7 @@ from typing import Any, Literal
 import httpx
 import openai
 from _harness import options, say, table
-from _tool_rows import HELD_OUT, held_out_prompts, schema_of, training_rows
+from _tool_rows import HELD_OUT, TAUGHT, held_out_prompts, schema_of, training_rows
 from pydantic import BaseModel, Field
 
 from mlx_lora.evaluation.metrics import _allowed
@@ -47,8 +47,8 @@ OPTIONS = (
 
 
 @contextmanager
-def server(words: Sequence[object], log: Path) -> Iterator[str]:
-    """Start a server, and yield its address."""
+def server(words: Sequence[object], log: Path) -> Iterator[tuple[str, int]]:
+    """Start a server, and yield its address and process."""
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", *map(str, words)], stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -56,10 +56,10 @@ def server(words: Sequence[object], log: Path) -> Iterator[str]:
             text = log.read_text()
             for line in text.splitlines():
                 if line.startswith("ready"):
-                    yield line.split()[1]
+                    yield line.split()[1], process.pid
                     return
                 if "Starting httpd" in line:
-                    yield f"http://127.0.0.1:{words[-1]}"
+                    yield f"http://127.0.0.1:{words[-1]}", process.pid
                     return
             if process.poll() is not None:
                 raise SystemExit(text)
@@ -118,8 +118,8 @@ def learn(asked: Any, folder: Path) -> dict[str, Any]:
     if not (folder / "adapter/adapters.safetensors").exists():
         steps = ["--iters", asked.iters, "--batch-tokens", 1024] if asked.iters else []
         run("train", "--model", base, "--data", rows, "--adapter-path", folder / "adapter", *steps)
-    prompts, results = held_out_prompts(asked.prompts), {}
-    with serving(base, folder / "log", "--adapter", f"tools={folder / 'adapter'}") as address:
+    prompts, results, loops = held_out_prompts(asked.prompts), {}, {}
+    with serving(base, folder / "log", "--adapter", f"tools={folder / 'adapter'}") as (address, _):
         client = client_of(address)
         name = client.models.list().data[0].id
         for label, model, choice in (
@@ -136,14 +136,24 @@ def learn(asked: Any, folder: Path) -> dict[str, Any]:
                 for stream in (False, True)
             }
             results[label] = {**shares(prompts, answers[False]), "streamed_equal": answers[False] == answers[True]}
-        loops = [loop(client, "tools", stream) for stream in (False, True)]
-    say("\n".join(map(str, loops[0])))
+        for label, (choice, *tasks) in LOOPS.items():
+            whole, streamed = (loop(client, "tools", stream, choice, *tasks) for stream in (False, True))
+            say(f"{label}:\n" + "\n".join(f"    {line}" for line in whole))
+            calls = [(name, json_of(text)) for one in whole if isinstance(one, list) for name, text in one]
+            right = sum(call in calls for call in ((name, given) for _, name, given in tasks))
+            loops[label] = {"calls": len(calls), "right": right, "streamed_equal": whole == streamed}
     body = [
         [label, f"{one['well_formed']:.0%}", f"{one['right']:.0%}", one["streamed_equal"]]
         for label, one in results.items()
     ]
     print(table(["", "well-formed", "right", "streamed is equal"], body))
-    return {**results, "loop_of_calls": len(loops[0]) - 1, "loop_streamed_equal": loops[0] == loops[1]}
+    print(
+        table(
+            ["a chat that needs three calls", "calls", "right", "streamed is equal"],
+            [[label, *one.values()] for label, one in loops.items()],
+        )
+    )
+    return {**results, "loops": loops}
 
 
 def run(*words: object) -> None:
@@ -163,41 +173,61 @@ def each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return list(threads.map(function, items))
 
 
+def json_of(text: str) -> Any:
+    """Return what a text is as JSON, or the text: an answer may end within its arguments."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def shares(prompts: Sequence[Any], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the shares of answers that are one well-formed call of a shown tool, and that are the right one."""
     formed = right = 0
     for (_, tools, wanted), answer in zip(prompts, answers, strict=True):
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-        calls = [(name, json.loads(text)) for name, text in answer["calls"]]
+        calls = [(name, json_of(text)) for name, text in answer["calls"]]
         formed += bool(calls) and all(name in schemas and _allowed(schemas[name], given) for name, given in calls)
         right += calls == [wanted]
     return {"well_formed": formed / len(prompts), "right": right / len(prompts)}
 
 
-def loop(client: openai.OpenAI, model: str, stream: bool) -> list[Any]:
-    """Let the model call three times in a task with two tools, and answer; return all that it said."""
-    tools = [schema_of(tool) for tool in HELD_OUT if tool[0] in ("open_account", "get_time")]
-    messages, told = question("Open a EUR account for Ann."), []
-    for number, more in enumerate(("What time is it in Oslo?", "And in Lima?", None)):
-        answer = said(
-            client,
-            stream,
-            model=model,
-            messages=messages,
-            tools=tools,
-            tool_choice="required",
-            parallel_tool_calls=False,
-        )
-        told.append(answer["calls"])
-        [(name, given)] = answer["calls"]
-        call = {"id": f"call0000{number}", "type": "function", "function": {"name": name, "arguments": given}}
-        messages += [
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": call["id"], "content": json.dumps({"result": 12 + number})},
-        ]
-        if more:
-            messages += [{"role": "assistant", "content": f"The result is {12 + number}."}, *question(more)]
-    told.append(said(client, stream, model=model, messages=messages, tools=tools)["content"])
+LOOPS = {
+    "taught tools, auto": (
+        "auto",
+        ("What is the weather in Oslo in celsius?", "get_weather", {"city": "Oslo", "unit": "celsius"}),
+        ("Set a timer for 12 minutes.", "set_timer", {"minutes": 12}),
+        ("Tell me in fahrenheit how warm Lima is.", "get_weather", {"city": "Lima", "unit": "fahrenheit"}),
+    ),
+    "held-out tools, required": (
+        "required",
+        ("Open a EUR account for Ann.", "open_account", {"name": "Ann", "currency": "EUR"}),
+        ("What time is it in Oslo?", "get_time", {"city": "Oslo"}),
+        ("Tell me the time in Lima.", "get_time", {"city": "Lima"}),
+    ),
+}
+
+
+def loop(client: openai.OpenAI, model: str, stream: bool, choice: str, *tasks: Any) -> list[Any]:
+    """Run a chat with two tools as an agent does: each call is answered, up to two in a row; return all that the model said."""
+    tools = [schema_of(tool) for tool in (*TAUGHT, *HELD_OUT) if tool[0] in {task[1] for task in tasks}]
+    messages, told = [], []
+    for text, *_ in tasks:
+        messages += question(text)
+        for now in (choice, "auto", "none"):
+            answer = said(
+                client, stream, model=model, messages=messages, tools=tools, tool_choice=now, parallel_tool_calls=False
+            )
+            told.append(answer["calls"] or answer["content"])
+            if not answer["calls"]:
+                messages.append({"role": "assistant", "content": answer["content"]})
+                break
+            [(name, given)] = answer["calls"]
+            call = {"id": f"call{len(told):05}", "type": "function", "function": {"name": name, "arguments": given}}
+            messages += [
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": call["id"], "content": json.dumps({"result": 10 + len(told)})},
+            ]
     return told
 
 
@@ -209,20 +239,17 @@ def peer(asked: Any, folder: Path) -> dict[str, Any]:
     fused = folder / "fused"
     if not fused.exists():
         run("fuse", "--model", folder / "base", "--adapter-path", folder / "adapter", "--out", fused, "--dequantize")
-    # mlx-lm finds a parser by the variables of a template, and ours has others; a model's maker may name one.
-    config = fused / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "tool_parser_type": "json_tools"}))
     prompts, answers = held_out_prompts(asked.prompts), []
     ours = serving(fused, folder / "log", "--decode-weights", "packed")
     theirs = server(["mlx_lm.server", "--model", fused, "--port", 8123], folder / "log-peer")
     for name, opened in (("fused", ours), (str(fused), theirs)):
-        with opened as address:
+        with opened as (address, _):
             client = client_of(address)
             answers.append([
                 said(client, stream, model=name, messages=question(prompt[0]), tools=prompt[1], max_tokens=48)
                 for prompt in prompts for stream in (False, True)
             ])  # fmt: skip
-    calls = [[[(name, json.loads(given)) for name, given in one["calls"]] for one in side] for side in answers]
+    calls = [[[(name, json_of(given)) for name, given in one["calls"]] for one in side] for side in answers]
     rest = [[(one["content"].strip(), one["finish"]) for one in side] for side in answers]
     equal = [a == b and c == d for a, b, c, d in zip(*calls, *rest, strict=True)]
     for number, same in enumerate(equal):
@@ -256,7 +283,7 @@ class Product(BaseModel):
 def schema(asked: Any, folder: Path) -> dict[str, Any]:
     """Parse answers in a nested schema from the untrained base, and time the first token of a schema seen before and not."""
     count, valid, first = asked.requests // 10, 0, {"seen": [], "new": [], "none": []}
-    with serving(Path(asked.model), folder / "log") as address:
+    with serving(Path(asked.model), folder / "log") as (address, _):
         client = client_of(address)
         name = client.models.list().data[0].id
 
@@ -367,7 +394,7 @@ def soak(asked: Any, folder: Path) -> dict[str, Any]:
         "--dtype",
         "float32",
     ]
-    with serving(folder / "base", folder / "log", *words) as address:
+    with serving(folder / "base", folder / "log", *words) as (address, process):
         client, http = client_of(address), httpx.Client(base_url=address)
 
         def text(case: tuple[str, int, int], most: float = 1e9) -> str:
@@ -398,34 +425,33 @@ def soak(asked: Any, folder: Path) -> dict[str, Any]:
             found = text(case, most)
             if most == 1e9 and found != alone[case]:
                 wrong.append((case, found))
-            if number % 50 == 0:
-                memory.append((number, metric("memory_bytes") / 1e6))
+            if number % 25 == 0:
+                shown = subprocess.run(
+                    ["ps", "-o", "rss=", "-p", str(process)], capture_output=True, text=True, check=True
+                )
+                memory.append((number, metric("memory_bytes") / 1e6, int(shown.stdout) / 1e3))
 
         with ThreadPoolExecutor(16) as threads:
             list(threads.map(one, range(asked.requests)))
         time.sleep(1)
         left = metric("unfinished")
     memory.sort()
-    half = [value for number, value in memory if number >= asked.requests // 2]
-    growth = statistics.mean(half[len(half) // 2 :]) - statistics.mean(half[: len(half) // 2])
+    sizes = {
+        label: [statistics.median(line[column] for line in quarter) for quarter in quarters(memory)]
+        for column, label in ((1, "MLX"), (2, "process"))
+    }
     for case, found in wrong[:3]:
         say(f"{case}: {found!r} is not {alone[case]!r}")
-    head = ["requests", "different texts", "unfinished", "MB at the start", "at the end", "growth in the second half"]
-    body = [
-        asked.requests,
-        len(wrong),
-        left,
-        *(f"{value:.0f}" for _, value in (memory[0], memory[-1])),
-        f"{growth:+.1f}",
-    ]
-    print(table(head, [body]))
-    return {
-        "requests": asked.requests,
-        "different": len(wrong),
-        "unfinished": left,
-        "memory_mb": memory,
-        "growth_mb": growth,
-    }
+    print(table(["requests", "different texts", "unfinished"], [[asked.requests, len(wrong), left]]))
+    head = ["MB, median of each quarter", *("first", "second", "third", "fourth")]
+    print(table(head, [[label, *(f"{size:.0f}" for size in four)] for label, four in sizes.items()]))
+    return {"requests": asked.requests, "different": len(wrong), "unfinished": left, "memory_mb": sizes}
+
+
+def quarters(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return four parts, the same number in each."""
+    size = len(items) // 4
+    return [items[size * part : size * (part + 1)] for part in range(4)]
 
 
 def main(words: Sequence[str] | None = None) -> None:
