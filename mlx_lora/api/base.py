@@ -28,7 +28,7 @@ from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.config import check_language_model
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours, short
 from mlx_lora.models.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.models.grammar import SchemaProcessor
 from mlx_lora.models.load import Base as LoadedBase
@@ -396,8 +396,7 @@ def generated(
             yield response
         strategy.await_messages(base.model)
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         raise errors.InputError(
             f"--model {base.model_id}: mlx-lm's {base.config.get('model_type')} cannot generate here ({short(error)}); "
             "try a newer mlx-lm, or choose another model"

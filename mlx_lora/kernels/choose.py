@@ -61,7 +61,7 @@ from mlx_lora.kernels.measure import (
     read_figures,
     size_class,
 )  # fmt: skip
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
 from mlx_lora.planner.memory import KernelTerms, ModelShape, tile_queries
 from mlx_lora.utils import device
@@ -578,8 +578,7 @@ def recorded_calls(
                 arrays = {"inputs": inputs} | ({"starts": mx.array([[1, 1]])} if shared else {})
                 model(inputs, **shared_caches(model, arrays))
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         return None
     finally:
         model.update(parameters)

@@ -88,10 +88,6 @@ class Figures:
         """Whether its results are correct."""
         return self.error <= self.tolerance
 
-    def model_bytes(self, layers: int) -> int:
-        """Return the bytes of a model with this many such layers: inputs and kept bytes of all, the peak of one."""
-        return layers * (self.input_bytes + self.kept_bytes) + self.peak_bytes - self.kept_bytes
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -135,7 +131,11 @@ def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
     right = {name: one for name, one in figures.items() if one.correct}
     if not right:
         return None
-    held = {name: one.model_bytes(layers) for name, one in right.items()}
+    # Of a model with so many such layers: the inputs and kept bytes of all, the peak of one.
+    held = {
+        name: layers * (one.input_bytes + one.kept_bytes) + one.peak_bytes - one.kept_bytes
+        for name, one in right.items()
+    }
     lean = [name for name in right if held[name] <= MOST_MEMORY * min(held.values())]
     best, fastest = (min(names, key=lambda name: right[name].seconds) for names in (lean, right))
     return fastest if MUCH_FASTER * right[fastest].seconds < right[best].seconds else best

@@ -63,7 +63,7 @@ from mlx_lora.losses.cross_entropy import (
 )
 from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
 from mlx_lora.models.blocks import few_blocks
-from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, raise_if_ours, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.prefix_attention import shared_caches
@@ -305,8 +305,7 @@ def _probe_loss(
             long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
             return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         return error
 
 
@@ -426,8 +425,7 @@ def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exceptio
     try:
         (compiled_over(model, step) if variant.compiled else step)(batch)
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         return error
     finally:
         # A trace that fails leaves placeholder arrays in the model.

@@ -53,7 +53,7 @@ CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 OURS = Path(mlx_lora.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # The errors that third-party code raises when it builds a model or a tokenizer from unexpected files: Python's ordinary
-# errors on unexpected data. Catch them only around such calls, or, with `is_foreign`, around a model's own code if there
+# errors on unexpected data. Catch them only around such calls, or, with `raise_if_ours`, around a model's own code if there
 # is a fallback.
 FOREIGN_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, NameError, ArithmeticError, AssertionError, RuntimeError,
@@ -235,6 +235,12 @@ def is_foreign(error: BaseException) -> bool:
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
     innermost = next(file for file in reversed(files) if file != functions.__file__)  # which only hands calls on
     return not Path(innermost).is_relative_to(OURS)
+
+
+def raise_if_ours(error: BaseException) -> None:
+    """Raise one of FOREIGN_ERRORS again that only a bug here can be."""
+    if not is_foreign(error):
+        raise error
 
 
 def short(error: BaseException, limit: int = 300) -> str:

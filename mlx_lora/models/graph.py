@@ -211,7 +211,9 @@ def _cutting() -> Iterator[_Cuts]:
         (mx, "custom_function"): cut_function,
         (mx, "gather_mm"): partial(_gather_mm, original(mx, "gather_mm"), cut_function),
         # MLX can list neither a product of segments nor a copy.
-        (mx, "segmented_mm"): _segmented_mm,
+        (mx, "segmented_mm"): lambda a, b, segments: one_kernel(
+            ((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments
+        ),
         (mx, "contiguous"): lambda array, *_, **__: array * 1,
     }
     if (
@@ -224,10 +226,6 @@ def _cutting() -> Iterator[_Cuts]:
         }
     with exchanged(functions), device.uncompiled():  # MLX cannot list separately compiled functions either
         yield cuts
-
-
-def _segmented_mm(a: mx.array, b: mx.array, segments: mx.array) -> mx.array:
-    return one_kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
 
 
 def _gather_mm(

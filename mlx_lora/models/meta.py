@@ -34,7 +34,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.convert import FLOATS, build_model, cast_model, has_bits, quantization_entries
-from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, is_foreign, of_tower, read_safetensors_header, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, TYPES, of_tower, raise_if_ours, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import AFFINE, MXFP4, QuantFormat, choose_quantization, layer_choice
 from mlx_lora.planner.memory import FLAT_UP_TO, Block, Layer, LayerCache, ModelShape, NotKnown
@@ -290,8 +290,7 @@ def _windows(model: nn.Module) -> list[int | None]:
     try:
         found = [_window(cache) for cache in make_prompt_cache(model)]
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         found = []
     return found if len(found) == len(model.layers) else [None] * len(model.layers)
 
@@ -365,8 +364,7 @@ def layer_caches(model: nn.Module) -> tuple[LayerCache, ...]:
             model(mx.zeros((1, 2), mx.int32), cache=caches)
             return tuple(found for cache in caches for found in _kept_by(cache))
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         raise NotKnown(f"keys and values of answers: {short(error, 100)}") from error
     finally:
         model.train(training)

@@ -45,7 +45,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.choose import KernelChoice, training_kernels
 from mlx_lora.losses.agree import Probe, choose_compute, disagreement, probe
 from mlx_lora.losses.cross_entropy import Loss, token_arrays
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
@@ -190,8 +190,7 @@ def sharing_problem(
             without_starts = EncodedSet(both.tokens, both.mask, both.offsets)
             apart, together, as_one = (_probe(model, loss, one) for one in (rows, both, without_starts))
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         return f"fails on a shared prompt: {short(error, 100)}"
     problem = disagreement(model, apart, together)
     if problem:

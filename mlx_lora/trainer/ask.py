@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours
 from mlx_lora.models.generator import SamplingOptions, answer_keys, write_texts
 from mlx_lora.reports.run_report import MODELS, MOST_ALIKE, Sample
 from mlx_lora.trainer.callbacks import before_answer, greedy_text, row_answer, whole_words
@@ -140,8 +140,7 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
                     before, _ = ask({BASE: base}, rows, numbers)
                 answers = [one | other for one, other in zip(before, answers, strict=True)]
         except FOREIGN_ERRORS as error:  # a run must not end because of a missing text
-            if not is_foreign(error):
-                raise
+            raise_if_ours(error)
             return []
         found += [one | {"new_words": new_words, "ticked": None} for one in answers]
     return found

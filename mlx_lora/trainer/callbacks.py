@@ -37,7 +37,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.exporters.peft import check_peft
 from mlx_lora.models.config import ENCODERS
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours, short
 from mlx_lora.models.generator import TokenSteps, held_weights
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.reports.run_report import (
@@ -794,8 +794,7 @@ class RunPage:
         except InputError as error:
             return f"(no text: {short(error, 200)})"
         except FOREIGN_ERRORS as error:
-            if not is_foreign(error):
-                raise
+            raise_if_ours(error)
             return f"(no text: generation fails with this model: {short(error, 200)})"
 
     def write(self) -> None:

@@ -41,7 +41,7 @@ from mlx_lora.losses.agree import disagreement, package_sum, probe
 from mlx_lora.losses.cross_entropy import Arrays, token_arrays
 from mlx_lora.models.blocks import output_of, start_at
 from mlx_lora.models.config import is_encoder
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
+from mlx_lora.models.folder import FOREIGN_ERRORS, parameter_sums, raise_if_ours, short
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
@@ -346,8 +346,7 @@ def trunk_problem(
     except NoTrunk as error:
         return str(error)
     except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
+        raise_if_ours(error)
         return f"fails on this model: {short(error, 100)}"
     problem = disagreement(model, whole, above)
     if problem:
