@@ -329,7 +329,7 @@ def _write_factors(job: Export) -> None:
     """
     out, info, to = job.settings.out, job.info, job.settings.to
     check_new_folder(out, job.settings.force)
-    kind, sees = str(job.base.config.get("model_type")), isinstance(job.base.config.get("vision_config"), dict)
+    kind, alone = str(job.base.config.get("model_type")), getattr(job.base.model, "reads_vision_config", False)
     layers = adapter_layers(job.base.model)
     outside = next(
         (path for path, layer in layers.items() if layer.OVER is not LINEAR or ".layers." not in f".{path}"), ""
@@ -339,10 +339,15 @@ def _write_factors(job: Export) -> None:
     beside = f"--to {to}: the adapter"
     refuse(
         {
-            f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm" and not sees,
+            f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm"
+            and not (alone or has_tower(job.base.config)),
+            f"--to mlx-lm: mlx-lm has no {kind} models; use --to mlx-vlm": to == "mlx-lm" and alone,
             f"{beside} {FUSED_ONLY}": info.qat,
             f"{beside} is on {outside or 'whole parameters'}, and mlx-swift-lm loads adapters of linear layers in blocks alone; "
             f"{FUSE}": to == "mlx-swift" and (outside or info.full),
+            f"{beside} is on experts, and mlx-vlm adapts none; {FUSE}": (
+                to == "mlx-vlm" and any(layer.OVER is SWITCH for layer in layers.values())
+            ),
             f"{beside} trains {', '.join(info.full[:1])} in full, which they do not load beside adapter weights; {FUSE}": (
                 info.full and info.method != "full"
             ),

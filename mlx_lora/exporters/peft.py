@@ -376,6 +376,10 @@ RENAMED = {
     "gpt2": (("model.", "transformer."),),
     "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
     "nemotron_h": (("backbone.", "model."),),
+    **dict.fromkeys(
+        ("qwen3_5_text", "qwen3_5_moe_text", "flint", "kolibri1"),
+        (("language_model.model.", "model."), ("language_model.lm_head", "lm_head")),
+    ),
     # Encoders with a score head
     "bert": (("pooler.", "bert.pooler."), ("score.", "classifier."), ("model.", "bert.")),
     **dict.fromkeys(
@@ -384,6 +388,8 @@ RENAMED = {
     ),
     "modernbert": (("pooler.", "head."), ("score.", "classifier.")),
 }
+# Of mlx-vlm's language models, those whose layers were compared with transformers' by name.
+COMPARED = {"flint", "kolibri1", "llava_next", "llava_onevision", "mllama", "qwen3_5_moe_text", "qwen3_5_text"}
 PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 
 
@@ -912,6 +918,10 @@ def check_peft(model: nn.Module, full: tuple[str, ...] = ()) -> list[ExpertTenso
     layers = adapter_layers(model)
     if not layers:
         raise InputError("--to peft: the model has no adapter")
+    if getattr(model, "reads_vision_config", False) and model.model_type not in COMPARED:
+        raise InputError(
+            f"--to peft: mlx-vlm's {model.model_type} has other names of layers than transformers; fuse the adapter instead"
+        )
     if apart := [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]:
         raise InputError(f"--to peft: {first_of(apart, 1)}; fuse the adapter instead")
     modules = dict(model.named_modules())

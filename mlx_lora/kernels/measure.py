@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.compat.functions import exchanged, original
 from mlx_lora.utils import device
 from mlx_lora.utils.files import read_store, write_store
 
@@ -319,11 +321,20 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+INDICES = ("argmax", "argmin", "argpartition", "argsort", "where")  # the functions that choose
+
+
+def _constant(choose: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
+    found = choose(*args, **kwargs)
+    return found if mx.issubdtype(found.dtype, mx.inexact) else mx.stop_gradient(found)
+
+
 @contextmanager
 def left_unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore all parameters of a model, and its modules' private attributes, at the end of the block.
+    """Let a model be differentiated in the block, and restore its parameters and its modules' private attributes at its end.
 
-    Differentiation leaves traced arrays in trainable parameters. mlx-lm's forward passes leave others, which are
+    MLX has no gradient by indices and refuses one, so those that a model chooses (experts, keys) are constants here, as they
+    are in torch. Differentiation leaves traced arrays in trainable parameters. mlx-lm's forward passes leave others, which are
     meaningless outside of the trace: Gemma 3n overwrites frozen weights, and Kimi K3 keeps products of them for the next
     generation.
     """
@@ -335,7 +346,8 @@ def left_unchanged(model: nn.Module) -> Iterator[None]:
         if name.startswith("_") and name not in MODULE_OWN
     ]
     try:
-        yield
+        with exchanged({(mx, name): partial(_constant, original(mx, name)) for name in INDICES}):
+            yield
     finally:
         model.update(parameters)
         for module, name, value in private:

@@ -83,6 +83,8 @@ def _number_problems(config: dict[str, Any], n_tensors: int) -> list[str]:
     for key, value in config.items():
         if "layer" in key and isinstance(value, list) and len(value) > min(n_tensors, MOST_BLOCKS):
             problems.append(f"{key} lists {len(value)} layers, but the weights only have {n_tensors} tensors")
+        elif key == "head_dim" and value == 0 and "qk_nope_head_dim" in config:
+            continue  # latent attention without rotation
         elif key in WHOLE and value is not None and (type(value) is not int or value < 1):
             problems.append(f"{key} is {str(value)[:40]}, not a whole number of at least 1")
         elif type(value) is not int or value < 0:
@@ -105,7 +107,10 @@ UNSCALED = ("default", "mrope")  # mrope tells places in an image; of text, all 
 # How often a layer sees the whole context, in classes that do not read `layer_types`.
 EVERY = ("sliding_window_pattern", "full_attention_interval")
 # transformers 5 has the same words for all hybrids; these classes know the older ones.
-LAYER_WORDS = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"}}
+LAYER_WORDS = {
+    "granitemoehybrid": {"linear_attention": "mamba", "full_attention": "attention"},
+    "qwen4_exp_text": {"indexed_attention": "qwen_sparse_attention"},
+}
 # Gemma 4's layers with full attention have their own widths, which were keys and are now entries of these layers.
 PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
@@ -146,15 +151,21 @@ def check_language_model(model: nn.Module, model_id: str) -> None:
 
 
 def architecture_of(config: Values) -> tuple[type, type]:
-    """Return the classes of a model and of its arguments: ours for an encoder or the text part of some VLMs, else mlx-lm's.
+    """Return the classes of a model and of its arguments: ours, mlx-lm's, or those of mlx-vlm's language model.
 
     Raises:
-        ValueError: neither has it.
+        ValueError: nobody has it.
     """
     if module := OWN_ARCHITECTURES.get(str(config.get("model_type"))):
         own = import_module(f"mlx_lora.models.{module}")
         return own.Model, own.ModelArgs
-    return GET_CLASSES.of()(config)
+    try:
+        return GET_CLASSES.of()(config)
+    except ValueError:  # mlx-lm has none
+        from mlx_lora.models import vlm_language
+
+        vlm_language.package_of(config)
+        return vlm_language.Model, vlm_language.ModelArgs
 
 
 def translate_config(config: Values, origin: object) -> Values:
@@ -174,12 +185,13 @@ def translate_config(config: Values, origin: object) -> Values:
     except (ValueError, ImportError, AttributeError, SystemExit):
         return config  # building the model raises the same error, and is reported there
     problems: list[str] = []
+    args_class, text_class = getattr(args_class, "read_by", lambda config: (args_class, None))(config)
     found = {**config, **_translated(config, _fields(args_class), problems)}
     module = inspect.getmodule(model_class)
     tied = "tie_word_embeddings"  # transformers 5 keeps it for the whole model
     for name in PARTS:
         if isinstance(config.get(name), dict) and module is not None:
-            fields = _fields(_text_class(module, config[name]))
+            fields = _fields(text_class or _text_class(module, config[name]))
             shared = {tied: config[tied]} if tied in fields and tied in config else {}
             found[name] = {**shared, **config[name], **_translated(config[name], fields, problems)}
     vocabulary = (config.get("text_config") or {}).get("vocab_size")

@@ -287,6 +287,7 @@ def _convert_folder(
     conversion.requantized = sum(name.endswith(".scales") for name in parameters)
     conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)
+    keeps_vision = getattr(model, "reads_vision_config", False)
     del model, names
     # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
     for name in tracked(list(parameters), "Converting", len(parameters), "tensors"):
@@ -297,7 +298,7 @@ def _convert_folder(
     conversion.size_bytes = writer.close()
     config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
-    mlx_lm.utils.save_config(config, folder / "config.json")
+    mlx_lm.utils.save_config(config, folder / "config.json", keep_vision_config=keeps_vision)
     copy_side_files(source.path, folder)
     return conversion
 

@@ -251,7 +251,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
             return find_head(inside, config)
-    layer, body = _first(model, INNER_HEADS), model
+    layer, body = _first(model, INNER_HEADS) if head is None else None, model
     inner = layer is not None
     if not inner:
         body = _first(model, BODIES)

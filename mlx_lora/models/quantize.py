@@ -331,7 +331,11 @@ def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Modul
     """Return a quantized mlx-lm model with float weights, and its config without `quantization`."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     # mlx-lm's function ignores the scales that nvfp4 experts have of their own.
-    scaled = {path: dequantized_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
+    scaled = {
+        path: dequantized_weight(layer)
+        for path, layer in model.named_modules()
+        if {"scales", "global_scale"} <= layer.keys()
+    }
     model = mlx_lm.utils.dequantize_model(model)
     # It leaves out the products of each head that latent attention has (DeepSeek and its kin).
     heads = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedMultiLinear)}

@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 from byte_tokenizer import CHATML, byte_tokenizer
 from mlx.utils import tree_flatten
 
 from architectures.configs import CONFIGS, TIED_BY_THE_WEIGHTS
+from architectures.vlm import vlm_config
+from mlx_lora.models.config import architecture_of
 
 # Standard deviations of what is not a product's weight: enough to tell places apart, too little to saturate.
 SPREAD = 0.1
@@ -32,12 +33,12 @@ def tiny_config(name: str, tied: bool = False) -> dict[str, Any]:
     """Return the config of an architecture, its `tie_word_embeddings` written as transformers 5 writes it.
 
     Args:
-        name: of mlx-lm's module.
+        name: of mlx-lm's module, or of mlx-vlm's package.
         tied: whether the head is the embedding.
     """
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy(CONFIGS[name]) if name in CONFIGS else vlm_config(name)
     for part in (config, config.get("text_config")):
-        if part is not None:
+        if part is not None and (name in CONFIGS or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = tied
     if name == "openelm":
         config["share_input_output_layers"] = tied
@@ -56,7 +57,7 @@ def tiny_architecture(name: str, tied: bool = False, seed: int = 0, config: dict
     """
     config = config or tiny_config(name, tied)
     with package_of(name):
-        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model_class, args_class = architecture_of(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(copy.deepcopy(config)))
     weights = dict(tree_flatten(model.parameters()))

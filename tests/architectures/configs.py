@@ -7,6 +7,7 @@ import pkgutil
 from mlx_lm import models
 
 from architectures.families import DENSE, EXPERTS, LATENT_ATTENTION, RECURRENT, WINDOWS, WRAPPERS
+from architectures.vlm import CHANGES, vlm_config, vlm_packages
 
 CONFIGS = {**DENSE, **WINDOWS, **EXPERTS, **LATENT_ATTENTION, **RECURRENT, **WRAPPERS}
 # Modules of mlx-lm's folder that other modules import: no architecture has their name.
@@ -31,12 +32,13 @@ TIED_BY_THE_WEIGHTS = {"gemma3", "gemma3_text", "recurrent_gemma"}
 
 
 def architecture_modules() -> list[str]:
-    """Return the names of the installed mlx-lm's architecture modules, in alphabetical order."""
-    return sorted((m.name for m in pkgutil.iter_modules(models.__path__) if m.name not in PARTS), key=str.lower)
+    """Return the names of the installed mlx-lm's architecture modules, and of mlx-vlm's that only it has, in alphabetical order."""
+    own = [m.name for m in pkgutil.iter_modules(models.__path__) if m.name not in PARTS]
+    return sorted([*own, *vlm_packages(own)], key=str.lower)
 
 
 def ways(name: str) -> tuple[bool, ...]:
     """Return the values of `tie_word_embeddings` that an architecture's configs may have."""
-    if name in NEVER_TIED:
+    if name in NEVER_TIED or (name in CHANGES and "tie_word_embeddings" not in str(vlm_config(name))):
         return (False,)
     return (True,) if name in ALWAYS_TIED else (False, True)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from architectures.build import SPREAD, tiny_config
 from architectures.families import SLIDING_THEN_FULL
 from architectures.trial import LOGIT_BAR, ROWS, WIDTH, NotRun, Trial, Wrong, relative
+from architectures.vlm import CHANGES, HYBRID
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 
@@ -29,7 +30,7 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TINY_TOWER = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "embed_dim": 32, "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0],
+    "deepstack_visual_indexes": [0], "width": 32, "layers": 1, "heads": 2,
 }  # fmt: skip
 ONE_ROPE = {kind: {"rope_type": "default", "rope_theta": THETA} for kind in SLIDING_THEN_FULL}
 # What makes transformers' config say the same as the sweep's: other names of keys, and features that mlx-lm lacks.
@@ -47,6 +48,9 @@ EQUIVALENT: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"rope_theta": 10000.0},
     "solar_open": {"first_k_dense_replace": 0},
     "longcat_flash": {"head_dim": 8},
+    **{name: {"layer_types": HYBRID} for name in ("qwen3_5_text", "qwen3_5_moe_text", "minicpmv4_6")},
+    "step3p7": {"use_head_wise_attn_gate": True},
+    "flint": {"no_rope_layer_indices": [0, 1]},  # transformers rotates no layer with full attention
 }
 # Models of mlx-lm that compute something else than transformers, whoever saved them. Each was found by taking the cause
 # out of the config, after which the logits agree; of MiniMax M3 it was not found.
@@ -58,6 +62,7 @@ OTHERWISE = {
     "falcon_h1": "mlx-lm leaves key_multiplier out",
     "gemma2": "mlx-lm has no sliding window",
     "glm_moe_dsa": INDEXER,
+    "glm5_next": INDEXER.replace("mlx-lm", "mlx-vlm"),
     "gpt_bigcode": GELU,
     "gpt_neox": GELU,
     "jamba": "mlx-lm divides the weights of the chosen experts by their sum, transformers does not",
@@ -80,24 +85,11 @@ def by_transformers(folder: Path, name: str, tied: bool = False, **changes: Any)
         NotRun: transformers does not have the architecture, or has it in another form.
     """
     import torch
-    import transformers
 
-    config = tiny_config(name, tied)
-    text = config.get("text_config", config)
-    text |= {"rope_theta": THETA} if "rope_theta" in text else {}
-    for key, value in {**EQUIVALENT.get(name, {}), **changes}.items():
-        text[key] = value
-        if value is None:
-            del text[key]
-    kind = config.pop("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        raise NotRun(ABSENT)
-    if config.get("vision_config"):
-        config["vision_config"] = dict(TINY_TOWER)
     torch.manual_seed(0)
     try:
-        made = transformers.CONFIG_MAPPING[kind](**config, **SPECIAL)
-        auto = _auto_class(made)
+        made = config_of_transformers(name, tied, **changes)
+        auto = auto_class(made)
         with torch.device("meta"):
             size = sum(p.numel() for p in auto.from_config(made).parameters())
         if size > MOST_PARAMETERS:
@@ -121,7 +113,34 @@ def by_transformers(folder: Path, name: str, tied: bool = False, **changes: Any)
     return logits
 
 
-def _auto_class(config: Any) -> Any:
+def config_of_transformers(name: str, tied: bool = False, **changes: Any) -> Any:
+    """Return transformers' config of a tiny architecture; arguments as for `by_transformers`.
+
+    Raises:
+        NotRun: transformers does not have the architecture.
+    """
+    import transformers
+
+    config = tiny_config(name, tied)
+    text = config.get("text_config", config)
+    text |= {"rope_theta": THETA} if "rope_theta" in text else {}
+    for key, value in {**EQUIVALENT.get(name, {}), **changes}.items():
+        text[key] = value
+        if value is None:
+            del text[key]
+    kind = config.pop("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise NotRun(ABSENT)
+    if name in CHANGES and text is not config:
+        text |= SPECIAL
+    if "vision_config" in config and (config["vision_config"] or name in CHANGES):
+        config["vision_config"] = {**TINY_TOWER, **config["vision_config"]} if name in CHANGES else dict(TINY_TOWER)
+        if name == "qwen4_exp":
+            config["vision_config"]["deepstack_visual_indexes"] = []
+    return transformers.CONFIG_MAPPING[kind](**config, **SPECIAL)
+
+
+def auto_class(config: Any) -> Any:
     """Return transformers' class of all models of a kind: with a tower for pictures if it always has one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -26,6 +26,7 @@ import click
 from architectures.configs import CONFIGS, architecture_modules, ways
 from architectures.stages import STAGES
 from architectures.trial import NotRun, Refused, Trial, Wrong
+from architectures.vlm import CHANGES
 from mlx_lora.utils.errors import InputError
 
 # A fresh process now and then: compiled functions of a hundred models would pile up in one.
@@ -106,7 +107,7 @@ def write_results(file: Path, results: Iterable[Result]) -> None:
 
 def asked_for(names: Iterable[str]) -> list[str]:
     """Return the architectures to try: those named, or all installed ones that have a tiny configuration."""
-    return [name for name in names or architecture_modules() if name in CONFIGS]
+    return [name for name in names or architecture_modules() if name in CONFIGS or name in CHANGES]
 
 
 def sweep(

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import click
 
-from architectures.configs import CONFIGS, architecture_modules
+from architectures.configs import CONFIGS, architecture_modules, ways
 from architectures.images import NOT_COMPARED, TEXT_ONLY, without_images
 from architectures.saved import ABSENT
 from architectures.sweep import Result, Stage, read_results
+from architectures.vlm import CHANGES, KINDS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 UNTRIED = "not yet tried"
@@ -111,21 +112,33 @@ def rows(modules: Iterable[str], results: Mapping[tuple[str, bool], Result]) -> 
     return [row_of(name, (result for key, result in results.items() if key[0] == name)) for name in modules]
 
 
-def page(table: list[Row], results: Mapping[tuple[str, bool], Result]) -> str:
-    """Return the text of docs/models.md."""
-    counts = Counter(row.verdict for row in table)
+def page(table: list[Row], results: Mapping[tuple[str, bool], Result], before: str = "") -> str:
+    """Return the text of docs/models.md.
+
+    Args:
+        table: a row for each architecture.
+        results: of a sweep.
+        before: the page as it was, whose lines of architectures that the sweep did not try stay.
+    """
+    tried = {name for name, _ in results}
+    kept = {line.split("|")[1].strip(): line for line in before.splitlines() if line.startswith("| ")}
+    kept = {name: line for name, line in kept.items() if name not in tried}
+    counts = Counter(verdicts(before).get(row.name, row.verdict) if row.name in kept else row.verdict for row in table)
     summary = "\n".join(f"| {verdict} | {counts[verdict]} |" for verdict in ORDER if counts[verdict])
     errors = [result.facts["worst_factor_error"] for result in results.values() if "worst_factor_error" in result.facts]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "mlx-vlm", "transformers")
+    )
     by_name = {row.name: [result for key, result in results.items() if key[0] == row.name] for row in table}
     lines = [
-        f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(images_text(by_name[row.name]))} | {_cell(saved_text(by_name[row.name]))} |"
+        kept.get(row.name)
+        or f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(images_text(by_name[row.name]))} | {_cell(saved_text(by_name[row.name]))} |"
         for row in table
     ]
-    forms = sum(1 for row in table for key in results if key[0] == row.name)
+    forms = sum(len(ways(row.name)) for row in table if row.name in CONFIGS or row.name in CHANGES)
     return TEXT.format(
-        modules=len(table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
-        table="\n".join(lines), untried=UNTRIED, absent=ABSENT, text_only=TEXT_ONLY, not_compared=NOT_COMPARED,
+        modules=sum(row.name in CONFIGS for row in table), others=sum(row.name not in CONFIGS for row in table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
+        table="\n".join(lines), others_table="\n".join(f"| {names.replace(' ', ', ')} | {reason} |" for reason, names in KINDS.items()), untried=UNTRIED, absent=ABSENT, text_only=TEXT_ONLY, not_compared=NOT_COMPARED,
     )  # fmt: skip
 
 
@@ -160,8 +173,9 @@ def verdicts(text: str) -> dict[str, str]:
 TEXT = """\
 # Which models can be trained
 
-mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. This page shows the result
-of trying all {modules} of them here. It is generated, so do not edit it:
+mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. Where mlx-lm has none, the
+language model of mlx-vlm is taken (`pip install 'mlx-lora[vision]'`). This page shows the result of trying all {modules} modules of
+mlx-lm and {others} packages that only mlx-vlm has. It is generated, so do not edit it:
 
     PYTHONPATH=tests python -m architectures.sweep --out sweep.json
     PYTHONPATH=tests python -m architectures.table --results sweep.json
@@ -184,7 +198,7 @@ Every one of these stages passed:
 | checkpointing | `selective` and `block` give the same loss and gradients as `none` |
 | train | three steps of the `train` command; every loss is finite and reported |
 | reload | `evaluate` with the stored adapter gives the run's last validation loss, and without the adapter another loss |
-| stock | mlx-lm itself loads the adapter folder and gives the same logits |
+| stock | mlx-lm itself loads the adapter folder and gives the same logits; or mlx-vlm loads the model and gives the same logits |
 | fuse | the folder that `fuse` writes gives the logits of base and adapter |
 | quantized | `convert` to 4 bits (group 32), the same check of the loss, and a QLoRA step |
 | bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
@@ -199,14 +213,15 @@ this column.
 The last column is about folders that transformers 5 saves, which have other keys in config.json than older ones, and other names
 of some weights: a tiny model of transformers is saved by `save_pretrained`, loaded here, and "logits agree" if its logits are torch's
 within 1e-4 relative. Where they are further apart, the cell says which part mlx-lm computes otherwise, whoever saved the model.
-"{absent}" is an architecture that only mlx-lm has. The verdict does not depend on this column.
+"{absent}" is an architecture that only mlx-lm or mlx-vlm has. The verdict does not depend on this column.
 
 MLX has no bfloat16 products of experts on a CPU. For mixtures of experts, the bfloat16 stage computes these products in float32 and
 rounds the result, which tests everything around them.
 
 "Right, with a note" passed as well; the note says what is special. "In part" trains, but a later stage refuses the model. "Refused"
-cannot be trained; the table quotes what `train` says. "{untried}" is an architecture of a newer mlx-lm that has no tiny
-configuration here yet; it may well work.
+cannot be trained; the table quotes what `train` says. "{untried}" is an architecture without a tiny configuration here: one
+of a newer mlx-lm, which may well work, or a package of mlx-vlm, of which some have no language model. Architectures that only mlx-vlm has
+are trained on text; their towers are copied by `convert` and `fuse` and not used.
 
 | verdict | architectures |
 |---|---|
@@ -217,6 +232,12 @@ configuration here yet; it may well work.
 | architecture | models it serves | verdict | note, or what `train` says | images | saved by transformers 5 |
 |---|---|---|---|---|---|
 {table}
+
+## Packages of mlx-vlm without a row
+
+| package | because it |
+|---|---|
+{others_table}
 """
 
 
@@ -232,7 +253,7 @@ def main(results: Path, only: str | None) -> None:
         PAGE.write_text(with_column(PAGE.read_text(encoding="utf-8"), only, found), encoding="utf-8")
         return
     table = rows(architecture_modules(), found)
-    PAGE.write_text(page(table, {key: result for key, result in found.items() if key[0] in CONFIGS}), encoding="utf-8")
+    PAGE.write_text(page(table, found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for verdict, count in Counter(row.verdict for row in table).items():
         click.echo(f"{verdict}: {count}")
 
@@ -280,4 +301,15 @@ MODELS = {
     "qwen3_vl_moe": "Qwen3-VL MoE", "recurrent_gemma": "RecurrentGemma", "rwkv7": "RWKV-7 Goose",
     "seed_oss": "Seed-OSS 36B", "smollm3": "SmolLM3 3B", "solar_open": "Solar Open 100B", "stablelm": "StableLM, StableLM 2",
     "starcoder2": "StarCoder2", "step3p5": "Step 3.5 Flash", "telechat3": "TeleChat 3", "youtu_llm": "Youtu-LLM",
+    "aya_vision": "Aya Vision, Command A Vision", "cohere2_moe": "Cohere 2 MoE", "deepseek_v4": "DeepSeek V4", "deepseek_vl_v2": "DeepSeek-VL2",
+    "deepseekocr": "DeepSeek-OCR", "deepseekocr_2": "DeepSeek-OCR 2", "dots_ocr": "dots.ocr", "ernie4_5_moe_vl": "ERNIE 4.5 VL",
+    "fastvlm": "FastVLM", "glm4v": "GLM-4.1V, GLM-4.6V-Flash", "glm4v_moe": "GLM-4.5V, 4.6V", "glm5_next": "GLM-5-Next", "glm_ocr": "GLM-OCR",
+    "got": "GOT-OCR 2", "granite4_vision": "Granite 4 Vision", "granite_vision": "Granite Vision", "hrm_text": "HRM-Text", "hy_v4": "Hy-V4",
+    "idefics2": "Idefics 2", "internvl": "InternVL 3", "internvl_chat": "InternVL 3, 3.5", "jina_vlm": "Jina VLM", "k2_horizon": "K2-Horizon",
+    "llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision", "longcat_flash_sparse": "LongCat-Flash sparse", "mimo_v2": "MiMo-V2",
+    "minicpmv4_6": "MiniCPM-V 4.6", "mistral_large3": "Mistral Large 3", "mllama": "Llama 3.2 Vision", "molmo2": "Molmo 2",
+    "moondream2": "Moondream 2", "moondream3": "Moondream 3", "nemotron_h_nano_omni": "Nemotron Nano Omni",
+    "nemotron_labs_diffusion": "Nemotron Labs Diffusion, token by token", "paddleocr_vl": "PaddleOCR-VL", "phi4_siglip": "Phi-4 vision",
+    "plamo2vl": "PLaMo 2 VL", "qwen3_5_moe_text": "Qwen3.5 and later MoE, text only", "qwen3_5_text": "Qwen3.5 and later, text only",
+    "qwen4_exp": "Qwen4-Exp", "step3p7": "Step 3.7", "youtu_vl": "Youtu-VL", "zaya1_vl": "ZAYA1-VL",
 }  # fmt: skip

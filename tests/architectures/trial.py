@@ -246,4 +246,4 @@ def greedy(base: Base, prompt: list[int], cached: bool) -> str:
             break
         detokenizer.add_token(tokens[-1])
     detokenizer.finalize()
-    return detokenizer.text
+    return detokenizer.text.lstrip(" ")  # mlx-lm's leaves it out of some texts
