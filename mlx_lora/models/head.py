@@ -79,6 +79,8 @@ EMBEDDINGS = (
 )
 # Heads that the body itself applies: GPT-NeoX and Pythia, Lille, Gemma 3n.
 INNER_HEADS = ("model.embed_out", "transformer.tok_embeddings", "embed_tokens")
+# Heads, and embeddings in place of one, in mlx-vlm's language models.
+OF_MLX_VLM = (*HEADS, *(f"model.{name}" for name in (*HEADS, *EMBEDDINGS)), *EMBEDDINGS)
 # The largest share of a batch's positions for which the last block is computed at these alone: picking them out costs a
 # pass over memory, as do the gradients' places.
 MOST_PICKED = 0.8
@@ -246,14 +248,19 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         The head, or a reason, with which the caller explains why it uses the plain loss.
     """
     config = {**config, **(config.get("text_config") or {})}
-    head = _first(model, HEADS)
+    alone = getattr(
+        model, "reads_vision_config", False
+    )  # mlx-vlm's, whose bodies are given positions: it is called as a whole
+    head = _first(model.language_model, OF_MLX_VLM) if alone else _first(model, HEADS)
     for wrapper in WRAPPERS:
         inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
             return find_head(inside, config)
     layer, body = _first(model, INNER_HEADS) if head is None else None, model
-    inner = layer is not None
-    if not inner:
+    inner = layer is not None or alone
+    if alone:
+        layer = head
+    elif not inner:
         body = _first(model, BODIES)
         if body is None:
             return f"the model has no part named {' or '.join(f'`{name}`' for name in BODIES)}"

@@ -258,10 +258,6 @@ def main(results: Path, only: str | None) -> None:
         click.echo(f"{verdict}: {count}")
 
 
-if __name__ == "__main__":
-    main()
-
-
 MODELS = {
     "afm7": "Apple Foundation Model 7B", "afmoe": "Arcee Trinity", "apertus": "Apertus 8B, 70B",
     "baichuan_m1": "Baichuan-M1 14B", "bailing_hybrid": "Ring 2.5, Ling 2.5", "bailing_moe": "Ling, Ling 2.0, Ring",
@@ -313,3 +309,7 @@ MODELS = {
     "plamo2vl": "PLaMo 2 VL", "qwen3_5_moe_text": "Qwen3.5 and later MoE, text only", "qwen3_5_text": "Qwen3.5 and later, text only",
     "qwen4_exp": "Qwen4-Exp", "step3p7": "Step 3.7", "youtu_vl": "Youtu-VL", "zaya1_vl": "ZAYA1-VL",
 }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pkgutil
 from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from mlx_vlm import models
 
-from architectures.tiny import shrunk_package
+from architectures.tiny import shrunk, shrunk_package
 
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 SECTIONS = {"rope_type": "default", "mrope_section": [2, 2, 4]}
@@ -28,8 +30,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "flint": {},
     "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "layer_types": HYBRID, "index_kpool": 2, "hc_mult": 2},
     "glm_ocr": {},
-    "granite4_vision": {},
-    "granite_vision": {},
+    "granite4_vision": {"logits_scaling": 4.0},
+    "granite_vision": {"logits_scaling": 4.0},
     "hrm_text": {},
     "hy_v4": {},
     "idefics2": {"WHOLE": {"perceiver_config": {"model_type": "idefics2"}}},
@@ -65,7 +67,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "youtu_vl": {"FLAT": True, "n_routed_experts": None, "n_shared_experts": None},
     "z1t": {},
     "zaya1_vl": {"FLAT": True},
-    "aya_vision": {"sliding_window_pattern": 2, "VISION": {**TOWER, "model_type": "siglip_vision_model"}},
+    "aya_vision": {"sliding_window_pattern": 2, "logit_scale": 0.25, "VISION": {**TOWER, "model_type": "siglip_vision_model"}},
     "deepseek_vl_v2": {"WHOLE": {"projector_config": {"n_embed": 64}}, "VISION": {"model_type": "vision"}},
     "deepseekocr": {"WHOLE": {"projector_config": {"n_embed": 64}}, "VISION": {"model_type": "vision"}},
     "deepseekocr_2": {"WHOLE": {"projector_config": {"n_embed": 64}}, "VISION": {"model_type": "vision"}},
@@ -105,7 +107,9 @@ def vlm_packages(known: Iterable[str]) -> list[str]:
 
 
 def vlm_config(name: str) -> dict[str, Any]:
-    """Return the tiny config.json of one of these."""
-    text = copy.deepcopy(CHANGES[name])
+    """Return the tiny config.json of one of these, or of a module of mlx-lm that is newer than the table of its own."""
+    if find_spec(f"mlx_lm.models.{name}") is not None:
+        return {"model_type": name, **shrunk(import_module(f"mlx_lm.models.{name}").ModelArgs)}
+    text = copy.deepcopy(CHANGES.get(name, {}))
     whole, vision, flat = text.pop("WHOLE", {}), text.pop("VISION", {}), text.pop("FLAT", False)
     return shrunk_package(name, text, whole, vision, flat)
