@@ -134,6 +134,9 @@ class Head:
         Args:
             inputs: token ids.
             caches: `cache`, if the rows hold several answers (models/prefix_attention.py).
+
+        Raises:
+            ValueError: the model calls its head for parts of rows.
         """
         if not self.inner:
             return self._run(inputs, caches)
@@ -146,7 +149,12 @@ class Head:
         name = "as_linear" if isinstance(self.layer, EMBEDDING_HEADS) else "__call__"  # which embeds, in an embedding
         with answering((self.layer, record), name=name):
             out = self._run(inputs, caches)  # lazy: what follows the layer is never computed
-        return seen[-1] if seen else out
+        if len(seen) < 2:
+            return seen[0] if seen else out
+        rows = mx.concatenate(seen)  # of a model that calls its head for each row
+        if rows.shape[:-1] != inputs.shape:
+            raise ValueError("it calls its head for parts of rows")
+        return rows
 
     def _run(self, inputs: mx.array, caches: dict[str, Any]) -> mx.array:
         """Call the body; some bodies require a `cache` argument."""

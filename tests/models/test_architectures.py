@@ -30,17 +30,22 @@ from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils.errors import InputError
 
 # One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers; of mlx-vlm,
-# experts and two that choose their keys.
+# experts, one that chooses its keys, and one that calls its head for each row.
 FAMILIES = [
     ("llama", True), ("qwen3", False), ("gemma3_text", True), ("gemma4_text", True), ("phi3", True), ("cohere2", True),
     ("gpt_oss", False), ("qwen3_5", True), ("falcon_h1", False), ("deepseek_v3", False), ("lfm2", True),
-    ("mistral3", True), ("granitemoehybrid", True), ("kolibri1", True), ("hy_v4", False), ("glm5_next", False),
+    ("mistral3", True), ("granitemoehybrid", True), ("kolibri1", True), ("glm5_next", False),
+    ("cohere_compass", False),
 ]  # fmt: skip
 ESSENTIAL = ("load", "plan", "adapt", "gradients", "checkpointing")
 
 
 # One of attention with windows, of experts, of the delta rule, and of a state space.
-BY_DEFAULT = [one for one in FAMILIES if one[0] in ("gemma3_text", "gpt_oss", "qwen3_5", "falcon_h1", "hy_v4")]
+BY_DEFAULT = [
+    one
+    for one in FAMILIES
+    if one[0] in ("gemma3_text", "gpt_oss", "qwen3_5", "falcon_h1", "glm5_next", "cohere_compass")
+]
 
 
 @pytest.mark.parametrize(("name", "tied"), by_default(FAMILIES, *BY_DEFAULT), ids=[name for name, _ in FAMILIES])
