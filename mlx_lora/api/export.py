@@ -329,7 +329,7 @@ def _write_factors(job: Export) -> None:
     """
     out, info, to = job.settings.out, job.info, job.settings.to
     check_new_folder(out, job.settings.force)
-    kind, alone = str(job.base.config.get("model_type")), getattr(job.base.model, "reads_vision_config", False)
+    kind, vlm = str(job.base.config.get("model_type")), getattr(job.base.model, "of_mlx_vlm", False)
     layers = adapter_layers(job.base.model)
     outside = next(
         (path for path, layer in layers.items() if layer.OVER is not LINEAR or ".layers." not in f".{path}"), ""
@@ -340,8 +340,8 @@ def _write_factors(job: Export) -> None:
     refuse(
         {
             f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm": to == "mlx-vlm"
-            and not (alone or has_tower(job.base.config)),
-            f"--to mlx-lm: mlx-lm has no {kind} models; use --to mlx-vlm": to == "mlx-lm" and alone,
+            and not (vlm or has_tower(job.base.config)),
+            f"--to mlx-lm: mlx-lm has no {kind} models; use --to mlx-vlm": to == "mlx-lm" and vlm,
             f"{beside} {FUSED_ONLY}": info.qat,
             f"{beside} is on {outside or 'whole parameters'}, and mlx-swift-lm loads adapters of linear layers in blocks alone; "
             f"{FUSE}": to == "mlx-swift" and (outside or info.full),
@@ -564,7 +564,8 @@ def commands(job: Export) -> list[str]:
             return [f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {job.path} --prompt Hello"]
         case "mlx-vlm":
             model = f"--model {shlex.quote(base)} --adapter-path {job.path}"
-            return [f"mlx_vlm.generate {model} --image FILE --prompt Hello"]
+            picture = " --image FILE" if has_tower(job.base.config) else ""
+            return [f"mlx_vlm.generate {model}{picture} --prompt Hello"]
         case "hf" if not job.scores:
             python = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
             return [f"mlx_lm.generate --model {job.path} --prompt Hello  # or in Python: {python}"]

@@ -254,7 +254,7 @@ def write_fused(
             config |= {"quantization": kept, "quantization_config": kept}
         config["mlx_lora"] = {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}
         config |= classifier_config(base, info.head) if scores else {}
-        keeps_vision = getattr(model, "reads_vision_config", False)
+        keeps_vision = getattr(model, "of_mlx_vlm", False)
         mlx_lm.utils.save_config(config, folder / "config.json", keep_vision_config=keeps_vision)
         copy_side_files(base.folder, folder, tower)
         if info.chat_template:

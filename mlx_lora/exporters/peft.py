@@ -918,9 +918,10 @@ def check_peft(model: nn.Module, full: tuple[str, ...] = ()) -> list[ExpertTenso
     layers = adapter_layers(model)
     if not layers:
         raise InputError("--to peft: the model has no adapter")
-    if getattr(model, "reads_vision_config", False) and model.model_type not in COMPARED:
+    if getattr(model, "of_mlx_vlm", False) and model.model_type not in COMPARED:
         raise InputError(
-            f"--to peft: mlx-vlm's {model.model_type} has other names of layers than transformers; fuse the adapter instead"
+            f"--to peft: it is not known whether transformers names the layers of {model.model_type} as mlx-vlm does; fuse the "
+            "adapter instead"
         )
     if apart := [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]:
         raise InputError(f"--to peft: {first_of(apart, 1)}; fuse the adapter instead")

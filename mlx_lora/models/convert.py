@@ -287,7 +287,7 @@ def _convert_folder(
     conversion.requantized = sum(name.endswith(".scales") for name in parameters)
     conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)
-    keeps_vision = getattr(model, "reads_vision_config", False)
+    keeps_vision = getattr(model, "of_mlx_vlm", False)
     del model, names
     # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
     for name in tracked(list(parameters), "Converting", len(parameters), "tensors"):

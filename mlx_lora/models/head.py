@@ -256,17 +256,15 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         The head, or a reason, with which the caller explains why it uses the plain loss.
     """
     config = {**config, **(config.get("text_config") or {})}
-    alone = getattr(
-        model, "reads_vision_config", False
-    )  # mlx-vlm's, whose bodies are given positions: it is called as a whole
-    head = _first(model.language_model, OF_MLX_VLM) if alone else _first(model, HEADS)
+    whole = getattr(model, "of_mlx_vlm", False)  # its body is given positions, so the whole model is called
+    head = _first(model.language_model, OF_MLX_VLM) if whole else _first(model, HEADS)
     for wrapper in WRAPPERS:
         inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
             return find_head(inside, config)
     layer, body = _first(model, INNER_HEADS) if head is None else None, model
-    inner = layer is not None or alone
-    if alone:
+    inner = layer is not None or whole
+    if whole:
         layer = head
     elif not inner:
         body = _first(model, BODIES)

@@ -70,7 +70,7 @@ class ModelArgs(BaseModelArgs):
 class Model(nn.Module):
     """The language model of one of mlx-vlm's architectures."""
 
-    reads_vision_config = True  # to be built, though it has no tower
+    of_mlx_vlm = True  # others look here for it; its class reads `vision_config`, though it has no tower
 
     def __init__(self, args: ModelArgs):
         super().__init__()
