@@ -162,6 +162,8 @@ def title(found: list[dict[str, Any]], expected: int) -> str:
     tests = sum(len(row["broke"]) + len(row["gone"]) for row in found)
     stopped = sum(bool(row["error"]) for row in found) + max(0, expected - len(found))
     parts = [f"{tests} {'tests' if tests != 1 else 'test'} broken"] if tests else []
+    new = len({line for row in found for line in row.get("new", []) if not line.startswith(" ")})
+    parts += [f"{new} {'architectures' if new != 1 else 'architecture'} to add"] if new else []
     parts += [f"{stopped} {'runs' if stopped != 1 else 'run'} without a result"] if stopped else []
     if not parts:
         return "Nightly: nothing broke"
@@ -202,6 +204,8 @@ def _section(row: dict[str, Any]) -> list[str]:
     ):
         if rows:
             lines += [f"{heading} ({len(rows)}):", "", *_listed(rows), ""]
+    if row.get("new"):
+        lines += ["Not yet in docs/models.md:", "", "```text", *(code(line) for line in row["new"]), "```", ""]
     if row["mended"]:
         lines += [f"Fail with the released versions and pass now: {len(row['mended'])}.", ""]
     return lines

@@ -1,4 +1,4 @@
-"""Run the tests against other versions of mlx and mlx-lm than the released ones, and say what these break.
+"""Run the tests against other versions of mlx, mlx-lm and mlx-vlm than the released ones, and say what these break and what is new.
 
     python scripts/nightly.py --versions newest                         the newest of the registry, pre-releases too
     python scripts/nightly.py --versions main --out nightly             the main branches (mlx is built where it is quick)
@@ -6,7 +6,7 @@
     python scripts/nightly.py --found a/nightly.json b/nightly.json --expect 2 --file-issue
 
 A new environment gets this checkout with the released versions, and the tests run in it; then it gets the other versions, and
-they run again. A test that passed before and does not now runs once more: if it passes then, it is listed as unsteady.
+they run again, and architectures that docs/models.md does not name are tried (scripts/new_architecture.py). A test that passed before and does not now runs once more: if it passes then, it is listed as unsteady.
 Writes nightly.json, nightly.md, and the results of both runs (before.json is a --baseline of later runs) into --out. The exit
 code is 1 if a test broke. --file-issue keeps one open GitHub issue with what broke, and closes it when nothing does; it
 reads GITHUB_TOKEN and GITHUB_REPOSITORY. Python's own library is enough for all of it.
@@ -31,10 +31,11 @@ from typing import Any
 from _nightly_issue import GitHub, GitHubFailed, update_issue
 from _nightly_results import ROOT, Run, compare, read_junit, render
 
-WATCHED = ("mlx", "mlx-lm")
+WATCHED = ("mlx", "mlx-lm", "mlx-vlm")
 MAIN = {
     "mlx": "mlx @ git+https://github.com/ml-explore/mlx",
     "mlx-lm": "mlx-lm @ git+https://github.com/ml-explore/mlx-lm",
+    "mlx-vlm": "mlx-vlm @ git+https://github.com/Blaizzy/mlx-vlm",
 }
 # mlx's wheel for Linux has no backend of its own.
 MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
@@ -98,7 +99,7 @@ def clean_environment() -> dict[str, str]:
 def requirements(versions: Sequence[str]) -> list[str]:
     """Return what pip has to install for --versions, all but the main branches."""
     if list(versions) == ["newest"]:
-        return ["--upgrade", "--pre", MLX, "mlx-lm"]
+        return ["--upgrade", "--pre", MLX, "mlx-lm", "mlx-vlm"]
     return [f"{MLX}{text[3:]}" if text.startswith("mlx==") else text for text in versions]
 
 
@@ -113,16 +114,16 @@ def will_change(environment: Environment, versions: Sequence[str]) -> bool:
 
 
 def change(environment: Environment, versions: Sequence[str]) -> None:
-    """Replace the released mlx and mlx-lm.
+    """Replace the released packages.
 
-    mlx-lm's main branch is Python alone. mlx's is built on Linux, where only its CPU backend is compiled. On a Mac its Metal
+    The main branches of mlx-lm and mlx-vlm are Python alone. mlx's is built on Linux, where only its CPU backend is compiled. On a Mac its Metal
     kernels would be compiled too, on a hosted runner's three cores and for its virtual GPU: there the registry's newest
     pre-release serves.
     """
     if list(versions) != ["main"]:
         environment.pip("install", "--quiet", *requirements(versions))
         return
-    environment.pip("install", "--quiet", "--upgrade", MAIN["mlx-lm"])
+    environment.pip("install", "--quiet", "--upgrade", MAIN["mlx-lm"], MAIN["mlx-vlm"])
     if sys.platform != "linux":
         environment.pip("install", "--quiet", "--upgrade", "--pre", MLX)
         return
@@ -180,7 +181,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     environment.pip("install", "--quiet", "--editable", f"{ROOT}[dev]")
     before = Run.read(args.baseline) if args.baseline else None
     released = environment.packages()
-    say(f"released: {', '.join(f'{name} {released[name]}' for name in WATCHED)}")
+    say(f"released: {', '.join(f'{name} {released.get(name)}' for name in WATCHED)}")
     facts = {"asked": " ".join(args.versions), "platform": platform.platform(), "python": platform.python_version()}
     facts |= {"commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "tests_asked": args.tests}
     try:
@@ -190,7 +191,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             say(f"installing {facts['asked']}")
             change(environment, args.versions)
             now = environment.packages()
-            say(f"installed: {', '.join(f'{name} {now[name]}' for name in WATCHED)}")
+            say(f"installed: {', '.join(f'{name} {now.get(name)}' for name in WATCHED)}")
         else:
             say(f"{facts['asked']}: these are the released versions, so there is one run")
     except Failed as error:
@@ -202,7 +203,31 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         say(f"{len(found['broke'])} tests broke; they run once more")
         again = run_tests(environment, [row["test"] for row in found["broke"]], args, "again")
         found = compare(before or after, after, again)
-    return {**facts, **found}
+    found["new"] = new_architectures(environment, args) if changes and not after.error else []
+    return {**facts, **found, "green": found["green"] and not found["new"]}
+
+
+def new_architectures(environment: Environment, args: argparse.Namespace) -> list[str]:
+    """Try the architectures that docs/models.md does not name, and return their rows for it."""
+    command = [str(environment.python), "scripts/new_architecture.py", "--new"]
+    with (args.out / "new.log").open("w", encoding="utf-8") as log:
+        try:
+            ended = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=clean_environment(),
+                timeout=args.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return [f"no result after {args.timeout:g} s (--timeout)"]
+    rows = [line for line in ended.stdout.splitlines() if line.strip()]
+    say(f"new architectures: {sum(row.startswith('|') for row in rows)}")
+    return rows or (
+        [f"scripts/new_architecture.py ended with {ended.returncode}; see new.log"] if ended.returncode else []
+    )
 
 
 def commit() -> str:

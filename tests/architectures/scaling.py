@@ -62,7 +62,7 @@ def _scaled(config: dict[str, Any], width: int, layers: int, blocks: int, states
     def value(key: str, old: Any) -> Any:
         if isinstance(old, dict):
             return _scaled(old, width, layers, blocks, states) if key != "vision_config" else old
-        if key in NUMBERED_LAYERS:
+        if key in NUMBERED_LAYERS or (key == "moe_layers_enum" and isinstance(old, list)):
             return [index + round_ * blocks for round_ in range(layers) for index in old]
         if key == "moe_layers_enum":
             return ",".join(str(int(index) + n * blocks) for n in range(layers) for index in old.split(","))

@@ -239,6 +239,9 @@ def test_a_report_names_versions_tests_and_lines(results):
     assert all(word in text for word in ("mlx 2", "mlx-lm 5 (abc)", "test_a.py::a", "test_a.py::b", "assert 1 == 2"))
     assert "test_a.py::c" not in text
     assert "2 tests" in results.title([night(results, "a", "b")], 1)
+    new = night(results, new=["| qwen5 | | right | |", "    slope along the gradient"], green=False)
+    assert "1 architecture to add" in results.title([new, new], 2)
+    assert "| qwen5 |" in results.render([new])
 
 
 def test_a_report_cannot_be_written_into(results):
@@ -417,6 +420,7 @@ def whole_run(script, results, monkeypatch, tmp_path):
             return run_of(results, mlx=environment.packages()["mlx"], **outcomes[name])
 
         monkeypatch.setattr(nightly, "Environment", Made)
+        monkeypatch.setattr(nightly, "new_architectures", lambda environment, args: [])
         monkeypatch.setattr(nightly, "run_tests", run_tests)
         monkeypatch.setattr(nightly, "requirements", lambda versions: ["numpy"] if refused else ["mlx==2"])
         args = SimpleNamespace(out=tmp_path, versions=versions, tests=["tests/test_a.py"], baseline=None)
