@@ -11,16 +11,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHARED = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "vocab_size": 151936, "rope_theta": 1000000, "head_dim": 128,
-          "num_key_value_heads": 8, "max_position_embeddings": 40960,
-          "quantization": {"group_size": 64, "bits": 4}}  # fmt: skip
-# Published sizes: hidden, blocks, intermediate, heads, tied head. Source: config.json of each repository on the hub.
+SHARED = {
+    "vocab_size": 248320, "head_dim": 256, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144, "full_attention_interval": 4,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}  # fmt: skip
+QUANTIZATION = {"group_size": 64, "bits": 4}
+EXPERTS = {
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+# Published sizes of Qwen3.5: hidden, blocks, intermediate, heads, key heads, linear value heads, tied head. Sources: the model cards
+# (4B, 9B), THUDM/slime scripts/models (0.8B, 27B, 35B-A3B). Qwen3.6 and Qwen3.8 have the shapes of 3.5 at 27B and 35B-A3B.
 SIZES = {
-    "Qwen3-0.6B": (1024, 28, 3072, 16, True),
-    "Qwen3-4B": (2560, 36, 9728, 32, True),
-    "Qwen3-8B": (4096, 36, 12288, 32, False),
-    "Qwen3-14B": (5120, 40, 17408, 40, False),
-    "Qwen3-32B": (5120, 64, 25600, 64, False),
+    "Qwen3.5-0.8B": (1024, 24, 3584, 8, 2, 16, True),
+    "Qwen3.5-4B": (2560, 32, 9216, 16, 4, 32, True),
+    "Qwen3.5-9B": (4096, 32, 12288, 16, 4, 32, False),
+    "Qwen3.5-27B": (5120, 64, 17408, 24, 4, 48, False),
+    "Qwen3.5-35B-A3B": (2048, 40, 512, 16, 2, 32, False),
 }
 MEMORY_GB = (8, 16, 24, 32, 64, 128)
 FLAGS = ("--all-chips", "--json")
@@ -28,9 +41,13 @@ FLAGS = ("--all-chips", "--json")
 
 def config_of(name: str) -> dict:
     """Return the config.json of a model in 4 bits."""
-    hidden, blocks, intermediate, heads, tied = SIZES[name]
-    return {**SHARED, "hidden_size": hidden, "num_hidden_layers": blocks, "intermediate_size": intermediate,
-            "num_attention_heads": heads, "tie_word_embeddings": tied}  # fmt: skip
+    hidden, blocks, intermediate, heads, keys, values, tied = SIZES[name]
+    mixture = name.endswith("A3B")
+    text = {**SHARED, "hidden_size": hidden, "num_hidden_layers": blocks, "intermediate_size": intermediate,
+            "num_attention_heads": heads, "num_key_value_heads": keys, "linear_num_value_heads": values,
+            "tie_word_embeddings": tied, **(EXPERTS if mixture else {})}  # fmt: skip
+    kind = "qwen3_5_moe" if mixture else "qwen3_5"
+    return {"model_type": kind, "text_config": {**text, "model_type": f"{kind}_text"}, "quantization": QUANTIZATION}
 
 
 def chips_of(config: dict, *flags: str) -> list[dict]:

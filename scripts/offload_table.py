@@ -22,7 +22,7 @@ LLAMA_70B = {"model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80
              "max_position_embeddings": 131072, "quantization": {"group_size": 64, "bits": 4}}  # fmt: skip
 ATTENTION = ("--target-modules", "q_proj,k_proj,v_proj,o_proj")
 MODELS = (
-    *((name, fits_table.config_of(name), ()) for name in ("Qwen3-8B", "Qwen3-14B", "Qwen3-32B")),
+    *((name, fits_table.config_of(name), ()) for name in ("Qwen3.5-9B", "Qwen3.5-27B")),
     ("GPT-OSS-20B", GPT_OSS, ()),
     ("GPT-OSS-20B, attention adapted", GPT_OSS, ATTENTION),
     ("Llama-3.3-70B", LLAMA_70B, ()),
