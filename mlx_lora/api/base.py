@@ -28,6 +28,8 @@ from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.config import check_language_model
+from mlx_lora.models.draft_folder import FOLDER as DRAFT
+from mlx_lora.models.drafts import Drafts, drafted_text, held_draft
 from mlx_lora.models.folder import FOREIGN_ERRORS, raise_if_ours, short
 from mlx_lora.models.generator import TokenSteps, hold_weights, release_weights
 from mlx_lora.models.grammar import SchemaProcessor
@@ -173,6 +175,7 @@ class Base:
         schema: dict[str, Any] | None = None,
         ignore_chat_template: bool = False,
         ignore_fingerprint: bool = False,
+        speculate: str = "auto",
     ) -> str:
         """Return the text that the model writes after a prompt.
 
@@ -189,17 +192,22 @@ class Base:
             schema: a JSON Schema that the text fits, unless `max_tokens` cuts it; it needs llguidance.
             ignore_chat_template: give the prompt to the model unchanged.
             ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+            speculate: auto: use a head that drafts tokens, of the adapter or the model, where it is faster; off: use none.
 
         Raises:
             InputError: an argument is out of range, or the adapter does not fit this model.
         """
-        settings = TextSettings(max_tokens, temperature, top_p, top_k, seed, schema)
+        settings = TextSettings(max_tokens, temperature, top_p, top_k, seed, schema, speculate)
         hold_weights(self.loaded)  # before the copy with an adapter, which shares them
         base, template = self.loaded, None
         if adapter is not None:
             folder = resolve_adapter(os.fspath(adapter), None)
             check_writes_text(folder)
-            stamps = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+            stamps = [
+                (file, file.stat().st_mtime_ns)
+                for part in (folder, folder / DRAFT)
+                for file in sorted(part.glob("*.safetensors"))
+            ]
             key = (folder.resolve(), stamps, ignore_fingerprint)
             if self._adapted is None or self._adapted[0] != key:
                 with self.loaded.lent() as adapted:  # it shares the base's arrays
@@ -211,7 +219,7 @@ class Base:
 
     def release(self) -> None:
         """Free what only serves generating: float copies of quantized weights, and the adapter used last."""
-        self._adapted = None
+        self._adapted = self.loaded.draft = None
         release_weights(self.loaded.model)
 
 
@@ -293,6 +301,7 @@ class TextSettings:
         top_k: sample from the k most likely tokens; 0: all.
         seed: of the sampling; None: MLX's random state as it is.
         schema: a JSON Schema that the text fits, unless it is cut; None: it may be any text.
+        speculate: auto: use a head that drafts tokens where it is faster; off: use none.
     """
 
     max_tokens: int = 100
@@ -301,6 +310,7 @@ class TextSettings:
     top_k: int = 0
     seed: int | None = None
     schema: Any = None
+    speculate: str = "auto"
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers out of range, all at once."""
@@ -314,6 +324,7 @@ class TextSettings:
                 ),
                 f"--top-p {self.top_p}: must be from 0 to 1": not 0 <= self.top_p <= 1,
                 f"--top-k {self.top_k}: must be at least 0": self.top_k < 0,
+                f"--speculate {self.speculate}: must be auto or off": self.speculate not in ("auto", "off"),
                 f"--seed {self.seed}: must be from 0 to 2^63 - 1": not 0 <= (self.seed or 0) < 2**63,
                 f"{useless} with --temp 0: nothing is sampled; add --temp, such as 0.7": self.temperature == 0
                 and useless,
@@ -365,7 +376,10 @@ def text_pieces(
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)
     check_token_ids(base, max(tokens, default=0), "--prompt")
     processors = settings.processors(base, tokens, chat=template is not None)
-    responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy, processors)
+    drafts = None
+    if settings.speculate == "auto" and not processors and strategy is SINGLE_DEVICE:
+        drafts = held_draft(base)
+    responses = generated(base, tokens, settings.max_tokens, settings.sampler(base), strategy, processors, drafts)
     yield from responses if template else continued(responses, base.tokenizer)
 
 
@@ -376,6 +390,7 @@ def generated(
     sampler: Callable[[mx.array], mx.array],
     strategy: Strategy = SINGLE_DEVICE,
     processors: Sequence[Callable[[mx.array, mx.array], mx.array]] = (),
+    drafts: Drafts | None = None,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's generated text; the base keeps the form of its weights that is the fastest for it.
 
@@ -389,8 +404,17 @@ def generated(
     model: Any = TokenSteps(base.model)  # mlx-lm only calls it
     sampler = strategy.same_choice(base.model, sampler)
     try:
-        for response in stream_generate(
-            model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler, logits_processors=list(processors)
+        for response in (
+            drafted_text(base, model, tokens, max_tokens, sampler, drafts)
+            if drafts and drafts.count
+            else stream_generate(
+                model,
+                base.tokenizer,
+                tokens,
+                max_tokens=max_tokens,
+                sampler=sampler,
+                logits_processors=list(processors),
+            )
         ):
             strategy.check_read(mx.isnan(response.logprobs), base.config)
             yield response

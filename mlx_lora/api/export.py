@@ -33,6 +33,7 @@ from mlx_lora.exporters.adapter_config import (
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower, write_mlx_vlm
 from mlx_lora.exporters.card import CARD_FILE, check_repo, float_base, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
+from mlx_lora.exporters.hf import write_published_layout
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
@@ -367,14 +368,12 @@ def _write_factors(job: Export) -> None:
 def _write_hf(job: Export) -> None:
     """Write the merged model in float, with transformers' names."""
     kind = job.base.config.get("model_type")
-    if kind not in SAME_LAYOUT and not (job.scores and kind in ENCODERS):
-        raise InputError(
-            f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
-            "use --to peft and merge in PEFT"
-        )
     out, force = job.settings.out, job.settings.force
     form = form_of_run(job.base, job.adapter) if job.adapter else None
-    write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
+    if kind in SAME_LAYOUT or (job.scores and kind in ENCODERS):
+        write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
+    else:
+        write_published_layout(job.base, out, job.info, force=force)
     if form:  # instead of the base's, which the run may have changed
         write_form(out, form, job.base.hf_tokenizer)
 

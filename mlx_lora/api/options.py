@@ -272,6 +272,12 @@ def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[
         ),
         click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling."),
     ]  # fmt: skip
+    options.append(
+        click.option(
+            "--speculate", type=click.Choice(("auto", "off")), default="auto",
+            help="Use a head that drafts tokens, of the adapter or the model, where it makes answers faster.", **shown,
+        )
+    )  # fmt: skip
     most_likely = click.option(
         "--top-k", type=click.IntRange(min=0), default=0, help="Sample from the k most likely tokens; 0: all.", **shown
     )

@@ -66,7 +66,8 @@ def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSetting
     """Chat with --model and its --adapter; type /help in the chat to list the commands."""
     model = train_settings(given).model
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
-    sources, limits = adapter_sources(named.adapters, named.blends), Limits(max_waiting=WAITING)
+    sources = adapter_sources(named.adapters, named.blends)
+    limits = Limits(max_waiting=WAITING, drafts=how.speculate == "auto")
     with opened_engine(lambda: load_base(model), limits, sources, named.ignore_fingerprint, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
         chat = ChatSession(engine, how.max_tokens, context, sampling, system_prompt)

@@ -306,6 +306,9 @@ class LoopSettings:
         "Tokens of each text in report.html, which the model writes with and without what was trained (grpo, rloo: whole "
         "answers, at every validation); 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
+    train_mtp: bool = setting(False,
+        "After training, also train a head that drafts the adapter's tokens, so that it answers faster. If --adapter-path already "
+        "holds an adapter, train the head alone.", TRAINING, may_change=True)
     train: bool | None = setting(None, "With --test: train first. Without --test, a run always trains.", TRAINING, may_change=True)
     test: bool = setting(False, "Measure the loss on the test set; with --train, after training.",
         VALIDATION, may_change=True)
@@ -344,6 +347,9 @@ class ServeSettings:
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)
+    speculate: str = setting("auto",
+        "Use a head that drafts tokens, of the adapter or the model, for a request that is alone, where it is faster: auto, or off.",
+        SERVER, choices=("auto", "off"))
     prompt_cache: str = setting("256MB", "Limit on memory for the keys and values of earlier prompts.", LIMITS)
     max_batch: int = setting(16, "Requests that are answered at the same time.", LIMITS, at_least=1, at_most=1024)
     max_waiting: int = setting(64, "Requests that may wait in the queue; further ones get HTTP status 429.",

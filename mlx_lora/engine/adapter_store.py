@@ -435,6 +435,10 @@ class AdapterStore:
         self._retired: list[Resident] = []
         self._numbers = itertools.count()
 
+    def folder(self, name: str | None) -> Path | None:
+        """Return an adapter's folder; None: it has none of its own."""
+        return self._sources[name].folder if name else None
+
     @property
     def nbytes(self) -> int:
         """Bytes of all adapters in memory."""

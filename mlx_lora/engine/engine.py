@@ -56,6 +56,8 @@ from mlx_lora.engine.adapter_store import (
     base_name,
     check_names,
 )
+from mlx_lora.models.draft_folder import FOLDER
+from mlx_lora.models.drafts import Drafting, Drafts, load_draft
 from mlx_lora.models.generator import (
     ANSWERS,
     BatchRow,
@@ -75,6 +77,7 @@ from mlx_lora.models.generator import (
     one_row_because,
 )
 from mlx_lora.models.grammar import THOUGHTS, Grammars, opens_thinking
+from mlx_lora.models.head import find_head
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation, spelling
@@ -193,6 +196,7 @@ class Limits:
         prefill_tokens: tokens of a prompt that are computed between two steps of the batch.
         adapter_bytes: for adapters in memory; None: no limit.
         prompt_cache_bytes: for keys and values of earlier prompts.
+        drafts: whether heads that draft tokens are used, for a row that is alone.
     """
 
     max_batch: int = 16
@@ -200,6 +204,7 @@ class Limits:
     prefill_tokens: int = 512
     adapter_bytes: int | None = None
     prompt_cache_bytes: int = 256 * 10**6
+    drafts: bool = True
 
 
 @dataclass
@@ -411,10 +416,32 @@ class Engine(ModelThread):
         routing = Routing()
         self.prompt_cache = PromptCache(self.limits.prompt_cache_bytes)
         self.store = AdapterStore(
-            base, routing, logits.dtype, self.limits.adapter_bytes, self.ignore_fingerprint, self.prompt_cache.drop
+            base, routing, logits.dtype, self.limits.adapter_bytes, self.ignore_fingerprint, self._dropped
         )
+        self._drafts: dict[int | None, Drafts | None] = {}  # of adapters by number, and the base's own
         self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
         self.batch = RunningBatch(self._model, routing)
+
+    def _dropped(self, number: int) -> None:
+        """Free what belongs to an adapter that left memory."""
+        self.prompt_cache.drop(number)
+        self._drafts.pop(number, None)
+
+    def _drafting(self, ticket: Ticket) -> Drafting | None:
+        """Return what drafts a request's tokens; None: nothing does."""
+        if (
+            not self.limits.drafts
+            or ticket.request.pictures
+            or isinstance(find_head(self.base.model, self.base.config), str)
+        ):
+            return None  # a head that some adapter changes is not the one that rows share
+        folder = self.store.folder(ticket.request.adapter)
+        own = folder is not None and (folder / FOLDER).is_dir()
+        number = ticket.resident.number if own and ticket.resident else None
+        if number not in self._drafts:
+            self._drafts[number] = load_draft(self.base, folder if own else None)
+        found = self._drafts[number]
+        return Drafting(found) if found and found.count else None
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -477,14 +504,14 @@ class Engine(ModelThread):
         ticket.text, ticket.cached = TextStream(text, request.stops), cached
         grammar, kept = request.sampling.grammar, pictures is None
         sampler = Sampler(request.sampling, self.vocabulary, grammar and self.grammars.matcher(grammar))
-        row = BatchRow(ticket, number, sampler, request.tokens[:cached], kept=kept)
+        row = BatchRow(ticket, number, sampler, request.tokens[:cached], kept=kept, drafting=self._drafting(ticket))
         self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches, pictures)
         self.counts.prompt_tokens += len(request.tokens) - cached
 
     def _step(self) -> None:
         leaving = []
         for row, token, likelihoods in self.batch.step():
-            if row.owner.canceled.is_set():
+            if row.owner.canceled.is_set() or any(row is other for other, _ in leaving):  # or of drafts after the end
                 continue
             event = self._event(row, token, likelihoods)
             self.counts.generated_tokens += 1

@@ -243,7 +243,7 @@ def load_adapter(
     """Put the adapter in `folder` onto `base.model`, which is changed in place.
 
     Args:
-        base: an unadapted base.
+        base: an unadapted base, whose `adapter` is then the folder.
         folder: from us, stock mlx-lm or PEFT.
         ignore_fingerprint: allow another base of the same shape.
         scores: whether the caller needs scores, which a reward model gives instead of text; None: either.
@@ -253,6 +253,7 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     check_use(config, folder, scores)
+    base.adapter = folder
     if trains_tower(folder) and isinstance(base.config.get("vision_config"), dict):
         from mlx_lora.models.vision import open_tower
 

@@ -39,7 +39,8 @@ from mlx_lora.exporters.peft import own_path, peft_path
 from mlx_lora.exporters.rounding import Budget, CalibrationTokens, choose_bits, compensated_layers, rounded_layer
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.convert import copy_side_files
-from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark, read_safetensors_header
+from mlx_lora.models.draft_folder import keep_draft
+from mlx_lora.models.folder import ShardWriter, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import AFFINE, QuantFormat, dequantize_model
@@ -257,9 +258,11 @@ def write_fused(
         keeps_vision = getattr(model, "of_mlx_vlm", False)
         mlx_lm.utils.save_config(config, folder / "config.json", keep_vision_config=keeps_vision)
         copy_side_files(base.folder, folder, tower)
+        if base.adapter is not None:
+            keep_draft(base.adapter, folder)
         if info.chat_template:
             (folder / "chat_template.jinja").write_text(info.chat_template, encoding="utf-8")
-        if left := _left_out(base.folder, folder, config):
+        if left := _left_out(base.folder, folder):
             log.info(f"Note: {out} is without {first_of(left, 5, ', ')} of the base's folder")
         if scores:  # not a model of mlx-lm's, which could read it back
             set_padding_token(folder, padding_token(base.hf_tokenizer, base.config))
@@ -268,24 +271,13 @@ def write_fused(
     return survival
 
 
-DRAFT = re.compile(
-    r"(^|\.)(mtp|nextn|eagle\w*|medusa\w*)\."
-)  # a head that only drafts tokens, which mlx-lm does not load
-BLOCK = re.compile(r"(^|\.)layers\.(\d+)\.")
 REWRITTEN = re.compile(r"[^/]*\.(safetensors|bin|pth?|gguf|index\.json)|README\.md|config\.json|(.*/)?\..*")
 
 
-def _left_out(base: Path, fused: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the files of a base's folder that a fused one has not, and the tensors of heads that draft tokens."""
+def _left_out(base: Path, fused: Path) -> list[str]:
+    """Return the files of a base's folder that a fused one has not."""
     files = (file.relative_to(base).as_posix() for file in base.rglob("*") if file.is_file())
-    left = [name for name in sorted(files) if not REWRITTEN.fullmatch(name) and not (fused / name).exists()]
-    stored, kept = (
-        {name for file in folder.glob("*.safetensors") for name in read_safetensors_header(file)}
-        for folder in (base, fused)
-    )
-    blocks = config.get("num_hidden_layers") or 10**9
-    after = {name for name in stored if (found := BLOCK.search(name)) and int(found[2]) >= blocks}
-    return left + sorted((after | {name for name in stored if DRAFT.search(name)}) - kept)
+    return [name for name in sorted(files) if not REWRITTEN.fullmatch(name) and not (fused / name).exists()]
 
 
 def _measured_rounding(

@@ -17,9 +17,10 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
+from mlx_lora.gguf.arch import WRITTEN, context_length, gguf_settings, gguf_weights, text_arguments, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.tokenizer import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
+from mlx_lora.models.draft_folder import KIND, TOKENS, read_draft
+from mlx_lora.models.drafts import draft_of
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark, of_tower
 from mlx_lora.models.image_inputs import ImageInputSpec
 from mlx_lora.models.load import Base
@@ -47,6 +50,8 @@ from mlx_lora.models.quantize import PackedWeight, QuantFormat
 from mlx_lora.utils.errors import InputError, first_of
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
+
+log = logging.getLogger(__name__)
 
 # --gguf-type: the type of matrices, and its number in the file.
 TYPES = {
@@ -166,6 +171,9 @@ def write_gguf_model(
         settings |= {"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {}
     settings["context_length"] = context_length(base.model, base.config)
     planned = _plan(base.model, architecture, mappings, kind)
+    if drafting := _draft_tensors(base, architecture, kind):
+        planned += drafting
+        settings |= {"block_count": settings["block_count"] + 1, "nextn_predict_layers": 1}
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
     ends = sorted(base.tokenizer.eos_token_ids)
@@ -230,6 +238,13 @@ def _plan(
         )
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
+    return _planned(sources, mappings, kind, prefix + head)
+
+
+def _planned(
+    sources: Mapping[str, TensorSource], mappings: dict[str, TensorMapping], kind: Kind | None, head: str
+) -> list[PlannedTensor]:
+    """Choose a type for each tensor whose parts are there."""
     planned = []
     for name, mapping in mappings.items():
         parts = [sources[part] for part in mapping.names if part in sources]
@@ -238,8 +253,38 @@ def _plan(
             if len(parts) > 1:  # their rows follow one another
                 *before, rows, width = source.shape
                 source = TensorSource((*before, rows * len(parts), width), partial(_joined, parts))
-            planned.append(PlannedTensor(name, source, _kind(source, mapping, kind, prefix + head), mapping))
+            planned.append(PlannedTensor(name, source, _kind(source, mapping, kind, head), mapping))
     return planned
+
+
+NEXTN = {
+    "eh_proj": "fc",
+    "enorm": "pre_fc_norm_embedding",
+    "hnorm": "pre_fc_norm_hidden",
+    "shared_head_norm": "norm",
+}
+
+
+def _draft_tensors(base: Base, architecture: str, kind: Kind | None) -> list[PlannedTensor]:
+    """Return the tensors of a head that drafts tokens, which llama.cpp has as one more block; none where it has no place for it."""
+    try:
+        found = (base.adapter and read_draft(base.adapter)) or read_draft(base.folder)
+    except InputError as error:
+        log.info(f"Note: without the head that drafts tokens: {error}")
+        return []
+    if found is None:
+        return []
+    args = text_arguments(base.model)
+    if architecture not in ("qwen35", "qwen35moe") or TOKENS in found[0] or found[0]["model_type"] != KIND:
+        log.info(f"Note: without the head that drafts tokens: llama.cpp's {architecture} has no place for it")
+        return []
+    block, full = args["num_hidden_layers"], args["full_attention_interval"] - 1
+    mappings = {f"nextn.{theirs}.weight": TensorMapping(f"{ours}.weight") for theirs, ours in NEXTN.items()}
+    for name, mapping in WRITTEN[architecture].block(args, full).items():
+        own, *then = (f"layers.0.{part}" for part in mapping.names)
+        mappings[name] = replace(mapping, name=own, then=tuple(then))
+    sources = dict(merged_parameters(draft_of(*found, mx.float32), stored=kind is None))
+    return _planned(sources, {f"blk.{block}.{name}": mapping for name, mapping in mappings.items()}, kind, "")
 
 
 def _joined(parts: list[TensorSource]) -> mx.array:

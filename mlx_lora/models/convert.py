@@ -31,6 +31,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.models.config import architecture_of, check_rotation, is_encoder, translate_config
+from mlx_lora.models.draft_folder import DRAFTING, keep_draft
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     TYPES,
@@ -615,7 +616,7 @@ def copy_tower(source: Path, folder: Path, trained: Mapping[str, mx.array] | Non
         return
     tensors: dict[str, mx.array] = {}
     for file in files_with_tower(source):
-        names = [name for name in read_safetensors_header(file) if not name.startswith(OF_LANGUAGE)]
+        names = [n for n in read_safetensors_header(file) if not n.startswith(OF_LANGUAGE) and not DRAFTING.search(n)]
         if names:
             stored = mx.load(str(file))  # lazy: the language model is not read
             tensors |= {name: stored[name] for name in names}  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
@@ -657,7 +658,7 @@ _EMBEDDING_FILES = (
 
 
 def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | None = None) -> None:
-    """Copy a model's tokenizer, templates, license, embedding settings, and what is needed to see.
+    """Copy a model's tokenizer, templates, license, embedding settings, draft head, and what is needed to see.
 
     A folder with only a SentencePiece model gets a tokenizer.json.
 
@@ -675,3 +676,4 @@ def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | 
 
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
     copy_tower(source, folder, tower)
+    keep_draft(source, folder)

@@ -105,6 +105,7 @@ from mlx_lora.kernels.quantized_matmul import (
     packed_arrays,
     shape_class,
 )
+from mlx_lora.models.drafts import Drafting, until_wrong
 from mlx_lora.models.grammar import fill_masks, masked
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import Rotation
@@ -987,6 +988,7 @@ class Sampler:
             matcher: of the settings' grammar, at its start.
         """
         self.settings, self.matcher = settings, matcher
+        self.key: Any = None  # of what is drawn next; None: nothing is drawn
         self.bias: np.ndarray | None = None  # (V,) float32, added to the logits
         self._seen: set[int] = set()
         if settings.logit_bias or settings.frequency_penalty or settings.presence_penalty:
@@ -998,7 +1000,7 @@ class Sampler:
         self.top_k = settings.top_k if settings.top_k < vocabulary else 0
         self._greedy = settings.temperature == 0 or settings.top_p == 0
         if not self._greedy:
-            self._key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
+            self.key = mx.random.key(secrets.randbits(63) if settings.seed is None else settings.seed)
 
     @property
     def failure(self) -> str:
@@ -1022,7 +1024,7 @@ class Sampler:
             logprobs = apply_top_p(logprobs, self.settings.top_p)
         if self.top_k:
             logprobs = apply_top_k(logprobs, self.top_k)
-        self._key, key = mx.random.split(self._key)
+        self.key, key = mx.random.split(self.key)
         return mx.random.categorical(logprobs / self.settings.temperature, key=key)
 
 
@@ -1101,6 +1103,7 @@ class BatchRow:
         tokens: the tokens whose keys and values its cache holds.
         fresh: the next token that a step returns is the prompt's last, which is not new.
         kept: whether its keys and values are cached for later prompts.
+        drafting: drafts its tokens while it is alone; None: nothing does.
     """
 
     owner: Any
@@ -1109,6 +1112,7 @@ class BatchRow:
     tokens: list[int] = field(default_factory=list)
     fresh: bool = True
     kept: bool = True
+    drafting: Drafting | None = None
 
 
 class Prefill:
@@ -1151,6 +1155,8 @@ class Prefill:
         self._routing.rows = (self.row.adapter,)
         if self._pictures:
             self.caches = self._pictures.prefilled(part)
+        elif self.row.drafting:
+            self.row.drafting.see(part, self.caches)
         else:
             self._model(mx.array([part]), cache=self.caches)
             mx.eval([cache.state for cache in self.caches])
@@ -1177,6 +1183,7 @@ class RunningBatch:
 
     def join(self, prefill: Prefill) -> None:
         """Add a row whose prompt is computed except for its last token."""
+        self._catch_up()
         merged = merge_rows(self._model, [prefill.caches])
         if self._caches:
             for own, new in zip(self._caches, merged, strict=True):
@@ -1189,7 +1196,11 @@ class RunningBatch:
         self._reports.append(None)
 
     def step(self) -> list[tuple[BatchRow, int, Likelihoods | None]]:
-        """Start computing every row's next token, and return the tokens that the previous step started."""
+        """Start computing every row's next token, and return the tokens that the previous step started, of a drafting row more."""
+        drafting = self.rows[0].drafting if len(self.rows) == 1 else None
+        if drafting and not self.rows[0].sampler.follows and drafting.fits(self._caches):
+            return self._step_of(self.rows[0], drafting)
+        self._catch_up()
         known, reports = self._next, self._reports
         self._routing.rows = tuple(row.adapter for row in self.rows)
         logits = self._model(known[:, None], cache=self._caches)[:, -1]  # (B, V)
@@ -1209,8 +1220,39 @@ class RunningBatch:
                 news.append((row, token, report))
         return news
 
+    def _step_of(self, row: BatchRow, drafting: Drafting) -> list[tuple[BatchRow, int, Likelihoods | None]]:
+        """Take the step of a row that is alone, and whose tokens are drafted."""
+        known, reports = self._next.tolist(), list(self._reports)
+        self._routing.rows = (row.adapter,)
+
+        def draw(logits: mx.array, drafts: list[int]) -> list[int]:
+            drawn, keys = [], []
+            for at in range(len(logits)):
+                token, (report,) = sample_rows(logits[at : at + 1], [row.sampler])
+                drawn.append(token)
+                reports.append(report)
+                keys.append(row.sampler.key)
+            mx.eval(drawn, [[one.token, one.ids, one.values] for one in reports if one])
+            found = until_wrong(mx.concatenate(drawn).tolist(), drafts)
+            row.sampler.key = keys[len(found) - 1]  # the tokens that were not used drew no number
+            return found
+
+        tokens = [*known, *drafting.step(known[0], self._caches, draw)]
+        self._next, self._reports = mx.array(tokens[-1:], mx.uint32), [reports[len(tokens) - 1]]
+        row.tokens += tokens[:-1]
+        fresh, row.fresh = row.fresh, False
+        return [(row, token, report) for token, report in zip(tokens[:-1], reports, strict=False)][fresh:]
+
+    def _catch_up(self) -> None:
+        """Compute what a drafting row's caches lack."""
+        for row in self.rows:
+            if row.drafting:
+                self._routing.rows = (row.adapter,)
+                row.drafting.catch_up(self._caches)
+
     def extract(self, row: BatchRow) -> list[Any]:
         """Return the caches of one row, for the prompt cache."""
+        self._catch_up()
         return [extract_row(cache, self.rows.index(row)) for cache in self._caches]
 
     def leave(self, leaving: list[BatchRow]) -> None:

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Base:
-    """A loaded, frozen base model.
+    """A loaded base model, whose weights are frozen.
 
     Attributes:
         model: the mlx-lm model, in eval mode, every parameter frozen.
@@ -56,6 +56,8 @@ class Base:
         decode_weights: --decode-weights: the form of its quantized weights while it generates (models/generator.py).
         stored: where parameters that were not read yet are stored, by path; only those that are as stored.
         source: the folder or GGUF file that `model_id` names; None: `folder`.
+        adapter: the folder of the adapter that was loaded onto the model; None: none was.
+        draft: of which model and adapter a head that drafts tokens was looked for, and what was found (`held_draft`).
     """
 
     model: nn.Module
@@ -71,6 +73,8 @@ class Base:
     decode_weights: str = "auto"
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
     source: Path | None = None
+    adapter: Path | None = None
+    draft: Any = None
 
     @property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1104,6 +1104,7 @@ class RunReport:
         kept_step: the step of the adapter in the folder; None: the run has not ended.
         rounded_from: the step from which validations are with rounding (--qat); None: none is, or it was not written.
         begins_at: the step before which nothing is on record, because the run went on from a checkpoint alone.
+        drafts: tokens a pass of the model with a head that drafts, `before` and `after` it was trained; empty: it was not.
     """
 
     command: str
@@ -1124,6 +1125,7 @@ class RunReport:
     kept_step: int | None = None
     rounded_from: int | None = None
     begins_at: int = 0
+    drafts: dict[str, float] = field(default_factory=dict)
 
     def goes_on(self, run: Path | None, step: int) -> bool:
         """Take over the texts of the run that this one resumes, and what is on record of it.
@@ -1173,6 +1175,9 @@ class RunReport:
         self.verdict = found.to_dict()
         details = read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)
         tables = [rows for rows in (class_rows(details), confusion_rows(details)) if rows] if details else []
+        drafted = (
+            [("tokens a pass, drafted", "{before:.2f} → {after:.2f}".format(**self.drafts))] if self.drafts else []
+        )
         return render_page(
             COMMON,
             "run_report.html",
@@ -1180,7 +1185,7 @@ class RunReport:
             facts=self,
             verdict=found,
             unit=UNITS[self.data.get("records", "examples")],
-            tiles=tiles(records),
+            tiles=[*tiles(records), *drafted],
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],

@@ -51,6 +51,7 @@ def main(named: flags.NamedAdapters, **given: Any) -> None:
         max_waiting=settings.max_waiting,
         adapter_bytes=parse_size(settings.adapter_memory) if settings.adapter_memory else None,
         prompt_cache_bytes=parse_size(settings.prompt_cache),
+        drafts=settings.speculate == "auto",
     )
     try:
         own, named = adapters_by_use(named)

@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def wants_training(settings: TrainSettings) -> bool:
-    """Train unless only --test was asked for, as in mlx_lm.lora."""
-    return bool(settings.loop.train) or not settings.loop.test
+    """Train unless only --test was asked for, as in mlx_lm.lora, or a draft head for the adapter that is there."""
+    loop = settings.loop
+    there = loop.train_mtp and loop.adapter_path and holds_adapter(Path(loop.adapter_path))
+    return bool(loop.train) or not (loop.test or (there and not loop.force and loop.resume is None))
 
 
 def check_request(
@@ -52,7 +54,23 @@ def check_request(
     if settings.objective.row.taught:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
-    single = {"--test without --train": not trains, "--max-restarts": loop.max_restarts, "--ask": settings.data.ask}
+    row, asks = settings.objective.row, loop.train_mtp
+    refuse(
+        {
+            f"--train-mtp with --objective {settings.objective.objective}: it drafts answers to texts; leave it out": asks
+            and (not row.writes or settings.objective.images),
+            "--train-mtp with --shard-base or --offload-base on: it needs the whole model; leave it out": asks
+            and (loop.shard_base != "off" or loop.offload_base == "on"),
+            "--train-mtp: heads that draft tokens are mlx-vlm's; pip install 'mlx-lora[vision]'": asks
+            and importlib.util.find_spec("mlx_vlm") is None,
+        }
+    )
+    single = {
+        "--train-mtp": loop.train_mtp,
+        "--test without --train": not trains,
+        "--max-restarts": loop.max_restarts,
+        "--ask": settings.data.ask,
+    }
     alone = [flag for flag, asked in single.items() if asked]
     if alone and ranks.size > 1:
         raise InputError(

@@ -17,6 +17,7 @@ from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import check_kind, objective_of, with_pictures
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
+from mlx_lora.reports.run_report import RunReport, read_report
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, RunPage, leave_card, logger_callbacks, reporting
@@ -29,7 +30,7 @@ from mlx_lora.trainer.request import check_request, check_test_split, wants_trai
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
-from mlx_lora.utils.errors import DoesNotFitError
+from mlx_lora.utils.errors import DoesNotFitError, InputError
 from mlx_lora.utils.progress import waiting
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ def _opened(
     else:
         test = test and objective.compare(ctx, {"test": test})["test"]
         yield None
+    if settings.loop.train_mtp and not trains:
+        _train_draft(ctx, data, read_report(Path(settings.loop.adapter_path)))
     if settings.loop.test and test is not None and not interrupted:
         found = held_out_loss(replace(ctx, settings=settings), test)  # with the batches of any measurement
         log.info(f"Test {loss_words(found)}")
@@ -246,6 +249,11 @@ def _reported(
             from mlx_lora.trainer.ask import ask_run  # a run without texts needs none of it
 
             page.report.answers = ask_run(run.ctx, data)
+        if settings.loop.train_mtp and not outcome.interrupted:
+            try:
+                _train_draft(run.ctx, data, page.report)
+            except InputError as error:  # the adapter is there, and its report is not yet
+                log.info(f"Note: without a head that drafts tokens: {error}")
         page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
@@ -253,3 +261,16 @@ def _reported(
             log.info(told_after(page.report.verdict))
             log.info(page.closing_words(settings, folder.info, data))
     told.raise_failure(left_by(settings.loop, outcome))
+
+
+def _train_draft(ctx: RunContext, data: DataSplits, report: RunReport | None) -> None:
+    """Train a head that drafts what the model with its adapter says, and tell the run's report, if there is one."""
+    from mlx_lora.trainer.train_drafts import train_draft  # few runs need it
+
+    folder = Path(ctx.settings.loop.adapter_path)
+    if ctx.strategy.divides_base or ctx.settings.objective.images:  # chosen by the run itself
+        raise InputError("it needs the whole model in memory, and rows without pictures")
+    drafts = train_draft(ctx.base, data, folder, ctx.settings.loop.seed)
+    if report is not None:
+        report.drafts = drafts
+        report.write(folder)

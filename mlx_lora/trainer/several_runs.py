@@ -215,6 +215,7 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
         "--cache-trunk on": loop.cache_trunk == "on",
         "--max-restarts": bool(loop.max_restarts),
         "--short-buffers": loop.short_buffers,
+        "--train-mtp": loop.train_mtp,
         "--learning-rate auto": settings.optimizer.learning_rate == AUTO,
     }
     yield from (f"{flag} is for a run of its own; leave it out" for flag, is_asked in asked.items() if is_asked)

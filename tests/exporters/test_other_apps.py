@@ -16,6 +16,7 @@ from run_cli import one_line, run, succeeds
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.fuse import _left_out
+from mlx_lora.models.draft_folder import drafting_tensors
 from mlx_lora.models.load import load_base
 
 OLLAMA = """#!/bin/sh
@@ -174,14 +175,15 @@ def test_what_a_fused_folder_is_without_is_named(tmp_path):
         folder.mkdir()
         mx.save_safetensors(str(folder / "model.safetensors"), {"model.layers.0.w": mx.zeros(2), "w": mx.zeros(1)})
         (folder / "config.json").write_text("{}")
-    assert _left_out(base, fused, {"num_hidden_layers": 1}) == []
+    assert _left_out(base, fused) == []
     (base / "extra.json").write_text("{}")
     (base / "README.md").write_text("a card")
     (base / "draft").mkdir()
     mx.save_safetensors(str(base / "draft/model.safetensors"), {"w": mx.zeros(2)})
     (base / ".cache").mkdir()
     (base / ".cache/x.lock").write_text("")
+    assert _left_out(base, fused) == ["draft/model.safetensors", "extra.json"]
+    (base / "config.json").write_text('{"num_hidden_layers": 1}')
     draft = {"mtp.fc.weight": mx.zeros(2), "model.layers.1.w": mx.zeros(2), "model.mtp_norm": mx.zeros(2)}
     mx.save_safetensors(str(base / "mtp.safetensors"), draft)
-    left = ["draft/model.safetensors", "extra.json", "model.layers.1.w", "mtp.fc.weight"]
-    assert _left_out(base, fused, {"num_hidden_layers": 1}) == left
+    assert drafting_tensors(base) == ["model.layers.1.w", "mtp.fc.weight"]

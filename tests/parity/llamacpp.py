@@ -43,7 +43,12 @@ NEW_TOKENS = 24
 
 
 def start_llamacpp(
-    path: Path, adapter: Path | None = None, *, flash_attention: bool = True, mmproj: Path | None = None
+    path: Path,
+    adapter: Path | None = None,
+    *,
+    flash_attention: bool = True,
+    mmproj: Path | None = None,
+    drafts: int = 0,
 ) -> xllamacpp.Server:
     """Load a GGUF file on the CPU with a float32 cache and one thread, because its threads spin while they wait.
 
@@ -52,6 +57,7 @@ def start_llamacpp(
         adapter: a LoRA GGUF to apply.
         flash_attention: allow it, which rounds queries to 16 bits; without it attention is float32.
         mmproj: its tower, for pictures.
+        drafts: tokens that its own head drafts at once; 0: none.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -59,6 +65,9 @@ def start_llamacpp(
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.warmup, params.verbosity = False, -1
+    if drafts:
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+        params.speculative.draft.n_max = drafts
     if mmproj is not None:
         params.mmproj.path = str(mmproj)
     if not flash_attention:

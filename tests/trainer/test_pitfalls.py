@@ -277,6 +277,7 @@ ELSEWHERE = {
     ),
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",
+    "train_mtp": "models/test_drafts.py",
     "verbose": "test_train_command.py: one more line",
     "short_buffers": "test_device.py: when the device is waited for, not numbers",
     **dict.fromkeys(
