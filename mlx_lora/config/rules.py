@@ -128,10 +128,6 @@ class Rule:
             others = " and ".join(spelled(name, settings.get(name)) for name in told)
         return f"{' and '.join(asked)} {'without' if self.needed else 'with'} {others}: {self.why}; {self.do}"
 
-    def is_about(self, name: str) -> bool:
-        """Tell whether the rule has a setting."""
-        return name in self.when or name in (one.partition("=")[0] for one in self.names)
-
 
 def excludes(names: str | tuple[str, ...], why: str, do: str = LEAVE_OUT, **when: Any) -> Rule:
     """Return the rule that settings cannot be combined with others, all of `when` together."""
@@ -143,19 +139,9 @@ def needs(names: str | tuple[str, ...], why: str, do: str = LEAVE_OUT, **when: A
     return Rule((names,) if isinstance(names, str) else names, why, do, when, needed=True)
 
 
-def leaves_blocks(mode: str) -> bool:
-    """Tell whether a way of gradient checkpointing keeps what some blocks computed."""
-    return mode not in ("auto", "selective", "block", "1")
-
-
 def is_verifiers(environment: str | None) -> bool:
     """Tell whether --environment or --data names an environment of the package verifiers."""
     return (environment or "").startswith(VERIFIERS)
-
-
-def names_chips(macs: str | None) -> bool:
-    """Tell whether --macs names Macs, and not only how many equal ones."""
-    return bool(macs) and not macs.isdecimal()
 
 
 OF_EMBED = ("data", "prompt_column", "completion_column", "max_seq_length", "valid_fraction", "strict")  # of the data
@@ -321,7 +307,7 @@ RULES: tuple[Rule, ...] = (
             (
                 "each block must be computed again in the backward pass",
                 "give block or selective, or leave it out",
-                {"grad_checkpoint": leaves_blocks},
+                {"grad_checkpoint": lambda mode: mode not in ("auto", "selective", "block", "1")},
             ),
             ("it needs or changes whole weights", "use lora or dora", {"method": ("pissa", "full", "relora")}),
             ("it computes each layer's whole fused weight", BOTH, {"qat": GIVEN}),
@@ -424,7 +410,12 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         ),
         excludes(("chip", "memory_gb", "hostfile"), NAMED, "keep one", macs=GIVEN),
         excludes(("chip", "memory_gb", "all_chips"), NAMED, "keep one", hostfile=GIVEN),
-        excludes("all_chips", NAMED, "keep one, or write --macs 2 --all-chips for pairs", macs=names_chips),
+        excludes(
+            "all_chips",
+            NAMED,
+            "keep one, or write --macs 2 --all-chips for pairs",
+            macs=lambda macs: bool(macs) and not macs.isdecimal(),
+        ),
     ),
     "predict": (
         excludes("text", "each brings the texts", BOTH, data=GIVEN),
@@ -470,7 +461,8 @@ def check_options(command: str, options: Mapping[str, Any]) -> None:
 def problems_with(settings: Mapping[str, Any], name: str, value: Any) -> list[str]:
     """Return what would be wrong if a run's settings had another value of one of them."""
     asked = {**settings, name: value}
-    return [problem for rule in RULES if rule.is_about(name) and (problem := rule.problem(asked))]
+    about = [rule for rule in RULES if name in {*rule.when, *(one.partition("=")[0] for one in rule.names)}]
+    return [problem for rule in about if (problem := rule.problem(asked))]
 
 
 def settings_problems(settings: Mapping[str, Any]) -> list[str]:

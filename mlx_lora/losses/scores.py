@@ -173,7 +173,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 # Rankings
 
 BINARY, PAIRWISE, LISTWISE = "binary", "pairwise", "listwise"
-RANKING_LOSSES = (PAIRWISE, LISTWISE, BINARY)
 LOWEST = -1e9  # in place of minus infinity, whose differences are not numbers
 TOP = 10  # documents that count for nDCG and MRR
 
@@ -182,7 +181,7 @@ def ranking_loss(kind: str, scores: mx.array, grades: mx.array) -> tuple[mx.arra
     """Return the summed loss and what to divide it by, float32 scalars.
 
     Args:
-        kind: one of RANKING_LOSSES.
+        kind: PAIRWISE, LISTWISE or BINARY.
         scores, grades: (E, K) float32.
     """
     there = grades >= 0

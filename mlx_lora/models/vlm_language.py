@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -81,6 +82,12 @@ class Model(nn.Module):
             for name, value in [*layer.items()]:
                 if name.startswith("_") and isinstance(value, dict):  # what it has computed, which MLX takes for layers
                     setattr(layer, name, UserDict(value))
+            if hasattr(
+                layer, "index_block"
+            ):  # in long rows, DeepSeek V4 would choose keys by blocks and compute them within a gradient
+                layer.index_block = 0
+            if hasattr(layer, "build_mask"):  # Qwen4-Exp's indexer
+                layer.build_mask = partial(_mask_of_blocks, layer.build_mask)
             if type(layer).__module__ == "mlx_vlm.models.switch_layers" and hasattr(
                 switch_layers, type(layer).__name__
             ):
@@ -135,6 +142,23 @@ class Model(nn.Module):
         if not hasattr(self.language_model, "make_cache"):
             return [caches.KVCache() for _ in self.layers]
         return [own_cache(made) for made in self.language_model.make_cache()]
+
+
+def _mask_of_blocks(build: Callable[[Any], mx.array], selection: Any) -> mx.array:
+    """Return the mask of the chosen blocks of keys, where -1 stands for none.
+
+    mlx-vlm 0.7.10 scatters by that -1 as well. It is before the array's memory if the row is shorter than a block, and MLX writes there.
+    """
+    return build(
+        SimpleNamespace(
+            **{
+                **vars(selection),
+                "selected_blocks": mx.where(
+                    selection.selected_blocks < 0, selection.key_len, selection.selected_blocks
+                ),
+            }
+        )
+    )
 
 
 def own_cache(made: Any) -> Any:

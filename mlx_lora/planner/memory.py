@@ -39,6 +39,7 @@ from typing import Protocol, Self
 
 from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
+from mlx_lora.utils.errors import InputError
 
 # The planner's types: a model's shape, a machine, and a run's largest batch. models/meta.py fills them in from a module tree,
 # planner/machine.py from a device, and planner/speed.py from a table.
@@ -103,7 +104,7 @@ BRANCH_ENDS = frozenset(
 )
 
 
-class NotKnown(Exception):
+class NotKnown(InputError):
     """The memory of a block is not known; the message says which block and why."""
 
 

@@ -306,7 +306,6 @@ class Host:
         """Set up; nothing is started yet."""
         self._moved = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._served: Any = None
         self._close = lambda: None
         before = self.environment.setup
 

@@ -188,7 +188,7 @@ def make_step(
     strategy.check_checkpointing(ctx.base.config, left_out)
     whole = objective.bind(ctx, variant.loss, plan.rows)
     trunk = choose_trunk(of_trunk, variant)  # after the checkpointing, whose blocks it wraps
-    bound = trunk.for_steps(whole)
+    bound = trunk.under(whole, 0)
     options = StepOptions(
         exchanging(variant.attend, variant.choose),
         variant.compiled,
@@ -209,4 +209,4 @@ def make_step(
     about += [f"checkpointing {loop.grad_checkpoint}", *in_chunks, *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [strategy.row_words] if strategy.row_words else []
-    return step, trunk.for_validation(whole), trunk, details, about
+    return step, trunk.under(whole, -1), trunk, details, about

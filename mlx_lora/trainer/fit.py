@@ -106,6 +106,7 @@ MOST_TRACED_CHUNKS = 16
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
+LOOP_SHARE = 1 / 8  # of the nodes of the longer row, those that the shorter one has not
 # The dispatches that MLX prepares ahead on a CPU where memory beyond the plan is waited for (trainer/fit.py): less than it would.
 BOUNDED_LAG = 50
 
@@ -299,8 +300,9 @@ class TracedBlock:
         if not widths:
             short, long = LOOP_WIDTHS
             nodes = self.call(1, long, on_gpu).nodes
-            # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
-            loops = nodes > LOOP_NODES and nodes - self.call(1, short, on_gpu).nodes >= long - short
+            # A graph may also be large whatever the row's length (weights that are rounded in it by --qat), or differ a little because
+            # a short row is attended to in another way.
+            loops = nodes > LOOP_NODES and nodes - self.call(1, short, on_gpu).nodes >= LOOP_SHARE * nodes
             widths = LOOP_WIDTHS if loops else WIDTHS
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]

@@ -115,13 +115,9 @@ class KeptTrunk:
     words: str = ""
     rows: tuple[TrunkRows, ...] = ()
 
-    def for_steps(self, bound: BoundObjective) -> BoundObjective:
-        """Return the objective that starts at the first adapted block."""
-        return with_trunk(bound, self.blocks, self.rows[0]) if self.rows else bound
-
-    def for_validation(self, bound: BoundObjective) -> BoundObjective:
-        """Return the same for held-out rows."""
-        return with_trunk(bound, self.blocks, self.rows[-1]) if self.rows else bound
+    def under(self, bound: BoundObjective, rows: int) -> BoundObjective:
+        """Return the objective that starts at the first adapted block, for the rows with this index in `rows`."""
+        return with_trunk(bound, self.blocks, self.rows[rows]) if self.rows else bound
 
     @property
     def identity(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from run_cli import one_line, refused, run, succeeds
 
 from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.peft import COMPARED, peft_path
@@ -23,6 +24,8 @@ from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models import vlm_language
 from mlx_lora.models.config import architecture_of
 from mlx_lora.models.load import load_base
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.trainer.fit import outlined_shape
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,20 @@ def test_positions_are_those_of_this_call(name):
     cache = model.make_cache()
     parts = [model(ids[:, begin:end], cache=cache) for begin, end in ((0, 4), (4, 5), (5, 7))]
     assert mx.allclose(mx.concatenate(parts, axis=1), expected, atol=1e-5)
+
+
+def test_a_row_shorter_than_a_block_of_keys_writes_to_its_own_memory_only():
+    """MLX keeps an array's size in front of its numbers, so a write before them shows in the memory that it counts."""
+    model = tiny_architecture("qwen4_exp")
+    mx.eval(model(mx.array([[5, 6]])))
+    assert mx.get_active_memory() < 2**40
+
+
+def test_long_rows_choose_their_keys_without_computing_in_between():
+    outline = outline_of_config(tiny_config("deepseek_v4"), mx.float32)
+    blocks = outlined_shape(outline, train_settings({"model": "x"})).blocks
+    short, long = (blocks[1].memory.at(1, width, on_gpu=True).kept for width in (2048, 4096))
+    assert 1.9 < long / short < 5
 
 
 def test_the_tower_is_left_to_those_who_see(tmp_path):
