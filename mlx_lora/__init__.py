@@ -62,7 +62,22 @@ _HOMES = {
 }
 
 
+# Names of other libraries -> what does it here.
+_TRAIN = "mlx_lora.train(mlx_lora.load('MODEL'), 'FILE', adapter_path='FOLDER')"
+_ELSEWHERE = {
+    **dict.fromkeys(("FastLanguageModel", "FastModel", "AutoModelForCausalLM"), "mlx_lora.load('MODEL', bits=4)"),
+    **dict.fromkeys(("LoraConfig", "get_peft_model"), "rank, alpha, method and target_modules of mlx_lora.train"),
+    **dict.fromkeys(("SFTConfig", "Trainer", "TrainingArguments"), _TRAIN),
+    **dict.fromkeys(("PeftModel", "pipeline"), "mlx_lora.load('MODEL').generate('TEXT', adapter='FOLDER')"),
+}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE or name.endswith(
+        "Trainer"
+    ):  # no AttributeError, of which `from mlx_lora import` tells nothing
+        trains = f"{_TRAIN[:-1]}, objective='{name.removesuffix('Trainer').lower()}')"
+        raise ImportError(f"mlx_lora has no {name}; use {_ELSEWHERE.get(name, trains)}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

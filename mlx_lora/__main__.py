@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import click
 
 from mlx_lora import __version__
 from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
 
 COMMANDS = {
     "convert": "Convert a model from the hub, a folder or a GGUF file to MLX's format.",
@@ -32,6 +34,19 @@ COMMANDS = {
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
 }
+# What people of other trainers type first -> what to type here.
+OTHER_WORDS = {
+    **dict.fromkeys(("finetune", "fine-tune", "lora", "qlora"), "train --model MODEL --data FILE"),
+    **dict.fromkeys(("eval", "test"), "evaluate --model MODEL --adapter-path FOLDER"),
+    **dict.fromkeys(("infer", "inference", "ask"), "generate --model MODEL --prompt TEXT"),
+    "run": "chat --model MODEL",
+    **dict.fromkeys(("quantize", "download", "pull"), "convert --model MODEL --bits 4"),
+    **dict.fromkeys(("server", "api"), "serve --model MODEL"),
+    **dict.fromkeys(("webui", "webchat", "gui", "ui", "app"), "studio"),
+    **dict.fromkeys(("merge-lora", "merge_lora"), "fuse --model MODEL --adapter-path FOLDER --out FOLDER"),
+    **dict.fromkeys(("push", "upload"), "export --adapter-path FOLDER --to peft --out FOLDER --push-to-hub REPO"),
+    **dict.fromkeys(("env", "check", "info"), "doctor"),
+}
 # The commands of other applications than cli.
 ELSEWHERE = {
     "bench": "bench.command",
@@ -54,6 +69,20 @@ def load_command(name: str, args: Sequence[str] = ()) -> click.Command:
     return importlib.import_module(f"mlx_lora.{home}").main
 
 
+def meant_by(word: str) -> str | None:
+    """Return the command for a first word that is none: an objective, a file, or another program's word; None: it is not known."""
+    from mlx_lora.config.objectives import OBJECTIVES
+
+    end, row = PurePath(word).suffix.lower(), OBJECTIVES.get(word)
+    if row is not None:
+        needed = " --reward REWARD" if row.rewarded else " --teacher MODEL" if row.taught else ""
+        return f"train --model MODEL --data FILE --objective {word}{needed}"
+    if end in (".yaml", ".yml"):
+        return f"train --config {word}"
+    data = end in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".xlsx")
+    return f"train --data {word}" if data else OTHER_WORDS.get(word)
+
+
 class LazyGroup(console.Group):
     """Imports a command's module only when it runs, so that --help is instant."""
 
@@ -65,6 +94,8 @@ class LazyGroup(console.Group):
             args = [*args[1:2], "--help"]
         elif args == ["version"]:
             args = ["--version"]
+        elif args and not args[0].startswith("-") and args[0] not in COMMANDS and (meant := meant_by(args[0])):
+            raise InputError(f"{args[0]}: no such command; write mlx-lora {meant}")
         elif args[1:] and args[0] in COMMANDS:
             from mlx_lora.api.options import look_at_flags  # --version needs none of it
 

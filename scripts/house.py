@@ -27,9 +27,9 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 40_680),
+    "statements of the core": (34_500, 40_690),
     "statements of the applications": (7_900, 8_130),
-    "lines of the package": (80_000, 97_300),
+    "lines of the package": (80_000, 97_370),
     "modules": (265, 272),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),
@@ -40,7 +40,7 @@ BARS: dict[str, tuple[float, float]] = {
     "refused combinations as code": (65, 82),
     "imports, definitions, returns, in percent": (30, 33.9),
     "statements of the tests": (37_000, 46_640),
-    "lines of the tests": (62_000, 77_310),
+    "lines of the tests": (62_000, 77_340),
 }
 
 

@@ -62,6 +62,8 @@ class ShortCommand(console.Command):
         path, meant = Path(left[0]).expanduser(), [flag for flag in ALONE if flag in flags]
         if (path / "adapter_config.json").is_file():
             meant.sort(key=lambda flag: not flag.startswith("--adapter"))
+        elif path.suffix.lower() in (".yaml", ".yml") and "--config" in flags:
+            meant = ["--config"]
         elif path.suffix.lower() == ".gguf" or (path / "config.json").is_file():
             meant.sort(key=lambda flag: flag != "--model")
         advice = f"write {shlex.join([meant[0], left[0]])}" if meant else f"{self.listing} lists the options"

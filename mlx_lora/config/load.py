@@ -115,6 +115,16 @@ _OTHER_WAYS = {
     "length_normalize": "use --loss-type sigmoid_norm",
     "clear_cache_threshold": "use --memory-budget; MLX's buffer cache is a sixteenth of it",
     "fetch_images": "only train and evaluate download pictures; send serve a data URL, or the name of a file of --images-from",
+    "push_to_hub": "use mlx-lora export --push-to-hub REPO after the run",
+    "hub_model_id": "use mlx-lora export --push-to-hub REPO after the run",
+    "wandb": "use --report-to wandb",
+    "use_wandb": "use --report-to wandb",
+    "tensorboard": "use --report-to tensorboard",
+    "draft_model": "leave it out; train with --train-mtp, and the head that it makes drafts tokens",
+    "attn_implementation": "leave it out; attention is computed by MLX's own kernels or ours, whichever is faster here",
+    "device_map": "leave it out; a Mac's GPU has the whole memory",
+    "deepspeed": "leave it out; share a base that does not fit with --shard-base",
+    "fsdp": "leave it out; share a base that does not fit with --shard-base",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
 }
 # Settings of earlier versions -> their values in a file, such as run.yaml, that changed nothing; others are refused with advice.
@@ -133,6 +143,10 @@ OTHER_VALUES = {
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",
+    **dict.fromkeys(
+        ("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), "use adamw, whose state is float32"
+    ),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_mlx"), "use adamw"),
     "tensor": "tensor parallel training is gone; share a base that does not fit with --shard-base",
     "eval_loss": "use loss",
     "eval_rewards/accuracies": "use accuracy",

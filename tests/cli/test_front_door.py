@@ -14,6 +14,7 @@ import pytest
 from run_cli import one_line, run, succeeds
 
 import mlx_lora
+from mlx_lora.__main__ import OTHER_WORDS, load_command, main
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data import data_sets as files
@@ -553,3 +554,18 @@ def test_a_table_of_two_columns_gets_the_flags_that_read_it(tokenizer, tmp_path)
     table.write_text("customer asks,we_reply,date\nWhen do you open?,At nine.,3 May\n")
     with pytest.raises(InputError, match="--prompt-column and --completion-column"):  # which of three, only you know
         load_eval_set(str(table), DataSettings(), tokenizer)
+
+
+@pytest.mark.parametrize("typed", [*OTHER_WORDS, "sft", "grpo", "distill", "my.csv", "axolotl.yml"])
+def test_what_others_type_is_answered_with_a_command_that_is_there(typed, capsys):
+    with pytest.raises(SystemExit):
+        main([typed])
+    name, *args = capsys.readouterr().err.split("write mlx-lora ")[1].split()
+    flags = {flag for param in load_command(name).params for flag in param.opts}
+    assert {arg for arg in args if arg.startswith("--")} <= flags
+
+
+@pytest.mark.parametrize("name", ["FastLanguageModel", "DPOTrainer"])
+def test_names_of_other_libraries_say_ours(name):
+    with pytest.raises(ImportError, match=f"{name}; use mlx_lora"):
+        getattr(mlx_lora, name)
