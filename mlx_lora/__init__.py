@@ -73,11 +73,11 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ELSEWHERE or name.endswith(
-        "Trainer"
-    ):  # no AttributeError, of which `from mlx_lora import` tells nothing
-        trains = f"{_TRAIN[:-1]}, objective='{name.removesuffix('Trainer').lower()}')"
-        raise ImportError(f"mlx_lora has no {name}; use {_ELSEWHERE.get(name, trains)}")
+    # No AttributeError: `from mlx_lora import` would not tell its text.
+    if name in _ELSEWHERE or name.endswith("Trainer"):
+        raise ImportError(
+            f"mlx_lora has no {name}; use {_ELSEWHERE.get(name, f'{_TRAIN[:-1]}, objective={name[:-7].lower()!r})')}"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import PurePath
+from shlex import quote
 
 import click
 
@@ -77,10 +78,9 @@ def meant_by(word: str) -> str | None:
     if row is not None:
         needed = " --reward REWARD" if row.rewarded else " --teacher MODEL" if row.taught else ""
         return f"train --model MODEL --data FILE --objective {word}{needed}"
-    if end in (".yaml", ".yml"):
-        return f"train --config {word}"
-    data = end in (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".xlsx")
-    return f"train --data {word}" if data else OTHER_WORDS.get(word)
+    flag = "--config" if end in (".yaml", ".yml") else "--model MODEL --data"
+    is_file = end in (".yaml", ".yml", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".xlsx")
+    return f"train {flag} {quote(word)}" if is_file else OTHER_WORDS.get(word)
 
 
 class LazyGroup(console.Group):

@@ -82,9 +82,8 @@ class Model(nn.Module):
             for name, value in [*layer.items()]:
                 if name.startswith("_") and isinstance(value, dict):  # what it has computed, which MLX takes for layers
                     setattr(layer, name, UserDict(value))
-            if hasattr(
-                layer, "index_block"
-            ):  # in long rows, DeepSeek V4 would choose keys by blocks and compute them within a gradient
+            # In long rows, DeepSeek V4 would choose keys by blocks, and compute them within a gradient.
+            if hasattr(layer, "index_block"):
                 layer.index_block = 0
             if hasattr(layer, "build_mask"):  # Qwen4-Exp's indexer
                 layer.build_mask = partial(_mask_of_blocks, layer.build_mask)
@@ -149,16 +148,8 @@ def _mask_of_blocks(build: Callable[[Any], mx.array], selection: Any) -> mx.arra
 
     mlx-vlm 0.7.10 scatters by that -1 as well. It is before the array's memory if the row is shorter than a block, and MLX writes there.
     """
-    return build(
-        SimpleNamespace(
-            **{
-                **vars(selection),
-                "selected_blocks": mx.where(
-                    selection.selected_blocks < 0, selection.key_len, selection.selected_blocks
-                ),
-            }
-        )
-    )
+    chosen = mx.where(selection.selected_blocks < 0, selection.key_len, selection.selected_blocks)
+    return build(SimpleNamespace(**(vars(selection) | {"selected_blocks": chosen})))
 
 
 def own_cache(made: Any) -> Any:
