@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any
+from urllib.parse import urlencode
 
 KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -85,6 +86,14 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def source_text(source: Mapping[str, Any]) -> str:
+    """Return a data set as --data names it: `{path: a/b, split: train, weight: 2}` is `a/b?split=train=2`."""
+    options = {key: value for key, value in source.items() if key not in ("path", "weight")}
+    query = urlencode(options, safe="[]:/").replace("%25", "%") if options else ""
+    weight = source.get("weight", 1)
+    return f"{source.get('path')}{'?' * bool(query)}{query}" + (f"={weight:g}" if weight != 1 else "")
+
+
 def flag_words(settings: Mapping[str, Any]) -> list[str]:
     """Return the words of a command line that give settings, by name, their values."""
     words = []
@@ -118,7 +127,7 @@ def read_value(f: Field, value: Any) -> Any:
     if kind is str and isinstance(value, dict):  # rank_pattern: {q_proj: 32}
         value = ",".join(f"{name}={number}" for name, number in value.items())
     if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
-        value = ",".join(str(item) for item in value)
+        value = ",".join(source_text(item) if isinstance(item, dict) else str(item) for item in value)
     try:
         if value is None or (kind is bool and not isinstance(value, bool)) or (kind is int and isinstance(value, bool)):
             raise ValueError

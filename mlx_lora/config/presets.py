@@ -75,6 +75,7 @@ class Optimizer:
             the gradient; measured on arrays of at least a megabyte.
         elementwise: whether it treats every number alike, independent of its array; then it gets one flat array.
         takes_decay: whether it has a decoupled weight decay.
+        takes_betas: whether it is an Adam.
         uncompiled_copies: `update_copies` in a step that is not compiled (utils/device.py); None: as many.
         options: further arguments of the class.
         module: that has the class.
@@ -87,32 +88,31 @@ class Optimizer:
     takes_decay: bool
     uncompiled_copies: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    takes_betas: bool = False
     module: str = "mlx.optimizers"
 
     def mlx_class(self) -> type:
         """Return the class; mlx is imported here, not above, because the planner works without it."""
         return getattr(import_module(self.module), self.class_name)
 
-    def build(self, learning_rate: Any, weight_decay: float) -> Any:
+    def build(self, learning_rate: Any, settings: Any) -> Any:
         """Return a new mlx optimizer.
 
         Args:
             learning_rate: a float, or a callable from step to rate.
-            weight_decay: used only by optimizers that have it.
+            settings: an OptimizerSettings, whose other numbers are used, each only by optimizers that have it.
         """
-        decay = {"weight_decay": weight_decay} if self.takes_decay else {}
-        return self.mlx_class()(learning_rate, **decay, **self.options)
+        own: dict[str, Any] = {"weight_decay": settings.weight_decay} if self.takes_decay else {}
+        if self.takes_betas:
+            own |= {"betas": [settings.adam_beta1, settings.adam_beta2], "eps": settings.adam_epsilon}
+            own["bias_correction"] = settings.bias_correction
+        return self.mlx_class()(learning_rate, **own, **self.options)
 
 
-# Adam and AdamW correct their bias, as in torch; by default, mlx does not (arXiv 1412.6980, algorithm 1;
-# 1711.05101). Adafactor's state of rows and columns is too small to count.
+# Adam and AdamW: arXiv 1412.6980, algorithm 1; 1711.05101. Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
-    "adamw": Optimizer(
-        "AdamW", 2, 9.0, uncompiled_copies=11.0, elementwise=True, takes_decay=True, options={"bias_correction": True}
-    ),
-    "adam": Optimizer(
-        "Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}
-    ),
+    "adamw": Optimizer("AdamW", 2, 9.0, uncompiled_copies=11.0, elementwise=True, takes_decay=True, takes_betas=True),
+    "adam": Optimizer("Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, takes_betas=True),
     "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True, module="mlx_lora.trainer.optimizer"),
     "sgd": Optimizer("SGD", 1, 4.0, uncompiled_copies=5.0, elementwise=True, takes_decay=True),
     "adafactor": Optimizer(

@@ -117,7 +117,8 @@ class Rule:
         asked = []
         for name, _, value in (one.partition("=") for one in self.names):
             own = settings.get(name)
-            if (value in str(own).split(",")) if value else given(name, own, usual):
+            text = f"{own:g}" if isinstance(own, float) else str(own)
+            if (value in text.split(",")) if value else given(name, own, usual):
                 asked.append(spelled(name, own))
         if not asked:
             return None
@@ -324,6 +325,12 @@ RULES: tuple[Rule, ...] = (
 # These are not refused: a run of an earlier version has them in its run.yaml and in its identity, and other programs' files too.
 IDLE: tuple[Rule, ...] = (
     excludes("weight_decay", "", optimizer=tuple(name for name, row in OPTIMIZERS.items() if not row.takes_decay)),
+    excludes(
+        ("adam_beta1", "adam_beta2", "adam_epsilon", "bias_correction"),
+        "",
+        optimizer=tuple(name for name, row in OPTIMIZERS.items() if not row.takes_betas),
+    ),
+    excludes(("min_lr_ratio", "decay_steps"), "the rate does not fall", lr_schedule="constant"),
     excludes(("rank", "alpha"), "", method="full"),
     needs("project_name", "", report_to=GIVEN),
     excludes("batch_tokens", "", batch_size=GIVEN),
@@ -527,7 +534,7 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     # Nothing is saved, and no run ends, between two updates on the same answers.
     updates = settings["updates_per_rollout"]
     for name in ("iters", "save_every", "steps_per_eval"):
-        if settings[name] and settings[name] % updates:
+        if settings[name] and settings[name] >= 1 and settings[name] % updates:
             problems.append(
                 f"{spelled(name, settings[name])} with --updates-per-rollout {updates}: give a multiple of {updates}"
             )

@@ -76,7 +76,8 @@ class DataSettings:
 
     data: str | None = setting(None,
         "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare, reasoning-gym:NAME or verifiers:NAME. Separate "
-        "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
+        "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice. a/b?split=train[:20%] is a "
+        "part of a set.",
         MODEL, common=True, may_change=True, per_machine=True, runs=VERIFIERS)
     ask: str | None = setting(None,
         "Your own test questions with their answers, in any form that --data takes; the run ends with how many it answers right. "
@@ -116,8 +117,9 @@ class DataSettings:
         MODEL, may_change=True)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS, only=PAIRED)
-    valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
-        MODEL, at_least=0, at_most=0.9)
+    valid_fraction: float = setting(0.05,
+        "Share of rows held out when there is no validation file; from 1 on, their number.",
+        MODEL, at_least=0, at_most=10**9)
     rephrase: int | None = setting(None,
         "sft: let a model write this many other wordings of each question, and train them with the same answer; up to 20 more are "
         "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100, only=ANSWERED)
@@ -196,6 +198,18 @@ class OptimizerSettings:
         TRAINING, at_least=0)
     weight_decay: float = setting(0.01, "Decoupled weight decay of the adapter weights (adamw, muon, sgd).",
         TRAINING, at_least=0, at_most=1000)
+    warmup_init: float | None = setting(None,
+        "Learning rate of the first step of a warm-up; transformers has 0 (default: as much as each further step adds).",
+        TRAINING, at_least=0, at_most=1000)
+    decay_steps: int | None = setting(None, "Steps of the decay after the warm-up (default: the rest of the run).",
+        TRAINING, at_least=1)
+    min_lr_ratio: float = setting(0.0, "Learning rate at the end of a cosine or linear decay, as a share of its peak.",
+        TRAINING, at_least=0, at_most=1)
+    adam_beta1: float = setting(0.9, "adamw, adam: decay of the mean of gradients.", TRAINING, more_than=0, at_most=0.9999)
+    adam_beta2: float = setting(0.999, "adamw, adam: decay of the mean of their squares.",
+        TRAINING, more_than=0, at_most=0.99999)
+    adam_epsilon: float = setting(1e-8, "adamw, adam: added to the root of these squares.", TRAINING, more_than=0, at_most=1)
+    bias_correction: bool = setting(True, "adamw, adam: correct the bias of both means in the first steps, as torch does.", TRAINING)
     max_grad_norm: float = setting(1.0, "Clip the global gradient norm to this value; 0: no clipping.",
         TRAINING, at_least=0, at_most=10**9)
 
@@ -259,14 +273,15 @@ class LoopSettings:
     steps_per_report: int | None = setting(None,
         "Steps between reports (default: a twentieth of the run, at most 25).",
         OUTPUT, may_change=True, at_least=1)
-    steps_per_eval: int | None = setting(None,
-        "Steps between validations; 0: only at the end (default: 200, or a tenth of a run that may end early).",
+    steps_per_eval: float | None = setting(None,
+        "Steps between validations; below 1, a share of the run; 0: only at the end (default: 200, or a tenth of a run that may "
+        "end early).",
         VALIDATION, may_change=True, at_least=0)
     val_batches: int | None = setting(None,
         "Batches per validation; -1: all, 0: no validation (default: as many rows as a tenth of the run's work allows, "
         "about 25 at most).",
         VALIDATION, may_change=True, at_least=-1)
-    save_every: int = setting(100, "Steps between checkpoints; 0: only at the end.",
+    save_every: float = setting(100, "Steps between checkpoints; below 1, a share of the run; 0: only at the end.",
         OUTPUT, may_change=True, at_least=0)
     keep: int = setting(3, "Newest checkpoints to keep, in addition to the one with the best validation; 0: all.",
         OUTPUT, may_change=True, at_least=0, at_most=10**9)

@@ -3,8 +3,10 @@
     a.jsonl,b/     two data sets, a file and a folder
     a.jsonl=2      each epoch has the set's training rows twice; 0.5: the same half of them in every epoch
     book.xlsx#B    the sheet B of an Excel file
+    a/b?split=test[:20%]&prompt_column=q    a part of the set, read in a way of its own: OPTIONS
 
-A file whose own name has a comma, `=` or `#` is meant where it exists.
+A settings file may write such a set as a mapping, `{path: a/b, split: "test[:20%]", prompt_column: q}`. A file whose own name has
+a comma, `=`, `?` or `#` is meant where it exists.
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
+from mlx_lora.config.fields import read_value
 from mlx_lora.config.load import RECIPES, recipe_names
 from mlx_lora.config.objectives import TASK_SETS, VERIFIERS
+from mlx_lora.config.settings import COLUMNS, FIELDS, DataSettings
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.file_formats import DOCUMENTS, MARKDOWN, PACKED, SUFFIXES, TABLES, check_file, read_records
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
 from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.text import did_you_mean
 
 SPLIT_NAMES = {
     "train": "train",
@@ -36,12 +43,21 @@ SPLIT_NAMES = {
 }
 TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
+SHARD = re.compile(r"(?P<split>[a-z][a-z_]*)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
 # Files that describe a data set; of texts, only those whose whole name says so, because the others may be someone's notes.
 ABOUT = "readme|license|requirements|dataset_infos?|config|notice"
 NOT_DATA = re.compile(rf"({ABOUT})\b.*", re.IGNORECASE)
 NOT_TEXT = re.compile(rf"({ABOUT})(\.[a-z]+)?", re.IGNORECASE)
 MAX_WEIGHT = 1000.0
+# Options of one set: settings that only its records are read with, and these.
+READING = ("data_format", *COLUMNS, "label_column", "turn_names")
+OPTIONS = {
+    "split": re.compile(
+        r"(?P<name>\w+)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?"
+    ),  # as of `datasets`, with a part of it
+    "subset": re.compile(r"\w[\w.-]*"),  # a folder of the set; the hub calls it a configuration
+    "as": re.compile("train|valid"),  # valid: its rows are validated on, and nothing else is
+}
 
 
 # Several data sets
@@ -55,11 +71,19 @@ class DataFile:
         path: The file.
         name: Its name in messages, which no other file of the run has.
         sheet: The sheet of an .xlsx file; None: the first.
+        part: Numbers of the records to read, from 0; None: all.
+        own: Settings that its records are read with instead of the run's.
     """
 
     path: Path
     name: str
     sheet: str | None = None
+    part: range | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading(self, settings: DataSettings) -> DataSettings:
+        """Return the settings that its records are read with."""
+        return replace(settings, **self.own)
 
 
 @dataclass(frozen=True)
@@ -85,21 +109,84 @@ def find_sets(data: str) -> list[DataSet]:
     """
     sets = []
     for name, weight in named_sets(data):
-        path, sheet = _sheet(name)
-        splits = find_splits(path)
+        place, options = source(name)
+        _, sheet = _sheet(place)
+        splits = find_splits(name)
         for file in (file for files in splits.values() for file in files):
             check_file(file)
-        sets.append((name, weight, {split: [(file, sheet) for file in files] for split, files in splits.items()}))
-    names = _names([file for _, _, splits in sets for files in splits.values() for file, _ in files])
+        own = {key: value for key, value in options.items() if key in READING}
+        parts = {
+            split: [
+                DataFile(file, "", sheet, part, own) for file, part in _parts(files, sheet, options.get("split", ""))
+            ]
+            for split, files in splits.items()
+        }
+        only = {"valid": parts.get("valid") or parts["train"]} if options.get("as") == "valid" else parts
+        sets.append((name, weight, only))
+    if any("train" not in parts for _, _, parts in sets) and any("train" in parts for _, _, parts in sets):
+        for _, _, parts in sets:
+            parts |= {"valid": []} if "train" in parts else {}
+    names = _names([file.path for _, _, parts in sets for files in parts.values() for file in files])
     names |= {file: f"the given {file.stem} list" for file in names if shown_data(str(file)) == GIVEN}
     return [
         DataSet(
             name,
             weight,
-            {key: tuple(DataFile(file, names[file], sheet) for file, sheet in files) for key, files in splits.items()},
+            {
+                key: tuple(replace(file, name=names[file.path]) for file in files)
+                for key, files in parts.items()
+                if files
+            },
         )
-        for name, weight, splits in sets
+        for name, weight, parts in sets
     ]
+
+
+def source(name: str) -> tuple[str, dict[str, Any]]:
+    """Split `NAME?option=value&...`, unless that is the name of a file.
+
+    Returns:
+        The name, and the options by name; those of READING are checked values of these settings.
+
+    Raises:
+        InputError: there is no such option, or a value is not allowed.
+    """
+    place, mark, query = name.partition("?")
+    if not mark or Path(name).expanduser().exists():
+        return name, {}
+    options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    for key, value in options.items():
+        if key not in (*OPTIONS, *READING):
+            raise InputError(f"--data {name}: no option {key!r}{did_you_mean(key, (*OPTIONS, *READING))}")
+        if key in OPTIONS and not OPTIONS[key].fullmatch(value):
+            wanted = {"split": "write it as train, train[:20%] or train[100:200]", "as": "write train or valid"}
+            raise InputError(
+                f"--data {name}: {key} {value!r}: {wanted.get(key, 'write the name of a folder of the set')}"
+            )
+        try:
+            options[key] = read_value(FIELDS[key], value) if key in READING else value
+        except ValueError as error:
+            raise InputError(f"--data {name}: {key} {error}") from None
+    return place, options
+
+
+def _parts(files: Sequence[Path], sheet: str | None, split: str) -> list[tuple[Path, range | None]]:
+    """Return files with the numbers of their records that a split such as `train[:20%]` has; shares are rounded as in `datasets`."""
+    match = OPTIONS["split"].fullmatch(split)
+    if not match or not match[2]:
+        return [(file, None) for file in files]
+    counts = [sum(1 for _ in read_records(file, sheet)) for file in files]
+    total = sum(counts)
+    bounds = [
+        None if text is None else round(float(text[:-1]) * total / 100) if text.endswith("%") else int(text)
+        for text in (match["begin"], match["end"])
+    ]
+    begin, end, _ = slice(*bounds).indices(total)
+    found, before = [], 0
+    for file, count in zip(files, counts, strict=True):
+        found.append((file, range(min(max(0, begin - before), count), min(max(0, end - before), count))))
+        before += count
+    return found
 
 
 def look_at_data(data: str | None) -> None:
@@ -158,14 +245,17 @@ def is_local(name: str) -> bool:
 
 
 def _name_and_weight(text: str) -> tuple[str, str | None]:
-    """Split `name=weight`, unless the whole is the name of something that exists."""
+    """Split `name=weight`, unless the whole is the name of something that exists; each option has an `=` of its own."""
     text = text if _exists(text) else text.strip()
     name, equals, weight = text.rpartition("=")
-    return (text, None) if _exists(text) or not equals else (name, weight)
+    asks = text.partition("?")[2] and not Path(text).expanduser().exists()
+    whole = text.rpartition("&")[2].count("=") == 1 if asks else _exists(text)
+    return (text, None) if whole or not equals else (name, weight)
 
 
 def _exists(name: str) -> bool:
-    path, _ = _sheet(name)
+    place, _, query = name.partition("?")
+    path, _ = _sheet(name if "," in query or Path(name).expanduser().exists() else place)
     return bool(name.strip()) and Path(path).expanduser().exists()
 
 
@@ -195,7 +285,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
     Args:
         data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
-            dataset id `owner/name` (`@revision` may follow).
+            dataset id `owner/name` (`@revision` may follow), and options: with a split, only that is found, and called `train`.
 
     Returns:
         `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
@@ -205,30 +295,38 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     Raises:
         InputError: there are no data files, or two files have the name of the same split.
     """
-    path = Path(data).expanduser()
-    if path.is_file():
-        return {"train": (path,)}
+    place, options = source(data)
+    name, _ = _sheet(place)
+    path = Path(name).expanduser()
+    split, subset = options.get("split", "").partition("[")[0], options.get("subset", "")
+    single, folder = path, None
     if path.is_dir():
-        return _folder_splits(path)
-    if data == TINY_SHAKESPEARE:
-        return {"train": (tiny_shakespeare(),)}
-    if data in recipe_names():
-        return _folder_splits(RECIPES / data)
-    if data.startswith(TASK_SETS):
-        from mlx_lora.data.task_sets import task_file  # few runs need it
+        folder = path
+    elif path.is_file():
+        pass
+    elif name == TINY_SHAKESPEARE:
+        single = tiny_shakespeare()
+    elif name in recipe_names():
+        folder = RECIPES / name
+    elif name.startswith((TASK_SETS, VERIFIERS)):
+        from mlx_lora.data.task_sets import task_file, verifiers_file  # few runs need it
 
-        return {"train": (task_file(data),)}
-    if data.startswith(VERIFIERS):
-        from mlx_lora.data.task_sets import verifiers_file  # few runs need it
-
-        return {"train": (verifiers_file(data),)}
-    if is_dataset_id(data):
+        single = task_file(name) if name.startswith(TASK_SETS) else verifiers_file(name)
+    elif is_dataset_id(name):
         from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import
 
-        dataset, _, revision = data.partition("@")
-        return _folder_splits(download_dataset_files(dataset, revision or None))
+        dataset, _, revision = name.partition("@")
+        folder = download_dataset_files(dataset, revision or None)
+    if folder:
+        return _folder_splits(folder, split, subset)
+    if single.is_file():
+        if split not in ("", "train") or subset:
+            raise InputError(
+                f"--data {data}: one file, without splits and subsets; leave out {split} {subset}".rstrip()
+            )
+        return {"train": (single,)}
     near = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, [TINY_SHAKESPEARE])
+    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(name, [TINY_SHAKESPEARE])
     hint = f"similar names: {', '.join(close)}" if close else f"no similar name in {path.parent.resolve()}"
     raise InputError(
         f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "
@@ -237,17 +335,27 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
 
 
 def is_dataset_id(data: str) -> bool:
-    """Tell whether a text that names no file or folder can be the id of a hub dataset, `owner/name@revision`."""
+    """Tell whether a text that names no file or folder can be the id of a hub dataset, `owner/name@revision?options`."""
+    data = data.partition("?")[0]
     path, dataset = Path(data).expanduser(), data.partition("@")[0]
     return bool(HUB_ID.fullmatch(dataset)) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir()
 
 
-def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
-    documents = _are_notes(folder)
-    for subfolder in () if documents else (folder, folder / "data", folder / "default"):
-        splits = _named_splits(subfolder)
-        if splits:
+def _folder_splits(folder: Path, split: str, subset: str) -> dict[str, tuple[Path, ...]]:
+    documents = _are_notes(folder) and not split
+    folders = [folder / subset, folder / "data" / subset] if subset else [folder, folder / "data", folder / "default"]
+    for subfolder in () if documents else folders:
+        splits = _named_splits(subfolder, {split: "train"} if split and split not in SPLIT_NAMES else SPLIT_NAMES)
+        if split and (files := splits.get(SPLIT_NAMES.get(split, "train"))):
+            return {"train": files}
+        if splits and not split:
             return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
+    if subset or split not in ("", "train"):
+        asked = " ".join(f"{key} {value}" for key, value in (("subset", subset), ("split", split)) if value)
+        found = ", ".join(
+            sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in SUFFIXES)[:8]
+        )
+        raise InputError(f"{folder} has no file of {asked}; found: {found or 'nothing'}")
     texts = tuple(one for one in _visible(folder) if one.suffix.lower() in DOCUMENTS and not _describes(one))
     if documents:
         return {"train": texts}
@@ -284,13 +392,13 @@ def _describes(file: Path) -> bool:
     return bool((NOT_TEXT if file.suffix.lower() in DOCUMENTS else NOT_DATA).fullmatch(file.name))
 
 
-def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Return the files of each split: those with its name in `folder`, and all in subfolders with its name."""
+def _named_splits(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each split: those with one of its names in `folder`, and all in subfolders with such a name."""
     candidates: dict[str, list[Path]] = {}
     for file in _data_files(folder):
-        if split := SPLIT_NAMES.get(_stem(file)):
+        if split := names.get(_stem(file)):
             candidates.setdefault(split, []).append(file)
-    for name, split in SPLIT_NAMES.items():
+    for name, split in names.items():
         candidates.setdefault(split, []).extend(_data_files(folder / name))
     for split, files in candidates.items():
         in_parts = all("-of-" in file.stem or file.parent != folder for file in files)

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import resolve_template, shows_date
-from mlx_lora.data.data_sets import DataSet, find_sets
+from mlx_lora.data.data_sets import DataSet, find_sets, source
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.mix import content_key, joined_sets, mix, read_sets
@@ -170,7 +170,7 @@ def load_data(
         raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
     sets = find_sets(settings.data)
     for one in sets:
-        if "train" not in one.splits:
+        if "train" not in one.splits and (len(sets) == 1 or "as" not in source(one.name)[1]):
             raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
     day = chat_day(settings, tokenizer, today)
     kind = f"{records} splits{seen.key}"
@@ -212,13 +212,17 @@ def _paths(sets: Sequence[DataSet]) -> dict[str, list[Path]]:
 def _mixed(sets: Sequence[DataSet]) -> list[Any]:
     """Return what the cache must tell apart in addition to the files' content: weights, sheets, and which file is whose."""
     parts = [
-        [one.weight, {key: [(f.name, f.sheet) for f in files] for key, files in one.splits.items()}] for one in sets
+        [
+            one.weight,
+            {key: [(f.name, f.sheet, str(f.part), dict(f.own)) for f in files] for key, files in one.splits.items()},
+        ]
+        for one in sets
     ]
     return [*parts, [one.name for one in sets] if _are_mixed(sets) else None]
 
 
 def _are_mixed(sets: Sequence[DataSet]) -> bool:
-    return len(sets) > 1 or sets[0].weight != 1
+    return sum("train" in one.splits for one in sets) > 1 or sets[0].weight != 1
 
 
 def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any]) -> None:
@@ -250,15 +254,18 @@ def _make_splits(
     truncated = [location for rows in parts.values() for location in rows.truncated]
     doubled = _doubled(parts["train"], encoded["train"], keys["train"])
     repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
+    trained = [one for one in sets if "train" in one.splits]
     mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
-    for one in mixed.sets if len(sets) > 1 else ():
+    for one in mixed.sets if len(trained) > 1 else ():
         if not one.rows:
             raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
     # Wordings that are held out are meant to be near the trained ones.
     near = NearDuplicates() if settings.rephrase else repeats.across(mixed.held_records)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
-    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, sets, strict=True))
+    cut = len(trained) == len(sets) and any(
+        not part.held_out and "valid" not in one.splits for part, one in zip(train_parts, trained, strict=True)
+    )
     own = ["file"] * any("valid" in one.splits for one in sets) + ["held out"] * bool(held or cut)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid

@@ -61,6 +61,7 @@ def read_sets(
     """
     rows: dict[str, SplitRows] = {}
     parts, repeated = [], []
+    chosen = any("train" not in one.splits for one in sets)  # the rows to validate on
     for one in sets:
         before = rows.get("train", SplitRows())
         first, read = len(before.entries), before.rows_read
@@ -71,8 +72,10 @@ def read_sets(
                 rows[split] = read_rows(one.splits[split], settings, records, rows.get(split), pictures)
                 own.append((rows[split], begin))
         repeated.append(cut_repeated_prompts(own))
+        if "train" not in one.splits:
+            continue
         train = rows["train"]
-        held_out, own_rows = "valid" not in one.splits, train.entries[first:]
+        held_out, own_rows = "valid" not in one.splits and not chosen, train.entries[first:]
         single = own_rows[0] if held_out and len(own_rows) == 1 else None
         if isinstance(single, Text) and (halves := cut_text(single, settings.valid_fraction)):
             held_out, valid = False, rows.setdefault("valid", SplitRows())
@@ -186,7 +189,7 @@ def split_by_group(
     Args:
         groups: Any id of each row's group; equal ids stay together. See `joined_groups` for several reasons to.
         keys: `content_key` of each row; rows with equal keys stay together in every case.
-        fraction: The fraction of the rows that may be held out; 0: none.
+        fraction: The fraction of the rows that may be held out, or from 1 on their number; 0: none.
         seed: With another seed, other rows are held out.
         may: (rows,) bool, False: this row must not be held out, nor any of its group; None: all may be.
 
@@ -194,7 +197,9 @@ def split_by_group(
         At least one row is held out if fraction > 0 and two different groups may be; never all of them.
     """
     together = joined_groups(groups, keys)
-    wanted = max(1, round(fraction * (len(together) if may is None else may.sum())))
+    wanted = (
+        round(fraction) if fraction >= 1 else max(1, round(fraction * (len(together) if may is None else may.sum())))
+    )
     size = np.bincount(together)[together] if len(together) else together
     large = (size > max(2 * wanted, len(size) // 4)) | (size == len(size))
     numbers = joined_groups(
@@ -291,7 +296,7 @@ def cut_text(example: Text, fraction: float) -> tuple[Text, Text] | None:
         if found >= 0:
             at = found + len(mark)
             break
-    first, last = text[:at], text[at:]
-    if fraction <= 0 or not first.strip() or not last.strip():
+    first, last = text[: max(0, at)], text[max(0, at) :]
+    if not 0 < fraction < 1 or not first.strip() or not last.strip():
         return None
     return Text(first, ends=False), Text(last)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -261,7 +262,8 @@ def read_rows(
     """
     rows = SplitRows() if rows is None else rows
     for file in files:
-        parse_rows(file_records(file, settings, rows), file.name, settings, records, rows, pictures)
+        own = file.reading(settings)
+        parse_rows(file_records(file, own, rows), file.name, own, records, rows, pictures)
     return rows
 
 
@@ -285,7 +287,8 @@ def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Ite
     chats, note = chats_of(file, settings)
     if chats is None:
         rows.transcripts += [note] if note else []
-        yield from read_records(file.path, file.sheet)
+        found = read_records(file.path, file.sheet)
+        yield from islice(found, file.part.start, file.part.stop) if file.part is not None else found
         return
     conversations, summary = conversations_of(chats, file.name, settings)
     rows.chats.append(summary)

@@ -117,6 +117,7 @@ def _written(settings: TrainSettings, base: Base) -> Path:
     )
     # The default share is not held out: each fact is trained, and wordings of some are the test.
     share = 0.0 if valid or data.valid_fraction == DataSettings().valid_fraction else data.valid_fraction
+    share = share / max(1, len(train)) if share >= 1 else share
     held = [one for one in train if int(sha256_of(f"{seed}:{one.text}")[:8], 16) < share * 16**8]
     asked = [one for one in train if one.text and one not in held]
     count = min(HELD_OUT, len(asked))
@@ -339,7 +340,7 @@ def read_questions(files: Iterable[DataFile], settings: DataSettings) -> list[Qu
             if isinstance(record, BadRow):
                 log.info(f"Note: {file.name} {record.unit} {record.line} is left out: {record.why}")
                 continue
-            parse_rows([record], file.name, settings, "examples", rows := SplitRows())
+            parse_rows([record], file.name, file.reading(settings), "examples", rows := SplitRows())
             question = Question(record.value)
             match rows.entries:
                 case [Completion(asked, answer)] | [

@@ -66,7 +66,8 @@ def has_unanswered(settings: DataSettings) -> bool:
     rows = SplitRows()
     for one in find_sets(settings.data or ""):
         for file in one.splits.get("train", ()):
-            parse_rows(islice(file_records(file, settings, rows), PEEKED), file.name, settings, PROMPTS, rows)
+            own = file.reading(settings)
+            parse_rows(islice(file_records(file, own, rows), PEEKED), file.name, own, PROMPTS, rows)
     return any(isinstance(entry, Prompt) and not entry.answered for entry in rows.entries)
 
 

@@ -201,11 +201,12 @@ class Checker:
         for name, weight in named_sets(value):
             known = name == TINY_SHAKESPEARE or name in recipe_names()
             if not known and not (is_dataset_id(name) and not Path(name).expanduser().exists()):
-                book, mark, sheet = name.partition("#") if ".xlsx#" in name.lower() else (name, "", "")
+                place, asked, options = (name, "", "") if Path(name).expanduser().exists() else name.partition("?")
+                book, mark, sheet = place.partition("#") if ".xlsx#" in place.lower() else (place, "", "")
                 path = within(book, self._folders.all_data, "data")
-                for file in _files_of(path):  # a folder may hold links out of it
+                for file in _files_of(path, asked + options):  # a folder may hold links out of it
                     within(str(file), self._folders.all_data, "data")
-                name = f"{path}{mark}{sheet}"
+                name = f"{path}{mark}{sheet}{asked}{options}"
             elif not known:
                 _check_revision(name.partition("@")[2], "data")
             parts.append(name if weight == 1 else f"{name}={weight:g}")
@@ -266,12 +267,12 @@ def _check_revision(text: str, field: str) -> None:
         raise ApiError(400, f"{field}: {text[:80]!r} is not a branch, tag or commit of the hub", "invalid_value", field)
 
 
-def _files_of(path: Path) -> list[Path]:
+def _files_of(path: Path, options: str = "") -> list[Path]:
     """Return the files that `train` reads of a data folder; none of a folder that it refuses, with the reason."""
     if not path.is_dir():
         return []
     try:
-        return [file for files in find_splits(str(path)).values() for file in files]
+        return [file for files in find_splits(f"{path}{options}").values() for file in files]
     except InputError:
         return []
 

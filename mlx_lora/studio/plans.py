@@ -327,7 +327,7 @@ def count_examples(settings: Mapping[str, Any]) -> int | None:
         for one in sets:
             records = sum(1 for file in one.splits.get("train", ()) for _ in read_records(file.path, file.sheet))
             held_out = 0.0 if "valid" in one.splits else train_settings(dict(settings)).data.valid_fraction
-            count += one.weight * records * (1 - held_out)
+            count += one.weight * (records - (held_out if held_out >= 1 else records * held_out))
     except (OSError, ValueError, InputError):
         return None  # the plan says what is wrong
     return round(count) or None

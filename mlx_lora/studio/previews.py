@@ -166,7 +166,7 @@ def _read(
                 all_forms = part.rows.formats
                 for record in file_records(file, settings, part.rows):  # one by one, so that each entry's form is known
                     part.rows.formats = Counter()
-                    parse_rows([record], file.name, settings, records, part.rows, pictures)
+                    parse_rows([record], file.name, file.reading(settings), records, part.rows, pictures)
                     part.forms += [next(iter(part.rows.formats), "")] * (len(part.rows.entries) - len(part.forms))
                     all_forms.update(part.rows.formats)
                     parsed += 1

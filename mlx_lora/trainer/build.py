@@ -5,6 +5,7 @@ What differs from one objective to another are calls of its methods, in the orde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
@@ -106,6 +108,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     loop = ctx.settings.loop
     plan = training_plan(loop, data.train, epochs)
     steps, per_epoch = total_steps(plan, loop, updates), len(plan) * updates
+    loop = in_steps(loop, steps, updates)
     held_out = choose_held_out(data.valid, loop, plan, steps, ctx.resumed, updates)
     ctx.settings = replace(ctx.settings, loop=replace(loop, val_batches=held_out.val_batches))
     device.compile_for(steps)
@@ -131,6 +134,17 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     folder = RunFolder(ctx.settings, info, identity, strategy, step, at, lambda: about_head(objective))
     validation = measured_batches(objective, held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
+
+
+def in_steps(loop: LoopSettings, steps: int, updates: int) -> LoopSettings:
+    """Return the settings with intervals as whole steps; shares of the run are rounded up as in transformers, to whole rounds."""
+    asked = {"steps_per_eval": loop.steps_per_eval, "save_every": loop.save_every}
+    whole = {
+        name: updates * math.ceil(value * steps / updates) if value < 1 else round(value)
+        for name, value in asked.items()
+        if value is not None
+    }
+    return replace(loop, **whole)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ Schedule = Any  # a float, or a callable from step to learning rate
 
 
 def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Schedule:
-    """Return mlx's schedule: linear warm-up from near zero, then cosine or linear to zero, or constant.
+    """Return mlx's schedule: linear warm-up from near zero, then cosine or linear to `min_lr_ratio`, or constant.
 
     Args:
         settings: `warmup` is a fraction of the steps if below 1, else a number of steps.
@@ -40,16 +40,17 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
         raise InputError(
             f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a fraction below 1, or fewer steps"
         )
-    rest = max(1, total_steps - warmup)
+    rest = settings.decay_steps or max(1, total_steps - warmup)
     after = {
-        "cosine": lambda: optim.cosine_decay(peak, rest),
-        "linear": lambda: optim.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optim.cosine_decay(peak, rest, peak * settings.min_lr_ratio),
+        "linear": lambda: optim.linear_schedule(peak, peak * settings.min_lr_ratio, rest),
         "constant": lambda: lambda _: mx.array(peak),
     }[settings.lr_schedule]()
     if warmup == 0:
         return after if settings.lr_schedule != "constant" else peak
-    # Step 1 has the rate peak / warmup: with zero it would do nothing.
-    rise = optim.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    # Step 1 has the rate peak / warmup: with zero, as in transformers, it would do nothing.
+    begin, reached = (peak / warmup, warmup - 1) if settings.warmup_init is None else (settings.warmup_init, warmup)
+    rise = optim.linear_schedule(begin, peak, max(1, reached))
     return optim.join_schedules([rise, after], [warmup])
 
 
@@ -83,7 +84,7 @@ def build_optimizer(
     rate = learning_rate_schedule(settings, total_steps)
     if restart_every:
         rate = restarted(rate, restart_every, restart_warmup)
-    return OPTIMIZERS[settings.optimizer].build(rate, settings.weight_decay)
+    return OPTIMIZERS[settings.optimizer].build(rate, settings)
 
 
 ELEMENTWISE = tuple(row.mlx_class() for row in OPTIMIZERS.values() if row.elementwise)

@@ -29,6 +29,7 @@ from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.formats import NamedColumns, parse_record, without_names
 from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.mix import read_sets
 from mlx_lora.data.pairs import passages_of, read_passages
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.read import SplitRows, parse_rows
@@ -833,3 +834,37 @@ def test_records_give_one_text_each(tmp_path):
     refuses("--text-column", read_passages, str(file), "title")
     file.write_text('{"text": " "}\n')
     refuses("line 1: text is empty", read_passages, str(file))
+
+
+def rows_of(settings, *names):
+    """The prompts of each split that a run reads."""
+    sets = find_sets(settings.data)
+    parts, _, _ = read_sets(sets, settings, "examples")
+    return {name: [entry.prompt for entry in parts[name].entries] for name in names or parts}
+
+
+def test_a_set_has_options_of_its_own(tmp_path):
+    """A part of a set, a subset, columns that only it has, and rows that are only validated on; as `datasets` cuts and rounds."""
+    for folder in ("hub/data", "hub/en"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, count in (("train_sft-00000-of-00002", 7), ("train_sft-00001-of-00002", 4), ("test_sft", 3)):
+        write_rows(
+            tmp_path / "hub" / "data" / f"{name}.jsonl",
+            [{"prompt": f"{name[-1]}{i}", "completion": "a"} for i in range(count)],
+        )
+    write_rows(tmp_path / "hub" / "en" / "train.jsonl", [{"prompt": "english", "completion": "a"}])
+    write_rows(tmp_path / "own.jsonl", [{"frage": f"f{i}", "antwort": "b"} for i in range(10)])
+    hub, own = tmp_path / "hub", f"{tmp_path / 'own.jsonl'}?prompt_column=frage&completion_column=antwort"
+    cut = rows_of(
+        DataSettings(data=f"{hub}?split=train_sft[20%:75%],{own}&split=train[-3:]=2,{hub}?split=test_sft[:2]&as=valid")
+    )
+    assert cut == {"train": ["22", "23", "24", "25", "26", "20", "f7", "f8", "f9"], "valid": ["t0", "t1"]}
+    assert rows_of(DataSettings(data=f"{hub}?subset=en")) == {"train": ["english"]}
+    listed = train_settings(
+        {"data": [{"path": str(hub), "split": "train_sft[:20%]"}, {"path": str(hub), "subset": "en", "weight": 2}]}
+    )
+    assert rows_of(listed.data) == {"train": ["20", "21", "english"]}
+    assert [weight for _, weight in named_sets(listed.data.data)] == [1, 2]
+    for wrong in ("?split=train_sft[20%", "?splits=train", "?split=dev", "?subset=../own", "?data_format=nothing"):
+        refuses(r"--data|has no file", find_sets, f"{hub}{wrong}")
+    refuses("one file", find_sets, f"{own}&split=test")

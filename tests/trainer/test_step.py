@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -245,6 +246,54 @@ def test_schedules_warm_up_peak_and_end():
     assert rates(10, warmup=0.3, lr_schedule="constant")[-1] == pytest.approx(1.0)
     with pytest.raises(InputError, match="--warmup 20: the run has 10 steps"):
         rates(10, warmup=20)
+
+
+def test_schedules_of_other_trainers():
+    """Those of transformers, which begin with a rate of zero, and mlx-lm's decay over a number of steps to a rate above zero."""
+
+    def rate(step, **settings):
+        schedule = learning_rate_schedule(
+            OptimizerSettings(learning_rate=2.0, warmup=10, warmup_init=0, **settings), 110
+        )
+        return float(schedule(mx.array(step - 1)))
+
+    for name, decayed in (
+        ("cosine", lambda share: 1 + math.cos(math.pi * share)),
+        ("linear", lambda share: 2 - 2 * share),
+    ):
+        for step in (
+            1,
+            5,
+            10,
+            11,
+            40,
+            100,
+            110,
+        ):  # get_cosine_schedule_with_warmup, with the steps that it has counted before
+            wanted = 2 * (step - 1) / 10 if step <= 10 else decayed((step - 11) / 100)
+            assert rate(step, lr_schedule=name) == pytest.approx(wanted, abs=1e-6), (name, step)
+    assert [rate(step, decay_steps=20, min_lr_ratio=0.25) for step in (11, 21, 31, 100)] == pytest.approx(
+        [2, 1.25, 0.5, 0.5]
+    )
+
+
+def test_adam_has_the_numbers_that_are_asked_for():
+    """Against AdamW's own equations (arXiv 1711.05101, algorithm 2), and Adam's without the division that corrects the bias."""
+    asked = {"learning_rate": 0.1, "warmup": 0, "lr_schedule": "constant", "weight_decay": 0.01}
+    settings = OptimizerSettings(**asked, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=0.01)
+    ours, optimizer = {"w": mx.array([1.0, -2.0])}, build_optimizer(settings, 5)
+    weight, mean, square = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for step, gradient in enumerate(([0.3, -1.0], [0.1, 2.0], [-0.5, 0.0]), 1):
+        ours = optimizer.apply_gradients({"w": mx.array(gradient)}, ours)
+        mean, square = 0.8 * mean + 0.2 * np.array(gradient), 0.9 * square + 0.1 * np.array(gradient) ** 2
+        weight = weight * (1 - 0.1 * 0.01) - 0.1 * (mean / (1 - 0.8**step)) / (np.sqrt(square / (1 - 0.9**step)) + 0.01)
+    assert ours["w"].tolist() == pytest.approx(weight.tolist(), abs=1e-5)
+    plain = build_optimizer(replace(settings, bias_correction=False), 5).apply_gradients(
+        {"w": mx.array([1.0])}, {"w": mx.array([0.0])}
+    )
+    assert plain["w"].item() == pytest.approx(
+        -0.1 * 0.2 / (0.1**0.5 + 0.01), abs=1e-6
+    )  # the means are not divided by 1 - beta
 
 
 def test_quantized_paths_agree_in_value_and_gradient():
