@@ -66,7 +66,7 @@ def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLaye
     return None if kind is None else REGISTRY.get((layer_type, kind))
 
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_EXPERTS = "all-linear", "all-experts"
 # The names, in mlx-lm's mixtures, of the layers that choose a token's experts.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 NO_GRADIENT = "it picks positions by top-k, which has no gradient"
@@ -132,7 +132,7 @@ def select_targets(
     Args:
         model: an mlx-lm model.
         target_modules: `all-linear` (every linear layer of the blocks except routers; heads and embeddings only by
-            name), or names and shell patterns separated by commas: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`,
+            name), `all-experts`, or names and shell patterns separated by commas: `q_proj`, `self_attn.*`, `*.layers.3.mlp.*`,
             `embed_tokens`. A name matches a whole path or the end of one after a dot, as in PEFT.
         num_layers: only the last N blocks; 0 or less for all, as in mlx-lm. Layers outside blocks are not filtered.
         fits: returns whether a module can be chosen: `is_adaptable`, or `has_weights` for training in full.
@@ -161,6 +161,8 @@ def select_targets(
         if wish == ALL_LINEAR:
             found = [p for p in allowed if in_block[p] and isinstance(fitting[p], (*LINEAR, *SWITCH))]
             found = [p for p in found if stored or ROUTERS.isdisjoint(p.split("."))]
+        elif wish == ALL_EXPERTS:
+            found = [p for p in allowed if in_block[p] and isinstance(fitting[p], SWITCH)]
         else:
             found = [p for p in allowed if matches(p, wish)]
         picked.update(found)

@@ -100,15 +100,19 @@ class DataSettings:
         "day's chat, and shorter than a night.", MODEL, more_than=0, at_most=10**6)
     max_seq_length: int = setting(2048, "Maximum length of a row in tokens; longer chats are cut, longer texts divided.",
         MODEL, common=True, at_least=2, at_most=10**8)
+    drop_long_rows: bool = setting(False, "Leave out chats longer than --max-seq-length instead of cutting them.", MODEL)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
     chat_template: str | None = setting(None,
-        "Jinja file or built-in name (alpaca, chatml) to use instead of the model's template.", MODEL, per_machine=True)
+        "Jinja file or built-in name (alpaca, chatml, llama3) to use instead of the model's template; own: the model's, and no other.",
+        MODEL, per_machine=True)
     chat_date: str | None = setting(None,  # a resumed run's fingerprint of the rows holds what it changes
         "Date that a chat template shows as today, like 2026-11-26 (default: the day on which the run began).",
         MODEL, may_change=True)
     allow_special_tokens: bool = setting(False,
         "Read control tokens that messages spell out, like <|im_end|>, as control tokens (default: as ordinary text).", MODEL)
+    special_tokens: str | None = setting(None,
+        "Special tokens that the model must have, such as eos_token=</s>; a run with another model's stops.", MODEL)
     max_pixels: int | None = setting(None,
         "With pictures: shrink those that have more pixels; in models whose tokens depend on the size, this saves tokens.",
         MODEL, at_least=16, at_most=10**9)
@@ -155,7 +159,8 @@ class AdapterSettings:
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear",
-        "Layers to adapt: all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
+        "Layers to adapt: all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*; all-experts are those of a "
+        "mixture of experts.", ADAPTER, common=True)
     qat: float = setting(0.0,
         "Train with the rounding that fuse will apply, in the last share X of the steps; without a value: in all steps.",
         ADAPTER, at_least=0, at_most=1, alone="1")

@@ -236,7 +236,7 @@ class Specials:
 
 
 # Special tokens
-BUILT_IN = ("alpaca", "chatml")
+BUILT_IN, OWN = ("alpaca", "chatml", "llama3"), "own"
 PROBE = [{"role": "user", "content": "x"}]
 
 
@@ -244,17 +244,19 @@ def resolve_template(name_or_file: str | None, tokenizer: PreTrainedTokenizerBas
     """Return the chat template that was asked for, else the model's own, else the built-in alpaca.
 
     Args:
-        name_or_file: A built-in name (alpaca, chatml), a Jinja file, or None.
+        name_or_file: A built-in name (alpaca, chatml, llama3), a Jinja file, `own`, or None.
         tokenizer: Has the model's own `chat_template`, which is None in most base models.
 
     Returns:
-        The Jinja text, and its origin: `model`, `built-in alpaca`, `built-in chatml` or the file's path.
+        The Jinja text, and its origin: `model`, `built-in alpaca` or of another name, or the file's path.
 
     Raises:
-        InputError: there is no such file, or Jinja cannot parse it.
+        InputError: there is no such file, or Jinja cannot parse it; or the model has no template of its own.
     """
-    if name_or_file is None and tokenizer.chat_template and (own := own_template(tokenizer)):
+    if name_or_file in (None, OWN) and tokenizer.chat_template and (own := own_template(tokenizer)):
         text, origin = own, "model"
+    elif name_or_file == OWN:
+        raise InputError("--chat-template own: the model has no chat template; name one, such as chatml")
     elif name_or_file is None or name_or_file in BUILT_IN:
         name = name_or_file or "alpaca"
         text, origin = _built_in(name, tokenizer), f"built-in {name}"
@@ -277,7 +279,7 @@ def shows_date(name_or_file: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     Args:
         name_or_file, tokenizer: As for `resolve_template`.
     """
-    if name_or_file is None:
+    if name_or_file in (None, OWN):
         return DATE_FUNCTION in str(tokenizer.chat_template)
     path = Path(name_or_file).expanduser()
     return name_or_file not in BUILT_IN and path.is_file() and DATE_FUNCTION in _read(name_or_file)
@@ -308,7 +310,9 @@ def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     text = (resources.files("mlx_lora.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     # A chat is encoded as rendered, so the template must write the BOS that the tokenizer puts before a text.
     prefix = prefix_tokens(tokenizer)
-    return "{{- bos_token }}" + text if prefix and prefix == [tokenizer.bos_token_id] else text
+    return (
+        "{{- bos_token }}" + text if "bos_token" not in text and prefix and prefix == [tokenizer.bos_token_id] else text
+    )
 
 
 def _read(name: str) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_template import resolve_template, shows_date
+from mlx_lora.data.chat_template import OWN, resolve_template, shows_date
 from mlx_lora.data.data_sets import DataSet, find_sets, source
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
@@ -361,6 +361,11 @@ def _make_encoder(
     parts: Collection[SplitRows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
+    for name, wanted in (part.partition("=")[::2] for part in (settings.special_tokens or "").split(",") if part):
+        if (own := getattr(tokenizer, name, None)) != wanted:
+            raise InputError(
+                f"--special-tokens {name}={wanted}: the model's is {own}, which a run does not change; leave it out"
+            )
     plain_completions = settings.chat_template is None and not tokenizer.chat_template
     rendered = (Conversation,) if plain_completions else (Conversation, Completion)
     template, origin = None, "none (plain text)"
@@ -378,6 +383,7 @@ def _make_encoder(
         plain_completions=plain_completions,
         day=day,
         allow_special_tokens=settings.allow_special_tokens,
+        drop_long_rows=settings.drop_long_rows,
     )
     return encoder, template, origin
 
@@ -418,7 +424,7 @@ def _check(settings: DataSettings, parts: dict[str, SplitRows], encoded: dict[st
         refused_tools(parts["train"]) if "train" in parts else 0,
         len(parts.get("train", SplitRows()).entries),
     )
-    if settings.chat_template is None and read > refused > read / 2:
+    if settings.chat_template in (None, OWN) and read > refused > read / 2:
         raise ToolsNotShown(
             f"--data {shown_data(settings.data or '')}: {refused:,} of {read:,} rows have tool calls, which the model's chat "
             "template does not show; train with --chat-template chatml, which does, or remove these rows",

@@ -64,6 +64,7 @@ class Encoder:
         plain_completions: bool = False,
         day: date | None = None,
         allow_special_tokens: bool = False,
+        drop_long_rows: bool = False,
     ):
         """Prepare to encode.
 
@@ -90,7 +91,7 @@ class Encoder:
         self.renderer = None if template is None else Renderer(tokenizer, template, day, allow_special_tokens)
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer, self.template, self.day, self.max_tokens = tokenizer, template, day, max_seq_length
-        self._mask_prompt = mask_prompt
+        self._mask_prompt, self._drop_long = mask_prompt, drop_long_rows
         self.plain = plain_completions
         self._eos: Any = tokenizer.eos_token_id
         self._backend = plain_backend(tokenizer)
@@ -180,6 +181,9 @@ class Encoder:
                 pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
             else:
                 pieces = [(tokens[: self.max_tokens].copy(), mask[: self.max_tokens].copy())]  # without the rest
+                if len(tokens) > self.max_tokens and self._drop_long:
+                    found.dropped[number] = f"more than {self.max_tokens} tokens (--drop-long-rows)"
+                    continue
                 if len(tokens) > self.max_tokens:
                     found.truncated.append(number)
             pieces = [piece for piece in pieces if piece[1].any()]

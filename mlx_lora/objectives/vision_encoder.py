@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.chat_template import own_template
+from mlx_lora.data.chat_template import OWN, own_template
 from mlx_lora.data.image_tokens import Family, ImageProcessor, ImageTable
 from mlx_lora.data.images import DECODING, jpeg_url, thumbnail
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, counted_positions, positions_of
@@ -355,7 +355,7 @@ def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, family: Fam
 
 def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, family: Family) -> None:
     """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
-    if data.chat_template is None and (template := image_template(tokenizer, folder, family)) is not None:
+    if data.chat_template in (None, OWN) and (template := image_template(tokenizer, folder, family)) is not None:
         tokenizer.chat_template = template
 
 

@@ -218,6 +218,8 @@ OPTIONS = {
     "warmup_init": ("--warmup", 2, "--warmup-init", 0),
     "decay_steps": ("--decay-steps", 1),
     "bias_correction": ("--no-bias-correction",),
+    "special_tokens": ("--special-tokens", "eos_token=nothing"),
+    "drop_long_rows": ("--drop-long-rows", "--max-seq-length", 24),
     "min_lr_ratio": ("--min-lr-ratio", 0.5),
     "adam_beta1": ("--adam-beta1", 0.5),
     "adam_beta2": ("--adam-beta2", 0.5),
