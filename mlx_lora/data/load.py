@@ -383,8 +383,8 @@ def _make_encoder(
         plain_completions=plain_completions,
         day=day,
         allow_special_tokens=settings.allow_special_tokens,
-        drop_long_rows=settings.drop_long_rows,
     )
+    encoder.drop_long_rows = settings.drop_long_rows
     return encoder, template, origin
 
 

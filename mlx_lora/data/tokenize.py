@@ -52,7 +52,13 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes examples with a tokenizer, a template and the settings that decide what is trained."""
+    """Encodes examples with a tokenizer, a template and the settings that decide what is trained.
+
+    Attributes:
+        drop_long_rows: Whether chats that are too long are left out instead of cut.
+    """
+
+    drop_long_rows = False
 
     def __init__(
         self,
@@ -64,7 +70,6 @@ class Encoder:
         plain_completions: bool = False,
         day: date | None = None,
         allow_special_tokens: bool = False,
-        drop_long_rows: bool = False,
     ):
         """Prepare to encode.
 
@@ -91,7 +96,7 @@ class Encoder:
         self.renderer = None if template is None else Renderer(tokenizer, template, day, allow_special_tokens)
         self.allow_special_tokens = allow_special_tokens
         self.tokenizer, self.template, self.day, self.max_tokens = tokenizer, template, day, max_seq_length
-        self._mask_prompt, self._drop_long = mask_prompt, drop_long_rows
+        self._mask_prompt = mask_prompt
         self.plain = plain_completions
         self._eos: Any = tokenizer.eos_token_id
         self._backend = plain_backend(tokenizer)
@@ -181,7 +186,7 @@ class Encoder:
                 pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
             else:
                 pieces = [(tokens[: self.max_tokens].copy(), mask[: self.max_tokens].copy())]  # without the rest
-                if len(tokens) > self.max_tokens and self._drop_long:
+                if len(tokens) > self.max_tokens and self.drop_long_rows:
                     found.dropped[number] = f"more than {self.max_tokens} tokens (--drop-long-rows)"
                     continue
                 if len(tokens) > self.max_tokens:
