@@ -26,7 +26,9 @@ FORMATS = (
 PAIRS = ("best", "all")
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
 TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
+LONG_ROWS = ("divide", "cut", "drop")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROUNDINGS = ("nearest", "up", "down")  # up: transformers; down: Axolotl
 SCHEDULES = ("cosine", "linear", "constant")
 BIASES = ("none", "lora_only", "all")
 TOWER_TRAINING = ("lora", "full")
@@ -100,9 +102,12 @@ class DataSettings:
         "day's chat, and shorter than a night.", MODEL, more_than=0, at_most=10**6)
     max_seq_length: int = setting(2048, "Maximum length of a row in tokens; longer chats are cut, longer texts divided.",
         MODEL, common=True, at_least=2, at_most=10**8)
-    drop_long_rows: bool = setting(False, "Leave out chats longer than --max-seq-length instead of cutting them.", MODEL)
+    long_rows: str = setting("divide",
+        "Rows longer than --max-seq-length: divide texts and cut chats, cut both, or drop (divide texts, and leave out chats).",
+        MODEL, choices=LONG_ROWS)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
+    whole_chats: bool = setting(False, "Train all turns of chats, as TRL does, but only the answers of prompts that have one.", MODEL)
     chat_template: str | None = setting(None,
         "Jinja file or built-in name (alpaca, chatml, llama3) to use instead of the model's template; own: the model's, and no other.",
         MODEL, per_machine=True)
@@ -206,6 +211,8 @@ class OptimizerSettings:
     warmup_init: float | None = setting(None,
         "Learning rate of the first step of a warm-up; transformers has 0 (default: as much as each further step adds).",
         TRAINING, at_least=0, at_most=1000)
+    warmup_rounding: str = setting("nearest", "How a warm-up that is a share of the steps becomes a number of them; down never gives 1, but 2, as Axolotl.",
+        TRAINING, choices=ROUNDINGS)
     decay_steps: int | None = setting(None, "Steps of the decay after the warm-up (default: the rest of the run).",
         TRAINING, at_least=1)
     min_lr_ratio: float = setting(0.0, "Learning rate at the end of a cosine or linear decay, as a share of its peak.",

@@ -384,7 +384,7 @@ def _make_encoder(
         day=day,
         allow_special_tokens=settings.allow_special_tokens,
     )
-    encoder.drop_long_rows = settings.drop_long_rows
+    encoder.long_rows, encoder.whole_chats = settings.long_rows, settings.whole_chats
     return encoder, template, origin
 
 

@@ -55,10 +55,11 @@ class Encoder:
     """Encodes examples with a tokenizer, a template and the settings that decide what is trained.
 
     Attributes:
-        drop_long_rows: Whether chats that are too long are left out instead of cut.
+        long_rows: What becomes of rows that are too long (--long-rows).
+        whole_chats: Whether all of a chat is trained, though of a prompt with an answer only the answer is.
     """
 
-    drop_long_rows = False
+    long_rows, whole_chats = "divide", False
 
     def __init__(
         self,
@@ -182,12 +183,15 @@ class Encoder:
             example = examples[number]
             plain = isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
             tokens, mask = self._row(text, encoding, plain)
+            if self.whole_chats and isinstance(example, Conversation):
+                mask[1:] |= not any("weight" in turn for turn in example.messages)
             if isinstance(example, Text):
                 pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
+                pieces = pieces[:1] if self.long_rows == "cut" else pieces
             else:
                 pieces = [(tokens[: self.max_tokens].copy(), mask[: self.max_tokens].copy())]  # without the rest
-                if len(tokens) > self.max_tokens and self.drop_long_rows:
-                    found.dropped[number] = f"more than {self.max_tokens} tokens (--drop-long-rows)"
+                if len(tokens) > self.max_tokens and self.long_rows == "drop":
+                    found.dropped[number] = f"more than {self.max_tokens} tokens (--long-rows drop)"
                     continue
                 if len(tokens) > self.max_tokens:
                     found.truncated.append(number)

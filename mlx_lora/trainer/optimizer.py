@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -35,7 +36,8 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
         InputError: the warm-up is longer than the run.
     """
     peak: Any = settings.learning_rate  # chosen by now (config/defaults.py)
-    warmup = round(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
+    whole = {"nearest": round, "up": math.ceil, "down": lambda steps: 2 if int(steps) == 1 else int(steps)}[settings.warmup_rounding]
+    warmup = whole(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
         raise InputError(
             f"--warmup {settings.warmup:g}: the run has {total_steps} step{'s' * (total_steps != 1)}; give a fraction below 1, or fewer steps"

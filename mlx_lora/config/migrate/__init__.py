@@ -1,4 +1,4 @@
-"""Convert the `--config` file of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora or mlx-lm to settings of ours.
+"""Convert the `--config` file of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth, mlx-lm-lora or mlx-lm to settings of ours.
 
 A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
 is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
@@ -15,27 +15,15 @@ from mlx_lora.config.migrate.axolotl import AXOLOTL
 from mlx_lora.config.migrate.common import Dialect, Sheet
 from mlx_lora.config.migrate.llama_factory import LLAMA_FACTORY
 from mlx_lora.config.migrate.mlx_lm import MLX_LM, MLX_LM_LORA
+from mlx_lora.config.migrate.torchtune import TORCHTUNE
 from mlx_lora.config.migrate.trl import TRL
+from mlx_lora.config.migrate.unsloth import UNSLOTH
 from mlx_lora.config.settings import decided_by
+from mlx_lora.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
-# Keys about speed, memory, logging, saving and validation. Any other key without a counterpart may change what is trained.
-HARMLESS = {
-    "attn_implementation", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
-    "dataset_num_proc", "dataset_prepared_path", "dataset_processes", "dataset_test_split", "ddp_timeout",
-    "deepspeed", "disable_tqdm", "do_eval", "eager_attention", "eval_batch_size", "eval_sample_packing",
-    "eval_steps", "eval_strategy", "evals_per_epoch", "evaluation_strategy", "flash_attention", "flash_attn",
-    "fsdp", "fsdp_config", "gradient_checkpointing_kwargs", "hub_model_id", "include_num_input_tokens_seen",
-    "local_rank", "log_completions", "logging_dir", "logging_first_step", "logging_steps", "logging_strategy",
-    "low_cpu_mem_usage", "num_processes", "overwrite_cache", "pad_to_sequence_len", "per_device_eval_batch_size",
-    "plot_loss", "preprocessing_num_workers", "push_to_hub", "relora_cpu_offload", "report_to", "run_name",
-    "save_only_model", "save_safetensors", "save_steps", "save_strategy", "save_total_limit", "saves_per_epoch",
-    "sdp_attention", "swanlab_mode", "swanlab_run_name", "test_datasets", "tf32", "torch_compile", "use_cpu",
-    "use_liger_kernel", "use_vllm", "vllm_gpu_memory_utilization", "vllm_mode", "wandb_entity", "wandb_log_model",
-    "wandb_name", "wandb_run_id", "wandb_watch", "xformers_attention",
-}  # fmt: skip
-DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
+DIALECTS = (TORCHTUNE, UNSLOTH, AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 
 def migrate(
@@ -52,7 +40,8 @@ def migrate(
         file: its name, for messages.
 
     Raises:
-        InputError: the file asks for another kind of training, or has an invalid value.
+        InputError: the file asks for another kind of training, has a key that changes the result in a way that is not here, or
+            an invalid value.
     """
     dialect = find_dialect(content)
     if dialect is None:
@@ -60,6 +49,10 @@ def migrate(
     sheet = dialect.read(content, file, flags)
     for line in account(sheet, dialect, decided_by(flags)):
         log.info(line)
+    if sheet.refused:
+        raise sheet.refusal(
+            f"{dialect.name}'s file asks for what is not here: {'; '.join(sheet.refused)}. A copy without these keys trains without them"
+        )
     return sheet.found
 
 
@@ -78,8 +71,31 @@ def account(sheet: Sheet, dialect: Dialect, given: Collection[str]) -> list[str]
     ]
     if told:
         lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
-    if others := [key for key in dict.fromkeys(sheet.left_out) if key.rpartition(".")[2] not in HARMLESS]:
-        lines.append(f"  keys without a counterpart here that may change the result, left out: {', '.join(others)}")
-    if harmless := [key for key in dict.fromkeys(sheet.left_out) if key not in others]:
-        lines.append(f"  keys without a counterpart here that change no result, left out: {', '.join(harmless)}")
+    if sheet.harmless:
+        lines.append(f"  keys that change no result here: {', '.join(dict.fromkeys(sheet.harmless))}")
     return lines
+
+
+def table(content: dict[str, Any], file: str) -> tuple[Dialect, Sheet, dict[str, dict[str, Any]]]:
+    """Return a file's dialect, what was read of it, and what each of its keys decides: what would differ without it.
+
+    Args:
+        content: the file's content, with underscores in keys.
+        file: its name, for messages.
+
+    Raises:
+        InputError: it is a file of ours, or asks for another kind of training.
+    """
+    dialect = find_dialect(content)
+    if dialect is None:
+        raise InputError(
+            f"{file}: no file of {', '.join(one.name for one in DIALECTS)}; train --config takes it as it is"
+        )
+    sheet, decides = dialect.read(content, file), {}
+    for key in content:
+        try:
+            without = dialect.read({name: value for name, value in content.items() if name != key}, file).found
+        except InputError:  # the file means nothing without it
+            without = {}
+        decides[key] = {name: value for name, value in sheet.found.items() if without.get(name) != value}
+    return dialect, sheet, decides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mlx_lora.config.migrate import common
@@ -49,22 +50,28 @@ RESTARTS = {
 }
 # The first word of a dataset's type -> our format.
 FORMATS = {
-    "alpaca": "alpaca", "alpaca_chat": "alpaca", "sharegpt": "sharegpt", "completion": "text", "pretrain": "text",
+    "alpaca": "alpaca_sections",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "pretrain": "text",
     "chat_template": "auto",
-}  # fmt: skip
+}
 # The first word of a preference data set's type -> the chat template that it means; None: the model's own.
 RECORD_TYPES = {"chatml": "chatml"} | dict.fromkeys(
     ("llama3", "chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
 )
+REASONING = ("thinking", "reasoning_content", "reasoning")
 # Values of a dataset that we do not need, because we detect its format.
 DETECTED = {
     "ds_type": ("json", "parquet", "csv", "text", "arrow"),
-    "split": ("train",),
     "field_chosen": ("chosen",),
     "field_rejected": ("rejected",),
     "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]),
     "train_on_eos": ("turn",),
     "chat_template": ("tokenizer_default",),
+    "train_on_eot": ("turn",),
+    "field_thinking": REASONING,
+    "template_thinking_key": REASONING,
 }
 # Keys of a dataset that name columns -> our setting, and the names that need no setting.
 FIELDS = {
@@ -73,6 +80,16 @@ FIELDS = {
     "field_messages": ("chat_column", ("messages", "conversations", "conversation")),
     "field_system": ("system_column", ("system",)),
 }
+# Parameters to train that are all those of a language model, without its towers.
+WHOLE = re.compile(r"\^?(model\.language_model|lm_head|embed_tokens)(\.\*|\.weight\$)?")
+# Templates of the model itself.
+TEMPLATES = {
+    "tokenizer_default": "own",
+    "tokenizer_default_fallback_chatml": "own",
+    "tokenizer_default_fallback_alpaca": None,
+}
+# Plugins that make a run faster or log it.
+PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "SwanLabPlugin", "ExpertParallelPlugin")
 # Keys of a type of one's own, whose prompt may be in two columns.
 OWN_FIELDS = {"field_output": ("completion_column", ("output",)), "field_system": ("system_column", ("system",))}
 # Columns of a user-defined type that we find by their names, or else by settings.
@@ -105,11 +122,11 @@ def read_kind(sheet: Sheet) -> None:
         more = sheet.part("trl")
         if "beta" in more.rest:  # it counts before the others there
             sheet.rest["rl_beta"] = more.take("beta")
-        more.leave_rest()
+        more.sort_rest()
         if loss:
             sheet.rest["dpo_loss_type"] = loss
         if objective in OWNERS["simpo_gamma"]:
-            common.note_plain_simpo(sheet)
+            common.refuse_likelihood(sheet, 1)
         common.put_objective(sheet, objective, RL_OPTIONS)
         common.turn_off_dropout(sheet)
         sheet.take("precompute_ref_log_probs")  # we always do
@@ -127,7 +144,7 @@ def read_sampling(sheet: Sheet, objective: str) -> None:
     common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
     sheet.assume(group_size=8, max_new_tokens=512)
     sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
-    more.leave_rest()
+    more.sort_rest()
     common.keep_cycles(sheet)
 
 
@@ -141,7 +158,7 @@ def read_method(sheet: Sheet) -> None:
     restarts, init = {key: sheet.number(key) for key in RESTARTS}, sheet.take("peft_init_lora_weights")
     pissa = "peft_init_lora_weights" if str(init).startswith("pissa") else None
     if init not in (None, True) and not pissa:
-        sheet.left_out.append("peft_init_lora_weights")
+        sheet.refuse("peft_init_lora_weights", "other first factors; pissa is here", init)
     common.choose_method(
         sheet,
         {"dora": "peft_use_dora", "rslora": "peft_use_rslora", "relora": "relora"},
@@ -155,41 +172,49 @@ def read_method(sheet: Sheet) -> None:
     if sheet.found["method"] == "relora":
         sheet.found |= {RESTARTS[key]: value for key, value in stated.items()}
     else:
-        sheet.left_out += stated
+        for key, value in stated.items():
+            sheet.refuse(key, "restarts without relora", value)
     common.read_bits(sheet)
     if adapter == "qlora" and "bits" not in sheet.found:
         common.put_bits(sheet, "adapter: qlora", 4)
     if sheet.switch("lora_target_linear"):  # beside the layers that are named
         sheet.rest[NAMES.targets] = "all-linear"
     common.read_layers(sheet, NAMES)
+    experts = sheet.rest.get("lora_target_parameters")
+    if isinstance(experts, list) and all("experts." in str(name) for name in experts) and len(experts) > 1:
+        sheet.take("lora_target_parameters")
+        sheet.note("lora_target_parameters: gate and up of the experts have factors of their own here")
+        if (named := sheet.found.get("target_modules")) not in (None, "all-linear"):
+            sheet.found["target_modules"] = f"{named},all-experts"
+    whole = sheet.rest.get("unfrozen_parameters")
+    if isinstance(whole, list) and len(whole) > 1 and all(WHOLE.fullmatch(str(one)) for one in whole):
+        sheet.take("unfrozen_parameters")
 
 
 def read_data(sheet: Sheet) -> None:
-    """Set data, format and template from the first dataset."""
+    """Set the data from all datasets, each with its own form, and from those to validate on."""
     key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
-    sets = common.take_sets(sheet, key)
-    told = sets or [{}]
-    common.put_sets(sheet, key, [data_path(one) for one in told], all(one == told[0] for one in told))
-    first = sheet.within(told[0], key)
-    kind = first.rest.pop("type", "pretrain" if key == "pretraining_dataset" and sets else None)
-    read_format(sheet, kind, f"{key}.type")
-    read_columns(first)
-    if kind == "chat_template" and "chat_template" in first.rest:
-        sheet.rest["chat_template"] = first.take("chat_template")
-    first.drop(DETECTED)
-    first.leave_rest()
+    sources, ways = [], []
+    for name, options in ((key, {}), ("test_datasets", {"as": "valid"})):
+        for told in common.take_sets(sheet, name):
+            one = replace(sheet.within(told, name), found={"objective": sheet.found.get("objective", "sft")})
+            sources.append({"path": common.take_path(one), **options} | read_part(one))
+            kind = one.rest.pop("type", "pretrain" if name == "pretraining_dataset" else None)
+            read_format(one, kind, sheet)
+            read_columns(one)
+            if "chat_template" in one.rest:
+                common.read_template(one, "chat_template", sheet.rest.get("base_model"), TEMPLATES)
+            one.drop(DETECTED)
+            one.sort_rest()
+            ways.append({name: value for name, value in one.found.items() if name != "objective"})
+    if sources:
+        common.put_sets(sheet, key, sources, ways)
 
 
-def data_path(dataset: dict[str, Any]) -> str | None:
-    """Return a dataset's path, or its one file if the path is only the name of a format; remove it from `dataset`."""
-    path, files = dataset.pop("path", None), dataset.get("data_files")
-    files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
-    if path in ("json", "csv", "parquet", "text") and files:
-        if len(files) == 1:
-            dataset.pop("data_files")
-        return str(files[0])
-    revision = dataset.pop("revision", None)
-    return f"{path}@{revision}" if path and revision else path
+def read_part(dataset: Sheet) -> dict[str, str]:
+    """Return the options of a dataset that name a part of it."""
+    part = {"subset": dataset.take("name"), "split": dataset.take("split")}
+    return {name: str(value) for name, value in part.items() if value not in (None, "train")}
 
 
 def read_columns(dataset: Sheet) -> None:
@@ -216,32 +241,32 @@ def read_columns(dataset: Sheet) -> None:
     common.put_turn_names(dataset, fields, roles, f"{dataset.prefix}roles")
 
 
-def read_format(sheet: Sheet, kind: Any, key: str) -> None:
-    """Set the record format; alpaca rows keep the alpaca prompt, which Axolotl uses for every model."""
+def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
+    """Set the form of a dataset's records; alpaca rows keep the alpaca prompt, which Axolotl uses for every model."""
     if kind is None:
         return
     if isinstance(kind, dict):
-        read_own_type(sheet, sheet.within(filled(kind), key), key)
+        read_own_type(dataset, dataset.within(filled(kind), "type"))
         return
-    word, chats = re.split("[:.]", str(kind))[0], common.trains_on_chats(sheet)
-    if word not in (FORMATS if chats else RECORD_TYPES):
-        sheet.left_out.append(key)
-        sheet.note(f"{key}: has no counterpart here; the format is detected from the records' keys")
+    word, chats = re.split("[:.]", str(kind))[0], common.trains_on_chats(dataset)
+    if (kind not in ("alpaca", word, f"{word}.default") and chats) or word not in (FORMATS if chats else RECORD_TYPES):
+        dataset.refuse("type", "a form of records that is not here; write prompts and answers, or chats", kind)
         return
     if chats:
-        sheet.found["data_format"] = FORMATS[word]
-        template, own = "alpaca" if kind == "alpaca" else None, word in ("alpaca", "alpaca_chat", "sharegpt")
+        dataset.found["data_format"] = FORMATS[word]
+        template, own = "alpaca" if kind == "alpaca" else None, word == "sharegpt"
+        if word == "chat_template" and "chat_template" not in whole.rest and "chat_template_jinja" not in whole.rest:
+            dataset.found["chat_template"] = "own"  # tokenizer_default
     else:  # the records' keys tell the rest
         template, own = RECORD_TYPES[word], word in ("llama3", "zephyr")
     if template:  # whatever the file's own key says
-        sheet.found["chat_template"] = template
-        sheet.take("chat_template")
-        sheet.note(f"{key} {kind}: rows get the {template} prompt, as in Axolotl; --chat-template sets another")
+        dataset.found["chat_template"] = template
+        whole.take("chat_template")
     elif own:
-        sheet.note(f"{key} {kind}: rows are chats here, rendered with the model's own template")
+        dataset.note(f"{dataset.prefix}type {kind}: rows are chats here, rendered with the model's own template")
 
 
-def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
+def read_own_type(sheet: Sheet, kind: Sheet) -> None:
     """Set the columns that a type of one's own names; the text around them is the chat template's here."""
     if common.trains_on_chats(sheet):
         asked = [name for name in ("field_instruction", "field_input") if isinstance(kind.rest.get(name), str)]
@@ -251,32 +276,41 @@ def read_own_type(sheet: Sheet, kind: Sheet, key: str) -> None:
         common.read_columns(kind, OWN_FIELDS)
         if "prompt_column" in sheet.found:
             sheet.assume(completion_column="output")
-        sheet.note(f"{key}: --chat-template gives the text around prompt and answer")
     else:
         answer = {"field_completion": ("completion_column", ("completion",))}
         common.read_columns(kind, USER_COLUMNS | (answer if sheet.found["objective"] in RATED else {}))
         kind.drop(USER_FIELDS)
-        if kind.rest:
-            sheet.note(f"{key}: columns are found by their names, and --chat-template gives the text around them")
-    kind.leave_rest()
+    for key in list(kind.rest):
+        kind.refuse(key, "the text around prompt and answer is a chat template's here; write it as --chat-template")
 
 
 def read_template(sheet: Sheet) -> None:
-    """Set the chat template; Jinja text inside the file is not supported, because ours must be in its own file."""
+    """Set the chat template, and check the special tokens; Jinja text inside the file has to be in a file of its own here."""
     jinja = sheet.take("chat_template_jinja")
     if jinja and re.search(r"[{\n]", str(jinja)):
-        sheet.left_out.append("chat_template_jinja")
-        sheet.note("chat_template_jinja: put the text into a file and give it as --chat-template")
+        sheet.refuse("chat_template_jinja", "put the text into a file and give it as --chat-template", jinja)
     elif jinja:
         sheet.found["chat_template"] = jinja
     if jinja:
         sheet.take("chat_template")
-    name = str(sheet.rest.get("chat_template") or "")
-    if name.startswith("tokenizer_default_fallback_"):
-        sheet.take("chat_template")
-        sheet.note(f"chat_template {name}: the model's own template is used, or alpaca if it has none")
-    common.read_template(sheet, "chat_template", "tokenizer_default")
+    common.read_template(sheet, "chat_template", sheet.rest.get("base_model"), TEMPLATES)
     common.read_prompts_trained(sheet, "train_on_inputs")
+    tokens = sheet.part("special_tokens").rest | (
+        sheet.take("tokens") if isinstance(sheet.rest.get("tokens"), dict) else {}
+    )
+    if wanted := [f"{name}={text}" for name, text in tokens.items() if name != "pad_token"]:
+        sheet.found["special_tokens"] = ",".join(wanted)
+    for key in ("eot_tokens", "remove_unused_columns"):  # the end of a turn is always trained with it
+        sheet.leave(key)
+    plugins = sheet.take("plugins") or []
+    for name in plugins if isinstance(plugins, list) else [plugins]:
+        if not str(name).endswith(PLUGINS):
+            sheet.refuse("plugins", "a program of its own", name)
+    strategy = sheet.take("excess_length_strategy")
+    if strategy == "raise":
+        sheet.refuse("excess_length_strategy", "a run does not stop at long rows", strategy)
+    if common.trains_on_chats(sheet) and strategy != "truncate":
+        sheet.assume(long_rows="drop")
 
 
 def read_loop(sheet: Sheet) -> None:
@@ -288,10 +322,19 @@ def read_loop(sheet: Sheet) -> None:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:
         sheet.found["grad_accumulation_steps"] = max(1, round((sheet.number("batch_size") or 0) / rows))
+    if "warmup_steps" not in sheet.rest:
+        sheet.rest.setdefault("warmup_ratio", 0.03)
     common.read_loop(sheet, NAMES)
-    if sheet.rest.get("evals_per_epoch") == 0:
-        sheet.take("evals_per_epoch")
-        sheet.found["val_batches"] = 0
+    if "warmup_rounding" in sheet.found:
+        sheet.found["warmup_rounding"] = "down"
+    if sheet.rest.get("freeze_mm_modules") is True:
+        sheet.leave("freeze_mm_modules")
+    sheet.leave("eta_min", "full_finetune", "test_value")  # which Axolotl does not read
+    if (
+        str(kind := sheet.take("model_type") or "").endswith("Classification")
+        and sheet.found.get("objective", "sft") == "sft"
+    ):
+        sheet.refuse("model_type", "a head for labels; use --objective classify", kind)
     if sheet.rest.get("wandb_project"):
         sheet.found["report_to"] = "wandb"
 

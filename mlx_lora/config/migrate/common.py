@@ -3,6 +3,8 @@
 A trainer is a `Dialect`: a table of names, and a few functions for what a table cannot say. Axolotl, LLaMA-Factory and TRL
 all use transformers' trainer and PEFT, so that most of what they have differs in its names only (`Names`).
 
+Each key of a file is translated, or changes no result, or is refused with what it would change. So is a key that is not known here.
+
 TRL and Axolotl count answers in a batch, of which those to one prompt are neighbors; here a batch is counted in prompts. A
 reward function is named by its import path there, and by its file here.
 """
@@ -11,15 +13,83 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_lora.config.fields import source_text
 from mlx_lora.config.objectives import IMITATION, SAMPLING, SMOOTHED
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable
+
+# Keys about speed, memory, logging, saving, other machines, and the classes that load a model: they change no result, or only its
+# rounding. The names in BEGINNINGS begin several.
+BEGINNINGS = (
+    "activation_", "attn_", "bf16", "bnb_", "comet_", "context_par", "cp_", "dataloader_", "dataset_num_proc", "dataset_pr",
+    "ddp_", "dist_config", "dp_", "eval_", "expert_parallel", "flash_att", "flash_opt", "flex_", "fp16", "fsdp", "gc_",
+    "gradient_checkpointing_", "hf_", "hub_", "include_", "kt_", "lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel", "log_",
+    "logging_", "loss_watchdog", "mlflow_", "overlap_", "overwrite_", "pipeline_", "preprocessing_", "profile", "ray_", "save_",
+    "sequence_parallel", "skip_", "swanlab_", "tensor_model_par", "tensor_parallel_size", "tokenizer_type", "torch_", "trackio_",
+    "vllm_", "wandb_", "xformers_", "expert_model_parallel",
+)  # fmt: skip
+HARMLESS = {
+    "accelerator_config", "apply_rope_fusion", "auto_find_batch_size", "auto_resume_from_checkpoints", "average_tokens_across_devices",
+    "base_model_config", "base_model_ignore_patterns", "batch_eval_metrics", "bfloat16", "bias_activation_fusion", "cache_dir",
+    "cut_cross_entropy", "data_seed", "data_shared_file_system", "dataset_test_split", "debug", "deepspeed", "device_map",
+    "disable_tqdm", "do_eval", "do_predict", "double_quantization", "eager_attention", "early_stopping_threshold",
+    "evals_per_epoch", "evaluation_strategy", "experimental_skip_move_to_device", "experts_implementation", "float16",
+    "full_determinism", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "greater_is_better", "group_by_length", "ignore_data_skip",
+    "length_column_name", "liger_fused_linear_cross_entropy", "liger_glu_activation", "liger_kernel_config", "liger_layer_norm",
+    "liger_rms_norm", "liger_rms_norm_gated", "liger_rope", "llama4_linearized_experts", "local_rank", "lora_fan_in_fan_out",
+    "lora_task_type", "low_cpu_mem_usage", "media_dir", "metric_for_best_model", "model_quantization_config", "model_quantization_config_kwargs", "mixed_precision", "pissa_convert", "pissa_iter", "nvfp4_merge_aware",
+    "moe_grouped_gemm", "moe_token_dispatcher_type", "num_completions_to_print", "num_processes", "output_logs", "pad_to_multiple_of",
+    "pad_to_sequence_len", "padding_free", "pad_token", "per_device_eval_batch_size", "plot_loss", "prediction_loss_only",
+    "processor_type", "pure_bf16", "push_to_hub", "quantization_method", "quantize_moe_experts", "recompute_granularity",
+    "relora_cpu_offload", "remove_unused_columns", "report_to", "resize_token_embeddings_to_32x", "run_name", "sdp_attention",
+    "shuffle_dataset", "shuffle_merged_datasets", "strict", "streaming", "streaming_multipack_buffer_size", "tf32", "tiled_mlp",
+    "tokenizer_legacy", "tokenizer_use_fast", "train_sampling_strategy", "use_cache", "use_cpu", "use_data_parallel",
+    "use_distributed_optimizer", "use_dsv4_kernels", "use_fast_tokenizer", "use_glm_dsa_kernels", "use_kernels", "use_kt",
+    "use_liger_kernel", "use_mca", "use_otel_metrics", "use_ray", "use_reentrant_gc", "use_scattermoe", "use_sonicmoe",
+    "use_tensorboard", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_vllm", "use_wandb", "val_batch_size",
+    "video_fps", "video_max_pixels", "video_maxlen", "video_min_pixels",
+    "otel_metrics_host", "otel_metrics_port", "use_packed_sequences", "dsv4_fp4_grouped_mode", "eval_dataset_split",
+}  # fmt: skip
+# What a key changes that is not here.
+CHANGES = {
+    "neftune_noise_alpha": "noise on the embeddings",
+    "label_smoothing_factor": "labels are smoothed",
+    "lora_target_parameters": "factors for parameters that no layer of its own has",
+    "unfrozen_parameters": "only parameters that match are trained",
+    "model_config": "the model's configuration is changed, for MoE often by a loss that balances the experts",
+    "qat": "rounding to a type that fuse does not write; --qat rounds as fuse does",
+    "quantizer": "rounding to a type that fuse does not write; --qat rounds as fuse does",
+    "fp8": "matrices are multiplied in 8 bits",
+    "tokens": "tokens are added to the vocabulary",
+    "add_tokens": "tokens are added to the vocabulary",
+    "new_special_tokens_config": "tokens are added to the vocabulary",
+    "tokenizer_use_mistral_common": "chats are written by the package mistral-common",
+    "gptq": "the base is quantized by GPTQ",
+    "reinit_weights": "the model begins with random weights",
+    "diffusion": "a diffusion loss is trained",
+    "dataset_exact_deduplication": "rows that occur twice are left out; remove them from the file",
+    "min_sample_len": "short rows are left out",
+    "lr_quadratic_warmup": "the warm-up is not linear",
+    "cosine_constant_lr_ratio": "the rate stops to fall before the end",
+    "lr_scheduler_kwargs": "numbers of a schedule",
+    "optim_args": "numbers of an optimizer",
+    "lisa_n_layers": "a few layers at a time are trained",
+    "use_galore": "gradients are projected", "use_apollo": "gradients are projected", "use_badam": "a few layers at a time are trained",
+    "use_adam_mini": "another optimizer", "use_llama_pro": "blocks are added", "mixture_of_depths": "tokens skip blocks",
+    "use_dft_loss": "another loss", "use_asft_loss": "another loss", "use_eaft_loss": "another loss", "use_eaft": "another loss",
+    "rope_scaling": "positions are scaled", "moe_aux_loss_coef": "a loss that balances the experts",
+    "router_aux_loss_coef": "a loss that balances the experts", "num_labels": "a head for labels; use --objective classify",
+    "gamma": "an option of another method", "use_onebitllms": "weights are rounded to one bit",
+    "curriculum_sampling": "rows keep their order", "sample_packing_sequentially": "rows keep their order",
+    "disable_shuffling": "rows keep their order",
+}  # fmt: skip
+UNKNOWN = "not known here; remove it if it changes no result"
 
 
 @dataclass
@@ -33,8 +103,9 @@ class Sheet:
         prefix: of a mapping's keys in messages, such as `trl.`.
         found: our settings, with values from the file; a mapping writes into those of its file.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
-        notes: what has another meaning here, one line each.
-        left_out: keys whose value has no counterpart.
+        notes: what is said in other words here, one line each.
+        harmless: keys that change no result.
+        refused: keys that change it in a way that is not here, each with value and reason.
     """
 
     file: str
@@ -44,7 +115,8 @@ class Sheet:
     found: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    harmless: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def take(self, key: str) -> Any:
         """Return a key's value and mark it as read; None if the file does not set it."""
@@ -105,7 +177,7 @@ class Sheet:
     def within(self, rest: dict[str, Any], key: str) -> Sheet:
         """Return a sheet of a mapping in this one."""
         prefix = f"{self.prefix}{key}."
-        return Sheet(self.file, rest, self.flags, prefix, self.found, self.assumed, self.notes, self.left_out)
+        return replace(self, rest=rest, prefix=prefix)
 
     def assume(self, **values: Any) -> None:
         """Set ours to the other trainer's defaults, unless the file set them, by either of two names (epochs or iters)."""
@@ -118,12 +190,23 @@ class Sheet:
         self.rest = {key: value for key, value in self.rest.items() if value not in usual.get(key, ())}
 
     def leave(self, *keys: str) -> None:
-        """Leave out keys that have no meaning here, if the file sets them."""
-        self.left_out += [self.prefix + key for key in keys if self.take(key) is not None]
+        """Leave out keys that have no effect in this run, if the file sets them."""
+        self.harmless += [self.prefix + key for key in keys if self.take(key) is not None]
 
-    def leave_rest(self) -> None:
-        """Leave out all keys that have not been read."""
-        self.left_out += [self.prefix + key for key in self.rest]
+    def refuse(self, key: str, why: str, value: Any = None) -> None:
+        """Refuse a key, after the whole file is read; `value` is its value if it has been read already."""
+        asked = self.take(key) if value is None else value
+        if asked is not None:
+            text = " ".join(str(asked).split())
+            self.refused.append(f"{self.prefix}{key} {text[:60]}{'...' * (len(text) > 60)}: {why}")
+
+    def sort_rest(self) -> None:
+        """Sort what has not been read into keys that change no result, and keys that are refused; what is off is neither."""
+        for key in list(self.rest):
+            if key in HARMLESS or (key.startswith(BEGINNINGS) and key not in CHANGES):
+                self.leave(key)
+            elif self.rest[key] is not False and self.rest[key] != 0:
+                self.refuse(key, CHANGES.get(key, UNKNOWN))
 
     def note(self, text: str) -> None:
         """Note that something has another meaning here."""
@@ -174,7 +257,7 @@ class Dialect:
             rule(sheet)
         sheet.copy(self.names)
         sheet.assume(**self.defaults)
-        sheet.leave_rest()
+        sheet.sort_rest()
         return sheet
 
 
@@ -222,16 +305,25 @@ SHARED = {
     "max_grad_norm": "max_grad_norm", "gradient_accumulation_steps": "grad_accumulation_steps",
     "output_dir": "adapter_path", "seed": "seed",
 }  # fmt: skip
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-OPTIMIZERS = {
-    "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "sgd": "sgd",
-    "adafactor": "adafactor", "muon": "muon",
+# With one cycle, which is the default, restarts are none.
+SCHEDULES = {
+    "cosine": "cosine", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear", "constant": "constant",
+    "constant_with_warmup": "constant",
 }  # fmt: skip
+# A schedule's own numbers, and Adam's, which have the same names here and in transformers, or Axolotl's.
+NUMBERS_OF_RATE = {
+    "min_lr_rate": "min_lr_ratio", "cosine_min_lr_ratio": "min_lr_ratio", "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon", "adam_eps": "adam_epsilon",
+}  # fmt: skip
+EXACT_OPTIMIZERS = {"sgd": "sgd", "adafactor": "adafactor", "muon": "muon"}
+# AdamW under its names; what these say in addition is how its state is stored.
+ADAMW = re.compile(r"(paged_)?adamw(_(torch|hf|fused|bnb|anyprecision|apex|npu|xla))*(_(4|8|32)bit)?(_fused)?")
 INTERVALS = {"logging_steps": "steps_per_report", "eval_steps": "steps_per_eval", "save_steps": "save_every"}
+PER_EPOCH = {"evals_per_epoch": "steps_per_eval", "saves_per_epoch": "save_every"}
 # "no" is 0 here, and "steps" is what we do.
 STRATEGIES = {"eval_strategy": "val_batches", "evaluation_strategy": "val_batches", "save_strategy": "save_every"}
 # Chat templates that we have with the same name and text.
-TEMPLATES = ("alpaca", "chatml")
+TEMPLATES = ("alpaca", "chatml", "llama3")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 BITS = {"load_in_8bit": 8, "load_in_4bit": 4}
 # If several methods are on, the first of these is used.
@@ -253,21 +345,18 @@ def read_loop(sheet: Sheet, names: Names) -> None:
     read_optimizer(sheet, names.optimizer)
     share = sheet.number(names.held_out)
     if share is not None:
-        sheet.found["valid_fraction"] = share if share < 1 else 0.05
-        if share >= 1:
-            sheet.note(
-                f"{names.held_out} {share}: a number of rows has no counterpart here, so 5% of the rows are held out"
-            )
+        sheet.found["valid_fraction"] = share
     sheet.assume(valid_fraction=0.0)
     read_intervals(sheet)
     read_loggers(sheet)
     if "gradient_checkpointing" in sheet.rest:  # or a way of it, such as unsloth
         sheet.found["grad_checkpoint"] = bool(sheet.take("gradient_checkpointing"))
-    asked = [key for key in HALF_PRECISION if sheet.take(key) not in (None, False)]
     if sheet.switch("float32"):
         sheet.found["dtype"] = "float32"
-    elif asked:
-        sheet.note(f"{' and '.join(asked)}: dtype auto is used (bfloat16 on a GPU, float32 on a CPU), or --dtype")
+    sheet.leave(*HALF_PRECISION)  # that of the machine is used
+    sheet.copy({"early_stopping_patience": "early_stopping_patience"}, Sheet.number)
+    if sheet.found.get("early_stopping_patience") or sheet.switch("load_best_model_at_end"):
+        sheet.found["keep_best"] = True
 
 
 def read_batch(sheet: Sheet, names: Names) -> None:
@@ -289,20 +378,23 @@ def read_batch(sheet: Sheet, names: Names) -> None:
 
 
 def read_warmup(sheet: Sheet, schedule: str) -> None:
-    """Set schedule and warm-up; a number of steps overrides a fraction of them, as in transformers."""
+    """Set schedule and warm-up; a number of steps overrides a fraction of them, as in transformers, and the first rate is 0."""
     steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
     name = hashable(sheet.take(schedule))
+    if isinstance(numbers := sheet.rest.get("lr_scheduler_kwargs"), dict) and numbers.keys() <= {"min_lr_rate"}:
+        sheet.rest |= sheet.take("lr_scheduler_kwargs")
     warmup = steps if steps or share is None else share
     if warmup is not None:
         sheet.found["warmup"] = warmup
     if name in SCHEDULES:
         sheet.found["lr_schedule"] = SCHEDULES[name]
     elif name is not None:
-        shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
-        sheet.found["lr_schedule"] = shape
-        sheet.note(f"{schedule} {name}: not supported; a {shape} decay to zero is used instead")
+        sheet.refuse(schedule, f"only {', '.join(SCHEDULES)} are here", name)
     if sheet.told("lr_schedule") == name == "constant":  # it has no warm-up in transformers, whatever the file says
         sheet.found["warmup"] = 0
+    elif sheet.told("warmup") != 0:
+        sheet.found |= {"warmup_init": 0} | ({"warmup_rounding": "up"} if 0 < float(warmup or 0) < 1 else {})
+    sheet.copy(NUMBERS_OF_RATE, Sheet.number)
 
 
 def read_optimizer(sheet: Sheet, key: str) -> None:
@@ -310,28 +402,36 @@ def read_optimizer(sheet: Sheet, key: str) -> None:
     name = sheet.take(key)
     if name is None:
         return
-    known = OPTIMIZERS.get(str(name))
-    sheet.found["optimizer"] = known or "adamw"
-    if known is None and "adamw" in str(name):
-        sheet.note(f"{key} {name}: adamw is used, with its state in float32, which is small for an adapter")
-    elif known is None:
-        sheet.note(f"{key} {name}: not supported; adamw is used instead, so check the learning rate")
+    if ADAMW.fullmatch(str(name)):
+        sheet.found["optimizer"] = "adamw"
+        if re.search("4bit|8bit|paged", str(name)):
+            sheet.note(f"{key} {name}: AdamW, with its state in float32, which is small for an adapter")
+    elif name in EXACT_OPTIMIZERS:
+        sheet.found["optimizer"] = name
+    else:
+        sheet.refuse(key, f"only AdamW and {', '.join(EXACT_OPTIMIZERS)} are here", name)
 
 
 def read_intervals(sheet: Sheet) -> None:
-    """Set the steps between reports, validations and checkpoints; fractions of the run have no counterpart."""
+    """Set the steps between reports, validations and checkpoints, or the share of the run, as transformers has it, too."""
+    epochs = sheet.found.get("epochs")
     for key, name in INTERVALS.items():
-        steps = sheet.number(key)
-        if steps is not None and steps >= 1:
-            sheet.found[name] = steps
-        elif steps is not None:
-            sheet.left_out.append(key)
+        if (steps := sheet.number(key)) is not None:
+            sheet.found[name] = max(1, steps) if name == "steps_per_report" else steps
+    for key, name in PER_EPOCH.items():
+        if (times := sheet.number(key)) is not None and name not in sheet.found:
+            sheet.found |= {"val_batches": 0} if not times and name == "steps_per_eval" else {}
+            share = 1 / (times * float(epochs or 1)) if times else 0
+            sheet.found[name] = share if share < 1 else 0  # the whole run: at its end
     for key, name in STRATEGIES.items():
         when = sheet.take(key)
         if when in ("no", False):  # YAML 1.1 reads an unquoted no as false
             sheet.found[name] = 0
+        elif when == "epoch":
+            every = "save_every" if name == "save_every" else "steps_per_eval"
+            sheet.found[every] = 1 / float(epochs or 1) if float(epochs or 1) > 1 else 0
         elif when not in (None, "steps"):
-            sheet.left_out.append(key)
+            sheet.harmless.append(key)
 
 
 def read_layers(sheet: Sheet, names: Names) -> None:
@@ -354,19 +454,33 @@ def read_targets(sheet: Sheet, key: str, all_layers: str) -> None:
     elif match := LAST_NAMES.fullmatch(str(asked[0] if isinstance(asked, list) else asked)):
         layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
         sheet.found["target_modules"] = layers
-        sheet.note(f"{key}: a regular expression, read as {layers} in all modules")
+        sheet.note(f"{key}: a regular expression, read as {layers} in all modules of the language model")
     else:
-        sheet.left_out.append(key)
-        sheet.note(f"{key}: an unsupported regular expression; all-linear is used unless --target-modules is given")
+        sheet.refuse(key, "a regular expression; give names and patterns as --target-modules", asked)
 
 
-def read_template(sheet: Sheet, key: str, own: str | None = None) -> None:
-    """Set the chat template if we have it; otherwise, as for the name `own`, the model's own template is used."""
+def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | None]) -> None:
+    """Set the chat template: ours if it has the same text, or else the model's own, which one of its family's name means.
+
+    Args:
+        sheet: of the file.
+        key: of the template's name.
+        model: that is trained.
+        exact: names of the trainer's templates -> ours; None: what is done without a name.
+    """
     name = sheet.take(key)
-    if name in TEMPLATES:
+    if name is None:
+        return
+    family = re.match("[a-z]*", str(name).lower())
+    if name in exact or name in TEMPLATES:
+        ours = exact.get(name, name)
+        sheet.found |= {"chat_template": ours} if ours else {}
+    elif re.fullmatch(r".*\.jinja2?", str(name)):
         sheet.found["chat_template"] = name
-    elif name is not None and name != own:
-        sheet.note(f"{key} {name}: chats are rendered with the model's own template; --chat-template sets another")
+    elif family and family[0] and family[0] in str(model).lower():
+        sheet.found["chat_template"] = "own"
+    else:
+        sheet.refuse(key, f"not the template of {model}, nor one of {', '.join(TEMPLATES)}; give its Jinja file", name)
 
 
 def choose_method(sheet: Sheet, switches: Mapping[str, str], others: Mapping[str, str | None]) -> None:
@@ -396,12 +510,13 @@ def choose_method(sheet: Sheet, switches: Mapping[str, str], others: Mapping[str
                 f"{key}: with {sheet.told('method')}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
             )
         else:
-            sheet.left_out.append(key)
+            sheet.refuse(key, f"with {method}; a run has one method", True)
     if method == "lora-plus":
         sheet.found["loraplus_lr_ratio"] = ratio
     elif method == "full":
         sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
-        sheet.note("full: trains the layers that --target-modules names, which are all-linear by default")
+        sheet.leave("lora_target_modules", "lora_target", "lora_target_linear")
+        sheet.found["target_modules"] = "*"
 
 
 def read_bits(sheet: Sheet, bits: Mapping[str, int] = BITS) -> None:
@@ -414,7 +529,7 @@ def read_bits(sheet: Sheet, bits: Mapping[str, int] = BITS) -> None:
 def put_bits(sheet: Sheet, key: str, bits: Any) -> None:
     """Set the bits that the base is quantized to."""
     sheet.found["bits"] = bits
-    sheet.note(f"{key}: the base is quantized to {bits} bits by MLX's affine mode, in groups of 64 weights")
+    sheet.note(f"{key}: {bits} bits by MLX's affine mode, in groups of 64 weights")
 
 
 def read_loggers(sheet: Sheet) -> None:
@@ -425,8 +540,8 @@ def read_loggers(sheet: Sheet) -> None:
         names = [*names, "swanlab"]
     if ours := [name for name in names if hashable(name) in LOGGERS]:
         sheet.found["report_to"] = ",".join(ours)
-    if any(name not in (*LOGGERS, "none") for name in names):
-        sheet.left_out.append("report_to")
+    if any(name not in LOGGERS for name in names):
+        sheet.harmless.append("report_to")
 
 
 # Data
@@ -470,7 +585,7 @@ def put_turn_names(sheet: Sheet, fields: Mapping[str, Any], roles: Mapping[str, 
     if not parts:
         return
     if any("," in part or part.count("=") > 1 for part in parts) or not set(roles) <= set(ROLES):
-        sheet.left_out.append(key)
+        sheet.refuse(key, "only the roles system, user, assistant and tool have other names", {**fields, **roles})
         return
     before = sheet.found.get("turn_names")
     sheet.found["turn_names"] = ",".join([*([before] if before else []), *parts])
@@ -490,17 +605,37 @@ def take_sets(sheet: Sheet, key: str) -> list[dict[str, Any]]:
     return [filled(one) for one in sets]
 
 
-def put_sets(sheet: Sheet, key: str, paths: list[Any], alike: bool) -> None:
-    """Set the data from several sets' paths: joined if all are read alike, or else the first."""
-    if paths[0]:
-        sheet.found["data"] = ",".join(str(path) for path in paths if path) if alike else paths[0]
-    if not alike:
-        note_first_set(sheet, f"{key}: {len(paths)} sets that are read differently", paths[0])
+def take_path(dataset: Sheet, key: str = "path") -> str | None:
+    """Take a set's path, or its one file if the path is only the name of a format."""
+    path, files, revision = dataset.take(key), dataset.rest.get("data_files"), dataset.take("revision")
+    files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
+    if path in ("json", "csv", "parquet", "text") and len(files) == 1:
+        return str(dataset.take("data_files") and files[0])
+    return f"{path}@{revision}" if path and revision else path
 
 
-def note_first_set(sheet: Sheet, sets: str, first: Any) -> None:
-    """Note that only the first of several sets is used."""
-    sheet.note(f"{sets}, only the first ({first}) is used; join them in one file to use all of them")
+def put_sets(sheet: Sheet, key: str, sources: Sequence[Mapping[str, Any]], ways: Sequence[dict[str, Any]]) -> None:
+    """Set the data from several sets.
+
+    Args:
+        sheet: of the file.
+        key: of the sets.
+        sources: path and options of each, as `source_text` takes them.
+        ways: settings that the records of each are read with; if they differ, each set has its own.
+    """
+    if any(way != ways[0] for way in ways):
+        templates = {way.pop("chat_template", None) for way in ways}
+        if len(templates) > 1:
+            sheet.refuse(
+                key, "sets with unlike chat templates; train them in two runs", " and ".join(map(str, templates))
+            )
+        if template := next(iter(templates)):
+            sheet.found["chat_template"] = template
+        sources = [{**one, **way} for one, way in zip(sources, ways, strict=True)]
+    else:
+        sheet.found |= ways[0]
+    if all(one.get("path") for one in sources):
+        sheet.found["data"] = ",".join(source_text(one) for one in sources)
 
 
 # Preferences, and answers that are sampled
@@ -554,10 +689,8 @@ def put_objective(sheet: Sheet, objective: str, options: Mapping[str, str]) -> N
     losses = losses if isinstance(losses, list) else str(losses).split(",")
     if objective == "dpo" and found.get("label_smoothing") and not any(loss in SMOOTHED for loss in losses):
         smoothing = found.pop("label_smoothing")
-        sheet.left_out.append(next(theirs for theirs, name in options.items() if name == "label_smoothing"))
-        sheet.note(
-            f"label smoothing {smoothing:g}: left out, because of dpo's losses only {', '.join(SMOOTHED)} have it"
-        )
+        key = next(theirs for theirs, name in options.items() if name == "label_smoothing")
+        sheet.refuse(key, f"of dpo's losses only {', '.join(SMOOTHED)} have it", smoothing)
     asked = [sheet.number(key) or 0 for key in LIKELIHOOD if key in sheet.rest] if objective == "dpo" else []
     if weight := sum(asked):
         given = found.get("loss_weights")
@@ -575,7 +708,7 @@ def read_reference(sheet: Sheet, model: str, reference: str) -> None:
         raise sheet.refusal(
             f"{reference} {asked}: the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
         )
-    sheet.left_out.append(reference)
+    sheet.harmless.append(reference)
 
 
 def turn_off_dropout(sheet: Sheet, hint: str = "") -> None:
@@ -584,15 +717,11 @@ def turn_off_dropout(sheet: Sheet, hint: str = "") -> None:
         sheet.note(f"lora_dropout {asked:g}: not used, as there: it is turned off for {sheet.found['objective']}{hint}")
 
 
-def note_plain_simpo(sheet: Sheet) -> None:
-    """Note that SimPO comes without the likelihood that TRL's trainer adds to it by default (cpo_alpha 1)."""
+def refuse_likelihood(sheet: Sheet, usual: float) -> None:
+    """Refuse the likelihood of the chosen answers that TRL adds to SimPO's loss, unless cpo_alpha is 0."""
     asked = sheet.number("cpo_alpha")
-    if asked != 0:
-        sheet.left_out += ["cpo_alpha"] if asked else []
-        sheet.note(
-            f"simpo: the likelihood of chosen answers is not added, as TRL does with cpo_alpha {asked or 1:g}; "
-            "--objective cpo has it"
-        )
+    if weight := usual if asked is None else asked:
+        sheet.refuse("cpo_alpha", "simpo has no likelihood of chosen answers here; give 0, or use cpo", weight)
 
 
 # Sampled answers
@@ -611,7 +740,11 @@ NUMBERS = {
 }
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
 SCALES = {True: "group", "group": "group", "batch": "batch", False: "none", "none": "none"}
-READY = {"think_format_reward": "think_format"}  # reward functions of TRL -> ours
+# Reward functions of TRL -> ours with the same value.
+READY = {
+    "think_format_reward": r"regex:(?sm)\A<think>(?!.*<think>)(.*?)</think>.*$",
+    "accuracy_reward": "math-verify",
+}
 WHOLE_ROLLOUT = ("steps_per_generation", "generation_batch_size")
 
 
@@ -654,13 +787,8 @@ def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> 
     weights = sheet.take("reward_weights")
     if not functions:
         return
-    foreign = [name for name, ours in functions.items() if ours is None]
-    if foreign:
-        sheet.left_out += [key] + ["reward_weights"] * (weights is not None)
-        sheet.note(
-            f"{key} {', '.join(foreign)}: not a function in a file of yours; give all rewards as --reward FILE.py:FUNCTION, or "
-            "by a name of docs/rewards.md such as number_match"
-        )
+    if foreign := [name for name, ours in functions.items() if ours is None]:
+        sheet.refuse(key, "no function in a file of yours, and no reward of docs/rewards.md", ", ".join(foreign))
         return
     sheet.found["reward"] = ",".join(filter(None, functions.values()))
     if weights is not None:
@@ -680,8 +808,6 @@ def rewards_of_paths(sheet: Sheet) -> dict[str, str | None]:
     for name in texts(sheet.take("reward_funcs")):
         module, _, function = name.rpartition(".")
         found[name] = f"{module.replace('.', '/')}.py:{function}" if module else READY.get(name)
-        if name in READY:
-            sheet.note(f"{name}: {READY[name]}, which also asks for an answer after the thought")
     return found
 
 
@@ -711,8 +837,7 @@ def read_rows(sheet: Sheet, names: Names) -> None:
     for key in WHOLE_ROLLOUT:
         asked, usual = sheet.take(key), accumulation if key == "steps_per_generation" else count * accumulation
         if asked not in (None, usual):
-            sheet.left_out.append(key)
-            sheet.note(f"{key} {asked}: answers are sampled for one step at a time here")
+            sheet.refuse(key, "answers are sampled for one step at a time here", asked)
     longest = sheet.number("max_prompt_length")
     if longest is not None:
         sheet.found["max_seq_length"] = longest

@@ -15,9 +15,11 @@ it, give the data with --data. `--data FOLDER` reads the table of a folder, too:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.config.fields import source_text
 from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import (
     PREFERENCE_LOSSES_OF_LLAMA_FACTORY,
@@ -51,6 +53,13 @@ PREFERENCE_OPTIONS = {
     "ref_model_adapters": "reference_adapter",
 }
 TABLE = "dataset_info.json"
+# Its templates with the same text as ours.
+TEMPLATES = {"qwen3_nothink": "chatml"}
+# Keys that only its files for another command have -> that command.
+OTHER_COMMANDS = {
+    "export_dir": "llamafactory-cli export; here fuse", "infer_backend": "llamafactory-cli chat; here chat",
+    "sample_backend": "llamafactory-cli chat; here chat", "do_predict": "a prediction; here evaluate",
+}  # fmt: skip
 SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url")
 # What a set's columns and tags may say without a word from us, because we detect it.
 COLUMNS = {
@@ -61,6 +70,7 @@ COLUMNS = {
     "history": ("history",),
     "system": ("system",),
     "tools": ("tools",),
+    "images": ("images", "image"),
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response"),
     "kto_tag": ("kto_tag", "label"),
@@ -133,7 +143,9 @@ def read_method(sheet: Sheet) -> None:
         blocks = 2 if blocks is None else blocks
         if blocks < 1:
             raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
-        sheet.found["num_layers"] = blocks
+        sheet.found |= {"num_layers": blocks, "target_modules": "*.layers.*"}
+        if sheet.rest.get("freeze_trainable_modules") == "all":
+            sheet.take("freeze_trainable_modules")
         common.read_targets(sheet, "freeze_trainable_modules", "all")
     bits = sheet.take("quantization_bit")
     if bits:
@@ -144,26 +156,56 @@ def read_method(sheet: Sheet) -> None:
 
 
 def read_data(sheet: Sheet) -> None:
-    """Set data from the first dataset's name, mask_prompt, and the chat template."""
-    folder, names = Path(str(sheet.take("dataset_dir") or "data")), sheet.take("dataset")
-    names = names if isinstance(names, list) else [name for name in common.texts(names or None) if name]
-    if len(names) > 1:
-        common.note_first_set(sheet, f"dataset: {len(names)} sets", names[0])
-    if names:
-        path = find_dataset(sheet, str(names[0]), folder)
-        if path:
-            sheet.found["data"] = path
-        else:
-            sheet.left_out.append("dataset")
-            sheet.note(f"dataset {names[0]}: not in {folder / TABLE}; give the file itself as --data")
+    """Set the data from the table's sets, the first rows of each, those to validate on, mask_prompt, and the chat template."""
+    folder, most = Path(str(sheet.take("dataset_dir") or "data")), sheet.number("max_samples")
+    mixed, shares = sheet.take("mix_strategy") or "concat", sheet.take("interleave_probs")
+    if mixed != "concat":
+        sheet.refuse(
+            "mix_strategy", f"sets are joined here; a.jsonl=0.5 sets their shares (interleave_probs {shares})", mixed
+        )
+    sources, ways = [], []
+    for key, options in (("dataset", {}), ("eval_dataset", {"as": "valid"})):
+        names = sheet.take(key)
+        for name in names if isinstance(names, list) else [name for name in common.texts(names or None) if name]:
+            one = replace(
+                sheet,
+                rest={},
+                found={name: sheet.found[name] for name in ("objective", "data_format") if name in sheet.found},
+            )
+            path, part = find_dataset(one, str(name), folder)
+            if path is None:
+                sheet.refuse(key, f"not in {folder / TABLE}; give the file itself as --data", name)
+                continue
+            part |= {"split": f"{part.get('split', 'train')}[:{most}]"} if most else {}
+            sources.append({"path": path, **options, **part})
+            ways.append({name: value for name, value in one.found.items() if name != "objective"})
+    if sources and not {"data"} & sheet.flags.keys():
+        sheet.found.pop("data_format", None)
+        common.put_sets(sheet, "dataset", sources, ways)
     common.read_prompts_trained(sheet, "train_on_prompt")
-    common.read_template(sheet, "template", "empty" if sheet.found.get("data_format") == "text" else None)
+    text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
+    common.read_template(sheet, "template", sheet.rest.get("model_name_or_path"), TEMPLATES | text)
+    if sheet.switch("mask_history"):
+        sheet.refuse("mask_history", "only the last answer of a chat is trained; write weight: 0 into the others", True)
+    if sheet.switch("enable_thinking"):  # the default, which a template decides here
+        sheet.harmless.append("enable_thinking")
+    sheet.copy({"image_max_pixels": "max_pixels"}, Sheet.number)
 
 
 def read_loop(sheet: Sheet) -> None:
-    """Set length, batch, schedule, optimizer, intervals."""
+    """Set length, batch, schedule, optimizer, intervals; refuse the files of its other commands."""
+    if found := [key for key in OTHER_COMMANDS if key in sheet.rest]:
+        raise sheet.refusal(
+            f"{found[0]}: a file of {OTHER_COMMANDS[found[0]]}, which trains nothing; use its command here"
+        )
     if sheet.switch("neat_packing"):
         sheet.rest["packing"] = True
+    if "val_set_size" in sheet.rest:
+        sheet.rest.setdefault(NAMES.held_out, sheet.take("val_set_size"))
+    sheet.copy({"early_stopping_steps": "early_stopping_patience", "adapter_name_or_path": "resume_adapter_file"})
+    for part, method in (("vision_tower", "train_vision"), ("multi_modal_projector", "train_connector")):
+        if sheet.rest.pop(f"freeze_{part}", True) is False:
+            sheet.found[method] = "full"
     common.read_loop(sheet, NAMES)
     if sheet.switch("disable_gradient_checkpointing"):
         sheet.found["grad_checkpoint"] = False
@@ -189,26 +231,25 @@ LLAMA_FACTORY = Dialect(
 # dataset_info.json
 
 
-def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
-    """Return a set's file or hub id from the table in a folder, and set what it says of columns, fields and roles.
+def find_dataset(sheet: Sheet, name: str, folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Find a set in the table of a folder, and set what it says of columns, fields and roles.
 
-    The result is None if the table or the entry is missing.
+    Returns:
+        Its file or hub id, None if the table or the entry is missing; and the options that name a part of it.
 
     Raises:
         InputError: the table is not a JSON object, or names no text as the source.
     """
     table = folder / TABLE
-    if not table.is_file():
-        return None
-    entry = read_json(table, "fix it, or give --data").get(name)
+    entry = read_json(table, "fix it, or give --data").get(name) if table.is_file() else None
     if not isinstance(entry, dict):
-        return None
+        return None, {}
     source = entry.get("file_name") or entry.get("hf_hub_url")
     if source is not None and (not isinstance(source, str) or VERIFIERS in source):  # which would run code
         raise InputError(f"{table}: the source of {name} is no file and no hub id; fix it, or give --data")
-    for key in ("subset", "split", "num_samples"):
-        if entry.get(key) and (key, entry[key]) != ("split", "train"):
-            sheet.left_out.append(f"{TABLE} {name}.{key}")
+    part = {key: entry[key] for key in ("subset", "split") if entry.get(key) not in (None, "train")}
+    for key in ("num_samples", "folder"):
+        sheet.refuse(f"{TABLE} {name}.{key}", "a sample of the set", entry.get(key))
     pairs = bool(entry.get("ranking")) or sheet.found.get("objective") in PAIRS
     if columns := _to_read(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns"):
         put_columns(sheet, columns, pairs)
@@ -217,8 +258,8 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
         roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
         common.put_turn_names(sheet, fields, roles, f"{TABLE} {name}.tags")
         tags.drop(TAGS)
-        tags.leave_rest()
-    return str(folder / source) if source and entry.get("file_name") else source
+        tags.sort_rest()
+    return (str(folder / source) if source and entry.get("file_name") else source), part
 
 
 def _to_read(sheet: Sheet, given: Any, detected: Mapping[str, tuple[str, ...]], key: str) -> Sheet | None:
@@ -227,7 +268,7 @@ def _to_read(sheet: Sheet, given: Any, detected: Mapping[str, tuple[str, ...]], 
     if isinstance(given, dict) and all(hashable(name) in detected.get(part, ()) for part, name in given.items()):
         return None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
-        sheet.left_out.append(key)
+        sheet.refuse(key, "no names of columns", given)
         return None
     return sheet.within(dict(given), key)
 
@@ -253,7 +294,7 @@ def put_columns(sheet: Sheet, columns: Sheet, pairs: bool) -> None:
     found |= {name: column for name, column in told.items() if column}
     found.pop("data_format", None)  # the columns tell it
     columns.drop(COLUMNS)
-    columns.leave_rest()
+    columns.sort_rest()
 
 
 def settings_of_table(data: str) -> dict[str, Any]:
@@ -284,7 +325,7 @@ def settings_of_table(data: str) -> dict[str, Any]:
             raise InputError(f"--data {data}: no set {name!r} in {folder / TABLE}{hint}")
         return {}  # another file of that folder, or no name of a set at all
     sheet = Sheet(str(folder / TABLE), {})
-    source = find_dataset(sheet, name, folder)
+    source, part = find_dataset(sheet, name, folder)
     if source is None:
         raise InputError(f"--data {data}: {TABLE} there names no file and no hub id for {name}; name a data file")
-    return {**sheet.found, "data": source}
+    return {**sheet.found, "data": source_text({"path": source, **part})}

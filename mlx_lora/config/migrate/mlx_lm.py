@@ -13,6 +13,7 @@ Such a file may also have settings of ours: mlx-lm ignores them, so one file can
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,6 @@ def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
     """Set rank, alpha = scale * rank, dropout and targets from lora_parameters."""
     if sheet.rest.get("fine_tune_type") == "full":  # mlx-lm then ignores lora_parameters
         sheet.take("lora_parameters")
-        sheet.note("full: trains the layers that --target-modules names, which are all-linear by default")
         return
     shape = sheet.part("lora_parameters")
     rank, scale = shape.number("rank"), shape.number("scale")
@@ -62,7 +62,7 @@ def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
     shape.copy({"dropout": "dropout"})
     if keys:
         sheet.found["target_modules"] = keys
-    shape.leave_rest()
+    shape.sort_rest()
     if sheet.switch("use_dora"):  # from before fine_tune_type existed
         sheet.found["method"] = "dora"
 
@@ -83,16 +83,14 @@ def read_schedule(sheet: Sheet) -> None:
     if asked not in (None, rate):
         sheet.note(f"learning_rate {asked:g}: lr_schedule's {rate:g} is used, as in mlx-lm")
     sheet.found |= {"learning_rate": rate, "warmup": schedule.number("warmup") or 0}
-    schedule.leave(*[key for key, value in schedule.rest.items() if value])
+    if sheet.found["warmup"]:
+        sheet.found["warmup_init"] = schedule.number("warmup_init") or 0
+    schedule.sort_rest()
     if name not in ARGUMENTS:
-        sheet.found["lr_schedule"] = "constant"
-        sheet.left_out.append("lr_schedule.name")
-        sheet.note(f"lr_schedule {name}: not supported; the rate stays at {rate:g} after the warm-up")
+        sheet.refuse("lr_schedule", f"only {' and '.join(ARGUMENTS)} are here", name)
         return
-    ours = sheet.found["lr_schedule"] = name.split("_")[0]
-    sheet.note(
-        f"lr_schedule {name} to {stated.number('end') or 0:g} in {stated.number('steps')} steps: {ours} to 0 at the end of the run"
-    )
+    sheet.found |= {"lr_schedule": str(name).split("_")[0], "decay_steps": stated.number("steps")}
+    sheet.found["min_lr_ratio"] = (stated.number("end") or 0) / (rate or 1)
 
 
 def read_optimizer(sheet: Sheet) -> None:
@@ -103,10 +101,11 @@ def read_optimizer(sheet: Sheet) -> None:
     chosen = sheet.told("optimizer")
     part = sheet.part("optimizer_config").part(chosen)
     corrected = part.switch("bias_correction")
-    part.copy({"weight_decay": "weight_decay"})
-    part.leave_rest()
+    part.copy({"weight_decay": "weight_decay", "eps": "adam_epsilon"})
+    sheet.found |= dict(zip(("adam_beta1", "adam_beta2"), part.take("betas") or (), strict=False))
+    part.sort_rest()
     if chosen in ("adam", "adamw") and not corrected:
-        sheet.note(f"optimizer {chosen}: its bias is always corrected here, as in torch; in mlx-lm only on request")
+        sheet.assume(bias_correction=False)
     if chosen == "sgd":
         sheet.assume(weight_decay=0.0)
 
@@ -117,11 +116,21 @@ def read_data(sheet: Sheet) -> None:
     read_features(sheet)
     if not told:
         return
-    paths = [one.pop("path", None) or one.pop("name", None) for one in told]
-    first = sheet.within(told[0], "hf_dataset")
-    common.put_sets(sheet, "hf_dataset", paths, all(one == told[0] for one in told))
-    read_features(first)
-    first.leave_rest()
+    sources, ways = [], []
+    for one in told:
+        own = replace(sheet.within(one, "hf_dataset"), found={})
+        path = own.take("path") or own.take("name")
+        read_features(own)
+        config = own.part("config")
+        subset = {"subset": config.take("name")} if "name" in config.rest else {}
+        splits = {"train_split": ("train[:80%]", {}), "valid_split": ("train[-10%:]", {"as": "valid"})}
+        for key, (usual, options) in splits.items():
+            sources.append({"path": path, **subset, "split": own.take(key) or usual, **options})
+            ways.append(dict(own.found))
+        own.leave("test_split", "name")
+        config.sort_rest()
+        own.sort_rest()
+    common.put_sets(sheet, "hf_dataset", sources, ways)
 
 
 def read_features(sheet: Sheet) -> None:
@@ -157,9 +166,8 @@ def read_ours(sheet: Sheet) -> None:
     """Take keys that have the same name and meaning in both trainers, and settings of ours."""
     if sheet.rest.get("test") is True:
         sheet.drop({"train": (False,)})
-    if limit := sheet.take("clear_cache_threshold"):  # 0 means "never"
-        sheet.left_out.append("clear_cache_threshold")
-        sheet.note(f"clear_cache_threshold {limit}: MLX's buffer cache is limited to a sixteenth of --memory-budget")
+    if sheet.take("clear_cache_threshold"):  # 0 means "never"
+        sheet.harmless.append("clear_cache_threshold")
     sheet.copy({key: key for key in sheet.rest if key in FIELDS})
 
 
@@ -176,6 +184,7 @@ MLX_LM = Dialect(
         "max_grad_norm": 0.0,
         "mask_prompt": False,
         "valid_fraction": 0.0,
+        "long_rows": "cut",
     },
 )
 

@@ -112,7 +112,7 @@ def read_preference(sheet: Sheet, objective: str) -> None:
     if losses == "sigmoid" or (objective == "kto" and losses == "kto"):
         sheet.take("loss_type")
     if objective == "simpo":
-        common.note_plain_simpo(sheet)
+        common.refuse_likelihood(sheet, 1)
     common.put_objective(sheet, objective, PREFERENCES)
     sheet.take("precompute_ref_log_probs")  # always done here
     sheet.drop({"truncation_mode": ("keep_start",), "max_prompt_length": (UNCUT,)})
@@ -192,20 +192,28 @@ def read_method(sheet: Sheet) -> None:
 
 
 def read_data(sheet: Sheet) -> None:
-    """Set data from dataset_name, or the first of datasets."""
-    sets = common.take_sets(sheet, "datasets")
-    first = sheet.within(sets[0] if sets else {}, "datasets")
-    path = first.take("path")
-    if path:
-        sheet.found["data"] = path
-        sheet.leave("dataset_name")
-    sheet.copy({"dataset_name": "data"})
-    first.drop({"split": ("train",)})
-    first.leave_rest()
-    if len(sets) > 1:
-        common.note_first_set(sheet, f"datasets: {len(sets)} sets", path)
-    sheet.drop({"dataset_train_split": ("train",)})
+    """Set data from dataset_name, or datasets, and what is trained of its rows."""
+    told = common.take_sets(sheet, "datasets")
+    sets = [sheet.within(one, "datasets") for one in told]
+    if told:
+        sheet.leave("dataset_name", "dataset_config", "dataset_train_split")
+    elif "dataset_name" in sheet.rest:
+        keys = {"dataset_name": "path", "dataset_config": "name", "dataset_train_split": "split"}
+        sets = [sheet.within({name: sheet.take(key) for key, name in keys.items() if key in sheet.rest}, "datasets")]
+    sources = []
+    for one in sets:
+        part = {"subset": one.take("name"), "split": one.take("split")}
+        sources.append(
+            {"path": common.take_path(one)} | {key: value for key, value in part.items() if value not in (None, "train")}
+        )
+        one.refuse("fraction", "shares of a mixture; give a weight, as in a.jsonl=0.5")
+        one.leave("columns")
+        one.sort_rest()
+    if sources:
+        common.put_sets(sheet, "datasets", sources, [{}] * len(sources))
     sheet.copy({"chat_template_path": "chat_template"})
+    if (eos := sheet.take("eos_token")) is not None:
+        sheet.found["special_tokens"] = f"eos_token={eos}"
     if common.trains_on_chats(sheet):
         common.read_columns(sheet, {"dataset_text_field": ("text_column", ("text",))})
         whole = sheet.rest.get("completion_only_loss") is False
@@ -213,7 +221,7 @@ def read_data(sheet: Sheet) -> None:
         if whole or own:
             sheet.found["mask_prompt"] = not whole
         elif sheet.found["objective"] != "distill":  # GKD trains on answers
-            sheet.note("trl sft trains on whole dialogues, here only on answers; --no-mask-prompt trains on everything")
+            sheet.found["whole_chats"] = True
 
 
 def read_loop(sheet: Sheet) -> None:
@@ -236,6 +244,6 @@ TRL = Dialect(
     recognizes=recognizes,
     rules=(read_kind, read_method, read_data, read_loop),
     names={**SHARED, "model_name_or_path": "model", "model_revision": "revision", "overwrite_output_dir": "force"},
-    defaults={"lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+    defaults={"lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "long_rows": "cut"},
     nulls={"max_length": UNCUT, "max_prompt_length": UNCUT, "max_grad_norm": 0},
 )
