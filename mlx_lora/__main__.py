@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "Convert a model from the hub, a folder or a GGUF file to MLX's format.",
     "plan": "Predict whether a run fits in memory, and how fast it is.",
     "train": "Train an adapter.",
+    "migrate": "Say what another trainer's settings file means here, and write it with our names.",
     "evaluate": "Measure base and adapter on a data file, side by side.",
     "generate": "Generate text.",
     "predict": "Label texts with a classifier.",

@@ -36,7 +36,9 @@ def learning_rate_schedule(settings: OptimizerSettings, total_steps: int) -> Sch
         InputError: the warm-up is longer than the run.
     """
     peak: Any = settings.learning_rate  # chosen by now (config/defaults.py)
-    whole = {"nearest": round, "up": math.ceil, "down": lambda steps: 2 if int(steps) == 1 else int(steps)}[settings.warmup_rounding]
+    whole = {"nearest": round, "up": math.ceil, "down": lambda steps: 2 if int(steps) == 1 else int(steps)}[
+        settings.warmup_rounding
+    ]
     warmup = whole(settings.warmup * total_steps) if settings.warmup < 1 else round(settings.warmup)
     if warmup > total_steps:
         raise InputError(

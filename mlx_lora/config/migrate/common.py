@@ -193,10 +193,17 @@ class Sheet:
         """Leave out keys that have no effect in this run, if the file sets them."""
         self.harmless += [self.prefix + key for key in keys if self.take(key) is not None]
 
-    def refuse(self, key: str, why: str, value: Any = None) -> None:
-        """Refuse a key, after the whole file is read; `value` is its value if it has been read already."""
+    def refuse(self, key: str, why: str, value: Any = None, instead: str = "") -> None:
+        """Refuse a key, after the whole file is read.
+
+        Args:
+            key: in the file.
+            why: what it changes, or what is here.
+            value: its value if it has been read already.
+            instead: the setting that decides the same, which a flag may give.
+        """
         asked = self.take(key) if value is None else value
-        if asked is not None:
+        if asked is not None and instead not in self.flags:
             text = " ".join(str(asked).split())
             self.refused.append(f"{self.prefix}{key} {text[:60]}{'...' * (len(text) > 60)}: {why}")
 
@@ -389,10 +396,10 @@ def read_warmup(sheet: Sheet, schedule: str) -> None:
     if name in SCHEDULES:
         sheet.found["lr_schedule"] = SCHEDULES[name]
     elif name is not None:
-        sheet.refuse(schedule, f"only {', '.join(SCHEDULES)} are here", name)
+        sheet.refuse(schedule, f"only {', '.join(SCHEDULES)} are here", name, "lr_schedule")
     if sheet.told("lr_schedule") == name == "constant":  # it has no warm-up in transformers, whatever the file says
         sheet.found["warmup"] = 0
-    elif sheet.told("warmup") != 0:
+    elif sheet.told("warmup"):
         sheet.found |= {"warmup_init": 0} | ({"warmup_rounding": "up"} if 0 < float(warmup or 0) < 1 else {})
     sheet.copy(NUMBERS_OF_RATE, Sheet.number)
 
@@ -409,7 +416,7 @@ def read_optimizer(sheet: Sheet, key: str) -> None:
     elif name in EXACT_OPTIMIZERS:
         sheet.found["optimizer"] = name
     else:
-        sheet.refuse(key, f"only AdamW and {', '.join(EXACT_OPTIMIZERS)} are here", name)
+        sheet.refuse(key, f"only AdamW and {', '.join(EXACT_OPTIMIZERS)} are here", name, "optimizer")
 
 
 def read_intervals(sheet: Sheet) -> None:
@@ -456,7 +463,7 @@ def read_targets(sheet: Sheet, key: str, all_layers: str) -> None:
         sheet.found["target_modules"] = layers
         sheet.note(f"{key}: a regular expression, read as {layers} in all modules of the language model")
     else:
-        sheet.refuse(key, "a regular expression; give names and patterns as --target-modules", asked)
+        sheet.refuse(key, "a regular expression; give names and patterns as --target-modules", asked, "target_modules")
 
 
 def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | None]) -> None:
@@ -480,7 +487,12 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
     elif family and family[0] and family[0] in str(model).lower():
         sheet.found["chat_template"] = "own"
     else:
-        sheet.refuse(key, f"not the template of {model}, nor one of {', '.join(TEMPLATES)}; give its Jinja file", name)
+        sheet.refuse(
+            key,
+            f"not the template of {model}, nor one of {', '.join(TEMPLATES)}; give its Jinja file",
+            name,
+            "chat_template",
+        )
 
 
 def choose_method(sheet: Sheet, switches: Mapping[str, str], others: Mapping[str, str | None]) -> None:
@@ -510,7 +522,7 @@ def choose_method(sheet: Sheet, switches: Mapping[str, str], others: Mapping[str
                 f"{key}: with {sheet.told('method')}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
             )
         else:
-            sheet.refuse(key, f"with {method}; a run has one method", True)
+            sheet.refuse(key, f"with {method}; a run has one method", True, "method")
     if method == "lora-plus":
         sheet.found["loraplus_lr_ratio"] = ratio
     elif method == "full":
@@ -627,11 +639,16 @@ def put_sets(sheet: Sheet, key: str, sources: Sequence[Mapping[str, Any]], ways:
         templates = {way.pop("chat_template", None) for way in ways}
         if len(templates) > 1:
             sheet.refuse(
-                key, "sets with unlike chat templates; train them in two runs", " and ".join(map(str, templates))
+                key,
+                "sets with unlike chat templates; train them in two runs",
+                " and ".join(sorted(map(str, templates))),
             )
-        if template := next(iter(templates)):
+        elif template := templates.pop():
             sheet.found["chat_template"] = template
-        sources = [{**one, **way} for one, way in zip(sources, ways, strict=True)]
+        sources = [
+            {**one, **{name: value for name, value in way.items() if value != "auto"}}
+            for one, way in zip(sources, ways, strict=True)
+        ]
     else:
         sheet.found |= ways[0]
     if all(one.get("path") for one in sources):
@@ -675,8 +692,8 @@ def read_prompts_trained(sheet: Sheet, key: str) -> None:
     """Set mask_prompt, the opposite of `key`; preferences only compare answers, so there `false` has no effect."""
     if trains_on_chats(sheet) and key in sheet.rest:
         sheet.found["mask_prompt"] = not sheet.switch(key)
-    elif sheet.rest.get(key) is False:
-        sheet.take(key)
+    else:
+        sheet.leave(key)
 
 
 def put_objective(sheet: Sheet, objective: str, options: Mapping[str, str]) -> None:
@@ -788,7 +805,9 @@ def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> 
     if not functions:
         return
     if foreign := [name for name, ours in functions.items() if ours is None]:
-        sheet.refuse(key, "no function in a file of yours, and no reward of docs/rewards.md", ", ".join(foreign))
+        sheet.refuse(
+            key, "no function in a file of yours, and no reward of docs/rewards.md", ", ".join(foreign), "reward"
+        )
         return
     sheet.found["reward"] = ",".join(filter(None, functions.values()))
     if weights is not None:

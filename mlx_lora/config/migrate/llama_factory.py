@@ -174,7 +174,7 @@ def read_data(sheet: Sheet) -> None:
             )
             path, part = find_dataset(one, str(name), folder)
             if path is None:
-                sheet.refuse(key, f"not in {folder / TABLE}; give the file itself as --data", name)
+                sheet.refuse(key, f"not in {folder / TABLE}; give the file itself as --data", name, "data")
                 continue
             part |= {"split": f"{part.get('split', 'train')}[:{most}]"} if most else {}
             sources.append({"path": path, **options, **part})

@@ -113,6 +113,7 @@ def read_optimizer(sheet: Sheet) -> None:
 def read_data(sheet: Sheet) -> None:
     """Set data from hf_dataset, which may have several sets, and the columns from its features."""
     told = common.take_sets(sheet, "hf_dataset")
+    sheet_features = {key: sheet.rest[key] for key in FEATURES if key in sheet.rest}
     read_features(sheet)
     if not told:
         return
@@ -120,6 +121,7 @@ def read_data(sheet: Sheet) -> None:
     for one in told:
         own = replace(sheet.within(one, "hf_dataset"), found={})
         path = own.take("path") or own.take("name")
+        own.rest |= {key: sheet_features[key] for key in sheet_features if key not in own.rest}
         read_features(own)
         config = own.part("config")
         subset = {"subset": config.take("name")} if "name" in config.rest else {}
