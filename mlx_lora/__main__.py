@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes two to six minutes.",
     "status": "Tell how a run goes, or what became of it.",
+    "mcp": "Let an assistant train in one folder, through the Model Context Protocol.",
     "doctor": "Check that this machine is ready to train.",
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
@@ -53,6 +54,7 @@ OTHER_WORDS = {
 ELSEWHERE = {
     "bench": "bench.command",
     "doctor": "bench.doctor.command",
+    "mcp": "mcp_server.command",
     "serve": "serving.command",
     "serve --training": "training_server.command",
     "studio": "studio.command",

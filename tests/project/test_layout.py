@@ -21,11 +21,11 @@ OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "adapters", "api", "bench", "cli", "compat", "config", "data", "engine", "evaluation", "exporters", "gguf", "kernels", "losses",
-    "models", "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
+    "mcp_server", "models", "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
     "utils",
 }  # fmt: skip
 # What people start. Each may be deleted: nothing imports it but itself, and the lists of commands at the root.
-APPLICATIONS = {"bench", "cli", "serving", "studio", "training_server"}
+APPLICATIONS = {"bench", "cli", "mcp_server", "serving", "studio", "training_server"}
 # A room imports these and itself; a room that is not named here may import all but the `ABOVE` ones.
 ONLY = {"compat": set(), "config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
 # Only these import the room: what a person calls stands on top.
