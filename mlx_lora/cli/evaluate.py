@@ -100,7 +100,10 @@ LOSSES = {
     "partial?": "boolean: whether it was interrupted",
 }
 FORGOTTEN = {
-    "sets": "array: of --data, general text, chats and probes, the loss of each model and its change",
+    "model": "string: the base",
+    "adapters": "object: name -> folder",
+    "sets": "object: task, general text and general chat -> source, and adapters: name -> base_loss, loss, change, kl, verdict",
+    "probes?": "object: questions that were asked, and right: how many each model answers",
     "partial": "boolean: whether it was interrupted",
 }
 FOUND = {

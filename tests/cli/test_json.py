@@ -119,7 +119,7 @@ COMMAND_LINES = {
     "sweep": ("sweep", "--data", "ROWS", "--out", "NEW", "--vary", "rank=2,4", "--budget", "3x", "--iters", 8),
 }  # fmt: skip
 # Commands whose output has names of its own, such as those of a conversion.
-OPEN = ("convert", "plan --clients", "evaluate --forgetting")
+OPEN = ("convert", "plan --clients")
 
 
 @pytest.mark.long
