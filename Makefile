@@ -71,7 +71,7 @@ golden: setup
 	PYTHONPATH=tests $(BIN)/python -m golden check $(if $(BASE),--base $(BASE)) $(FLAGS)
 
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
-LINTED := .github benchmarks data docs mlx_lora notebooks packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md
+LINTED := .github benchmarks data docs mlx_lora notebooks packaging scripts skills tests AGENTS.md README.md CHANGELOG.md CONTRIBUTING.md
 
 # Biome (biome.json) formats and checks our JavaScript. PyPI has no Biome for a Mac, so npm's comes at a fixed version, by the
 # Node.js that pyright[nodejs] installs: a machine that has only Python needs nothing else.

@@ -32,6 +32,8 @@ COMMANDS = {
     "mine": "Find documents that look like answers but are not, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes two to six minutes.",
+    "status": "Tell how a run goes, or what became of it.",
+    "mcp": "Let an assistant train in one folder, through the Model Context Protocol.",
     "doctor": "Check that this machine is ready to train.",
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",
@@ -53,6 +55,7 @@ OTHER_WORDS = {
 ELSEWHERE = {
     "bench": "bench.command",
     "doctor": "bench.doctor.command",
+    "mcp": "mcp_server.command",
     "serve": "serving.command",
     "serve --training": "training_server.command",
     "studio": "studio.command",
@@ -114,8 +117,21 @@ class LazyGroup(console.Group):
         formatter.write_text("mlx-lora help COMMAND, or mlx-lora COMMAND --help, describes one command.")
 
 
+def print_schema(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Print what --json-schema asks for, and end."""
+    if name is not None:
+        from mlx_lora.api.options import command_schema  # --version needs none of it
+
+        console.print_json(command_schema(name, load_command(name)))
+        ctx.exit()
+
+
 @click.command(cls=LazyGroup)
 @click.version_option(__version__)
+@click.option(
+    "--json-schema", type=click.Choice([*COMMANDS]), metavar="COMMAND", is_eager=True, expose_value=False,
+    callback=print_schema, help="Print JSON schemas of a command's options, and of what its --json prints.",
+)  # fmt: skip
 def main() -> None:
     """Train LoRA and QLoRA adapters with MLX. To see how it works, run mlx-lora demo."""
 

@@ -26,7 +26,7 @@ PICTURE = ROOT / "docs" / "development" / "architecture.svg"
 LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
     ("What people call", [
         {"cli": (1, "one file per command"), "serving": (2, "OpenAI's protocol"), "training_server": (3, "Tinker's protocol")},
-        {"studio": (1, "the local page"), "bench": (2, "benchmarks, doctor")},
+        {"studio": (1, "the local page"), "bench": (2, "benchmarks, doctor"), "mcp_server": (3, "tools of assistants")},
         {"api": (2, "what Python users call")},
     ]),
     ("Training and answers", [

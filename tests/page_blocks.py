@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SKILL = ROOT / "skills" / "mlx-lora" / "SKILL.md"
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", SKILL, *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)(?P<more>[^`\n]*)$")
 TITLE = re.compile(r'title="([^"]+)"')
 VARIABLE = re.compile(r"^[A-Z_]+=\S*$")
@@ -122,6 +123,7 @@ NOT_RUN = {
     r"curl .*/v1/embeddings": "needs an encoder; test_serving_embeddings.py asks a server with one",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
     r"mlx-lora doctor --full": "checks for minutes; test_owner_kit.py runs the parts",
+    r"mlx-lora mcp ": "serves until its client ends; test_mcp_server.py drives it",
     r"mlx-lora serve .*--training": "needs Tinker's client; test_training_client.py runs it against such a server",
     r"mlx-lora fuse .*--(compensate|bits-budget)": "needs a quantized base; test_compensate.py has one",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",

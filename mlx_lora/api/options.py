@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import shlex
@@ -149,6 +150,25 @@ def repeated(args: Sequence[str], names: tuple[str, ...]) -> Iterator[str]:
 
 class SettingOption(console.Option):
     """The option of a setting; a command is called with those that were given."""
+
+
+class JsonOption(click.Option):
+    """The --json of a command, which knows what it prints."""
+
+    def __init__(self, *args: Any, forms: Sequence[Mapping[str, str]], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.forms = forms
+
+
+def json_option(*forms: Mapping[str, str], help: str = "Print one JSON object.") -> Callable[[Callable], Callable]:
+    """Add --json, which the function takes as `as_json`.
+
+    Args:
+        forms: of the objects that it prints: name -> `type: what it is`, where types of JSON are separated by |, and =TEXT is
+            the text itself. A name that ends with ? may be missing, and others than these may be there as well.
+        help: of the option.
+    """
+    return click.option("--json", "as_json", is_flag=True, cls=JsonOption, forms=forms, help=help)
 
 
 class NumberOrWord(click.ParamType):
@@ -406,6 +426,53 @@ def setting_option(setting: str | dataclasses.Field) -> Callable[[Callable], Cal
         shown |= {"is_flag": False, "flag_value": row.alone}
         metavar = f"[{metavar}]"
     return click.option(flag, *([row.also] if row.also else []), name, type=kind, metavar=metavar, **shown)
+
+
+# What `mlx-lora --json-schema COMMAND` prints
+
+JSON_TYPES: dict[str, str | list[str]] = {
+    "boolean": "boolean", "integer": "integer", "integer range": "integer", "float": "number", "float range": "number",
+    "number": ["number", "string"],
+}  # fmt: skip
+
+
+def command_schema(name: str, command: click.Command) -> dict[str, Any]:
+    """Return JSON schemas of a command's options, and of what its --json prints; None for a command without --json."""
+    options = [param for param in command.get_params(click.Context(command)) if isinstance(param, click.Option)]
+    flags = {next(flag for flag in param.opts if flag.startswith("--")): param for param in options}
+    output = [_form_schema(form) for param in options if isinstance(param, JsonOption) for form in param.forms]
+    return {
+        "command": f"mlx-lora {name}",
+        "description": inspect.cleandoc(command.help or ""),
+        "input": {
+            "type": "object",
+            "properties": {flag: _option_schema(param) for flag, param in flags.items()},
+            "required": [flag for flag, param in flags.items() if param.required],
+            "additionalProperties": False,
+        },
+        "output": {"anyOf": output} if output else None,
+    }
+
+
+def _option_schema(param: click.Option) -> dict[str, Any]:
+    """Return the schema of an option's value; `flags` has all spellings, and those that turn it off."""
+    choices, default = param.type.choices if isinstance(param.type, click.Choice) else (), param.default
+    if isinstance(param, SettingOption) and param.name in FIELDS:
+        choices, default = row_of(FIELDS[param.name]).choices or (), FIELDS[param.name].default
+    kind = {"type": JSON_TYPES.get(param.type.name, "string")} | ({"enum": [*choices]} if choices else {})
+    schema = {"type": "array", "items": kind} if param.multiple else kind
+    schema |= {"default": default} if isinstance(default, str | int | float) else {}
+    return schema | {"description": param.help, "flags": [*param.opts, *param.secondary_opts]}
+
+
+def _form_schema(form: Mapping[str, str]) -> dict[str, Any]:
+    """Return the schema of an object that a command prints."""
+    properties = {}
+    for name, text in form.items():
+        kind, _, words = text.partition(": ")
+        of = {"const": kind[1:]} if kind.startswith("=") else {"type": kind.split("|")}
+        properties[name.removesuffix("?")] = of | {"description": words}
+    return {"type": "object", "properties": properties, "required": [name for name in form if not name.endswith("?")]}
 
 
 def server_key(command: str, host: str, given: str | None) -> str | None:

@@ -651,7 +651,7 @@ def read_splits(
 
 
 def dry_run(settings: TrainSettings) -> dict[str, Any]:
-    """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
+    """Read a run's data, report on it and return the run's plan with `data_report`. Nothing is trained, and no run folder is written.
 
     The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
 
@@ -664,7 +664,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
     model = settings.model
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
-    found = find_checkpoint(settings.loop, ALONE)
+    found, report = find_checkpoint(settings.loop, ALONE), dict[str, Any]()
 
     def read(outline: Outline, objective: Objective) -> DataSplits | None:
         if readable_data(settings)[0].data is None:
@@ -674,6 +674,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
             return None
         splits = read_splits(settings, folder, outline, objective, first_day(settings.loop))
         log.info(splits.report.render())
+        report.update(splits.report.to_dict())
         if settings.objective.teacher:
             tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
             check_teacher(settings, TOKENIZER.of(tokenizer))
@@ -691,7 +692,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
             f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "
             f"{gigabytes(result['budget_bytes'])}; {result['advice']}, or --no-memory-check to try it anyway"
         )
-    return result
+    return result | {"data_report": report or None}
 
 
 # Several Macs

@@ -46,7 +46,11 @@ SAME = ("mlx-lora", "mlx", "mlx-lm", "python")
     help="How the machines communicate, as for mlx.launch: ring (TCP) or jaccl (RDMA over Thunderbolt 5).",
 )
 @click.option("--model", type=str, default=None, help="A model whose files all machines should have: a path or hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "machines": "array: each with host, device, memory_bytes, working_set_bytes, free_bytes, versions and model",
+    "link": "object|null: the link between them, as it was measured",
+    "problems": "array: what is wrong, a sentence each",
+})  # fmt: skip
 def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -> int:
     """Check that the machines of a host file are ready to train together; the exit code is 1 if something is wrong."""
     if find_launch(dict(os.environ)) is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.options import ShortCommand, render
+from mlx_lora.api.options import ShortCommand, json_option, render
 from mlx_lora.cli import PAGES
 from mlx_lora.compat.foreign import TOKENIZER
 from mlx_lora.config import settings as config
@@ -66,7 +66,11 @@ GENERAL_TEXT = Path(__file__).parents[1] / "data" / "general" / "text.jsonl"
     type=click.Choice(tuple(QUANTIZERS)),
     help="Which of mlx-lm's learned quantizations, with --calibrate [default: dwq].",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option({
+    "out": "string: the folder",
+    "source": "string: the model that was converted",
+    "perplexity?": "object: on a text, of the source and of the converted model",
+})  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:

@@ -74,7 +74,15 @@ class FileCommand(flags.ShortCommand):
     help="Tokens per batch.",
 )
 @click.option("--force", is_flag=True, help="Replace --out, and the texts beside it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "texts": "integer: number of vectors",
+    "width": "integer: numbers of a vector",
+    "model": "string: the base",
+    "out": "string: the file",
+    "columns": "array: columns that were read",
+    "pooling": "string: how a text's vector is made of those of its tokens",
+    "adapter_path": "string|null: as it was given",
+})  # fmt: skip
 @flags.as_one("how", VectorOptions)
 @flags.as_one("file", flags.NewFile)
 def main(

@@ -81,6 +81,40 @@ OF_TASKS = ("--tasks", "--metric", "--judge")
 OF_TASKS_ONLY = {"fewshot": "--num-fewshot", "apply_chat_template": "--apply-chat-template"}
 SEVERAL = ("--tasks", "--metric", "--adapter", "--adapter-path")  # take all the values that follow them
 
+# What --json prints: of a loss, of --forgetting, and of --objective embed.
+LOSSES = {
+    "loss": "number|null: mean per trained token, of the adapter if there is one",
+    "perplexity?": "number|null: exp(loss)",
+    "supervised_tokens?": "integer: that were measured",
+    "answers?": "integer: that were rewarded, instead of tokens",
+    "rows": "integer: that were measured",
+    "model": "string: the base",
+    "adapter_path": "string|null: as it was given",
+    "data": "string|null: as it was given",
+    "base_loss?": "number|null: of the base without the adapter",
+    "base_perplexity?": "number|null: exp(base_loss)",
+    "change?": "object: of the loss from base to adapter: change, with the ends low and high of its 95% interval, and rows",
+    "right?": "object|null: with --show, of the answers that can be checked: right, of, base (right answers of the base)",
+    "examples?": "array: with --show, of each question: question, expected, base, adapter (the answers), base_right, right",
+    "near_training?": "object: how many of the rows nearly repeat training rows, which makes the figures void",
+    "partial?": "boolean: whether it was interrupted",
+}
+FORGOTTEN = {
+    "model": "string: the base",
+    "adapters": "object: name -> folder",
+    "sets": "object: task, general text and general chat -> source, and adapters: name -> base_loss, loss, change, kl, verdict",
+    "probes?": "object: questions that were asked, and right: how many each model answers",
+    "partial": "boolean: whether it was interrupted",
+}
+FOUND = {
+    "rows": "integer: pairs that were measured",
+    "queries?": "integer: that searched",
+    "documents?": "integer: that were searched in",
+    "model": "string: the base",
+    "adapter_path": "string|null: as it was given",
+    "data": "string|null: as it was given",
+}
+
 
 class EvaluateCommand(flags.SettingsCommand):
     """The command; with --tasks, --metric or --judge it is `tasks_command`, which has options of its own."""
@@ -130,7 +164,7 @@ class EvaluateCommand(flags.SettingsCommand):
 @click.option("--corpus", type=str, default=None, help="embed: files or folder with more documents to search in.")
 @flags.setting_option("shard_base")
 @flags.setting_option("offload_base")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option(LOSSES, FORGOTTEN, FOUND)
 def main(
     adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
     **given: Any,
@@ -337,7 +371,11 @@ def print_table(rows: list[dict[str, str]]) -> None:
 @click.option(
     "--report", type=str, default=None, help="Write an HTML page with the scores and changed answers to this file."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "tasks": "array: of each task and metric its name, rows, the score of each model, and its difference from the base",
+    "model?": "string: the base; missing with --tasks list",
+    "seconds?": "number: that it took",
+})  # fmt: skip
 def tasks_command(
     named: flags.NamedAdapters, tasks: tuple[str, ...], metrics: tuple[str, ...], report: str | None, as_json: bool,
     **given: Any,

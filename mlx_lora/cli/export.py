@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.api.export import FORMATS, ExportSettings, write_export
+from mlx_lora.api.export import FORMATS, ExportSettings, commands, write_export
 from mlx_lora.api.fuse import FADED, GainMeter, read_back
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.rules import check_options
@@ -79,7 +79,14 @@ from mlx_lora.utils import console
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
 )
 @click.option("--private", is_flag=True, help="Create that repository as private.")
-def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
+@flags.json_option({
+    "to": "string: the format",
+    "out": "string: the folder or file",
+    "files": "array: what was written, to hand on",
+    "next_commands": "array: what uses it in the other program",
+    "kept": "number|null: share of the adapter's gain that a merged model has; null if it was not measured, or there is no gain",
+})  # fmt: skip
+def main(adapter: flags.OneAdapter, data: str | None, as_json: bool, **given: Any) -> None:
     """Write the adapter on --model in another program's format."""
     asked = ExportSettings(**{field.name: given.pop(field.name) for field in fields(ExportSettings)})
     check_options("export", {"data": data, "adapter_path": adapter.adapter_path, **vars(asked)})
@@ -97,18 +104,22 @@ def main(adapter: flags.OneAdapter, data: str | None, **given: Any) -> None:
     kind, rounds = written.gguf_type if FORMATS[asked.to].merged_gguf else "float", written.rounds
     asked = written.settings  # with LM Studio's folder
     scores, qat = written.scores, written.info is not None and written.info.qat
+    facts = {"to": asked.to, "out": str(asked.out), "files": [str(path) for path in FORMATS[asked.to].files(written)]}
+    facts |= {"next_commands": commands(written), "kept": None}
     del written  # it holds the base
-    if folder is None or scores or not (in_ollama or asked.to in ("gguf", "hf", "lmstudio")):
-        return
-    if not data and not rounds:
+    merged_of = folder if not scores and (in_ollama or asked.to in ("gguf", "hf", "lmstudio")) else None
+    if merged_of and not data and not rounds:
         kind = "the base's own numbers" if kind == STORED else kind
         console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
-        return
-    merged = next(asked.out.glob("*.gguf")) if in_ollama else asked.out
-    gain = GainMeter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged))
-    console.echo(f"{asked.out}: {gain.words()}")
-    if gain.kept is not None and gain.kept < FADED:
-        ways = ["--gguf-type q8_0 or f16 (larger)"] if FORMATS[asked.to].merged_gguf else []
-        ways += [] if qat else ["--to gguf-adapter or peft (the adapter apart from the base)"]
-        more = f". To keep more: {', or '.join(ways)}" if ways else ""
-        console.echo(f"Warning: that is less than {FADED:.0%}{more}")
+    elif merged_of:
+        merged = next(asked.out.glob("*.gguf")) if in_ollama else asked.out
+        gain = GainMeter(settings, merged_of, data, adapter.ignore_fingerprint).compare(read_back(merged))
+        console.echo(f"{asked.out}: {gain.words()}")
+        facts["kept"] = gain.kept
+        if gain.kept is not None and gain.kept < FADED:
+            ways = ["--gguf-type q8_0 or f16 (larger)"] if FORMATS[asked.to].merged_gguf else []
+            ways += [] if qat else ["--to gguf-adapter or peft (the adapter apart from the base)"]
+            more = f". To keep more: {', or '.join(ways)}" if ways else ""
+            console.echo(f"Warning: that is less than {FADED:.0%}{more}")
+    if as_json:
+        console.print_json(facts)

@@ -69,7 +69,24 @@ FUSED_BITS = ("5", "6", "8")
     help="Measure on these rows what the fused model keeps [default: what the adapter's run held out, if it is there].",
 )
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "out": "string: the folder of the fused model",
+    "model": "string: the base",
+    "adapter_path": "string: as it was given",
+    "layers": "integer: layers that were rounded",
+    "bits": "integer|null: least bits of a rounded layer",
+    "error_mean": "number: mean rounding error as a share of the adapter's change",
+    "error_most": "number: that of the worst layer",
+    "most_layer": "string|null: the worst layer",
+    "loss_base": "number|null: without the adapter; all losses are null if nothing needed to be measured",
+    "loss_adapter": "number|null: with the adapter beside the base",
+    "loss_fused": "number|null: of the fused model",
+    "kept": "number|null: share of the adapter's gain that the fused model has; low: see docs/adapters.md",
+    "kl": "number|null: divergence of the fused model from the adapted one, in nats per token",
+    "general": "string|null: why general texts were measured instead of rows of the run",
+    "rows": "integer: rows that were measured",
+    "of": "string|null: where they come from",
+})  # fmt: skip
 def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **given: Any) -> None:
     """Merge the adapter into --model, and measure how much of what it learned is kept."""
     folder, force = adapter.folder(), given.pop("force")

@@ -56,7 +56,14 @@ from mlx_lora.utils.errors import InputError
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
 @flags.setting_option("offload_base")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "text": "string: the answer",
+    "tokens": "integer: of the answer",
+    "tokens_per_s": "number: speed of the answer",
+    "finish_reason": "string: stop if the model ended it, length if --max-tokens did",
+    "prompt_tokens": "integer: of the prompt with its template",
+    "model": "string: the base",
+})  # fmt: skip
 def main(
     adapter: flags.OneAdapter,
     prompt: str,

@@ -56,7 +56,20 @@ from mlx_lora.utils.errors import InputError
 @click.option(
     "--ignore-fingerprint", is_flag=True, help="Use adapters that were trained on another base of the same shape."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "out": "string: the folder of the merged adapter",
+    "model": "string: the base",
+    "how": "string: how they were merged",
+    "adapters": "object: folder or hub id -> weight",
+    "rank": "integer: of the merged adapter",
+    "layers": "integer: that it is on",
+    "losses": "array: for each set of rows the losses of the base, of each adapter, and of the merged one",
+    "not_measured": "object: adapter -> why nothing was measured on its rows",
+    "density?": "number: share of an adapter's change that was kept",
+    "svd_rank?": "integer: of the approximation",
+    "seed?": "integer: of what was kept by chance",
+    "majority_sign_method?": "string: how signs were elected",
+})  # fmt: skip
 def main(
     adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **given: Any
 ) -> None:  # fmt: skip

@@ -47,7 +47,13 @@ from mlx_lora.utils.text import counted
     help="Leave out documents that are nearly as near as the query's own: with a cosine above (1 - this) times its cosine.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "rows": "integer: of --data",
+    "with_negatives": "integer: rows that have some now",
+    "negatives": "integer: that were found",
+    "kept": "integer: that the data had before",
+    "out": "string: the file",
+})  # fmt: skip
 @flags.as_one("how", MineOptions)
 @flags.as_one("file", flags.NewFile)
 def main(

@@ -30,6 +30,7 @@ from mlx_lora.api.plan import (
 )
 from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
 from mlx_lora.cli import PAGES
+from mlx_lora.cli.forms import PLAN
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.rules import check_options
 from mlx_lora.config.settings import MEMORY, TrainSettings
@@ -123,7 +124,11 @@ def whole_gigabytes(text: str) -> int:
     metavar="N",
     help="Plan a training server (`serve --training`) with this many clients, each with an adapter of --rank.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option(
+    PLAN,
+    {"macs": "array: the parts of several Macs (--macs, --hostfile); other names are as in this object"},
+    {"clients": "integer: of a training server (--clients)"},
+)
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
     config_file: str | None, allow_code: bool, chip: str | None, memory_gb: int | None, all_chips: bool, macs: str | None,

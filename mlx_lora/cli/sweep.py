@@ -42,7 +42,14 @@ from mlx_lora.utils import console
 )  # fmt: skip
 @click.option("--resume", is_flag=True, cls=console.Option, group=MODEL, help="Go on with the sweep in --out.")
 @click.option("--force", is_flag=True, cls=console.Option, group=MODEL, help="Replace the sweep in --out.")
-@click.option("--json", "as_json", is_flag=True, cls=console.Option, group=MODEL, help="Print one JSON object.")
+@flags.json_option({
+    "out": "string: the folder; its winner/ is the best candidate's run",
+    "best": "object: the settings of the best candidate",
+    "val_loss": "number|null: held-out loss of the best candidate's run",
+    "val_score": "number|null: its score, if candidates were compared by one",
+    "table": "array: all candidates",
+    "advice": "string: what to do next",
+})  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop", leave_out=SET_BY_SWEEP)
 def main(
     config_file: str | None, vary: tuple[str, ...], seeds: int, budget: str, out: Path, resume: bool, as_json: bool, **given: Any

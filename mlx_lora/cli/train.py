@@ -4,6 +4,7 @@ python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data
 python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
 python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --dry-run
+python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --adapter-path shop --json
 python -m mlx_lora.train --runs a.yaml b.yaml c.yaml
 """
 
@@ -13,11 +14,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api import options as flags
+from mlx_lora.cli.forms import DATA_REPORT, PLAN, REPORT, RESULT
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.rules import check_options, idle_notes
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
@@ -52,12 +55,23 @@ def _starting() -> None:
     "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,
     help="Report on the data and plan the run as `plan` does; train and write nothing.",
 )  # fmt: skip
+@flags.json_option(
+    {
+        "event": "=start: the first line",
+        "steps": "integer: updates of the whole run",
+        "adapter_path": "string: its folder",
+    },
+    REPORT,
+    {"event": "=end: the last line"} | RESULT,
+    PLAN | DATA_REPORT,
+    help="Print lines of JSON: the start, each report, and the end with the verdict; with --dry-run one object.",
+)
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, **given: Any
+    config_file: str | None, allow_code: bool, runs: tuple[str, ...], dry_run: bool, as_json: bool, **given: Any
 ) -> int:  # fmt: skip
     """Train an adapter for --model on --data, and write it to --adapter-path."""
-    named = {"runs": runs, "config": config_file, "allow_code": allow_code, "dry_run": dry_run}
+    named = {"runs": runs, "config": config_file, "allow_code": allow_code, "dry_run": dry_run, "json": as_json}
     if runs:
         check_options("train", {**given, **named})
         return run_several(runs, given, allow_code)
@@ -70,7 +84,7 @@ def main(
 
         look_at_data(settings.data.data)  # which --config may name
     try:
-        return run(settings, dry_run)
+        return run(settings, dry_run, as_json)
     except InputError as refused:
         from mlx_lora.data.notes import ToolsNotShown  # slow to import, see `run`
 
@@ -79,7 +93,7 @@ def main(
             "template chatml, which does?"
         ):
             raise
-        return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run)
+        return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run, as_json)
 
 
 def run_several(
@@ -114,14 +128,15 @@ def run_several(
     return 130 if any(member.outcome is None or member.outcome.interrupted for member in members) else 0
 
 
-def run(settings: TrainSettings, dry_run: bool) -> int:
+def run(settings: TrainSettings, dry_run: bool, as_json: bool) -> int:
     """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
         _starting()
         from mlx_lora.api.plan import dry_run as dry_plan
         from mlx_lora.cli.plan import render_plan
 
-        click.echo(render_plan("plan", dry_plan(settings)))
+        planned = dry_plan(settings)
+        console.print_json(planned) if as_json else click.echo(render_plan("plan", planned))
         return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
@@ -132,6 +147,8 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     with together(console.describe_error) as ranks:
         _starting()
         # These take seconds, so they are imported when the user knows that something happens.
+        from mlx_lora.reports.run_report import read_result
+        from mlx_lora.trainer.callbacks import JsonLines
         from mlx_lora.trainer.header import interrupted_line
         from mlx_lora.trainer.progress import LiveProgress
         from mlx_lora.trainer.run import train_run
@@ -147,7 +164,10 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
                     "Interrupted while learning rates were tried; the same command with --resume goes on from there"
                 )
                 return 130
-        outcome = train_run(settings, ranks, LiveProgress if sys.stderr.isatty() else None, base)
+        show = LiveProgress if sys.stderr.isatty() else None
+        outcome = train_run(settings, ranks, show, base, [JsonLines()] if as_json else [])
+        if as_json and ranks.leads:
+            console.print_json({"event": "end", **read_result(Path(settings.loop.adapter_path))})
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))
     return 130 if outcome.interrupted else 0

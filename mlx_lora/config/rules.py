@@ -446,6 +446,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
     "train": (
         OF_A_FILE,
         excludes(("config", "dry_run", "adapter_path"), "each run's own file says that", runs=GIVEN),
+        excludes("json", "it prints the lines of one run", runs=GIVEN),
         excludes("dry_run", "nothing would be trained", "give --train too", test=True, train=(None, False)),
     ),
 }

@@ -36,9 +36,10 @@ from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.notes import SeenRows
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.reports.charts import COMMON, OF_TOOLS, WIDE, Series, line_chart, number, perplexity, render_page
-from mlx_lora.trainer.checkpoint import numbered
+from mlx_lora.trainer.checkpoint import lock_holder, numbered
 from mlx_lora.trainer.evaluate import SOUND_ROWS, Change, RowLosses, paired_change
 from mlx_lora.utils.console import finite_values
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
@@ -1105,6 +1106,7 @@ class RunReport:
         rounded_from: the step from which validations are with rounding (--qat); None: none is, or it was not written.
         begins_at: the step before which nothing is on record, because the run went on from a checkpoint alone.
         drafts: tokens a pass of the model with a head that drafts, `before` and `after` it was trained; empty: it was not.
+        next_commands: that use the adapter; empty before the end.
     """
 
     command: str
@@ -1126,6 +1128,7 @@ class RunReport:
     rounded_from: int | None = None
     begins_at: int = 0
     drafts: dict[str, float] = field(default_factory=dict)
+    next_commands: list[str] = field(default_factory=list)
 
     def goes_on(self, run: Path | None, step: int) -> bool:
         """Take over the texts of the run that this one resumes, and what is on record of it.
@@ -1219,6 +1222,37 @@ def read_report(folder: Path) -> RunReport | None:
     except (OSError, TypeError):
         return None
     return report
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return what is known of a run, which may go on, as `train --json` and `status --json` print it (cli/forms.py).
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    if not (folder / "run.yaml").is_file():
+        raise InputError(
+            f"--adapter-path {folder}: no run there (run.yaml); give the folder that `mlx-lora train` writes"
+        )
+    report, records = read_report(folder), read_records(folder / "metrics.jsonl")
+    found, ended = (report.verdict, report.ended) if report else ({}, False)
+    held_out = [one["val_loss"] for one in records if one["val_loss"] is not None]
+    kept = measured_adapter(records, ended, report and report.kept_step)
+    return {
+        "adapter_path": str(folder),
+        "state": "running" if lock_holder(folder) is not None else "ended" if ended else "stopped",
+        "steps": max((one["step"] for one in records), default=0),
+        "verdict": found.get("name"),
+        **{name: found.get(name) for name in ("headline", "tone", "notes", "mend")},
+        "mend_command": found.get("command"),
+        **{name: found.get(name) for name in ("right_in_your_words", "right_in_new_words")},
+        "loss_before": held_out[0] if held_out else None,
+        "loss_after": kept["val_loss"] if kept and kept["step"] else None,
+        "peak_bytes": max((one["peak_memory_bytes"] for one in records), default=0),
+        "seconds": elapsed_s(records),
+        "report": str(folder / REPORT_FILE),
+        "next_commands": report.next_commands if report else [],
+    }
 
 
 def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:

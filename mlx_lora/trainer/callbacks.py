@@ -125,6 +125,18 @@ class Callback:
         """
 
 
+class JsonLines(Callback):
+    """Prints a run's start and its reports as lines of JSON on standard output."""
+
+    def on_start(self, facts: Facts) -> None:
+        console.print_json({"event": "start", "steps": facts["steps"], "adapter_path": facts["adapter_path"]})
+
+    def on_report(self, facts: Facts) -> None:
+        console.print_json({"event": "report", **facts})
+
+    on_validation = on_report
+
+
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
@@ -400,18 +412,15 @@ class Uses:
         )
 
 
-def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample], uses: Uses) -> str:
+def closing_words(folder: Path, report: RunReport) -> str:
     """Return what is said after a run: a text before and after, the report's path, and the commands that come next.
 
     Args:
         folder: of the run.
-        settings: of the run.
-        info: of the adapter.
-        samples: texts of the report; the first with both is shown.
-        uses: what decides which commands are told.
+        report: of the run; the first of its texts that has both is shown.
     """
     parts = []
-    for sample in [one for one in samples if one.after is not None][:1]:
+    for sample in [one for one in report.samples if one.after is not None][:1]:
         turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
         turns += [("Expected", sample.said(sample.expected))] if sample.expected is not None else []
         turns.append(("Before", sample.said(sample.before)))
@@ -422,8 +431,7 @@ def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         said = (f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}" for who, text in texts)
         parts.append("\n".join(["", "One text, before and after training:", *said]))
     parts.append(f"\nReport: {folder / REPORT_FILE}")
-    lines = next_commands(folder, settings, info, samples, uses)
-    parts.append("\n".join(["What to do next:", *(f"    {line}" for line in lines)]))
+    parts.append("\n".join(["What to do next:", *(f"    {line}" for line in report.next_commands)]))
     return "\n".join(parts)
 
 
@@ -663,9 +671,11 @@ class RunPage:
     pictures: Sequence[PromptPictures | None] = ()
 
     def closing_words(self, settings: TrainSettings, info: AdapterInfo, data: DataSplits) -> str:
-        """Return what is said after a run (trainer/callbacks.py)."""
+        """Keep the commands that come next in the report, and return what is said after a run."""
         uses = Uses.of_run(self.base, info, data, str(settings.data.data))
-        return closing_words(self.folder, settings, info, self.report.samples, uses)
+        self.report.next_commands = next_commands(self.folder, settings, info, self.report.samples, uses)
+        self.write()
+        return closing_words(self.folder, self.report)
 
     @classmethod
     def begin(cls, run: BuiltRun, data: DataSplits) -> RunPage:

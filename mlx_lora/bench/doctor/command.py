@@ -69,7 +69,22 @@ FOLDER = "mlx-lora-doctor"
 @click.option(
     "--send", is_flag=True, help="With --full: open a prefilled issue in the browser; it sends nothing by itself."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option(
+    {
+        "device": "string: the GPU or the CPU",
+        "backend": "string: MLX's",
+        "memory_bytes": "integer: of the machine",
+        "working_set_bytes": "integer: that a run may use",
+        "blas": "string|null: library of matrix products, on a CPU",
+        "versions": "object: package -> version, or null if it is not installed",
+        "ceilings": "object|null: measured speeds of this machine",
+        "kernels": "array: measured choices among kernels",
+        "checks": "array: each with name, status (ok, warning, failed or skipped), found and advice",
+    },
+    {
+        "summary": "object: with --full, how many checks have which status; the file that is written has the same content"
+    },
+)
 def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -> int:
     """Check that this machine is ready to train; the exit code is 1 if something is wrong."""
     check_options("doctor", {**kit, "full": full, "kernels": show_kernels, "group": kit["groups"]})

@@ -1,0 +1,68 @@
+"""What several commands print with --json: name -> `type: what it is`, as `json_option` takes it."""
+
+PLAN = {
+    "fits": "boolean: whether the run fits in memory",
+    "not_known": "array: parts of the model whose memory nobody knows; empty for most models",
+    "advice?": "string: settings with which it would fit, where it does not",
+    "peak_bytes": "integer: memory at the highest point",
+    "needed_bytes": "integer: that, with what MLX keeps beside it",
+    "budget_bytes": "integer: what the run may use",
+    "cache_bytes": "integer: freed buffers that MLX keeps",
+    "parts": "object: part of the memory -> bytes at the highest point",
+    "phase": "string: when that is",
+    "phases": "object: phase -> bytes",
+    "peak_bytes_by_checkpointing": "object: --grad-checkpoint -> bytes",
+    "settings": "object: what `train` would choose",
+    "largest_sequence": "object: --grad-checkpoint -> tokens of the longest row that fits",
+    "largest_batch_size": "object: --grad-checkpoint -> rows of the largest batch that fits",
+    "predicted": "object: tokens_per_s, step_s, hours and more; predicted, not measured",
+    "trunk": "object|null: what the run does with the output of frozen blocks",
+    "objective": "object: name, and what it needs",
+    "data": "object|null: rows, longest, tokens and supervised_tokens; null if the data was not read",
+    "machine": "object: that was planned for",
+    "model": "object: model_type, blocks, parameters, trained_parameters and base_bytes",
+    "runs_at_once": "integer: runs that `train --runs` could train together",
+    "steps": "integer|null: updates of the run; null if the data was not read",
+    "validation": "object|null: what the run measures on held-out rows",
+    "warnings": "array: what is doubtful about the settings, a sentence each",
+    "chips?": "array: with --all-chips, a plan for each chip and memory size",
+    "sweep?": "object: with --sweep, its budget and runs_at_once",
+}
+DATA_REPORT = {
+    "data_report": "object|null: rows_read, formats, splits, truncated, empty, duplicates, dropped, dropped_rows with the reason for "
+    "each, near_duplicates, notes, and example: pieces of one row, each with whether it is trained",
+}
+REPORT = {
+    "event": "=report: means since the last line, or a validation",
+    "step": "integer: updates so far",
+    "epoch": "number: passes over the data so far",
+    "loss": "number|null: of training; null in a validation",
+    "val_loss": "number|null: of the held-out rows; null in a report of the training",
+    "learning_rate": "number: of the last update",
+    "grad_norm": "number|null: of the last update, before clipping",
+    "tokens_per_s": "number: speed",
+    "padding_fraction": "number: share of the batches that is padding",
+    "skipped_steps": "integer: updates that were skipped because a number was not finite",
+    "peak_memory_bytes": "integer: of MLX so far",
+    "elapsed_s": "number: since the first step",
+}
+RESULT = {
+    "adapter_path": "string: the run's folder, which other commands take as --adapter-path",
+    "state": "string: running, ended, or stopped before its last step",
+    "steps": "integer: updates so far",
+    "verdict": "string|null: learned, your words only, too few steps, little, as the base, overfitted, memorized, nothing changed, worse, "
+    "or not measured; empty for objectives that the headline measures in another way; null before the first save",
+    "headline": "string|null: the verdict in a sentence, with its numbers",
+    "tone": "string|null: good, bad or plain",
+    "notes": "array|null: what else to know, a sentence each",
+    "mend": "string|null: what to do about a verdict that is not good, in a sentence; empty if nothing is to mend",
+    "mend_command": "string|null: the command that does it; may be empty",
+    "right_in_your_words": "object|null: right answers to trained questions: right, of, base (of the untrained model), fell",
+    "right_in_new_words": "object|null: the same of questions in other words, by which a verdict is decided; null if there were none",
+    "loss_before": "number|null: of the held-out rows before training",
+    "loss_after": "number|null: that of the adapter in the folder",
+    "peak_bytes": "integer: most memory that MLX used",
+    "seconds": "number: that the run took",
+    "report": "string: the page for a person",
+    "next_commands": "array: commands that use the adapter; empty before the end",
+}

@@ -1,0 +1,1 @@
+"""Lets an assistant train in one folder, through the Model Context Protocol."""
