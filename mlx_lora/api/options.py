@@ -191,7 +191,7 @@ def config_option(function: Callable) -> Callable:
     """Add the options of a settings file, which the function takes as `config_file` and `allow_code`."""
     return click.option(
         "-c", "--config", "config_file", cls=console.Option, group=MODEL, metavar="FILE",
-        help="YAML file of settings of mlx-lora, mlx-lm, mlx-lm-lora, TRL, Axolotl or LLaMA-Factory, or the name of a recipe "
+        help="YAML file of settings of mlx-lora, mlx-lm, mlx-lm-lora, TRL, Axolotl, LLaMA-Factory, torchtune or Unsloth, or the name of a recipe "
         f"({', '.join(recipe_names())}); flags override it.",
     )(click.option(
         "--allow-code", is_flag=True, cls=console.Option, group=MODEL, common=False,

@@ -23,7 +23,14 @@ from mlx_lora.utils.errors import InputError
     "--out", type=click.Path(path_type=Path), default=None, help="Settings file to write, for train --config."
 )
 @click.option("--force", is_flag=True, help="Replace --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.json_option({
+    "trainer": "string: whose file it is",
+    "keys": "object: each key of the file -> what it becomes here",
+    "settings": "object: what train would take",
+    "assumed": "object: those of the settings that are the trainer's defaults",
+    "notes": "array: what is said in other words here, a sentence each",
+    "refused": "array: keys that ask for what is not here, each with the reason",
+})  # fmt: skip
 def main(settings: str, out: Path | None, force: bool, as_json: bool) -> None:
     """Print what each key of a file of Axolotl, LLaMA-Factory, TRL, torchtune, Unsloth, mlx-lm, or mlx-lm-lora becomes."""
     content = read_yaml(settings)

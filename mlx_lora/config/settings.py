@@ -107,6 +107,7 @@ class DataSettings:
         MODEL, choices=LONG_ROWS)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
+    train_line_break: bool = setting(False, "Also train the line break after the end of an answer, as LLaMA-Factory does.", MODEL)
     whole_chats: bool = setting(False, "Train all turns of chats, as TRL does, but only the answers of prompts that have one.", MODEL)
     chat_template: str | None = setting(None,
         "Jinja file or built-in name (alpaca, chatml, llama3) to use instead of the model's template; own: the model's, and no other.",

@@ -385,6 +385,7 @@ def _make_encoder(
         allow_special_tokens=settings.allow_special_tokens,
     )
     encoder.long_rows, encoder.whole_chats = settings.long_rows, settings.whole_chats
+    encoder.train_line_break = settings.train_line_break
     return encoder, template, origin
 
 

@@ -56,10 +56,11 @@ class Encoder:
 
     Attributes:
         long_rows: What becomes of rows that are too long (--long-rows).
+        train_line_break: Whether the line break after an answer's end is trained with it.
         whole_chats: Whether all of a chat is trained, though of a prompt with an answer only the answer is.
     """
 
-    long_rows, whole_chats = "divide", False
+    long_rows, whole_chats, train_line_break = "divide", False, False
 
     def __init__(
         self,
@@ -241,8 +242,9 @@ class Encoder:
         """Return the tokens and mask (n,) of one text, before it is cut."""
         ids = np.array(encoding.ids, np.int32)
         mask = np.zeros(len(ids), bool)
-        for span in rendered.spans:
-            mask[slice(*token_range(encoding, span, len(rendered.text)))] = True
+        for start, end in rendered.spans:
+            end += self.train_line_break and rendered.text[end : end + 1] == "\n"
+            mask[slice(*token_range(encoding, (start, end), len(rendered.text)))] = True
         if rendered.ordinary:
             controls = controls_of(self.tokenizer)
             found, origin = controls.as_text(rendered.text, encoding.ids, encoding.offsets, rendered.ordinary)

@@ -57,8 +57,8 @@ FORMATS = {
     "chat_template": "auto",
 }
 # The first word of a preference data set's type -> the chat template that it means; None: the model's own.
-RECORD_TYPES = {"chatml": "chatml"} | dict.fromkeys(
-    ("llama3", "chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
+RECORD_TYPES = {"chatml": "chatml", "llama3": "llama3"} | dict.fromkeys(
+    ("chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
 )
 REASONING = ("thinking", "reasoning_content", "reasoning")
 # Values of a dataset that we do not need, because we detect its format.

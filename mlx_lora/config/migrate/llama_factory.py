@@ -198,6 +198,7 @@ def read_loop(sheet: Sheet) -> None:
         raise sheet.refusal(
             f"{found[0]}: a file of {OTHER_COMMANDS[found[0]]}, which trains nothing; use its command here"
         )
+    sheet.assume(train_line_break=True)
     if sheet.switch("neat_packing"):
         sheet.rest["packing"] = True
     if "val_set_size" in sheet.rest:
