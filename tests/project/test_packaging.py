@@ -114,36 +114,67 @@ def test_release_notes_are_the_tags_own():
     refuses("no line", notes.package_version, "__version__ = metadata.version('mlx-lora')\n", kind=notes.NotReady)
 
 
-def test_the_formula_is_filled_in_from_the_archive(tmp_path):
+def source_archive(path: Path, version: str) -> Path:
+    """A source archive with nothing but its PKG-INFO."""
+    info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
+    with tarfile.open(path, "w:gz") as content:
+        member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO")
+        member.size = len(info)
+        content.addfile(member, io.BytesIO(info))
+    return path
+
+
+def locked(name: str, *ends: str, **more: str) -> dict[str, Any]:
+    """A package as uv locks it, with a wheel for each end of a name; the checksum tells which one it is."""
+    urls = [f"https://files.pythonhosted.org/packages/a/{name.replace('-', '_')}-1.0-{end}.whl" for end in ends]
+    wheels = [{"url": url, "hashes": {"sha256": hashlib.sha256(url.encode()).hexdigest()}} for url in urls]
+    return {"name": name, "wheels": wheels, **more}
+
+
+def test_the_formula_is_filled_in_from_the_archive_and_the_lock_file(tmp_path):
     render = script("homebrew/render.py")
-
-    def archive(name: str, version: str) -> Path:
-        info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
-        with tarfile.open(tmp_path / name, "w:gz") as content:
-            member = tarfile.TarInfo(f"{name.removesuffix('.tar.gz')}/PKG-INFO")
-            member.size = len(info)
-            content.addfile(member, io.BytesIO(info))
-        return tmp_path / name
-
-    made = archive("mlx_lora-3.2.1.tar.gz", "3.2.1")
-    template = render.TEMPLATE.read_text()
-    formula = render.render(made, template)
+    made, template = source_archive(tmp_path / "mlx_lora-3.2.1.tar.gz", "3.2.1"), render.TEMPLATE.read_text()
+    own = [f"macosx_{version}_0_arm64" for version in (14, 15, 26)]
+    packages = [
+        locked("mlx", *(f"cp313-cp313-{system}" for system in own)),
+        locked("mlx-metal", *(f"py3-none-{system}" for system in own)),
+        *(locked(name, "py3-none-any") for name in ("mlx-lm", "setuptools")),
+        # Not these: another Python, another processor, a newer macOS than any, and what is slower.
+        locked("regex", "cp312-cp312-macosx_11_0_arm64", "cp313-cp313-macosx_99_0_arm64", "cp313-cp313-macosx_11_0_x86_64",
+               "py3-none-any", "cp313-cp313-macosx_11_0_arm64"),
+        locked("colorama", "py3-none-any", marker="sys_platform == 'win32'"),
+    ]  # fmt: skip
+    formula = render.render(made, {"packages": packages}, template)
     assert f'sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
     assert f'url "{HOME}/releases/download/v3.2.1/mlx_lora-3.2.1.tar.gz"' in formula
     assert formula.startswith("class MlxLora < Formula\n")
-    assert "@VERSION@" not in formula
-    assert "@SHA256@" in template
-    needed = f'"python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"'
-    assert f"depends_on {needed}" in formula
+    assert not re.search(r"@[A-Z0-9]+@", formula)
+    assert re.search(r"@[A-Z0-9]+@", template)
+    found = re.findall(r'resource "(\S+)" do\s+url "(\S+)", using: :nounzip\s+sha256 "(\w+)"\s+end', formula)
+    assert {name for name, _, _ in found} == {one["name"] for one in packages} - {"colorama"}
+    assert all(checksum == hashlib.sha256(url.encode()).hexdigest() for _, url, checksum in found)
+    assert [url[-34:] for name, url, _ in found if name == "regex"] == ["1.0-cp313-cp313-macosx_11_0_arm64.whl"[-34:]]
+    blocks = dict(re.findall(r"  on_(\w+)(?: :or_newer)? do\n(.*?)\n  end\n", formula, re.DOTALL))
+    assert {name: re.findall(r"macosx_(\d+)_", block) for name, block in blocks.items()} == {
+        "sonoma": ["14"] * 2, "sequoia": ["15"] * 2, "tahoe": ["26"] * 2,
+    }  # fmt: skip
+    assert f'depends_on "python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"' in formula
+    source = packages[4]
     for wrong, words in (
-        (archive("mlx_lora-3.2.2.tar.gz", "3.2.1"), "another version"),
-        (archive("mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
+        (locked("regex"), "regex: no wheel"),
+        (locked("regex", "cp313-cp313-macosx_15_0_arm64"), "macOS 14"),
+        ({**source, "wheels": [{"url": source["wheels"][3]["url"]}]}, "SHA-256"),
+        ({**source, "wheels": [{**source["wheels"][3], "url": "http://elsewhere/regex-1.0-py3-none-any.whl"}]}, "PyPI"),
+    ):
+        lock = {"packages": [*packages[:4], wrong]}
+        refuses(words, render.render, made, lock, template, kind=render.Unusable)
+    refuses("mlx-lm, setuptools", render.render, made, {"packages": packages[:2]}, template, kind=render.Unusable)
+    for archive, words in (
+        (source_archive(tmp_path / "mlx_lora-3.2.2.tar.gz", "3.2.1"), "another version"),
+        (source_archive(tmp_path / "mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
         (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
     ):
-        refuses(words, render.render, wrong, template, kind=render.Unusable)
-    command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
-    assert subprocess.run(command, check=False).returncode == 0
-    assert (tmp_path / "f.rb").read_text() == formula
+        refuses(words, render.render, archive, {"packages": packages}, template, kind=render.Unusable)
 
 
 # This package changes these, or uses what they do not document.
