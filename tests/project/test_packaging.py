@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import plistlib
 import re
 import shlex
 import shutil
@@ -116,18 +117,20 @@ def test_release_notes_are_the_tags_own():
 
 def source_archive(path: Path, version: str) -> Path:
     """A source archive with nothing but its PKG-INFO."""
+    member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO")
     info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
+    member.size = len(info)
     with tarfile.open(path, "w:gz") as content:
-        member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO")
-        member.size = len(info)
         content.addfile(member, io.BytesIO(info))
     return path
 
 
 def locked(name: str, *ends: str, **more: str) -> dict[str, Any]:
     """A package as uv locks it, with a wheel for each end of a name; the checksum tells which one it is."""
-    urls = [f"https://files.pythonhosted.org/packages/a/{name.replace('-', '_')}-1.0-{end}.whl" for end in ends]
-    wheels = [{"url": url, "hashes": {"sha256": hashlib.sha256(url.encode()).hexdigest()}} for url in urls]
+    wheels = [
+        {"url": (url := f"https://files.pythonhosted.org/packages/a/{name.replace('-', '_')}-1.0-{end}.whl"),
+         "hashes": {"sha256": hashlib.sha256(url.encode()).hexdigest()}} for end in ends
+    ]  # fmt: skip
     return {"name": name, "wheels": wheels, **more}
 
 
@@ -145,36 +148,69 @@ def test_the_formula_is_filled_in_from_the_archive_and_the_lock_file(tmp_path):
         locked("colorama", "py3-none-any", marker="sys_platform == 'win32'"),
     ]  # fmt: skip
     formula = render.render(made, {"packages": packages}, template)
-    assert f'sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
-    assert f'url "{HOME}/releases/download/v3.2.1/mlx_lora-3.2.1.tar.gz"' in formula
-    assert formula.startswith("class MlxLora < Formula\n")
-    assert not re.search(r"@[A-Z0-9]+@", formula)
-    assert re.search(r"@[A-Z0-9]+@", template)
+    assert f'/v3.2.1/{made.name}"\n  sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
+    assert [bool(re.search(r"@[A-Z0-9]+@", text)) for text in (formula, template)] == [False, True]
     found = re.findall(r'resource "(\S+)" do\s+url "(\S+)", using: :nounzip\s+sha256 "(\w+)"\s+end', formula)
-    assert {name for name, _, _ in found} == {one["name"] for one in packages} - {"colorama"}
     assert all(checksum == hashlib.sha256(url.encode()).hexdigest() for _, url, checksum in found)
-    assert [url[-34:] for name, url, _ in found if name == "regex"] == ["1.0-cp313-cp313-macosx_11_0_arm64.whl"[-34:]]
-    blocks = dict(re.findall(r"  on_(\w+)(?: :or_newer)? do\n(.*?)\n  end\n", formula, re.DOTALL))
-    assert {name: re.findall(r"macosx_(\d+)_", block) for name, block in blocks.items()} == {
-        "sonoma": ["14"] * 2, "sequoia": ["15"] * 2, "tahoe": ["26"] * 2,
+    assert {(name, url.partition("-1.0-")[2]) for name, url, _ in found if not name.startswith("mlx")} == {
+        ("setuptools", "py3-none-any.whl"), ("regex", "cp313-cp313-macosx_11_0_arm64.whl"),
     }  # fmt: skip
+    blocks = re.findall(r"  on_(\w+)(?: :or_newer)? do\n(.*?)\n  end\n", formula, re.DOTALL)
+    assert {name: re.findall(r"(mlx\S*)-1.0-\S+_(\d+)_0_", block) for name, block in blocks} == {
+        name: [("mlx", version), ("mlx_metal", version)]
+        for name, version in (("sonoma", "14"), ("sequoia", "15"), ("tahoe", "26"))
+    }
     assert f'depends_on "python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"' in formula
-    source = packages[4]
-    for wrong, words in (
-        (locked("regex"), "regex: no wheel"),
-        (locked("regex", "cp313-cp313-macosx_15_0_arm64"), "macOS 14"),
-        ({**source, "wheels": [{"url": source["wheels"][3]["url"]}]}, "SHA-256"),
-        ({**source, "wheels": [{**source["wheels"][3], "url": "http://elsewhere/regex-1.0-py3-none-any.whl"}]}, "PyPI"),
+    best, *others = packages[4]["wheels"][3], *packages[:4]
+    for archive, asked, words in (
+        (made, [*others, locked("regex")], "regex: no wheel"),
+        (made, [*others, locked("regex", "cp313-cp313-macosx_15_0_arm64")], "macOS 14"),
+        (made, [*others, {"name": "regex", "wheels": [{"url": best["url"]}]}], "SHA-256"),
+        (
+            made,
+            [*others, {"name": "regex", "wheels": [{**best, "url": "http://a/regex-1.0-py3-none-any.whl"}]}],
+            "PyPI",
+        ),
+        (made, packages[:2], "mlx-lm, setuptools"),
+        (source_archive(tmp_path / "mlx_lora-3.2.2.tar.gz", "3.2.1"), packages, "another version"),
+        (source_archive(tmp_path / "mlx-lora-3.2.1.tar.gz", "3.2.1"), packages, "not named"),
+        (tmp_path / "mlx_lora-9.tar.gz", packages, "cannot be read"),
     ):
-        lock = {"packages": [*packages[:4], wrong]}
-        refuses(words, render.render, made, lock, template, kind=render.Unusable)
-    refuses("mlx-lm, setuptools", render.render, made, {"packages": packages[:2]}, template, kind=render.Unusable)
-    for archive, words in (
-        (source_archive(tmp_path / "mlx_lora-3.2.2.tar.gz", "3.2.1"), "another version"),
-        (source_archive(tmp_path / "mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
-        (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
-    ):
-        refuses(words, render.render, archive, {"packages": packages}, template, kind=render.Unusable)
+        refuses(words, render.render, archive, {"packages": asked}, template, kind=render.Unusable)
+
+
+@pytest.mark.long
+def test_the_space_answers_by_our_own_commands_and_keeps_no_file(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())  # the page is looked at by hand
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    app = script("space/app.py")
+    monkeypatch.setattr(app, "model_folder", lambda name: tiny_folder)
+    for name, text in (("a.jsonl", '{"prompt": "a", "completion": "b"}\n' * 9), ("b.exe", "x"), ("c.jsonl", "{")):
+        (tmp_path / "upload").mkdir()
+        (tmp_path / "upload" / name).write_text(text)
+        line, plan, report = app.answer(
+            str(tmp_path / "upload" / name), "a/b", "as it is published", "M4, 16 GB", 8, 64
+        )
+        assert ("--rank 8" in line, "M4, 16 GB" in plan, "9 rows" in report) == (name == "a.jsonl",) * 3
+        assert not list(tmp_path.iterdir())
+    assert f"]=={mlx_lora.__version__}\n" in (ROOT / "packaging/space/requirements.txt").read_text()
+
+
+def test_the_app_shows_in_a_dialog_why_the_studio_ended(tmp_path):
+    app = script("macos/make_app.py").make_app(tmp_path, mlx_lora.__version__) / "Contents"
+    facts = plistlib.loads((app / "Info.plist").read_bytes())
+    assert (app / "Resources" / f"{facts['CFBundleIconFile']}.icns").read_bytes()[8:12] == b"ic07"
+    programs = tmp_path / "Library/Application Support" / facts["CFBundleName"] / "env/bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "installed").write_text(facts["CFBundleShortVersionString"])
+    fakes = {"mlx-lora": "echo Error: no such day; exit 2", "uname": "echo arm64", "curl": "exit 7",
+             "osascript": 'echo "$@" >>"$HOME/said"'}  # fmt: skip
+    for name, line in fakes.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    with_fakes = {"HOME": str(tmp_path), "PATH": f"{programs}:/usr/bin:/bin"}
+    assert subprocess.run([app / "MacOS" / facts["CFBundleExecutable"]], env=with_fakes, check=False).returncode == 1
+    assert "Error: no such day" in (tmp_path / "said").read_text()
 
 
 # This package changes these, or uses what they do not document.
