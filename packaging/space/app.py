@@ -128,10 +128,15 @@ def take_upload(upload: str | None, folder: Path) -> tuple[str, ...]:
     return "--data", f"data{suffix}"
 
 
-def answer(
-    upload: str | None, model: str, bits: str, mac: str, rank: float, length: float
-) -> tuple[Any, str, str, str]:
-    """Return an empty file field, a line for the reader, the report on the data, and the plan."""
+def answer(upload: str | None, model: str, bits: str, mac: str, rank: float, length: float) -> tuple[str, str, str]:
+    """Return a line for the reader, the plan, and the report on the data; the upload is gone afterward.
+
+    Args:
+        upload: the file; None: there is none, and only the plan is made.
+        model: an id of the hub.
+        bits, mac: keys of `BITS` and `MACS`.
+        rank, length: of the adapter, and of the longest row in tokens.
+    """
     report, plan, command = "", "", ""
     with tempfile.TemporaryDirectory(prefix="mlx-lora-space-") as name:
         folder = Path(name)
