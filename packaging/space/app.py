@@ -23,7 +23,6 @@ from typing import Any
 
 import gradio as gr
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from mlx_lora.data.file_formats import SUFFIXES
 from mlx_lora.planner.speed import CHIPS
@@ -68,7 +67,9 @@ def model_folder(name: str) -> Path:
         if sum(one.size or 0 for one in wanted) > MOST_MODEL_FILES_MB * 10**6:
             raise NotPossible(f"{name}: configuration and tokenizer are larger than {MOST_MODEL_FILES_MB} MB")
         return Path(snapshot_download(name, allow_patterns=[one.rfilename for one in wanted]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except NotPossible:
+        raise
+    except Exception as error:  # the client's own, and those of its HTTP library, which is another one in each version
         raise NotPossible(f"{name}: cannot be fetched ({' '.join(str(error).split())[:200]})") from None
 
 
