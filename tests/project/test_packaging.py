@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import plistlib
 import re
 import shlex
 import shutil
@@ -114,36 +115,102 @@ def test_release_notes_are_the_tags_own():
     refuses("no line", notes.package_version, "__version__ = metadata.version('mlx-lora')\n", kind=notes.NotReady)
 
 
-def test_the_formula_is_filled_in_from_the_archive(tmp_path):
+def source_archive(path: Path, version: str) -> Path:
+    """A source archive with nothing but its PKG-INFO."""
+    member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO")
+    info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
+    member.size = len(info)
+    with tarfile.open(path, "w:gz") as content:
+        content.addfile(member, io.BytesIO(info))
+    return path
+
+
+def locked(name: str, *ends: str, **more: str) -> dict[str, Any]:
+    """A package as uv locks it, with a wheel for each end of a name; the checksum tells which one it is."""
+    wheels = [
+        {"url": (url := f"https://files.pythonhosted.org/packages/a/{name.replace('-', '_')}-1.0-{end}.whl"),
+         "hashes": {"sha256": hashlib.sha256(url.encode()).hexdigest()}} for end in ends
+    ]  # fmt: skip
+    return {"name": name, "wheels": wheels, **more}
+
+
+def test_the_formula_is_filled_in_from_the_archive_and_the_lock_file(tmp_path):
     render = script("homebrew/render.py")
-
-    def archive(name: str, version: str) -> Path:
-        info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
-        with tarfile.open(tmp_path / name, "w:gz") as content:
-            member = tarfile.TarInfo(f"{name.removesuffix('.tar.gz')}/PKG-INFO")
-            member.size = len(info)
-            content.addfile(member, io.BytesIO(info))
-        return tmp_path / name
-
-    made = archive("mlx_lora-3.2.1.tar.gz", "3.2.1")
-    template = render.TEMPLATE.read_text()
-    formula = render.render(made, template)
-    assert f'sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
-    assert f'url "{HOME}/releases/download/v3.2.1/mlx_lora-3.2.1.tar.gz"' in formula
-    assert formula.startswith("class MlxLora < Formula\n")
-    assert "@VERSION@" not in formula
-    assert "@SHA256@" in template
-    needed = f'"python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"'
-    assert f"depends_on {needed}" in formula
-    for wrong, words in (
-        (archive("mlx_lora-3.2.2.tar.gz", "3.2.1"), "another version"),
-        (archive("mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
-        (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
+    made, template = source_archive(tmp_path / "mlx_lora-3.2.1.tar.gz", "3.2.1"), render.TEMPLATE.read_text()
+    own = [f"macosx_{version}_0_arm64" for version in (14, 15, 26)]
+    packages = [
+        locked("mlx", *(f"cp313-cp313-{system}" for system in own)),
+        locked("mlx-metal", *(f"py3-none-{system}" for system in own)),
+        *(locked(name, "py3-none-any") for name in ("mlx-lm", "setuptools")),
+        # Not these: another Python, another processor, a newer macOS than any, and what is slower.
+        locked("regex", "cp312-cp312-macosx_11_0_arm64", "cp313-cp313-macosx_99_0_arm64", "cp313-cp313-macosx_11_0_x86_64",
+               "py3-none-any", "cp313-cp313-macosx_11_0_arm64"),
+        locked("colorama", "py3-none-any", marker="sys_platform == 'win32'"),
+    ]  # fmt: skip
+    formula = render.render(made, {"packages": packages}, template)
+    assert f'/v3.2.1/{made.name}"\n  sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
+    assert [bool(re.search(r"@[A-Z0-9]+@", text)) for text in (formula, template)] == [False, True]
+    found = re.findall(r'resource "(\S+)" do\s+url "(\S+)", using: :nounzip\s+sha256 "(\w+)"\s+end', formula)
+    assert all(checksum == hashlib.sha256(url.encode()).hexdigest() for _, url, checksum in found)
+    assert {(name, url.partition("-1.0-")[2]) for name, url, _ in found if not name.startswith("mlx")} == {
+        ("setuptools", "py3-none-any.whl"), ("regex", "cp313-cp313-macosx_11_0_arm64.whl"),
+    }  # fmt: skip
+    blocks = re.findall(r"  on_(\w+)(?: :or_newer)? do\n(.*?)\n  end\n", formula, re.DOTALL)
+    assert {name: re.findall(r"(mlx\S*)-1.0-\S+_(\d+)_0_", block) for name, block in blocks} == {
+        name: [("mlx", version), ("mlx_metal", version)]
+        for name, version in (("sonoma", "14"), ("sequoia", "15"), ("tahoe", "26"))
+    }
+    assert f'depends_on "python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"' in formula
+    best, *others = packages[4]["wheels"][3], *packages[:4]
+    for archive, asked, words in (
+        (made, [*others, locked("regex")], "regex: no wheel"),
+        (made, [*others, locked("regex", "cp313-cp313-macosx_15_0_arm64")], "macOS 14"),
+        (made, [*others, {"name": "regex", "wheels": [{"url": best["url"]}]}], "SHA-256"),
+        (
+            made,
+            [*others, {"name": "regex", "wheels": [{**best, "url": "http://a/regex-1.0-py3-none-any.whl"}]}],
+            "PyPI",
+        ),
+        (made, packages[:2], "mlx-lm, setuptools"),
+        (source_archive(tmp_path / "mlx_lora-3.2.2.tar.gz", "3.2.1"), packages, "another version"),
+        (source_archive(tmp_path / "mlx-lora-3.2.1.tar.gz", "3.2.1"), packages, "not named"),
+        (tmp_path / "mlx_lora-9.tar.gz", packages, "cannot be read"),
     ):
-        refuses(words, render.render, wrong, template, kind=render.Unusable)
-    command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
-    assert subprocess.run(command, check=False).returncode == 0
-    assert (tmp_path / "f.rb").read_text() == formula
+        refuses(words, render.render, archive, {"packages": asked}, template, kind=render.Unusable)
+
+
+@pytest.mark.long
+def test_the_space_answers_by_our_own_commands_and_keeps_no_file(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())  # the page is looked at by hand
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    app = script("space/app.py")
+    monkeypatch.setattr(app, "model_folder", lambda name: tiny_folder)
+    for name, text in (("a.jsonl", '{"prompt": "a", "completion": "b"}\n' * 9), ("b.exe", "x"), ("c.jsonl", "{")):
+        (tmp_path / "upload").mkdir()
+        (tmp_path / "upload" / name).write_text(text)
+        line, plan, report = app.answer(
+            str(tmp_path / "upload" / name), "a/b", "as it is published", "M4, 16 GB", 8, 64
+        )
+        assert ("--rank 8" in line, "M4, 16 GB" in plan, "9 rows" in report) == (name == "a.jsonl",) * 3
+        assert not list(tmp_path.iterdir())
+    assert f"]=={mlx_lora.__version__}\n" in (ROOT / "packaging/space/requirements.txt").read_text()
+
+
+def test_the_app_shows_in_a_dialog_why_the_studio_ended(tmp_path):
+    app = script("macos/make_app.py").make_app(tmp_path, mlx_lora.__version__) / "Contents"
+    facts = plistlib.loads((app / "Info.plist").read_bytes())
+    assert (app / "Resources" / f"{facts['CFBundleIconFile']}.icns").read_bytes()[8:12] == b"ic07"
+    programs = tmp_path / "Library/Application Support" / facts["CFBundleName"] / "env/bin"
+    programs.mkdir(parents=True)
+    (programs.parent / "installed").write_text(facts["CFBundleShortVersionString"])
+    fakes = {"mlx-lora": "echo Error: no such day; exit 2", "uname": "echo arm64", "curl": "exit 7",
+             "osascript": 'echo "$@" >>"$HOME/said"'}  # fmt: skip
+    for name, line in fakes.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    with_fakes = {"HOME": str(tmp_path), "PATH": f"{programs}:/usr/bin:/bin"}
+    assert subprocess.run([app / "MacOS" / facts["CFBundleExecutable"]], env=with_fakes, check=False).returncode == 1
+    assert "Error: no such day" in (tmp_path / "said").read_text()
 
 
 # This package changes these, or uses what they do not document.

@@ -282,7 +282,8 @@ def test_the_site_builds_strictly(tmp_path):
     copy = tmp_path / "checkout"
     for name in ("docs", "mlx_lora"):
         shutil.copytree(ROOT / name, copy / name)
-    shutil.copy(ROOT / "mkdocs.yml", copy)
+    for name in ("mkdocs.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, copy)
 
     def build() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # --quiet would hide warnings from --strict

@@ -1,4 +1,4 @@
-"""Scripts of the checkout: the tests that a change touches, the package's size, what mlx's GPUs lack, and the nightly runs and their issue."""
+"""Scripts of the checkout: the tests that a change touches, the package's size, what mlx's GPUs lack, the nightly runs and their issue, and results that people submit."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
+from functools import reduce
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from made_results import made_entry, made_result
 
 ROOT = Path(__file__).parents[2]
 
@@ -543,3 +546,56 @@ def test_the_list_knows_the_installed_functions(metal, listed):
             owner = getattr(owner, part, None)
         assert owner is not None, name
     assert all(primitive in metal.FUNCTIONS for primitive in [*listed["metal"], *listed["cuda"]])
+
+
+# --- the page of results
+
+
+def test_the_page_has_every_committed_result(script):
+    page = script("results_page")
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.written(text) == text, "run python scripts/results_page.py"
+
+
+WRONG = {  # what a file may not have -> what becomes of it, by the path in it
+    "gone": ("device.name", None),
+    "a future": ("created", "2099-01-01T00:00:00+0000"),
+    "a folder": ("tiers", ["../../etc"]),
+    "a table": ("machine.chip", "M2 | <b>"),
+    "a path": ("results.0.base.model", "/Users/ada/model"),
+    "a virtual Mac": ("device.name", "Apple Paravirtual device"),
+    "memory": ("results.0.figures.peak_memory_bytes", 17 << 30),
+    "order": ("results.0.figures.tokens_per_s.p10", 5000.0),
+    "faster than itself": ("results.0.figures.mfu", 1.7),
+    "not its own total": ("results.0.figures.overall_tokens_per_s", 4000.0),
+    "far from the plan": ("results.0.predicted.tokens_per_s", 20.0),
+    "battery": ("results.0.power_before.source", "battery"),
+    "changed files": ("software.commit", "abc-dirty"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_submitted_file_that_cannot_be_is_refused_in_one_line(what, script, tmp_path, capsys):
+    page, content, (where, value) = script("results_page"), made_result(), WRONG[what]
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(content))
+    *folders, last = where.split(".")
+    reduce(lambda part, name: part[int(name) if name.isdecimal() else name], folders, content)[last] = value
+    bad.write_text(json.dumps(content))
+    assert [page.main(["--check", str(path)]) for path in (good, bad)] == [0, 1]
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [str(good), str(bad)]
+
+
+def test_a_submitted_file_comes_into_the_table_with_the_fastest_first(script, tmp_path, monkeypatch):
+    page = script("results_page")
+    for name, there in (("ROOT", tmp_path), ("RESULTS", tmp_path / "results"), ("PAGE", tmp_path / "results.md")):
+        monkeypatch.setattr(page, name, there)
+    page.PAGE.write_text(f"above {page.BEGIN} old {page.END} below")
+    for speed in (980.0, 1020.0):
+        (tmp_path / "one.json").write_text(json.dumps(made_result(entries=[made_entry(speed=speed)])))
+        page.main(["--add", str(tmp_path / "one.json")])
+    rows = re.findall(r"\| \[(.+?)\]\(.+/(results/\S+)\) \| 16 GB \| \S+ \| ([\d,]+)", page.PAGE.read_text())
+    assert [(label, speed, (tmp_path / where).is_file()) for label, where, speed in rows] == [
+        ("M2 Pro, 16 GPU cores", speed, True) for speed in ("1,020", "980")
+    ]
+    assert " old " not in page.PAGE.read_text()
