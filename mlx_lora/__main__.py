@@ -42,6 +42,18 @@ COMMANDS = {
 OTHER_WORDS = {
     **dict.fromkeys(("finetune", "fine-tune", "lora", "qlora"), "train --model MODEL --data FILE"),
     **dict.fromkeys(("eval", "test"), "evaluate --model MODEL --adapter-path FOLDER"),
+    **dict.fromkeys(("preprocess", "validate", "data"), "train --model MODEL --data FILE --dry-run"),
+    **dict.fromkeys(("config-schema", "generate-cli-config-options", "agent-docs", "schema"), "--json-schema train"),
+    **dict.fromkeys(
+        ("quant", "dwq", "awq", "gptq", "dynamic_quant", "fetch", "delinearize-llama4"),
+        "convert --model MODEL --bits 4",
+    ),
+    **dict.fromkeys(("claude", "codex", "hermes", "openclaw", "opencode", "pi"), "mcp --root FOLDER"),
+    **dict.fromkeys(("setup", "update", "verify-install", "env", "desktop-capabilities"), "doctor"),
+    **dict.fromkeys(("ls", "cp", "cat"), "train --help"),
+    **dict.fromkeys(("stop", "reset-password", "provision-desktop-auth"), "studio --help"),
+    "merge-sharded-fsdp-weights": "fuse --model MODEL --adapter-path FOLDER --out FOLDER",
+    "vllm-serve": "serve --model MODEL",
     **dict.fromkeys(("infer", "inference", "ask"), "generate --model MODEL --prompt TEXT"),
     "run": "chat --model MODEL",
     **dict.fromkeys(("quantize", "download", "pull"), "convert --model MODEL --bits 4"),

@@ -23,7 +23,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.config.fields import field_type, row_of
-from mlx_lora.config.load import train_settings
+from mlx_lora.config.load import instead_of, train_settings
 from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
@@ -233,6 +233,7 @@ def load(
     trust_remote_code: bool = False,
     quantized_matmul: str = "auto",
     decode_weights: str = "auto",
+    **others: Any,
 ) -> Base:
     """Load a base model to train on and to generate with.
 
@@ -247,12 +248,17 @@ def load(
         decode_weights: their form while text is generated: packed, dense (a float copy), or auto.
 
     Raises:
-        InputError: there is no such model, or it cannot be loaded.
+        InputError: there is no such model, or it cannot be loaded; or there are other arguments, such as Unsloth's.
     """
     given = {
         "model": os.fspath(model), "bits": bits, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
         "quantized_matmul": quantized_matmul, "decode_weights": decode_weights,
     }  # fmt: skip
+    if wrong := [
+        f"{one}: {'give it to mlx_lora.train' if one in FIELDS else instead_of(one, given, str, 'help(mlx_lora.load)')}"
+        for one in others
+    ]:
+        raise errors.InputError(f"load takes no {'; no '.join(wrong)}")
     settings = train_settings(given).model
     with console.log_to(console.show):
         return Base(load_base(settings), settings)

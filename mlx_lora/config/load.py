@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.fields import flag_of, read_value, row_of
+from mlx_lora.config.presets import ADAMW
 from mlx_lora.config.rules import is_verifiers, settings_problems
 from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
 from mlx_lora.utils import console
@@ -30,6 +32,8 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, sha256_of
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
 from mlx_lora.utils.text import closest
+
+log = logging.getLogger(__name__)
 
 _NAMES = {
     "model": "model_name_or_path base_model model_name model_id model_path pretrained_model_name_or_path",
@@ -123,6 +127,40 @@ _OTHER_WAYS = {
     "draft_model": "leave it out; train with --train-mtp makes a head that drafts tokens",
     "attn_implementation": "leave it out; attention is computed by MLX's own kernels or ours, whichever is faster here",
     "device_map": "leave it out; CPU and GPU share one memory",
+    "dataset_train_split": "name it in --data: 'owner/name?split=test[:20%]'",
+    "dataset_test_split": "name it in --data: 'FILE,owner/name?split=test&as=valid'",
+    "dataset_config": "name it in --data: 'owner/name?subset=en'",
+    "test_datasets": "name them in --data: 'FILE,OTHER?as=valid'",
+    "max_samples": "name them in --data: 'FILE?split=train[:1000]'",
+    "mix_strategy": "give sets their weights in --data: a.jsonl,b.jsonl=0.5",
+    "interleave_probs": "give sets their weights in --data: a.jsonl,b.jsonl=0.5",
+    "mask_history": "write weight: 0 into the answers that are not trained",
+    "default_system": "write it into the rows, or name its column with --system-column",
+    "use_peft": "leave it out; LoRA is trained unless --method full",
+    "pissa_init": "use --method pissa",
+    "use_muon": "use --optimizer muon",
+    "loftq_config": "use --method pissa",
+    "freeze_trainable_layers": "use --method full --num-layers N",
+    "freeze_vision_tower": "leave it out; --train-vision trains it",
+    "freeze_multi_modal_projector": "leave it out; --train-connector trains it",
+    "qat_enable": "use --qat",
+    "save_gguf": "use mlx-lora export --to gguf after the run",
+    "push_gguf": "use mlx-lora export --to gguf --push-to-hub REPO after the run",
+    "gguf_path": "use mlx-lora export --to gguf --out FOLDER after the run",
+    "fuse": "use mlx-lora fuse after the run",
+    "hub_path": "use mlx-lora export --push-to-hub REPO after the run",
+    "upload_repo": "use mlx-lora export --push-to-hub REPO after the run",
+    "hf_path": "use --model",
+    "hf_repo": "use --model",
+    "mlx_path": "use --out",
+    "raw_text_file": "use --data FILE.txt",
+    "early_stopping_steps": "use --early-stopping-patience",
+    **dict.fromkeys(("load_in_4bits", "load_in_mxfp4"), _FOUR_BITS),
+    "load_in_8bits": _FOUR_BITS.replace("4", "8"),
+    "no_load_in_4bit": "leave it out, and name a 16-bit model",
+    "use_vllm": "leave it out; answers are sampled by MLX",
+    "reward_functions_file": "use --reward FILE.py:FUNCTION",
+    "importance_sampling_level": "use --grpo-loss gspo for one ratio for a whole answer",
     "deepspeed": "leave it out; share a base that does not fit with --shard-base",
     "fsdp": "leave it out; share a base that does not fit with --shard-base",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
@@ -143,10 +181,6 @@ OTHER_VALUES = {
     "bf16": "use bfloat16",
     "fp16": "use float16",
     "fp32": "use float32",
-    **dict.fromkeys(
-        ("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), "use adamw, whose state is float32"
-    ),
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_mlx"), "use adamw"),
     "tensor": "tensor parallel training is gone; share a base that does not fit with --shard-base",
     "eval_loss": "use loss",
     "eval_rewards/accuracies": "use accuracy",
@@ -168,6 +202,12 @@ def instead_of(name: str, known: Collection[str], spell: Callable[[str], str], l
         if names.get(name) in known:
             return f"use {spell(names[name])}"
     close = closest(name, known)
+    from mlx_lora.config.migrate.common import CHANGES, changes_nothing  # few errors need it
+
+    if changes_nothing(name) and not close:
+        return "leave it out; it changes no result here"
+    if name in CHANGES:
+        return f"leave it out; there is nothing like it here ({CHANGES[name]})"
     return f"did you mean {spell(close[0])}?" if close else f"leave it out ({listing} lists the options)"
 
 
@@ -233,6 +273,9 @@ def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], pr
     for name, value in values.items():
         if name not in fields:
             continue
+        if name == "optimizer" and value != "adamw" and ADAMW.fullmatch(str(value)):
+            log.info(f"--optimizer {value}: AdamW, with its state in float32, which is small for an adapter")
+            value = "adamw"
         try:
             read[name] = read_value(fields[name], value)
         except ValueError as error:

@@ -8,6 +8,7 @@ factors), the scale of the product, the initial factors, the learning rate of B 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -109,6 +110,8 @@ class Optimizer:
         return self.mlx_class()(learning_rate, **own, **self.options)
 
 
+# AdamW under its names elsewhere; what these say in addition is how its state is stored.
+ADAMW = re.compile(r"(paged_)?adamw(_(torch|hf|fused|bnb|anyprecision|apex|npu|xla|mlx))*(_(4|8|32)bit)?(_fused)?")
 # Adam and AdamW: arXiv 1412.6980, algorithm 1; 1711.05101. Adafactor's state of rows and columns is too small to count.
 OPTIMIZERS = {
     "adamw": Optimizer("AdamW", 2, 9.0, uncompiled_copies=11.0, elementwise=True, takes_decay=True, takes_betas=True),

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlx_lora.config.fields import source_text
 from mlx_lora.config.objectives import IMITATION, SAMPLING, SMOOTHED
+from mlx_lora.config.presets import ADAMW
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
@@ -90,6 +91,11 @@ CHANGES = {
     "disable_shuffling": "rows keep their order",
 }  # fmt: skip
 UNKNOWN = "not known here; remove it if it changes no result"
+
+
+def changes_nothing(key: str) -> bool:
+    """Tell whether a key changes no result."""
+    return key in HARMLESS or (key.startswith(BEGINNINGS) and key not in CHANGES)
 
 
 @dataclass
@@ -210,7 +216,7 @@ class Sheet:
     def sort_rest(self) -> None:
         """Sort what has not been read into keys that change no result, and keys that are refused; what is off is neither."""
         for key in list(self.rest):
-            if key in HARMLESS or (key.startswith(BEGINNINGS) and key not in CHANGES):
+            if changes_nothing(key):
                 self.leave(key)
             elif self.rest[key] is not False and self.rest[key] != 0:
                 self.refuse(key, CHANGES.get(key, UNKNOWN))
@@ -323,8 +329,6 @@ NUMBERS_OF_RATE = {
     "adam_epsilon": "adam_epsilon", "adam_eps": "adam_epsilon",
 }  # fmt: skip
 EXACT_OPTIMIZERS = {"sgd": "sgd", "adafactor": "adafactor", "muon": "muon"}
-# AdamW under its names; what these say in addition is how its state is stored.
-ADAMW = re.compile(r"(paged_)?adamw(_(torch|hf|fused|bnb|anyprecision|apex|npu|xla))*(_(4|8|32)bit)?(_fused)?")
 INTERVALS = {"logging_steps": "steps_per_report", "eval_steps": "steps_per_eval", "save_steps": "save_every"}
 PER_EPOCH = {"evals_per_epoch": "steps_per_eval", "saves_per_epoch": "save_every"}
 # "no" is 0 here, and "steps" is what we do.
