@@ -236,7 +236,7 @@ class Specials:
 
 
 # Special tokens
-BUILT_IN, OWN = ("alpaca", "chatml", "chatml_ended", "llama3"), "own"
+BUILT_IN, OWN = ("alpaca", "chatml", "chatml_ended", "chatml_thoughts", "llama3"), "own"
 PROBE = [{"role": "user", "content": "x"}]
 
 

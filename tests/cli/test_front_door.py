@@ -15,8 +15,8 @@ from run_cli import one_line, run, succeeds
 
 import mlx_lora
 from mlx_lora.__main__ import OTHER_WORDS, load_command, main
-from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.config.load import instead_of, train_settings
+from mlx_lora.config.settings import FIELDS, DataSettings, ModelSettings
 from mlx_lora.data import data_sets as files
 from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.load import load_data, load_eval_set
@@ -562,6 +562,8 @@ def test_what_others_type_is_answered_with_a_command_that_is_there(typed, capsys
     with pytest.raises(SystemExit):
         main([typed])
     name, *args = capsys.readouterr().err.split("write mlx-lora ")[1].split()
+    args = [arg for arg in args if arg != "--help"]
+    name = args.pop() if name == "--json-schema" else name
     flags = {flag for param in load_command(name).params for flag in param.opts}
     assert {arg for arg in args if arg.startswith("--")} <= flags
 
@@ -570,3 +572,16 @@ def test_what_others_type_is_answered_with_a_command_that_is_there(typed, capsys
 def test_names_of_other_libraries_say_ours(name):
     with pytest.raises(ImportError, match=f"{name}; use mlx_lora"):
         getattr(mlx_lora, name)
+
+
+def test_arguments_of_others_say_ours():
+    for wrong, ours in (
+        ({"load_in_4bit": True}, "bits=4"),
+        ({"max_seq_length": 9}, "mlx_lora.train"),
+        ({"fast": 1}, "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=ours):
+            mlx_lora.load("nowhere", **wrong)
+    assert train_settings({"optimizer": "paged_adamw_8bit"}).optimizer.optimizer == "adamw"
+    assert "changes no result" in instead_of("dataloader_num_workers", FIELDS, str)
+    assert "noise on the embeddings" in instead_of("neftune_noise_alpha", FIELDS, str)

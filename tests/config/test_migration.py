@@ -103,7 +103,7 @@ CASES = {
     ),
     "llama-factory-sft.yaml": (
         {
-            "train": True, "rank": 8, "alpha": 16, "method": "lora", "target_modules": "all-linear",
+            "train_line_break": True, "train": True, "rank": 8, "alpha": 16, "method": "lora", "target_modules": "all-linear",
             "data": "{folder}/rows.json?split=train[:1000]", "chat_template": "llama3", "epochs": 3, "max_seq_length": 2048,
             "batch_size": 1, "warmup": 0.1, "lr_schedule": "cosine", "warmup_init": 0, "warmup_rounding": "up",
             "valid_fraction": 0.1, "steps_per_report": 10, "steps_per_eval": 500, "save_every": 500, "trust_remote_code": True,
@@ -115,7 +115,7 @@ CASES = {
     ),
     "llama-factory-qlora.yaml": (
         {
-            "rank": 16, "alpha": 16, "method": "rslora", "bits": 4, "target_modules": "q_proj,v_proj",
+            "train_line_break": True, "rank": 16, "alpha": 16, "method": "rslora", "bits": 4, "target_modules": "q_proj,v_proj",
             "modules_to_save": "embed_tokens,lm_head", "data": "someone/hub-rows", "chat_template": "chatml", "iters": 200,
             "max_seq_length": 2048, "batch_size": 8, "lr_schedule": "cosine", "optimizer": "adamw", "valid_fraction": 0.0,
             "report_to": "tensorboard", "adapter_path": "saves/q", "model": "someone/qwen3-4b", "dropout": 0.1,
@@ -126,7 +126,7 @@ CASES = {
     ),
     "llama-factory-loraplus-defaults.yaml": (
         {
-            "rank": 8, "alpha": 16, "method": "lora-plus", "loraplus_lr_ratio": 16, "chat_template": "alpaca", "epochs": 3.0,
+            "train_line_break": True, "rank": 8, "alpha": 16, "method": "lora-plus", "loraplus_lr_ratio": 16, "chat_template": "alpaca", "epochs": 3.0,
             "max_seq_length": 1024, "batch_tokens": 8192, "valid_fraction": 0.0, "report_to": "swanlab",
             "adapter_path": "saves/plus", "model": "someone/llama", "project_name": "plus", "learning_rate": 5e-05,
             "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0,
@@ -136,7 +136,7 @@ CASES = {
     ),
     "llama-factory-pissa.yaml": (
         {
-            "rank": 8, "alpha": 16, "method": "pissa", "target_modules": "all-linear", "data": "{folder}/rows.json",
+            "train_line_break": True, "rank": 8, "alpha": 16, "method": "pissa", "target_modules": "all-linear", "data": "{folder}/rows.json",
             "mask_prompt": False, "epochs": 3.0, "max_seq_length": 2048, "batch_size": 2, "warmup": 0, "lr_schedule": "constant",
             "valid_fraction": 0.0, "val_batches": 0, "grad_checkpoint": False, "weight_decay": 0.1, "max_grad_norm": 0.3,
             "adapter_path": "saves/pissa", "seed": 3, "model": "someone/llama", "learning_rate": 5e-05,
@@ -146,7 +146,7 @@ CASES = {
     ),
     "llama-factory-pretrain.yaml": (
         {
-            "train": True, "rank": 8, "alpha": 16, "method": "dora", "target_modules": "all-linear", "data_format": "text",
+            "train_line_break": True, "train": True, "rank": 8, "alpha": 16, "method": "dora", "target_modules": "all-linear", "data_format": "text",
             "data": "{folder}/text.txt", "epochs": 1, "max_seq_length": 512, "batch_tokens": 2048, "valid_fraction": 100,
             "learning_rate": 0.0001, "adapter_path": "saves/pt", "model": "someone/llama", "lr_schedule": "linear", "warmup": 0,
             "weight_decay": 0.0,
@@ -156,7 +156,7 @@ CASES = {
     ),
     "llama-factory-freeze.yaml": (
         {
-            "train": True, "method": "full", "target_modules": "*.layers.*", "num_layers": 8, "optimizer": "muon",
+            "train_line_break": True, "train": True, "method": "full", "target_modules": "*.layers.*", "num_layers": 8, "optimizer": "muon",
             "data": "{folder}/rows.json", "chat_template": "llama3", "epochs": 3, "max_seq_length": 2048, "batch_size": 1,
             "valid_fraction": 0.0, "save_every": 0.3333333333333333, "learning_rate": 1e-05, "adapter_path": "saves/freeze",
             "model": "someone/llama", "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0,
@@ -241,7 +241,7 @@ CASES = {
     ),
     "llama-factory-reward.yaml": (
         {
-            "objective": "reward", "train": True, "rank": 8, "alpha": 16, "method": "lora", "target_modules": "all-linear",
+            "train_line_break": True, "objective": "reward", "train": True, "rank": 8, "alpha": 16, "method": "lora", "target_modules": "all-linear",
             "turn_names": "user=questioner", "data": "{folder}/ranked.json", "chat_template": "chatml", "epochs": 3,
             "max_seq_length": 2048, "batch_size": 1, "warmup": 0.1, "lr_schedule": "cosine", "warmup_init": 0,
             "warmup_rounding": "up", "valid_fraction": 0.0, "learning_rate": 0.0001, "grad_accumulation_steps": 8,
@@ -385,7 +385,7 @@ def test_every_key_is_translated_harmless_or_refused(name, folder):
         (AXOLOTL + "neftune_noise_alpha: 5\n", "noise on the embeddings"),
         (AXOLOTL + "lr_scheduler: rex\n", "lr_scheduler rex: only cosine"),
         (AXOLOTL + "optimizer: lion_8bit\n", "optimizer lion_8bit: only AdamW"),
-        (AXOLOTL + "chat_template: phi_3\n", "not the template of m"),
+        (AXOLOTL + "chat_template: phi_3\n", "nor is it that of m"),
         (AXOLOTL + "datasets: [{path: d, type: chat_template, roles_to_train: [user]}]\n", "datasets.roles_to_train"),
         (AXOLOTL + "datasets: [{path: d, type: jeopardy}]\n", "datasets.type jeopardy: a form of records"),
         (AXOLOTL + "datasets: [{path: d, type: {field_prompt: q, prompt_format: '[INST]{prompt}'}}]\nrl: orpo\n", "prompt_format"),
@@ -447,7 +447,7 @@ logging: {enable_wandb: false, wandb_project: p}
     [
         (TUNE, {
             "model": "models/qwen", "method": "lora", "rank": 4, "alpha": 16, "target_modules": "q_proj,o_proj,gate_proj,up_proj,down_proj",
-            "data": "yahma/alpaca-cleaned?split=train[:95%],yahma/alpaca-cleaned?as=valid&split=train[95%:]", "mask_prompt": False,
+            "data": "yahma/alpaca-cleaned?split=train[:95%],yahma/alpaca-cleaned?split=train[95%:]&as=valid", "mask_prompt": False,
             "data_format": "alpaca_prompt", "chat_template": "chatml_ended", "learning_rate": 3e-4, "lr_schedule": "cosine", "warmup": 100,
             "warmup_init": 0, "weight_decay": 0.01, "max_grad_norm": 0, "batch_size": 2, "epochs": 1, "adapter_path": "out", "valid_fraction": 0,
         }),
@@ -764,7 +764,7 @@ def test_the_losses_with_label_smoothing_are_those_of_the_objective():
     ("kind", "template", "told"),
     [
         ("chatml.intel", "chatml", None),
-        ("llama3.ultra", None, "model's own template"),
+        ("llama3.ultra", "llama3", None),
         ("zephyr.nectar", None, "model's own template"),
         ("bradley_terry.chat_template", None, None),
         ("{field_prompt: question, field_chosen: chosen, field_rejected: rejected}", None, None),
@@ -819,7 +819,7 @@ def test_sets_that_are_read_alike_are_joined():
     one = "{path: a, type: completion}, {path: b, type: sharegpt, split: 'train[:5%]'}, {path: b, name: en, type: completion, field: body}"
     unlike = f"base_model: m\nadapter: lora\ndatasets: [{one}]\ntest_datasets: [{{path: c, split: test, type: completion}}]\n"
     assert migrate(yaml.safe_load(unlike), {}, "f")["data"] == (
-        "a?data_format=text,b?split=train[:5%]&data_format=sharegpt,b?subset=en&text_column=body,c?as=valid&split=test&data_format=text"
+        "a?data_format=text,b?split=train[:5%]&data_format=sharegpt,b?subset=en&text_column=body,c?split=test&as=valid&data_format=text"
     )
 
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, ROLES, SHARED, Dialect, Names, Sheet, filled
-from mlx_lora.config.objectives import RATED, SAMPLING
+from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, SHARED, Dialect, Names, Sheet, filled
+from mlx_lora.config.objectives import IMITATION, RATED, SAMPLING
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.utils.parsing import hashable
 
@@ -197,8 +197,12 @@ def read_data(sheet: Sheet) -> None:
     sources, ways = [], []
     for name, options in ((key, {}), ("test_datasets", {"as": "valid"})):
         for told in common.take_sets(sheet, name):
-            one = replace(sheet.within(told, name), found={"objective": sheet.found.get("objective", "sft")})
-            sources.append({"path": common.take_path(one), **options} | read_part(one))
+            one = replace(
+                sheet.within(told, name), found={"objective": sheet.found.get("objective", next(iter(IMITATION)))}
+            )
+            sources.append(
+                {"path": common.take_path(one), "subset": one.take("name"), "split": one.take("split"), **options}
+            )
             kind = one.rest.pop("type", "pretrain" if name == "pretraining_dataset" else None)
             read_format(one, kind, sheet)
             read_columns(one)
@@ -211,33 +215,20 @@ def read_data(sheet: Sheet) -> None:
         common.put_sets(sheet, key, sources, ways)
 
 
-def read_part(dataset: Sheet) -> dict[str, str]:
-    """Return the options of a dataset that name a part of it."""
-    part = {"subset": dataset.take("name"), "split": dataset.take("split")}
-    return {name: str(value) for name, value in part.items() if value not in (None, "train")}
-
-
 def read_columns(dataset: Sheet) -> None:
     """Set the columns, and the names of turns' fields and roles, that a dataset names."""
     chats = common.trains_on_chats(dataset) or dataset.found["objective"] in RATED
     if chats or dataset.rest.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
         common.read_columns(dataset, FIELDS)
-    fields: dict[str, Any] = {}
-    mapped = dataset.rest.get("message_property_mappings")
-    if isinstance(mapped, dict) and mapped.keys() <= {"role", "content"}:
-        fields |= dataset.take("message_property_mappings")
-    for name in ("role", "content"):
-        if isinstance(dataset.rest.get(f"message_field_{name}"), str):
-            fields[name] = dataset.take(f"message_field_{name}")
-    roles: dict[str, Any] = {}
-    told = dataset.rest.get("roles")
-    if isinstance(told, dict) and told.keys() <= set(ROLES):
-        roles |= dataset.take("roles")
-    elif isinstance(told, dict) and told.keys() <= {"input", "output"}:  # of its older type sharegpt
-        roles |= {{"input": "user", "output": "assistant"}[name]: one for name, one in dataset.take("roles").items()}
-    for name, role in (("field_human", "user"), ("field_model", "assistant")):
-        if isinstance(dataset.rest.get(name), str):
-            roles[role] = dataset.take(name)
+    mapped, told = (dataset.take(key) or {} for key in ("message_property_mappings", "roles"))
+    if not (isinstance(mapped, dict) and mapped.keys() <= {"role", "content"}):
+        dataset.refuse("message_property_mappings", "only role and content have other names", mapped)
+        mapped = {}
+    fields = mapped | {name: one for name in ("role", "content") if (one := dataset.take(f"message_field_{name}"))}
+    older = {"input": "user", "output": "assistant"}  # of its older type sharegpt
+    roles = {older.get(name, name): one for name, one in told.items()}
+    keys = {"field_human": "user", "field_model": "assistant"}
+    roles |= {role: one for key, role in keys.items() if (one := dataset.take(key))}
     common.put_turn_names(dataset, fields, roles, f"{dataset.prefix}roles")
 
 
@@ -295,13 +286,10 @@ def read_template(sheet: Sheet) -> None:
         sheet.take("chat_template")
     common.read_template(sheet, "chat_template", sheet.rest.get("base_model"), TEMPLATES)
     common.read_prompts_trained(sheet, "train_on_inputs")
-    tokens = sheet.part("special_tokens").rest | (
-        sheet.take("tokens") if isinstance(sheet.rest.get("tokens"), dict) else {}
-    )
+    tokens = sheet.part("special_tokens").rest
     if wanted := [f"{name}={text}" for name, text in tokens.items() if name != "pad_token"]:
         sheet.found["special_tokens"] = ",".join(wanted)
-    for key in ("eot_tokens", "remove_unused_columns"):  # the end of a turn is always trained with it
-        sheet.leave(key)
+    sheet.leave("eot_tokens", "remove_unused_columns")  # the end of a turn is always trained with it
     plugins = sheet.take("plugins") or []
     for name in plugins if isinstance(plugins, list) else [plugins]:
         if not str(name).endswith(PLUGINS):
@@ -330,10 +318,7 @@ def read_loop(sheet: Sheet) -> None:
     if sheet.rest.get("freeze_mm_modules") is True:
         sheet.leave("freeze_mm_modules")
     sheet.leave("eta_min", "full_finetune", "test_value")  # which Axolotl does not read
-    if (
-        str(kind := sheet.take("model_type") or "").endswith("Classification")
-        and sheet.found.get("objective", "sft") == "sft"
-    ):
+    if str(kind := sheet.take("model_type") or "").endswith("Classification") and "objective" not in sheet.found:
         sheet.refuse("model_type", "a head for labels; use --objective classify", kind)
     if sheet.rest.get("wandb_project"):
         sheet.found["report_to"] = "wandb"

@@ -476,7 +476,7 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
     Args:
         sheet: of the file.
         key: of the template's name.
-        model: that is trained.
+        model: that is trained; empty: a template of its family may have another text.
         exact: names of the trainer's templates -> ours; None: what is done without a name.
     """
     name = sheet.take(key)
@@ -493,7 +493,7 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
     else:
         sheet.refuse(
             key,
-            f"not the template of {model}, nor one of {', '.join(TEMPLATES)}; give its Jinja file",
+            f"no text of that name is here{f', nor is it that of {model}' * bool(model)}; give its Jinja file",
             name,
             "chat_template",
         )
@@ -656,7 +656,8 @@ def put_sets(sheet: Sheet, key: str, sources: Sequence[Mapping[str, Any]], ways:
     else:
         sheet.found |= ways[0]
     if all(one.get("path") for one in sources):
-        sheet.found["data"] = ",".join(source_text(one) for one in sources)
+        known = [{key: value for key, value in one.items() if value not in (None, "train")} for one in sources]
+        sheet.found["data"] = ",".join(map(source_text, known))
 
 
 # Preferences, and answers that are sampled
@@ -674,6 +675,7 @@ PREFERENCE_LOSSES_OF_LLAMA_FACTORY = {
 MODES_OF_MLX_LM_LORA = {
     "sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo",
 }  # fmt: skip
+LOSSES_OF_TORCHTUNE = {"DPOLoss": "dpo"}
 LOSSES_OF_MLX_LM_LORA = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}  # by our objective
 LIKELIHOOD = (
     "rpo_alpha",

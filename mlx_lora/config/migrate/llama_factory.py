@@ -53,8 +53,15 @@ PREFERENCE_OPTIONS = {
     "ref_model_adapters": "reference_adapter",
 }
 TABLE = "dataset_info.json"
-# Its templates with the same text as ours.
-TEMPLATES = {"qwen3_nothink": "chatml"}
+# Its templates with the text of one of ours, or of the model's own: those of which this was seen.
+TEMPLATES = {
+    **dict.fromkeys(("qwen3_nothink", "qwen3_5_nothink"), "chatml"),
+    **dict.fromkeys(("qwen3", "qwen3_5", "qwen3_vl"), "chatml_thoughts"),
+    **dict.fromkeys(
+        ("qwen", "qwen2_vl", "qwen3_vl_nothink", "gemma", "gemma2", "gemma3", "falcon_h1", "deepseek3", "mistral"),
+        "own",
+    ),
+}
 # Keys that only its files for another command have -> that command.
 OTHER_COMMANDS = {
     "export_dir": "llamafactory-cli export; here fuse", "infer_backend": "llamafactory-cli chat; here chat",
@@ -184,7 +191,7 @@ def read_data(sheet: Sheet) -> None:
         common.put_sets(sheet, "dataset", sources, ways)
     common.read_prompts_trained(sheet, "train_on_prompt")
     text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
-    common.read_template(sheet, "template", sheet.rest.get("model_name_or_path"), TEMPLATES | text)
+    common.read_template(sheet, "template", "", TEMPLATES | text)
     if sheet.switch("mask_history"):
         sheet.refuse("mask_history", "only the last answer of a chat is trained; write weight: 0 into the others", True)
     if sheet.switch("enable_thinking"):  # the default, which a template decides here

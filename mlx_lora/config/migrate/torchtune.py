@@ -10,9 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.config.fields import source_text
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import UNCUT, Dialect, Sheet
+from mlx_lora.config.migrate.common import LOSSES_OF_TORCHTUNE, UNCUT, Dialect, Sheet
 
 PART = "_component_"
 # Parts that change no result.
@@ -31,7 +30,7 @@ DATA_SETS: dict[str, tuple[str | None, dict[str, Any]]] = {
 }
 ATTENTION = {"output_proj": "o_proj"}
 # Keys of its files for other commands -> what that command is here.
-OTHER_COMMANDS = {"tasks": "evaluate", "prompt": "generate", "num_steps": "train --objective grpo"}
+OTHER_COMMANDS = {"tasks": "evaluate", "prompt": "generate", "num_steps": "train with --reward"}
 
 
 def recognizes(content: Mapping[str, Any]) -> bool:
@@ -61,8 +60,8 @@ def read_kind(sheet: Sheet) -> None:
             raise sheet.refusal(f"{key}: a file of another command; here it is mlx-lora {command}")
     sheet.rest = {key: filled_in(value, sheet.rest) for key, value in sheet.rest.items() if key not in PARTS}
     name, loss = part(sheet, "loss")
-    if name == "DPOLoss":
-        common.put_objective(loss, "dpo", {"beta": "beta", "label_smoothing": "label_smoothing"})
+    if name in LOSSES_OF_TORCHTUNE:
+        common.put_objective(loss, LOSSES_OF_TORCHTUNE[name], {"beta": "beta", "label_smoothing": "label_smoothing"})
     elif name and name not in LOSSES:
         sheet.refuse("loss", "another loss", name)
     for key in ("kd_ratio", "teacher_model", "kd_loss", "quantizer", "policy_model"):
@@ -108,9 +107,11 @@ def read_data(sheet: Sheet) -> None:
     for key, options in (("dataset", {}), ("dataset_val", {"as": "valid"})):
         name, own = part(sheet, key)
         path, settings = DATA_SETS.get(name.removesuffix("_dataset"), (None, None))
-        source = {"path": common.take_path(own, "source") or path, **options}
-        source |= {
-            option: own.take(option) for option in ("split", "subset") if own.rest.get(option) not in (None, "train")
+        source = {
+            "path": common.take_path(own, "source") or path,
+            "split": own.take("split"),
+            "subset": own.take("subset"),
+            **options,
         }
         if name and (settings is None or source["path"] is None):
             sheet.refuse(key, "a form of rows that is not here", name)
@@ -125,7 +126,7 @@ def read_data(sheet: Sheet) -> None:
             sheet.refuse(key, "rows are joined; rows of similar length share a batch here (--batch-tokens)", "packed")
         own.sort_rest()
     if sources:
-        sheet.found["data"] = ",".join(map(source_text, sources))
+        common.put_sets(sheet, "dataset", sources, [{}] * len(sources))
 
 
 def read_loop(sheet: Sheet) -> None:

@@ -109,9 +109,9 @@ def read_preference(sheet: Sheet, objective: str) -> None:
         objective = "simpo"
     elif objective == "cpo" and losses not in (None, "sigmoid"):
         raise sheet.refusal(f"loss_type {losses} with CPO: only sigmoid and simpo are supported; use TRL for it")
-    if objective == "sft" and losses == "dft":
+    if losses == "dft":
         sheet.refuse("loss_type", common.CHANGES["use_dft_loss"])
-    if losses == "sigmoid" or objective == "sft" or (objective == "kto" and losses == "kto"):
+    if losses in ("sigmoid", *CHAT_LOSSES) or (objective == "kto" and losses == "kto"):
         sheet.take("loss_type")
     if objective == "simpo":
         common.refuse_likelihood(sheet, 1)
@@ -204,11 +204,7 @@ def read_data(sheet: Sheet) -> None:
         sets = [sheet.within({name: sheet.take(key) for key, name in keys.items() if key in sheet.rest}, "datasets")]
     sources = []
     for one in sets:
-        part = {"subset": one.take("name"), "split": one.take("split")}
-        sources.append(
-            {"path": common.take_path(one)}
-            | {key: value for key, value in part.items() if value not in (None, "train")}
-        )
+        sources.append({"path": common.take_path(one), "subset": one.take("name"), "split": one.take("split")})
         one.refuse("fraction", "shares of a mixture; give a weight, as in a.jsonl=0.5")
         one.leave("columns")
         one.sort_rest()
