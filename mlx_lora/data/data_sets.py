@@ -392,13 +392,13 @@ def _describes(file: Path) -> bool:
     return bool((NOT_TEXT if file.suffix.lower() in DOCUMENTS else NOT_DATA).fullmatch(file.name))
 
 
-def _named_splits(folder: Path, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, tuple[Path, ...]]:
+def _named_splits(folder: Path, known: Mapping[str, str] = SPLIT_NAMES) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split: those with one of its names in `folder`, and all in subfolders with such a name."""
     candidates: dict[str, list[Path]] = {}
     for file in _data_files(folder):
-        if split := names.get(_stem(file)):
+        if split := known.get(_stem(file)):
             candidates.setdefault(split, []).append(file)
-    for name, split in names.items():
+    for name, split in known.items():
         candidates.setdefault(split, []).extend(_data_files(folder / name))
     for split, files in candidates.items():
         in_parts = all("-of-" in file.stem or file.parent != folder for file in files)

@@ -374,7 +374,9 @@ class RunFolder:
 
 def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
     """Refuse a disk without space for the run's checkpoints, each with adapter, masters, and for Adam two moments."""
-    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    checkpoints = (
+        min(steps // int(loop.save_every) + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    )
     check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
 
 

@@ -226,7 +226,7 @@ def read_columns(dataset: Sheet) -> None:
         mapped = {}
     fields = mapped | {name: one for name in ("role", "content") if (one := dataset.take(f"message_field_{name}"))}
     older = {"input": "user", "output": "assistant"}  # of its older type sharegpt
-    roles = {older.get(name, name): one for name, one in told.items()}
+    roles = {str(older.get(name, name)): one for name, one in told.items()}
     keys = {"field_human": "user", "field_model": "assistant"}
     roles |= {role: one for key, role in keys.items() if (one := dataset.take(key))}
     common.put_turn_names(dataset, fields, roles, f"{dataset.prefix}roles")

@@ -82,7 +82,7 @@ def read_model(sheet: Sheet) -> None:
     model.copy({"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}, Sheet.number)
     if adapts:
         sheet.assume(rank=8, alpha=16)
-        names = [ATTENTION.get(one, one) for one in attention or ()]
+        names = [ATTENTION.get(one) or str(one) for one in attention or ()]
         names += ["gate_proj", "up_proj", "down_proj"] * bool(mlp) + ["lm_head"] * bool(head)
         sheet.found["target_modules"] = ",".join(names)
     else:
@@ -106,14 +106,14 @@ def read_data(sheet: Sheet) -> None:
     sources = []
     for key, options in (("dataset", {}), ("dataset_val", {"as": "valid"})):
         name, own = part(sheet, key)
-        path, settings = DATA_SETS.get(name.removesuffix("_dataset"), (None, None))
+        path, settings = DATA_SETS.get(name.removesuffix("_dataset"), (None, {}))
         source = {
             "path": common.take_path(own, "source") or path,
             "split": own.take("split"),
             "subset": own.take("subset"),
             **options,
         }
-        if name and (settings is None or source["path"] is None):
+        if name and (name.removesuffix("_dataset") not in DATA_SETS or source["path"] is None):
             sheet.refuse(key, "a form of rows that is not here", name)
         elif name:
             sheet.found |= settings
