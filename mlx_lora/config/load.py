@@ -134,7 +134,7 @@ _OTHER_WAYS = {
     "max_samples": "name them in --data: 'FILE?split=train[:1000]'",
     "mix_strategy": "give sets their weights in --data: a.jsonl,b.jsonl=0.5",
     "interleave_probs": "give sets their weights in --data: a.jsonl,b.jsonl=0.5",
-    "mask_history": "write weight: 0 into the answers that are not trained",
+    "mask_history": "use --last-answer",
     "default_system": "write it into the rows, or name its column with --system-column",
     "use_peft": "leave it out; LoRA is trained unless --method full",
     "pissa_init": "use --method pissa",

@@ -107,6 +107,7 @@ class DataSettings:
         MODEL, choices=LONG_ROWS)
     mask_prompt: bool = setting(True, "Train on assistant turns only; --no-mask-prompt trains on all tokens.",
         MODEL, common=True)
+    last_answer: bool = setting(False, "Train only the last answer of a chat, as mlx-lm does with --mask-prompt.", MODEL)
     train_line_break: bool = setting(False, "Also train the line break after the end of an answer, as LLaMA-Factory does.", MODEL)
     whole_chats: bool = setting(False, "Train all turns of chats, as TRL does, but only the answers of prompts that have one.", MODEL)
     chat_template: str | None = setting(None,

@@ -385,7 +385,7 @@ def _make_encoder(
         allow_special_tokens=settings.allow_special_tokens,
     )
     encoder.long_rows, encoder.whole_chats = settings.long_rows, settings.whole_chats
-    encoder.train_line_break = settings.train_line_break
+    encoder.train_line_break, encoder.last_answer = settings.train_line_break, settings.last_answer
     return encoder, template, origin
 
 

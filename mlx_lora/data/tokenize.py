@@ -57,10 +57,12 @@ class Encoder:
     Attributes:
         long_rows: What becomes of rows that are too long (--long-rows).
         train_line_break: Whether the line break after an answer's end is trained with it.
+        last_answer: Whether only the last answer of a chat is trained.
         whole_chats: Whether all of a chat is trained, though of a prompt with an answer only the answer is.
     """
 
-    long_rows, whole_chats, train_line_break = "divide", False, False
+    long_rows = "divide"
+    whole_chats = train_line_break = last_answer = False
 
     def __init__(
         self,
@@ -144,9 +146,8 @@ class Encoder:
         for number in range(start, min(start + BATCH_ROWS, len(examples))):
             if number >= start + len(chats):
                 ahead = examples[number : number + AHEAD_ROWS]
-                chats += [
-                    as_conversation(one) if isinstance(one, Completion) and not self.plain else one for one in ahead
-                ]
+                own = [as_conversation(one) if isinstance(one, Completion) and not self.plain else one for one in ahead]
+                chats += [with_last_answer(one) if self.last_answer else one for one in own]
                 if self.renderer is not None:
                     self.renderer.render_ahead([one for one in chats[number - start :] if type(one) is Conversation])
             try:
@@ -263,6 +264,15 @@ class Encoder:
             mask = np.ones(len(ids), bool)
         mask[:1] = False
         return ids, mask
+
+
+def with_last_answer(example: Example) -> Example:
+    """Return an example of whose answers only the last is trained."""
+    if not isinstance(example, Conversation):
+        return example
+    answers = [number for number, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+    turns = [{**turn, "weight": 0} if number in answers[:-1] else turn for number, turn in enumerate(example.messages)]
+    return replace(example, messages=turns)
 
 
 def windows(

@@ -146,13 +146,13 @@ CASES = {
     ),
     "llama-factory-pretrain.yaml": (
         {
-            "train_line_break": True, "train": True, "rank": 8, "alpha": 16, "method": "dora", "target_modules": "all-linear", "data_format": "text",
+            "train_line_break": True, "last_answer": True, "train": True, "rank": 8, "alpha": 16, "method": "dora", "target_modules": "all-linear", "data_format": "text",
             "data": "{folder}/text.txt", "epochs": 1, "max_seq_length": 512, "batch_tokens": 2048, "valid_fraction": 100,
             "learning_rate": 0.0001, "adapter_path": "saves/pt", "model": "someone/llama", "lr_schedule": "linear", "warmup": 0,
             "weight_decay": 0.0,
         },
         "",
-        "mask_history",
+        "",
     ),
     "llama-factory-freeze.yaml": (
         {
@@ -179,7 +179,7 @@ CASES = {
     ),
     "mlx-lm-schedule.yaml": (
         {
-            "rank": 8, "alpha": 160.0, "learning_rate": 0.0001, "warmup": 100, "warmup_init": 1e-07, "lr_schedule": "cosine",
+            "last_answer": True, "rank": 8, "alpha": 160.0, "learning_rate": 0.0001, "warmup": 100, "warmup_init": 1e-07, "lr_schedule": "cosine",
             "decay_steps": 600, "min_lr_ratio": 0.009999999999999998, "optimizer": "adam", "bias_correction": False,
             "model": "someone/mistral-4bit", "train": True, "data": "data", "num_layers": -1, "iters": 600, "mask_prompt": True,
             "batch_size": 4, "max_grad_norm": 0.0, "valid_fraction": 0.0, "long_rows": "cut",
@@ -393,7 +393,6 @@ def test_every_key_is_translated_harmless_or_refused(name, folder):
         (AXOLOTL + "lora_target_modules: '(a|b).*[0-9]'\n", "a regular expression"),
         (AXOLOTL + "rl: simpo\n", "cpo_alpha 1: simpo has no likelihood"),
         (AXOLOTL + "whatever: 3\n", "whatever 3: not known here"),
-        (FACTORY + "mask_history: true\n", "only the last answer"),
         (FACTORY + "dataset: nowhere\n", "dataset nowhere: not in"),
         (FACTORY + "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3\n", "mix_strategy interleave_under"),
         (FACTORY + "stage: dpo\ndpo_label_smoothing: 0.1\n", "dpo_label_smoothing 0.1: of dpo's losses only"),

@@ -868,3 +868,43 @@ def test_a_set_has_options_of_its_own(tmp_path):
     for wrong in ("?split=train_sft[20%", "?splits=train", "?split=dev", "?subset=../own", "?data_format=nothing"):
         refuses(r"--data|has no file", find_sets, f"{hub}{wrong}")
     refuses("one file", find_sets, f"{own}&split=test")
+
+
+def test_what_is_trained_as_other_trainers_do(tmp_path):
+    """Only the last answer, whole chats, the line break after an answer, and rows that are too long: by their settings."""
+    turns = [
+        {"role": one, "content": text}
+        for one, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    rows = [
+        {"messages": turns},
+        {"prompt": "q", "completion": "r"},
+        {"messages": [{**turns[0], "content": "e" * 300}, turns[1]]},
+    ]
+    write_rows(tmp_path / "r.jsonl", rows)
+
+    (tmp_path / "t.txt").write_text("f" * 300)
+
+    def trained(**settings):
+        data = f"{tmp_path / 'r.jsonl'},{tmp_path / 't.txt'}"
+        return row_texts(loaded(data, chat_template="chatml", max_seq_length=250, **settings).train, trained=True)
+
+    usual = trained()
+    assert usual[:2] == ["b<|im_end|>d<|im_end|>", "r<|im_end|>"]
+    assert [text.count("f") for text in usual[2:]] == [249, 50]  # the long chat has no answer left
+    assert trained(last_answer=True)[:2] == ["d<|im_end|>", "r<|im_end|>"]
+    assert trained(train_line_break=True)[:2] == ["b<|im_end|>\nd<|im_end|>\n", "r<|im_end|>\n"]
+    whole = trained(whole_chats=True)
+    assert whole[0].count("<|im_end|>") == 4
+    assert whole[1] == "r<|im_end|>"
+    assert "e" * 200 in whole[2]
+    assert len(trained(whole_chats=True, long_rows="drop")) == len(whole) - 1
+    assert len(trained(long_rows="cut")) == len(usual) - 1
+    refuses("the model's is", trained, special_tokens="eos_token=nothing")
+    refuses(
+        "the model has no chat template",
+        loaded,
+        tmp_path / "r.jsonl",
+        chat_template="own",
+        tokenizer=byte_tokenizer(None),
+    )

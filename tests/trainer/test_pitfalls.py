@@ -219,6 +219,7 @@ OPTIONS = {
     "decay_steps": ("--decay-steps", 1),
     "bias_correction": ("--no-bias-correction",),
     "special_tokens": ("--special-tokens", "eos_token=nothing"),
+    "last_answer": ("--last-answer",),
     "train_line_break": ("--train-line-break",),
     "whole_chats": ("--whole-chats",),
     "long_rows": ("--long-rows", "drop", "--max-seq-length", 24),

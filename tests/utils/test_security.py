@@ -305,7 +305,7 @@ def test_other_trainers_files_and_tables_of_data_run_no_code_either(strangers, t
     _, mark = strangers
     trl = "model_name_or_path: m\ndataset_name: rows.jsonl\nreward_funcs: [evil.score]\nnum_generations: 2\nuse_peft: true\n"
     axolotl = "base_model: m\nrl: grpo\nmicro_batch_size: 8\ndatasets: [{path: rows.jsonl}]\ntrl: {reward_funcs: [evil.score]}\n"
-    factory = "model_name_or_path: model\nstage: sft\ndataset: x\ntemplate: default\ntrust_remote_code: true\n"
+    factory = "model_name_or_path: model\nstage: sft\ntemplate: qwen\ntrust_remote_code: true\n"
     for text in (trl, axolotl, factory):
         (tmp_path / "c.yaml").write_text(text)
         ran = run("train", "--config", tmp_path / "c.yaml")

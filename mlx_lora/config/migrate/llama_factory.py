@@ -192,8 +192,9 @@ def read_data(sheet: Sheet) -> None:
     common.read_prompts_trained(sheet, "train_on_prompt")
     text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
     common.read_template(sheet, "template", "", TEMPLATES | text)
-    if sheet.switch("mask_history"):
-        sheet.refuse("mask_history", "only the last answer of a chat is trained; write weight: 0 into the others", True)
+    if common.trains_on_chats(sheet) and sheet.switch("mask_history"):
+        sheet.found["last_answer"] = True
+    sheet.leave("mask_history")
     if sheet.switch("enable_thinking"):  # the default, which a template decides here
         sheet.harmless.append("enable_thinking")
     sheet.copy({"image_max_pixels": "max_pixels"}, Sheet.number)

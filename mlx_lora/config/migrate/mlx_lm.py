@@ -171,6 +171,8 @@ def read_ours(sheet: Sheet) -> None:
     if sheet.take("clear_cache_threshold"):  # 0 means "never"
         sheet.harmless.append("clear_cache_threshold")
     sheet.copy({key: key for key in sheet.rest if key in FIELDS})
+    if sheet.told("mask_prompt") and common.trains_on_chats(sheet):
+        sheet.assume(last_answer=True)
 
 
 MLX_LM = Dialect(
