@@ -29,7 +29,7 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library,
 BARS: dict[str, tuple[float, float]] = {
     "statements of the core": (34_500, 41_190),
     "statements of the applications": (7_900, 8_310),
-    "lines of the package": (80_000, 98_860),
+    "lines of the package": (80_000, 98_870),
     "modules": (265, 282),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),

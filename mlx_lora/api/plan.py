@@ -92,7 +92,7 @@ from mlx_lora.planner.speed import (
     step_seconds,
 )
 from mlx_lora.rollouts.make_environment import check_template, shown_tools
-from mlx_lora.trainer.evaluate import choose_held_out
+from mlx_lora.trainer.evaluate import choose_held_out, in_steps
 from mlx_lora.trainer.fit import (
     batches_by_tokens,
     data_facts,
@@ -247,7 +247,8 @@ def plan_run(
         loop, updates = planned.chosen.loop, planned.chosen.objective.updates
         plan = training_plan(loop, size.rows, identity["price_epochs"] if identity else loop.epochs or 1.0)
         result["steps"] = total_steps(plan, loop, updates)
-        found = choose_held_out(size.valid, loop, plan, result["steps"], identity, updates)
+        whole = in_steps(loop, result["steps"], updates)
+        found = choose_held_out(size.valid, whole, plan, result["steps"], identity, updates)
         result["validation"] = {name: getattr(found, name) for name in ("examples", "tokens", "times", "words")}
         problems.append(length_problem(settings, result["steps"], len(plan) * updates / loop.grad_accumulation_steps))
     result["warnings"] = [problem for problem in problems if problem]

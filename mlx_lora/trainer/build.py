@@ -5,7 +5,6 @@ What differs from one objective to another are calls of its methods, in the orde
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
-from mlx_lora.trainer.evaluate import choose_held_out, measured_batches
+from mlx_lora.trainer.evaluate import choose_held_out, in_steps, measured_batches
 from mlx_lora.trainer.fit import fit_settings, shape_of, training_plan, with_examples
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing, chunk_positions
@@ -37,7 +36,6 @@ from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import LoopSettings
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
@@ -134,17 +132,6 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     folder = RunFolder(ctx.settings, info, identity, strategy, step, at, lambda: about_head(objective))
     validation = measured_batches(objective, held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
-
-
-def in_steps(loop: LoopSettings, steps: int, updates: int) -> LoopSettings:
-    """Return the settings with intervals as whole steps; shares of the run are rounded up as in transformers, to whole rounds."""
-    asked = {"steps_per_eval": loop.steps_per_eval, "save_every": loop.save_every}
-    whole = {
-        name: updates * math.ceil(value * steps / updates) if value < 1 else round(value)
-        for name, value in asked.items()
-        if value is not None
-    }
-    return replace(loop, **whole)
 
 
 @contextmanager

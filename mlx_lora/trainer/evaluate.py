@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -127,6 +127,17 @@ def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
 def measured_batches(objective: Objective, plan: BatchPlan) -> HeldOutBatches:
     """Return the batches of a plan, with sampled answers if the objective samples them."""
     return plan if objective.rollouts is None else objective.rollouts.held_out(plan)
+
+
+def in_steps(loop: LoopSettings, steps: int, updates: int) -> LoopSettings:
+    """Return the settings with intervals as whole steps; shares of the run are rounded up as in transformers, to whole rounds."""
+    asked = {"steps_per_eval": loop.steps_per_eval, "save_every": loop.save_every}
+    whole = {
+        name: updates * math.ceil(value * steps / updates) if value < 1 else round(value)
+        for name, value in asked.items()
+        if value is not None
+    }
+    return replace(loop, **whole)
 
 
 def validations(steps: int, every: int) -> int:

@@ -132,6 +132,7 @@ def read_kind(sheet: Sheet) -> None:
         sheet.take("precompute_ref_log_probs")  # we always do
     if sheet.switch("reward_model"):
         common.put_objective(sheet, "reward", {"center_rewards_coefficient": "center_rewards"})
+        sheet.drop({"num_labels": (1,)})
         common.turn_off_dropout(sheet)
     if asked := sheet.take("process_reward_model"):
         raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")

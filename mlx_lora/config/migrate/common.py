@@ -37,20 +37,21 @@ BEGINNINGS = (
 )  # fmt: skip
 HARMLESS = {
     "accelerator_config", "apply_rope_fusion", "auto_find_batch_size", "auto_resume_from_checkpoints", "average_tokens_across_devices",
-    "base_model_config", "base_model_ignore_patterns", "batch_eval_metrics", "bfloat16", "bias_activation_fusion", "cache_dir",
+    "base_model_ignore_patterns", "batch_eval_metrics", "bfloat16", "bias_activation_fusion", "cache_dir",
     "cut_cross_entropy", "data_seed", "data_shared_file_system", "dataset_test_split", "debug", "deepspeed", "device_map",
-    "disable_tqdm", "do_eval", "do_predict", "double_quantization", "eager_attention", "early_stopping_threshold",
+    "disable_tqdm", "do_eval", "do_predict", "double_quantization", "eager_attention",
     "evals_per_epoch", "evaluation_strategy", "experimental_skip_move_to_device", "experts_implementation", "float16",
-    "full_determinism", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "greater_is_better", "group_by_length", "ignore_data_skip",
+    "full_determinism", "fused_attn_kernel", "gemma4_hybrid_attn_impl", "group_by_length", "ignore_data_skip",
     "length_column_name", "liger_fused_linear_cross_entropy", "liger_glu_activation", "liger_kernel_config", "liger_layer_norm",
     "liger_rms_norm", "liger_rms_norm_gated", "liger_rope", "llama4_linearized_experts", "local_rank", "lora_fan_in_fan_out",
-    "lora_task_type", "low_cpu_mem_usage", "media_dir", "metric_for_best_model", "model_quantization_config", "model_quantization_config_kwargs", "mixed_precision", "pissa_convert", "pissa_iter", "nvfp4_merge_aware",
-    "moe_grouped_gemm", "moe_token_dispatcher_type", "num_completions_to_print", "num_processes", "output_logs", "pad_to_multiple_of",
-    "pad_to_sequence_len", "padding_free", "pad_token", "per_device_eval_batch_size", "plot_loss", "prediction_loss_only",
+    "lora_task_type", "low_cpu_mem_usage", "media_dir",
+    "mixed_precision", "model_quantization_config", "model_quantization_config_kwargs", "moe_grouped_gemm", "moe_token_dispatcher_type", "num_completions_to_print", "num_processes", "output_logs", "pad_to_multiple_of",
+    "pad_to_sequence_len", "padding_free", "pad_token", "per_device_eval_batch_size", "pissa_convert", "pissa_iter",
+    "plot_loss", "prediction_loss_only",
     "processor_type", "pure_bf16", "push_to_hub", "quantization_method", "quantize_moe_experts", "recompute_granularity",
     "relora_cpu_offload", "remove_unused_columns", "report_to", "resize_token_embeddings_to_32x", "run_name", "sdp_attention",
     "shuffle_dataset", "shuffle_merged_datasets", "strict", "streaming", "streaming_multipack_buffer_size", "tf32", "tiled_mlp",
-    "tokenizer_legacy", "tokenizer_use_fast", "train_sampling_strategy", "use_cache", "use_cpu", "use_data_parallel",
+    "tokenizer_legacy", "tokenizer_use_fast", "use_cache", "use_cpu", "use_data_parallel",
     "use_distributed_optimizer", "use_dsv4_kernels", "use_fast_tokenizer", "use_glm_dsa_kernels", "use_kernels", "use_kt",
     "use_liger_kernel", "use_mca", "use_otel_metrics", "use_ray", "use_reentrant_gc", "use_scattermoe", "use_sonicmoe",
     "use_tensorboard", "use_unsloth", "use_unsloth_gc", "use_v1_kernels", "use_vllm", "use_wandb", "val_batch_size",
@@ -60,6 +61,10 @@ HARMLESS = {
 # What a key changes that is not here.
 CHANGES = {
     "neftune_noise_alpha": "noise on the embeddings",
+    "metric_for_best_model": "another metric chooses the best checkpoint",
+    "greater_is_better": "another metric chooses the best checkpoint",
+    "train_sampling_strategy": "rows keep their order",
+    "base_model_config": "the configuration of another model",
     "label_smoothing_factor": "labels are smoothed",
     "lora_target_parameters": "factors for parameters that no layer of its own has",
     "unfrozen_parameters": "only parameters that match are trained",
@@ -333,6 +338,10 @@ INTERVALS = {"logging_steps": "steps_per_report", "eval_steps": "steps_per_eval"
 PER_EPOCH = {"evals_per_epoch": "steps_per_eval", "saves_per_epoch": "save_every"}
 # "no" is 0 here, and "steps" is what we do.
 STRATEGIES = {"eval_strategy": "val_batches", "evaluation_strategy": "val_batches", "save_strategy": "save_every"}
+# Values that say what is done here.
+USUAL = {
+    "metric_for_best_model": ("eval_loss", "loss"), "greater_is_better": (False,), "train_sampling_strategy": ("random", "group_by_length"),
+}  # fmt: skip
 # Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml", "llama3")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
@@ -365,7 +374,9 @@ def read_loop(sheet: Sheet, names: Names) -> None:
     if sheet.switch("float32"):
         sheet.found["dtype"] = "float32"
     sheet.leave(*HALF_PRECISION)  # that of the machine is used
-    sheet.copy({"early_stopping_patience": "early_stopping_patience"}, Sheet.number)
+    same = ("early_stopping_patience", "early_stopping_threshold")
+    sheet.copy(dict(zip(same, same, strict=True)), Sheet.number)
+    sheet.drop(USUAL)
     if sheet.found.get("early_stopping_patience") or sheet.switch("load_best_model_at_end"):
         sheet.found["keep_best"] = True
 
