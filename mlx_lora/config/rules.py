@@ -332,6 +332,7 @@ IDLE: tuple[Rule, ...] = (
     ),
     excludes(("min_lr_ratio", "decay_steps"), "the rate does not fall", lr_schedule="constant"),
     excludes(("rank", "alpha"), "", method="full"),
+    excludes(("long_rows", "train_line_break"), "", objective=(*SAMPLING, *LABELED)),
     needs("project_name", "", report_to=GIVEN),
     excludes("batch_tokens", "", batch_size=GIVEN),
     needs("test_batches", "", test=True),

@@ -394,6 +394,7 @@ def test_every_key_is_translated_harmless_or_refused(name, folder):
         (AXOLOTL + "rl: simpo\n", "cpo_alpha 1: simpo has no likelihood"),
         (AXOLOTL + "whatever: 3\n", "whatever 3: not known here"),
         (FACTORY + "dataset: nowhere\n", "dataset nowhere: not in"),
+        (FACTORY + "template: qwen3\nenable_thinking: false\n", "the empty thought"),
         (FACTORY + "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3\n", "mix_strategy interleave_under"),
         (FACTORY + "stage: dpo\ndpo_label_smoothing: 0.1\n", "dpo_label_smoothing 0.1: of dpo's losses only"),
         (FACTORY + "export_dir: out\n", "trains nothing"),
@@ -463,6 +464,13 @@ def test_files_with_parts_are_read(text, wanted):
     found = flat_of(text, {})
     assert {name: found[name] for name in wanted} == wanted
     assert sum(dialect.recognizes(yaml.safe_load(text)) for dialect in DIALECTS) == 1
+    if text is TUNE:
+        for ours, theirs, key in (
+            ("max_seq_len: null", "prompt_template: torchtune.data.AlpacaTemplate", "tokenizer.prompt_template"),
+            ("lora_rank: 4", "lora_rank: 4, attn_dropout: 0.1", "model.attn_dropout"),
+            ("LinearCrossEntropyLoss", "LinearCrossEntropyLoss, label_smoothing: 0.1", "loss.label_smoothing"),
+        ):
+            assert key in refused(text.replace(ours, theirs))
     for key, value in (
         (("kd_ratio", "0.5"), ("clever", "true"), ("max_steps_per_epoch", "10"))
         if text is not SLOTH

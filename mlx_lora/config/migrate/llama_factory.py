@@ -195,8 +195,9 @@ def read_data(sheet: Sheet) -> None:
     if common.trains_on_chats(sheet) and sheet.switch("mask_history"):
         sheet.found["last_answer"] = True
     sheet.leave("mask_history")
-    if sheet.switch("enable_thinking"):  # the default, which a template decides here
-        sheet.harmless.append("enable_thinking")
+    if sheet.rest.get("enable_thinking") is False:
+        sheet.refuse("enable_thinking", "the empty thought before an answer is not trained")
+    sheet.leave("enable_thinking")  # true is the default
     sheet.copy({"image_max_pixels": "max_pixels"}, Sheet.number)
 
 

@@ -15,7 +15,7 @@ from mlx_lora.config.migrate.common import LOSSES_OF_TORCHTUNE, UNCUT, Dialect, 
 
 PART = "_component_"
 # Parts that change no result.
-PARTS = ("metric_logger", "profiler", "collate_fn", "tensor_parallel_plan", "dataloader")
+PARTS = ("metric_logger", "profiler", "collate_fn", "tensor_parallel_plan")
 LOSSES = ("LinearCrossEntropyLoss", "CEWithChunkedOutputLoss", "CrossEntropyLoss")
 # The tokenizer's first word -> the chat template with its text. Others write chats without one, or as their model does.
 TEMPLATES = {"llama3": "llama3", "qwen2": "chatml_ended", "qwen3": "chatml_ended"}
@@ -66,13 +66,15 @@ def read_kind(sheet: Sheet) -> None:
         sheet.refuse("loss", "another loss", name)
     for key in ("kd_ratio", "teacher_model", "kd_loss", "quantizer", "policy_model"):
         sheet.refuse(key, "a loss of two models, or rounded weights; see distill and --qat")
-    loss.rest.clear()
+    loss.leave("num_output_chunks", "ignore_index")
+    loss.sort_rest()
 
 
 def read_model(sheet: Sheet) -> None:
     """Set model, method and layers."""
     _, files = part(sheet, "checkpointer")
     files.copy({"checkpoint_dir": "model"})
+    files.refuse("adapter_checkpoint", "an adapter to begin with; give it as --resume-adapter-file")
     for key in ("ref_checkpointer", "teacher_checkpointer", "save_adapter_weights_only"):
         sheet.leave(key)
     name, model = part(sheet, "model")
@@ -90,7 +92,7 @@ def read_model(sheet: Sheet) -> None:
     if name.startswith("qlora_") or model.switch("quantize_base"):
         common.put_bits(sheet, "model", 4)
     for key, value in list(model.rest.items()):
-        if key not in ("max_seq_len", "attn_dropout", "image_size"):
+        if key not in ("max_seq_len", "image_size") and value:
             model.refuse(key, "an argument of the model", value)
 
 
@@ -103,6 +105,8 @@ def read_data(sheet: Sheet) -> None:
         sheet.found["chat_template"] = template or "own"
     else:
         sheet.refuse("tokenizer", "chats are written without the model's template there", name)
+    tokenizer.leave("path", "merges_file", "merges_path", "vocab_path", "image_size", "max_num_tiles")
+    tokenizer.sort_rest()
     sources = []
     for key, options in (("dataset", {}), ("dataset_val", {"as": "valid"})):
         name, own = part(sheet, key)

@@ -14,7 +14,7 @@ NAMES = Names(
     default_length=2048, epochs="num_epochs", rows="batch_size", default_rows=2,
 )  # fmt: skip
 ALL_LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-FORMATS = {"auto": "auto", "alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "messages"}
+FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "messages"}
 
 
 def read(sheet: Sheet) -> None:
@@ -42,8 +42,9 @@ def read(sheet: Sheet) -> None:
     sets = data.take("local_dataset") or common.texts(data.take("dataset"))
     if sets:
         sheet.found["data"] = ",".join(source_text({"path": one}) for one in sets)
-    form = data.take("format_type") or "auto"
-    sheet.found["data_format"] = FORMATS.get(str(form), "auto")
+    data.drop({"format_type": ("auto",)})
+    if data.rest.get("format_type") in FORMATS:
+        sheet.found["data_format"] = FORMATS[data.take("format_type")]
     sheet.found["mask_prompt"] = training.switch("train_on_completions")
     if not training.rest.get("max_steps"):
         training.take("max_steps")
