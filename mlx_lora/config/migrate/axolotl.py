@@ -7,26 +7,17 @@ micro-batch, no weight decay, nothing held out, one epoch. Axolotl has no defaul
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, SHARED, Dialect, Names, Sheet, filled
-from mlx_lora.config.objectives import IMITATION, RATED, SAMPLING
-from mlx_lora.config.rules import OWNERS
-from mlx_lora.utils.parsing import hashable
+from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, SHARED, Dialect, Sheet
+from mlx_lora.config.objectives import RATED, SAMPLING
 
 # Keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
 MARKS = (
     *("base_model", "micro_batch_size", "sequence_len", "sample_packing", "num_epochs", "val_set_size", "lora_r"),
     *("lora_target_linear", "adapter", "datasets"),
 )
-NAMES = Names(
-    epochs="num_epochs", rows="micro_batch_size", length="sequence_len", packing="sample_packing", schedule="lr_scheduler",
-    optimizer="optimizer", held_out="val_set_size", targets="lora_target_modules", all_layers="all-linear",
-    modules_to_save="lora_modules_to_save", default_rows=1, default_length=512, default_epochs=1.0,
-)  # fmt: skip
 # Its names of preference options -> ours.
 RL_OPTIONS = {
     "rl_beta": "beta",
@@ -39,6 +30,7 @@ RL_OPTIONS = {
     "dpo_label_smoothing": "label_smoothing",
     "dpo_loss_type": "loss_type",
     "dpo_loss_weights": "loss_weights",
+    "center_rewards_coefficient": "center_rewards",
 }
 # ReLoRA's cycle. Jagged restarts without ReLoRA are another schedule, which is not supported.
 RESTARTS = {
@@ -48,6 +40,8 @@ RESTARTS = {
     "jagged_restart_warmup_steps": "relora_warmup",
     "relora_prune_ratio": "relora_prune_ratio",
 }
+ADAPTERS = {"lora": None, "qlora": 4}  # -> bits
+INIT = "peft_init_lora_weights"
 # The first word of a dataset's type -> our format.
 FORMATS = {
     "alpaca": "alpaca_sections",
@@ -104,87 +98,45 @@ USER_FIELDS = {
 }
 
 
-def recognizes(content: Mapping[str, Any]) -> bool:
-    """Return whether a file has two of Axolotl's own keys, and not our key for the model."""
-    return "model" not in content and sum(key in content for key in MARKS) >= 2
-
-
 def read_kind(sheet: Sheet) -> None:
     """Set the objective; refuse training that is neither supervised nor on preferences."""
-    asked = hashable(sheet.take("rl"))
-    if asked and asked not in RL_OF_AXOLOTL:
-        raise sheet.refusal(f"rl {asked}: only {', '.join(RL_OF_AXOLOTL)} are supported; use Axolotl for it")
-    objective, loss = RL_OF_AXOLOTL.get(asked, (None, None))
-    if objective in SAMPLING:
-        read_sampling(sheet, objective)
-        return
-    if objective:
-        more = sheet.part("trl")
-        if "beta" in more.rest:  # it counts before the others there
-            sheet.rest["rl_beta"] = more.take("beta")
-        more.sort_rest()
-        if loss:
-            sheet.rest["dpo_loss_type"] = loss
-        if objective in OWNERS["simpo_gamma"]:
-            common.refuse_likelihood(sheet, 1)
-        common.put_objective(sheet, objective, RL_OPTIONS)
-        common.turn_off_dropout(sheet)
-        sheet.take("precompute_ref_log_probs")  # we always do
+    objective, loss = sheet.one_of("rl", RL_OF_AXOLOTL) or (None, None)
     if sheet.switch("reward_model"):
-        common.put_objective(sheet, "reward", {"center_rewards_coefficient": "center_rewards"})
-        sheet.drop({"num_labels": (1,)})
-        common.turn_off_dropout(sheet)
-    if asked := sheet.take("process_reward_model"):
-        raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
-
-
-def read_sampling(sheet: Sheet, objective: str) -> None:
-    """Set what samples and rewards answers, from the keys under `trl:`; they are TRL's, with its defaults."""
+        objective = "reward"
+    if objective is None:
+        return
     more = sheet.part("trl")
-    common.put_sampling(more, objective)
-    common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
-    sheet.assume(group_size=8, max_new_tokens=512)
-    sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
-    more.sort_rest()
-    common.keep_cycles(sheet)
+    if objective in SAMPLING:  # the keys are TRL's, with its defaults
+        common.put_sampling(more, objective)
+        common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
+        sheet.assume(group_size=8, max_new_tokens=512)
+        sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
+        return
+    stated = {"rl_beta": more.take("beta"), "dpo_loss_type": loss}  # they count before the others there
+    sheet.rest |= {key: value for key, value in stated.items() if value is not None}
+    sheet.drop({"num_labels": (1,)})
+    common.put_objective(sheet, objective, RL_OPTIONS)
+    common.turn_off_dropout(sheet)
 
 
 def read_method(sheet: Sheet) -> None:
     """Set rank, alpha and method; an empty `adapter` trains the model itself, as in Axolotl."""
-    adapter = sheet.take("adapter")
-    if adapter not in (None, "lora", "qlora"):
-        raise sheet.refusal(f"adapter {adapter}: not supported; use lora or qlora")
-    if adapter:
-        sheet.copy({"lora_r": "rank", "lora_alpha": "alpha"}, Sheet.number)
-    restarts, init = {key: sheet.number(key) for key in RESTARTS}, sheet.take("peft_init_lora_weights")
-    pissa = "peft_init_lora_weights" if str(init).startswith("pissa") else None
-    if init not in (None, True) and not pissa:
-        sheet.refuse("peft_init_lora_weights", "other first factors; pissa is here", init)
-    common.choose_method(
-        sheet,
-        {"dora": "peft_use_dora", "rslora": "peft_use_rslora", "relora": "relora"},
-        {
-            "pissa": pissa,
-            "relora": "relora" if restarts["relora_steps"] else None,
-            "full": None if adapter else "adapter",
-        },
-    )
-    stated = {key: value for key, value in restarts.items() if value is not None}
+    adapts = "adapter" in sheet.rest
+    bits = sheet.one_of("adapter", ADAPTERS)
+    pissa = str(sheet.rest.get(INIT)).startswith("pissa") and sheet.take(INIT)
+    sheet.drop({INIT: (True,)})
+    sheet.refuse(INIT, "other first factors; pissa is here")
+    restarts = "relora" if sheet.rest.get("relora_steps") else None
+    common.choose_method(sheet, {"pissa": pissa, "relora": restarts, "full": None if adapts else "adapter"})
     if sheet.found["method"] == "relora":
-        sheet.found |= {RESTARTS[key]: value for key, value in stated.items()}
-    else:
-        for key, value in stated.items():
-            sheet.refuse(key, "restarts without relora", value)
+        sheet.copy(RESTARTS)
     common.read_bits(sheet)
-    if adapter == "qlora" and "bits" not in sheet.found:
-        common.put_bits(sheet, "adapter: qlora", 4)
-    if sheet.switch("lora_target_linear"):  # beside the layers that are named
-        sheet.rest[NAMES.targets] = "all-linear"
-    common.read_layers(sheet, NAMES)
+    if bits and "bits" not in sheet.found:
+        common.put_bits(sheet, "adapter: qlora", bits)
     experts = sheet.rest.get("lora_target_parameters")
     if isinstance(experts, list) and all("experts." in str(name) for name in experts) and len(experts) > 1:
         sheet.take("lora_target_parameters")
-        sheet.note("lora_target_parameters: gate and up of the experts have factors of their own here")
+        sheet.notes.append("lora_target_parameters: gate and up of the experts have factors of their own here")
         if (named := sheet.found.get("target_modules")) not in (None, "all-linear"):
             sheet.found["target_modules"] = f"{named},all-experts"
     whole = sheet.rest.get("unfrozen_parameters")
@@ -194,26 +146,18 @@ def read_method(sheet: Sheet) -> None:
 
 def read_data(sheet: Sheet) -> None:
     """Set the data from all datasets, each with its own form, and from those to validate on."""
+
+    def read_set(one: Sheet, key: str) -> list[dict[str, Any]]:
+        kind = one.rest.pop("type", "pretrain" if key == "pretraining_dataset" else None)
+        read_format(one, kind, sheet)
+        read_columns(one)
+        if "chat_template" in one.rest:
+            common.read_template(one, "chat_template", sheet.found.get("model"), TEMPLATES)
+        one.drop(DETECTED)
+        return [common.take_source(one)]
+
     key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
-    sources, ways = [], []
-    for name, options in ((key, {}), ("test_datasets", {"as": "valid"})):
-        for told in common.take_sets(sheet, name):
-            one = replace(
-                sheet.within(told, name), found={"objective": sheet.found.get("objective", next(iter(IMITATION)))}
-            )
-            sources.append(
-                {"path": common.take_path(one), "subset": one.take("name"), "split": one.take("split"), **options}
-            )
-            kind = one.rest.pop("type", "pretrain" if name == "pretraining_dataset" else None)
-            read_format(one, kind, sheet)
-            read_columns(one)
-            if "chat_template" in one.rest:
-                common.read_template(one, "chat_template", sheet.rest.get("base_model"), TEMPLATES)
-            one.drop(DETECTED)
-            one.sort_rest()
-            ways.append({name: value for name, value in one.found.items() if name != "objective"})
-    if sources:
-        common.put_sets(sheet, key, sources, ways)
+    common.read_sets(sheet, {key: {}, "test_datasets": {"as": "valid"}}, read_set)
 
 
 def read_columns(dataset: Sheet) -> None:
@@ -230,7 +174,7 @@ def read_columns(dataset: Sheet) -> None:
     roles = {str(older.get(name, name)): one for name, one in told.items()}
     keys = {"field_human": "user", "field_model": "assistant"}
     roles |= {role: one for key, role in keys.items() if (one := dataset.take(key))}
-    common.put_turn_names(dataset, fields, roles, f"{dataset.prefix}roles")
+    common.put_turn_names(dataset, fields, roles, "roles")
 
 
 def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
@@ -238,7 +182,7 @@ def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
     if kind is None:
         return
     if isinstance(kind, dict):
-        read_own_type(dataset, dataset.within(filled(kind), "type"))
+        read_own_type(dataset, dataset.within(kind, "type"))
         return
     word, chats = re.split("[:.]", str(kind))[0], common.trains_on_chats(dataset)
     if (kind not in ("alpaca", word, f"{word}.default") and chats) or word not in (FORMATS if chats else RECORD_TYPES):
@@ -247,7 +191,7 @@ def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
     if chats:
         dataset.found["data_format"] = FORMATS[word]
         template, own = "alpaca" if kind == "alpaca" else None, word == "sharegpt"
-        if word == "chat_template" and "chat_template" not in whole.rest and "chat_template_jinja" not in whole.rest:
+        if word == "chat_template" and not {"chat_template", "chat_template_jinja"} & whole.rest.keys():
             dataset.found["chat_template"] = "own"  # tokenizer_default
     else:  # the records' keys tell the rest
         template, own = RECORD_TYPES[word], word in ("llama3", "zephyr")
@@ -255,14 +199,17 @@ def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
         dataset.found["chat_template"] = template
         whole.take("chat_template")
     elif own:
-        dataset.note(f"{dataset.prefix}type {kind}: rows are chats here, rendered with the model's own template")
+        dataset.notes.append(
+            f"{dataset.prefix}type {kind}: rows are chats here, rendered with the model's own template"
+        )
 
 
 def read_own_type(sheet: Sheet, kind: Sheet) -> None:
     """Set the columns that a type of one's own names; the text around them is the chat template's here."""
     if common.trains_on_chats(sheet):
-        asked = [name for name in ("field_instruction", "field_input") if isinstance(kind.rest.get(name), str)]
-        question = [kind.take(name) for name in asked]
+        question = [
+            kind.take(name) for name in ("field_instruction", "field_input") if isinstance(kind.rest.get(name), str)
+        ]
         if question and question not in (["instruction"], ["instruction", "input"]):
             sheet.found["prompt_column"] = ",".join(question)
         common.read_columns(kind, OWN_FIELDS)
@@ -278,63 +225,74 @@ def read_own_type(sheet: Sheet, kind: Sheet) -> None:
 
 def read_template(sheet: Sheet) -> None:
     """Set the chat template, and check the special tokens; Jinja text inside the file has to be in a file of its own here."""
-    jinja = sheet.take("chat_template_jinja")
-    if jinja and re.search(r"[{\n]", str(jinja)):
-        sheet.refuse("chat_template_jinja", "put the text into a file and give it as --chat-template", jinja)
-    elif jinja:
-        sheet.found["chat_template"] = jinja
-    if jinja:
-        sheet.take("chat_template")
-    common.read_template(sheet, "chat_template", sheet.rest.get("base_model"), TEMPLATES)
+    jinja = str(sheet.rest.get("chat_template_jinja", ""))
+    if jinja and not re.search(r"[{\n]", jinja):
+        sheet.rest["chat_template"] = sheet.take("chat_template_jinja")
+    common.read_template(sheet, "chat_template", sheet.found.get("model"), TEMPLATES)
     common.read_prompts_trained(sheet, "train_on_inputs")
     tokens = sheet.part("special_tokens").rest
-    if wanted := [f"{name}={text}" for name, text in tokens.items() if name != "pad_token"]:
-        sheet.found["special_tokens"] = ",".join(wanted)
+    tokens.pop("pad_token", None)
+    sheet.put(special_tokens=",".join(f"{name}={tokens.pop(name)}" for name in list(tokens)) or None)
     sheet.leave("eot_tokens", "remove_unused_columns")  # the end of a turn is always trained with it
     plugins = sheet.take("plugins") or []
     for name in plugins if isinstance(plugins, list) else [plugins]:
         if not str(name).endswith(PLUGINS):
             sheet.refuse("plugins", "a program of its own", name)
-    strategy = sheet.take("excess_length_strategy")
-    if strategy == "raise":
-        sheet.refuse("excess_length_strategy", "a run does not stop at long rows", strategy)
-    if common.trains_on_chats(sheet) and strategy != "truncate":
+    if common.trains_on_chats(sheet) and sheet.rest.get("excess_length_strategy") != "truncate":
         sheet.assume(long_rows="drop")
+    sheet.drop({"excess_length_strategy": ("truncate", "drop")})
 
 
 def read_loop(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
-    rows = sheet.rest.get("micro_batch_size")
-    if not common.samples(sheet):  # whose batches are counted in prompts here
-        rows = sheet.told("batch_size", rows)
-    if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
-        sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
-    elif "batch_size" in sheet.rest:
-        sheet.found["grad_accumulation_steps"] = max(1, round((sheet.number("batch_size") or 0) / rows))
+    whole, rows = sheet.number("batch_size"), sheet.found.get("batch_size")
+    if sheet.found.get("objective") not in SAMPLING:  # whose batches are counted in prompts here
+        rows = sheet.flags.get("batch_size", rows)
+    if "grad_accumulation_steps" in sheet.found or not isinstance(rows, int) or rows < 1:
+        sheet.harmless += ["batch_size"] * (
+            whole is not None
+        )  # rows of the whole step, which the other two keys decide
+    elif whole is not None:
+        sheet.found["grad_accumulation_steps"] = max(1, round(whole / rows))
     if "warmup_steps" not in sheet.rest:
         sheet.rest.setdefault("warmup_ratio", 0.03)
-    common.read_loop(sheet, NAMES)
+    common.read_loop(sheet)
     if "warmup_rounding" in sheet.found:
         sheet.found["warmup_rounding"] = "down"
     if sheet.rest.get("freeze_mm_modules") is True:
         sheet.leave("freeze_mm_modules")
     sheet.leave("eta_min", "full_finetune", "test_value")  # which Axolotl does not read
-    if str(kind := sheet.take("model_type") or "").endswith("Classification") and "objective" not in sheet.found:
+    kind = str(sheet.take("model_type") or "")
+    if kind.endswith("Classification") and "objective" not in sheet.found:
         sheet.refuse("model_type", "a head for labels; use --objective classify", kind)
-    if sheet.rest.get("wandb_project"):
+    if "project_name" in sheet.found:
         sheet.found["report_to"] = "wandb"
 
 
 AXOLOTL = Dialect(
     name="Axolotl",
-    recognizes=recognizes,
-    rules=(read_kind, read_method, read_data, read_template, read_loop),
+    recognizes=lambda content: common.two_of(MARKS, content),
     names={
         **SHARED,
         "base_model": "model",
         "revision_of_model": "revision",
-        "lora_dropout": "dropout",
+        "lora_r": "rank",
+        "lora_target_modules": "target_modules",
+        "lora_modules_to_save": "modules_to_save",
+        "sequence_len": "max_seq_length",
+        "micro_batch_size": "batch_size",
+        "num_epochs": "epochs",
+        "lr_scheduler": "lr_schedule",
+        "optimizer": "optimizer",
+        "val_set_size": "valid_fraction",
         "wandb_project": "project_name",
     },
-    defaults={"weight_decay": 0.0},
+    rules=(read_kind, read_method, read_data, read_template, read_loop),
+    defaults={"weight_decay": 0.0, "epochs": 1.0, "batch_size": 1, "max_seq_length": 512, "valid_fraction": 0.0},
+    changes={
+        **dict.fromkeys(RESTARTS, "restarts without relora"),
+        "chat_template_jinja": "put the text into a file and give it as --chat-template",
+        "excess_length_strategy": "a run does not stop at long rows",
+        "process_reward_model": "only reward_model is supported; use Axolotl for it",
+    },
 )

@@ -1,7 +1,8 @@
 """What the trainers' tables share: a file while it is read, and the topics that the files of several trainers have.
 
 A trainer is a `Dialect`: a table of names, and a few functions for what a table cannot say. Axolotl, LLaMA-Factory and TRL
-all use transformers' trainer and PEFT, so that most of what they have differs in its names only (`Names`).
+all use transformers' trainer and PEFT, so that most of what they have differs in its names only: the functions here read it
+by our names, after the table has given them.
 
 Each key of a file is translated, or changes no result, or is refused with what it would change. So is a key that is not known here.
 
@@ -13,17 +14,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lora.config.fields import source_text
+from mlx_lora.config.fields import field_type, source_text
 from mlx_lora.config.objectives import IMITATION, SAMPLING, SMOOTHED
 from mlx_lora.config.presets import ADAMW
 from mlx_lora.config.rules import OWNERS
-from mlx_lora.config.settings import LOGGERS, other_names
+from mlx_lora.config.settings import FIELDS, LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.parsing import hashable
 
 # Keys about speed, memory, logging, saving, other machines, and the classes that load a model: they change no result, or only its
 # rounding. The names in BEGINNINGS begin several.
@@ -94,6 +94,8 @@ CHANGES = {
     "gamma": "an option of another method", "use_onebitllms": "weights are rounded to one bit",
     "curriculum_sampling": "rows keep their order", "sample_packing_sequentially": "rows keep their order",
     "disable_shuffling": "rows keep their order",
+    "steps_per_generation": "answers are sampled for one step at a time here",
+    "generation_batch_size": "answers are sampled for one step at a time here",
 }  # fmt: skip
 UNKNOWN = "not known here; remove it if it changes no result"
 
@@ -101,6 +103,56 @@ UNKNOWN = "not known here; remove it if it changes no result"
 def changes_nothing(key: str) -> bool:
     """Tell whether a key changes no result."""
     return key in HARMLESS or (key.startswith(BEGINNINGS) and key not in CHANGES)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One trainer's format of settings files.
+
+    Attributes:
+        name: of the trainer.
+        recognizes: tells whether a file is this trainer's.
+        names: key -> our setting; read before the rules. If several keys are one setting, the last one counts.
+        rules: functions that each read the keys of one topic, or turn a value under our name into ours; they run in order.
+        defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
+        nulls: key -> what null means, if that is not the trainer's default.
+        changes: key -> what it changes that is not here, in addition to `CHANGES`.
+        others: key that only files of its other commands have -> what is said of them.
+    """
+
+    name: str
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    names: Mapping[str, str]
+    rules: tuple[Callable[[Sheet], None], ...]
+    defaults: Mapping[str, Any]
+    nulls: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, content: Mapping[str, Any], file: str, flags: Mapping[str, Any] | None = None) -> Sheet:
+        """Return a file of this dialect, read.
+
+        Args:
+            content: of the file.
+            file: its name, for messages.
+            flags: settings given as flags.
+
+        Raises:
+            InputError: it asks for another kind of training, or has an invalid value.
+        """
+        rest = filled(content) | {
+            key: off for key, off in self.nulls.items() if content.get(key, off) in (None, "None")
+        }
+        sheet = Sheet(file, rest, flags or {}, self, defaults=self.defaults)
+        if key := next((key for key in self.others if key in content), None):
+            raise sheet.refusal(f"{key}: {self.others[key]}")
+        sheet.copy(self.names)
+        for rule in self.rules:
+            rule(sheet)
+        sheet.assume(**sheet.defaults)
+        for one in (*sheet.parts, sheet):
+            one.sort_rest()
+        return sheet
 
 
 @dataclass
@@ -111,7 +163,10 @@ class Sheet:
         file: its name, for errors.
         rest: keys that have not been read yet.
         flags: settings given as flags, which override the file; see `told`.
+        dialect: of the file.
         prefix: of a mapping's keys in messages, such as `trl.`.
+        defaults: the trainer's, for what the file leaves out.
+        parts: the mappings in the file that are read by their keys.
         found: our settings, with values from the file; a mapping writes into those of its file.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
         notes: what is said in other words here, one line each.
@@ -122,7 +177,10 @@ class Sheet:
     file: str
     rest: dict[str, Any]
     flags: Mapping[str, Any] = field(default_factory=dict)
+    dialect: Dialect = Dialect("", bool, {}, (), {})
     prefix: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    parts: list[Sheet] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -133,12 +191,16 @@ class Sheet:
         """Return a key's value and mark it as read; None if the file does not set it."""
         return self.rest.pop(key, None)
 
-    def told(self, name: str, default: Any = None) -> Any:
-        """Return one of our settings as the run will have it: the flag's value, or else the file's.
+    def told(self, name: str) -> Any:
+        """Return one of our settings as the run will have it: the flag's value, or else the file's, or its trainer's default.
 
         What is computed from a setting (alpha = 2 * rank) must follow the flag, or a flag would change its meaning.
         """
-        return self.flags.get(name, self.found.get(name, default))
+        return self.flags.get(name, self.found.get(name, self.defaults.get(name)))
+
+    def key(self, name: str) -> str:
+        """Return the file's first key of one of our settings."""
+        return next(key for key, ours in self.dialect.names.items() if ours == name)
 
     def number(self, key: str) -> int | float | None:
         """Take a number; a text such as 2e-5, which YAML does not read as a number, is accepted.
@@ -168,11 +230,41 @@ class Sheet:
             raise self.refusal(f"{key} {value!r}: neither true nor false; fix the file")
         return bool(value)
 
-    def copy(self, names: Mapping[str, str], read: Callable[[Sheet, str], Any] = take) -> None:
-        """Set ours from those keys of a table, key -> setting, that the file has; `read` takes a value of one type."""
+    def one_of(self, key: str, values: Mapping[str, Any], whose: str = "") -> Any:
+        """Take one of the names in a table, and return what it is here; None if it is left out. `whose` ends it in the error.
+
+        Raises:
+            InputError: the table does not have it.
+        """
+        asked = self.take(key)
+        if asked is not None and str(asked) not in values:
+            known = ", ".join(values)
+            raise self.refusal(f"{key} {asked}{whose}: only {known} are supported; use {self.dialect.name} for it")
+        return values.get(str(asked))
+
+    def copy(self, names: Mapping[str, str]) -> None:
+        """Set ours from those keys of a table, key -> setting, that the file has; for a number here, it must be one."""
         for key, name in names.items():
             if key in self.rest:
-                self.found[name] = read(self, key)
+                numeric = field_type(FIELDS[name]) in (int, float)
+                self.found[name] = self.number(key) if numeric else self.take(key)
+
+    def put(self, **values: Any) -> None:
+        """Set those of our settings that are known: not None."""
+        self.found |= {name: value for name, value in values.items() if value is not None}
+
+    def assume(self, **values: Any) -> None:
+        """Set ours to the other trainer's defaults, unless the file set them, by either of two names (epochs or iters)."""
+        for name, value in values.items():
+            if name not in self.found and self.found.keys().isdisjoint(other_names(name)):
+                self.found[name] = self.assumed[name] = value
+
+    def choose(self, name: str, values: Mapping[str, str]) -> None:
+        """Turn the file's value of one of our settings into ours; one that is not in the table is refused, unless a flag decides."""
+        asked = self.found.pop(name, None)
+        self.put(**{name: values.get(str(asked))})
+        if asked is not None and str(asked) not in values:
+            self.refuse(self.key(name), f"only {', '.join(values)} are here", asked, name)
 
     def part(self, key: str) -> Sheet:
         """Take a mapping as a sheet, to read its keys; an empty one if it is left out.
@@ -183,18 +275,13 @@ class Sheet:
         value = self.take(key)
         if value is not None and not isinstance(value, dict):
             raise self.refusal(f"{key} {value!r}: not a mapping of names to values; fix the file")
-        return self.within(filled(value or {}), key)
+        return self.within(value or {}, key)
 
-    def within(self, rest: dict[str, Any], key: str) -> Sheet:
-        """Return a sheet of a mapping in this one."""
-        prefix = f"{self.prefix}{key}."
-        return replace(self, rest=rest, prefix=prefix)
-
-    def assume(self, **values: Any) -> None:
-        """Set ours to the other trainer's defaults, unless the file set them, by either of two names (epochs or iters)."""
-        for name, value in values.items():
-            if name not in self.found and self.found.keys().isdisjoint(other_names(name)):
-                self.found[name] = self.assumed[name] = value
+    def within(self, content: Mapping[str, Any], key: str, **own: Any) -> Sheet:
+        """Return a sheet of a mapping in this one, which has some attributes of its own."""
+        part = replace(self, rest=filled(content), prefix=f"{self.prefix}{key}.", **own)
+        self.parts.append(part)
+        return part
 
     def drop(self, usual: Mapping[str, Collection[Any]]) -> None:
         """Drop the keys of a table that have one of its values, because that is what we do without being told."""
@@ -203,6 +290,10 @@ class Sheet:
     def leave(self, *keys: str) -> None:
         """Leave out keys that have no effect in this run, if the file sets them."""
         self.harmless += [self.prefix + key for key in keys if self.take(key) is not None]
+
+    def forget(self, *names: str) -> None:
+        """Leave out settings that have no effect in this run, if the file has set them."""
+        self.harmless += [self.prefix + self.key(name) for name in names if self.found.pop(name, None) is not None]
 
     def refuse(self, key: str, why: str, value: Any = None, instead: str = "") -> None:
         """Refuse a key, after the whole file is read.
@@ -221,62 +312,15 @@ class Sheet:
     def sort_rest(self) -> None:
         """Sort what has not been read into keys that change no result, and keys that are refused; what is off is neither."""
         for key in list(self.rest):
+            why = self.dialect.changes.get(self.prefix + key) or CHANGES.get(key, UNKNOWN)
             if changes_nothing(key):
                 self.leave(key)
             elif self.rest[key] is not False and self.rest[key] != 0:
-                self.refuse(key, CHANGES.get(key, UNKNOWN))
-
-    def note(self, text: str) -> None:
-        """Note that something has another meaning here."""
-        self.notes.append(text)
+                self.refuse(key, why)
 
     def refusal(self, problem: str) -> InputError:
         """Return the error to raise if the file cannot be migrated."""
         return InputError(f"--config {self.file}: {problem}")
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """One trainer's format of settings files.
-
-    Attributes:
-        name: of the trainer.
-        recognizes: tells whether a file is this trainer's.
-        rules: functions that each read the keys of one topic; they run in order.
-        names: key -> our setting with the same meaning; read after the rules.
-        defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
-        nulls: key -> what null means, if that is not the trainer's default.
-    """
-
-    name: str
-    recognizes: Callable[[Mapping[str, Any]], bool]
-    rules: tuple[Callable[[Sheet], None], ...]
-    names: Mapping[str, str]
-    defaults: Mapping[str, Any]
-    nulls: Mapping[str, Any] = field(default_factory=dict)
-
-    def read(self, content: Mapping[str, Any], file: str, flags: Mapping[str, Any] | None = None) -> Sheet:
-        """Return a file of this dialect, read.
-
-        Args:
-            content: of the file.
-            file: its name, for messages.
-            flags: settings given as flags.
-
-        Raises:
-            InputError: it asks for another kind of training, or has an invalid value.
-        """
-        sheet = Sheet(
-            file,
-            filled(content) | {key: off for key, off in self.nulls.items() if content.get(key, off) in (None, "None")},
-            flags or {},
-        )
-        for rule in self.rules:
-            rule(sheet)
-        sheet.copy(self.names)
-        sheet.assume(**self.defaults)
-        sheet.sort_rest()
-        return sheet
 
 
 def filled(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,60 +328,44 @@ def filled(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None and value not in ("", [], {})}
 
 
+def texts(asked: Any) -> list[str]:
+    """Return the names in a list, or in a text that separates them with commas."""
+    names = asked if isinstance(asked, list) else [] if asked is None else str(asked).split(",")
+    return [str(name).strip() for name in names]
+
+
 # transformers' trainer and PEFT
 
-
-@dataclass(frozen=True)
-class Names:
-    """What a trainer calls the settings of transformers' trainer and of PEFT, and its defaults for some of them.
-
-    Attributes:
-        length: key of the longest sequence in tokens.
-        held_out: key of the share of rows to validate on.
-        targets, modules_to_save: keys of the layers to adapt, and of those to train in full.
-        all_layers: the value of `targets` that means all linear layers.
-        rows: key of the rows per micro-batch.
-        packing: key that is true if rows are packed to the longest sequence.
-        default_rows, default_length, default_epochs: what the trainer does without the key.
-    """
-
-    length: str
-    held_out: str
-    targets: str
-    modules_to_save: str
-    all_layers: str
-    default_length: int
-    epochs: str = "num_train_epochs"
-    rows: str = "per_device_train_batch_size"
-    packing: str = "packing"
-    schedule: str = "lr_scheduler_type"
-    optimizer: str = "optim"
-    default_rows: int = 8
-    default_epochs: float = 3.0
-
-
 UNCUT = 10**8  # tokens, more than a row has: nothing is cut
-# Keys with the same meaning in each of these trainers.
+# Keys with the same meaning in each of these trainers: of the run, of Adam, of a schedule, and of PEFT.
 SHARED = {
     "trust_remote_code": "trust_remote_code", "learning_rate": "learning_rate", "weight_decay": "weight_decay",
     "max_grad_norm": "max_grad_norm", "gradient_accumulation_steps": "grad_accumulation_steps",
-    "output_dir": "adapter_path", "seed": "seed",
+    "output_dir": "adapter_path", "seed": "seed", "max_steps": "iters", "logging_steps": "steps_per_report",
+    "eval_steps": "steps_per_eval", "save_steps": "save_every", "early_stopping_patience": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_threshold", "min_lr_rate": "min_lr_ratio", "cosine_min_lr_ratio": "min_lr_ratio",
+    "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2", "adam_epsilon": "adam_epsilon", "adam_eps": "adam_epsilon",
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "loraplus_lr_ratio": "loraplus_lr_ratio",
+}  # fmt: skip
+# Those that Axolotl calls otherwise.
+TRANSFORMERS = {
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_schedule",
+    "optim": "optimizer",
 }  # fmt: skip
 # With one cycle, which is the default, restarts are none.
 SCHEDULES = {
     "cosine": "cosine", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine", "linear": "linear", "constant": "constant",
     "constant_with_warmup": "constant",
 }  # fmt: skip
-# A schedule's own numbers, and Adam's, which have the same names here and in transformers, or Axolotl's.
-NUMBERS_OF_RATE = {
-    "min_lr_rate": "min_lr_ratio", "cosine_min_lr_ratio": "min_lr_ratio", "adam_beta1": "adam_beta1", "adam_beta2": "adam_beta2",
-    "adam_epsilon": "adam_epsilon", "adam_eps": "adam_epsilon",
-}  # fmt: skip
-EXACT_OPTIMIZERS = {"sgd": "sgd", "adafactor": "adafactor", "muon": "muon"}
-INTERVALS = {"logging_steps": "steps_per_report", "eval_steps": "steps_per_eval", "save_steps": "save_every"}
+OPTIMIZERS = {"AdamW": "adamw", "sgd": "sgd", "adafactor": "adafactor", "muon": "muon"}
+# Keys that are true if rows are packed to the longest sequence.
+PACKING = ("packing", "sample_packing", "neat_packing")
 PER_EPOCH = {"evals_per_epoch": "steps_per_eval", "saves_per_epoch": "save_every"}
-# "no" is 0 here, and "steps" is what we do.
-STRATEGIES = {"eval_strategy": "val_batches", "evaluation_strategy": "val_batches", "save_strategy": "save_every"}
+# Key -> what is 0 here if it is "no", and the interval if it is "epoch"; "steps" is what we do.
+STRATEGIES = {
+    "eval_strategy": ("val_batches", "steps_per_eval"), "evaluation_strategy": ("val_batches", "steps_per_eval"),
+    "save_strategy": ("save_every", "save_every"),
+}  # fmt: skip
 # Values that say what is done here.
 USUAL = {
     "metric_for_best_model": ("eval_loss", "loss"), "greater_is_better": (False,), "train_sampling_strategy": ("random", "group_by_length"),
@@ -346,139 +374,107 @@ USUAL = {
 TEMPLATES = ("alpaca", "chatml", "llama3")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 BITS = {"load_in_8bit": 8, "load_in_4bit": 4}
-# If several methods are on, the first of these is used.
+# Keys that are true for a method; if several methods are on, the first of PRECEDENCE is used.
+METHODS = {
+    "use_dora": "dora", "peft_use_dora": "dora", "use_rslora": "rslora", "peft_use_rslora": "rslora", "pissa_init": "pissa",
+    "relora": "relora",
+}  # fmt: skip
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
+ALL_LAYERS = {"all-linear", "all"}
 # The last part of a regular expression on layer names, such as (up|down)_proj; ([qkv]_proj) is not supported.
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
 
-def read_loop(sheet: Sheet, names: Names) -> None:
-    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype."""
-    steps, passes = sheet.number("max_steps"), sheet.number(names.epochs)
-    if steps is not None and steps > 0:  # it overrides epochs there too
-        sheet.found["iters"] = steps
-    elif passes is not None:
-        sheet.found["epochs"] = passes
-    sheet.assume(epochs=names.default_epochs)
-    read_rows(sheet, names)
-    read_warmup(sheet, names.schedule)
-    read_optimizer(sheet, names.optimizer)
-    share = sheet.number(names.held_out)
-    if share is not None:
-        sheet.found["valid_fraction"] = share
-    sheet.assume(valid_fraction=0.0)
-    read_intervals(sheet)
-    read_loggers(sheet)
-    if "gradient_checkpointing" in sheet.rest:  # or a way of it, such as unsloth
-        sheet.found["grad_checkpoint"] = bool(sheet.take("gradient_checkpointing"))
-    if sheet.switch("float32"):
-        sheet.found["dtype"] = "float32"
-    sheet.leave(*HALF_PRECISION)  # that of the machine is used
-    same = ("early_stopping_patience", "early_stopping_threshold")
-    sheet.copy(dict(zip(same, same, strict=True)), Sheet.number)
-    sheet.drop(USUAL)
-    if sheet.found.get("early_stopping_patience") or sheet.switch("load_best_model_at_end"):
-        sheet.found["keep_best"] = True
+def two_of(marks: Collection[str], content: Mapping[str, Any]) -> bool:
+    """Return whether a file has two keys that only one trainer has, and not our key for the model."""
+    return "model" not in content and sum(key in content for key in marks) >= 2
 
 
-def read_batch(sheet: Sheet, names: Names) -> None:
-    """Set the longest sequence and the rows per micro-batch; packed rows become a budget of as many tokens."""
-    count, tokens, packed = sheet.number(names.rows), sheet.number(names.length), sheet.switch(names.packing)
-    if tokens is not None:
-        sheet.found["max_seq_length"] = tokens
-    sheet.assume(max_seq_length=names.default_length)
-    if packed:
-        budget = (count or names.default_rows) * sheet.told("max_seq_length")
-        sheet.found["batch_tokens"] = budget
-        sheet.note(
-            f"{names.packing}: rows of similar length share a batch of {budget} tokens instead; rows are not joined"
+def read_loop(sheet: Sheet) -> None:
+    """Set length, batch, schedule, optimizer, intervals, loggers and dtype."""
+    found = sheet.found
+    found.pop("epochs" if (found.get("iters") or 0) > 0 else "iters", None)  # steps override epochs there too
+    sheet.assume(epochs=sheet.defaults["epochs"])
+    if found.get("objective") in SAMPLING:
+        read_prompts(sheet)
+    elif packed := [key for key in PACKING if sheet.switch(key)]:
+        budget = (found.pop("batch_size", None) or sheet.defaults["batch_size"]) * sheet.told("max_seq_length")
+        found["batch_tokens"] = budget
+        sheet.notes.append(
+            f"{packed[0]}: rows of similar length share a batch of {budget} tokens instead; rows are not joined"
         )
-    elif count is not None:
-        sheet.found["batch_size"] = count
-    else:
-        sheet.assume(batch_size=names.default_rows)
+    read_schedule(sheet)
+    name = str(found.get("optimizer"))
+    if ADAMW.fullmatch(name):
+        found["optimizer"] = "AdamW"
+        if re.search("4bit|8bit|paged", name):
+            key = sheet.key("optimizer")
+            sheet.notes.append(f"{key} {name}: AdamW, with its state in float32, which is small for an adapter")
+    sheet.choose("optimizer", OPTIMIZERS)
+    read_intervals(sheet)
+    loggers = texts(sheet.take("report_to")) + ["swanlab"] * sheet.switch("use_swanlab")
+    sheet.put(report_to=",".join(name for name in loggers if name in LOGGERS) or None)
+    if set(loggers) - set(LOGGERS):
+        sheet.harmless.append("report_to")
+    if "gradient_checkpointing" in sheet.rest:  # or a way of it, such as unsloth
+        found["grad_checkpoint"] = bool(sheet.take("gradient_checkpointing"))
+    sheet.put(dtype="float32" if sheet.switch("float32") else None)
+    sheet.leave(*HALF_PRECISION)  # that of the machine is used
+    sheet.drop(USUAL)
+    if found.get("early_stopping_patience") or sheet.switch("load_best_model_at_end"):
+        found["keep_best"] = True
 
 
-def read_warmup(sheet: Sheet, schedule: str) -> None:
+def read_schedule(sheet: Sheet) -> None:
     """Set schedule and warm-up; a number of steps overrides a fraction of them, as in transformers, and the first rate is 0."""
     steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
-    name = hashable(sheet.take(schedule))
-    if isinstance(numbers := sheet.rest.get("lr_scheduler_kwargs"), dict) and numbers.keys() <= {"min_lr_rate"}:
-        sheet.rest |= sheet.take("lr_scheduler_kwargs")
-    warmup = steps if steps or share is None else share
-    if warmup is not None:
-        sheet.found["warmup"] = warmup
-    if name in SCHEDULES:
-        sheet.found["lr_schedule"] = SCHEDULES[name]
-    elif name is not None:
-        sheet.refuse(schedule, f"only {', '.join(SCHEDULES)} are here", name, "lr_schedule")
+    warmup, name = steps if steps or share is None else share, sheet.found.get("lr_schedule")
+    sheet.put(warmup=warmup)
+    sheet.choose("lr_schedule", SCHEDULES)
     if sheet.told("lr_schedule") == name == "constant":  # it has no warm-up in transformers, whatever the file says
         sheet.found["warmup"] = 0
     elif sheet.told("warmup"):
         sheet.found |= {"warmup_init": 0} | ({"warmup_rounding": "up"} if 0 < float(warmup or 0) < 1 else {})
-    sheet.copy(NUMBERS_OF_RATE, Sheet.number)
-
-
-def read_optimizer(sheet: Sheet, key: str) -> None:
-    """Set the optimizer; the 8-bit and paged variants of AdamW only differ in how they store their state."""
-    name = sheet.take(key)
-    if name is None:
-        return
-    if ADAMW.fullmatch(str(name)):
-        sheet.found["optimizer"] = "adamw"
-        if re.search("4bit|8bit|paged", str(name)):
-            sheet.note(f"{key} {name}: AdamW, with its state in float32, which is small for an adapter")
-    elif name in EXACT_OPTIMIZERS:
-        sheet.found["optimizer"] = name
-    else:
-        sheet.refuse(key, f"only AdamW and {', '.join(EXACT_OPTIMIZERS)} are here", name, "optimizer")
+    if isinstance(numbers := sheet.rest.get("lr_scheduler_kwargs"), dict) and numbers.keys() <= {"min_lr_rate"}:
+        sheet.part("lr_scheduler_kwargs").copy(SHARED)
 
 
 def read_intervals(sheet: Sheet) -> None:
     """Set the steps between reports, validations and checkpoints, or the share of the run, as transformers has it, too."""
-    epochs = sheet.found.get("epochs")
-    for key, name in INTERVALS.items():
-        if (steps := sheet.number(key)) is not None:
-            sheet.found[name] = max(1, steps) if name == "steps_per_report" else steps
+    found, epochs = sheet.found, float(sheet.found.get("epochs") or 1)
+    if "steps_per_report" in found:
+        found["steps_per_report"] = max(1, found["steps_per_report"])
     for key, name in PER_EPOCH.items():
-        if (times := sheet.number(key)) is not None and name not in sheet.found:
-            sheet.found |= {"val_batches": 0} if not times and name == "steps_per_eval" else {}
-            share = 1 / (times * float(epochs or 1)) if times else 0
-            sheet.found[name] = share if share < 1 else 0  # the whole run: at its end
-    for key, name in STRATEGIES.items():
+        if (times := sheet.number(key)) is not None and name not in found:
+            found |= {"val_batches": 0} if not times and name == "steps_per_eval" else {}
+            share = 1 / (times * epochs) if times else 0
+            found[name] = share if share < 1 else 0  # the whole run: at its end
+    for key, (amount, every) in STRATEGIES.items():
         when = sheet.take(key)
         if when in ("no", False):  # YAML 1.1 reads an unquoted no as false
-            sheet.found[name] = 0
+            found[amount] = 0
         elif when == "epoch":
-            every = "save_every" if name == "save_every" else "steps_per_eval"
-            sheet.found[every] = 1 / float(epochs or 1) if float(epochs or 1) > 1 else 0
+            found[every] = 1 / epochs if epochs > 1 else 0
         elif when not in (None, "steps"):
             sheet.harmless.append(key)
 
 
-def read_layers(sheet: Sheet, names: Names) -> None:
-    """Set the layers to adapt, and the modules that are trained in full with them."""
-    read_targets(sheet, names.targets, names.all_layers)
-    if sheet.rest.get(names.modules_to_save):
-        sheet.found["modules_to_save"] = sheet.take(names.modules_to_save)
-
-
-def read_targets(sheet: Sheet, key: str, all_layers: str) -> None:
-    """Set the target layers from names, or from the last part of a regular expression."""
-    asked = sheet.take(key)
-    if asked in (None, []):
-        return
-    names = asked if isinstance(asked, list) else [part.strip() for part in str(asked).split(",")]
-    if all_layers in names:
+def read_targets(sheet: Sheet) -> None:
+    """Turn the target layers into names, from names, or from the last part of a regular expression."""
+    asked = sheet.found.pop("target_modules", None)
+    names, text = texts(asked), str(asked[0] if isinstance(asked, list) else asked)
+    if ALL_LAYERS & set(names):
         sheet.found["target_modules"] = "all-linear"
-    elif all(re.fullmatch(r"[\w.]+", str(name)) for name in names):
-        sheet.found["target_modules"] = ",".join(map(str, names))
-    elif match := LAST_NAMES.fullmatch(str(asked[0] if isinstance(asked, list) else asked)):
+    elif all(re.fullmatch(r"[\w.]+", name) for name in names):
+        sheet.put(target_modules=",".join(names) or None)
+    elif match := LAST_NAMES.fullmatch(text):
         layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
         sheet.found["target_modules"] = layers
-        sheet.note(f"{key}: a regular expression, read as {layers} in all modules of the language model")
+        key = sheet.key("target_modules")
+        sheet.notes.append(f"{key}: a regular expression, read as {layers} in all modules of the language model")
     else:
-        sheet.refuse(key, "a regular expression; give names and patterns as --target-modules", asked, "target_modules")
+        why = "a regular expression; give names and patterns as --target-modules"
+        sheet.refuse(sheet.key("target_modules"), why, asked, "target_modules")
 
 
 def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | None]) -> None:
@@ -491,59 +487,52 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
         exact: names of the trainer's templates -> ours; None: what is done without a name.
     """
     name = sheet.take(key)
-    if name is None:
-        return
-    family = re.match("[a-z]*", str(name).lower())
-    if name in exact or name in TEMPLATES:
-        ours = exact.get(name, name)
-        sheet.found |= {"chat_template": ours} if ours else {}
+    family = re.sub("[^a-z].*", "", str(name).lower())
+    if name is None or name in exact or name in TEMPLATES:
+        sheet.put(chat_template=exact.get(name, name))
     elif re.fullmatch(r".*\.jinja2?", str(name)):
         sheet.found["chat_template"] = name
-    elif family and family[0] and family[0] in str(model).lower():
+    elif family and family in str(model).lower():
         sheet.found["chat_template"] = "own"
     else:
-        sheet.refuse(
-            key,
-            f"no text of that name is here{f', nor is it that of {model}' * bool(model)}; give its Jinja file",
-            name,
-            "chat_template",
-        )
+        own = f", nor is it that of {model}" * bool(model)
+        sheet.refuse(key, f"no text of that name is here{own}; give its Jinja file", name, "chat_template")
 
 
-def choose_method(sheet: Sheet, switches: Mapping[str, str], others: Mapping[str, str | None]) -> None:
-    """Set the method from the switches that are on; we have one method, so others are left out.
+def choose_method(sheet: Sheet, others: Mapping[str, Any]) -> None:
+    """Set the method from the switches that are on, and the layers it adapts; we have one method, so others are left out.
 
     An exception is rsLoRA, which only scales by alpha / sqrt(r) instead of alpha / r: together with another method, it
     becomes that method's alpha.
 
     Args:
         sheet: already has rank and alpha.
-        switches: method -> the key that is true for it.
-        others: method -> the key that turned it on in another way, or None.
+        others: method -> the key that turned it on in another way, or nothing.
     """
-    ratio = sheet.number("loraplus_lr_ratio")
-    on = {method: key for method, key in switches.items() if sheet.switch(key)}
+    on = {method: key for key, method in METHODS.items() if sheet.switch(key)}
     on |= {method: key for method, key in others.items() if key}
-    on |= {"lora-plus": "loraplus_lr_ratio"} if ratio is not None else {}
+    on |= {"lora-plus": "loraplus_lr_ratio"} if "loraplus_lr_ratio" in sheet.found else {}
     method = sheet.found["method"] = next((name for name in PRECEDENCE if name in on), "lora")
+    rank, alpha, told = sheet.told("rank"), sheet.found.get("alpha"), sheet.told("method")
     for other, key in on.items():
-        if other == method:
-            continue
-        rank, alpha = sheet.told("rank"), sheet.found.get("alpha")
         # With the flag --method rslora, the method itself scales so.
-        if other == "rslora" and sheet.told("method") not in ("full", "rslora") and rank and alpha:
+        if other == "rslora" != method and told not in ("full", "rslora") and rank and alpha:
             sheet.found["alpha"] = alpha * rank**0.5
-            sheet.note(
-                f"{key}: with {sheet.told('method')}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
+            sheet.notes.append(
+                f"{key}: with {told}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
             )
-        else:
+        elif other != method:
             sheet.refuse(key, f"with {method}; a run has one method", True, "method")
-    if method == "lora-plus":
-        sheet.found["loraplus_lr_ratio"] = ratio
-    elif method == "full":
-        sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
-        sheet.leave("lora_target_modules", "lora_target", "lora_target_linear")
+    if method != "lora-plus":
+        sheet.found.pop("loraplus_lr_ratio", None)
+    if method == "full":
+        sheet.forget("rank", "alpha", "dropout", "modules_to_save", "target_modules")
+        sheet.leave("lora_target_linear")
         sheet.found["target_modules"] = "*"
+        return
+    if sheet.switch("lora_target_linear"):  # beside the layers that are named
+        sheet.found["target_modules"] = "all-linear"
+    read_targets(sheet)
 
 
 def read_bits(sheet: Sheet, bits: Mapping[str, int] = BITS) -> None:
@@ -556,23 +545,10 @@ def read_bits(sheet: Sheet, bits: Mapping[str, int] = BITS) -> None:
 def put_bits(sheet: Sheet, key: str, bits: Any) -> None:
     """Set the bits that the base is quantized to."""
     sheet.found["bits"] = bits
-    sheet.note(f"{key}: {bits} bits by MLX's affine mode, in groups of 64 weights")
-
-
-def read_loggers(sheet: Sheet) -> None:
-    """Set the loggers that are supported; others are left out."""
-    asked = sheet.take("report_to")
-    names = asked if isinstance(asked, list) else [] if asked is None else [asked]
-    if sheet.switch("use_swanlab"):
-        names = [*names, "swanlab"]
-    if ours := [name for name in names if hashable(name) in LOGGERS]:
-        sheet.found["report_to"] = ",".join(ours)
-    if any(name not in LOGGERS for name in names):
-        sheet.harmless.append("report_to")
+    sheet.notes.append(f"{key}: {bits} bits by MLX's affine mode, in groups of 64 weights")
 
 
 # Data
-
 
 # mlx-lm's key of a column -> our setting, and the columns that need none; mlx-lm itself takes the first.
 FEATURES = {
@@ -582,91 +558,86 @@ FEATURES = {
     "text_feature": ("text_column", ("text",)),
 }
 # Fields and roles of a turn that are recognized by themselves.
-USUAL = {
-    "role": ("role", "from"),
-    "content": ("content", "value"),
+FIELDS_OF_TURNS = {"role": ("role", "from"), "content": ("content", "value")}
+ROLES = {
     "system": ("system",),
     "user": ("user", "human"),
     "assistant": ("assistant", "gpt", "model", "chatgpt"),
     "tool": ("tool", "observation"),
 }
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def read_columns(sheet: Sheet, names: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
     """Set our columns from a data set's keys: key -> our setting, and the columns that we recognize without it."""
     for key, (ours, usual) in names.items():
-        if isinstance(sheet.rest.get(key), str):
-            value = sheet.take(key)
-            if value not in usual:
-                sheet.found[ours] = value
-                sheet.found.pop("data_format", None)  # the columns tell it
+        value = sheet.take(key) if isinstance(sheet.rest.get(key), str) else None
+        if value is not None and value not in usual:
+            sheet.found[ours] = value
+            sheet.found.pop("data_format", None)  # the columns tell it
 
 
 def put_turn_names(sheet: Sheet, fields: Mapping[str, Any], roles: Mapping[str, Any], key: str) -> None:
     """Set the names in the data of a turn's fields and roles, unless we recognize them; `key` is left out if we cannot."""
-    parts = [f"{ours}={theirs}" for ours, theirs in fields.items() if theirs not in USUAL[ours]]
+    parts = [f"{ours}={theirs}" for ours, theirs in fields.items() if theirs not in FIELDS_OF_TURNS[ours]]
     for ours, theirs in roles.items():
         names = theirs if isinstance(theirs, list) else [theirs]
-        parts += [f"{ours}={name}" for name in names if str(name).lower() not in USUAL.get(ours, ())]
-    if not parts:
-        return
-    if any("," in part or part.count("=") > 1 for part in parts) or not set(roles) <= set(ROLES):
+        parts += [f"{ours}={name}" for name in names if str(name).lower() not in ROLES.get(ours, ())]
+    if parts and (any("," in part or part.count("=") > 1 for part in parts) or roles.keys() - ROLES.keys()):
         sheet.refuse(key, "only the roles system, user, assistant and tool have other names", {**fields, **roles})
-        return
-    before = sheet.found.get("turn_names")
-    sheet.found["turn_names"] = ",".join([*([before] if before else []), *parts])
+    else:
+        sheet.put(turn_names=",".join(parts) or None)
 
 
-def take_sets(sheet: Sheet, key: str) -> list[dict[str, Any]]:
-    """Take a data set, or several in a list, each a mapping or only its path.
-
-    Raises:
-        InputError: one is neither.
-    """
-    asked = sheet.take(key)
-    sets = asked if isinstance(asked, list) else [] if asked is None else [asked]
-    sets = [{"path": one} if isinstance(one, str) else one for one in sets]
-    if not all(isinstance(one, dict) for one in sets):
-        raise sheet.refusal(f"{key} has no mappings with a path; fix the file")
-    return [filled(one) for one in sets]
-
-
-def take_path(dataset: Sheet, key: str = "path") -> str | None:
-    """Take a set's path, or its one file if the path is only the name of a format."""
+def take_source(dataset: Sheet, key: str = "path", subset: str = "name") -> dict[str, Any]:
+    """Take a set's path, or its one file if the path is only the name of a format; and its subset and split."""
     path, files, revision = dataset.take(key), dataset.rest.get("data_files"), dataset.take("revision")
-    files = [files] if isinstance(files, str) else files if isinstance(files, list) else []
-    if path in ("json", "csv", "parquet", "text") and len(files) == 1:
-        return str(dataset.take("data_files") and files[0])
-    return f"{path}@{revision}" if path and revision else path
+    files = files if isinstance(files, list) else [files]
+    if path in ("json", "csv", "parquet", "text") and len(files) == 1 and files[0]:
+        path = str(dataset.take("data_files") and files[0])
+    elif path and revision:
+        path = f"{path}@{revision}"
+    return {"path": path, "subset": dataset.take(subset), "split": dataset.take("split")}
 
 
-def put_sets(sheet: Sheet, key: str, sources: Sequence[Mapping[str, Any]], ways: Sequence[dict[str, Any]]) -> None:
-    """Set the data from several sets.
+def read_sets(
+    sheet: Sheet, keys: Mapping[str, Mapping[str, str]], read: Callable[[Sheet, str], list[dict[str, Any]]]
+) -> None:
+    """Set the data from all data sets that a file names, each with its own form.
 
     Args:
         sheet: of the file.
-        key: of the sets.
-        sources: path and options of each, as `source_text` takes them.
-        ways: settings that the records of each are read with; if they differ, each set has its own.
+        keys: of a set, or of a list of them, each a mapping or only its path -> options of these sets.
+        read: sets what the records of one are read with in a sheet of its own; returns path and options of it or of its splits, as
+            `source_text` takes them. The text is the set's key.
+
+    Raises:
+        InputError: a set is neither a mapping nor a text.
     """
-    if any(way != ways[0] for way in ways):
-        templates = {way.pop("chat_template", None) for way in ways}
-        if len(templates) > 1:
-            sheet.refuse(
-                key,
-                "sets with unlike chat templates; train them in two runs",
-                " and ".join(sorted(map(str, templates))),
-            )
-        elif template := templates.pop():
-            sheet.found["chat_template"] = template
-        sources = [
-            {**one, **{name: value for name, value in way.items() if value != "auto"}}
-            for one, way in zip(sources, ways, strict=True)
-        ]
-    else:
+    objective = {name: sheet.found[name] for name in ("objective", "data_format") if name in sheet.found}
+    sources, ways = list[dict[str, Any]](), list[dict[str, Any]]()
+    for key, options in keys.items():
+        asked = sheet.take(key)
+        for one in asked if isinstance(asked, list) else [] if asked is None else [asked]:
+            if not isinstance(one, dict | str):
+                raise sheet.refusal(f"{key} has no mappings with a path; fix the file")
+            own = sheet.within({"path": one} if isinstance(one, str) else one, key, found=dict(objective))
+            of_one = [{**source, **options} for source in read(own, key)]
+            sources += of_one
+            ways += [{name: value for name, value in own.found.items() if name != "objective"} for _ in of_one]
+    if not sources:
+        return
+    sheet.found.pop("data_format", None)
+    if all(way == ways[0] for way in ways):
         sheet.found |= ways[0]
-    if all(one.get("path") for one in sources):
+    else:
+        templates = {way.pop("chat_template", None) for way in ways}
+        sheet.put(chat_template=next(iter(templates)) if len(templates) == 1 else None)
+        if len(templates) > 1:
+            names = " and ".join(sorted(map(str, templates)))
+            sheet.refuse(next(iter(keys)), "sets with unlike chat templates; train them in two runs", names)
+        for source, way in zip(sources, ways, strict=True):
+            source |= {name: value for name, value in way.items() if value != "auto"}
+    if all(source.get("path") for source in sources):
         known = [{key: value for key, value in one.items() if value not in (None, "train")} for one in sources]
         sheet.found["data"] = ",".join(map(source_text, known))
 
@@ -684,15 +655,15 @@ PREFERENCE_LOSSES_OF_LLAMA_FACTORY = {
     "simpo": ("simpo", None), "kto_pair": ("kto", None),
 }  # fmt: skip
 MODES_OF_MLX_LM_LORA = {
-    "sft": "sft", "normal": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo",
+    "sft": "sft", "dpo": "dpo", "orpo": "orpo", "cpo": "cpo", "grpo": "grpo", "normal": "sft",
 }  # fmt: skip
 LOSSES_OF_TORCHTUNE = {"DPOLoss": "dpo"}
-LOSSES_OF_MLX_LM_LORA = {"dpo": ("sigmoid", "hinge", "ipo"), "cpo": ("sigmoid",)}  # by our objective
+# By our objective; its usual one is ours.
+LOSSES_OF_MLX_LM_LORA = {"dpo": {"sigmoid": None, "hinge": "hinge", "ipo": "ipo"}, "cpo": {"sigmoid": None}}
 LIKELIHOOD = (
     "rpo_alpha",
     "pref_ftx",
 )  # keys of the weight of the chosen answers' likelihood that is added to dpo's loss (RPO)
-LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
 
 
 def trains_on_chats(sheet: Sheet) -> bool:
@@ -700,62 +671,49 @@ def trains_on_chats(sheet: Sheet) -> bool:
     return sheet.found.get("objective", "sft") in IMITATION
 
 
-def samples(sheet: Sheet) -> bool:
-    """Return whether a file asks for training on answers that are sampled and rewarded."""
-    return sheet.found.get("objective") in SAMPLING
-
-
 def read_prompts_trained(sheet: Sheet, key: str) -> None:
     """Set mask_prompt, the opposite of `key`; preferences only compare answers, so there `false` has no effect."""
     if trains_on_chats(sheet) and key in sheet.rest:
         sheet.found["mask_prompt"] = not sheet.switch(key)
-    else:
-        sheet.leave(key)
+    sheet.leave(key)
 
 
 def put_objective(sheet: Sheet, objective: str, options: Mapping[str, str]) -> None:
     """Set the objective and those of the options, key -> ours, that belong to it; the others are reported as left out."""
-    sheet.found["objective"] = objective
-    own = {theirs: name for theirs, name in options.items() if objective in OWNERS[name]}
-    for theirs, name in own.items():
-        sheet.copy({theirs: name}, Sheet.take if name in LISTS else Sheet.number)
-    found, losses = sheet.found, sheet.found.get("loss_type", "sigmoid")
-    losses = losses if isinstance(losses, list) else str(losses).split(",")
-    if objective == "dpo" and found.get("label_smoothing") and not any(loss in SMOOTHED for loss in losses):
-        smoothing = found.pop("label_smoothing")
-        key = next(theirs for theirs, name in options.items() if name == "label_smoothing")
-        sheet.refuse(key, f"of dpo's losses only {', '.join(SMOOTHED)} have it", smoothing)
-    asked = [sheet.number(key) or 0 for key in LIKELIHOOD if key in sheet.rest] if objective == "dpo" else []
-    if weight := sum(asked):
-        given = found.get("loss_weights")
-        weights = [1] * len(losses) if given is None else given if isinstance(given, list) else [given]
-        found["loss_type"] = ",".join([*map(str, losses), "sft"])
-        found["loss_weights"] = ",".join(map(str, [*weights, weight]))
-
-
-def read_reference(sheet: Sheet, model: str, reference: str) -> None:
-    """Drop a reference that is the model itself; refuse any other, because the run would then train toward another goal."""
-    asked = sheet.take(reference)
-    if asked is None or asked == sheet.rest.get(model):
+    found = sheet.found
+    found["objective"] = objective
+    sheet.copy({theirs: name for theirs, name in options.items() if objective in OWNERS[name]})
+    sheet.take("precompute_ref_log_probs")  # always done here
+    if objective == "simpo" and "cpo_alpha" in options:  # where it is 1 unless the file has it
+        sheet.rest = {"cpo_alpha": 1} | sheet.rest
+        sheet.drop({"cpo_alpha": (0,)})
+        sheet.refuse("cpo_alpha", "simpo has no likelihood of chosen answers here; give 0, or use cpo")
+    if objective != "dpo":
         return
+    losses, weights = texts(found.get("loss_type", "sigmoid")), texts(found.get("loss_weights"))
+    if found.get("label_smoothing") and not set(losses) & set(SMOOTHED):
+        key = next(theirs for theirs, name in options.items() if name == "label_smoothing")
+        sheet.refuse(key, f"of dpo's losses only {', '.join(SMOOTHED)} have it", found.pop("label_smoothing"))
+    if weight := sum(sheet.number(key) or 0 for key in LIKELIHOOD):
+        found["loss_type"] = ",".join([*losses, "sft"])
+        found["loss_weights"] = ",".join([*(weights or ["1"] * len(losses)), str(weight)])
+
+
+def read_reference(sheet: Sheet, model: Any, reference: str) -> None:
+    """Drop a reference that is the model itself; refuse any other, because the run would then train toward another goal."""
+    sheet.drop({reference: (model,)})
     if sheet.found["objective"] in OWNERS["reference_adapter"]:
-        raise sheet.refusal(
-            f"{reference} {asked}: the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
+        sheet.refuse(
+            reference, "the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
         )
-    sheet.harmless.append(reference)
+    sheet.leave(reference)
 
 
 def turn_off_dropout(sheet: Sheet, hint: str = "") -> None:
     """Leave the file's dropout out, because its trainer turns dropout off before it trains; `hint` ends the note."""
-    if asked := sheet.number("lora_dropout"):
-        sheet.note(f"lora_dropout {asked:g}: not used, as there: it is turned off for {sheet.found['objective']}{hint}")
-
-
-def refuse_likelihood(sheet: Sheet, usual: float) -> None:
-    """Refuse the likelihood of the chosen answers that TRL adds to SimPO's loss, unless cpo_alpha is 0."""
-    asked = sheet.number("cpo_alpha")
-    if weight := usual if asked is None else asked:
-        sheet.refuse("cpo_alpha", "simpo has no likelihood of chosen answers here; give 0, or use cpo", weight)
+    if asked := sheet.found.pop("dropout", None):
+        objective = sheet.found["objective"]
+        sheet.notes.append(f"lora_dropout {asked:g}: not used, as there: it is turned off for {objective}{hint}")
 
 
 # Sampled answers
@@ -772,42 +730,34 @@ NUMBERS = {
     "beta": "kl_beta",
     "num_iterations": "updates_per_rollout",
 }
-LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
-SCALES = {True: "group", "group": "group", "batch": "batch", False: "none", "none": "none"}
+WHOLE_ROLLOUT = ("steps_per_generation", "generation_batch_size")
+LOSSES = {"grpo": "grpo", "bnpo": "bnpo", "dapo": "dapo", "dr_grpo": "dr_grpo"}
+LEVELS = {"token": None, "sequence": "gspo"}  # a ratio of whole answers is what we call gspo
+SCALES = {"group": "group", "batch": "batch", "none": "none", "True": "group", "False": "none"}
 # Reward functions of TRL -> ours with the same value.
 READY = {
     "think_format_reward": r"regex:(?sm)\A<think>(?!.*<think>)(.*?)</think>.*$",
     "accuracy_reward": "math-verify",
 }
-WHOLE_ROLLOUT = ("steps_per_generation", "generation_batch_size")
 
 
 def put_sampling(sheet: Sheet, objective: str, numbers: Mapping[str, str] = NUMBERS, loss: str = "loss_type") -> None:
     """Set the objective, grpo or rloo, its numbers, key -> ours, and grpo's loss, which has the key `loss`."""
     sheet.found["objective"] = objective
-    sheet.copy(numbers, Sheet.number)
-    if sheet.switch("mask_truncated_completions"):
-        sheet.found["mask_truncated"] = True
+    sheet.copy(numbers)
+    sheet.put(mask_truncated=sheet.switch("mask_truncated_completions") or None)
+    # Intervals that end with the last update on the same answers, where the file leaves them to us.
+    updates = sheet.told("updates_per_rollout") or 1
+    if updates > 1:
+        sheet.assume(save_every=-(-100 // updates) * updates, steps_per_eval=-(-200 // updates) * updates)
     if objective != "grpo":
         return
-    asked, level = sheet.take(loss), sheet.take("importance_sampling_level")
-    if asked is not None and asked not in LOSSES:
-        raise sheet.refusal(f"{loss} {asked}: only {', '.join(LOSSES)} are supported")
-    if level not in (None, "token", "sequence"):
-        raise sheet.refusal(f"importance_sampling_level {level}: only token and sequence are supported")
-    if level == "sequence":  # a ratio of whole answers is what we call gspo
-        sheet.found["grpo_loss"] = "gspo"
-        if asked != "grpo":
-            sheet.note(
-                f"importance_sampling_level sequence: --grpo-loss gspo, which takes every answer once, as {loss} grpo does"
-            )
-    elif asked is not None:
-        sheet.found["grpo_loss"] = asked
-    if "scale_rewards" in sheet.rest:
-        scale = sheet.take("scale_rewards")
-        if not isinstance(scale, bool | str) or scale not in SCALES:
-            raise sheet.refusal(f"scale_rewards {scale}: only group, batch and none are supported; fix the file")
-        sheet.found["scale_rewards"] = SCALES[scale]
+    asked, level = sheet.one_of(loss, LOSSES), sheet.one_of("importance_sampling_level", LEVELS)
+    sheet.put(grpo_loss=level or asked, scale_rewards=sheet.one_of("scale_rewards", SCALES))
+    if level and asked != "grpo":
+        sheet.notes.append(
+            f"importance_sampling_level sequence: --grpo-loss gspo, which takes every answer once, as {loss} grpo does"
+        )
 
 
 def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> None:
@@ -819,23 +769,11 @@ def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> 
         key: for messages.
     """
     weights = sheet.take("reward_weights")
-    if not functions:
-        return
-    if foreign := [name for name, ours in functions.items() if ours is None]:
-        sheet.refuse(
-            key, "no function in a file of yours, and no reward of docs/rewards.md", ", ".join(foreign), "reward"
-        )
-        return
-    sheet.found["reward"] = ",".join(filter(None, functions.values()))
-    if weights is not None:
-        many = weights if isinstance(weights, list) else str(weights).strip("[]").split(",")
-        sheet.found["reward_weights"] = ",".join(str(weight).strip() for weight in many)
-
-
-def texts(asked: Any) -> list[str]:
-    """Return the names in a list, or in a text that separates them with commas."""
-    names = asked if isinstance(asked, list) else [] if asked is None else str(asked).split(",")
-    return [str(name).strip() for name in names]
+    if foreign := ", ".join(name for name, ours in functions.items() if ours is None):
+        sheet.refuse(key, "no function in a file of yours, and no reward of docs/rewards.md", foreign, "reward")
+    elif functions:
+        many = texts(weights.strip("[]") if isinstance(weights, str) else weights)
+        sheet.put(reward=",".join(filter(None, functions.values())), reward_weights=",".join(many) or None)
 
 
 def rewards_of_paths(sheet: Sheet) -> dict[str, str | None]:
@@ -847,44 +785,34 @@ def rewards_of_paths(sheet: Sheet) -> dict[str, str | None]:
     return found
 
 
-def read_rows(sheet: Sheet, names: Names) -> None:
-    """Set a batch's rows; or its prompts, from the answers of a micro-batch and accumulation, and the longest prompt."""
-    if not samples(sheet):
-        read_batch(sheet, names)
-        return
-    count, group = sheet.number(names.rows) or names.default_rows, max(1, sheet.told("group_size"))
-    known = sheet.found.get("grad_accumulation_steps")  # Axolotl may say it by the rows of a whole step
-    accumulation = sheet.number("gradient_accumulation_steps") or known or 1
-    if "batch_size" in sheet.flags:  # in prompts: nothing to convert
-        sheet.found["grad_accumulation_steps"] = accumulation
-    else:
-        prompts, rest = divmod(count * accumulation, group)
-        if rest or not prompts:
+def read_prompts(sheet: Sheet) -> None:
+    """Set a batch's prompts, from the answers of a micro-batch and accumulation, and the longest prompt.
+
+    Raises:
+        InputError: the answers of a step are no whole groups.
+    """
+    found, group = sheet.found, max(1, sheet.told("group_size"))
+    rows = found.pop("batch_size", None) or sheet.defaults["batch_size"]
+    steps = found["grad_accumulation_steps"] = found.get("grad_accumulation_steps") or 1
+    answers = rows * steps
+    if "batch_size" not in sheet.flags:  # else it is in prompts: nothing to convert
+        if answers % group or not answers:
             raise sheet.refusal(
-                f"{names.rows} {count} x gradient_accumulation_steps {accumulation}: {count * accumulation} answers in a step "
+                f"{sheet.key('batch_size')} {rows} x gradient_accumulation_steps {steps}: {answers} answers in a step "
                 f"cannot be divided into groups of {group}; fix the file, or give --batch-size in prompts"
             )
-        whole = count % group == 0
-        rows = sheet.found["batch_size"] = count // group if whole else 1
-        steps = sheet.found["grad_accumulation_steps"] = accumulation if whole else prompts
-        sheet.note(
-            f"{names.rows} {count}: answers there, prompts here: batch_size {rows}, grad_accumulation_steps {steps}"
-        )
-    for key in WHOLE_ROLLOUT:
-        asked, usual = sheet.take(key), accumulation if key == "steps_per_generation" else count * accumulation
-        if asked not in (None, usual):
-            sheet.refuse(key, "answers are sampled for one step at a time here", asked)
+        prompts = (1, answers // group) if rows % group else (rows // group, steps)
+        found |= dict(zip(("batch_size", "grad_accumulation_steps"), prompts, strict=True))
+        said = f"batch_size {prompts[0]}, grad_accumulation_steps {prompts[1]}"
+        sheet.notes.append(f"{sheet.key('batch_size')} {rows}: answers there, prompts here: {said}")
+    sheet.drop(dict(zip(WHOLE_ROLLOUT, ((steps,), (answers,)), strict=True)))
+    sheet.forget("max_seq_length")
+    sheet.leave(*PACKING)
     longest = sheet.number("max_prompt_length")
-    if longest is not None:
-        sheet.found["max_seq_length"] = longest
-        if longest < UNCUT:
-            sheet.note(f"max_prompt_length {longest}: longer prompts are left out, not cut")
-    sheet.leave(names.length, names.packing)
-
-
-def keep_cycles(sheet: Sheet) -> None:
-    """Set intervals that end with the last update on the same answers, where the file leaves them to us."""
-    updates = sheet.told("updates_per_rollout") or 1
-    if updates > 1:
-        for name, usual in (("save_every", 100), ("steps_per_eval", 200)):
-            sheet.assume(**{name: -(-usual // updates) * updates})
+    sheet.put(max_seq_length=longest)
+    if longest is not None and longest < UNCUT:
+        sheet.notes.append(f"max_prompt_length {longest}: longer prompts are left out, not cut")
+    # Of answers, which are counted otherwise here.
+    sheet.defaults = {
+        name: value for name, value in sheet.defaults.items() if name not in ("batch_size", "max_seq_length")
+    }

@@ -15,7 +15,6 @@ it, give the data with --data. `--data FOLDER` reads the table of a folder, too:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from mlx_lora.config.migrate.common import (
     PREFERENCE_LOSSES_OF_LLAMA_FACTORY,
     SHARED,
     STAGES_OF_LLAMA_FACTORY,
+    TRANSFORMERS,
     Dialect,
-    Names,
     Sheet,
 )
-from mlx_lora.config.objectives import PAIRS, RATED, VERIFIERS, row_of
+from mlx_lora.config.objectives import IMITATION, PAIRS, RATED, VERIFIERS
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable, read_json
 from mlx_lora.utils.text import did_you_mean
@@ -39,10 +38,7 @@ MARKS = (
     *("model_name_or_path", "stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "lora_target"),
     *("dataset", "dataset_dir", "quantization_bit"),
 )
-NAMES = Names(
-    length="cutoff_len", held_out="val_size", targets="lora_target", all_layers="all",
-    modules_to_save="additional_target", default_length=2048,
-)  # fmt: skip
+KINDS = {kind: kind for kind in ("lora", "freeze", "full")}
 PREFERENCE_OPTIONS = {
     "pref_loss": "loss_type",
     "pref_beta": "beta",
@@ -53,6 +49,7 @@ PREFERENCE_OPTIONS = {
     "ref_model_adapters": "reference_adapter",
 }
 TABLE = "dataset_info.json"
+SETS = {"dataset": {}, "eval_dataset": {"as": "valid"}}
 # Its templates with the text of one of ours, or of the model's own: those of which this was seen.
 TEMPLATES = {
     **dict.fromkeys(("qwen3_nothink", "qwen3_5_nothink"), "chatml"),
@@ -62,11 +59,8 @@ TEMPLATES = {
         "own",
     ),
 }
-# Keys that only its files for another command have -> that command.
-OTHER_COMMANDS = {
-    "export_dir": "llamafactory-cli export; here fuse", "infer_backend": "llamafactory-cli chat; here chat",
-    "sample_backend": "llamafactory-cli chat; here chat", "do_predict": "a prediction; here evaluate",
-}  # fmt: skip
+# Parts that it freezes unless it is told otherwise -> our setting.
+TOWERS = {"freeze_vision_tower": "train_vision", "freeze_multi_modal_projector": "train_connector"}
 SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url")
 # What a set's columns and tags may say without a word from us, because we detect it.
 COLUMNS = {
@@ -95,146 +89,120 @@ TAGS = {
 ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 
 
-def recognizes(content: Mapping[str, Any]) -> bool:
-    """Return whether a file has two of LLaMA-Factory's own keys, and not our key for the model."""
-    return "model" not in content and sum(key in content for key in MARKS) >= 2
-
-
 def read_kind(sheet: Sheet) -> None:
-    """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
-    stage = sheet.take("stage")
-    if stage not in (None, *STAGES_OF_LLAMA_FACTORY):
-        known = ", ".join(STAGES_OF_LLAMA_FACTORY)
-        raise sheet.refusal(f"stage {stage}: only {known} are supported; use LLaMA-Factory for it")
-    row = row_of(objective := STAGES_OF_LLAMA_FACTORY.get(str(stage)))
-    if objective and row.scores:
-        common.put_objective(sheet, objective, {})
-    elif objective and not row.imitates:
-        read_preference(sheet, objective)
-    if stage == "pt":
+    """Set the objective, its loss and its options; `pref_loss` chooses among the losses on pairs."""
+    if sheet.rest.get("stage") == "pt":
         sheet.found["data_format"] = "text"
         sheet.rest.setdefault("packing", True)  # the default in this stage
-    sheet.copy({"do_train": "train"}, Sheet.switch)
-
-
-def read_preference(sheet: Sheet, objective: str) -> None:
-    """Set the objective of a stage of preferences, its loss and its options; `pref_loss` chooses among those on pairs."""
-    loss = hashable(sheet.take("pref_loss")) or "sigmoid"
-    if loss not in PREFERENCE_LOSSES_OF_LLAMA_FACTORY:
-        known = ", ".join(PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
-        raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
+    objective = sheet.one_of("stage", STAGES_OF_LLAMA_FACTORY)
+    if objective in (None, *IMITATION):
+        return
+    if objective == "reward":
+        common.put_objective(sheet, objective, {})
+        return
+    loss = sheet.rest.setdefault("pref_loss", "sigmoid")
+    chosen, loss_type = sheet.one_of("pref_loss", PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
     if objective in PAIRS:
-        objective, loss_type = PREFERENCE_LOSSES_OF_LLAMA_FACTORY[loss]
-        if loss_type:
-            sheet.rest["pref_loss"] = loss_type
+        objective = chosen
+        sheet.put(loss_type=loss_type)
         if objective in RATED:
-            sheet.note(f"pref_loss {loss}: each pair becomes a good and a bad answer for {objective}")
+            sheet.notes.append(f"pref_loss {loss}: each pair becomes a good and a bad answer for {objective}")
     common.put_objective(sheet, objective, PREFERENCE_OPTIONS)
     common.turn_off_dropout(sheet)
-    common.read_reference(sheet, "model_name_or_path", "ref_model")
+    common.read_reference(sheet, sheet.found.get("model"), "ref_model")
 
 
 def read_method(sheet: Sheet) -> None:
     """Set rank, alpha (twice the rank unless given) and method."""
-    kind = sheet.take("finetuning_type") or "lora"
-    if kind not in ("lora", "full", "freeze"):
-        raise sheet.refusal(f"finetuning_type {kind}: not supported; use lora, freeze or full")
+    kind = sheet.one_of("finetuning_type", KINDS) or "lora"
     if kind == "lora":
-        sheet.copy({"lora_rank": "rank", "lora_alpha": "alpha"}, Sheet.number)
         sheet.assume(rank=8)
         sheet.assume(alpha=2 * sheet.told("rank"))
-    switches = {"dora": "use_dora", "rslora": "use_rslora", "pissa": "pissa_init"}
-    common.choose_method(sheet, switches, {"full": None if kind == "lora" else "finetuning_type"})
+    common.choose_method(sheet, {"full": None if kind == "lora" else "finetuning_type"})
     if kind == "freeze":  # which trains some last blocks in full
-        blocks = sheet.number("freeze_trainable_layers")
-        blocks = 2 if blocks is None else blocks
+        sheet.rest.setdefault("freeze_trainable_layers", 2)
+        blocks = sheet.number("freeze_trainable_layers") or 0
         if blocks < 1:
             raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
-        sheet.found |= {"num_layers": blocks, "target_modules": "*.layers.*"}
-        if sheet.rest.get("freeze_trainable_modules") == "all":
-            sheet.take("freeze_trainable_modules")
-        common.read_targets(sheet, "freeze_trainable_modules", "all")
-    bits = sheet.take("quantization_bit")
-    if bits:
+        modules = ",".join(common.texts(sheet.take("freeze_trainable_modules")))
+        sheet.found |= {"num_layers": blocks, "target_modules": "*.layers.*" if modules in ("", "all") else modules}
+    if bits := sheet.number("quantization_bit"):
         common.put_bits(sheet, "quantization_bit", bits)
-    if sheet.switch("use_muon"):
-        sheet.found["optimizer"] = "muon"
-    common.read_layers(sheet, NAMES)
 
 
 def read_data(sheet: Sheet) -> None:
     """Set the data from the table's sets, the first rows of each, those to validate on, mask_prompt, and the chat template."""
     folder, most = Path(str(sheet.take("dataset_dir") or "data")), sheet.number("max_samples")
-    mixed, shares = sheet.take("mix_strategy") or "concat", sheet.take("interleave_probs")
-    if mixed != "concat":
-        sheet.refuse(
-            "mix_strategy", f"sets are joined here; a.jsonl=0.5 sets their shares (interleave_probs {shares})", mixed
-        )
-    sources, ways = [], []
-    for key, options in (("dataset", {}), ("eval_dataset", {"as": "valid"})):
-        names = sheet.take(key)
-        for name in names if isinstance(names, list) else [name for name in common.texts(names or None) if name]:
-            one = replace(
-                sheet,
-                rest={},
-                found={name: sheet.found[name] for name in ("objective", "data_format") if name in sheet.found},
-            )
-            path, part = find_dataset(one, str(name), folder)
-            if path is None:
-                sheet.refuse(key, f"not in {folder / TABLE}; give the file itself as --data", name, "data")
-                continue
-            part |= {"split": f"{part.get('split', 'train')}[:{most}]"} if most else {}
-            sources.append({"path": path, **options, **part})
-            ways.append({name: value for name, value in one.found.items() if name != "objective"})
-    if sources and not {"data"} & sheet.flags.keys():
-        sheet.found.pop("data_format", None)
-        common.put_sets(sheet, "dataset", sources, ways)
+
+    def read_set(one: Sheet, key: str) -> list[dict[str, Any]]:
+        name = str(one.take("path"))
+        one.prefix = ""  # of the table's keys
+        path, part = (None, {}) if "data" in sheet.flags else find_dataset(one, name, folder)
+        if path is None:
+            one.refuse(key, f"not in {folder / TABLE}; give the file itself as --data", name, "data")
+            return []
+        return [{"path": path, **part} | ({"split": f"{part.get('split', 'train')}[:{most}]"} if most else {})]
+
+    sheet.rest |= {key: list(filter(None, common.texts(sheet.take(key)))) for key in SETS if key in sheet.rest}
+    common.read_sets(sheet, SETS, read_set)
+    sheet.drop({"mix_strategy": ("concat",)})
+    sheet.take("interleave_probs")
     common.read_prompts_trained(sheet, "train_on_prompt")
     text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
     common.read_template(sheet, "template", "", TEMPLATES | text)
-    if common.trains_on_chats(sheet) and sheet.switch("mask_history"):
-        sheet.found["last_answer"] = True
+    sheet.put(last_answer=(common.trains_on_chats(sheet) and sheet.switch("mask_history")) or None)
     sheet.leave("mask_history")
     if sheet.rest.get("enable_thinking") is False:
         sheet.refuse("enable_thinking", "the empty thought before an answer is not trained")
     sheet.leave("enable_thinking")  # true is the default
-    sheet.copy({"image_max_pixels": "max_pixels"}, Sheet.number)
 
 
 def read_loop(sheet: Sheet) -> None:
-    """Set length, batch, schedule, optimizer, intervals; refuse the files of its other commands."""
-    if found := [key for key in OTHER_COMMANDS if key in sheet.rest]:
-        raise sheet.refusal(
-            f"{found[0]}: a file of {OTHER_COMMANDS[found[0]]}, which trains nothing; use its command here"
-        )
-    sheet.assume(train_line_break=True)
-    if sheet.switch("neat_packing"):
-        sheet.rest["packing"] = True
-    if "val_set_size" in sheet.rest:
-        sheet.rest.setdefault(NAMES.held_out, sheet.take("val_set_size"))
-    sheet.copy({"early_stopping_steps": "early_stopping_patience", "adapter_name_or_path": "resume_adapter_file"})
-    for part, method in (("vision_tower", "train_vision"), ("multi_modal_projector", "train_connector")):
-        if sheet.rest.pop(f"freeze_{part}", True) is False:
-            sheet.found[method] = "full"
-    common.read_loop(sheet, NAMES)
-    if sheet.switch("disable_gradient_checkpointing"):
-        sheet.found["grad_checkpoint"] = False
+    """Set length, batch, schedule, optimizer, intervals, and what is trained of a model with pictures."""
+    for key, name in TOWERS.items():
+        if sheet.rest.pop(key, True) is False:
+            sheet.found[name] = "full"
+    common.read_loop(sheet)
+    sheet.put(
+        optimizer="muon" if sheet.switch("use_muon") else None,
+        grad_checkpoint=False if sheet.switch("disable_gradient_checkpointing") else None,
+    )
 
 
 LLAMA_FACTORY = Dialect(
     name="LLaMA-Factory",
-    recognizes=recognizes,
-    rules=(read_kind, read_method, read_data, read_loop),
+    recognizes=lambda content: common.two_of(MARKS, content),
     names={
         **SHARED,
+        **TRANSFORMERS,
         "model_name_or_path": "model",
         "model_revision": "revision",
-        "lora_dropout": "dropout",
+        "lora_rank": "rank",
+        "lora_target": "target_modules",
+        "additional_target": "modules_to_save",
+        "cutoff_len": "max_seq_length",
+        "val_set_size": "valid_fraction",
+        "val_size": "valid_fraction",
+        "early_stopping_steps": "early_stopping_patience",
+        "adapter_name_or_path": "resume_adapter_file",
+        "image_max_pixels": "max_pixels",
+        "do_train": "train",
         "overwrite_output_dir": "force",
         "swanlab_project": "project_name",
     },
-    defaults={"learning_rate": 5e-5, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+    rules=(read_kind, read_method, read_data, read_loop),
+    defaults={
+        **{"learning_rate": 5e-5, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "train_line_break": True},
+        **{"epochs": 3.0, "batch_size": 8, "max_seq_length": 2048, "valid_fraction": 0.0},
+    },
     nulls={"max_grad_norm": 0},
+    changes={"mix_strategy": "sets are joined here; a.jsonl=0.5 sets their shares"},
+    others={
+        "export_dir": "a file of llamafactory-cli export, which trains nothing; here fuse",
+        "infer_backend": "a file of llamafactory-cli chat, which trains nothing; here chat",
+        "sample_backend": "a file of llamafactory-cli chat, which trains nothing; here chat",
+        "do_predict": "a file of a prediction, which trains nothing; here evaluate",
+    },
 )
 
 
@@ -291,6 +259,7 @@ def put_columns(sheet: Sheet, columns: Sheet, pairs: bool) -> None:
         if column != "text":
             found["text_column"] = column
             del found["data_format"]  # the column tells it
+        columns.rest.clear()
         return
     asked = [column for column in (columns.take("prompt"), columns.take("query")) if column]
     answer, system = columns.take("response"), columns.take("system")
