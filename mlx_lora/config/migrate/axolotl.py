@@ -9,8 +9,31 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import RL_OF_AXOLOTL, SHARED, Dialect, Sheet
+from mlx_lora.config.migrate.common import (
+    RL_OF_AXOLOTL,
+    SHARED,
+    VALUES,
+    WHOLE_ROLLOUT,
+    Dialect,
+    Sheet,
+    choose_method,
+    put_objective,
+    put_pair,
+    put_rewards,
+    put_sampling,
+    put_turn_names,
+    read_columns,
+    read_loop,
+    read_prompts_trained,
+    read_sets,
+    read_template,
+    rewards_of_paths,
+    take_source,
+    texts,
+    trains_on_chats,
+    turn_off_dropout,
+    two_of,
+)
 from mlx_lora.config.objectives import RATED, SAMPLING
 
 # Keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
@@ -40,20 +63,22 @@ RESTARTS = {
     "jagged_restart_warmup_steps": "relora_warmup",
     "relora_prune_ratio": "relora_prune_ratio",
 }
-ADAPTERS = {"lora": None, "qlora": 4}  # -> bits
+ADAPTERS = {"lora": "lora", "qlora": "qlora"}
 INIT = "peft_init_lora_weights"
-# The first word of a dataset's type -> our format.
-FORMATS = {
-    "alpaca": "alpaca_sections",
-    "sharegpt": "sharegpt",
-    "completion": "text",
-    "pretrain": "text",
-    "chat_template": "auto",
+# The first word of a dataset's type -> what its records are read with. Alpaca's rows keep the alpaca prompt for every model.
+TYPES = {
+    "alpaca": {"data_format": "alpaca_sections", "chat_template": "alpaca"},
+    "sharegpt": {"data_format": "sharegpt"},
+    "completion": {"data_format": "text"},
+    "pretrain": {"data_format": "text"},
+    "chat_template": {"data_format": "auto"},
 }
-# The first word of a preference data set's type -> the chat template that it means; None: the model's own.
-RECORD_TYPES = {"chatml": "chatml", "llama3": "llama3"} | dict.fromkeys(
-    ("chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")
-)
+# The same of preferences, whose records' keys tell the rest.
+TYPES_OF_PAIRS = {
+    "chatml": {"chat_template": "chatml"},
+    "llama3": {"chat_template": "llama3"},
+    **{word: {} for word in ("chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")},
+}
 REASONING = ("thinking", "reasoning_content", "reasoning")
 # Values of a dataset that we do not need, because we detect its format.
 DETECTED = {
@@ -84,18 +109,25 @@ TEMPLATES = {
 }
 # Plugins that make a run faster or log it.
 PLUGINS = ("CutCrossEntropyPlugin", "LigerPlugin", "KernelsPlugin", "SwanLabPlugin", "ExpertParallelPlugin")
-# Keys of a type of one's own, whose prompt may be in two columns.
-OWN_FIELDS = {"field_output": ("completion_column", ("output",)), "field_system": ("system_column", ("system",))}
-# Columns of a user-defined type that we find by their names, or else by settings.
-USER_COLUMNS = {
-    "field_system": ("system_column", ("system",)),
+# Columns of a type of one's own that we find by their names, or else by settings; those of preferences.
+OWN_COLUMNS = {"field_system": ("system_column", ("system",))}
+PAIR_COLUMNS = {
+    **OWN_COLUMNS,
     "field_prompt": ("prompt_column", ("prompt", "question", "instruction", "input")),
+    "field_completion": ("completion_column", ("completion",)),
 }
-USER_FIELDS = {
+PAIR_FIELDS = {
     "field_chosen": ("chosen", "chosen_response"),
     "field_rejected": ("rejected", "rejected_response"),
     "field_label": ("label", "kto_tag"),
 }
+FORMATS = (
+    *("field", "format", "no_input_format", "system_prompt", "system_format", "prompt_format", "chosen_format"),
+    *("rejected_format", "completion_format"),
+)
+# Roles and keys of the older type sharegpt -> role.
+OLDER_ROLES = {"input": "user", "output": "assistant"}
+SIDES = {"field_human": "user", "field_model": "assistant"}
 
 
 def read_kind(sheet: Sheet) -> None:
@@ -107,40 +139,39 @@ def read_kind(sheet: Sheet) -> None:
         return
     more = sheet.part("trl")
     if objective in SAMPLING:  # the keys are TRL's, with its defaults
-        common.put_sampling(more, objective)
-        common.put_rewards(more, common.rewards_of_paths(more), "trl.reward_funcs")
+        put_sampling(more, objective)
+        put_rewards(more, rewards_of_paths(more), "trl.reward_funcs")
         sheet.assume(group_size=8, max_new_tokens=512)
-        sheet.rest |= {key: more.take(key) for key in common.WHOLE_ROLLOUT if key in more.rest}
+        sheet.rest |= {key: more.take(key) for key in WHOLE_ROLLOUT if key in more.rest}
         return
     stated = {"rl_beta": more.take("beta"), "dpo_loss_type": loss}  # they count before the others there
     sheet.rest |= {key: value for key, value in stated.items() if value is not None}
     sheet.drop({"num_labels": (1,)})
-    common.put_objective(sheet, objective, RL_OPTIONS)
-    common.turn_off_dropout(sheet)
+    put_objective(sheet, objective, RL_OPTIONS)
+    turn_off_dropout(sheet)
 
 
 def read_method(sheet: Sheet) -> None:
     """Set rank, alpha and method; an empty `adapter` trains the model itself, as in Axolotl."""
-    adapts = "adapter" in sheet.rest
-    bits = sheet.one_of("adapter", ADAPTERS)
+    adapter = sheet.one_of("adapter", ADAPTERS)
     pissa = str(sheet.rest.get(INIT)).startswith("pissa") and sheet.take(INIT)
-    sheet.drop({INIT: (True,)})
     sheet.refuse(INIT, "other first factors; pissa is here")
     restarts = "relora" if sheet.rest.get("relora_steps") else None
-    common.choose_method(sheet, {"pissa": pissa, "relora": restarts, "full": None if adapts else "adapter"})
+    others = {"pissa": pissa, "relora": restarts, "full": None if adapter else "adapter"}
+    choose_method(sheet, others, {"peft_use_dora": "dora", "peft_use_rslora": "rslora", "relora": "relora"})
     if sheet.found["method"] == "relora":
         sheet.copy(RESTARTS)
-    common.read_bits(sheet)
-    if bits and "bits" not in sheet.found:
-        common.put_bits(sheet, "adapter: qlora", bits)
-    experts = sheet.rest.get("lora_target_parameters")
-    if isinstance(experts, list) and all("experts." in str(name) for name in experts) and len(experts) > 1:
+    sheet.put(bits=sheet.found.get("bits", 4) if adapter == "qlora" else None)
+    if sheet.switch("lora_target_linear"):  # beside the layers that are named
+        sheet.found["target_modules"] = "all-linear"
+    experts = texts(sheet.rest.get("lora_target_parameters"))
+    if len(experts) > 1 and all("experts." in name for name in experts):
         sheet.take("lora_target_parameters")
         sheet.notes.append("lora_target_parameters: gate and up of the experts have factors of their own here")
         if (named := sheet.found.get("target_modules")) not in (None, "all-linear"):
             sheet.found["target_modules"] = f"{named},all-experts"
-    whole = sheet.rest.get("unfrozen_parameters")
-    if isinstance(whole, list) and len(whole) > 1 and all(WHOLE.fullmatch(str(one)) for one in whole):
+    whole = texts(sheet.rest.get("unfrozen_parameters"))
+    if len(whole) > 1 and all(WHOLE.fullmatch(one) for one in whole):
         sheet.take("unfrozen_parameters")
 
 
@@ -148,130 +179,103 @@ def read_data(sheet: Sheet) -> None:
     """Set the data from all datasets, each with its own form, and from those to validate on."""
 
     def read_set(one: Sheet, key: str) -> list[dict[str, Any]]:
-        kind = one.rest.pop("type", "pretrain" if key == "pretraining_dataset" else None)
-        read_format(one, kind, sheet)
-        read_columns(one)
-        if "chat_template" in one.rest:
-            common.read_template(one, "chat_template", sheet.found.get("model"), TEMPLATES)
+        read_type(one, one.rest.pop("type", "pretrain" if key == "pretraining_dataset" else None), sheet)
+        read_names(one)
+        read_template(one, "chat_template", sheet.found.get("model"), TEMPLATES)
         one.drop(DETECTED)
-        return [common.take_source(one)]
+        return [take_source(one)]
 
     key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
-    common.read_sets(sheet, {key: {}, "test_datasets": {"as": "valid"}}, read_set)
+    read_sets(sheet, {key: {}, "test_datasets": {"as": "valid"}}, read_set)
 
 
-def read_columns(dataset: Sheet) -> None:
+def read_names(dataset: Sheet) -> None:
     """Set the columns, and the names of turns' fields and roles, that a dataset names."""
-    chats = common.trains_on_chats(dataset) or dataset.found["objective"] in RATED
+    chats = trains_on_chats(dataset) or dataset.found["objective"] in RATED
     if chats or dataset.rest.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
-        common.read_columns(dataset, FIELDS)
-    mapped, told = (dataset.take(key) or {} for key in ("message_property_mappings", "roles"))
-    if not (isinstance(mapped, dict) and mapped.keys() <= {"role", "content"}):
-        dataset.refuse("message_property_mappings", "only role and content have other names", mapped)
-        mapped = {}
-    fields = mapped | {name: one for name in ("role", "content") if (one := dataset.take(f"message_field_{name}"))}
-    older = {"input": "user", "output": "assistant"}  # of its older type sharegpt
-    roles = {str(older.get(name, name)): one for name, one in told.items()}
-    keys = {"field_human": "user", "field_model": "assistant"}
-    roles |= {role: one for key, role in keys.items() if (one := dataset.take(key))}
-    common.put_turn_names(dataset, fields, roles, "roles")
+        read_columns(dataset, FIELDS)
+    mapped, told = dataset.part("message_property_mappings"), dataset.part("roles").rest
+    fields = {name: mapped.take(name) or dataset.take(f"message_field_{name}") for name in ("role", "content")}
+    roles = {str(OLDER_ROLES.get(name, name)): told.pop(name) for name in list(told)}
+    roles |= {role: dataset.take(key) for key, role in SIDES.items() if key in dataset.rest}
+    put_turn_names(dataset, {name: one for name, one in fields.items() if one}, roles, "roles")
 
 
-def read_format(dataset: Sheet, kind: Any, whole: Sheet) -> None:
-    """Set the form of a dataset's records; alpaca rows keep the alpaca prompt, which Axolotl uses for every model."""
-    if kind is None:
-        return
+def read_type(dataset: Sheet, kind: Any, whole: Sheet) -> None:
+    """Set the form of a dataset's records, and the chat template that it means, whatever the key of the file says."""
     if isinstance(kind, dict):
         read_own_type(dataset, dataset.within(kind, "type"))
+    if kind is None or isinstance(kind, dict):
         return
-    word, chats = re.split("[:.]", str(kind))[0], common.trains_on_chats(dataset)
-    if (kind not in ("alpaca", word, f"{word}.default") and chats) or word not in (FORMATS if chats else RECORD_TYPES):
+    chats, word = trains_on_chats(dataset), re.split("[:.]", str(kind))[0]
+    known = TYPES if chats else TYPES_OF_PAIRS
+    if word not in known or (chats and kind not in (word, f"{word}.default")):
         dataset.refuse("type", "a form of records that is not here; write prompts and answers, or chats", kind)
         return
-    if chats:
-        dataset.found["data_format"] = FORMATS[word]
-        template, own = "alpaca" if kind == "alpaca" else None, word == "sharegpt"
-        if word == "chat_template" and not {"chat_template", "chat_template_jinja"} & whole.rest.keys():
-            dataset.found["chat_template"] = "own"  # tokenizer_default
-    else:  # the records' keys tell the rest
-        template, own = RECORD_TYPES[word], word in ("llama3", "zephyr")
-    if template:  # whatever the file's own key says
-        dataset.found["chat_template"] = template
+    dataset.found |= known[word]
+    if "chat_template" in known[word]:
         whole.take("chat_template")
-    elif own:
+    elif word in ("sharegpt", "zephyr"):
         dataset.notes.append(
             f"{dataset.prefix}type {kind}: rows are chats here, rendered with the model's own template"
         )
+    elif chats and word == "chat_template" and not {"chat_template", "chat_template_jinja"} & whole.rest.keys():
+        dataset.found["chat_template"] = "own"  # tokenizer_default
 
 
 def read_own_type(sheet: Sheet, kind: Sheet) -> None:
     """Set the columns that a type of one's own names; the text around them is the chat template's here."""
-    if common.trains_on_chats(sheet):
-        question = [
-            kind.take(name) for name in ("field_instruction", "field_input") if isinstance(kind.rest.get(name), str)
-        ]
-        if question and question not in (["instruction"], ["instruction", "input"]):
-            sheet.found["prompt_column"] = ",".join(question)
-        common.read_columns(kind, OWN_FIELDS)
-        if "prompt_column" in sheet.found:
-            sheet.assume(completion_column="output")
-    else:
-        answer = {"field_completion": ("completion_column", ("completion",))}
-        common.read_columns(kind, USER_COLUMNS | (answer if sheet.found["objective"] in RATED else {}))
-        kind.drop(USER_FIELDS)
-    for key in list(kind.rest):
-        kind.refuse(key, "the text around prompt and answer is a chat template's here; write it as --chat-template")
+    if trains_on_chats(sheet):
+        question = [kind.take(key) for key in ("field_instruction", "field_input") if key in kind.rest]
+        answer = kind.take("field_output")
+        if question not in ([], ["instruction"], ["instruction", "input"]) or answer not in (None, "output"):
+            put_pair(sheet, question, answer)
+    read_columns(kind, OWN_COLUMNS if trains_on_chats(sheet) else PAIR_COLUMNS)
+    kind.drop(PAIR_FIELDS)
 
 
-def read_template(sheet: Sheet) -> None:
+def read_chats(sheet: Sheet) -> None:
     """Set the chat template, and check the special tokens; Jinja text inside the file has to be in a file of its own here."""
     jinja = str(sheet.rest.get("chat_template_jinja", ""))
     if jinja and not re.search(r"[{\n]", jinja):
         sheet.rest["chat_template"] = sheet.take("chat_template_jinja")
-    common.read_template(sheet, "chat_template", sheet.found.get("model"), TEMPLATES)
-    common.read_prompts_trained(sheet, "train_on_inputs")
+    read_template(sheet, "chat_template", sheet.found.get("model"), TEMPLATES)
+    read_prompts_trained(sheet, "train_on_inputs")
     tokens = sheet.part("special_tokens").rest
-    tokens.pop("pad_token", None)
-    sheet.put(special_tokens=",".join(f"{name}={tokens.pop(name)}" for name in list(tokens)) or None)
+    named = [f"{name}={tokens.pop(name)}" for name in list(tokens)]
+    sheet.put(special_tokens=",".join(one for one in named if not one.startswith("pad_token=")) or None)
     sheet.leave("eot_tokens", "remove_unused_columns")  # the end of a turn is always trained with it
-    plugins = sheet.take("plugins") or []
-    for name in plugins if isinstance(plugins, list) else [plugins]:
-        if not str(name).endswith(PLUGINS):
-            sheet.refuse("plugins", "a program of its own", name)
-    if common.trains_on_chats(sheet) and sheet.rest.get("excess_length_strategy") != "truncate":
+    plugins = [name for name in texts(sheet.take("plugins")) if not name.endswith(PLUGINS)]
+    sheet.refuse("plugins", "a program of its own", ", ".join(plugins) or None)
+    if trains_on_chats(sheet) and sheet.rest.get("excess_length_strategy") != "truncate":
         sheet.assume(long_rows="drop")
     sheet.drop({"excess_length_strategy": ("truncate", "drop")})
 
 
-def read_loop(sheet: Sheet) -> None:
+def read_run(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
-    whole, rows = sheet.number("batch_size"), sheet.found.get("batch_size")
-    if sheet.found.get("objective") not in SAMPLING:  # whose batches are counted in prompts here
-        rows = sheet.flags.get("batch_size", rows)
+    given = sheet.found if sheet.found.get("objective") in SAMPLING else {**sheet.found, **sheet.flags}
+    rows, whole = given.get("batch_size"), sheet.number("batch_size")  # of a micro-batch, and of the whole step
     if "grad_accumulation_steps" in sheet.found or not isinstance(rows, int) or rows < 1:
-        sheet.harmless += ["batch_size"] * (
-            whole is not None
-        )  # rows of the whole step, which the other two keys decide
+        sheet.harmless += ["batch_size"] * (whole is not None)
     elif whole is not None:
         sheet.found["grad_accumulation_steps"] = max(1, round(whole / rows))
     if "warmup_steps" not in sheet.rest:
         sheet.rest.setdefault("warmup_ratio", 0.03)
-    common.read_loop(sheet)
+    read_loop(sheet)
     if "warmup_rounding" in sheet.found:
         sheet.found["warmup_rounding"] = "down"
-    if sheet.rest.get("freeze_mm_modules") is True:
-        sheet.leave("freeze_mm_modules")
-    sheet.leave("eta_min", "full_finetune", "test_value")  # which Axolotl does not read
+    # What Axolotl does not read, and what is frozen here anyway.
+    sheet.leave("eta_min", "full_finetune", "test_value", "freeze_mm_modules")
     kind = str(sheet.take("model_type") or "")
     if kind.endswith("Classification") and "objective" not in sheet.found:
         sheet.refuse("model_type", "a head for labels; use --objective classify", kind)
-    if "project_name" in sheet.found:
-        sheet.found["report_to"] = "wandb"
+    sheet.put(report_to="wandb" if "project_name" in sheet.found else None)
 
 
 AXOLOTL = Dialect(
     name="Axolotl",
-    recognizes=lambda content: common.two_of(MARKS, content),
+    recognizes=lambda content: two_of(MARKS, content),
     names={
         **SHARED,
         "base_model": "model",
@@ -287,10 +291,12 @@ AXOLOTL = Dialect(
         "val_set_size": "valid_fraction",
         "wandb_project": "project_name",
     },
-    rules=(read_kind, read_method, read_data, read_template, read_loop),
+    values={**VALUES, INIT: {True: {}}},
+    rules=(read_kind, read_method, read_data, read_chats, read_run),
     defaults={"weight_decay": 0.0, "epochs": 1.0, "batch_size": 1, "max_seq_length": 512, "valid_fraction": 0.0},
     changes={
         **dict.fromkeys(RESTARTS, "restarts without relora"),
+        **{f"datasets.type.{key}": "the text around prompt and answer is --chat-template's here" for key in FORMATS},
         "chat_template_jinja": "put the text into a file and give it as --chat-template",
         "excess_length_strategy": "a run does not stop at long rows",
         "process_reward_model": "only reward_model is supported; use Axolotl for it",

@@ -24,6 +24,7 @@ from mlx_lora.config.presets import ADAMW
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import FIELDS, LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import hashable
 
 # Keys about speed, memory, logging, saving, other machines, and the classes that load a model: they change no result, or only its
 # rounding. The names in BEGINNINGS begin several.
@@ -114,6 +115,7 @@ class Dialect:
         recognizes: tells whether a file is this trainer's.
         names: key -> our setting; read before the rules. If several keys are one setting, the last one counts.
         rules: functions that each read the keys of one topic, or turn a value under our name into ours; they run in order.
+        values: key -> its values with another meaning than their own -> our settings; read after the names.
         defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
         nulls: key -> what null means, if that is not the trainer's default.
         changes: key -> what it changes that is not here, in addition to `CHANGES`.
@@ -125,6 +127,7 @@ class Dialect:
     names: Mapping[str, str]
     rules: tuple[Callable[[Sheet], None], ...]
     defaults: Mapping[str, Any]
+    values: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
@@ -147,11 +150,14 @@ class Dialect:
         if key := next((key for key in self.others if key in content), None):
             raise sheet.refusal(f"{key}: {self.others[key]}")
         sheet.copy(self.names)
+        sheet.turn(self.values)
         for rule in self.rules:
             rule(sheet)
         sheet.assume(**sheet.defaults)
         for one in (*sheet.parts, sheet):
             one.sort_rest()
+        if bits := sheet.found.get("bits"):
+            sheet.notes.append(f"bits {bits}: by MLX's affine mode, in groups of 64 weights")
         return sheet
 
 
@@ -168,6 +174,7 @@ class Sheet:
         defaults: the trainer's, for what the file leaves out.
         parts: the mappings in the file that are read by their keys.
         found: our settings, with values from the file; a mapping writes into those of its file.
+        keys: our setting -> the file's key of its value.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
         notes: what is said in other words here, one line each.
         harmless: keys that change no result.
@@ -182,6 +189,7 @@ class Sheet:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     parts: list[Sheet] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     harmless: list[str] = field(default_factory=list)
@@ -197,10 +205,6 @@ class Sheet:
         What is computed from a setting (alpha = 2 * rank) must follow the flag, or a flag would change its meaning.
         """
         return self.flags.get(name, self.found.get(name, self.defaults.get(name)))
-
-    def key(self, name: str) -> str:
-        """Return the file's first key of one of our settings."""
-        return next(key for key, ours in self.dialect.names.items() if ours == name)
 
     def number(self, key: str) -> int | float | None:
         """Take a number; a text such as 2e-5, which YAML does not read as a number, is accepted.
@@ -246,8 +250,14 @@ class Sheet:
         """Set ours from those keys of a table, key -> setting, that the file has; for a number here, it must be one."""
         for key, name in names.items():
             if key in self.rest:
-                numeric = field_type(FIELDS[name]) in (int, float)
-                self.found[name] = self.number(key) if numeric else self.take(key)
+                self.keys[name] = key
+                self.found[name] = self.number(key) if field_type(FIELDS[name]) in (int, float) else self.take(key)
+
+    def turn(self, values: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> None:
+        """Turn values of the keys in a table into our settings; other values are left."""
+        for key, known in values.items():
+            if hashable(self.rest.get(key)) in known:
+                self.found |= known[self.take(key)]
 
     def put(self, **values: Any) -> None:
         """Set those of our settings that are known: not None."""
@@ -264,7 +274,7 @@ class Sheet:
         asked = self.found.pop(name, None)
         self.put(**{name: values.get(str(asked))})
         if asked is not None and str(asked) not in values:
-            self.refuse(self.key(name), f"only {', '.join(values)} are here", asked, name)
+            self.refuse(self.keys[name], f"only {', '.join(values)} are here", asked, name)
 
     def part(self, key: str) -> Sheet:
         """Take a mapping as a sheet, to read its keys; an empty one if it is left out.
@@ -293,7 +303,7 @@ class Sheet:
 
     def forget(self, *names: str) -> None:
         """Leave out settings that have no effect in this run, if the file has set them."""
-        self.harmless += [self.prefix + self.key(name) for name in names if self.found.pop(name, None) is not None]
+        self.harmless += [self.prefix + self.keys[name] for name in names if self.found.pop(name, None) is not None]
 
     def refuse(self, key: str, why: str, value: Any = None, instead: str = "") -> None:
         """Refuse a key, after the whole file is read.
@@ -361,24 +371,21 @@ OPTIMIZERS = {"AdamW": "adamw", "sgd": "sgd", "adafactor": "adafactor", "muon": 
 # Keys that are true if rows are packed to the longest sequence.
 PACKING = ("packing", "sample_packing", "neat_packing")
 PER_EPOCH = {"evals_per_epoch": "steps_per_eval", "saves_per_epoch": "save_every"}
-# Key -> what is 0 here if it is "no", and the interval if it is "epoch"; "steps" is what we do.
-STRATEGIES = {
-    "eval_strategy": ("val_batches", "steps_per_eval"), "evaluation_strategy": ("val_batches", "steps_per_eval"),
-    "save_strategy": ("save_every", "save_every"),
-}  # fmt: skip
-# Values that say what is done here.
-USUAL = {
-    "metric_for_best_model": ("eval_loss", "loss"), "greater_is_better": (False,), "train_sampling_strategy": ("random", "group_by_length"),
+STRATEGIES = {"eval_strategy": "steps_per_eval", "evaluation_strategy": "steps_per_eval", "save_strategy": "save_every"}
+# "steps" is what we do; YAML 1.1 reads an unquoted no as false.
+EVALUATIONS = {"no": {"val_batches": 0}, False: {"val_batches": 0}, "steps": {}}
+VALUES = {
+    "eval_strategy": EVALUATIONS, "evaluation_strategy": EVALUATIONS,
+    "save_strategy": {"no": {"save_every": 0}, False: {"save_every": 0}, "steps": {}},
+    "load_in_8bit": {True: {"bits": 8}}, "load_in_4bit": {True: {"bits": 4}}, "float32": {True: {"dtype": "float32"}},
+    "load_best_model_at_end": {True: {"keep_best": True}}, "metric_for_best_model": {"eval_loss": {}, "loss": {}},
+    "greater_is_better": {False: {}}, "train_sampling_strategy": {"random": {}, "group_by_length": {}},
 }  # fmt: skip
 # Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml", "llama3")
 HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
-BITS = {"load_in_8bit": 8, "load_in_4bit": 4}
 # Keys that are true for a method; if several methods are on, the first of PRECEDENCE is used.
-METHODS = {
-    "use_dora": "dora", "peft_use_dora": "dora", "use_rslora": "rslora", "peft_use_rslora": "rslora", "pissa_init": "pissa",
-    "relora": "relora",
-}  # fmt: skip
+METHODS = {"use_dora": "dora", "use_rslora": "rslora"}
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
 ALL_LAYERS = {"all-linear", "all"}
 # The last part of a regular expression on layer names, such as (up|down)_proj; ([qkv]_proj) is not supported.
@@ -391,7 +398,7 @@ def two_of(marks: Collection[str], content: Mapping[str, Any]) -> bool:
 
 
 def read_loop(sheet: Sheet) -> None:
-    """Set length, batch, schedule, optimizer, intervals, loggers and dtype."""
+    """Set length, batch, schedule, optimizer, intervals and loggers."""
     found = sheet.found
     found.pop("epochs" if (found.get("iters") or 0) > 0 else "iters", None)  # steps override epochs there too
     sheet.assume(epochs=sheet.defaults["epochs"])
@@ -408,21 +415,17 @@ def read_loop(sheet: Sheet) -> None:
     if ADAMW.fullmatch(name):
         found["optimizer"] = "AdamW"
         if re.search("4bit|8bit|paged", name):
-            key = sheet.key("optimizer")
+            key = sheet.keys["optimizer"]
             sheet.notes.append(f"{key} {name}: AdamW, with its state in float32, which is small for an adapter")
     sheet.choose("optimizer", OPTIMIZERS)
     read_intervals(sheet)
     loggers = texts(sheet.take("report_to")) + ["swanlab"] * sheet.switch("use_swanlab")
     sheet.put(report_to=",".join(name for name in loggers if name in LOGGERS) or None)
-    if set(loggers) - set(LOGGERS):
-        sheet.harmless.append("report_to")
+    sheet.harmless += ["report_to"] * bool(set(loggers) - set(LOGGERS))
     if "gradient_checkpointing" in sheet.rest:  # or a way of it, such as unsloth
         found["grad_checkpoint"] = bool(sheet.take("gradient_checkpointing"))
-    sheet.put(dtype="float32" if sheet.switch("float32") else None)
     sheet.leave(*HALF_PRECISION)  # that of the machine is used
-    sheet.drop(USUAL)
-    if found.get("early_stopping_patience") or sheet.switch("load_best_model_at_end"):
-        found["keep_best"] = True
+    sheet.put(keep_best=True if found.get("early_stopping_patience") else None)
 
 
 def read_schedule(sheet: Sheet) -> None:
@@ -449,14 +452,10 @@ def read_intervals(sheet: Sheet) -> None:
             found |= {"val_batches": 0} if not times and name == "steps_per_eval" else {}
             share = 1 / (times * epochs) if times else 0
             found[name] = share if share < 1 else 0  # the whole run: at its end
-    for key, (amount, every) in STRATEGIES.items():
-        when = sheet.take(key)
-        if when in ("no", False):  # YAML 1.1 reads an unquoted no as false
-            found[amount] = 0
-        elif when == "epoch":
-            found[every] = 1 / epochs if epochs > 1 else 0
-        elif when not in (None, "steps"):
-            sheet.harmless.append(key)
+    for key, name in STRATEGIES.items():
+        if sheet.rest.get(key) == "epoch":
+            sheet.take(key)
+            found[name] = 1 / epochs if epochs > 1 else 0
 
 
 def read_targets(sheet: Sheet) -> None:
@@ -470,11 +469,11 @@ def read_targets(sheet: Sheet) -> None:
     elif match := LAST_NAMES.fullmatch(text):
         layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
         sheet.found["target_modules"] = layers
-        key = sheet.key("target_modules")
+        key = sheet.keys["target_modules"]
         sheet.notes.append(f"{key}: a regular expression, read as {layers} in all modules of the language model")
     else:
         why = "a regular expression; give names and patterns as --target-modules"
-        sheet.refuse(sheet.key("target_modules"), why, asked, "target_modules")
+        sheet.refuse(sheet.keys["target_modules"], why, asked, "target_modules")
 
 
 def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | None]) -> None:
@@ -486,7 +485,7 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
         model: that is trained; empty: a template of its family may have another text.
         exact: names of the trainer's templates -> ours; None: what is done without a name.
     """
-    name = sheet.take(key)
+    name = hashable(sheet.take(key))
     family = re.sub("[^a-z].*", "", str(name).lower())
     if name is None or name in exact or name in TEMPLATES:
         sheet.put(chat_template=exact.get(name, name))
@@ -499,7 +498,7 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
         sheet.refuse(key, f"no text of that name is here{own}; give its Jinja file", name, "chat_template")
 
 
-def choose_method(sheet: Sheet, others: Mapping[str, Any]) -> None:
+def choose_method(sheet: Sheet, others: Mapping[str, Any], switches: Mapping[str, str] = METHODS) -> None:
     """Set the method from the switches that are on, and the layers it adapts; we have one method, so others are left out.
 
     An exception is rsLoRA, which only scales by alpha / sqrt(r) instead of alpha / r: together with another method, it
@@ -508,8 +507,9 @@ def choose_method(sheet: Sheet, others: Mapping[str, Any]) -> None:
     Args:
         sheet: already has rank and alpha.
         others: method -> the key that turned it on in another way, or nothing.
+        switches: key -> the method that it is true for.
     """
-    on = {method: key for key, method in METHODS.items() if sheet.switch(key)}
+    on = {method: key for key, method in switches.items() if sheet.switch(key)}
     on |= {method: key for method, key in others.items() if key}
     on |= {"lora-plus": "loraplus_lr_ratio"} if "loraplus_lr_ratio" in sheet.found else {}
     method = sheet.found["method"] = next((name for name in PRECEDENCE if name in on), "lora")
@@ -530,22 +530,7 @@ def choose_method(sheet: Sheet, others: Mapping[str, Any]) -> None:
         sheet.leave("lora_target_linear")
         sheet.found["target_modules"] = "*"
         return
-    if sheet.switch("lora_target_linear"):  # beside the layers that are named
-        sheet.found["target_modules"] = "all-linear"
     read_targets(sheet)
-
-
-def read_bits(sheet: Sheet, bits: Mapping[str, int] = BITS) -> None:
-    """Set the bits that the base is quantized to from a switch for each number of them."""
-    for key, number in bits.items():
-        if sheet.switch(key):
-            put_bits(sheet, key, number)
-
-
-def put_bits(sheet: Sheet, key: str, bits: Any) -> None:
-    """Set the bits that the base is quantized to."""
-    sheet.found["bits"] = bits
-    sheet.notes.append(f"{key}: {bits} bits by MLX's affine mode, in groups of 64 weights")
 
 
 # Data
@@ -574,6 +559,14 @@ def read_columns(sheet: Sheet, names: Mapping[str, tuple[str, tuple[str, ...]]])
         if value is not None and value not in usual:
             sheet.found[ours] = value
             sheet.found.pop("data_format", None)  # the columns tell it
+
+
+def put_pair(sheet: Sheet, question: list[str], answer: str | None) -> None:
+    """Set the columns of questions, which are joined, and of answers; if only one of these is named, the other has Alpaca's name."""
+    sheet.put(
+        prompt_column=",".join(question) or ("instruction" if answer else None),
+        completion_column=answer or ("output" if question else None),
+    )
 
 
 def put_turn_names(sheet: Sheet, fields: Mapping[str, Any], roles: Mapping[str, Any], key: str) -> None:
@@ -798,13 +791,13 @@ def read_prompts(sheet: Sheet) -> None:
     if "batch_size" not in sheet.flags:  # else it is in prompts: nothing to convert
         if answers % group or not answers:
             raise sheet.refusal(
-                f"{sheet.key('batch_size')} {rows} x gradient_accumulation_steps {steps}: {answers} answers in a step "
+                f"{sheet.keys.get('batch_size', 'rows')} {rows} x gradient_accumulation_steps {steps}: {answers} answers in a step "
                 f"cannot be divided into groups of {group}; fix the file, or give --batch-size in prompts"
             )
         prompts = (1, answers // group) if rows % group else (rows // group, steps)
         found |= dict(zip(("batch_size", "grad_accumulation_steps"), prompts, strict=True))
         said = f"batch_size {prompts[0]}, grad_accumulation_steps {prompts[1]}"
-        sheet.notes.append(f"{sheet.key('batch_size')} {rows}: answers there, prompts here: {said}")
+        sheet.notes.append(f"{sheet.keys.get('batch_size', 'rows')} {rows}: answers there, prompts here: {said}")
     sheet.drop(dict(zip(WHOLE_ROLLOUT, ((steps,), (answers,)), strict=True)))
     sheet.forget("max_seq_length")
     sheet.leave(*PACKING)

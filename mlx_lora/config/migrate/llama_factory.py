@@ -19,18 +19,33 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.fields import source_text
-from mlx_lora.config.migrate import common
 from mlx_lora.config.migrate.common import (
+    METHODS,
     PREFERENCE_LOSSES_OF_LLAMA_FACTORY,
     SHARED,
     STAGES_OF_LLAMA_FACTORY,
     TRANSFORMERS,
+    VALUES,
     Dialect,
     Sheet,
+    choose_method,
+    put_objective,
+    put_pair,
+    put_turn_names,
+    read_columns,
+    read_loop,
+    read_prompts_trained,
+    read_reference,
+    read_sets,
+    read_template,
+    texts,
+    trains_on_chats,
+    turn_off_dropout,
+    two_of,
 )
 from mlx_lora.config.objectives import IMITATION, PAIRS, RATED, VERIFIERS
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.parsing import hashable, read_json
+from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import did_you_mean
 
 # Keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
@@ -59,8 +74,6 @@ TEMPLATES = {
         "own",
     ),
 }
-# Parts that it freezes unless it is told otherwise -> our setting.
-TOWERS = {"freeze_vision_tower": "train_vision", "freeze_multi_modal_projector": "train_connector"}
 SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url")
 # What a set's columns and tags may say without a word from us, because we detect it.
 COLUMNS = {
@@ -98,7 +111,7 @@ def read_kind(sheet: Sheet) -> None:
     if objective in (None, *IMITATION):
         return
     if objective == "reward":
-        common.put_objective(sheet, objective, {})
+        put_objective(sheet, objective, {})
         return
     loss = sheet.rest.setdefault("pref_loss", "sigmoid")
     chosen, loss_type = sheet.one_of("pref_loss", PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
@@ -107,9 +120,9 @@ def read_kind(sheet: Sheet) -> None:
         sheet.put(loss_type=loss_type)
         if objective in RATED:
             sheet.notes.append(f"pref_loss {loss}: each pair becomes a good and a bad answer for {objective}")
-    common.put_objective(sheet, objective, PREFERENCE_OPTIONS)
-    common.turn_off_dropout(sheet)
-    common.read_reference(sheet, sheet.found.get("model"), "ref_model")
+    put_objective(sheet, objective, PREFERENCE_OPTIONS)
+    turn_off_dropout(sheet)
+    read_reference(sheet, sheet.found.get("model"), "ref_model")
 
 
 def read_method(sheet: Sheet) -> None:
@@ -118,16 +131,15 @@ def read_method(sheet: Sheet) -> None:
     if kind == "lora":
         sheet.assume(rank=8)
         sheet.assume(alpha=2 * sheet.told("rank"))
-    common.choose_method(sheet, {"full": None if kind == "lora" else "finetuning_type"})
+    others = {"full": None if kind == "lora" else "finetuning_type"}
+    choose_method(sheet, others, {**METHODS, "pissa_init": "pissa"})
     if kind == "freeze":  # which trains some last blocks in full
         sheet.rest.setdefault("freeze_trainable_layers", 2)
         blocks = sheet.number("freeze_trainable_layers") or 0
         if blocks < 1:
             raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
-        modules = ",".join(common.texts(sheet.take("freeze_trainable_modules")))
+        modules = ",".join(texts(sheet.take("freeze_trainable_modules")))
         sheet.found |= {"num_layers": blocks, "target_modules": "*.layers.*" if modules in ("", "all") else modules}
-    if bits := sheet.number("quantization_bit"):
-        common.put_bits(sheet, "quantization_bit", bits)
 
 
 def read_data(sheet: Sheet) -> None:
@@ -143,35 +155,22 @@ def read_data(sheet: Sheet) -> None:
             return []
         return [{"path": path, **part} | ({"split": f"{part.get('split', 'train')}[:{most}]"} if most else {})]
 
-    sheet.rest |= {key: list(filter(None, common.texts(sheet.take(key)))) for key in SETS if key in sheet.rest}
-    common.read_sets(sheet, SETS, read_set)
-    sheet.drop({"mix_strategy": ("concat",)})
+    sheet.rest |= {key: list(filter(None, texts(sheet.take(key)))) for key in SETS if key in sheet.rest}
+    read_sets(sheet, SETS, read_set)
     sheet.take("interleave_probs")
-    common.read_prompts_trained(sheet, "train_on_prompt")
+    read_prompts_trained(sheet, "train_on_prompt")
     text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
-    common.read_template(sheet, "template", "", TEMPLATES | text)
-    sheet.put(last_answer=(common.trains_on_chats(sheet) and sheet.switch("mask_history")) or None)
+    read_template(sheet, "template", "", TEMPLATES | text)
+    sheet.put(last_answer=(trains_on_chats(sheet) and sheet.switch("mask_history")) or None)
     sheet.leave("mask_history")
     if sheet.rest.get("enable_thinking") is False:
         sheet.refuse("enable_thinking", "the empty thought before an answer is not trained")
     sheet.leave("enable_thinking")  # true is the default
 
 
-def read_loop(sheet: Sheet) -> None:
-    """Set length, batch, schedule, optimizer, intervals, and what is trained of a model with pictures."""
-    for key, name in TOWERS.items():
-        if sheet.rest.pop(key, True) is False:
-            sheet.found[name] = "full"
-    common.read_loop(sheet)
-    sheet.put(
-        optimizer="muon" if sheet.switch("use_muon") else None,
-        grad_checkpoint=False if sheet.switch("disable_gradient_checkpointing") else None,
-    )
-
-
 LLAMA_FACTORY = Dialect(
     name="LLaMA-Factory",
-    recognizes=lambda content: common.two_of(MARKS, content),
+    recognizes=lambda content: two_of(MARKS, content),
     names={
         **SHARED,
         **TRANSFORMERS,
@@ -189,6 +188,15 @@ LLAMA_FACTORY = Dialect(
         "do_train": "train",
         "overwrite_output_dir": "force",
         "swanlab_project": "project_name",
+        "quantization_bit": "bits",
+    },
+    values={
+        **VALUES,
+        "use_muon": {True: {"optimizer": "muon"}},
+        "disable_gradient_checkpointing": {True: {"grad_checkpoint": False}},
+        "freeze_vision_tower": {False: {"train_vision": "full"}, True: {}},
+        "freeze_multi_modal_projector": {False: {"train_connector": "full"}, True: {}},
+        "mix_strategy": {"concat": {}},
     },
     rules=(read_kind, read_method, read_data, read_loop),
     defaults={
@@ -228,52 +236,36 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> tuple[str | None, dic
     part = {key: entry[key] for key in ("subset", "split") if entry.get(key) not in (None, "train")}
     for key in ("num_samples", "folder"):
         sheet.refuse(f"{TABLE} {name}.{key}", "a sample of the set", entry.get(key))
-    pairs = bool(entry.get("ranking")) or sheet.found.get("objective") in PAIRS
-    if columns := _to_read(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns"):
-        put_columns(sheet, columns, pairs)
-    if tags := _to_read(sheet, entry.get("tags"), TAGS, f"{TABLE} {name}.tags"):
-        fields = {tag.removesuffix("_tag"): tags.take(tag) for tag in ("role_tag", "content_tag") if tag in tags.rest}
-        roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
-        common.put_turn_names(sheet, fields, roles, f"{TABLE} {name}.tags")
-        tags.drop(TAGS)
-        tags.sort_rest()
+    columns = _names(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns")
+    tags = _names(sheet, entry.get("tags"), TAGS, f"{TABLE} {name}.tags")
+    if sheet.found.get("data_format") == "text":  # LLaMA-Factory's prompt is the text there
+        read_columns(columns, {"prompt": ("text_column", ("text",))})
+    elif columns.rest:
+        question = [columns.take(key) for key in ("prompt", "query") if key in columns.rest]
+        if entry.get("ranking") or sheet.found.get("objective") in PAIRS:  # whose answers have usual names
+            sheet.put(prompt_column=",".join(question) or None)
+        else:
+            sheet.put(chat_column=columns.take("messages"))
+            put_pair(sheet, question, columns.take("response"))
+        sheet.put(system_column=columns.take("system"))
+        sheet.found.pop("data_format", None)  # the columns tell it
+    fields = {tag.removesuffix("_tag"): tags.take(tag) for tag in ("role_tag", "content_tag") if tag in tags.rest}
+    roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
+    put_turn_names(sheet, fields, roles, f"{TABLE} {name}.tags")
+    for one in (columns, tags):
+        one.drop(COLUMNS | TAGS)
+        one.sort_rest()
     return (str(folder / source) if source and entry.get("file_name") else source), part
 
 
-def _to_read(sheet: Sheet, given: Any, detected: Mapping[str, tuple[str, ...]], key: str) -> Sheet | None:
-    """Return the names in a table's mapping as a sheet; None: all are detected from the records, or none can be read."""
+def _names(sheet: Sheet, given: Any, usual: Mapping[str, tuple[str, ...]], key: str) -> Sheet:
+    """Return the names in a table's mapping as a sheet; it is empty if all are detected from the records, or none can be read."""
     given = given or {}
-    if isinstance(given, dict) and all(hashable(name) in detected.get(part, ()) for part, name in given.items()):
-        return None
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
         sheet.refuse(key, "no names of columns", given)
-        return None
-    return sheet.within(dict(given), key)
-
-
-def put_columns(sheet: Sheet, columns: Sheet, pairs: bool) -> None:
-    """Set our columns from those of a set; if it has pairs of answers, only the prompt's column can have any name."""
-    found = sheet.found
-    if found.get("data_format") == "text":  # LLaMA-Factory's prompt is the text there
-        column = columns.rest.get("prompt", "text")
-        if column != "text":
-            found["text_column"] = column
-            del found["data_format"]  # the column tells it
-        columns.rest.clear()
-        return
-    asked = [column for column in (columns.take("prompt"), columns.take("query")) if column]
-    answer, system = columns.take("response"), columns.take("system")
-    chat = None if pairs else columns.take("messages")
-    told = {
-        "chat_column": chat,
-        "prompt_column": ",".join(asked) or ("instruction" if answer and not pairs else None),
-        "completion_column": None if pairs else answer or ("output" if asked else None),
-        "system_column": system,
-    }
-    found |= {name: column for name, column in told.items() if column}
-    found.pop("data_format", None)  # the columns tell it
-    columns.drop(COLUMNS)
-    columns.sort_rest()
+        given = {}
+    detected = all(name in usual.get(part, ()) for part, name in given.items())
+    return sheet.within({} if detected else given, key)
 
 
 def settings_of_table(data: str) -> dict[str, Any]:

@@ -16,9 +16,23 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import FEATURES, LOSSES_OF_MLX_LM_LORA, MODES_OF_MLX_LM_LORA, Dialect, Sheet
-from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.config.migrate.common import (
+    FEATURES,
+    LOSSES,
+    LOSSES_OF_MLX_LM_LORA,
+    MODES_OF_MLX_LM_LORA,
+    Dialect,
+    Sheet,
+    put_objective,
+    put_rewards,
+    put_sampling,
+    read_columns,
+    read_reference,
+    read_sets,
+    texts,
+    trains_on_chats,
+)
+from mlx_lora.config.objectives import PAIRS, SAMPLING
 from mlx_lora.config.rules import OWNERS
 from mlx_lora.config.settings import FIELDS
 
@@ -32,10 +46,10 @@ COUNTED = {"iters": 1000, "steps_per_report": 10, "steps_per_eval": 200, "save_e
 
 def recognizes(content: Mapping[str, Any]) -> bool:
     """Return whether a file has keys that only mlx-lm reads."""
-    own = any(isinstance(content.get(key), dict) for key in MAPPINGS)
-    own = own or (bool(content.get("fine_tune_type")) and "method" not in content)
-    return (own or any(content.get(key) for key in ("hf_dataset", *FEATURES))) and not any(
-        key in content for key in OF_MLX_LM_LORA
+    return not any(key in content for key in OF_MLX_LM_LORA) and (
+        any(isinstance(content.get(key), dict) for key in MAPPINGS)
+        or any(content.get(key) for key in ("hf_dataset", *FEATURES))
+        or (bool(content.get("fine_tune_type")) and "method" not in content)
     )
 
 
@@ -52,7 +66,6 @@ def read_shape(sheet: Sheet, scale: float = 20.0) -> None:
         alpha = sheet.found["alpha"] = stated * sheet.told("rank")
         sheet.notes.append(f"lora_parameters.scale {stated:g}: alpha {alpha:g}, because the scale here is alpha / rank")
     sheet.assume(alpha=scale * sheet.told("rank"))
-    sheet.put(method="dora" if sheet.switch("use_dora") else None)  # from before fine_tune_type existed
 
 
 def read_schedule(sheet: Sheet) -> None:
@@ -116,13 +129,13 @@ def read_data(sheet: Sheet) -> None:
 
     features = {key: sheet.rest[key] for key in FEATURES if key in sheet.rest}
     read_features(sheet)
-    common.read_sets(sheet, {"hf_dataset": {}}, read_set)
+    read_sets(sheet, {"hf_dataset": {}}, read_set)
 
 
 def read_features(sheet: Sheet) -> None:
     """Set our columns from mlx-lm's features; of a pair of which one is named, the other keeps mlx-lm's name."""
     given = {key: sheet.rest[key] for key in FEATURES if isinstance(sheet.rest.get(key), str)}
-    common.read_columns(sheet, FEATURES)
+    read_columns(sheet, FEATURES)
     pair = {name: given.get(key, usual[0]) for key, (name, usual) in list(FEATURES.items())[:2]}
     if any(name in sheet.found for name in pair):
         sheet.assume(**pair)
@@ -147,20 +160,25 @@ def read_ours(sheet: Sheet) -> None:
     """Take keys that have the same name and meaning in both trainers, and settings of ours."""
     if sheet.rest.get("test") is True:
         sheet.drop({"train": (False,)})
-    sheet.drop({"clear_cache_threshold": (0,)})  # never
     sheet.leave("clear_cache_threshold")
     sheet.found |= {key: sheet.take(key) for key in list(sheet.rest) if key in FIELDS}
-    if sheet.told("mask_prompt") and common.trains_on_chats(sheet):
-        sheet.assume(last_answer=True)
+    if trains_on_chats(sheet):
+        sheet.assume(mask_prompt=False)
+        sheet.assume(**{"last_answer": True} if sheet.told("mask_prompt") else {})
 
 
 DEFAULTS = {"batch_size": 4, "learning_rate": 1e-5, "max_grad_norm": 0.0, "valid_fraction": 0.0}
+VALUES = {
+    "use_dora": {True: {"method": "dora"}},
+    "clear_cache_threshold": {0: {}},
+}  # before fine_tune_type existed; never
 MLX_LM = Dialect(
     name="mlx-lm",
     recognizes=recognizes,
     names={"fine_tune_type": "method", "lora_layers": "num_layers"},  # lora_layers: until 2024
+    values=VALUES,
     rules=(read_shape, read_schedule, read_optimizer, read_data, read_counts, read_ours),
-    defaults={**DEFAULTS, "num_layers": 16, "iters": COUNTED["iters"], "mask_prompt": False, "long_rows": "cut"},
+    defaults={**DEFAULTS, "num_layers": 16, "iters": COUNTED["iters"], "long_rows": "cut"},
 )
 
 
@@ -176,14 +194,12 @@ NUMBERS = {
     "epsilon_high": "epsilon_high",
     "beta": "kl_beta",
 }
-GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": next(iter(common.LOSSES))}
+GRPO = {"group_size": 4, "max_new_tokens": 512, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": next(iter(LOSSES))}
 
 
 def read_mode(sheet: Sheet) -> None:
     """Set the objective and its options; refuse modes and losses that we do not have."""
-    common.read_bits(sheet, BITS)
-    if sheet.rest.get("wandb"):
-        sheet.found |= {"report_to": "wandb", "project_name": sheet.take("wandb")}
+    sheet.put(report_to="wandb" if sheet.rest.get("wandb") else None, project_name=sheet.take("wandb"))
     if "iters" in sheet.rest:  # mlx-lm-lora then ignores epochs
         sheet.leave("epochs")
     modes = (sheet.take("training_mode"), sheet.take("train_mode"), "normal")
@@ -192,23 +208,20 @@ def read_mode(sheet: Sheet) -> None:
     if objective in SAMPLING:
         read_sampling(sheet, objective)
     else:
-        losses = LOSSES_OF_MLX_LM_LORA.get(objective)
-        loss = sheet.one_of("dpo_cpo_loss_type", losses, f" with train_mode {mode}") if losses else None
-        sheet.put(loss_type=loss)
-        common.put_objective(sheet, objective, {"beta": "beta"})
+        losses = LOSSES_OF_MLX_LM_LORA.get(objective, {"sigmoid": None})
+        sheet.put(loss_type=sheet.one_of("dpo_cpo_loss_type", losses, f" with train_mode {mode}"))
+        put_objective(sheet, objective, {"beta": "beta"})
         sheet.leave(*NUMBERS, "reward_weights")  # of grpo; its files often have them in other modes too
-    common.read_reference(sheet, sheet.rest.get("model"), "reference_model_path")
+    read_reference(sheet, sheet.rest.get("model"), "reference_model_path")
     sheet.leave("alpha")  # of xpo, not the adapter's
     if objective in OWNERS["cpo_alpha"]:
         sheet.found["cpo_alpha"] = 0.0
         sheet.notes.append(
             f"{mode}: the likelihood of chosen answers is not added, as in mlx-lm-lora; --cpo-alpha adds it"
         )
-    if not common.trains_on_chats(sheet):
+    if not trains_on_chats(sheet):
         sheet.leave("mask_prompt")
-    elif "mask_prompt" not in sheet.rest:
-        sheet.assume(mask_prompt=False)
-    if not common.trains_on_chats(sheet) and objective not in SAMPLING:
+    if objective in PAIRS:
         sheet.notes.append(
             f"{mode}: answers are compared by their own tokens; in mlx-lm-lora, the prompt's tokens count too"
         )
@@ -216,9 +229,9 @@ def read_mode(sheet: Sheet) -> None:
 
 def read_sampling(sheet: Sheet, objective: str) -> None:
     """Set what samples and rewards answers; functions that are registered in a file of the user's are named by it here."""
-    common.put_sampling(sheet, objective, NUMBERS, "grpo_loss_type")
-    file, asked = sheet.take("reward_functions_file"), common.texts(sheet.take("reward_functions"))
-    common.put_rewards(sheet, {name: f"{file}:{name}" if file else None for name in asked}, "reward_functions")
+    put_sampling(sheet, objective, NUMBERS, "grpo_loss_type")
+    file, asked = sheet.take("reward_functions_file"), texts(sheet.take("reward_functions"))
+    put_rewards(sheet, {name: f"{file}:{name}" if file else None for name in asked}, "reward_functions")
     if not asked:
         sheet.notes.append(
             "reward_functions: not named, and mlx-lm-lora's own are not here; give --reward FILE.py:FUNCTION"
@@ -238,6 +251,7 @@ MLX_LM_LORA = Dialect(
         "train_type": "method",
         "gradient_accumulation_steps": "grad_accumulation_steps",
     },
+    values={**VALUES, **{key: {True: {"bits": bits}} for key, bits in BITS.items()}},
     rules=(
         *(read_mode, partial(read_shape, scale=10.0), read_schedule),
         *(read_optimizer, read_data, read_counts, read_ours),

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import LOSSES_OF_TORCHTUNE, UNCUT, Dialect, Sheet
+from mlx_lora.config.migrate.common import (
+    LOSSES_OF_TORCHTUNE,
+    UNCUT,
+    Dialect,
+    Sheet,
+    put_objective,
+    read_sets,
+    take_source,
+)
 
 PART = "_component_"
 # Parts that change no result.
@@ -33,10 +41,6 @@ NAMES = {
     "epochs": "epochs", "batch_size": "batch_size", "gradient_accumulation_steps": "grad_accumulation_steps",
     "clip_grad_norm": "max_grad_norm", "output_dir": "adapter_path", "seed": "seed", "log_every_n_steps": "steps_per_report",
     "run_val_every_n_steps": "steps_per_eval", "enable_activation_checkpointing": "grad_checkpoint",
-}  # fmt: skip
-OF_PARTS = {
-    "checkpoint_dir": "model", "lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "lr": "learning_rate",
-    "weight_decay": "weight_decay", "column": "text_column", "conversation_column": "chat_column",
 }  # fmt: skip
 # Of the machine, and of how the model is computed.
 NO_RESULT = (
@@ -73,12 +77,11 @@ def filled_in(text: Any, content: Mapping[str, Any]) -> Any:
     )
 
 
-def part(sheet: Sheet, key: str) -> tuple[str, Sheet]:
-    """Take a part: the last word of its class, and its arguments."""
+def part(sheet: Sheet, key: str, names: Mapping[str, str] = MappingProxyType({})) -> tuple[str, Sheet]:
+    """Take a part: the last word of its class, and its arguments, of which those in a table become settings of ours."""
     own = sheet.part(key)
-    name = str(own.take(PART) or "").rpartition(".")[2]
-    own.copy(OF_PARTS)
-    return name, own
+    own.copy(names)
+    return str(own.take(PART) or "").rpartition(".")[2], own
 
 
 def read_kind(sheet: Sheet) -> None:
@@ -87,7 +90,7 @@ def read_kind(sheet: Sheet) -> None:
     sheet.copy(NAMES)
     name, loss = part(sheet, "loss")
     if name in LOSSES_OF_TORCHTUNE:
-        common.put_objective(loss, LOSSES_OF_TORCHTUNE[name], {"beta": "beta", "label_smoothing": "label_smoothing"})
+        put_objective(loss, LOSSES_OF_TORCHTUNE[name], {"beta": "beta", "label_smoothing": "label_smoothing"})
     elif name and name not in LOSSES:
         sheet.refuse("loss", "another loss", name)
     loss.leave("num_output_chunks", "ignore_index")
@@ -95,10 +98,10 @@ def read_kind(sheet: Sheet) -> None:
 
 def read_model(sheet: Sheet) -> None:
     """Set model, method and layers."""
-    _, files = part(sheet, "checkpointer")
+    _, files = part(sheet, "checkpointer", {"checkpoint_dir": "model"})
     files.rest = {key: value for key, value in files.rest.items() if key == "adapter_checkpoint"}
     sheet.leave("ref_checkpointer", "teacher_checkpointer", "save_adapter_weights_only")
-    name, model = part(sheet, "model")
+    name, model = part(sheet, "model", {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"})
     attention, mlp, head = (model.take(f) for f in ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"))
     adapts = name.startswith(("lora_", "qlora_"))
     sheet.found["method"] = "dora" if model.switch("use_dora") else "lora" if adapts else "full"
@@ -109,7 +112,7 @@ def read_model(sheet: Sheet) -> None:
     else:
         sheet.found["target_modules"] = "*"
     if name.startswith("qlora_") or model.switch("quantize_base"):
-        common.put_bits(sheet, "model", 4)
+        sheet.found["bits"] = 4
     for key, value in model.rest.items():
         if key not in ("max_seq_len", "image_size") and value:
             model.refuse(key, "an argument of the model", value)
@@ -122,7 +125,7 @@ def read_data(sheet: Sheet) -> None:
     def read_set(own: Sheet, key: str) -> list[dict[str, Any]]:
         name = str(own.take(PART) or "").rpartition(".")[2]
         path, settings = DATA_SETS.get(name.removesuffix("_dataset"), (None, None))
-        source = common.take_source(own, "source", "subset")
+        source = take_source(own, "source", "subset")
         source["path"] = source["path"] or path
         if own.switch("packed"):
             sheet.refuse(key, "rows are joined; rows of similar length share a batch here (--batch-tokens)", "packed")
@@ -132,7 +135,7 @@ def read_data(sheet: Sheet) -> None:
         own.put(**settings)
         if (trained := own.take("train_on_input")) is not None:
             own.found["mask_prompt"] = not trained
-        own.copy(OF_PARTS)
+        own.copy({"column": "text_column", "conversation_column": "chat_column"})
         own.drop({"conversation_style": ("openai", "sharegpt"), "add_eos": (True,)})
         return [source]
 
@@ -144,12 +147,12 @@ def read_data(sheet: Sheet) -> None:
     else:
         sheet.refuse("tokenizer", "chats are written without the model's template there", name)
     tokenizer.leave("path", "merges_file", "merges_path", "vocab_path", "image_size", "max_num_tiles")
-    common.read_sets(sheet, {"dataset": {}, "dataset_val": {"as": "valid"}}, read_set)
+    read_sets(sheet, {"dataset": {}, "dataset_val": {"as": "valid"}}, read_set)
 
 
 def read_loop(sheet: Sheet) -> None:
     """Set optimizer and schedule."""
-    name, optimizer = part(sheet, "optimizer")
+    name, optimizer = part(sheet, "optimizer", {"lr": "learning_rate", "weight_decay": "weight_decay"})
     adam = "AdamW" in name
     if adam or name == "SGD":
         sheet.found["optimizer"] = "adamw" if adam else "sgd"

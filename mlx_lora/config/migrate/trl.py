@@ -10,8 +10,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import SHARED, TRANSFORMERS, UNCUT, Dialect, Sheet
+from mlx_lora.config.migrate.common import (
+    CHANGES,
+    SHARED,
+    TRANSFORMERS,
+    UNCUT,
+    VALUES,
+    Dialect,
+    Sheet,
+    choose_method,
+    put_objective,
+    put_rewards,
+    put_sampling,
+    read_columns,
+    read_loop,
+    read_sets,
+    rewards_of_paths,
+    take_source,
+    trains_on_chats,
+    turn_off_dropout,
+    two_of,
+)
 from mlx_lora.config.objectives import PAIRS, SAMPLING
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
@@ -24,7 +43,7 @@ OWN_KEYS = {
         *("mask_truncated_completions", "epsilon_high"),
     ),
     "reward": ("center_rewards_coefficient",),
-    "kto": ("desirable_weight", "undesirable_weight"),
+    "kto": ("desirable_weight", "undesirable_weight", "loss_type kto", "loss_type apo_zero_unpaired"),
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "dpo": (
         *("loss_weights", "precompute_ref_log_probs", "discopop_tau", "f_divergence_type", "ld_alpha", "rpo_alpha"),
@@ -51,7 +70,7 @@ PEFT_TARGETS = "q_proj,v_proj"  # of most architectures
 NULL_LENGTHS = {"orpo": 512, "cpo": 512, "simpo": 512, "distill": 1024}
 GKD = {"beta": 0.5, "lmbda": 0.5}  # its defaults
 SOURCE = {"dataset_name": "path", "dataset_config": "name", "dataset_train_split": "split"}
-SHARES: dict[float, bool] = {0: False, 1: True}  # lmbda -> whether the answers are sampled during the run
+SHARES = {"lmbda": {0: {}, 1: {"on_policy": True}}}  # of answers that are sampled during the run
 DIVERGENCES: dict[float, str] = {0: "forward_kl", 1: "reverse_kl"}  # beta -> divergence; jsd between them
 
 
@@ -61,10 +80,10 @@ def read_kind(sheet: Sheet) -> None:
     if objective == "distill":
         read_distill(sheet)
     elif objective in SAMPLING:
-        common.put_sampling(sheet, objective)
-        functions, model = common.rewards_of_paths(sheet), sheet.take("reward_model_name_or_path")
+        put_sampling(sheet, objective)
+        functions, model = rewards_of_paths(sheet), sheet.take("reward_model_name_or_path")
         key = "reward_funcs" if functions else "reward_model_name_or_path"
-        common.put_rewards(sheet, functions | ({str(model): None} if model else {}), key)
+        put_rewards(sheet, functions | ({str(model): None} if model else {}), key)
         sheet.assume(**ANSWERS[objective])
     else:
         read_preference(sheet, objective)
@@ -74,15 +93,13 @@ def _objective(sheet: Sheet) -> str:
     """Return the objective, by the flag, or by the keys that only one has."""
     if sheet.flags.get("objective") in COMMANDS:
         return sheet.flags["objective"]
-    losses = sheet.rest.get("loss_type")
-    for objective, keys in OWN_KEYS.items() if losses not in CHAT_LOSSES else ():
-        key = next((key for key in keys if key in sheet.rest), None)
-        if objective == "kto" and losses in ("kto", "apo_zero_unpaired"):
-            key = "loss_type"
-        if key:
-            of = "TRL's GKDTrainer" if objective == "distill" else f"trl {objective}"
-            sheet.notes.append(f"{key}: read as a file of {of}; --objective chooses another")
-            return objective
+    loss = sheet.rest.get("loss_type")
+    given = {*sheet.rest, f"loss_type {loss}"} if loss not in CHAT_LOSSES else set[str]()
+    own = [(objective, key) for objective, keys in OWN_KEYS.items() for key in keys if key in given]
+    for objective, key in own[:1]:
+        of = "TRL's GKDTrainer" if objective == "distill" else f"trl {objective}"
+        sheet.notes.append(f"{key}: read as a file of {of}; --objective chooses another")
+        return objective
     sheet.notes.append("read as a file of trl sft; give --objective dpo, kto, reward, grpo or rloo for those commands")
     return "sft"
 
@@ -95,32 +112,31 @@ def read_preference(sheet: Sheet, objective: str) -> None:
     if objective == "cpo":
         objective = sheet.one_of("loss_type", CPO_LOSSES, " with CPO") or objective
     if losses == "dft":
-        sheet.refuse("loss_type", common.CHANGES["use_dft_loss"])
+        sheet.refuse("loss_type", CHANGES["use_dft_loss"])
     sheet.drop({"loss_type": ("sigmoid", *CHAT_LOSSES, *(["kto"] if objective == "kto" else []))})
-    common.put_objective(sheet, objective, PREFERENCES)
-    sheet.drop({"truncation_mode": ("keep_start",), "max_prompt_length": (UNCUT,)})
+    put_objective(sheet, objective, PREFERENCES)
+    sheet.drop({"max_prompt_length": (UNCUT,)})
 
 
 def read_distill(sheet: Sheet) -> None:
     """Set what TRL's GKDTrainer has in addition to the keys of `trl sft`: the teacher, the divergence, the share of sampled answers.
 
     Raises:
-        InputError: the file has no teacher, or mixes given answers with sampled ones.
+        InputError: the file has no teacher.
     """
     sheet.found["objective"] = "distill"
     if "teacher_model_name_or_path" not in sheet.rest and sheet.flags.get("objective") != "distill":  # or --teacher
         raise sheet.refusal("no teacher_model_name_or_path: GKD needs a teacher; add its model to the file")
     sheet.copy({"teacher_model_name_or_path": "teacher"})
     sheet.rest = GKD | sheet.rest
-    share, beta = (sheet.number(key) or 0 for key in ("lmbda", "beta"))
-    if share not in SHARES:
-        why = "a mixture of given and sampled answers; only 0 (those in the data) and 1 (sampled ones) are supported"
-        sheet.refuse("lmbda", why, share)
+    sheet.turn(SHARES)
+    why = "a mixture of given and sampled answers; only 0 (those in the data) and 1 (sampled ones) are supported"
+    sheet.refuse("lmbda", why)
+    beta = sheet.number("beta") or 0
     sheet.found["divergence"] = DIVERGENCES.get(beta, "jsd")
     if 0 < beta < 1 and sheet.told("divergence") == "jsd":
         sheet.found["jsd_beta"] = beta
-    if SHARES.get(share):
-        sheet.found["on_policy"] = True
+    if "on_policy" in sheet.found:
         sheet.copy({"temperature": "temp", "max_new_tokens": "max_new_tokens"})
         sheet.assume(temp=0.9, max_new_tokens=128)
     else:
@@ -141,10 +157,9 @@ def read_method(sheet: Sheet) -> None:
     without = sheet.switch("disable_dropout")
     if adapts:
         if without:
-            common.turn_off_dropout(sheet, "; disable_dropout: false keeps it")
+            turn_off_dropout(sheet, "; disable_dropout: false keeps it")
         sheet.assume(rank=16, alpha=32, dropout=0.0 if without else 0.05, target_modules=PEFT_TARGETS)
-    common.choose_method(sheet, {"full": None if adapts else "use_peft"})
-    common.read_bits(sheet)
+    choose_method(sheet, {"full": None if adapts else "use_peft"})
 
 
 def read_data(sheet: Sheet) -> None:
@@ -152,17 +167,17 @@ def read_data(sheet: Sheet) -> None:
 
     def read_set(one: Sheet, _: str) -> list[dict[str, Any]]:
         one.leave("columns")
-        return [common.take_source(one)]
+        return [take_source(one)]
 
     if "datasets" in sheet.rest:
         sheet.leave(*SOURCE)
     elif "dataset_name" in sheet.rest:
         sheet.rest["datasets"] = {name: sheet.take(key) for key, name in SOURCE.items()}
-    common.read_sets(sheet, {"datasets": {}}, read_set)
-    if (eos := sheet.take("eos_token")) is not None:
-        sheet.found["special_tokens"] = f"eos_token={eos}"
-    if common.trains_on_chats(sheet):
-        common.read_columns(sheet, {"dataset_text_field": ("text_column", ("text",))})
+    read_sets(sheet, {"datasets": {}}, read_set)
+    eos = sheet.take("eos_token")
+    sheet.put(special_tokens=None if eos is None else f"eos_token={eos}")
+    if trains_on_chats(sheet):
+        read_columns(sheet, {"dataset_text_field": ("text_column", ("text",))})
         whole = sheet.rest.get("completion_only_loss") is False
         own = [key for key in ("assistant_only_loss", "completion_only_loss") if sheet.take(key)]
         if whole or own:
@@ -171,23 +186,19 @@ def read_data(sheet: Sheet) -> None:
             sheet.found["whole_chats"] = True
 
 
-def read_loop(sheet: Sheet) -> None:
+def read_run(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
-    for kind in (sheet.take("dtype"), sheet.take("torch_dtype")):
-        if kind in ("float32", *common.HALF_PRECISION):
-            sheet.rest[kind] = True
+    sheet.leave("dtype", "torch_dtype")  # that of the machine is used
     objective = sheet.found["objective"]
     if sheet.found.get("max_seq_length") == UNCUT:
         sheet.found["max_seq_length"] = NULL_LENGTHS.get(objective, UNCUT)
-    common.read_loop(sheet)
+    read_loop(sheet)
     sheet.assume(learning_rate=LEARNING_RATES.get(objective, LEARNING_RATE))
 
 
 TRL = Dialect(
     name="TRL",
-    recognizes=lambda content: (
-        "model_name_or_path" in content and common.two_of(("model_name_or_path", *MARKS), content)
-    ),
+    recognizes=lambda content: "model_name_or_path" in content and two_of(("model_name_or_path", *MARKS), content),
     names={
         **SHARED,
         **TRANSFORMERS,
@@ -202,7 +213,13 @@ TRL = Dialect(
         "test_split_size": "valid_fraction",
         "overwrite_output_dir": "force",
     },
-    rules=(read_kind, read_method, read_data, read_loop),
+    values={
+        **VALUES,
+        "dtype": {"float32": {"dtype": "float32"}},
+        "torch_dtype": {"float32": {"dtype": "float32"}},
+        "truncation_mode": {"keep_start": {}},
+    },
+    rules=(read_kind, read_method, read_data, read_run),
     defaults={
         **{"lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "long_rows": "cut", "epochs": 3.0},
         **{"batch_size": 8, "max_seq_length": 1024, "valid_fraction": 0.0},

@@ -6,8 +6,7 @@ For what the file leaves out, its defaults are used: 4 bits, rank 64, alpha 16, 
 from __future__ import annotations
 
 from mlx_lora.config.fields import source_text
-from mlx_lora.config.migrate import common
-from mlx_lora.config.migrate.common import SHARED, TRANSFORMERS, Dialect, Sheet
+from mlx_lora.config.migrate.common import SHARED, TRANSFORMERS, VALUES, Dialect, Sheet, choose_method, read_loop, texts
 
 ALL_LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 FORMATS = {"auto": None, "alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "messages"}
@@ -15,37 +14,40 @@ FORMATS = {"auto": None, "alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "
 TRAINED = {
     "finetune_language_layers": True, "finetune_attention_modules": True, "finetune_mlp_modules": True, "vision_all_linear": False,
 }  # fmt: skip
-NAMES = {
-    **SHARED, **TRANSFORMERS, "model": "model", "max_seq_length": "max_seq_length", "eval_size": "valid_fraction", "lora_r": "rank",
-    "target_modules": "target_modules", "modules_to_save": "modules_to_save", "num_epochs": "epochs", "batch_size": "batch_size",
-    "random_seed": "seed",
+TRAINING = {
+    **SHARED, **TRANSFORMERS, "max_seq_length": "max_seq_length", "eval_size": "valid_fraction", "num_epochs": "epochs",
+    "batch_size": "batch_size", "random_seed": "seed",
+}  # fmt: skip
+LORA = {
+    "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules",
+    "modules_to_save": "modules_to_save",
 }  # fmt: skip
 
 
 def read(sheet: Sheet) -> None:
     """Read all parts."""
     training, lora, data, logs = (sheet.part(key) for key in ("training", "lora", "data", "logging"))
-    for one in (training, lora):
-        one.copy(NAMES)
+    training.copy(TRAINING)
+    lora.copy(LORA)
     if not sheet.found.get("epochs"):
         sheet.found.pop("epochs", None)
     kind = training.take("training_type") or "lora"
     if kind == "lora":
+        training.rest.setdefault("load_in_4bit", True)
         sheet.assume(rank=64, alpha=16, target_modules=ALL_LAYERS)
-        if training.rest.pop("load_in_4bit", True):
-            common.put_bits(training, "load_in_4bit", 4)
-    common.choose_method(lora, {"full": None if kind == "lora" else "training_type"})
+    choose_method(lora, {"full": None if kind == "lora" else "training_type"})
     lora.leave(*(key for key, usual in TRAINED.items() if lora.rest.get(key) is usual))
     lora.leave("finetune_vision_layers")  # of models with pictures, whose tower stays as it is
-    sets = data.take("local_dataset") or common.texts(data.take("dataset"))
+    sets = data.take("local_dataset") or texts(data.take("dataset"))
     sheet.put(data=",".join(source_text({"path": one}) for one in sets) or None)
     sheet.put(data_format=data.one_of("format_type", FORMATS), mask_prompt=training.switch("train_on_completions"))
+    training.turn(VALUES)
     training.rest.setdefault("warmup_steps", 5)
     if training.rest.get("warmup_ratio"):
         training.take("warmup_steps")
-    common.read_loop(training)
+    read_loop(training)
     if logs.rest.get("enable_wandb"):
-        sheet.found |= {"report_to": "wandb", "project_name": logs.take("wandb_project")}
+        sheet.put(report_to="wandb", project_name=logs.take("wandb_project"))
     logs.leave(*list(logs.rest))
     sheet.take("inference")  # how the studio writes answers
 
@@ -53,7 +55,7 @@ def read(sheet: Sheet) -> None:
 UNSLOTH = Dialect(
     name="Unsloth",
     recognizes=lambda content: isinstance(content.get("training"), dict) and isinstance(content.get("lora"), dict),
-    names=NAMES,
+    names={"model": "model"},
     rules=(read,),
     defaults={
         **{
