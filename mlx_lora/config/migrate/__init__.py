@@ -63,17 +63,20 @@ def find_dialect(content: dict[str, Any]) -> Dialect | None:
 
 def account(sheet: Sheet, dialect: Dialect, given: Collection[str]) -> list[str]:
     """Return the lines to print on a migrated file."""
-    lines = [f"{sheet.file}: read as a settings file of {dialect.name}", *(f"  {note}" for note in sheet.notes)]
     told = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in sheet.assumed.items()
         if name not in given
     ]
-    if told:
-        lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
-    if sheet.harmless:
-        lines.append(f"  keys that change no result here: {', '.join(dict.fromkeys(sheet.harmless))}")
-    return lines
+    lists = {
+        f"{dialect.name}'s defaults for what it leaves out": told,
+        "keys that change no result here": sheet.harmless,
+    }
+    return [
+        f"{sheet.file}: read as a settings file of {dialect.name}",
+        *(f"  {note}" for note in sheet.notes),
+        *(f"  {what}: {', '.join(dict.fromkeys(names))}" for what, names in lists.items() if names),
+    ]
 
 
 def table(content: dict[str, Any], file: str) -> tuple[Dialect, Sheet, dict[str, dict[str, Any]]]:

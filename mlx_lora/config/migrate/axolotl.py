@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from mlx_lora.config.migrate.common import (
+    LIKELIHOOD_OF_SIMPO,
     RL_OF_AXOLOTL,
     SHARED,
     VALUES,
@@ -244,7 +245,6 @@ def read_chats(sheet: Sheet) -> None:
     tokens = sheet.part("special_tokens").rest
     named = [f"{name}={tokens.pop(name)}" for name in list(tokens)]
     sheet.put(special_tokens=",".join(one for one in named if not one.startswith("pad_token=")) or None)
-    sheet.leave("eot_tokens", "remove_unused_columns")  # the end of a turn is always trained with it
     plugins = [name for name in texts(sheet.take("plugins")) if not name.endswith(PLUGINS)]
     sheet.refuse("plugins", "a program of its own", ", ".join(plugins) or None)
     if trains_on_chats(sheet) and sheet.rest.get("excess_length_strategy") != "truncate":
@@ -265,8 +265,6 @@ def read_run(sheet: Sheet) -> None:
     read_loop(sheet)
     if "warmup_rounding" in sheet.found:
         sheet.found["warmup_rounding"] = "down"
-    # What Axolotl does not read, and what is frozen here anyway.
-    sheet.leave("eta_min", "full_finetune", "test_value", "freeze_mm_modules")
     kind = str(sheet.take("model_type") or "")
     if kind.endswith("Classification") and "objective" not in sheet.found:
         sheet.refuse("model_type", "a head for labels; use --objective classify", kind)
@@ -294,7 +292,10 @@ AXOLOTL = Dialect(
     values={**VALUES, INIT: {True: {}}},
     rules=(read_kind, read_method, read_data, read_chats, read_run),
     defaults={"weight_decay": 0.0, "epochs": 1.0, "batch_size": 1, "max_seq_length": 512, "valid_fraction": 0.0},
+    # The end of a turn is always trained with it; the towers are frozen; and what Axolotl does not read.
+    harmless=("eot_tokens", "freeze_mm_modules", "eta_min", "full_finetune", "test_value"),
     changes={
+        "cpo_alpha": LIKELIHOOD_OF_SIMPO,
         **dict.fromkeys(RESTARTS, "restarts without relora"),
         **{f"datasets.type.{key}": "the text around prompt and answer is --chat-template's here" for key in FORMATS},
         "chat_template_jinja": "put the text into a file and give it as --chat-template",

@@ -98,6 +98,7 @@ CHANGES = {
     "steps_per_generation": "answers are sampled for one step at a time here",
     "generation_batch_size": "answers are sampled for one step at a time here",
 }  # fmt: skip
+LIKELIHOOD_OF_SIMPO = "simpo has no likelihood of chosen answers here; give 0, or use cpo"
 UNKNOWN = "not known here; remove it if it changes no result"
 
 
@@ -118,7 +119,8 @@ class Dialect:
         values: key -> its values with another meaning than their own -> our settings; read after the names.
         defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
         nulls: key -> what null means, if that is not the trainer's default.
-        changes: key -> what it changes that is not here, in addition to `CHANGES`.
+        changes: key, with those of the mappings around it -> what it changes that is not here, in addition to `CHANGES`.
+        harmless: keys, written so, that change no result here, in addition to `HARMLESS`.
         others: key that only files of its other commands have -> what is said of them.
     """
 
@@ -130,6 +132,7 @@ class Dialect:
     values: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
+    harmless: Collection[str] = ()
     others: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, content: Mapping[str, Any], file: str, flags: Mapping[str, Any] | None = None) -> Sheet:
@@ -322,11 +325,10 @@ class Sheet:
     def sort_rest(self) -> None:
         """Sort what has not been read into keys that change no result, and keys that are refused; what is off is neither."""
         for key in list(self.rest):
-            why = self.dialect.changes.get(self.prefix + key) or CHANGES.get(key, UNKNOWN)
-            if changes_nothing(key):
+            if changes_nothing(key) or self.prefix + key in self.dialect.harmless:
                 self.leave(key)
             elif self.rest[key] is not False and self.rest[key] != 0:
-                self.refuse(key, why)
+                self.refuse(key, self.dialect.changes.get(self.prefix + key) or CHANGES.get(key, UNKNOWN))
 
     def refusal(self, problem: str) -> InputError:
         """Return the error to raise if the file cannot be migrated."""
@@ -383,11 +385,9 @@ VALUES = {
 }  # fmt: skip
 # Chat templates that we have with the same name and text.
 TEMPLATES = ("alpaca", "chatml", "llama3")
-HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
 # Keys that are true for a method; if several methods are on, the first of PRECEDENCE is used.
 METHODS = {"use_dora": "dora", "use_rslora": "rslora"}
 PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
-ALL_LAYERS = {"all-linear", "all"}
 # The last part of a regular expression on layer names, such as (up|down)_proj; ([qkv]_proj) is not supported.
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
@@ -415,8 +415,9 @@ def read_loop(sheet: Sheet) -> None:
     if ADAMW.fullmatch(name):
         found["optimizer"] = "AdamW"
         if re.search("4bit|8bit|paged", name):
-            key = sheet.keys["optimizer"]
-            sheet.notes.append(f"{key} {name}: AdamW, with its state in float32, which is small for an adapter")
+            sheet.notes.append(
+                f"{sheet.keys['optimizer']} {name}: AdamW, with its state in float32, which is small for an adapter"
+            )
     sheet.choose("optimizer", OPTIMIZERS)
     read_intervals(sheet)
     loggers = texts(sheet.take("report_to")) + ["swanlab"] * sheet.switch("use_swanlab")
@@ -424,7 +425,6 @@ def read_loop(sheet: Sheet) -> None:
     sheet.harmless += ["report_to"] * bool(set(loggers) - set(LOGGERS))
     if "gradient_checkpointing" in sheet.rest:  # or a way of it, such as unsloth
         found["grad_checkpoint"] = bool(sheet.take("gradient_checkpointing"))
-    sheet.leave(*HALF_PRECISION)  # that of the machine is used
     sheet.put(keep_best=True if found.get("early_stopping_patience") else None)
 
 
@@ -438,8 +438,6 @@ def read_schedule(sheet: Sheet) -> None:
         sheet.found["warmup"] = 0
     elif sheet.told("warmup"):
         sheet.found |= {"warmup_init": 0} | ({"warmup_rounding": "up"} if 0 < float(warmup or 0) < 1 else {})
-    if isinstance(numbers := sheet.rest.get("lr_scheduler_kwargs"), dict) and numbers.keys() <= {"min_lr_rate"}:
-        sheet.part("lr_scheduler_kwargs").copy(SHARED)
 
 
 def read_intervals(sheet: Sheet) -> None:
@@ -462,15 +460,15 @@ def read_targets(sheet: Sheet) -> None:
     """Turn the target layers into names, from names, or from the last part of a regular expression."""
     asked = sheet.found.pop("target_modules", None)
     names, text = texts(asked), str(asked[0] if isinstance(asked, list) else asked)
-    if ALL_LAYERS & set(names):
+    if {"all-linear", "all"} & set(names):
         sheet.found["target_modules"] = "all-linear"
     elif all(re.fullmatch(r"[\w.]+", name) for name in names):
         sheet.put(target_modules=",".join(names) or None)
     elif match := LAST_NAMES.fullmatch(text):
         layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
         sheet.found["target_modules"] = layers
-        key = sheet.keys["target_modules"]
-        sheet.notes.append(f"{key}: a regular expression, read as {layers} in all modules of the language model")
+        said = f"a regular expression, read as {layers} in all modules of the language model"
+        sheet.notes.append(f"{sheet.keys['target_modules']}: {said}")
     else:
         why = "a regular expression; give names and patterns as --target-modules"
         sheet.refuse(sheet.keys["target_modules"], why, asked, "target_modules")
@@ -485,11 +483,11 @@ def read_template(sheet: Sheet, key: str, model: Any, exact: Mapping[str, str | 
         model: that is trained; empty: a template of its family may have another text.
         exact: names of the trainer's templates -> ours; None: what is done without a name.
     """
-    name = hashable(sheet.take(key))
-    family = re.sub("[^a-z].*", "", str(name).lower())
-    if name is None or name in exact or name in TEMPLATES:
-        sheet.put(chat_template=exact.get(name, name))
-    elif re.fullmatch(r".*\.jinja2?", str(name)):
+    name = str(sheet.take(key) or "")
+    family = re.sub("[^a-z].*", "", name.lower())
+    if name in exact or name in ("", *TEMPLATES):
+        sheet.put(chat_template=exact.get(name, name or None))
+    elif re.fullmatch(r".*\.jinja2?", name):
         sheet.found["chat_template"] = name
     elif family and family in str(model).lower():
         sheet.found["chat_template"] = "own"
@@ -653,10 +651,6 @@ MODES_OF_MLX_LM_LORA = {
 LOSSES_OF_TORCHTUNE = {"DPOLoss": "dpo"}
 # By our objective; its usual one is ours.
 LOSSES_OF_MLX_LM_LORA = {"dpo": {"sigmoid": None, "hinge": "hinge", "ipo": "ipo"}, "cpo": {"sigmoid": None}}
-LIKELIHOOD = (
-    "rpo_alpha",
-    "pref_ftx",
-)  # keys of the weight of the chosen answers' likelihood that is added to dpo's loss (RPO)
 
 
 def trains_on_chats(sheet: Sheet) -> bool:
@@ -678,16 +672,16 @@ def put_objective(sheet: Sheet, objective: str, options: Mapping[str, str]) -> N
     sheet.copy({theirs: name for theirs, name in options.items() if objective in OWNERS[name]})
     sheet.take("precompute_ref_log_probs")  # always done here
     if objective == "simpo" and "cpo_alpha" in options:  # where it is 1 unless the file has it
-        sheet.rest = {"cpo_alpha": 1} | sheet.rest
-        sheet.drop({"cpo_alpha": (0,)})
-        sheet.refuse("cpo_alpha", "simpo has no likelihood of chosen answers here; give 0, or use cpo")
+        sheet.rest.setdefault("cpo_alpha", 1)
     if objective != "dpo":
         return
     losses, weights = texts(found.get("loss_type", "sigmoid")), texts(found.get("loss_weights"))
     if found.get("label_smoothing") and not set(losses) & set(SMOOTHED):
         key = next(theirs for theirs, name in options.items() if name == "label_smoothing")
         sheet.refuse(key, f"of dpo's losses only {', '.join(SMOOTHED)} have it", found.pop("label_smoothing"))
-    if weight := sum(sheet.number(key) or 0 for key in LIKELIHOOD):
+    if weight := sum(
+        sheet.number(key) or 0 for key in ("rpo_alpha", "pref_ftx")
+    ):  # RPO adds the chosen answers' likelihood
         found["loss_type"] = ",".join([*losses, "sft"])
         found["loss_weights"] = ",".join([*(weights or ["1"] * len(losses)), str(weight)])
 
@@ -705,8 +699,8 @@ def read_reference(sheet: Sheet, model: Any, reference: str) -> None:
 def turn_off_dropout(sheet: Sheet, hint: str = "") -> None:
     """Leave the file's dropout out, because its trainer turns dropout off before it trains; `hint` ends the note."""
     if asked := sheet.found.pop("dropout", None):
-        objective = sheet.found["objective"]
-        sheet.notes.append(f"lora_dropout {asked:g}: not used, as there: it is turned off for {objective}{hint}")
+        off = f"it is turned off for {sheet.found['objective']}{hint}"
+        sheet.notes.append(f"lora_dropout {asked:g}: not used, as there: {off}")
 
 
 # Sampled answers

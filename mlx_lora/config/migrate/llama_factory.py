@@ -162,10 +162,8 @@ def read_data(sheet: Sheet) -> None:
     text = {"empty": None} if sheet.found.get("data_format") == "text" else {}
     read_template(sheet, "template", "", TEMPLATES | text)
     sheet.put(last_answer=(trains_on_chats(sheet) and sheet.switch("mask_history")) or None)
-    sheet.leave("mask_history")
     if sheet.rest.get("enable_thinking") is False:
         sheet.refuse("enable_thinking", "the empty thought before an answer is not trained")
-    sheet.leave("enable_thinking")  # true is the default
 
 
 LLAMA_FACTORY = Dialect(
@@ -205,6 +203,7 @@ LLAMA_FACTORY = Dialect(
     },
     nulls={"max_grad_norm": 0},
     changes={"mix_strategy": "sets are joined here; a.jsonl=0.5 sets their shares"},
+    harmless=("mask_history", "enable_thinking"),  # of preferences; and true is the default
     others={
         "export_dir": "a file of llamafactory-cli export, which trains nothing; here fuse",
         "infer_backend": "a file of llamafactory-cli chat, which trains nothing; here chat",

@@ -70,12 +70,11 @@ def read_shape(sheet: Sheet, scale: float = 20.0) -> None:
 
 def read_schedule(sheet: Sheet) -> None:
     """Set schedule, peak rate and warm-up; without lr_schedule the rate is constant."""
-    if isinstance(sheet.rest.get("lr_schedule"), str):  # a setting of ours
+    if "lr_schedule" not in sheet.rest:
+        sheet.assume(lr_schedule="constant", warmup=0)
+    if not isinstance(sheet.rest.get("lr_schedule"), dict):  # or a setting of ours
         return
     schedule = sheet.part("lr_schedule")
-    if not schedule.rest:
-        sheet.assume(lr_schedule="constant", warmup=0)
-        return
     name, arguments = str(schedule.take("name")), schedule.take("arguments")
     if not isinstance(arguments, list) or not arguments or arguments[0] is None:
         raise sheet.refusal("lr_schedule has no arguments, a list that begins with the learning rate; fix the file")
@@ -120,7 +119,6 @@ def read_data(sheet: Sheet) -> None:
         path, config = own.take("path") or own.take("name"), own.part("config")
         own.rest = features | own.rest
         read_features(own)
-        own.leave("test_split", "name")
         subset = config.take("name")
         return [
             {"path": path, "subset": subset, "split": own.take("train_split") or "train[:80%]"},
@@ -160,13 +158,13 @@ def read_ours(sheet: Sheet) -> None:
     """Take keys that have the same name and meaning in both trainers, and settings of ours."""
     if sheet.rest.get("test") is True:
         sheet.drop({"train": (False,)})
-    sheet.leave("clear_cache_threshold")
     sheet.found |= {key: sheet.take(key) for key in list(sheet.rest) if key in FIELDS}
     if trains_on_chats(sheet):
         sheet.assume(mask_prompt=False)
         sheet.assume(**{"last_answer": True} if sheet.told("mask_prompt") else {})
 
 
+NO_RESULT = ("clear_cache_threshold", "hf_dataset.test_split", "hf_dataset.name")
 DEFAULTS = {"batch_size": 4, "learning_rate": 1e-5, "max_grad_norm": 0.0, "valid_fraction": 0.0}
 VALUES = {
     "use_dora": {True: {"method": "dora"}},
@@ -177,6 +175,7 @@ MLX_LM = Dialect(
     recognizes=recognizes,
     names={"fine_tune_type": "method", "lora_layers": "num_layers"},  # lora_layers: until 2024
     values=VALUES,
+    harmless=NO_RESULT,
     rules=(read_shape, read_schedule, read_optimizer, read_data, read_counts, read_ours),
     defaults={**DEFAULTS, "num_layers": 16, "iters": COUNTED["iters"], "long_rows": "cut"},
 )
@@ -252,6 +251,7 @@ MLX_LM_LORA = Dialect(
         "gradient_accumulation_steps": "grad_accumulation_steps",
     },
     values={**VALUES, **{key: {True: {"bits": bits}} for key, bits in BITS.items()}},
+    harmless=NO_RESULT,
     rules=(
         *(read_mode, partial(read_shape, scale=10.0), read_schedule),
         *(read_optimizer, read_data, read_counts, read_ours),

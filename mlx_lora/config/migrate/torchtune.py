@@ -42,24 +42,14 @@ NAMES = {
     "clip_grad_norm": "max_grad_norm", "output_dir": "adapter_path", "seed": "seed", "log_every_n_steps": "steps_per_report",
     "run_val_every_n_steps": "steps_per_eval", "enable_activation_checkpointing": "grad_checkpoint",
 }  # fmt: skip
-# Of the machine, and of how the model is computed.
-NO_RESULT = (
-    *("shuffle", "dtype", "device", "compile", "optimizer_in_bwd", "custom_sharded_layers", "batch_size_val"),
-    *(
-        "tensor_parallel_dim",
-        "low_cpu_ram",
-        "data_parallel_shard_dim",
-        "data_parallel_replicate_dim",
-        "ac_mode",
-        "ac_option",
-    ),
-    *(
-        "memory_efficient_fsdp_wrap",
-        "enable_activation_offloading",
-        "resume_from_checkpoint",
-        "use_distributed_state_dict",
-    ),
-)
+# Of the machine, of how the model is computed, and of files that come with the model.
+NO_RESULT = {
+    "shuffle", "dtype", "device", "compile", "optimizer_in_bwd", "custom_sharded_layers", "batch_size_val", "tensor_parallel_dim",
+    "low_cpu_ram", "data_parallel_shard_dim", "data_parallel_replicate_dim", "ac_mode", "ac_option", "memory_efficient_fsdp_wrap",
+    "enable_activation_offloading", "resume_from_checkpoint", "use_distributed_state_dict", "ref_checkpointer",
+    "teacher_checkpointer", "save_adapter_weights_only", "loss.num_output_chunks", "loss.ignore_index", "tokenizer.path",
+    "tokenizer.merges_file", "tokenizer.merges_path", "tokenizer.vocab_path", "tokenizer.image_size", "tokenizer.max_num_tiles",
+}  # fmt: skip
 TWO_MODELS = "a loss of two models, or rounded weights; see distill and --qat"
 CHANGES = {
     **dict.fromkeys(("kd_ratio", "teacher_model", "kd_loss", "quantizer", "policy_model"), TWO_MODELS),
@@ -93,26 +83,21 @@ def read_kind(sheet: Sheet) -> None:
         put_objective(loss, LOSSES_OF_TORCHTUNE[name], {"beta": "beta", "label_smoothing": "label_smoothing"})
     elif name and name not in LOSSES:
         sheet.refuse("loss", "another loss", name)
-    loss.leave("num_output_chunks", "ignore_index")
 
 
 def read_model(sheet: Sheet) -> None:
     """Set model, method and layers."""
     _, files = part(sheet, "checkpointer", {"checkpoint_dir": "model"})
     files.rest = {key: value for key, value in files.rest.items() if key == "adapter_checkpoint"}
-    sheet.leave("ref_checkpointer", "teacher_checkpointer", "save_adapter_weights_only")
     name, model = part(sheet, "model", {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"})
     attention, mlp, head = (model.take(f) for f in ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"))
     adapts = name.startswith(("lora_", "qlora_"))
     sheet.found["method"] = "dora" if model.switch("use_dora") else "lora" if adapts else "full"
     if adapts:
         sheet.assume(rank=8, alpha=16)
-        names = [MODULES.get(one) or str(one) for one in attention or ()] + MLP * bool(mlp) + ["lm_head"] * bool(head)
-        sheet.found["target_modules"] = ",".join(names)
-    else:
-        sheet.found["target_modules"] = "*"
-    if name.startswith("qlora_") or model.switch("quantize_base"):
-        sheet.found["bits"] = 4
+    names = [MODULES.get(one) or str(one) for one in attention or ()] + MLP * bool(mlp) + ["lm_head"] * bool(head)
+    sheet.found["target_modules"] = ",".join(names) if adapts else "*"
+    sheet.put(bits=4 if name.startswith("qlora_") or model.switch("quantize_base") else None)
     for key, value in model.rest.items():
         if key not in ("max_seq_len", "image_size") and value:
             model.refuse(key, "an argument of the model", value)
@@ -146,7 +131,6 @@ def read_data(sheet: Sheet) -> None:
         sheet.found["chat_template"] = TEMPLATES[word]
     else:
         sheet.refuse("tokenizer", "chats are written without the model's template there", name)
-    tokenizer.leave("path", "merges_file", "merges_path", "vocab_path", "image_size", "max_num_tiles")
     read_sets(sheet, {"dataset": {}, "dataset_val": {"as": "valid"}}, read_set)
 
 
@@ -168,7 +152,6 @@ def read_loop(sheet: Sheet) -> None:
         sheet.refuse("lr_scheduler", "another schedule", name)
     if sheet.rest.get("shuffle") is False:
         sheet.refuse("shuffle", "rows keep their order")
-    sheet.leave(*NO_RESULT)
 
 
 TORCHTUNE = Dialect(
@@ -181,6 +164,7 @@ TORCHTUNE = Dialect(
         **{"valid_fraction": 0.0},
     },
     changes=CHANGES,
+    harmless=NO_RESULT,
     others={
         "tasks": "a file of another command; here it is mlx-lora evaluate",
         "prompt": "a file of another command; here it is mlx-lora generate",

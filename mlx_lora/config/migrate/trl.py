@@ -8,10 +8,9 @@ rank 16, alpha 32, dropout 0.05 where its trainer keeps dropout, 8 rows per micr
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_lora.config.migrate.common import (
     CHANGES,
+    LIKELIHOOD_OF_SIMPO,
     SHARED,
     TRANSFORMERS,
     UNCUT,
@@ -144,7 +143,6 @@ def read_distill(sheet: Sheet) -> None:
         sheet.notes.append(
             "TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all"
         )
-    sheet.leave("teacher_model_init_kwargs")
 
 
 def read_method(sheet: Sheet) -> None:
@@ -165,15 +163,9 @@ def read_method(sheet: Sheet) -> None:
 def read_data(sheet: Sheet) -> None:
     """Set data from dataset_name, or datasets, and what is trained of its rows."""
 
-    def read_set(one: Sheet, _: str) -> list[dict[str, Any]]:
-        one.leave("columns")
-        return [take_source(one)]
-
-    if "datasets" in sheet.rest:
-        sheet.leave(*SOURCE)
-    elif "dataset_name" in sheet.rest:
+    if "datasets" not in sheet.rest and "dataset_name" in sheet.rest:
         sheet.rest["datasets"] = {name: sheet.take(key) for key, name in SOURCE.items()}
-    read_sets(sheet, {"datasets": {}}, read_set)
+    read_sets(sheet, {"datasets": {}}, lambda one, _: [take_source(one)])
     eos = sheet.take("eos_token")
     sheet.put(special_tokens=None if eos is None else f"eos_token={eos}")
     if trains_on_chats(sheet):
@@ -188,7 +180,6 @@ def read_data(sheet: Sheet) -> None:
 
 def read_run(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
-    sheet.leave("dtype", "torch_dtype")  # that of the machine is used
     objective = sheet.found["objective"]
     if sheet.found.get("max_seq_length") == UNCUT:
         sheet.found["max_seq_length"] = NULL_LENGTHS.get(objective, UNCUT)
@@ -225,7 +216,14 @@ TRL = Dialect(
         **{"batch_size": 8, "max_seq_length": 1024, "valid_fraction": 0.0},
     },
     nulls={"max_length": UNCUT, "max_prompt_length": UNCUT, "max_grad_norm": 0},
+    harmless=(
+        *SOURCE,
+        "datasets.columns",
+        "teacher_model_init_kwargs",
+        "dtype",
+    ),  # if datasets has the rest; of the machine
     changes={
+        "cpo_alpha": LIKELIHOOD_OF_SIMPO,
         "datasets.fraction": "shares of a mixture; give a weight, as in a.jsonl=0.5",
         "seq_kd": "answers that the teacher writes during the run; train on those that it wrote before",
     },

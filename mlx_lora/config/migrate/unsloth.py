@@ -37,7 +37,6 @@ def read(sheet: Sheet) -> None:
         sheet.assume(rank=64, alpha=16, target_modules=ALL_LAYERS)
     choose_method(lora, {"full": None if kind == "lora" else "training_type"})
     lora.leave(*(key for key, usual in TRAINED.items() if lora.rest.get(key) is usual))
-    lora.leave("finetune_vision_layers")  # of models with pictures, whose tower stays as it is
     sets = data.take("local_dataset") or texts(data.take("dataset"))
     sheet.put(data=",".join(source_text({"path": one}) for one in sets) or None)
     sheet.put(data_format=data.one_of("format_type", FORMATS), mask_prompt=training.switch("train_on_completions"))
@@ -67,5 +66,6 @@ UNSLOTH = Dialect(
         },
         **{"epochs": 3.0, "batch_size": 2, "max_seq_length": 2048, "valid_fraction": 0.0},
     },
+    harmless=("lora.finetune_vision_layers",),  # of models with pictures, whose tower stays as it is
     changes={"lora.use_loftq": "other first factors; pissa is here"},
 )
