@@ -41,7 +41,7 @@ CASES = {
             "steps_per_eval": 0.0625, "save_every": 0.25, "grad_checkpoint": True, "learning_rate": 0.0002, "weight_decay": 0.0,
             "grad_accumulation_steps": 4, "adapter_path": "./outputs/qlora", "model": "someone/tiny-llama", "dropout": 0.05,
         },
-        "bf16 tokenizer_type eval_sample_packing tf32 flash_attention",
+        "tokenizer_type eval_sample_packing bf16 tf32 flash_attention",
         "",
     ),
     "axolotl-chat-template.yml": (
@@ -110,7 +110,7 @@ CASES = {
             "learning_rate": 0.0001, "grad_accumulation_steps": 8, "adapter_path": "saves/llama3/lora/sft",
             "model": "someone/llama-3-8b-instruct", "force": True, "weight_decay": 0.0,
         },
-        "report_to bf16 overwrite_cache preprocessing_num_workers plot_loss ddp_timeout per_device_eval_batch_size",
+        "report_to overwrite_cache preprocessing_num_workers plot_loss bf16 ddp_timeout per_device_eval_batch_size",
         "dataset",
     ),
     "llama-factory-qlora.yaml": (
@@ -391,7 +391,7 @@ def test_every_key_is_translated_harmless_or_refused(name, folder):
         (AXOLOTL + "datasets: [{path: d, type: {field_prompt: q, prompt_format: '[INST]{prompt}'}}]\nrl: orpo\n", "prompt_format"),
         (AXOLOTL + "plugins: [axolotl.integrations.spectrum.SpectrumPlugin]\n", "a program of its own"),
         (AXOLOTL + "lora_target_modules: '(a|b).*[0-9]'\n", "a regular expression"),
-        (AXOLOTL + "rl: simpo\n", "cpo_alpha 1: simpo has no likelihood"),
+        (AXOLOTL + "rl: simpo\n", "cpo_alpha 1: a likelihood of chosen answers"),
         (AXOLOTL + "whatever: 3\n", "whatever 3: not known here"),
         (FACTORY + "dataset: nowhere\n", "dataset nowhere: not in"),
         (FACTORY + "template: qwen3\nenable_thinking: false\n", "the empty thought"),

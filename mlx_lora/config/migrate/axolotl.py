@@ -37,11 +37,6 @@ from mlx_lora.config.migrate.common import (
 )
 from mlx_lora.config.objectives import RATED, SAMPLING
 
-# Keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
-MARKS = (
-    *("base_model", "micro_batch_size", "sequence_len", "sample_packing", "num_epochs", "val_set_size", "lora_r"),
-    *("lora_target_linear", "adapter", "datasets"),
-)
 # Its names of preference options -> ours.
 RL_OPTIONS = {
     "rl_beta": "beta",
@@ -81,14 +76,14 @@ TYPES_OF_PAIRS = {
     **{word: {} for word in ("chat_template", "user_defined", "zephyr", "passthrough", "bradley_terry")},
 }
 REASONING = ("thinking", "reasoning_content", "reasoning")
+SETS = ("datasets", "test_datasets", "pretraining_dataset")
 # Values of a dataset that we do not need, because we detect its format.
 DETECTED = {
     "ds_type": ("json", "parquet", "csv", "text", "arrow"),
     "field_chosen": ("chosen",),
     "field_rejected": ("rejected",),
-    "roles_to_train": (["assistant"], ["gpt"], ["gpt", "assistant"]),
+    "roles_to_train": ("['assistant']", "['gpt']", "['gpt', 'assistant']"),
     "train_on_eos": ("turn",),
-    "chat_template": ("tokenizer_default",),
     "train_on_eot": ("turn",),
     "field_thinking": REASONING,
     "template_thinking_key": REASONING,
@@ -183,7 +178,6 @@ def read_data(sheet: Sheet) -> None:
         read_type(one, one.rest.pop("type", "pretrain" if key == "pretraining_dataset" else None), sheet)
         read_names(one)
         read_template(one, "chat_template", sheet.found.get("model"), TEMPLATES)
-        one.drop(DETECTED)
         return [take_source(one)]
 
     key = "datasets" if "datasets" in sheet.rest else "pretraining_dataset"
@@ -196,10 +190,11 @@ def read_names(dataset: Sheet) -> None:
     if chats or dataset.rest.get("field_messages") in FIELDS["field_messages"][1]:  # a pair has no such column
         read_columns(dataset, FIELDS)
     mapped, told = dataset.part("message_property_mappings"), dataset.part("roles").rest
-    fields = {name: mapped.take(name) or dataset.take(f"message_field_{name}") for name in ("role", "content")}
+    names = {"role": "message_field_role", "content": "message_field_content"}
+    fields = {name: one for name, key in names.items() for one in (mapped.take(name), dataset.take(key)) if one}
     roles = {str(OLDER_ROLES.get(name, name)): told.pop(name) for name in list(told)}
     roles |= {role: dataset.take(key) for key, role in SIDES.items() if key in dataset.rest}
-    put_turn_names(dataset, {name: one for name, one in fields.items() if one}, roles, "roles")
+    put_turn_names(dataset, fields, roles, "roles")
 
 
 def read_type(dataset: Sheet, kind: Any, whole: Sheet) -> None:
@@ -273,7 +268,11 @@ def read_run(sheet: Sheet) -> None:
 
 AXOLOTL = Dialect(
     name="Axolotl",
-    recognizes=lambda content: two_of(MARKS, content),
+    # By keys of its own: neither settings of ours, nor arguments of transformers' trainer, which other tools use too.
+    recognizes=two_of(
+        *("base_model", "micro_batch_size", "sequence_len", "sample_packing", "num_epochs", "val_set_size", "lora_r"),
+        *("lora_target_linear", "adapter", "datasets"),
+    ),
     names={
         **SHARED,
         "base_model": "model",
@@ -289,7 +288,11 @@ AXOLOTL = Dialect(
         "val_set_size": "valid_fraction",
         "wandb_project": "project_name",
     },
-    values={**VALUES, INIT: {True: {}}},
+    values={
+        **VALUES,
+        INIT: {True: {}},
+        **{f"{part}.{key}": {one: {} for one in usual} for part in SETS for key, usual in DETECTED.items()},
+    },
     rules=(read_kind, read_method, read_data, read_chats, read_run),
     defaults={"weight_decay": 0.0, "epochs": 1.0, "batch_size": 1, "max_seq_length": 512, "valid_fraction": 0.0},
     # The end of a turn is always trained with it; the towers are frozen; and what Axolotl does not read.

@@ -98,7 +98,7 @@ CHANGES = {
     "steps_per_generation": "answers are sampled for one step at a time here",
     "generation_batch_size": "answers are sampled for one step at a time here",
 }  # fmt: skip
-LIKELIHOOD_OF_SIMPO = "simpo has no likelihood of chosen answers here; give 0, or use cpo"
+LIKELIHOOD_OF_SIMPO = "a likelihood of chosen answers, which only cpo has here; give 0"
 UNKNOWN = "not known here; remove it if it changes no result"
 
 
@@ -114,12 +114,14 @@ class Dialect:
     Attributes:
         name: of the trainer.
         recognizes: tells whether a file is this trainer's.
-        names: key -> our setting; read before the rules. If several keys are one setting, the last one counts.
-        rules: functions that each read the keys of one topic, or turn a value under our name into ours; they run in order.
-        values: key -> its values with another meaning than their own -> our settings; read after the names.
+        names: key, with those of the mappings around it (`lora.lora_r`) -> our setting. If several keys are one setting, the last one
+            counts.
+        rules: functions that each read the keys of one topic, or turn a value under our name into ours; they run in order, after
+            names and values are read.
+        values: key, written so -> its values with another meaning than their own -> our settings.
         defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
         nulls: key -> what null means, if that is not the trainer's default.
-        changes: key, with those of the mappings around it -> what it changes that is not here, in addition to `CHANGES`.
+        changes: key, written so -> what it changes that is not here, in addition to `CHANGES`.
         harmless: keys, written so, that change no result here, in addition to `HARMLESS`.
         others: key that only files of its other commands have -> what is said of them.
     """
@@ -146,14 +148,11 @@ class Dialect:
         Raises:
             InputError: it asks for another kind of training, or has an invalid value.
         """
-        rest = filled(content) | {
-            key: off for key, off in self.nulls.items() if content.get(key, off) in (None, "None")
-        }
+        nulls = {key: off for key, off in self.nulls.items() if content.get(key, off) in (None, "None")}
+        rest = filled(replaced(content, content)) | nulls
         sheet = Sheet(file, rest, flags or {}, self, defaults=self.defaults)
         if key := next((key for key in self.others if key in content), None):
             raise sheet.refusal(f"{key}: {self.others[key]}")
-        sheet.copy(self.names)
-        sheet.turn(self.values)
         for rule in self.rules:
             rule(sheet)
         sheet.assume(**sheet.defaults)
@@ -197,6 +196,12 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
     harmless: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Read the keys that its trainer's tables have."""
+        names, values = self.dialect.names.items(), self.dialect.values.items()
+        self.copy({key.removeprefix(self.prefix): name for key, name in names if key.startswith(self.prefix)})
+        self.turn({key.removeprefix(self.prefix): known for key, known in values if key.startswith(self.prefix)})
 
     def take(self, key: str) -> Any:
         """Return a key's value and mark it as read; None if the file does not set it."""
@@ -244,7 +249,7 @@ class Sheet:
             InputError: the table does not have it.
         """
         asked = self.take(key)
-        if asked is not None and str(asked) not in values:
+        if asked not in (None, False) and str(asked) not in values:
             known = ", ".join(values)
             raise self.refusal(f"{key} {asked}{whose}: only {known} are supported; use {self.dialect.name} for it")
         return values.get(str(asked))
@@ -260,7 +265,7 @@ class Sheet:
         """Turn values of the keys in a table into our settings; other values are left."""
         for key, known in values.items():
             if hashable(self.rest.get(key)) in known:
-                self.found |= known[self.take(key)]
+                self.found |= known[hashable(self.take(key))]
 
     def put(self, **values: Any) -> None:
         """Set those of our settings that are known: not None."""
@@ -340,6 +345,14 @@ def filled(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None and value not in ("", [], {})}
 
 
+def replaced(value: Any, content: Mapping[str, Any]) -> Any:
+    """Return a value with the names of others in it, such as ${output_dir}, replaced by their values."""
+    if isinstance(value, Mapping):
+        return {key: replaced(one, content) for key, one in value.items()}
+    given = re.compile(r"\$\{(\w+)\}")
+    return given.sub(lambda name: str(content.get(name[1], name[0])), value) if isinstance(value, str) else value
+
+
 def texts(asked: Any) -> list[str]:
     """Return the names in a list, or in a text that separates them with commas."""
     names = asked if isinstance(asked, list) else [] if asked is None else str(asked).split(",")
@@ -392,9 +405,9 @@ PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
 LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
 
 
-def two_of(marks: Collection[str], content: Mapping[str, Any]) -> bool:
-    """Return whether a file has two keys that only one trainer has, and not our key for the model."""
-    return "model" not in content and sum(key in content for key in marks) >= 2
+def two_of(*marks: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Return what tells whether a file has two of a trainer's own keys, and not our key for the model."""
+    return lambda content: "model" not in content and sum(key in content for key in marks) >= 2
 
 
 def read_loop(sheet: Sheet) -> None:

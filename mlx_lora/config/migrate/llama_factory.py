@@ -48,11 +48,6 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import did_you_mean
 
-# Keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
-MARKS = (
-    *("model_name_or_path", "stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "lora_target"),
-    *("dataset", "dataset_dir", "quantization_bit"),
-)
 KINDS = {kind: kind for kind in ("lora", "freeze", "full")}
 PREFERENCE_OPTIONS = {
     "pref_loss": "loss_type",
@@ -168,7 +163,11 @@ def read_data(sheet: Sheet) -> None:
 
 LLAMA_FACTORY = Dialect(
     name="LLaMA-Factory",
-    recognizes=lambda content: two_of(MARKS, content),
+    # By keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
+    recognizes=two_of(
+        *("model_name_or_path", "stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "lora_target"),
+        *("dataset", "dataset_dir", "quantization_bit"),
+    ),
     names={
         **SHARED,
         **TRANSFORMERS,

@@ -59,7 +59,6 @@ def read_shape(sheet: Sheet, scale: float = 20.0) -> None:
         sheet.take("lora_parameters")
         return
     shape = sheet.part("lora_parameters")
-    shape.copy({"rank": "rank", "dropout": "dropout", "keys": "target_modules"})
     sheet.copy({"rank": "rank"})  # a setting of ours, which mlx-lm ignores
     sheet.assume(rank=8)
     if (stated := shape.number("scale")) is not None:
@@ -165,6 +164,10 @@ def read_ours(sheet: Sheet) -> None:
 
 
 NO_RESULT = ("clear_cache_threshold", "hf_dataset.test_split", "hf_dataset.name")
+NAMES = {
+    "fine_tune_type": "method", "lora_parameters.rank": "rank", "lora_parameters.dropout": "dropout",
+    "lora_parameters.keys": "target_modules",
+}  # fmt: skip
 DEFAULTS = {"batch_size": 4, "learning_rate": 1e-5, "max_grad_norm": 0.0, "valid_fraction": 0.0}
 VALUES = {
     "use_dora": {True: {"method": "dora"}},
@@ -173,7 +176,7 @@ VALUES = {
 MLX_LM = Dialect(
     name="mlx-lm",
     recognizes=recognizes,
-    names={"fine_tune_type": "method", "lora_layers": "num_layers"},  # lora_layers: until 2024
+    names={**NAMES, "lora_layers": "num_layers"},  # until 2024
     values=VALUES,
     harmless=NO_RESULT,
     rules=(read_shape, read_schedule, read_optimizer, read_data, read_counts, read_ours),
@@ -246,7 +249,7 @@ MLX_LM_LORA = Dialect(
     name="mlx-lm-lora",
     recognizes=lambda content: any(key in content for key in OF_MLX_LM_LORA),
     names={
-        "fine_tune_type": "method",
+        **NAMES,
         "train_type": "method",
         "gradient_accumulation_steps": "grad_accumulation_steps",
     },

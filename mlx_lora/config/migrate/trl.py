@@ -32,7 +32,17 @@ from mlx_lora.config.migrate.common import (
 )
 from mlx_lora.config.objectives import PAIRS, SAMPLING
 
-MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
+WITH_OWN = two_of(
+    *(
+        "model_name_or_path",
+        "dataset_name",
+        "dataset_train_split",
+        "dataset_test_split",
+        "use_peft",
+        "lora_target_modules",
+    ),
+    "datasets",
+)
 # Objective -> keys that only its configuration has; the first that a file has decides.
 OWN_KEYS = {
     "distill": ("teacher_model_name_or_path", "lmbda", "seq_kd"),
@@ -57,13 +67,14 @@ PREFERENCES = {name: name for name in (
     "desirable_weight", "undesirable_weight",
 )} | {"center_rewards_coefficient": "center_rewards"}  # fmt: skip
 CPO_LOSSES = {"sigmoid": "cpo", "simpo": "simpo"}
-# Defaults of answers that differ from ours.
-ANSWERS = {
+# Its defaults for an objective, if they differ from ours.
+DEFAULTS = {
     "grpo": {"group_size": 8, "max_new_tokens": 512},
     "rloo": {"group_size": 2, "max_new_tokens": 512, "kl_beta": 0.05},
+    "sft": {"learning_rate": 2e-5},
+    "distill": {"learning_rate": 2e-5},
+    "reward": {"learning_rate": 1e-4},
 }
-LEARNING_RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
-LEARNING_RATE = 1e-6
 PEFT_TARGETS = "q_proj,v_proj"  # of most architectures
 # Objective -> what `max_length: null` means in TRL; for the others, no row is cut.
 NULL_LENGTHS = {"orpo": 512, "cpo": 512, "simpo": 512, "distill": 1024}
@@ -83,9 +94,9 @@ def read_kind(sheet: Sheet) -> None:
         functions, model = rewards_of_paths(sheet), sheet.take("reward_model_name_or_path")
         key = "reward_funcs" if functions else "reward_model_name_or_path"
         put_rewards(sheet, functions | ({str(model): None} if model else {}), key)
-        sheet.assume(**ANSWERS[objective])
     else:
         read_preference(sheet, objective)
+    sheet.assume(**DEFAULTS.get(objective, {}))
 
 
 def _objective(sheet: Sheet) -> str:
@@ -184,12 +195,11 @@ def read_run(sheet: Sheet) -> None:
     if sheet.found.get("max_seq_length") == UNCUT:
         sheet.found["max_seq_length"] = NULL_LENGTHS.get(objective, UNCUT)
     read_loop(sheet)
-    sheet.assume(learning_rate=LEARNING_RATES.get(objective, LEARNING_RATE))
 
 
 TRL = Dialect(
     name="TRL",
-    recognizes=lambda content: "model_name_or_path" in content and two_of(("model_name_or_path", *MARKS), content),
+    recognizes=lambda content: "model_name_or_path" in content and WITH_OWN(content),
     names={
         **SHARED,
         **TRANSFORMERS,
@@ -212,6 +222,7 @@ TRL = Dialect(
     },
     rules=(read_kind, read_method, read_data, read_run),
     defaults={
+        "learning_rate": 1e-6,
         **{"lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "long_rows": "cut", "epochs": 3.0},
         **{"batch_size": 8, "max_seq_length": 1024, "valid_fraction": 0.0},
     },

@@ -14,33 +14,25 @@ FORMATS = {"auto": None, "alpaca": "alpaca", "sharegpt": "sharegpt", "chatml": "
 TRAINED = {
     "finetune_language_layers": True, "finetune_attention_modules": True, "finetune_mlp_modules": True, "vision_all_linear": False,
 }  # fmt: skip
-TRAINING = {
-    **SHARED, **TRANSFORMERS, "max_seq_length": "max_seq_length", "eval_size": "valid_fraction", "num_epochs": "epochs",
-    "batch_size": "batch_size", "random_seed": "seed",
-}  # fmt: skip
-LORA = {
-    "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules",
-    "modules_to_save": "modules_to_save",
-}  # fmt: skip
 
 
 def read(sheet: Sheet) -> None:
     """Read all parts."""
     training, lora, data, logs = (sheet.part(key) for key in ("training", "lora", "data", "logging"))
-    training.copy(TRAINING)
-    lora.copy(LORA)
     if not sheet.found.get("epochs"):
         sheet.found.pop("epochs", None)
     kind = training.take("training_type") or "lora"
     if kind == "lora":
-        training.rest.setdefault("load_in_4bit", True)
+        sheet.put(bits=4 if training.rest.pop("load_in_4bit", True) else None)
         sheet.assume(rank=64, alpha=16, target_modules=ALL_LAYERS)
     choose_method(lora, {"full": None if kind == "lora" else "training_type"})
     lora.leave(*(key for key, usual in TRAINED.items() if lora.rest.get(key) is usual))
     sets = data.take("local_dataset") or texts(data.take("dataset"))
-    sheet.put(data=",".join(source_text({"path": one}) for one in sets) or None)
-    sheet.put(data_format=data.one_of("format_type", FORMATS), mask_prompt=training.switch("train_on_completions"))
-    training.turn(VALUES)
+    sheet.put(
+        data=",".join(source_text({"path": one}) for one in sets) or None,
+        data_format=data.one_of("format_type", FORMATS),
+        mask_prompt=training.switch("train_on_completions"),
+    )
     training.rest.setdefault("warmup_steps", 5)
     if training.rest.get("warmup_ratio"):
         training.take("warmup_steps")
@@ -54,7 +46,21 @@ def read(sheet: Sheet) -> None:
 UNSLOTH = Dialect(
     name="Unsloth",
     recognizes=lambda content: isinstance(content.get("training"), dict) and isinstance(content.get("lora"), dict),
-    names={"model": "model"},
+    names={
+        "model": "model",
+        **{f"training.{key}": name for key, name in {**SHARED, **TRANSFORMERS}.items()},
+        "training.max_seq_length": "max_seq_length",
+        "training.eval_size": "valid_fraction",
+        "training.num_epochs": "epochs",
+        "training.batch_size": "batch_size",
+        "training.random_seed": "seed",
+        "lora.lora_r": "rank",
+        "lora.lora_alpha": "alpha",
+        "lora.lora_dropout": "dropout",
+        "lora.target_modules": "target_modules",
+        "lora.modules_to_save": "modules_to_save",
+    },
+    values={f"training.{key}": known for key, known in VALUES.items()},
     rules=(read,),
     defaults={
         **{
