@@ -27,9 +27,9 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 40_856),
+    "statements of the core": (34_500, 40_854),
     "statements of the applications": (7_900, 8_310),
-    "lines of the package": (80_000, 98_720),
+    "lines of the package": (80_000, 98_715),
     "modules": (265, 282),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),

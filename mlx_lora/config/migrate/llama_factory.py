@@ -105,18 +105,16 @@ def read_kind(sheet: Sheet) -> None:
     objective = sheet.one_of("stage", STAGES_OF_LLAMA_FACTORY)
     if objective in (None, *IMITATION):
         return
-    if objective == "reward":
-        put_objective(sheet, objective, {})
-        return
     loss = sheet.rest.setdefault("pref_loss", "sigmoid")
     chosen, loss_type = sheet.one_of("pref_loss", PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
-    if objective in PAIRS:
+    if objective in PAIRS and objective != "reward":
         objective = chosen
         sheet.put(loss_type=loss_type)
         if objective in RATED:
             sheet.notes.append(f"pref_loss {loss}: each pair becomes a good and a bad answer for {objective}")
     put_objective(sheet, objective, PREFERENCE_OPTIONS)
-    turn_off_dropout(sheet)
+    if objective != "reward":
+        turn_off_dropout(sheet)
     read_reference(sheet, sheet.found.get("model"), "ref_model")
 
 
