@@ -106,7 +106,7 @@ def read_kind(sheet: Sheet) -> None:
     if objective in (None, *IMITATION):
         return
     loss = sheet.rest.setdefault("pref_loss", "sigmoid")
-    chosen, loss_type = sheet.one_of("pref_loss", PREFERENCE_LOSSES_OF_LLAMA_FACTORY)
+    chosen, loss_type = sheet.one_of("pref_loss", PREFERENCE_LOSSES_OF_LLAMA_FACTORY) or (objective, None)
     if objective in PAIRS and objective != "reward":
         objective = chosen
         sheet.put(loss_type=loss_type)
