@@ -5,6 +5,7 @@ A problem has a loss, by transformers' names (`problem_type`), and each text has
     single_label_classification   cross-entropy of the label, weighted: sum(w l) / sum(w), as torch's CrossEntropyLoss
     multi_label_classification    binary cross-entropy, mean over the labels, with w on those that a text has (pos_weight)
     regression                    squared error
+    ordinal                       cross-entropy of the label, and how far the probabilities lie from it on the scale
 
 Losses are for mlx; measures are of numpy arrays, after the last batch.
 
@@ -34,6 +35,7 @@ import mlx.nn as nn
 import numpy as np
 
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+ORDINAL = "ordinal"  # which transformers has no name for
 
 
 def classification_losses(
@@ -42,7 +44,7 @@ def classification_losses(
     """Return the loss of each text and its weight in the mean, both (N,) float32.
 
     Args:
-        problem: one of the three.
+        problem: one of the four.
         scores: (N, K) float32.
         labels: (N,) numbers of labels, or the numbers to predict; (N, K), 1 for each label that a text has.
         weights: (K,) of the labels; None: 1.
@@ -56,7 +58,11 @@ def classification_losses(
         return losses.mean(axis=-1), mx.ones(len(scores))
     own = labels.astype(mx.int32)
     weight = mx.ones(len(own)) if weights is None else weights[own]
-    return weight * nn.losses.cross_entropy(scores, own), weight
+    losses = nn.losses.cross_entropy(scores, own)
+    if problem == ORDINAL:  # the ranked probability score, of the probabilities that the label is at most each one
+        at_most = (own[:, None] <= mx.arange(scores.shape[1])).astype(mx.float32)
+        losses = losses + mx.square(mx.cumsum(mx.softmax(scores, axis=-1), axis=-1) - at_most).sum(axis=-1)
+    return weight * losses, weight
 
 
 def all_right(problem: str, scores: mx.array, labels: mx.array) -> mx.array:
