@@ -30,6 +30,7 @@ from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.losses.scores import retrieval, spearman
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.embed import TextEmbedder, VectorOptions, open_embedder
+from mlx_lora.objectives.questions import AS_THEY_ARE, Acting
 from mlx_lora.objectives.scored_texts import ERROR, TextScorer, in_order
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
@@ -266,6 +267,8 @@ def predict(
     texts: str | Sequence[str | dict[str, Any]],
     adapter: PathLike,
     *,
+    answer_above: float | None = None,
+    coverage: float | None = None,
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
     **settings: Any,
@@ -276,13 +279,16 @@ def predict(
         base: from `load`, or a model's name; it stays as it is.
         texts: a text, or a list of texts, or of records as they were trained on.
         adapter: folder or hub id of an adapter that was trained with `objective="classify"`, here or by PEFT.
+        answer_above: also say of each answer whether to ask a person (`ask_a_person`), because its probability is lower.
+        coverage: also give the labels, or the ends of the interval, that have the truth with this probability (`set`, `between`).
         batch_tokens: tokens per batch, padding included; None: the default.
         ignore_fingerprint: use an adapter that was trained on another base of the same shape.
         settings: of data, as for `train`: `text_column`, `max_seq_length` (default: that of the adapter's run), `chat_template`.
 
     Returns:
-        For a text, a dictionary; for a list, a list of them. Of one label, `predicted` is its name, and `probability` its own;
-        of several, `predicted` is a list of names; of a number, the number. `probabilities` has those of all labels.
+        For a text, a dictionary; for a list, a list of them. Of one label, `predicted` is its name; of several, a list of names; of
+        a number, the number. `probability` is that of the answer to be right, and `probabilities` has those of all labels. An adapter
+        of several questions (`label_columns`) returns `answers`, with these values by the questions' names.
 
     Raises:
         InputError: base, adapter or a setting that cannot be used, or an empty text.
@@ -302,7 +308,8 @@ def predict(
     folder: Any = resolve_adapter(os.fspath(adapter), None)
     data = with_limits_of_run(data, settings, folder)
     with base.loaded.lent() as lent:
-        answers = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint).predict(examples)
+        acting = Acting(answer_above, coverage)
+        answers = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint).predict(examples, acting)
     for number, answer in enumerate(answers):
         if ERROR in answer:
             raise InputError(f"texts: number {number}: {answer[ERROR]}")
@@ -382,7 +389,9 @@ def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:
         return str(error)
 
 
-def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[tuple[Fields, bool]]:
+def predicted_records(
+    scorer: TextScorer, data: DataSettings, acting: Acting = AS_THEY_ARE
+) -> Iterator[tuple[Fields, bool]]:
     """Yield the records of --data with what is predicted of each, and whether that failed; then it has `error`.
 
     Raises:
@@ -392,7 +401,9 @@ def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[tuple[
     while chunk := list(islice(records, CHUNK)):
         read = [one if isinstance(one, str) else example_of(one, data) for one in chunk]
         places = [number for number, one in enumerate(read) if not isinstance(one, str)]
-        answers = dict(zip(places, scorer.predict([one for one in read if not isinstance(one, str)]), strict=True))
+        answers = dict(
+            zip(places, scorer.predict([one for one in read if not isinstance(one, str)], acting), strict=True)
+        )
         for number, (record, found) in enumerate(zip(chunk, read, strict=True)):
             answer = answers.get(number, {ERROR: found})
             yield {**(record if isinstance(record, dict) else {}), **answer}, ERROR in answer

@@ -57,9 +57,8 @@ from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
-    class_rows,
-    confusion_rows,
     keep_evaluation,
+    label_tables,
     loss_words,
     read_report,
     shown_evaluation,
@@ -284,8 +283,8 @@ def print_loss(settings: TrainSettings, result: dict[str, Any]) -> None:
         click.echo(line)
     counted_tokens = "" if labeled else f"{result[unit_name]} {words_of(unit_name)} in "
     click.echo(f"{words}, {counted_tokens}{result['rows']} {unit}")
-    for rows in filter(None, (class_rows(result), confusion_rows(result)) if "classes" in result else ()):
-        click.echo()
+    for title, rows in label_tables(result):
+        click.echo(f"\n{title[0].upper()}{title[1:]}")
         print_table(rows)
     if "base_loss" in result:
         click.echo(loss_words(result))

@@ -1,12 +1,14 @@
-"""Label texts with a classifier.
+"""Label texts with a classifier, and say which answers to leave to a person.
 
 python -m mlx_lora predict --model DIR --adapter-path my-mails --text "Where is my parcel?"
-python -m mlx_lora predict --model DIR --adapter-path my-mails --data new-mails.csv --out sorted.csv
+python -m mlx_lora predict --model DIR --adapter-path my-mails --data new-mails.csv --out sorted.csv --answer-above 0.9
+python -m mlx_lora predict --model DIR --adapter-path my-mails --data new-mails.csv --out label-these.csv --doubtful 20
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from mlx_lora.config.rules import check_options
 from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.examples import Fields
 from mlx_lora.models.load import load_base
+from mlx_lora.objectives.questions import Acting
 from mlx_lora.objectives.scored_texts import ERROR
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -47,6 +50,24 @@ FORMS = (".jsonl", ".csv")
     help="Write to this .jsonl or .csv file (default: lines of JSON on standard output).",
 )
 @click.option("--force", is_flag=True, help="Replace --out.")
+@click.option(
+    "--answer-above",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=None,
+    help="Mark answers that are less likely right than this with ask_a_person; the run's report has a table to choose by.",
+)
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=None,
+    help="Also write the labels that have the right one with this probability, such as 0.95.",
+)
+@click.option(
+    "--doubtful",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Write only this many records, those with the most doubtful answers first.",
+)
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 def main(
     adapter: flags.OneAdapter,
@@ -57,6 +78,7 @@ def main(
     **given: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
+    acting, doubtful = Acting(given.pop("answer_above"), given.pop("coverage")), given.pop("doubtful")
     check_options("predict", {"adapter_path": adapter.adapter_path, "text": texts, "data": given.get("data")})
     settings = train_settings({**given, "objective": CLASSIFY})
     path, columns = Path(out).expanduser() if out else None, None
@@ -66,10 +88,7 @@ def main(
         read = [] if texts else all_files(settings.data.data or "")
         flags.NewFile(path, force).check(one.path for one in read)
         if path.suffix.lower() == ".csv":
-            # A column for the error follows the others, and the probabilities of all labels are left out: JSON has them.
-            names = ["text"] if texts else data_columns(settings.data)
-            columns = [name for name in (*names, "predicted", "probability") if name not in ("probabilities", ERROR)]
-            columns = [*dict.fromkeys(columns), ERROR]
+            columns = ["text"] if texts else [name for name in data_columns(settings.data) if name != ERROR]
     folder: Any = adapter.folder()
     settings = with_settings_of_run(settings, given, folder)
     examples, plain = [], replace(settings.data, text_column=None, chat_column=None)
@@ -79,10 +98,16 @@ def main(
         examples.append(found)
     scorer = load_scorer(load_base(settings.model), folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
     if texts:
-        answered = zip(texts, scorer.predict(examples), strict=True)
-        records = (({"text": text, **one}, ERROR in one) for text, one in answered)
+        answered = zip(texts, scorer.predict(examples, acting), strict=True)
+        records: Iterable[tuple[Fields, bool]] = (({"text": text, **one}, ERROR in one) for text, one in answered)
     else:
-        records = predicted_records(scorer, settings.data)
+        records = predicted_records(scorer, settings.data, acting)
+    if doubtful is not None:
+        records = sorted(records, key=lambda one: -scorer.doubt(one[0]))[:doubtful]
+    if (
+        columns is not None
+    ):  # those of the answers, and one for the error; JSON also has the probabilities of all labels
+        columns = [*dict.fromkeys([*columns, *scorer.columns(acting)]), ERROR]
     done = refused = 0
 
     def show(record: Fields) -> None:
@@ -91,7 +116,9 @@ def main(
     with flags.NewFile(path, True).records(columns) if path else nullcontext(show) as write:
         for record, failed in records:
             done, refused = done + 1, refused + failed
-            write(record if columns is None else {name: _cell(value) for name, value in record.items()})
+            write(
+                record if columns is None else {name: _cell(value) for name, value in scorer.in_columns(record).items()}
+            )
     if path is not None:
         console.echo(f"{counted(done, 'text')} in {path}")
     if refused:

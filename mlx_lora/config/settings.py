@@ -92,6 +92,9 @@ class DataSettings:
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
     text_column: str | None = setting(None, "Column that holds a text; sft trains every token of it.", MODEL)
     label_column: str | None = setting(None, "classify: column that holds the label (default: label or labels).", MODEL, only=LABELED)
+    label_columns: str | None = setting(None,
+        "classify: columns that hold the answers to several questions, with the kind of answer (yes/no, 1-5, several, number) and a "
+        "weight in the loss if you like: folder,urgent:yes/no,mood:1-5=2.", MODEL, only=LABELED)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
     speaker: str | None = setting(None,

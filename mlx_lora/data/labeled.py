@@ -70,7 +70,41 @@ PAIRS = (
 CHATS = ("messages", "conversations")
 LABELS = ("label", "labels")
 LABEL = "label"  # of a row's facts
+ASKED = re.compile(r"(?P<name>[^:=]+)(:(?P<kind>[^:=]+))?(=(?P<weight>(?=.*[1-9])\d{1,4}(\.\d+)?))?")
 ANSWER = {"role": "assistant", "content": "."}  # stands for one, so that the parser of chats reads a chat without
+
+
+@dataclass(frozen=True)
+class AskedColumn:
+    """A column of --label-columns, which has the answers to one question.
+
+    Attributes:
+        name: of the column.
+        kind: of the answers, as it is written; empty: as the answers are.
+        weight: of the question in the loss.
+    """
+
+    name: str
+    kind: str = ""
+    weight: float = 1.0
+
+
+def asked_columns(text: str | None) -> list[AskedColumn]:
+    """Return the columns that --label-columns names.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    found = []
+    for part in text.split(",") if text else ():
+        column = ASKED.fullmatch(part.strip())
+        if column is None or any(column["name"] == one.name for one in found):
+            raise InputError(
+                f"--label-columns {text}: write columns, each once, with the kind of answer and a weight if you like, as in "
+                "folder,urgent:yes/no,mood:1-5=2"
+            )
+        found.append(AskedColumn(column["name"], column["kind"] or "", float(column["weight"] or 1)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,7 +113,7 @@ class Labeled(OwnEntry):
 
     Attributes:
         example: the text, or a chat.
-        label: as the record has it; None: it has none.
+        label: as the record has it, or of several columns by their names; None: there is none.
     """
 
     example: Text | Conversation
@@ -92,7 +126,7 @@ class Labeled(OwnEntry):
     @classmethod
     def parse(cls, record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
         record = {key: value for key, value in record.items() if value is not None}
-        label = record[label_column(record, settings)] if needs_label else None
+        label = label_of(record, settings) if needs_label else None
         return cls(_example(record, usual_names(record), settings), label)
 
     @classmethod
@@ -108,20 +142,26 @@ class Labeled(OwnEntry):
         return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
 
 
-def label_column(record: Fields, settings: DataSettings) -> str:
-    """Return the name of the column that has the record's label.
+def label_of(record: Fields, settings: DataSettings) -> Any:
+    """Return the label of a record, or with --label-columns the labels by the names of their columns, None where one is empty.
 
     Raises:
-        MissingColumn: there is none.
+        MissingColumn: it has no such column.
+        EmptyPart: all of them are empty.
     """
-    if settings.label_column:
-        if settings.label_column not in record:
-            raise MissingColumn(not_there(record, "--label-column", settings.label_column))
-        return settings.label_column
-    found = next((name for name in record if str(name).lower() in LABELS), None)
-    if found is None:
+    if names := [one.name for one in asked_columns(settings.label_columns)]:
+        if not any(name in record for name in names):
+            raise MissingColumn(not_there(record, "--label-columns", *names))
+        labels = {name: None if record.get(name) in ("", None) else record[name] for name in names}
+        if not any(value is not None for value in labels.values()):
+            raise EmptyPart("no answer in the label columns")
+        return labels
+    name = settings.label_column or next((name for name in record if str(name).lower() in LABELS), None)
+    if name is None:
         raise MissingColumn(f"found {columns_of(record)}; name the label's with --label-column")
-    return found
+    if name not in record:
+        raise MissingColumn(not_there(record, "--label-column", name))
+    return record[name]
 
 
 def _example(record: Fields, plain: Fields, settings: DataSettings) -> Text | Conversation:

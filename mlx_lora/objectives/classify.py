@@ -1,48 +1,36 @@
-"""Classification: give a text one of K labels, several of them, or a number (--objective classify).
+"""Classification: answer questions about a text with a label, several labels, a level of a scale, or a number (--objective classify).
 
-It is transformers' model for sequence classification: a linear layer of K outputs without a bias reads the last token after the
-model's last norm, and is trained in full beside the adapter (models/head.py). Losses and measures are in
-losses/scores.py. The labels, in the order of the outputs, are kept with the adapter.
+It is transformers' model for sequence classification: a linear layer without a bias reads the last token after the
+model's last norm, and is trained in full beside the adapter (models/head.py). Each question has its own outputs of this layer
+(objectives/questions.py). Losses and measures are in losses/scores.py. The labels, in the order of the outputs, are kept with
+the adapter.
 
-For several labels, each has a threshold of its probability. It is chosen on the validation rows, at every validation, and kept with
-the adapter; what the run reports of these rows is with thresholds of 1/2, because one that was chosen on the rows it is
-measured on looks better than it is.
+What a validation learns about the scores is kept with the adapter, too: for several labels a threshold of each one's probability,
+and how confidences are calibrated (losses/calibration.py). Rows that choose (which adapter is the best one, and thresholds)
+are not those that calibrate. What the run reports is with thresholds of 1/2, because one that was chosen on the rows it is measured
+on looks better than it is.
 
-Shapes: B rows, T columns, P positions (one for each row, then padding), N texts of a set, K labels.
+Shapes: B rows, T columns, P positions (one for each row, then padding), N texts of a set, K outputs, C columns of targets.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.labeled import LABEL
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.labeled import LABEL, asked_columns
+from mlx_lora.losses.calibration import FEWEST, Calibration
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.losses.scores import (
-    NUMBER,
-    SEVERAL,
-    SINGLE,
-    all_right,
-    best_thresholds,
-    class_measures,
-    classification_losses,
-    confusion,
-    macro_f1,
-    pearson,
-    probabilities,
-    spearman,
-)
+from mlx_lora.losses.scores import NUMBER, SEVERAL
 from mlx_lora.objectives.base import BoundObjective, RunContext, ScoreHead, WholeSet
-from mlx_lora.objectives.scored_texts import ScoredTexts, as_share
+from mlx_lora.objectives.questions import ACCURACY, BALANCED, Question, given_weights, in_head, listed, parts
+from mlx_lora.objectives.scored_texts import ScoredTexts
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,217 +39,232 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
 
-ACCURACY, TEXTS = "accuracy", "texts"
-BALANCED = "balanced"
-MOST_NAMED = 12  # labels in a message
-SEPARATOR = re.compile(r"[,;|]")  # between several labels in one cell
+TEXTS = "texts"
+HELD_OUT = 0.2  # of the rows, without a validation file and --valid-fraction: a confidence needs more rows than a loss
+MOST_HELD_OUT = 500  # of which each validation measures all
+CHOOSING = 3  # of so many held-out rows, one chooses and the others calibrate
+ENOUGH = FEWEST * CHOOSING // (CHOOSING - 1)
 
 
 @dataclass(eq=False)
 class Classify(ScoredTexts):
-    """An objective whose rows are texts with labels.
+    """An objective whose rows are texts with answers to questions.
 
     Attributes:
-        problem: by transformers' names, or `auto`: that of the first rows that are read.
-        labels: their names, in the order of the head's outputs; empty: those of the first rows that are read.
-        weights: (K,) of the labels in the loss; None: 1.
-        thresholds: (K,) of probabilities, that the adapter which is measured was trained with; None: choose them at each
-            measurement.
+        questions: what is asked of each text; what is open in them is that of the first rows that are read.
     """
 
-    labels: tuple[str, ...]
-    problem: str = field(init=False)
-    weights: np.ndarray | None = None
-    thresholds: list[float] | None = None
-    _outputs: int = 1
-    _chosen: list[float] | None = None
-    _kept_weights: np.ndarray | None = None
+    questions: list[Question]
+    _settled: bool = False
+    _trained_on: str = ""
     _details: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.problem = self.options.problem_type
 
     # What the labels are
 
     @property
     def head(self) -> ScoreHead:
-        about: dict[str, Any] = {
-            "objective": self.options.objective,
-            "problem_type": self.problem,
-            "labels": list(self.labels),
-        }
-        if self.problem == SEVERAL:
-            about["thresholds"] = self._chosen or [0.5] * len(self.labels)
-        if self.options.class_weights == BALANCED and self.weights is not None:
-            about["weights"] = self.weights.tolist()
-        return ScoreHead(self._outputs, about=about)
+        return ScoreHead(sum(one.outputs for one in self.questions), about=self._about())
+
+    def _about(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"objective": self.options.objective}
+        if self.questions[0].name:  # to transformers, all labels of all questions are labels that a text may have
+            labels = [
+                f"{one.name}: {label}" if label else one.name for one in self.questions for label in one.labels or [""]
+            ]
+            return about | {
+                "problem_type": SEVERAL,
+                "labels": labels,
+                "questions": [one.to_dict() for one in self.questions],
+            }
+        return about | self.questions[0].to_dict()
 
     def open(self, ctx: RunContext) -> None:
         super().open(ctx)
         if (head := ctx.score_head) is not None:
-            self.problem, self.labels = head["problem_type"], self.labels or tuple(head["labels"])
-            self.thresholds = head.get("thresholds")
-            if self.options.class_weights == BALANCED and head.get("weights"):
-                self._kept_weights = np.array(
-                    head["weights"]
-                )  # of the training rows, and not of those that are measured
+            named = self.questions[0].labels
+            self.questions = in_head(head)
+            if named:
+                self.questions[0] = replace(self.questions[0], labels=named)
 
     def settle(self, ctx: RunContext, data: DataSplits) -> DataSplits:
-        """Go on with the thresholds that a validation of the run chose."""
-        self._chosen = (ctx.score_head or {}).get("thresholds")
+        """Go on with what a validation of the run chose, and measure all held-out rows in each one if they are few."""
+        self._trained_on = data.train.fingerprint
+        if ctx.score_head is not None:
+            self.questions = in_head(ctx.score_head)
+        if ctx.settings.loop.val_batches is None and data.valid and data.valid.examples <= MOST_HELD_OUT:
+            ctx.settings = replace(ctx.settings, loop=replace(ctx.settings.loop, val_batches=-1))
         return super().settle(ctx, data)
 
+    def read_data(self, ctx: RunContext, data: DataSettings) -> DataSplits:
+        if columns := asked_columns(data.label_columns):
+            if self.options.labels or self.options.class_weights not in (None, BALANCED) or data.label_column:
+                raise InputError(
+                    "--label-columns with --labels, --label-column, or --class-weights of single labels: they are of one question; "
+                    "write the labels as in --label-columns folder:work/home, and leave the others out"
+                )
+            self.questions = [Question.asked(one) for one in columns]
+        if data.valid_fraction == DataSettings().valid_fraction:
+            data = replace(data, valid_fraction=HELD_OUT)
+        splits = super().read_data(ctx, data)
+        # A rare label may be in held-out rows alone; in a validation file, it is a mistake.
+        held_out = splits.valid if splits.report.valid_source == "held out" else None
+        self._settle(list(filter(None, (splits.train, held_out))))
+        return splits.changed(lambda sets: {name: self._targets(rows) for name, rows in sets.items()})
+
+    def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
+        names = [one.name for one in self.questions if one.name]  # as the adapter has them
+        if data.label_columns and names != [one.name for one in asked_columns(data.label_columns)]:
+            raise InputError(
+                f"--label-columns {data.label_columns}: the adapter answers {listed(names) or 'one question alone'}; leave it out"
+            )
+        rows = super().read_set(ctx, replace(data, label_columns=",".join(names) or None))
+        self._settle([rows])
+        return self._targets(rows)
+
     def _with_targets(self, rows: EncodedSet) -> EncodedSet:
+        return rows  # which `_targets` gives them, when the labels of all sets are known
+
+    def _answers(self, rows: EncodedSet) -> list[list[Any]]:
+        """Return the answers of rows to each question, as records have them."""
+        found = [fact[LABEL] for fact in rows.facts or ()]
+        return [[one[question.name] if question.name else one for one in found] for question in self.questions]
+
+    def _settle(self, sets: list[EncodedSet]) -> None:
+        """Decide what is open in the questions by the first rows that are read; later rows change nothing."""
+        if not self._settled:
+            answers = [list(chain(*own)) for own in zip(*map(self._answers, sets), strict=True)]
+            pairs = zip(self.questions, answers, strict=True)
+            self.questions = [one.settled(own, self.options.class_weights) for one, own in pairs]
+            self._settled = True
+
+    def _targets(self, rows: EncodedSet) -> EncodedSet:
         """Return rows with the last token as their only position, and what is to be found of each text.
 
         Raises:
-            InputError: there are fewer than two labels, or one that the labels of the first rows do not have.
+            InputError: a label is none of the question's.
         """
-        found = [fact[LABEL] for fact in rows.facts or ()]
-        if self.problem == "auto":
-            self.problem = problem_of(found)
-        if self.problem == NUMBER:
-            return rows.with_end_scores().grouped(1, np.array([self._number(value) for value in found]))
-        names = [names_of(value, self.problem) for value in found]
-        counts = Counter(name for own in names for name in own)
-        self._take_labels(counts, len(found))
-        if unknown := sorted(set(counts) - set(self.labels)):
-            raise InputError(
-                f"--objective {self.options.objective}: found the label {_listed(unknown)}, which is not among {_listed(self.labels)}; "
-                "correct it, add texts with it to the training data, or name all labels with --labels"
-            )
-        place = {label: number for number, label in enumerate(self.labels)}
-        if self.problem == SINGLE:
-            return rows.with_end_scores().grouped(1, np.array([place[own[0]] for own in names]))
-        several = np.zeros((len(found), len(self.labels)), np.float32)
-        for row, own in enumerate(names):
-            several[row, [place[name] for name in own]] = 1.0
-        return rows.with_end_scores().grouped(1, several)
-
-    def _number(self, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise InputError(f"--problem-type {NUMBER}: found the label {value!r}, which is no number; correct it")
-        return number
-
-    def _take_labels(self, counts: Counter[str], texts: int) -> None:
-        """Choose labels and weights by the first rows; later rows change nothing."""
-        if self._outputs == len(self.labels) > 1:
-            return
-        self.labels = self.labels or tuple(sorted(counts, key=_in_order))
-        self._outputs = len(self.labels)
-        if self._outputs < 2:
-            only = f"only the label {_listed(self.labels)}" if self.labels else "no label"
-            raise InputError(
-                f"--objective {self.options.objective}: found {only} in {texts} texts; a classifier needs at least two labels"
-            )
-        if self._kept_weights is not None and len(self._kept_weights) == self._outputs:
-            self.weights = self._kept_weights
-        else:
-            self.weights = weights_of(self.options.class_weights, self.labels, counts, texts, self.problem)
+        targets = [one.targets(own) for one, own in zip(self.questions, self._answers(rows), strict=True)]
+        return rows.with_end_scores().grouped(1, np.concatenate(targets, axis=1))
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         data = super().load_data(ctx)
-        ctx.record.identity["head"] = {
-            name: value for name, value in (self.head.about or {}).items() if name not in ("thresholds", "weights")
-        }
-        if self.problem == NUMBER:
-            if ctx.settings.loop.metric_for_best_model != "loss":
-                raise InputError(
-                    f"--metric-for-best-model {ctx.settings.loop.metric_for_best_model} with labels that are numbers: they "
-                    "have a loss only; leave it out"
-                )
-            values: Any = data.train.labels
-            ctx.record.lines.append(
-                f"Labels: numbers from {values.min():g} to {values.max():g}, mean {values.mean():.4g}"
+        about = self._about()
+        ctx.record.identity["head"] = {name: about[name] for name in ("objective", "problem_type", "labels")}
+        metric = ctx.settings.loop.metric_for_best_model
+        if metric != "loss" and all(one.problem_type == NUMBER for one in self.questions):
+            raise InputError(
+                f"--metric-for-best-model {metric} with labels that are numbers: they have a loss only; leave it out"
             )
-        else:
-            ctx.record.lines.append(f"Labels: {self._counted(data.train)}")
+        targets: Any = data.train.labels
+        for one, _, own in parts(self.questions):
+            ctx.record.lines.append(f"{one.name or 'Labels'}: {one.counted(targets[:, own])}")
+        if (held_out := data.valid.examples if data.valid else 0) < ENOUGH:
+            ctx.record.lines.append(
+                f"Confidence: not calibrated, which takes {ENOUGH} held-out rows; there are {held_out} (--valid-fraction "
+                f"{ENOUGH} holds out as many)"
+            )
         return data
-
-    def _counted(self, rows: EncodedSet) -> str:
-        """Return the labels with the number of training texts that have each."""
-        labels: Any = rows.labels
-        counts = (
-            np.bincount(labels.astype(int), minlength=self._outputs) if self.problem == SINGLE else labels.sum(axis=0)
-        )
-        return _listed([f"{name} {count:.0f}" for name, count in zip(self.labels, counts, strict=True)])
 
     # The loss
 
     def bind(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> BoundObjective:
         scored, words = self.scores_of(ctx, loss)
-        weights = None if self.weights is None else mx.array(self.weights.astype(np.float32))
-        reports = () if self.problem == NUMBER else (ACCURACY, TEXTS)
+        divided, fits = parts(self.questions), ctx.trains and rows.fingerprint == self._trained_on  # not a test set
+        chooses = bool(ctx.settings.loop.keep_best)
+        rated = [one for one in self.questions if one.problem_type != NUMBER]
+        # A name that is reported -> that of the number of texts which it is a mean of.
+        shares = {ACCURACY: TEXTS} if rated else {}
+        for one in self.questions if self.questions[0].name else ():
+            shares[f"loss/{one.name}"] = f"{TEXTS}/{one.name}"
+        shares |= {f"{ACCURACY}/{one.name}": f"{TEXTS}/{one.name}" for one in rated if one.name}
 
         def summed(model: nn.Module, arrays: Arrays) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             scores, real = scored(model, arrays), arrays["weights"]
-            own = arrays["labels"][arrays["positions"] // arrays["inputs"].shape[1]]
-            losses, weight = classification_losses(self.problem, scores, own, weights)  # (P,), (P,)
-            found = {}
-            if reports:
-                found = {ACCURACY: (all_right(self.problem, scores, own) * real).sum(), TEXTS: real.sum()}
-            return (losses * real).sum(), (weight * real).sum(), found
+            own = arrays["labels"][arrays["positions"] // arrays["inputs"].shape[1]]  # (P, C)
+            total, count, found = mx.array(0.0), mx.array(0.0), {ACCURACY: mx.array(0.0), TEXTS: mx.array(0.0)}
+            for one, columns, targets in divided:
+                lost, weight, right, have = (
+                    (each * real).sum() for each in one.trained(scores[:, columns], own[:, targets])
+                )
+                total, count = total + one.weight * lost, count + one.weight * weight
+                found |= {f"loss/{one.name}": lost, f"{ACCURACY}/{one.name}": right, f"{TEXTS}/{one.name}": have}
+                if one in rated:
+                    found |= {ACCURACY: found[ACCURACY] + right, TEXTS: found[TEXTS] + have}
+            return total, count, {name: found[name] for name in {**shares, **dict.fromkeys(shares.values())}}
 
         def examples(scores: np.ndarray, batch: Batch, arrays: Arrays) -> np.ndarray:
-            real, labels = batch.weights > 0, np.array(arrays["labels"])
-            own = labels[(batch.positions // batch.inputs.shape[1])[real]]
-            return np.concatenate([scores[real], own.reshape(len(own), -1)], axis=1)  # scores, then labels
+            real, labels, numbers = batch.weights > 0, np.array(arrays["labels"]), np.array(batch.numbers)
+            rows = (batch.positions // batch.inputs.shape[1])[real]
+            return np.concatenate([scores[real], labels[rows], numbers[rows, None]], axis=1)
 
         def measured(found: np.ndarray) -> tuple[float, dict[str, float]]:
-            scores, targets = found[:, : self._outputs], found[:, self._outputs :]
-            return self.measured(scores, targets if self.problem == SEVERAL else targets[:, 0])
+            found = found[np.argsort(found[:, -1], kind="stable")]
+            outputs = self.head.outputs
+            return self.measured(found[:, :outputs], found[:, outputs:-1], fits, chooses)
 
+        def finish(means: dict[str, float]) -> dict[str, float]:
+            if not shares or not all(count in means for count in shares.values()):
+                return means  # of a whole set
+            return {name: means[name] / means[count] for name, count in shares.items() if means[count]}
+
+        kinds = ", ".join(dict.fromkeys(one.problem_type for one in self.questions))
         return BoundObjective(
-            replace(loss, train=summed, measure=summed, description=f"classify ({self.problem}); {words}"),
+            replace(loss, train=summed, measure=summed, description=f"classify ({kinds}); {words}"),
             arrays_of,
-            reports=reports,
-            finish=lambda means: as_share(means, ACCURACY, TEXTS),
+            reports=tuple({**shares, **dict.fromkeys(shares.values())}),
+            finish=finish,
             whole_set=WholeSet(scored, examples, measured),
             details=lambda: self._details,
         )
 
     # What is measured of a whole set
 
-    def measured(self, scores: np.ndarray, targets: np.ndarray) -> tuple[float, dict[str, float]]:
-        """Return the mean loss of a set and what is reported of it; tables of labels become details.
+    def measured(
+        self, scores: np.ndarray, targets: np.ndarray, fits: bool, chooses: bool = False
+    ) -> tuple[float, dict[str, float]]:
+        """Return the mean loss of a set and what is reported of it; tables of labels and confidences become details.
 
         Args:
             scores: (N, K).
-            targets: (N,), or (N, K) for several labels.
+            targets: (N, C).
+            fits: choose thresholds and calibrate; else those of the adapter are measured.
+            chooses: the adapter is chosen by what is reported.
         """
-        weights = None if self.weights is None else mx.array(self.weights.astype(np.float32))
-        losses, weight = classification_losses(self.problem, mx.array(scores), mx.array(targets), weights)
-        loss = float(np.array(losses).sum(dtype=np.float64) / np.array(weight).sum(dtype=np.float64))
-        chances = probabilities(self.problem, scores)
-        if self.problem == NUMBER:
-            found, wanted = chances[:, 0], targets.astype(np.float64)
-            return loss, {"mse": loss, "pearson": pearson(found, wanted), "spearman": spearman(found, wanted)}
-        names, more = list(self.labels), {}
-        if self.problem == SEVERAL:
-            truth = targets > 0.5
-            self._chosen = self.thresholds or best_thresholds(chances, truth)
-            got = chances > np.array(self.thresholds or 0.5)
-            self._details = {
-                "classes": class_measures(truth, got, names),
-                "thresholds": dict(zip(names, self._chosen, strict=True)),
-            }
-            right = (truth == got).all(axis=1)
-        else:
-            own, best = targets.astype(int), chances.argmax(axis=1)
-            hot = np.eye(self._outputs, dtype=bool)
-            self._details = {"classes": class_measures(hot[own], hot[best], names)}
-            self._details["confusion"] = confusion(own, best, self._outputs)
-            right = own == best
-            more = {"majority": float(hot[own].mean(axis=0).max())}
-        return loss, {
-            ACCURACY: float(right.mean()),
-            "macro_f1": macro_f1(self._details["classes"], self.problem),
-            **more,
-        }
+        chooses |= self.questions[0].problem_type == SEVERAL and not self.questions[0].name
+        choosing = calibrating = np.full(len(scores), True)
+        if fits and chooses and len(scores) >= ENOUGH:
+            calibrating = np.random.default_rng(0).permutation(len(scores)) % CHOOSING > 0
+            choosing = ~calibrating
+        total, count, details, reports = 0.0, 0.0, {}, dict[str, list[float]]()
+        found: dict[str, float] = {}
+        for number, (one, columns, own) in enumerate(parts(self.questions)):
+            have = ~np.isnan(targets[:, own][:, 0])
+            mine = have & choosing
+            losses, weight, _, _ = one.trained(mx.array(scores[mine][:, columns]), mx.array(targets[mine][:, own]))
+            lost, weights = (float(np.array(each).sum(dtype=np.float64)) for each in (losses, weight))
+            total, count = total + one.weight * lost, count + one.weight * weights
+            if not mine.any():
+                continue
+            question = replace(one, calibration=Calibration(), thresholds=()) if fits else one
+            question, told, tables = question.measured(
+                scores[mine][:, columns], targets[mine][:, own], not question.thresholds
+            )
+            if fits:
+                mine = have & calibrating
+                question, sure = question.calibrated(scores[mine][:, columns], targets[mine][:, own])
+                self.questions[number] = question
+            else:
+                sure = question.confidences(scores[mine][:, columns], targets[mine][:, own])
+            if sure is not None:
+                told |= {name: sure["after"][name][0] for name in ("ece", "brier")}
+                tables["confidence"] = sure
+            found |= {f"{name}/{one.name}": value for name, value in told.items()} if one.name else {}
+            for name, value in told.items():
+                reports.setdefault(name, []).append(value)
+            details[one.name] = tables
+        self._details = details.get("", {"questions": details})
+        loss = total / count if count else float("nan")
+        return loss, {name: float(np.mean(values)) for name, values in reports.items()} | found
 
 
 def classify(settings: ObjectiveSettings) -> Classify:
@@ -274,123 +277,9 @@ def classify(settings: ObjectiveSettings) -> Classify:
     if settings.labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
         raise InputError(f"--labels {settings.labels!r}: give at least two labels, each once, separated by commas")
     given_weights(settings.class_weights)
-    return Classify(settings, labels)
+    return Classify(settings, [Question(problem_type=settings.problem_type, labels=labels)])
 
 
 def arrays_of(batch: Batch) -> Arrays:
-    """Copy a batch to the device, with what is to be found of its rows: `labels`, (B,) or (B, K) float32."""
+    """Copy a batch to the device, with what is to be found of its rows: `labels`, (B, C) float32."""
     return token_arrays(batch) | {"labels": mx.array(batch.columns["labels"].astype(np.float32))}
-
-
-# Labels
-
-
-def problem_of(values: Sequence[Any]) -> str:
-    """Return what labels are, by transformers' names: lists are several labels, numbers that are not all whole numbers."""
-    if any(isinstance(value, list) for value in values):
-        return SEVERAL
-    numbers = [_as_number(value) for value in values]
-    if all(number is not None for number in numbers) and any(number != int(number or 0) for number in numbers):
-        return NUMBER
-    return SINGLE
-
-
-def _as_number(value: Any) -> float | None:
-    """Return a finite number, or a text that is one; else None."""
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def names_of(value: Any, problem: str) -> list[str]:
-    """Return the names of a text's labels: one, or those of a list, or of a text that has several between commas.
-
-    Raises:
-        InputError: there is a list where one label is expected, or none.
-    """
-    if problem == SINGLE:
-        name = _name(value)
-        if isinstance(value, list | dict) or not name:
-            raise InputError(
-                f"--problem-type {SINGLE}: found the label {value!r}; each text needs one label, or give {SEVERAL}"
-            )
-        return [name]
-    if isinstance(value, str):
-        value = json.loads(value) if _is_list(value) else SEPARATOR.split(value)
-    values = value if isinstance(value, list) else [value]
-    return list(dict.fromkeys(name for name in map(_name, values) if name))
-
-
-def _is_list(text: str) -> bool:
-    """Tell whether a cell has a JSON list."""
-    try:
-        return isinstance(json.loads(text), list)
-    except ValueError:
-        return False
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
-
-
-def _in_order(name: str) -> tuple[float, str]:
-    """Return what sorts labels: whole numbers by their size, before all others."""
-    number = _as_number(name)
-    return (math.inf if number is None else number, name)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
-
-
-# Weights
-
-
-def given_weights(text: str | None) -> dict[str, float]:
-    """Return the weights that --class-weights gives by name; none for `balanced`.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    found: dict[str, float] = {}
-    for part in [] if text in (None, BALANCED) else str(text).split(","):
-        name, _, weight = part.rpartition("=")
-        number = _as_number(weight)
-        if not name.strip() or number is None or not 0 < number < 1e6:
-            raise InputError(
-                f"--class-weights {text}: write balanced, or labels with weights above 0, as in spam=2,ham=1"
-            )
-        found[name.strip()] = number
-    return found
-
-
-def weights_of(
-    text: str | None, labels: Sequence[str], counts: Counter[str], texts: int, problem: str
-) -> np.ndarray | None:
-    """Return the weights of labels, (K,) float64; None: all are 1.
-
-    `balanced` is scikit-learn's N / (K n) for one label, and (N - n) / n for several, where n of N texts have a label.
-
-    Raises:
-        InputError: a weight is for no label, or no text has a label that is to be balanced.
-    """
-    if text is None:
-        return None
-    if text == BALANCED:
-        if lost := [label for label in labels if not counts[label]]:
-            raise InputError(
-                f"--class-weights balanced: no text has the label {_listed(lost)}; leave it out of --labels"
-            )
-        have = np.array([counts[label] for label in labels], float)
-        return texts / (len(labels) * have) if problem == SINGLE else np.maximum(texts - have, 1) / have
-    found = given_weights(text)
-    if strange := sorted(set(found) - set(labels)):
-        raise InputError(f"--class-weights {text}: {_listed(strange)} is not among the labels {_listed(labels)}")
-    return np.array([found.get(label, 1.0) for label in labels])

@@ -26,18 +26,19 @@ from mlx_lora.data.labeled import encode_texts, query_with
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.losses.scores import NUMBER, SEVERAL, SINGLE, probabilities
+from mlx_lora.losses.scores import NUMBER, SINGLE
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import SCORE, body_of, scores_at, with_last_block
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.questions import AS_THEY_ARE, CONFIDENCE, PREDICTED, Acting, in_head, parts
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.objectives.base import RunContext
 
-PREDICTED, ERROR = "predicted", "error"
+ANSWERS, ERROR = "answers", "error"
 
 
 @dataclass(eq=False)
@@ -158,30 +159,38 @@ class TextScorer:
             scores[at[numbers[batch.positions[real] // batch.inputs.shape[1]]]] = found[real]
         return scores
 
-    def answers(self, scores: np.ndarray, dropped: dict[int, str]) -> list[dict[str, Any]]:
-        """Return what is predicted of each text, as JSON values.
+    def answers(
+        self, scores: np.ndarray, dropped: dict[int, str], acting: Acting = AS_THEY_ARE
+    ) -> list[dict[str, Any]]:
+        """Return what is predicted of each text, as JSON values; see `Question.answers`.
 
-        For one label `predicted` is its name and `probability` its own; for several `predicted` is a list of those above
-        their thresholds; for a number it is the number. `probabilities` has those of all labels. A text that cannot be used
-        has only `error`.
+        Of several questions, `answers` has these values by the questions' names. A text that cannot be used has only `error`.
+
+        Raises:
+            InputError: the calibration has too few rows for the coverage.
         """
-        problem, labels = self.head["problem_type"], self.head["labels"]
-        thresholds = self.head.get("thresholds") or [0.5] * len(labels)
-        found: list[dict[str, Any]] = []
-        for number, chances in enumerate(probabilities(problem, scores)):
-            if number in dropped:
-                found.append({ERROR: dropped[number]})
-            elif problem == NUMBER:
-                found.append({PREDICTED: float(chances[0])})
-            else:
-                named = dict(zip(labels, map(float, chances), strict=True))
-                if problem == SEVERAL:
-                    over = [name for name, least in zip(labels, thresholds, strict=True) if named[name] > least]
-                    found.append({PREDICTED: over, "probabilities": named})
-                else:
-                    best = labels[int(chances.argmax())]
-                    found.append({PREDICTED: best, "probability": named[best], "probabilities": named})
-        return found
+        told = [(one.name, one.answers(scores[:, columns], acting)) for one, columns, _ in parts(in_head(self.head))]
+        rows = [{name: own[number] for name, own in told} for number in range(len(scores))]
+        found = [row.get("", {ANSWERS: row}) for row in rows]
+        return [{ERROR: dropped[number]} if number in dropped else one for number, one in enumerate(found)]
+
+    def columns(self, acting: Acting) -> list[str]:
+        """Return the columns of a table of answers; `in_columns` gives their values."""
+        told = ["predicted", CONFIDENCE, *acting.adds]
+        return [_column(name, one.name) for one in in_head(self.head) for name in told]
+
+    @staticmethod
+    def in_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record with its answers to several questions as columns."""
+        answers = record.get(ANSWERS) or {}
+        return {**record} | {_column(name, one): value for one, own in answers.items() for name, value in own.items()}
+
+    @staticmethod
+    def doubt(answer: Mapping[str, Any]) -> float:
+        """Return how doubtful an answer is, between 0 and 1: the mean over its questions; 0 if none has a confidence."""
+        told = (answer.get(ANSWERS) or {"": answer}).values()
+        sure = [one[CONFIDENCE] for one in told if CONFIDENCE in one]
+        return 1 - sum(sure) / len(sure) if sure else 0.0
 
     def rank(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
         """Return how well documents answer a query, (N,) float64 between 0 and 1, and the number of tokens that were read."""
@@ -191,10 +200,28 @@ class TextScorer:
         scores = self.score(encoded, len(documents))[:, 0].astype(np.float64)
         return 1 / (1 + np.exp(-scores)), sum(map(len, encoded.values()))
 
-    def predict(self, texts: Sequence[Text | Conversation]) -> list[dict[str, Any]]:
+    def predict(self, texts: Sequence[Text | Conversation], acting: Acting = AS_THEY_ARE) -> list[dict[str, Any]]:
         """Return what is predicted of each text; see `answers`."""
         encoded, dropped = self.encode(texts)
-        return self.answers(self.score(encoded, len(texts)), dropped)
+        return self.answers(self.score(encoded, len(texts)), dropped, acting)
+
+
+def _column(name: str, question: str) -> str:
+    """Return the column of what is told of a question; the only question of an adapter has no name."""
+    return f"{name}_{question}" if question else name
+
+
+def vllm_form(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an answer as vLLM has it, with `labels` for several labels, `value` for a number, and what we say besides.
+
+    Of several questions, `answers` has these values by the questions' names.
+    """
+    if ANSWERS in answer:
+        return {ANSWERS: {name: vllm_form(one) for name, one in answer[ANSWERS].items()}}
+    chances, found = list(answer.get("probabilities", {}).values()), answer[PREDICTED]
+    named = "value" if not chances else "labels" if isinstance(found, list) else "label"
+    more = {name: value for name, value in answer.items() if name not in (PREDICTED, "probabilities")}
+    return {named: found, "probs": chances, "num_classes": len(chances), **more}
 
 
 def in_order(scores: np.ndarray) -> list[tuple[int, float]]:

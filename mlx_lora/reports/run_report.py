@@ -312,11 +312,13 @@ def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from
 # Show what a classifier gets right: a table of its labels, and which label is taken for which.
 #
 # classes.jsonl in a run folder has a line for each validation: `step`, `classes` (label -> precision, recall, f1, texts, predicted), and either
-# `confusion` (rows: the labels that texts have, columns: those that they get) or `thresholds` (label -> probability).
+# `confusion` (rows: the labels that texts have, columns: those that they get) or `thresholds` (label -> probability), and if the run
+# calibrated, `confidence` (objectives/questions.py). Of several questions, `questions` has all this by their names.
 
 CLASSES_FILE = "classes.jsonl"
 ROWS_FILE = "held_out_rows.jsonl"
 MOST_NAMED = 5  # labels in a sentence
+SURE = 0.9  # the confidence that a sentence is about
 MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
 
 
@@ -347,13 +349,19 @@ def add_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def add_classes(file: Path, step: int, details: Mapping[str, Any]) -> None:
     """Append what a validation found; nothing if it found no labels."""
-    add_lines(file, [{"step": step, **details}] if "classes" in details else [])
+    add_lines(file, [{"step": step, **details}] if _of_questions(details) else [])
 
 
 def read_classes(file: Path, step: int | None) -> dict[str, Any] | None:
     """Return what the validation after a step found; None if it is not known."""
-    of_step = [one for one in read_records(file) if one.get("step") == step and isinstance(one.get("classes"), dict)]
+    of_step = [one for one in read_records(file) if one.get("step") == step and _of_questions(one)]
     return of_step[-1] if of_step else None
+
+
+def _of_questions(details: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return name -> tables of each question with labels; the only question has no name."""
+    found = details.get("questions") or {"": details}
+    return {name: one for name, one in found.items() if isinstance(one.get("classes"), dict)}
 
 
 def add_rows(file: Path, step: int, rows: RowLosses | None) -> None:
@@ -387,18 +395,83 @@ def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def measured_words(details: Mapping[str, Any] | None) -> str:
-    """Return on how many texts a validation measured, and which labels none of them has, as a sentence; empty: not known."""
-    if details is None:
-        return ""
-    texts = sum(map(sum, details.get("confusion") or []))
-    without = [name for name, one in details["classes"].items() if not one["texts"]]
-    words = f"Measured on {counted(texts, 'held-out text')}" if texts else ""
-    if without:
-        named = ", ".join(without[:MOST_NAMED]) + (" and others" if len(without) > MOST_NAMED else "")
-        labels = f"the {'label' if len(without) == 1 else 'labels'} {named}"
-        words += f", none of them with {labels}" if words else f"No held-out text that was measured has {labels}"
-    return f"{words}; `evaluate` with a labeled file measures more." if words else ""
+def measured_words(details: Mapping[str, Any] | None) -> list[str]:
+    """Return on how many texts a validation measured, which labels none of them has, and how good confidences are, as sentences."""
+    sentences = []
+    for question, one in _of_questions(details or {}).items():
+        texts, of = sum(map(sum, one.get("confusion") or [])), f"{question}: " if question else ""
+        without = [name for name, own in one["classes"].items() if not own["texts"]]
+        words = f"{of}Measured on {counted(texts, 'held-out text')}" if texts else ""
+        if without:
+            named = ", ".join(without[:MOST_NAMED]) + (" and others" if len(without) > MOST_NAMED else "")
+            labels = f"the {'label' if len(without) == 1 else 'labels'} {named}"
+            words += (
+                f", none of them with {labels}" if words else f"{of}No held-out text that was measured has {labels}"
+            )
+        sure = one.get("confidence")
+        if words and (without or not sure):
+            sentences.append(f"{words}; `evaluate` with a labeled file measures more.")
+        if sure:
+            before, (after, low, high) = sure["before"]["ece"][0], sure["after"]["ece"]
+            words = (
+                f"{of}A confidence is off by {before:.2f} as trained and by {after:.2f} ({low:.2f} to {high:.2f}) as calibrated, on "
+                f"{counted(sure['answers'], 'held-out answer')} that chose nothing."
+            )
+            acting = next((level for level in sure["decided"] if level["above"] >= SURE), None)
+            if acting:
+                words += (
+                    f" Above {acting['above']:g} it decides {acting['decided']:.0%} of the texts and is wrong in {acting['wrong']:.0%} "
+                    "of these (--answer-above)."
+                )
+            sentences.append(words)
+    return sentences
+
+
+def label_tables(details: Mapping[str, Any]) -> list[tuple[str, list[dict[str, str]]]]:
+    """Return the tables of a classifier, each with a title: labels, confusions, confidences, and what answering above each means."""
+    found = []
+    for question, one in _of_questions(details).items():
+        of = f"{question}: " if question else ""
+        found += [(f"{of}labels", class_rows(one)), (f"{of}confusions", confusion_rows(one))]
+        if sure := one.get("confidence"):
+            ends = [
+                {
+                    "confidence": name,
+                    "off by (ECE)": _spread(sure[when]["ece"]),
+                    "Brier score": _spread(sure[when]["brier"]),
+                }
+                for when, name in (("before", "as trained"), ("after", "calibrated"))
+            ]
+            levels = [
+                {
+                    "--answer-above": f"{level['above']:g}",
+                    "decided": f"{level['decided']:.0%}",
+                    "wrong among these": f"{level['wrong']:.1%} ({level['low']:.1%} to {level['high']:.1%})",
+                }
+                for level in sure["decided"]
+            ]
+            found += [(f"{of}confidence", ends), (f"{of}what it decides", levels)]
+    return [(title, rows) for title, rows in found if rows]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return a value with the ends of its interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*values)
+
+
+def reliability_charts(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return for each question how often answers are right against their confidence, in percent; calibrated ones lie on the diagonal."""
+    charts = []
+    for question, one in _of_questions(details).items():
+        if sure := one.get("confidence"):
+            series = [Series("as good as it says", [(0, 0), (100, 100)], dashed=True)]
+            for when, name in (("before", "as trained"), ("after", "calibrated")):
+                points = [(100 * each["confidence"], 100 * each["right"]) for each in sure[when]["bins"]]
+                series.append(Series(name, points, markers=True))
+            title = f"{question}{': ' if question else ''}right answers by confidence"
+            drawn = {"title": title, "series": series, "wide": "", "note": ""}
+            charts.append({**drawn, "svg": line_chart(title, series, "%", True, along="confidence in percent")})
+    return charts
 
 
 def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -967,8 +1040,8 @@ def verdict(
         notes.append(f"Rounding began after step {rounded_from:,}; validations are compared from there on.")
     if kept and kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
-    if context.folder is not None and (words := measured_words(read_classes(context.folder / CLASSES_FILE, kept_step))):
-        notes.insert(0, words)
+    if context.folder is not None:
+        notes = [*measured_words(read_classes(context.folder / CLASSES_FILE, kept_step)), *notes]
     of_its_own = (
         (any(r.get("reward") is not None for r in validations), of_rewards),
         (any("margin" in r for r in validations), of_preferences),
@@ -1177,7 +1250,6 @@ class RunReport:
         kept = measured_adapter(records, self.ended, self.kept_step)
         self.verdict = found.to_dict()
         details = read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)
-        tables = [rows for rows in (class_rows(details), confusion_rows(details)) if rows] if details else []
         drafted = (
             [("tokens a pass, drafted", "{before:.2f} → {after:.2f}".format(**self.drafts))] if self.drafts else []
         )
@@ -1189,11 +1261,11 @@ class RunReport:
             verdict=found,
             unit=UNITS[self.data.get("records", "examples")],
             tiles=[*tiles(records), *drafted],
-            charts=charts(records, self.planned_peak_bytes),
+            charts=[*reliability_charts(details or {}), *charts(records, self.planned_peak_bytes)],
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],
             evaluation=shown_evaluation(evaluation) if evaluation else None,
-            classes={"step": details["step"], "tables": tables} if details else None,
+            classes={"step": details["step"], "tables": label_tables(details)} if details else None,
             settings=settings,
         )
 

@@ -95,7 +95,8 @@ from mlx_lora.models.generator import TokenReport
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
-from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
+from mlx_lora.objectives.questions import Acting
+from mlx_lora.objectives.scored_texts import TextScorer, in_order, vllm_form
 from mlx_lora.reports import charts
 from mlx_lora.rollouts.tool_calls import (
     CallReader,
@@ -785,7 +786,7 @@ def _described(card: Card) -> dict[str, Any]:
 
 MOST_TEXTS = 2048  # in a request
 TOGETHER = 16  # texts that are scored before answers are generated again
-CLASSIFY_FIELDS = frozenset(["model", "input", "user"])
+CLASSIFY_FIELDS = frozenset(["model", "input", "answer_above", "coverage", "user"])
 # Those of Jina's, Cohere's and vLLM's clients; what is of no effect here is taken, so that they need no change.
 RERANK_FIELDS = frozenset(
     ["model", "query", "documents", "top_n", "return_documents", "max_chunks_per_doc", "max_tokens_per_doc", "user"]
@@ -886,14 +887,14 @@ class TextModels:
             return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
 
         scores, tokens = await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
-        data = []
-        for number, answer in enumerate(scorer.answers(scores, {})):
-            if ERROR in answer:
-                raise ValueError(answer[ERROR])
-            # As vLLM has it; `labels` for several labels, `value` for a number.
-            chances = list(answer.get("probabilities", {}).values())
-            named = "value" if not chances else "labels" if isinstance(answer[PREDICTED], list) else "label"
-            data.append({"index": number, named: answer[PREDICTED], "probs": chances, "num_classes": len(chances)})
+        acting = Acting(
+            read_number(body, "answer_above", 0, 1, whole=False), read_number(body, "coverage", 0, 1, whole=False)
+        )
+        try:
+            answers = scorer.answers(scores, {}, acting)
+        except InputError as error:
+            raise ApiError(400, str(error), "invalid_value", "coverage") from None
+        data = [{"index": number} | vllm_form(answer) for number, answer in enumerate(answers)]
         return JSONResponse(
             {
                 "id": f"classify-{uuid.uuid4().hex}",

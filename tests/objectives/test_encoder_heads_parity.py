@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from bound import bind
+from bound import bind, with_targets
 from comparing import by_dtype
 from mlx.utils import tree_unflatten
 from run_cli import run, succeeds
@@ -51,7 +51,7 @@ def encoded(objective, records: list[dict], base, tmp_path):
     file.write_text("\n".join(map(json.dumps, records)))
     settings = DataSettings(max_seq_length=base.model.args.longest)
     rows = load_eval_set(str(file), settings, base.hf_tokenizer, objective.options.records)
-    rows = objective._with_targets(rows)
+    rows = with_targets(objective, rows)
     return BatchPlan(rows, batch_tokens=4096, batch_size=3, seed=0).batch(0, 0)
 
 
@@ -148,7 +148,7 @@ def test_a_classifier_of_pairs_has_transformers_loss_and_gradients(kind, config,
     found, gradients = ours(objective, LABELED, folder, tmp_path)
     model, tokenizer = in_transformers(folder, tmp_path / "peft", 3)
     logits = scores_there(model, tokenizer, [(row["premise"], row["hypothesis"]) for row in LABELED])
-    targets = torch.tensor([objective.labels.index(row["label"]) for row in LABELED])
+    targets = torch.tensor([objective.questions[0].labels.index(row["label"]) for row in LABELED])
     loss = torch.nn.functional.cross_entropy(logits, targets)
     loss.backward()
     assert found == pytest.approx(loss.item(), abs=1e-5)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bound import bind
+from bound import bind, with_targets
 from curves import (
     ALPHA,
     PAD,
@@ -50,7 +50,7 @@ WEIGHTS = "cold=3,hot=0.5,mild=1"
 def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STEPS, rate: float = RATE, size: int = 4):
     """Return the curve, the initial parameters, the batches, and the scores of the rows before the first step."""
     objective = objective_of(settings)
-    rows = objective._with_targets(rows)
+    rows = with_targets(objective, rows)
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
     put_score_head(base.model, base.config, 1, objective.head.outputs)
@@ -109,6 +109,7 @@ def test_classifiers_have_losses_gradients_and_curves_of_transformers(problem, w
     def loss_of(batch):
         real = batch.numbers >= 0
         inputs, labels = torch.tensor(batch.inputs[real].astype(np.int64)), torch.tensor(batch.columns["labels"][real])
+        labels = labels if problem == SEVERAL else labels[:, 0]
         labels = labels.long() if problem == SINGLE else labels
         out = model(input_ids=inputs, attention_mask=mask_of(inputs), labels=labels)
         return out.loss if weights is None else weighted(problem, weights)(out.logits, labels), {}

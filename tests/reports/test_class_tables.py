@@ -19,9 +19,9 @@ def test_labels_without_texts_have_no_figures_and_come_last():
 
 def test_the_report_says_what_was_not_measured():
     confusion = [[0, 0], [1, 1]]
-    words = measured_words({"classes": {"absent": ABSENT, "seen": MEASURED}, "confusion": confusion})
+    (words,) = measured_words({"classes": {"absent": ABSENT, "seen": MEASURED}, "confusion": confusion})
     holds(words, "2 held-out texts", "absent")
     assert "seen" not in words
-    assert "absent" in measured_words({"classes": {"absent": ABSENT, "seen": MEASURED}, "thresholds": {}})
-    assert "none of them" not in measured_words({"classes": {"seen": MEASURED}, "confusion": [[2]]})
-    assert measured_words(None) == measured_words({"classes": {"seen": MEASURED}}) == ""
+    assert "absent" in measured_words({"classes": {"absent": ABSENT, "seen": MEASURED}, "thresholds": {}})[0]
+    assert "none of them" not in measured_words({"classes": {"seen": MEASURED}, "confusion": [[2]]})[0]
+    assert measured_words(None) == measured_words({"classes": {"seen": MEASURED}}) == []

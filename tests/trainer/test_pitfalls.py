@@ -280,6 +280,7 @@ ELSEWHERE = {
         "test_faults.py",
     ),
     "label_column": "test_scores.py: labels of another column",
+    "label_columns": "test_questions.py: each question is learned",
     "fetch_images": "test_downloads.py: rows with pictures on the web are used",
     "max_pixels": "test_vision_run.py: fewer tokens of a picture",
     **dict.fromkeys(("train_connector", "train_vision"), "test_vision_run.py: other parameters are trained"),
