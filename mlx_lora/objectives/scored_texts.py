@@ -22,11 +22,11 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation, Text
-from mlx_lora.data.labeled import encode_texts, query_with
+from mlx_lora.data.labeled import LABEL, encode_texts, query_with
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
-from mlx_lora.losses.scores import NUMBER, SINGLE
+from mlx_lora.losses.scores import NUMBER, ORDINAL, SEVERAL, SINGLE
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import SCORE, body_of, scores_at, with_last_block
 from mlx_lora.models.load import Base
@@ -222,6 +222,44 @@ def vllm_form(answer: Mapping[str, Any]) -> dict[str, Any]:
     named = "value" if not chances else "labels" if isinstance(found, list) else "label"
     more = {name: value for name, value in answer.items() if name not in (PREDICTED, "probabilities")}
     return {named: found, "probs": chances, "num_classes": len(chances), **more}
+
+
+# Types of mlx-vlm's decisions, by the problem that a question is.
+DECISIONS = {SINGLE: "choice", ORDINAL: "score", SEVERAL: "multi_label", NUMBER: "number"}
+YES = ("yes", "true", "1")
+
+
+def decision_form(head: Mapping[str, Any], answer: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a text's answers as mlx-vlm's /v1/decisions has them: of each question its type, value and probabilities.
+
+    Args:
+        head: of the adapter, whose questions these are.
+        answer: as `TextScorer.answers` gives it.
+        asked: name -> mapping with the `type` that the client asked for; a `bool` or `noul` gets the probability of yes.
+
+    Raises:
+        InputError: the adapter does not answer a question, or not as a `bool`.
+    """
+    found, told = {}, answer.get(ANSWERS) or {LABEL: answer}
+    known = {one.name or LABEL: one for one in in_head(head)}
+    for name in asked or known:
+        if name not in known:
+            raise InputError(f"questions: {name} is not among those of the adapter, {', '.join(known)}")
+        own, kind = told[name], DECISIONS[known[name].problem_type]
+        chances: dict[str, float] = own.get("probabilities", {})
+        if (asked.get(name) or {}).get("type") in ("bool", "noul"):
+            sure = next((chance for label, chance in chances.items() if label.lower() in YES), None)
+            if kind != "choice" or sure is None:
+                raise InputError(f"questions: {name} is no bool, its answers are {', '.join(chances) or 'numbers'}")
+            found[name] = {"type": "bool", "value": sure >= 0.5, "probability": sure}
+            continue
+        found[name] = {"type": kind, "value": own[PREDICTED], "metadata": {"confidence": own.get(CONFIDENCE)}}
+        if kind == "score":  # the mean level, from 0
+            found[name]["value"] = sum(level * chance for level, chance in enumerate(chances.values()))
+            found[name]["metadata"]["legend"] = dict(enumerate(chances))
+            chances = dict(zip(map(str, range(len(chances))), chances.values(), strict=True))
+        found[name]["probabilities"] = chances
+    return found
 
 
 def in_order(scores: np.ndarray) -> list[tuple[int, float]]:

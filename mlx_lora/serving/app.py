@@ -17,6 +17,7 @@ its requests to the server need the key.
 Serve adapters with a score head over HTTP: classifiers as vLLM does, and rerankers as clients of Jina and Cohere ask.
 
     POST /classify, /v1/classify             {"model": NAME, "input": TEXT or [TEXT, ...]}
+    POST /v1/decisions                       {"model": NAME, "state": TEXT, "questions": {NAME: {"type": TYPE}}}, as mlx-vlm has it
     POST /rerank, /v1/rerank, /v2/rerank     {"model": NAME, "query": TEXT, "documents": [TEXT or {"text": TEXT}, ...],
                                               "top_n": N, "return_documents": true}
 
@@ -96,7 +97,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
 from mlx_lora.objectives.questions import Acting
-from mlx_lora.objectives.scored_texts import TextScorer, in_order, vllm_form
+from mlx_lora.objectives.scored_texts import TextScorer, decision_form, in_order, vllm_form
 from mlx_lora.reports import charts
 from mlx_lora.rollouts.tool_calls import (
     CallReader,
@@ -786,6 +787,7 @@ def _described(card: Card) -> dict[str, Any]:
 
 MOST_TEXTS = 2048  # in a request
 TOGETHER = 16  # texts that are scored before answers are generated again
+DECISION_FIELDS = frozenset(["model", "state", "questions"])
 CLASSIFY_FIELDS = frozenset(["model", "input", "answer_above", "coverage", "user"])
 # Those of Jina's, Cohere's and vLLM's clients; what is of no effect here is taken, so that they need no change.
 RERANK_FIELDS = frozenset(
@@ -865,6 +867,7 @@ class TextModels:
     def routes(self) -> list[Route]:
         """Return the routes."""
         paths = dict.fromkeys(("/classify", "/v1/classify"), self.classify)
+        paths |= {"/v1/decisions": self.decisions}
         paths |= dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), self.rerank)
         paths |= dict.fromkeys(("/embeddings", "/v1/embeddings"), self.embeddings)
         return [Route(path, endpoint, methods=["POST"]) for path, endpoint in paths.items()]
@@ -879,14 +882,7 @@ class TextModels:
         name, scorer = self._of(LABELED, body)
         given = body.get("input")
         texts = texts_of([given] if isinstance(given, str) else given, "input")
-
-        def score(part: Sequence[Text]) -> tuple[np.ndarray, int]:
-            encoded, dropped = scorer.encode(part)
-            if dropped:
-                raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
-            return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
-
-        scores, tokens = await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
+        scores, tokens = await self._scores(scorer, texts)
         acting = Acting(
             read_number(body, "answer_above", 0, 1, whole=False), read_number(body, "coverage", 0, 1, whole=False)
         )
@@ -905,6 +901,31 @@ class TextModels:
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )
+
+    async def _scores(self, scorer: TextScorer, texts: Sequence[Text]) -> tuple[np.ndarray, int]:
+        """Return the scores of texts, and the number of tokens that were read."""
+
+        def score(part: Sequence[Text]) -> tuple[np.ndarray, int]:
+            encoded, dropped = scorer.encode(part)
+            if dropped:
+                raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
+            return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))
+
+        return await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
+
+    async def decisions(self, request: HttpRequest) -> Response:
+        """POST /v1/decisions."""
+        body = read_fields(await request.body(), DECISION_FIELDS)
+        name, scorer = self._of(LABELED, body)
+        scores, tokens = await self._scores(scorer, texts_of([body.get("state")], "state"))
+        questions = body.get("questions") or {}
+        if not isinstance(questions, dict) or not all(isinstance(one, dict) for one in questions.values()):
+            raise bad_value("questions", questions, "an object of questions, by their names")
+        try:
+            answers = decision_form(scorer.head, scorer.answers(scores, {})[0], questions)
+        except InputError as error:
+            raise ApiError(400, str(error), "invalid_value", "questions") from None
+        return JSONResponse({"model": name, "answers": answers, "usage": {"input_tokens": tokens, "output_tokens": 0}})
 
     async def rerank(self, request: HttpRequest) -> Response:
         """POST /v1/rerank."""

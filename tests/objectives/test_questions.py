@@ -24,6 +24,7 @@ from mlx_lora.data.labeled import Labeled, asked_columns
 from mlx_lora.losses.calibration import Calibration, calibrate, calibration_error, interval, of_truth
 from mlx_lora.losses.scores import NUMBER, ORDINAL, SEVERAL, SINGLE, classification_losses, probabilities
 from mlx_lora.objectives.questions import Acting, Question, problem_of
+from mlx_lora.objectives.scored_texts import decision_form, vllm_form
 from mlx_lora.reports.run_report import label_tables, measured_words, reliability_charts
 from mlx_lora.utils.errors import InputError
 
@@ -188,7 +189,7 @@ def test_the_program_of_the_page_gets_the_same_answers_from_peft(tiny_folder, de
         "export", "--model", tiny_folder, "--adapter-path", deciding, "--to", "peft", "--out", tmp_path / "inbox-peft"
     )
     page = (Path(__file__).parents[2] / "docs/classifiers.md").read_text()
-    program = re.search(r"```python\n(import json\n\nimport peft.*?)```", page, re.DOTALL)[1]
+    (program,) = re.findall(r"```python\n(import json\n\nimport peft.*?)```", page, re.DOTALL)
     program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder)).replace(
         "pad_token_id=0", "pad_token_id=256"
     )
@@ -371,6 +372,24 @@ def test_what_is_told_of_confidences(deciding):
     titles = [title for title, _ in label_tables(details)]
     assert {"folder: labels", "folder: confidence", "mood: what it decides"} <= set(titles)
     assert len(reliability_charts(details)) == 4  # a number has no confidence
+
+
+def test_answers_have_the_forms_of_decision_clients_and_of_vllm(tiny_folder, deciding):
+    answer = mlx_lora.predict(str(tiny_folder), mail(4)["text"], deciding)
+    told = decision_form(kept(deciding), answer, {"urgent": {"type": "noul"}, "mood": {"type": "score"}, "tags": {}})
+    assert told["urgent"]["probability"] == answer["answers"]["urgent"]["probabilities"]["yes"]
+    assert told["urgent"]["value"] is (told["urgent"]["probability"] >= 0.5)
+    levels = list(answer["answers"]["mood"]["probabilities"].values())
+    assert told["mood"]["value"] == pytest.approx(levels[1] + 2 * levels[2])
+    assert told["mood"]["metadata"]["legend"] == {0: "1", 1: "2", 2: "3"}
+    assert told["tags"]["value"] == answer["answers"]["tags"]["predicted"]
+    assert decision_form(kept(deciding), answer, {})["price"]["type"] == "number"
+    for asked in ({"flavor": {}}, {"folder": {"type": "bool"}}):
+        with pytest.raises(InputError, match="questions: "):
+            decision_form(kept(deciding), answer, asked)
+    plain = vllm_form(answer)["answers"]
+    assert plain["folder"]["label"] == "shop"
+    assert plain["price"]["value"] == answer["answers"]["price"]["predicted"]
 
 
 def test_questions_are_kept_as_json_and_read_back():

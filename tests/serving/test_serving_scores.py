@@ -170,3 +170,18 @@ def test_a_classifier_of_another_base_is_accepted_if_asked(tiny_folder, folders,
 def test_names_are_given_once(tiny_folder, folders):
     twice = ("--adapter", f"a={folders['days']}", "--adapter", f"a={folders['tags']}")
     one_line(run("serve", "--model", tiny_folder, *twice, exactly=True), "two adapters of this name")
+
+
+@pytest.mark.long
+def test_questions_are_answered_as_decision_clients_ask(http, folders):
+    body = {"model": "days", "state": "day 3: aaa", "questions": {"label": {"type": "choice"}}}
+    answer = http.post("/v1/decisions", json=body).json()
+    assert answer["answers"]["label"]["value"] == "cold"
+    assert answer["usage"]["input_tokens"] > 0
+    for change in ({"state": ""}, {"questions": {"mood": {}}}, {"questions": [1]}, {"state": None}):
+        assert http.post("/v1/decisions", json=body | change).status_code == 400
+    told = http.post("/v1/classify", json={"model": "days", "input": "day 3: aaa", "answer_above": 1}).json()["data"][0]
+    assert told["ask_a_person"] is (told["probability"] < 1)
+    refused = http.post("/v1/classify", json={"model": "days", "input": "a", "coverage": 0.9})
+    assert refused.status_code == 400
+    assert "held-out answers" in refused.json()["error"]["message"]
