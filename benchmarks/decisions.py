@@ -72,13 +72,21 @@ def scores_of(model: str, adapter: Path, texts: list[str]) -> tuple[list[Questio
         return in_head(scorer.head), scorer.score(encoded, len(texts))
 
 
+def answered(problem: str, chances: np.ndarray) -> np.ndarray:
+    """Return the labels that are answered, (N, K) bool."""
+    return chances > 0.5 if problem == SEVERAL else np.eye(chances.shape[1], dtype=bool)[chances.argmax(axis=1)]
+
+
 def measured(question: Question, scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Return accuracy, calibration error and Brier score of answers as they are told."""
     chances = question.calibration.chances(question.problem_type, scores)
-    found = (chances > 0.5).astype(float) if question.problem_type == SEVERAL else chances.argmax(axis=1).astype(float)
+    told = answered(question.problem_type, chances)
     wanted = targets if question.problem_type == SEVERAL else targets[:, 0]
-    right = (found == wanted).reshape(len(found), -1).all(axis=1)
-    sure = of_truth(question.problem_type, chances, found)
+    truth = (
+        targets > 0.5 if question.problem_type == SEVERAL else np.eye(chances.shape[1], dtype=bool)[wanted.astype(int)]
+    )
+    right = (told == truth).all(axis=1)
+    sure = question.calibration.confidence(question.problem_type, chances, told)
     return {
         "accuracy": float(right.mean()),
         "ece": calibration_error(sure, right),
@@ -93,15 +101,14 @@ def of_splits(question: Question, scores: np.ndarray, targets: np.ndarray) -> di
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(scores))
         held_out, others = order[:HELD_OUT], order[HELD_OUT:]
-        fitted, _ = calibrate(problem, scores[held_out], wanted[held_out])
+        fitted, *_ = calibrate(problem, scores[held_out], wanted[held_out])
         one = Question(question.name, problem, question.labels, calibration=fitted)
         found["ece_of_200"].append(measured(one, scores[others], targets[others])["ece"])
         chances = fitted.chances(problem, scores[others])
         misfits = 1 - of_truth(problem, chances, wanted[others], lowest=True)
         for coverage in COVERAGES:
             most = fitted.most_misfit(coverage)
-            told = chances > 0.5 if problem == SEVERAL else np.eye(chances.shape[1], dtype=bool)[chances.argmax(axis=1)]
-            inside = (1 - chances <= most) | told
+            inside = (1 - chances <= most) | answered(problem, chances)
             has = np.where(wanted[others] > 0.5, inside, True).all(axis=1) if problem == SEVERAL else inside[np.arange(len(others)), wanted[others].astype(int)]  # fmt: skip
             found[f"covered_{coverage}"].append((misfits <= most).mean())
             found[f"told_covered_{coverage}"].append(has.mean())
@@ -179,7 +186,7 @@ def words(out: Path, task: str, seed: int) -> None:
             problem = SINGLE
         result["seconds"] += time.perf_counter() - start
         raw = Question(name, problem, tuple(map(str, labels)))
-        fitted, _ = calibrate(
+        fitted, *_ = calibrate(
             problem, scores["valid"], targets["valid"] if problem == SEVERAL else targets["valid"][:, 0]
         )
         done = Question(name, problem, raw.labels, calibration=fitted)
@@ -239,9 +246,8 @@ def label(out: Path, model: str, task: str, seed: int) -> None:
                     measured(question, scores[: len(test)][have][:, own], question.targets(answers)[have])["accuracy"]
                 )
                 chances = question.calibration.chances(question.problem_type, scores[len(test) :, own])
-                several = question.problem_type == SEVERAL
-                sure = of_truth(question.problem_type, chances, (chances > 0.5) if several else chances.argmax(axis=1))
-                doubts += 1 - sure
+                told = answered(question.problem_type, chances)
+                doubts += 1 - question.calibration.confidence(question.problem_type, chances, told)
             results[way].append({"texts": len(chosen), "accuracy": float(np.mean(accuracies))})
             print(task, seed, way, results[way][-1], flush=True)
             order = (

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,21 @@ class Calibration:
         offsets: (K,) added to the scores; empty: none.
         misfits: how badly each of these answers fits, in rising order: 1 - the probability of the truth, or for a number the
             absolute error.
+        slope, intercept: of the log odds that all of several labels are right, because labels depend on each other.
     """
 
     rows: int = 0
     scale: float = 1.0
     offsets: tuple[float, ...] = ()
     misfits: tuple[float, ...] = ()
+    slope: float = 1.0
+    intercept: float = 0.0
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Calibration:
         """Return it from JSON values, as `asdict` gives them."""
-        return cls(kept["rows"], kept["scale"], tuple(kept["offsets"]), tuple(kept["misfits"]))
+        own: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
+        return cls(**own)
 
     def chances(self, problem: str, scores: np.ndarray) -> np.ndarray:
         """Return the probabilities of the labels, (N, K) float64; for numbers, the numbers."""
@@ -62,38 +66,61 @@ class Calibration:
             return probabilities(problem, scores)
         return probabilities(problem, scores * self.scale + (np.array(self.offsets) if self.offsets else 0.0))
 
+    def confidence(self, problem: str, chances: np.ndarray, told: np.ndarray) -> np.ndarray:
+        """Return the probability that answers are right, (N,).
+
+        Args:
+            problem: of the question.
+            chances: of its labels, (N, K).
+            told: the labels that are answered, (N, K) bool.
+        """
+        if problem != SEVERAL:
+            return (chances * told).sum(axis=1)
+        return 1 / (1 + np.exp(-self.slope * _log_odds(chances, told) - self.intercept))
+
     def most_misfit(self, coverage: float) -> float | None:
         """Return the misfit that the truth has at most, with the probability `coverage`; None: there are too few rows to say."""
         place = math.ceil((len(self.misfits) + 1) * coverage)
         return self.misfits[place - 1] if 0 < place <= len(self.misfits) else None
 
 
-def calibrate(problem: str, scores: np.ndarray, targets: np.ndarray) -> tuple[Calibration, np.ndarray]:
-    """Return the calibration of a question on held-out rows, and the cross-fitted probabilities of their labels, (N, K).
+def calibrate(
+    problem: str, scores: np.ndarray, targets: np.ndarray, told: np.ndarray | None = None
+) -> tuple[Calibration, np.ndarray, np.ndarray]:
+    """Return the calibration of a question on held-out rows, and cross-fitted probabilities of labels, (N, K), and confidences, (N,).
 
     Args:
         problem: by the names of losses/scores.py.
         scores: (N, K).
         targets: (N,) numbers of labels, or the numbers; (N, K) of 0 and 1 for several labels.
+        told: of several labels those that are answered, (N, K) bool; None: those with a probability above 1/2.
     """
     if problem == NUMBER:
         errors = np.sort(np.abs(scores[:, 0].astype(np.float64) - targets))
-        return Calibration(len(scores), misfits=_rounded(errors)), scores
+        return Calibration(len(scores), misfits=_rounded(errors)), scores, errors
+    told = scores > 0 if told is None else told
     fold = np.arange(len(scores)) % FOLDS
     ways = [False, True] if problem != SEVERAL and len(scores) >= PER_LABEL * scores.shape[1] else [False]
     found = []
     for offsets in ways:
-        chances = np.empty(scores.shape, np.float64)
+        chances, sure = np.empty(scores.shape, np.float64), np.empty(len(scores), np.float64)
         for part in range(FOLDS):
             own = fold == part
-            fitted = _fit(problem, scores[~own], targets[~own], offsets)
+            fitted = _fit(problem, scores[~own], targets[~own], told[~own], offsets)
             chances[own] = fitted.chances(problem, scores[own])
+            best = np.eye(scores.shape[1], dtype=bool)[chances[own].argmax(axis=1)]
+            sure[own] = fitted.confidence(problem, chances[own], told[own] if problem == SEVERAL else best)
         truth = of_truth(problem, chances, targets)
-        found.append((-np.log(np.maximum(truth, 1e-12)).mean(), offsets, chances))
-    _, offsets, chances = min(found, key=lambda one: one[0])
-    fitted = _fit(problem, scores, targets, offsets)
+        found.append((-np.log(np.maximum(truth, 1e-12)).mean(), offsets, chances, sure))
+    _, offsets, chances, sure = min(found, key=lambda one: one[0])
     misfits = np.sort(1 - of_truth(problem, chances, targets, lowest=True))
-    return Calibration(len(scores), fitted.scale, fitted.offsets, _rounded(misfits)), chances
+    return replace(_fit(problem, scores, targets, told, offsets), misfits=_rounded(misfits)), chances, sure
+
+
+def _log_odds(chances: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Return the log odds that all of several labels are right, if labels did not depend on each other, (N,)."""
+    right = np.clip(of_truth(SEVERAL, chances, told), 1e-9, 1 - 1e-9)
+    return np.log(right / (1 - right))
 
 
 def of_truth(problem: str, chances: np.ndarray, targets: np.ndarray, lowest: bool = False) -> np.ndarray:
@@ -115,11 +142,20 @@ def _rounded(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(f"{value:.5g}") for value in values)
 
 
-def _fit(problem: str, scores: np.ndarray, targets: np.ndarray, with_offsets: bool) -> Calibration:
-    """Return scale and offsets with the highest posterior, by Newton's method on a convex function."""
-    if problem == SEVERAL:  # each label is a choice between having it and not
-        flat = scores.reshape(-1)
-        scores, targets = np.stack([np.zeros_like(flat), flat], axis=1), targets.reshape(-1)
+def _fit(problem: str, scores: np.ndarray, targets: np.ndarray, told: np.ndarray, with_offsets: bool) -> Calibration:
+    """Return a calibration without misfits; arguments as for `calibrate`."""
+    if problem != SEVERAL:
+        return _most_likely(scores, targets, with_offsets)
+    flat = scores.reshape(-1)  # each label is a choice between having it and not
+    found = _most_likely(np.stack([np.zeros_like(flat), flat], axis=1), targets.reshape(-1), False)
+    odds = _log_odds(found.chances(SEVERAL, scores), told)
+    right = (told == (targets > 0.5)).all(axis=1)
+    sure = _most_likely(np.stack([np.zeros_like(odds), odds], axis=1), right, True)
+    return replace(found, rows=len(scores), slope=sure.scale, intercept=sure.offsets[1] - sure.offsets[0])
+
+
+def _most_likely(scores: np.ndarray, targets: np.ndarray, with_offsets: bool) -> Calibration:
+    """Return scale and offsets of the labels of a choice with the highest posterior, by Newton's method on a convex function."""
     scores, own = scores.astype(np.float64), targets.astype(int)
     count, labels = scores.shape
     parts = [scores[:, :, None]]

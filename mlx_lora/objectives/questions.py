@@ -30,7 +30,6 @@ from mlx_lora.losses.calibration import (
     calibration_error,
     decided,
     interval,
-    of_truth,
     reliability,
 )
 from mlx_lora.losses.scores import (
@@ -318,31 +317,32 @@ class Question:
         if len(scores) < FEWEST:
             return replace(self, calibration=Calibration()), None
         wanted = targets if self.problem_type == SEVERAL else targets[:, 0]
-        calibration, chances = calibrate(self.problem_type, scores, wanted)
+        told = self._told(scores, self.thresholds)[0]
+        calibration, chances, sure = calibrate(self.problem_type, scores, wanted, told)
         found = replace(self, calibration=calibration)
-        return found, found.confidences(scores, targets, chances)
+        return found, found.confidences(scores, targets, (chances, sure))
 
     def confidences(
-        self, scores: np.ndarray, targets: np.ndarray, chances: np.ndarray | None = None
+        self, scores: np.ndarray, targets: np.ndarray, fitted: tuple[np.ndarray, np.ndarray] | None = None
     ) -> dict[str, Any] | None:
         """Return how far confidences are off before and after calibration, as JSON values; None for numbers.
 
         Args:
             scores, targets: as for `measured`.
-            chances: (N, K) after calibration; None: by the question's own.
+            fitted: probabilities of the labels, (N, K), and confidences, (N,), after calibration; None: by the question's own.
         """
         if self.problem_type == NUMBER:
             return None
         wanted: np.ndarray = targets if self.problem_type == SEVERAL else targets[:, 0]
+        truth = targets > 0.5 if self.problem_type == SEVERAL else np.eye(self.outputs, dtype=bool)[wanted.astype(int)]
         found: dict[str, Any] = {"answers": len(scores)}
-        raw, after = (
-            probabilities(self.problem_type, scores),
-            self._told(scores, self.thresholds)[1] if chances is None else chances,
-        )
-        for when, own in {"before": raw, "after": after}.items():
-            got = self._got(scores, own)
-            sure = of_truth(self.problem_type, own, got)
-            right = (got == wanted).reshape(len(got), -1).all(axis=1)
+        for when, one in {"before": replace(self, calibration=Calibration()), "after": self}.items():
+            told, own = one._told(scores, self.thresholds)
+            sure = one.calibration.confidence(self.problem_type, own, told)
+            if when == "after" and fitted is not None:
+                own, sure = fitted
+                told = told if self.problem_type == SEVERAL else np.eye(self.outputs, dtype=bool)[own.argmax(axis=1)]
+            right = (told == truth).all(axis=1)
             found[when] = {
                 "ece": interval(
                     lambda rows, sure=sure, right=right: calibration_error(sure[rows], right[rows]), len(sure)
@@ -352,12 +352,6 @@ class Question:
             }
             found["decided"] = decided(sure, right)
         return found
-
-    def _got(self, scores: np.ndarray, chances: np.ndarray) -> np.ndarray:
-        """Return answers as targets are: numbers of labels, (N,), or of several labels 0 and 1, (N, K)."""
-        if self.problem_type == SEVERAL:
-            return self._told(scores, self.thresholds)[0].astype(np.float64)
-        return chances.argmax(axis=1).astype(np.float64)
 
     # Answers of the model
 
@@ -386,7 +380,7 @@ class Question:
                 {PREDICTED: one} | ({} if reach is None else {"between": [one - reach, one + reach]}) for one in numbers
             ]
         got, chances = self._told(scores, self.thresholds)
-        sure = of_truth(self.problem_type, chances, self._got(scores, chances))
+        sure = self.calibration.confidence(self.problem_type, chances, got)
         found = []
         for told, own, confidence in zip(got, chances, map(float, sure), strict=True):
             labels = [label for label, is_told in zip(self.labels, told, strict=True) if is_told]

@@ -293,7 +293,7 @@ def drawn(seed: int, count: int, labels: int = 4) -> tuple[np.ndarray, np.ndarra
 
 def test_a_temperature_brings_confidences_to_what_they_are_right_in():
     scores, own = drawn(0, 4200)
-    fitted, _ = calibrate(SINGLE, scores[:200], own[:200])
+    fitted, *_ = calibrate(SINGLE, scores[:200], own[:200])
     errors = []
     for chances in (probabilities(SINGLE, scores[200:]), fitted.chances(SINGLE, scores[200:])):
         errors.append(calibration_error(chances.max(axis=1), chances.argmax(axis=1) == own[200:]))
@@ -305,17 +305,35 @@ def test_a_temperature_brings_confidences_to_what_they_are_right_in():
 def test_offsets_are_fitted_where_labels_are_shifted_and_rows_are_many():
     scores, own = drawn(1, 1000)
     shifted = scores / 3 + np.array([3.0, 0, 0, 0])
-    fitted, _ = calibrate(SINGLE, shifted, own)
+    fitted, *_ = calibrate(SINGLE, shifted, own)
     assert len(fitted.offsets) == 4
     assert fitted.offsets[0] - np.mean(fitted.offsets[1:]) == pytest.approx(-3, abs=0.6)
-    few, _ = calibrate(SINGLE, shifted[:60], own[:60])
+    few, *_ = calibrate(SINGLE, shifted[:60], own[:60])
     assert few.offsets == ()
+
+
+def test_labels_that_depend_on_each_other_have_the_confidence_of_all_together():
+    draw = np.random.default_rng(4)
+    scores = np.repeat(1.5 * draw.normal(size=(3000, 1)), 3, axis=1)
+    own = np.repeat(
+        (draw.random((3000, 1)) < 1 / (1 + np.exp(-scores[:, :1]))).astype(float), 3, axis=1
+    )  # all three, or none
+    right = (own == (scores > 0)).all(axis=1)
+    fitted, _, crossed = calibrate(SEVERAL, scores[:200], own[:200])
+    chances = fitted.chances(SEVERAL, scores[200:])
+    errors = [
+        calibration_error(one.confidence(SEVERAL, chances, scores[200:] > 0), right[200:])
+        for one in (Calibration(), fitted)
+    ]
+    assert errors[0] > 0.15
+    assert errors[1] < 0.06
+    assert calibration_error(crossed, right[:200]) < 0.12
 
 
 def test_rows_that_are_all_right_or_all_wrong_keep_a_finite_scale():
     scores, own = np.eye(3)[[0, 1, 2] * 20] * 2, np.array([0, 1, 2] * 20)
     for answers in (own, (own + 1) % 3):
-        fitted, chances = calibrate(SINGLE, scores, answers)
+        fitted, chances, _ = calibrate(SINGLE, scores, answers)
         assert 0 < fitted.scale < 10
         assert np.isfinite(chances).all()
 
@@ -330,7 +348,7 @@ def test_sets_cover_what_was_asked_for_on_average_over_splits(problem, coverage)
             own = (np.random.default_rng(seed).random(scores.shape) < 1 / (1 + np.exp(-scores / 3))).astype(float)
         if problem == NUMBER:
             own = scores[:, 0] + np.random.default_rng(seed).normal(size=len(scores))
-        fitted, _ = calibrate(problem, scores[:200], own[:200])
+        fitted, *_ = calibrate(problem, scores[:200], own[:200])
         most = fitted.most_misfit(coverage)
         chances = fitted.chances(problem, scores[200:])
         misfits = (
