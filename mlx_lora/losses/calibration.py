@@ -60,11 +60,13 @@ class Calibration:
         own: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
         return cls(**own)
 
+    def scaled(self, scores: np.ndarray) -> np.ndarray:
+        """Return the scores, (N, K), as calibrated."""
+        return scores * self.scale + (np.array(self.offsets) if self.offsets else 0.0)
+
     def chances(self, problem: str, scores: np.ndarray) -> np.ndarray:
         """Return the probabilities of the labels, (N, K) float64; for numbers, the numbers."""
-        if problem == NUMBER:
-            return probabilities(problem, scores)
-        return probabilities(problem, scores * self.scale + (np.array(self.offsets) if self.offsets else 0.0))
+        return probabilities(problem, self.scaled(scores))
 
     def confidence(self, problem: str, chances: np.ndarray, told: np.ndarray) -> np.ndarray:
         """Return the probability that answers are right, (N,).

@@ -7,7 +7,7 @@ the adapter.
 
 What a validation learns about the scores is kept with the adapter, too: for several labels a threshold of each one's probability,
 and how confidences are calibrated (losses/calibration.py). Rows that choose (which adapter is the best one, and thresholds)
-are not those that calibrate. What the run reports is with thresholds of 1/2, because one that was chosen on the rows it is measured
+are not those that calibrate; their loss is that of the calibrated scores. What the run reports is with thresholds of 1/2, because one that was chosen on the rows it is measured
 on looks better than it is.
 
 Shapes: B rows, T columns, P positions (one for each row, then padding), N texts of a set, K outputs, C columns of targets.
@@ -232,29 +232,30 @@ class Classify(ScoredTexts):
         """
         chooses |= self.questions[0].problem_type == SEVERAL and not self.questions[0].name
         choosing = calibrating = np.full(len(scores), True)
-        if fits and chooses and len(scores) >= ENOUGH:
+        if apart := fits and chooses and len(scores) >= ENOUGH:
             calibrating = np.random.default_rng(0).permutation(len(scores)) % CHOOSING > 0
             choosing = ~calibrating
         total, count, details, reports = 0.0, 0.0, {}, dict[str, list[float]]()
         found: dict[str, float] = {}
         for number, (one, columns, own) in enumerate(parts(self.questions)):
             have = ~np.isnan(targets[:, own][:, 0])
-            mine = have & choosing
-            losses, weight, _, _ = one.trained(mx.array(scores[mine][:, columns]), mx.array(targets[mine][:, own]))
-            lost, weights = (float(np.array(each).sum(dtype=np.float64)) for each in (losses, weight))
-            total, count = total + one.weight * lost, count + one.weight * weights
-            if not mine.any():
+            mine, others = (
+                (scores[rows][:, columns], targets[rows][:, own]) for rows in (have & choosing, have & calibrating)
+            )
+            if not len(mine[0]):
                 continue
             question = replace(one, calibration=Calibration(), thresholds=()) if fits else one
-            question, told, tables = question.measured(
-                scores[mine][:, columns], targets[mine][:, own], not question.thresholds
-            )
+            question, told, tables = question.measured(*mine, not question.thresholds)
             if fits:
-                mine = have & calibrating
-                question, sure = question.calibrated(scores[mine][:, columns], targets[mine][:, own])
+                question, sure = question.calibrated(*others)
                 self.questions[number] = question
             else:
-                sure = question.confidences(scores[mine][:, columns], targets[mine][:, own])
+                sure = question.confidences(*mine)
+            # As calibrated by other rows: a model that grows too sure of itself may still become more right (arXiv 2501.19195).
+            how = question.calibration if apart or not fits else Calibration()
+            losses, weight, _, _ = one.trained(mx.array(how.scaled(mine[0])), mx.array(mine[1]))
+            lost, weights = (float(np.array(each).sum(dtype=np.float64)) for each in (losses, weight))
+            total, count = total + one.weight * lost, count + one.weight * weights
             if sure is not None:
                 told |= {name: sure["after"][name][0] for name in ("ece", "brier")}
                 tables["confidence"] = sure
