@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mlx_lora.api import options as flags
-from mlx_lora.config.defaults import MANY_UPDATES, epochs_for, rows_per_step
+from mlx_lora.config.defaults import UPDATES_OF_WORDINGS, epochs_for, rows_per_step
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.data_sets import find_sets
 from mlx_lora.objectives.rephrase import read_questions, rephrase
@@ -60,6 +60,6 @@ def main(file: flags.NewFile, number: int, **given: Any) -> None:
             write(record)
     click.echo("\n  ".join([f"{len(records):,} rows in {file.out}: {lines[0]}", *lines[1:]]))
     rows = rows_per_step(len(asked))  # as a run with --rephrase has them: wordings are no further examples
-    epochs = epochs_for(math.ceil(len(records) / rows), MANY_UPDATES)
+    epochs = epochs_for(math.ceil(len(records) / rows), UPDATES_OF_WORDINGS)
     command = ["train", "--data", str(file.out), "--batch-size", str(rows), "--epochs", f"{epochs:g}"]
     click.echo(f"Look at them, change what you do not like, and train: {command_line(command)}")

@@ -34,9 +34,8 @@ TOO_LOW, TOO_HIGH = 1 / 40, 6  # times the chosen rate: outside, training hardly
 
 FEWEST_ROWS, MOST_ROWS = 4, 32  # per step
 UPDATES = 100  # that a small set is trained for
-# With --rephrase, after which each fact is known under its other wordings, too; and with several questions, each of which learns
-# from a few numbers of a text (MiniLM, 300 texts, 4 questions: 75% of the folders are right, and 54% after 87 updates).
-MANY_UPDATES = 250
+UPDATES_OF_WORDINGS = 250  # with --rephrase, after which each fact is known under its other wordings, too
+UPDATES_OF_QUESTIONS = 350  # of one text, each of which learns from a few numbers alone
 MOST_EPOCHS = 20
 FEW_STEPS = 40  # with fewer, a model hardly changes
 FEW_STEPS_OF_HEAD = 10  # a new head with its higher rate fits a handful of texts in 20
@@ -138,7 +137,8 @@ def with_length(
     open_length, several = loop.iters is None and loop.epochs is None, not settings.objective.samples
     if open_length:
         per_epoch = steps_per_epoch(loop, data)
-        updates = MANY_UPDATES if settings.data.rephrase or settings.data.label_columns else UPDATES
+        updates = UPDATES_OF_WORDINGS if settings.data.rephrase else UPDATES
+        updates = UPDATES_OF_QUESTIONS if settings.data.label_columns else updates
         loop = replace(loop, epochs=begun_with or epochs_for(per_epoch if several else 0, updates))
     defaults = {"steps_per_eval": STEPS_PER_EVAL, "keep_best": False, "early_stopping_patience": 0}
     whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
