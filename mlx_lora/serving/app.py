@@ -39,7 +39,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -72,7 +71,7 @@ from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
-from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, unrouted_twin
+from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, twin_of
 from mlx_lora.engine.engine import (
     AnswerForms,
     Ask,
@@ -93,8 +92,6 @@ from mlx_lora.engine.engine import (
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
-from mlx_lora.models.load import Base
-from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import open_embedder, stored_choices
 from mlx_lora.objectives.questions import Acting
 from mlx_lora.objectives.scored_texts import TextScorer, decision_form, in_order, vllm_form
@@ -1015,12 +1012,6 @@ async def a_few_at_a_time(
         text = without_paths(" ".join(str(error).split()), engine)
         raise ApiError(400, text, "invalid_value") from None
     return np.concatenate(found), tokens
-
-
-def twin_of(base: Base) -> Base:
-    """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
-    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
-    return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
 
 
 def texts_of(given: Any, name: str) -> list[Text]:

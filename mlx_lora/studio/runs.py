@@ -32,7 +32,7 @@ from typing import Any
 from mlx_lora.api.evaluate import badges
 from mlx_lora.config.fields import flag_words
 from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
-from mlx_lora.config.objectives import row_of
+from mlx_lora.config.objectives import LABELED, row_of
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.file_formats import SUFFIXES
@@ -363,7 +363,8 @@ class RunListing:
 
 
 def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return whether an adapter can be talked to beside its base (`talks`), and what it is not exported to, and why (`refused`).
+    """Return whether an adapter can be talked to beside its base (`talks`), whether it sorts texts instead (`sorts`), and what it
+    is not exported to, and why (`refused`).
 
     Args:
         settings: of the run that trained it.
@@ -378,7 +379,9 @@ def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
          ("gguf", "gguf-adapter", "mlx-lm", "ollama")),
     )  # fmt: skip
     refused = {program: why for applies, why, programs in reasons if applies for program in programs}
-    return {"talks": not (whole or modules or not row.writes), "refused": refused}
+    return {
+        "talks": not (whole or modules or not row.writes), "sorts": settings.get("objective") in LABELED, "refused": refused,
+    }  # fmt: skip
 
 
 def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ ABOVE = {
 }  # fmt: skip
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
 # Names that the applications import from the core, all together; the plan is a facade of 47.
-MOST_NAMES = 523
+MOST_NAMES = 524
 # Modules of ours that come with a module.
 MOST_WITH_IT = {"trainer.step": 20, "trainer.trainer": 24, "objectives.sft": 44}
 

@@ -174,6 +174,7 @@ export const deleteRun = (id, name) => call("DELETE", "runs/" + part(id), { conf
 
 export const readAdapters = () => get("adapters");
 export const readTalked = ({ model, revision }, signal) => post("talk/model", { model, revision }, signal);
+export const sortTexts = (asked, signal) => post("talk/sort", asked, signal);
 export const closeTalk = () => post("talk/close");
 export async function talk(question, heard, signal) {
   for await (const event of events(await call("POST", "talk", question, signal))) heard(event);

@@ -442,7 +442,9 @@ export function LiveRun({ id, title, onState, more }) {
         !ACTIVE.has(run.state) &&
         html`
           <p>
-            <a class="button first" href=${linkTo("talk", run.id)}>Talk to it</a>
+            <a class="button first" href=${linkTo("talk", run.id)}>
+              ${run.objective === "classify" ? "Sort texts with it" : "Talk to it"}
+            </a>
           </p>
         `
       }

@@ -1,9 +1,11 @@
-// Talk & ship: the same question to two models side by side, base, adapters or blends of them; then take one along.
+// Talk & ship: the same question to two models side by side, base, adapters or blends of them, or many texts to a
+// classifier; then take one along.
 import { useEffect, useMemo, useRef, useState } from "../pages/vendor/hooks.module.js";
 import { html, Button, Card, Empty, Field, Fold, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
 import { changeProject, go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
 import { counted, lastPart, rate, shortPath } from "../pages/format.js";
 import { Ship } from "../pages/ship.js";
+import { Sorter } from "../pages/sort.js";
 import { contentOf, MOST, Pictures, readPicture } from "../pages/pictures.js";
 import { numberReader, Typed } from "../pages/typed.js";
 import * as api from "../pages/api.js";
@@ -454,7 +456,7 @@ export function Place({ path }) {
   const [answer, problem, again] = useAsked(() => Promise.all([api.readAdapters(), api.readModels()]), []);
   const adapters = answer?.[0].adapters || [];
   const bases = useMemo(() => {
-    const talking = adapters.filter((one) => one.talks !== false);
+    const talking = adapters.filter((one) => one.talks !== false || one.sorts);
     const same = adapters.find((one) => one.base === chosen && !one.revision);
     const file = same ? same.file : answer?.[1].models.find((one) => one.id === chosen)?.path;
     const all = [...talking, { base: chosen, file }, ...adapters].filter((one) => one.base).map(baseOf);
@@ -472,6 +474,13 @@ export function Place({ path }) {
     (wanted?.base && baseOf(wanted)) ||
     bases.find((one) => one.model === chosen) ||
     bases[0];
+  // A classifier writes nothing: it sorts texts, where the others chat.
+  const [ways, setWays] = useState({}); // by base: the path of a classifier, or "" for the chat
+  const sorters = base ? adapters.filter((one) => one.sorts && isOn(base)(one)) : [];
+  const chats = adapters.some((one) => one.talks !== false && base && isOn(base)(one));
+  const usual = sorters.find((one) => one === wanted) || (chats || wanted ? null : sorters[0]);
+  const way = base && (ways[keyOf(base)] ?? usual?.path ?? "");
+  const sorter = sorters.find((one) => one.path === way);
   const free = () =>
     api.closeTalk().then(
       () => tell("The model left the memory"),
@@ -491,9 +500,11 @@ export function Place({ path }) {
       `}
     >
       ${
-        view === "talk"
-          ? "Ask two models the same question, and see what training changed."
-          : "Take an adapter along to other programs."
+        view !== "talk"
+          ? "Take an adapter along to other programs."
+          : sorter
+            ? "Sort texts with a classifier, and see which answers to leave to a person."
+            : "Ask two models the same question, and see what training changed."
       }
     <//>
     <${Problem} again=${again}>${problem}<//>
@@ -534,19 +545,45 @@ export function Place({ path }) {
                 )}
               </select>
             <//>
+            ${
+              view === "talk" &&
+              sorters.length > 0 &&
+              html`
+                <${Field} label="What to do with it" id="talk-way">
+                  <select
+                    id="talk-way"
+                    onChange=${(event) => setWays({ ...ways, [keyOf(base)]: event.target.value })}
+                  >
+                    <option value="" selected=${!sorter}>Chat</option>
+                    ${sorters.map(
+                      (one) => html`
+                        <option key=${one.path} value=${one.path} selected=${one === sorter}>
+                          Sort texts with ${one.name}
+                        </option>
+                      `,
+                    )}
+                  </select>
+                <//>
+              `
+            }
             ${view === "talk" && html`<${Button} small onClick=${free}>Free its memory<//>`}
           </div>
+          ${view === "talk" && sorter && html`<${Sorter} key=${sorter.path} base=${base} adapter=${sorter} />`}
           ${
-            view === "talk"
-              ? html`
-                <${Chat}
-                  key=${keyOf(base)}
-                  base=${base}
-                  adapters=${adapters}
-                  first=${wanted?.base && isOn(base)(wanted) && wanted.talks !== false ? wanted : null}
-                />
+            view === "talk" &&
+            !sorter &&
+            html`
+              <${Chat}
+                key=${keyOf(base)}
+                base=${base}
+                adapters=${adapters}
+                first=${wanted?.base && isOn(base)(wanted) && wanted.talks !== false ? wanted : null}
+              />
               `
-              : html`<${Ship} key=${base.model} model=${base.model} adapters=${adapters} home=${machine.get()?.home} />`
+          }
+          ${
+            view !== "talk" &&
+            html`<${Ship} key=${base.model} model=${base.model} adapters=${adapters} home=${machine.get()?.home} />`
           }
         </div>
       `

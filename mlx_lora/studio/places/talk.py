@@ -1,4 +1,5 @@
-"""The Talk place: one conversation answered in several columns, each with its adapters, over one base in memory; and exports."""
+"""The Talk place: one conversation answered in several columns, each with its adapters, over one base in memory; texts that a
+classifier sorts, over the same base; and exports."""
 
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.api.export import FORMATS, ExportSettings
+from mlx_lora.api.texts import load_scorer
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import row_of
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
+from mlx_lora.data.examples import Text
+from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of, twin_of
 from mlx_lora.engine.engine import (
     Ask,
     Engine,
@@ -43,10 +46,11 @@ from mlx_lora.engine.engine import (
     picture_prompt,
     read_chat,
 )
-from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, with_limits_of_run
 from mlx_lora.gguf.write import TYPES
-from mlx_lora.models.load import load_base
+from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.vision import has_tower
+from mlx_lora.objectives.scored_texts import TextScorer
 from mlx_lora.studio.app import Studio
 from mlx_lora.studio.folders import free_path, safe_name
 from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model, json_of
@@ -59,6 +63,8 @@ from mlx_lora.utils.text import command_line, gigabytes, model_flags
 TALK = "/api/talk"
 MOST_TALK_BYTES = 32 * 10**6  # of a conversation, which has its pictures in it
 MOST_COLUMNS, MOST_PARTS = 4, 8
+MOST_TEXTS, MOST_CHARACTERS = 1000, 20_000  # that are sorted at once, and of each of them
+TOGETHER = 16  # texts that are scored before answers are written again
 MOST_WEIGHT = 100.0
 ADAPTER_BYTES = 4 * 10**9  # of adapters in memory; those used longest ago leave it
 WAIT_S = 0.5  # for a piece, before it is seen whether the server ends
@@ -80,6 +86,7 @@ class Talk:
         self._base: ModelSettings | None = None
         self._lock = threading.RLock()
         self._pictures: PictureReader | None = None
+        self._scorer: tuple[Any, TextScorer] | None = None  # of the classifier that was asked last
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
     def close(self) -> None:
@@ -88,7 +95,7 @@ class Talk:
             if self._engine is None:
                 return
             self._engine.close()
-            self._engine = self._base = self._pictures = None
+            self._engine = self._base = self._pictures = self._scorer = None
             gc.collect()
             mx.clear_cache()
 
@@ -146,6 +153,39 @@ class Talk:
             raise ApiError(400, f"messages: {len(tokens):,} tokens, and this model takes {limit:,}; begin a new conversation",
                 "context_length_exceeded", "messages")  # fmt: skip
         return tokens, pictures
+
+    def sort(self, base: ModelSettings, folder: Path, texts: list[str]) -> dict[str, Any]:
+        """Return what a classifier says of texts, in their order, each with its `doubt`.
+
+        Args:
+            base: the model, its revision and bits, checked.
+            folder: of the adapter, checked.
+            texts: checked.
+
+        Raises:
+            ApiError: base or adapter cannot be used.
+        """
+        warning, rows = None if self._base == base else self._memory_warning(base), list[dict[str, Any]]()
+        try:
+            engine = self._ready(base)
+            scorer = engine.call(lambda store: self._open_scorer(engine.base, folder)).result()
+            for start in range(0, len(texts), TOGETHER):
+                part = [Text(text, ends=False) for text in texts[start : start + TOGETHER]]
+                rows += engine.call(lambda store, part=part: scorer.predict(part)).result()
+        except Exception as error:  # api_error raises what is nobody's input
+            raise api_error(error) from None
+        calibrated = all("calibration" in one for one in scorer.head.get("questions") or [scorer.head])
+        told = [row | {"doubt": scorer.doubt(row)} for row in rows]
+        return {"warning": warning, "calibrated": calibrated, "rows": told}
+
+    def _open_scorer(self, base: Base, folder: Path) -> TextScorer:
+        """Return what scores texts with an adapter, in the engine's thread; the last one is kept."""
+        stamp, kept = (folder, (folder / WEIGHTS_FILE).stat().st_mtime_ns), self._scorer
+        if kept is None or kept[0] != stamp:
+            self._scorer = None  # its arrays go before the next ones come
+            data = with_limits_of_run(DataSettings(), (), folder)
+            kept = self._scorer = stamp, load_scorer(twin_of(base), folder, data)
+        return kept[1]
 
     def _ready(self, base: ModelSettings) -> Engine:
         """Return the engine of a base; another one is freed first."""
@@ -256,6 +296,7 @@ def routes(studio: Studio) -> list[BaseRoute]:
     return [
         Route(TALK, partial(answer, studio, talk), methods=["POST"]),
         json_route("/api/talk/model", partial(about_model, studio), "POST"),
+        json_route(f"{TALK}/sort", partial(sort, studio, talk), "POST"),
         json_route("/api/talk/close", lambda request, body: talk.close() or {"closed": True}, "POST"),
         json_route("/api/export", partial(export, studio), "POST"),
         json_route("/api/export/needs", lambda request, body: needs()),
@@ -281,6 +322,24 @@ async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
         asked["messages"] = [first, *said[0]]
         own = [given and [first, *messages] for given, messages in zip(own, said[1:], strict=True)]
     return events(request, talk.answer(base, columns, asked, own))
+
+
+def sort(studio: Studio, talk: Talk, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/talk/sort: what a classifier says of texts, and the `column` of its data that has the label, if its run named it.
+
+    Raises:
+        ApiError: 400, the texts are none, too many or too long, or one is empty.
+    """
+    texts = body.get("texts")
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_TEXTS:
+        raise ApiError(400, f"texts: must be a list of 1 to {MOST_TEXTS:,} texts", "invalid_value", "texts")
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip() or len(text) > MOST_CHARACTERS:
+            raise ApiError(
+                400, f"texts: number {number} must be text of 1 to {MOST_CHARACTERS:,} characters", "invalid_value", "texts"
+            )  # fmt: skip
+    (((folder, _),),), base = _columns(studio, {**body, "columns": [{"adapters": [{"path": body.get("adapter")}]}]})
+    return {"column": read_settings_of(folder, None).get("label_column"), **talk.sort(base, folder, texts)}
 
 
 def _columns(studio: Studio, body: dict[str, Any]) -> tuple[list[list[tuple[Path, float]]], ModelSettings]:
