@@ -1,8 +1,10 @@
 """Calibrate the confidence of answers on held-out rows, measure how far it is off, and return sets that cover the truth.
 
 Scores are divided by a temperature (arXiv 1706.04599), and where that predicts held-out answers better, labels also get an offset
-each, which is Dirichlet calibration with one scale for all (arXiv 1910.12656). Both are fitted by likelihood, with a normal prior
-around leaving the scores as they are, so that rows which are all right do not make the confidence 1.
+each, which is Dirichlet calibration with one scale for all (arXiv 1910.12656). A share of the answers is taken to be as likely as
+any other, whatever the scores (ensemble temperature scaling without its middle part, arXiv 2003.07329): people label some rows
+wrong, and one temperature cannot have both a confidence of 0.95 at most and sure answers that are sure. All are fitted by
+likelihood, with a prior around leaving the scores as they are, so that rows which are all right do not make the confidence 1.
 
 What is measured of a calibration is cross-fitted: the confidence of each row is that of a fit on the other folds.
 
@@ -31,6 +33,11 @@ RESAMPLES = 200
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # of the table of coverage against accuracy
 STEPS, LEAST_SCALE = 50, 0.02
 PRIOR_OF_OFFSETS = 0.5  # their standard deviation
+ROUNDS, FIRST_GUESSED, PRIOR_OF_GUESSED = (
+    8,
+    0.02,
+    20,
+)  # of finding the share; the prior counts as so many answers that are not in it
 LEVEL, Z = 0.95, 1.96  # of intervals, and the normal distribution's quantile
 
 
@@ -42,6 +49,7 @@ class Calibration:
         rows: how many answers it was fitted on; 0: none, and scores are taken as they are.
         scale: of the scores, 1 / temperature.
         offsets: (K,) added to the scores; empty: none.
+        guessed: the share of answers that any label is as likely for.
         misfits: how badly each of these answers fits, in rising order: 1 - the probability of the truth, or for a number the
             absolute error.
         slope, intercept: of the log odds that all of several labels are right, because labels depend on each other.
@@ -50,6 +58,7 @@ class Calibration:
     rows: int = 0
     scale: float = 1.0
     offsets: tuple[float, ...] = ()
+    guessed: float = 0.0
     misfits: tuple[float, ...] = ()
     slope: float = 1.0
     intercept: float = 0.0
@@ -60,13 +69,18 @@ class Calibration:
         own: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in kept.items()}
         return cls(**own)
 
-    def scaled(self, scores: np.ndarray) -> np.ndarray:
-        """Return the scores, (N, K), as calibrated."""
-        return scores * self.scale + (np.array(self.offsets) if self.offsets else 0.0)
+    def scaled(self, problem: str, scores: np.ndarray) -> np.ndarray:
+        """Return the scores, (N, K), as calibrated: those that the losses and probabilities of the problem take."""
+        scaled = scores * self.scale + (np.array(self.offsets) if self.offsets else 0.0)
+        if not self.guessed:
+            return scaled
+        even = 1 / 2 if problem == SEVERAL else 1 / scores.shape[1]
+        chances = (1 - self.guessed) * probabilities(problem, scaled) + self.guessed * even
+        return np.log(chances / (1 - chances) if problem == SEVERAL else chances)
 
     def chances(self, problem: str, scores: np.ndarray) -> np.ndarray:
         """Return the probabilities of the labels, (N, K) float64; for numbers, the numbers."""
-        return probabilities(problem, self.scaled(scores))
+        return probabilities(problem, self.scaled(problem, scores))
 
     def confidence(self, problem: str, chances: np.ndarray, told: np.ndarray) -> np.ndarray:
         """Return the probability that answers are right, (N,).
@@ -152,32 +166,53 @@ def _fit(problem: str, scores: np.ndarray, targets: np.ndarray, told: np.ndarray
     found = _most_likely(np.stack([np.zeros_like(flat), flat], axis=1), targets.reshape(-1), False)
     odds = _log_odds(found.chances(SEVERAL, scores), told)
     right = (told == (targets > 0.5)).all(axis=1)
-    sure = _most_likely(np.stack([np.zeros_like(odds), odds], axis=1), right, True)
+    sure = _most_likely(np.stack([np.zeros_like(odds), odds], axis=1), right, True, rounds=0)
     return replace(found, rows=len(scores), slope=sure.scale, intercept=sure.offsets[1] - sure.offsets[0])
 
 
-def _most_likely(scores: np.ndarray, targets: np.ndarray, with_offsets: bool) -> Calibration:
-    """Return scale and offsets of the labels of a choice with the highest posterior, by Newton's method on a convex function."""
+def _most_likely(scores: np.ndarray, targets: np.ndarray, with_offsets: bool, rounds: int = ROUNDS) -> Calibration:
+    """Return what has the highest posterior for a choice: scale and offsets by Newton's method, which a share of guessed answers
+    alternates with (expectation maximization), or none with 0 rounds.
+    """
     scores, own = scores.astype(np.float64), targets.astype(int)
     count, labels = scores.shape
     parts = [scores[:, :, None]]
     if with_offsets:
         parts.append(np.broadcast_to(np.eye(labels), (count, labels, labels)))
     design = np.concatenate(parts, axis=2)  # (N, K, F)
-    start = np.eye(1, design.shape[2])[0]
+    values, weights, guessed = np.eye(1, design.shape[2])[0], np.ones(count), FIRST_GUESSED if rounds else 0.0
+    for _ in range(max(1, rounds)):
+        values = _newton(design, own, weights, values)
+        if guessed:
+            truth = (1 - guessed) * probabilities(SINGLE, design @ values)[np.arange(count), own]
+            weights = truth / (truth + guessed / labels)  # that an answer was not guessed
+            guessed = (count - float(weights.sum())) / (count + PRIOR_OF_GUESSED)
+    return Calibration(count, max(LEAST_SCALE, float(values[0])), tuple(map(float, values[1:])), guessed)
+
+
+def _newton(design: np.ndarray, own: np.ndarray, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return the values with the least loss, which is convex, of weighted answers to a choice, (F,).
+
+    Args:
+        design: (N, K, F) of which the values make scores.
+        own: (N,) numbers of the true labels.
+        weights: (N,) of the answers.
+        values: to start from.
+    """
+    start, rows = np.eye(1, len(values))[0], np.arange(len(own))
     prior = np.where(start > 0, 1.0, PRIOR_OF_OFFSETS**-2)
 
     def lost(values: np.ndarray) -> float:
-        truth = probabilities(SINGLE, design @ values)[np.arange(count), own]
-        return float(-np.log(np.maximum(truth, 1e-300)).sum() + 0.5 * (prior * (values - start) ** 2).sum())
+        truth = probabilities(SINGLE, design @ values)[rows, own]
+        return float(-(weights * np.log(np.maximum(truth, 1e-300))).sum() + 0.5 * (prior * (values - start) ** 2).sum())
 
-    values, loss = start, lost(start)
+    loss = lost(values)
     for _ in range(STEPS):
         chances = probabilities(SINGLE, design @ values)
         mean = np.einsum("nk,nkf->nf", chances, design)
-        gradient = (mean - design[np.arange(count), own]).sum(axis=0) + prior * (values - start)
+        gradient = (mean - design[rows, own]).T @ weights + prior * (values - start)
         apart = design - mean[:, None]
-        curvature = np.einsum("nk,nkf,nkg->fg", chances, apart, apart) + np.diag(prior)
+        curvature = np.einsum("nk,nkf,nkg->fg", chances * weights[:, None], apart, apart) + np.diag(prior)
         step, share = np.linalg.solve(curvature, gradient), 1.0
         while share > 1e-6 and lost(values - share * step) > loss:
             share /= 2
@@ -185,7 +220,7 @@ def _most_likely(scores: np.ndarray, targets: np.ndarray, with_offsets: bool) ->
         loss = lost(values)
         if before - loss < 1e-9 * max(1.0, abs(before)):
             break
-    return Calibration(count, max(LEAST_SCALE, float(values[0])), tuple(map(float, values[1:])))
+    return values
 
 
 # Measures

@@ -253,7 +253,7 @@ class Classify(ScoredTexts):
                 sure = question.confidences(*mine)
             # As calibrated by other rows: a model that grows too sure of itself may still become more right (arXiv 2501.19195).
             how = question.calibration if apart or not fits else Calibration()
-            losses, weight, _, _ = one.trained(mx.array(how.scaled(mine[0])), mx.array(mine[1]))
+            losses, weight, _, _ = one.trained(mx.array(how.scaled(one.problem_type, mine[0])), mx.array(mine[1]))
             lost, weights = (float(np.array(each).sum(dtype=np.float64)) for each in (losses, weight))
             total, count = total + one.weight * lost, count + one.weight * weights
             if sure is not None:

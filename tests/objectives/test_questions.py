@@ -7,6 +7,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -302,6 +303,20 @@ def test_a_temperature_brings_confidences_to_what_they_are_right_in():
     assert fitted.scale == pytest.approx(1 / 3, rel=0.25)
 
 
+def test_texts_that_people_label_wrong_leave_sure_answers_as_sure_as_they_can_be():
+    draw = np.random.default_rng(6)
+    scores = 6 * draw.normal(size=(4400, 4))
+    own = np.array([draw.choice(4, p=one) for one in probabilities(SINGLE, scores)])
+    own = np.where(draw.random(len(own)) < 0.2, draw.integers(0, 4, len(own)), own)
+    fitted, *_ = calibrate(SINGLE, scores[:400], own[:400])
+    assert fitted.guessed == pytest.approx(0.2, abs=0.1)
+    chances, of_one = fitted.chances(SINGLE, scores[400:]), replace(fitted, guessed=0.0).chances(SINGLE, scores[400:])
+    errors = [calibration_error(p.max(axis=1), p.argmax(axis=1) == own[400:]) for p in (chances, of_one)]
+    assert errors[0] < 0.05 < errors[1]
+    far = fitted.scaled(SINGLE, np.array([[1e6, 0.0, 0.0, -1e6]]))
+    assert probabilities(SINGLE, far)[0, 0] == pytest.approx(1 - 0.75 * fitted.guessed)
+
+
 def test_offsets_are_fitted_where_labels_are_shifted_and_rows_are_many():
     scores, own = drawn(1, 1000)
     shifted = scores / 3 + np.array([3.0, 0, 0, 0])
@@ -374,7 +389,7 @@ def test_intervals_of_a_calibration_error_hold_the_true_one(off):
 
 def test_sets_of_labels_are_never_empty_and_have_what_was_predicted():
     question = Question(
-        "q", SINGLE, ("a", "b", "c"), calibration=Calibration(100, 1.0, (), tuple(np.linspace(0, 0.2, 100)))
+        "q", SINGLE, ("a", "b", "c"), calibration=Calibration(100, misfits=tuple(np.linspace(0, 0.2, 100)))
     )
     answers = question.answers(np.array([[3.0, 2.9, -3], [0.1, 0, 0]]), Acting(0.9, 0.5))
     assert [one["set"] for one in answers] == [["a"], ["a"]]
@@ -411,7 +426,7 @@ def test_answers_have_the_forms_of_decision_clients_and_of_vllm(tiny_folder, dec
 
 
 def test_questions_are_kept_as_json_and_read_back():
-    question = Question("q", ORDINAL, ("1", "2"), 2.0, calibration=Calibration(50, 0.5, (0.1, -0.1), (0.2, 0.3)))
+    question = Question("q", ORDINAL, ("1", "2"), 2.0, calibration=Calibration(50, 0.5, (0.1, -0.1), 0.05, (0.2, 0.3)))
     assert Question.of(json.loads(json.dumps(question.to_dict()))) == question
     assert problem_of([1, 2.5]) == NUMBER
     with pytest.raises(InputError, match="two labels"):
