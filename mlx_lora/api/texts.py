@@ -26,9 +26,11 @@ from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Te
 from mlx_lora.data.file_formats import read_records
 from mlx_lora.data.labeled import Labeled
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
+from mlx_lora.engine.adapter_store import unrouted_twin
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.losses.scores import retrieval, spearman
 from mlx_lora.models.load import Base
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.embed import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.objectives.questions import AS_THEY_ARE, Acting
 from mlx_lora.objectives.scored_texts import ERROR, TextScorer, in_order
@@ -322,9 +324,9 @@ def load_scorer(
     data: DataSettings,
     batch_tokens: int | None = None,
     ignore_fingerprint: bool = False,
-    objective: str = CLASSIFY,
+    objective: str | None = CLASSIFY,
 ) -> TextScorer:
-    """Put the adapter of an objective on a base, and return what scores texts with it.
+    """Put the adapter of an objective (None: of any) on a base, and return what scores texts with it.
 
     Raises:
         InputError: it does not fit the base, or has no score head.
@@ -335,9 +337,15 @@ def load_scorer(
     scorer = TextScorer.of(base, info.head, data, batch_tokens)
     if info.head is None and objective == RERANK and len(scorer.head["labels"]) == 0:
         scorer = replace(scorer, head=scorer.head | {"objective": objective})  # PEFT does not say what one output means
-    if scorer.head["objective"] != objective:
+    if objective and scorer.head["objective"] != objective:
         raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
     return scorer
+
+
+def twin_of(base: Base) -> Base:
+    """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
+    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
+    return replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
 
 
 @speaks_python(adapter_path="adapter")

@@ -47,7 +47,6 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower, with_limits_of_run
 from mlx_lora.models.generator import REMEMBERED, Adapters, Routing
 from mlx_lora.models.load import Base
-from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 from mlx_lora.utils.hub import HUB_ID, no_adapter_folder, resolve_adapter
 
@@ -318,12 +317,6 @@ def unrouted_twin(value: Any, twins: dict[int, nn.Module] | None = None) -> Any:
     if isinstance(value, list):
         return [unrouted_twin(child, twins) for child in value]
     return {name: unrouted_twin(child, twins) for name, child in value.items()} if isinstance(value, dict) else value
-
-
-def twin_of(base: Base) -> Base:
-    """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
-    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
-    return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
 
 
 # Hold the adapters that a server knows, some of them in memory

@@ -66,12 +66,13 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Route
 from transformers import PreTrainedTokenizerBase
 
+from mlx_lora.api.texts import load_scorer, twin_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_template import own_template, template_shows
 from mlx_lora.data.examples import Text
-from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name, twin_of
+from mlx_lora.engine.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
 from mlx_lora.engine.engine import (
     AnswerForms,
     Ask,
@@ -89,7 +90,7 @@ from mlx_lora.engine.engine import (
     read_chat,
     read_completion,
 )
-from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
+from mlx_lora.exporters.adapter_folder import with_limits_of_run
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.generator import TokenReport
 from mlx_lora.objectives.embed import open_embedder, stored_choices
@@ -827,11 +828,8 @@ class TextModels:
             raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
 
         def open_scorer(folder: Path) -> TextScorer:
-            twin = twin_of(engine.base)
-            info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
-            if info.chat_template:
-                twin.hf_tokenizer.chat_template = info.chat_template
-            return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
+            data = with_limits_of_run(DataSettings(), (), folder)
+            return load_scorer(twin_of(engine.base), folder, data, None, engine.ignore_fingerprint, None)
 
         self._scorers = {
             name: engine.call(lambda store, folder=folder: open_scorer(folder)).result()

@@ -25,13 +25,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.api.export import FORMATS, ExportSettings
-from mlx_lora.api.texts import load_scorer
+from mlx_lora.api.texts import load_scorer, twin_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import row_of
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.examples import Text
-from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of, twin_of
+from mlx_lora.engine.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
 from mlx_lora.engine.engine import (
     Ask,
     Engine,
