@@ -68,7 +68,7 @@ def scores_of(model: str, adapter: Path, texts: list[str]) -> tuple[list[Questio
     base = mlx_lora.load(model)
     with base.loaded.lent() as lent:
         scorer = load_scorer(lent, adapter, DataSettings())
-        encoded, _ = scorer.encode([Text(one, ends=False) for one in texts])
+        encoded, *_ = scorer.encode([Text(one, ends=False) for one in texts])
         return in_head(scorer.head), scorer.score(encoded, len(texts))
 
 

@@ -27,9 +27,9 @@ OWN = ("self", "cls")
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # of the standard library, in spite of their names
 # What is measured -> (what the house is to have, the bar today).
 BARS: dict[str, tuple[float, float]] = {
-    "statements of the core": (34_500, 41_330),
+    "statements of the core": (34_500, 41_400),
     "statements of the applications": (7_900, 8_355),
-    "lines of the package": (80_000, 99_730),
+    "lines of the package": (80_000, 99_840),
     "modules": (265, 284),
     "modules of a plain run": (88, 130),
     "members of Objective": (14, 14),
@@ -39,8 +39,8 @@ BARS: dict[str, tuple[float, float]] = {
     "batch arrays taken by number": (0, 0),
     "refused combinations as code": (65, 82),
     "imports, definitions, returns, in percent": (30, 33.9),
-    "statements of the tests": (37_000, 47_440),
-    "lines of the tests": (62_000, 78_690),
+    "statements of the tests": (37_000, 47_500),
+    "lines of the tests": (62_000, 78_790),
 }
 
 

@@ -24,7 +24,7 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSe
 from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
 from mlx_lora.data.file_formats import read_records
-from mlx_lora.data.labeled import Labeled
+from mlx_lora.data.labeled import Labeled, Pictured
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.engine.adapter_store import unrouted_twin
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
@@ -279,7 +279,7 @@ def predict(
 
     Args:
         base: from `load`, or a model's name; it stays as it is.
-        texts: a text, or a list of texts, or of records as they were trained on.
+        texts: a text, or a list of texts, or of records as they were trained on, such as `{"image": "001.jpg"}`.
         adapter: folder or hub id of an adapter that was trained with `objective="classify"`, here or by PEFT.
         answer_above: also say of each answer whether to ask a person (`ask_a_person`), because its probability is lower.
         coverage: also give the labels, or the ends of the interval, that have the truth with this probability (`set`, `between`).
@@ -303,6 +303,7 @@ def predict(
         found = example_of(
             {"text": one} if isinstance(one, str) else one,
             replace(data, text_column=None) if isinstance(one, str) else data,
+            "vision_config" in base.loaded.config,
         )
         if isinstance(found, str):
             raise InputError(f"texts: number {number}: {found}")
@@ -389,10 +390,10 @@ def rerank(
     return [{"index": i, "score": score, "document": documents[i]} for i, score in in_order(scores)[:top_n]]
 
 
-def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:
-    """Return the text of a record, or why there is none."""
+def example_of(record: Fields, data: DataSettings, sees: bool) -> Text | Conversation | str:
+    """Return the text of a record, or what it asks about pictures if the model sees them, or why there is none."""
     try:
-        return Labeled.parse(record, data, needs_label=False).example
+        return (Pictured if sees else Labeled).parse(record, data, needs_label=False).example
     except FormatError as error:
         return str(error)
 
@@ -407,7 +408,7 @@ def predicted_records(
     """
     records = records_of(data)
     while chunk := list(islice(records, CHUNK)):
-        read = [one if isinstance(one, str) else example_of(one, data) for one in chunk]
+        read = [one if isinstance(one, str) else example_of(one, data, scorer.sees) for one in chunk]
         places = [number for number, one in enumerate(read) if not isinstance(one, str)]
         answers = dict(
             zip(places, scorer.predict([one for one in read if not isinstance(one, str)], acting), strict=True)

@@ -38,6 +38,9 @@ FORMS = (".jsonl", ".csv")
 @flags.settings_options("model", leave_out=("decode_weights",))
 @flags.adapter_options(help="Adapter folder, or hub id, of a run with --objective classify.", required=True)
 @click.option("--text", "texts", multiple=True, help="A text to label; may be repeated.")
+@click.option(
+    "--image", "images", multiple=True, help="A picture to label, if the model sees pictures; may be repeated."
+)
 @flags.setting_option("data")
 @flags.setting_option("text_column")
 @flags.setting_option("chat_column")
@@ -72,34 +75,42 @@ FORMS = (".jsonl", ".csv")
 def main(
     adapter: flags.OneAdapter,
     texts: tuple[str, ...],
+    images: tuple[str, ...],
     out: str | None,
     force: bool,
     batch_tokens: int | None,
     **given: Any,
 ) -> None:
-    """Label each --text, or each record of --data, with a classifier."""
+    """Label each --text or --image, or each record of --data, with a classifier."""
     acting, doubtful = Acting(given.pop("answer_above"), given.pop("coverage")), given.pop("doubtful")
-    check_options("predict", {"adapter_path": adapter.adapter_path, "text": texts, "data": given.get("data")})
+    asked = [{"text": one} for one in texts] + [{"image": str(Path(one).expanduser().resolve())} for one in images]
+    check_options(
+        "predict", {"adapter_path": adapter.adapter_path, "text": (*texts, *images), "data": given.get("data")}
+    )
     settings = train_settings({**given, "objective": CLASSIFY})
     path, columns = Path(out).expanduser() if out else None, None
     if path is not None:
         if path.suffix.lower() not in FORMS or not path.parent.is_dir():
             raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
-        read = [] if texts else all_files(settings.data.data or "")
+        read = [] if asked else all_files(settings.data.data or "")
         flags.NewFile(path, force).check(one.path for one in read)
         if path.suffix.lower() == ".csv":
-            columns = ["text"] if texts else [name for name in data_columns(settings.data) if name != ERROR]
+            columns = (
+                list({name: None for one in asked for name in one})
+                if asked
+                else [name for name in data_columns(settings.data) if name != ERROR]
+            )
     folder: Any = adapter.folder()
     settings = with_settings_of_run(settings, given, folder)
     examples, plain = [], replace(settings.data, text_column=None, chat_column=None)
-    for text in texts:
-        if isinstance(found := example_of({"text": text}, plain), str):
-            raise InputError(f"--text {text!r}: {found}")
+    for record in asked:
+        if isinstance(found := example_of(record, plain, "image" in record), str):
+            raise InputError(f"--text {record['text']!r}: {found}")
         examples.append(found)
     scorer = load_scorer(load_base(settings.model), folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
-    if texts:
-        answered = zip(texts, scorer.predict(examples, acting), strict=True)
-        records: Iterable[tuple[Fields, bool]] = (({"text": text, **one}, ERROR in one) for text, one in answered)
+    if asked:
+        answered = zip(asked, scorer.predict(examples, acting), strict=True)
+        records: Iterable[tuple[Fields, bool]] = (({**record, **one}, ERROR in one) for record, one in answered)
     else:
         records = predicted_records(scorer, settings.data, acting)
     if doubtful is not None:

@@ -97,7 +97,12 @@ OBJECTIVES = {
     "rloo": ObjectiveRow("grpo.policy", "prompts", rewarded=True, leaves_one_out=True, pictures=True),
     "distill": ObjectiveRow("distill.distill", imitates=True, taught=True),
     "classify": ObjectiveRow(
-        "classify.classify", "labeled", scores=True, on_encoders=True, metrics=("accuracy", "macro_f1")
+        "classify.classify",
+        "labeled",
+        scores=True,
+        on_encoders=True,
+        pictures=True,
+        metrics=("accuracy", "macro_f1"),
     ),
     "rerank": ObjectiveRow(
         "rerank.Rerank",

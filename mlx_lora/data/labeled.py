@@ -5,6 +5,8 @@ joined with line breaks; or a chat as `messages`, which the chat template render
 model would answer. `--text-column` names other columns.
 What the label means is the objective's business.
 
+A record with pictures, in any of the forms of data/images.py, is a question to the model about them, with or without a text.
+
 Each text is one row. Its tokens are those of `tokenizer(text)`, with the tokens that the tokenizer puts before a text, so that
 transformers computes the same with them; a longer text is cut at its end.
 
@@ -35,7 +37,6 @@ import jinja2
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
     Completion,
@@ -134,12 +135,46 @@ class Labeled(OwnEntry):
         cls, encoder: Encoder, entries: Sequence[Labeled], on_rows: Callable[[int], None] = lambda done: None
     ) -> Encoded:
         """Encode texts, one row each; nothing is a target, and each row's fact is its label."""
-        found, dropped, truncated = encode_texts(encoder, [entry.example for entry in entries])
+        found, dropped, truncated, shown = encode_texts(encoder, [entry.example for entry in entries])
         on_rows(len(entries))
         rows = [(tokens, np.zeros(len(tokens), bool)) for tokens in found.values()]
         facts = [{LABEL: entries[number].label} for number in found]
         encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        if shown:
+            encoded = replace(encoded, pictures=np.array([shown.get(number, 0) for number in found], np.int32))
         return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
+
+
+class Pictured(Labeled):
+    """A question about pictures, with its label; of a record without pictures, a text."""
+
+    @classmethod
+    def parse(cls, record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
+        from mlx_lora.data.images import COLUMNS, SUFFIXES, ImageConversation, with_marks  # a run of texts imports none
+
+        have = {key: value for key, value in record.items() if value not in (None, "")}
+        named = [name for name in COLUMNS if name in have]
+        if named[:1] == ["file_name"] and not str(have["file_name"]).lower().endswith(SUFFIXES):
+            named = []
+        rest = {key: value for key, value in have.items() if key not in named}
+        turns = next((rest[name] for name in (settings.chat_column, *CHATS) if name in rest), None)
+        if turns is None and named:
+            try:
+                text = _example(rest, usual_names(rest), settings)
+            except MissingColumn:
+                if settings.text_column:
+                    raise
+                text = Text("")
+            turns = [{"role": "user", "content": text.text if isinstance(text, Text) else ""}]
+        sources: dict[str, str | bytes] = {}
+        pictures = {name: have[name] for name in named[:1]}
+        marked = with_marks({"messages": turns, **pictures}, settings, sources) if isinstance(turns, list) else {}
+        if not sources:
+            return Labeled.parse(record, settings, needs_label)
+        plain = replace(settings, text_column=None, chat_column=None)
+        chat: Any = _example({**rest, **marked}, marked, plain)
+        label = label_of(have, settings) if needs_label else None
+        return cls(ImageConversation(chat.messages, chat.tools, chat.reasoning_field, chat.unread, sources), label)
 
 
 def label_of(record: Fields, settings: DataSettings) -> Any:
@@ -201,13 +236,16 @@ def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
 
 def encode_texts(
     encoder: Encoder, examples: Sequence[Example]
-) -> tuple[dict[int, np.ndarray], dict[int, str], list[int]]:
-    """Return number -> tokens (n,) int32 of texts and chats, number -> why there are none, and which were cut."""
+) -> tuple[dict[int, np.ndarray], dict[int, str], list[int], dict[int, int]]:
+    """Return number -> tokens (n,) int32 of texts and chats, number -> why there are none, which were cut, and number -> that of
+    their pictures in the run's table.
+    """
     tokenizer: Any = encoder.tokenizer
     ids: dict[int, list[int]] = {}
     dropped: dict[int, str] = {}
     texts = {number: example for number, example in enumerate(examples) if isinstance(example, Text)}
     cut: list[int] = []
+    shown: dict[int, int] = {}
     if texts:
         with tokenizer_panics("the data"):
             if has_pairs(tokenizer):
@@ -222,20 +260,28 @@ def encode_texts(
             if encoder.template is None:
                 raise InputError("chats require a chat template, but none was given; give one with --chat-template")
             try:
-                ids[number] = chat_tokens(
-                    tokenizer,
-                    example.messages,
-                    encoder.template,
-                    example.tools,
-                    encoder.day,
-                    encoder.allow_special_tokens,
-                )
+                asked = replace(example, messages=[*example.messages, ANSWER])
+                ids[number] = encoder.prompt_tokens(asked)
+                if pictures := encoder.picture_number(asked):
+                    shown[number] = pictures
+            except FormatError as error:
+                dropped[number] = str(error)
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 dropped[number] = f"the chat template refuses it ({error})"
+    dropped |= {
+        number: f"longer than --max-seq-length {encoder.max_tokens}, which would cut its pictures; make it longer"
+        for number in shown
+        if len(ids[number]) > encoder.max_tokens
+    }
     dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}
-    truncated = sorted([*cut, *(number for number, tokens in ids.items() if len(tokens) > encoder.max_tokens)])
-    found = {number: np.array(ids[number][: encoder.max_tokens], np.int32) for number in sorted(ids) if ids[number]}
-    return found, dict(sorted(dropped.items())), truncated
+    longer = (n for n, tokens in ids.items() if len(tokens) > encoder.max_tokens and n not in dropped)
+    truncated = sorted([*cut, *longer])
+    found = {
+        number: np.array(ids[number][: encoder.max_tokens], np.int32)
+        for number in sorted(ids)
+        if ids[number] and number not in dropped
+    }
+    return found, dict(sorted(dropped.items())), truncated, shown
 
 
 def has_pairs(tokenizer: Any) -> bool:
@@ -350,7 +396,7 @@ class Candidates(OwnEntry):
                 texts += [query_with(entries[number].query, one) for one in entries[number].documents]
                 owners += [number] * len(entries[number].documents)
                 grades += entries[number].grades
-        found, _, cut = encode_texts(encoder, texts)
+        found, _, cut, _ = encode_texts(encoder, texts)
         rows, facts, source, dropped = [], [], [], {}
         first = 0
         for numbers in places.values():

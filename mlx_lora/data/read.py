@@ -56,6 +56,7 @@ Entry = Example | Pair | Rated | Prompt | OwnEntry
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
 OWN_ENTRIES = {
     "labeled": ("labeled", "Labeled"),
+    "labeled with pictures": ("labeled", "Pictured"),
     "candidates": ("labeled", "Candidates"),
 }
 
@@ -344,7 +345,7 @@ def parse_record_of(
     """
     value = record.value
     if records in OWN_ENTRIES:  # which name their columns themselves
-        module, name_of_class = OWN_ENTRIES[records]
+        module, name_of_class = OWN_ENTRIES[records + " with pictures" * pictures]
         own: type[OwnEntry] = getattr(import_module(f"mlx_lora.data.{module}"), name_of_class)
         value = without_empty_cells(value, name, own.optional) if own.optional else value
         return records, [own.parse(value, settings)], []

@@ -208,7 +208,7 @@ class Classify(ScoredTexts):
             return {name: means[name] / means[count] for name, count in shares.items() if means[count]}
 
         kinds = ", ".join(dict.fromkeys(one.problem_type for one in self.questions))
-        return BoundObjective(
+        bound = BoundObjective(
             replace(loss, train=summed, measure=summed, description=f"classify ({kinds}); {words}"),
             arrays_of,
             reports=tuple({**shares, **dict.fromkeys(shares.values())}),
@@ -216,6 +216,7 @@ class Classify(ScoredTexts):
             whole_set=WholeSet(scored, examples, measured),
             details=lambda: self._details,
         )
+        return bound if self.pictures is None else self.pictures.shown_to(bound, ctx.base.model)
 
     # What is measured of a whole set
 

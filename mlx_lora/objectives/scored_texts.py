@@ -11,7 +11,10 @@ Shapes: N texts, K outputs of the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -20,6 +23,7 @@ import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.chat_template import resolve_template
+from mlx_lora.data.data_sets import all_files
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation, Text
 from mlx_lora.data.labeled import LABEL, encode_texts, query_with
@@ -29,14 +33,18 @@ from mlx_lora.losses.cross_entropy import Arrays, Loss, token_arrays
 from mlx_lora.losses.scores import NUMBER, ORDINAL, SEVERAL, SINGLE
 from mlx_lora.models.config import is_encoder
 from mlx_lora.models.head import SCORE, body_of, scores_at, with_last_block
+from mlx_lora.models.image_inputs import prepare_rotation, with_images
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
 from mlx_lora.objectives.questions import AS_THEY_ARE, CONFIDENCE, PREDICTED, Acting, in_head, parts
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.image_tokens import ImageReader
     from mlx_lora.data.load import DataSplits
     from mlx_lora.objectives.base import RunContext
+    from mlx_lora.objectives.vision_encoder import VisionEncoder
 
 ANSWERS, ERROR = "answers", "error"
 
@@ -46,6 +54,7 @@ class ScoredTexts(Objective):
     """An objective whose score head an encoder may have, too."""
 
     def open(self, ctx: RunContext) -> None:
+        super().open(ctx)
         if ctx.settings.loop.cache_trunk == "on" and is_encoder(ctx.base.model):
             raise InputError(
                 f"--cache-trunk on with --model {ctx.base.model_id}: an encoder's blocks depend on the length of a row; leave it out"
@@ -121,14 +130,36 @@ class TextScorer:
             head = {"objective": "classify", "problem_type": SINGLE if outputs > 1 else NUMBER, "labels": named}
         return cls(base, head, data, batch_tokens or DEFAULT_BATCH_TOKENS)
 
-    def encode(self, texts: Sequence[Text | Conversation]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
-        """Return number -> tokens of texts, and why others have none.
+    @property
+    def sees(self) -> bool:
+        """Whether it may be asked about pictures."""
+        return "vision_config" in self.base.config
+
+    @cached_property
+    def _eyes(self) -> tuple[ImageReader, VisionEncoder]:
+        """What reads pictures and sees them: those below the folders of --data, or of Python's caller all."""
+        from mlx_lora.data.image_tokens import ImageReader, ImageTable  # texts need none of it
+        from mlx_lora.models.vision import open_tower
+        from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
+
+        vision = VisionEncoder.of(self.base, self.data, ImageTable.empty(), open_tower(self.base))
+        put_template(self.base.hf_tokenizer, self.base.folder, self.data, vision.processor.family)
+        prepare_rotation(self.base.model, vision.spec)
+        roots = [one.path.parent for one in all_files(self.data.data)] if self.data.data else [Path.cwd(), Path("/")]
+        reader = ImageReader(vision.processor, list(dict.fromkeys(roots)), vision.table, vision.tower.token)
+        return reader.fetching(self.data.fetch_images), vision
+
+    def encode(
+        self, texts: Sequence[Text | Conversation]
+    ) -> tuple[dict[int, np.ndarray], dict[int, str], dict[int, int]]:
+        """Return number -> tokens of texts, why others have none, and number -> that of their pictures.
 
         Raises:
-            InputError: there is a chat, and no template.
+            InputError: there is a chat, and no template; or the model cannot see pictures.
         """
         tokenizer: Any = self.base.hf_tokenizer
         chats = any(isinstance(text, Conversation) for text in texts)
+        reader = self._eyes[0] if chats and any(hasattr(text, "sources") for text in texts) else None
         template = resolve_template(self.data.chat_template, tokenizer)[0] if chats else None
         encoder = Encoder(
             tokenizer,
@@ -136,28 +167,42 @@ class TextScorer:
             max_seq_length=within_positions(self.data, self.base.model).max_seq_length,
             allow_special_tokens=self.data.allow_special_tokens,
         )
-        return encode_texts(encoder, texts)[:2]
+        tokens, dropped, _, shown = encode_texts(encoder if reader is None else reader.encoder(encoder), texts)
+        return tokens, dropped, shown
 
-    def score(self, encoded: Mapping[int, np.ndarray], count: int) -> np.ndarray:
+    def score(
+        self, encoded: Mapping[int, np.ndarray], count: int, shown: Mapping[int, int] | None = None
+    ) -> np.ndarray:
         """Return the scores of texts, (count, K) float32, NaN for numbers without tokens.
 
         Args:
             encoded: number -> tokens.
             count: of all numbers.
+            shown: number -> that of its pictures.
         """
         model, rows, places = self.base.model, list(encoded.values()), list(encoded)
         scores = np.full((count, model.score.weight.shape[0]), np.nan, np.float32)
         if not rows:
             return scores
         texts = EncodedSet.from_rows([(tokens, np.zeros(len(tokens), bool)) for tokens in rows]).with_end_scores()
+        if shown:
+            texts = replace(texts, pictures=np.array([shown.get(number, 0) for number in places], np.int32))
         plan = BatchPlan(texts, batch_tokens=self.batch_tokens, batch_size=None, seed=0)
         body, at = body_of(model), np.array(places)
         for batch in plan.batches():
-            found = np.array(scores_at(model, body, token_arrays(batch)))  # (P, K)
+            with self._shown(batch) if shown else nullcontext():
+                found = np.array(scores_at(model, body, token_arrays(batch)))  # (P, K)
             real: Any = batch.weights > 0
             numbers: Any = batch.numbers
             scores[at[numbers[batch.positions[real] // batch.inputs.shape[1]]]] = found[real]
         return scores
+
+    def _shown(self, batch: Batch) -> AbstractContextManager[None]:
+        """Let the model read the pictures of a batch inside the context."""
+        vision = self._eyes[1]
+        rows = vision.table.of_numbers(batch.columns["pictures"], len(batch.inputs))
+        arrays = vision.arrays(batch.inputs, rows, batch.mask.argmax(axis=1) + 1)
+        return with_images(self.base.model, vision.spec, vision.shown(arrays))
 
     def answers(
         self, scores: np.ndarray, dropped: dict[int, str], acting: Acting = AS_THEY_ARE
@@ -194,7 +239,7 @@ class TextScorer:
 
     def rank(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
         """Return how well documents answer a query, (N,) float64 between 0 and 1, and the number of tokens that were read."""
-        encoded, dropped = self.encode([query_with(query, one) for one in documents])
+        encoded, dropped, _ = self.encode([query_with(query, one) for one in documents])
         if dropped:
             raise InputError(f"a document cannot be used: {next(iter(dropped.values()))}")
         scores = self.score(encoded, len(documents))[:, 0].astype(np.float64)
@@ -202,8 +247,8 @@ class TextScorer:
 
     def predict(self, texts: Sequence[Text | Conversation], acting: Acting = AS_THEY_ARE) -> list[dict[str, Any]]:
         """Return what is predicted of each text; see `answers`."""
-        encoded, dropped = self.encode(texts)
-        return self.answers(self.score(encoded, len(texts)), dropped, acting)
+        encoded, dropped, shown = self.encode(texts)
+        return self.answers(self.score(encoded, len(texts), shown), dropped, acting)
 
 
 def _column(name: str, question: str) -> str:

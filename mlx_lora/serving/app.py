@@ -901,7 +901,7 @@ class TextModels:
         """Return the scores of texts, and the number of tokens that were read."""
 
         def score(part: Sequence[Text]) -> tuple[np.ndarray, int]:
-            encoded, dropped = scorer.encode(part)
+            encoded, dropped, _ = scorer.encode(part)
             if dropped:
                 raise InputError(f"a text cannot be used: {next(iter(dropped.values()))}")
             return scorer.score(encoded, len(part)), sum(map(len, encoded.values()))

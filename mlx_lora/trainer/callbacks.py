@@ -448,12 +448,13 @@ def next_commands(
     words = _Words(folder, vars(settings.model), info, uses)
     if settings.objective.row.vectors:
         lines = [words.use("embed", "FILE.txt", "--out", "vectors.npy"), *_measuring(settings, words), words.vectors()]
-    elif settings.objective.images:
+    elif settings.objective.images and not info.scores:
         whole = words.fuse() if info.full or info.qat else words.export("mlx-vlm")
         seen = words.use("generate", "--image", "FILE", "--prompt", "What is in this picture?")
         lines = [seen, *_measuring(settings, words), whole]
     elif info.scores:
-        labels = [words.use("predict", "--text", "a text of yours")] if settings.objective.records == "labeled" else []
+        asked = ("--image", "FILE") if settings.objective.images else ("--text", "a text of yours")
+        labels = [words.use("predict", *asked)] if settings.objective.records == "labeled" else []
         lines = [*labels, *_measuring(settings, words), *words.scores()]
     else:
         show = ("--show", "5") if uses.asks else ()

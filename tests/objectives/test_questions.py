@@ -20,8 +20,9 @@ from tiny_encoders import tiny_encoder
 
 import mlx_lora
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.examples import EmptyPart, MissingColumn
-from mlx_lora.data.labeled import Labeled, asked_columns
+from mlx_lora.data.examples import EmptyPart, FormatError, MissingColumn, Text
+from mlx_lora.data.images import MARK
+from mlx_lora.data.labeled import Labeled, Pictured, asked_columns
 from mlx_lora.losses.calibration import Calibration, calibrate, calibration_error, interval, of_truth
 from mlx_lora.losses.scores import NUMBER, ORDINAL, SEVERAL, SINGLE, classification_losses, probabilities
 from mlx_lora.objectives.questions import Acting, Question, problem_of
@@ -442,3 +443,105 @@ def test_an_adapter_from_before_calibration_is_read(tiny_folder, deciding, tmp_p
     file.write_text(json.dumps(config))
     told = mlx_lora.predict(mlx_lora.load(str(tiny_folder)), mail(4)["text"], tmp_path / "old")
     assert told["answers"]["folder"]["predicted"] == "shop"
+
+
+# Pictures
+
+
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    pytest.importorskip("mlx_vlm")
+    from tiny_vision import write_model_here
+
+    return write_model_here("smolvlm", tmp_path_factory.mktemp("seeing") / "model")
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory):
+    """Pictures of one color in a table, most with a note that has the answer to another question."""
+    from PIL import Image
+
+    folder, lines = tmp_path_factory.mktemp("colored"), ["image,text,color,chart"]
+    for number in range(24):
+        name, chart = list(COLORS)[number % 4], "yes" if number % 3 else "no"
+        Image.new("RGB", (40 + number, 30 + 2 * number), COLORS[name]).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{'a chart' if chart == 'yes' else 'a map'},{name},{chart}")
+    (folder / "train.csv").write_text("\n".join([*lines, ",a map without a picture,,no", "lost.png,a map,red,no"]))
+    return folder / "train.csv"
+
+
+@pytest.fixture(scope="module")
+def looking(seeing, colored, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("looking") / "adapter"
+    ran = succeeds(
+        "train", "--model", seeing, "--data", colored, "--adapter-path", folder, "--objective", "classify",
+        "--label-columns", "color,chart:yes/no", "--iters", 30, "--batch-size", 6, "--learning-rate", "2e-2", "--rank", 4,
+        "--warmup", 0, "--valid-fraction", 4, "--dtype", "float32",
+    )  # fmt: skip
+    holds(ran.err, "24 pictures", "lost.png", "predict", "--image")
+    return folder
+
+
+def test_questions_about_pictures_are_learned_and_answered_alike_everywhere(seeing, colored, looking, tmp_path):
+    measured = json.loads(succeeds("evaluate", "--model", seeing, "--data", colored, "--adapter-path", looking, "--objective",
+                                   "classify", "--dtype", "float32", "--json").out)  # fmt: skip
+    assert measured["accuracy/color"] > 0.5
+    succeeds("predict", "--model", seeing, "--adapter-path", looking, "--data", colored, "--out", tmp_path / "out.jsonl",
+             "--dtype", "float32")  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    holds(rows[-1]["error"], "lost.png")
+    told = [row for row in rows[:24] if row["answers"]["color"]["predicted"] == row["color"]]
+    assert len(told) == round(24 * measured["accuracy/color"])
+    picture = str(colored.parent / "2.png")
+    base = mlx_lora.load(str(seeing), dtype="float32")
+    ours = mlx_lora.predict(base, [{"image": picture, "text": "a chart"}, {"text": "a map"}], looking)
+    assert ours[0]["answers"]["color"]["probability"] == pytest.approx(
+        rows[2]["answers"]["color"]["probability"], abs=by_dtype(1e-4, 2e-2)
+    )
+    other = mlx_lora.predict(base, [{"image": str(colored.parent / "0.png"), "text": "a chart"}], looking)
+    assert (
+        other[0]["answers"]["color"]["probabilities"]["blue"] < ours[0]["answers"]["color"]["probabilities"]["blue"] / 2
+    )
+
+
+def test_records_with_pictures_become_questions_about_them():
+    text, one = DataSettings(label_columns="q"), {"q": "a", "image": "x.png"}
+    asked = Pictured.parse(one, text).example.messages[0]["content"]
+    assert MARK.fullmatch(asked)
+    placed = Pictured.parse({**one, "text": "Is <image> it?"}, text).example.messages[0]["content"]
+    assert MARK.sub("!", placed) == "Is ! it?"
+    parts = [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": {"url": "x.png"}}]
+    chat = Pictured.parse({"messages": [{"role": "user", "content": parts}], "q": "a"}, text)
+    assert MARK.sub("!", chat.example.messages[0]["content"]) == "Look: !"
+    assert len(chat.example.messages) == 1
+    assert Pictured.parse({"text": "no picture", "q": "a"}, text) == Labeled.parse(
+        {"text": "no picture", "q": "a"}, text
+    )
+    assert Pictured.parse({"file_name": "a.pdf", "text": "t", "q": "a"}, text).example == Text("t", ends=False)
+    with pytest.raises(FormatError, match="place"):
+        Pictured.parse({**one, "text": "<image> or <image>"}, text)
+
+
+def test_models_that_see_nothing_refuse_pictures_in_one_line(tiny_folder, deciding, seeing, looking, colored, tmp_path):
+    ask = ("predict", "--model", tiny_folder, "--adapter-path", deciding)
+    refused(run(*ask, "--image", colored.parent / "1.png"), "vision_config")
+    lost = run("predict", "--model", seeing, "--adapter-path", looking, "--image", tmp_path / "none.png")
+    holds(json.loads(lost.out)["error"], "none.png")
+    short = ("--label-columns", "color", "--max-seq-length", 12)
+    ran = run(
+        "train",
+        "--model",
+        seeing,
+        "--data",
+        colored,
+        "--adapter-path",
+        tmp_path / "x",
+        "--objective",
+        "classify",
+        *short,
+    )
+    assert ran.code == 2
+    holds(ran.err, "cut its pictures")

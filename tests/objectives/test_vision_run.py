@@ -726,7 +726,7 @@ def test_what_cannot_see_is_told_in_one_line(model, color_pairs, tiny_folder, tm
     one_line(run(*pair_command(tiny_folder, data, tmp_path / "a", "--images")), "llama")
     blind = ("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1)
     one_line(run(*blind, "--objective", "dpo"), "vision-language")
-    one_line(run(*blind, "--objective", "classify", "--images"), "--images")
+    one_line(run(*blind, "--objective", "rerank", "--images"), "--images")
     one_line(run(*pair_command(model, data, tmp_path / "a", "--shared-prefix", "on")), "--shared-prefix")
 
 
