@@ -5,9 +5,10 @@
     python benchmarks/decisions.py words OUT --task mails --seeds 5                        TF-IDF and logistic regression
     python benchmarks/decisions.py table OUT                                               what they found, as Markdown
     python benchmarks/decisions.py label OUT --model DIR --task mails --seeds 5            doubtful texts first, against drawn ones
+    python benchmarks/decisions.py picture OUT --task mails                                what `label` found, as OUT/label-mails.png
 
 The data are those of decision_tasks.py: 300 training texts, 200 held-out ones that choose and calibrate, and 1,000 to test on. Each run
-writes a JSON file into OUT; those that are there are not run again. `words` needs scikit-learn.
+writes a JSON file into OUT; those that are there are not run again. `words` needs scikit-learn, and `picture` matplotlib.
 """
 
 from __future__ import annotations
@@ -224,6 +225,9 @@ def table(out: Path) -> None:
 
 def label(out: Path, model: str, task: str, seed: int) -> None:
     """Measure the accuracy after each round of labeling, with the most doubtful texts of a pool and with drawn ones."""
+    file = out / f"label-{Path(model).name}-{task}-{seed}.json"
+    if file.exists():
+        return
     pool, results = examples(task, "pool", seed), {}
     test = examples(task, "test", seed)
     for way in ("drawn", "doubtful"):
@@ -256,13 +260,37 @@ def label(out: Path, model: str, task: str, seed: int) -> None:
                 else np.random.default_rng(seed + 1).permutation(len(left))
             )
             chosen += [left[i] for i in order[:ADDED]]
-    (out / f"label-{Path(model).name}-{task}-{seed}.json").write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1))
+
+
+def picture(out: Path, task: str) -> None:
+    """Draw the accuracy against the labeled texts, a thin line for each seed and a thick one for their mean; print the means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    runs = [json.loads(file.read_text()) for file in sorted(out.glob(f"label-*-{task}-*.json"))]
+    for way, color in (("drawn", "C1"), ("doubtful", "C0")):
+        texts = [one["texts"] for one in runs[0][way]]
+        lines = np.array([[one["accuracy"] for one in each[way]] for each in runs])
+        for line in lines:
+            axis.plot(texts, line, color=color, alpha=0.3, linewidth=1)
+        axis.plot(
+            texts, lines.mean(axis=0), color=color, marker="o", linewidth=2.5, label=f"{way} texts are labeled next"
+        )
+        print(way, dict(zip(texts, lines.mean(axis=0).round(3).tolist(), strict=True)), f"{len(runs)} seeds")
+    axis.set(
+        xlabel="labeled texts", ylabel="accuracy, mean over questions", title=f"Which texts to label next ({task})"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(out / f"label-{task}.png", dpi=120)
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "words", "table", "label"))
+    parser.add_argument("what", choices=("train", "words", "table", "label", "picture"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--task", choices=tuple(COLUMNS), default="mails")
@@ -271,8 +299,10 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.what == "table":
-        table(asked.out)
-    for seed in range(asked.seeds if asked.what != "table" else 0):
+        return table(asked.out)
+    if asked.what == "picture":
+        return picture(asked.out, asked.task)
+    for seed in range(asked.seeds):
         if asked.what == "words":
             words(asked.out, asked.task, seed)
         elif asked.what == "label":
