@@ -1233,7 +1233,7 @@ def test_pairs_have_the_form_of_the_family_and_are_cut_inside(kind):
         Text(long, ends=False),
         Text(f"a{end}", ends=False),
     ]
-    found, dropped, cut = encode_texts(Encoder(tokenizer, None, max_seq_length=20), examples)
+    found, dropped, cut, _ = encode_texts(Encoder(tokenizer, None, max_seq_length=20), examples)
     assert (dropped, cut) == ({}, [1, 2, 3])
     assert found[0].tolist() == tokenizer("q", "d")["input_ids"]
     for number, pair in ((1, ("q", long)), (2, ("y" * 70, long))):
