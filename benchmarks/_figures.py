@@ -16,7 +16,7 @@ from _harness import Disagreement, paired_ratio, spread
 
 Step = dict[str, Any]
 
-# What a check allows more where a side computes in 16 bits; docs/benchmarks.md has what was measured.
+# What a check allows more where a side computes in 16 bits; docs/development/benchmarks.md has what was measured.
 COARSER = 5.0
 TOLERANCE = 1e-3  # relative, of the loss sums
 START = math.log(2)  # of DPO's loss: policy and reference are the same

@@ -39,7 +39,7 @@ MOST_LOAD = 0.25  # processes per core that want one before we start
 
 # Options of versus.py; with --quick, only these and a few others are free.
 GATE_OPTIONS = (
-    ("--quick", False, f"{ROUNDS} rounds on fixed rows; see docs/benchmarks.md."),
+    ("--quick", False, f"{ROUNDS} rounds on fixed rows; see docs/development/benchmarks.md."),
     ("--record", False, "With --quick: add the result to the history."),
     ("--check", False, "With --quick: exit with 1 after a fall, or if one of 5%% may have stayed unseen."),
     ("--force", False, "With --record: record a busy machine or a changed tree too."),

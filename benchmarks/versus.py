@@ -9,7 +9,7 @@ Every run is a new process; rounds alternate (A B A B ...), so that drift of the
 extremes are printed. All have the same folder, rows, rank, layers, initial factors and learning rate. Before timing,
 every side computes its loss on the same 8 rows with the same perturbed adapter; sums and counts must agree. On
 preferences every side takes the same first steps on the same pairs instead, and these must agree.
-docs/benchmarks.md explains what is counted. Ends with one line of JSON.
+docs/development/benchmarks.md explains what is counted. Ends with one line of JSON.
 """
 
 from __future__ import annotations

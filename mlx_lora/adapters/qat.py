@@ -13,7 +13,7 @@ straight-through estimator gives the factors the one that they would have withou
 
 Affine linear layers and experts have a better gradient. A small update changes no code, and what is left of it is what scales
 and biases can follow: in each group, its projection P on the codes and on ones (models/quantize.py). That part has its true
-gradient, and the rest, which only counts when a code changes, a share of the straight-through one (docs/decisions.md):
+gradient, and the rest, which only counts when a code changes, a share of the straight-through one (docs/development/decisions.md):
 
     dL/dD = P G + STRAIGHT (1 - P) G,   G = dL/dQ
 

@@ -38,7 +38,7 @@ from mlx_lora.utils.text import command_line, counted, format_duration
 RECIPE = "bard"
 OUT = Path("demo")
 # Few small steps, for a first-time user who waits: nearly the held-out loss of 44 of the recipe's own steps, with
-# a fifth of the tokens (docs/measurements.md).
+# a fifth of the tokens (docs/development/measured.md).
 ITERS = 24
 SHORT_STEPS = {"batch_tokens": 256}
 ANSWER_TOKENS = 40  # some four lines of verse
@@ -51,7 +51,7 @@ QUESTIONS = (
     "How do I write my first poem?",
 )
 NEEDED_BYTES = 300_000_000  # the converted model, the adapter and a checkpoint with the optimizer's state
-# Names, and about the seconds of a quiet machine with two CPU cores (docs/measurements.md); the first depends on the network.
+# Names, and about the seconds of a quiet machine with two CPU cores (docs/development/measured.md); the first depends on the network.
 STAGES = (
     ("Get the model", 10),
     ("Ask it three questions", 25),

@@ -3,7 +3,7 @@
 A file that cannot be read is reported with one line. There is one table per workload, with ratios only if the work and the
 versions are equal.
 
-The schema, version 1, has every field with its type and meaning; files are checked against it. docs/benchmarks.md has
+The schema, version 1, has every field with its type and meaning; files are checked against it. docs/development/benchmarks.md has
 the same table; a test compares the two. A name ending in `[]` means each entry of a list, one ending in `{}` each value
 of a mapping.
 

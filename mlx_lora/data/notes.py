@@ -316,7 +316,7 @@ def _found(text: str, is_prose: bool) -> Iterator[str]:
 # costs little here: a row changes its side.
 #
 # Because runs of a template are left out, few rows share any of those that remain. So all pairs are counted exactly, where
-# MinHash would estimate (docs/decisions.md).
+# MinHash would estimate (docs/development/decisions.md).
 #
 # Shapes: R rows, W words of all rows together, P pairs.
 

@@ -7,7 +7,7 @@ A weight that is rounded for itself has a grid:
     new grid   the one that `mx.quantize` chooses for the sum: the whole weight is rounded once more, which adds an error many
                times the update's size, but one that points everywhere, and the update is in it
 
-Their squared errors do not tell which one a model bears better (docs/decisions.md, `--bits-budget`).
+Their squared errors do not tell which one a model bears better (docs/development/decisions.md, `--bits-budget`).
 
 With --compensate, the layers' outputs stay, on some tokens, and not each single weight:
 

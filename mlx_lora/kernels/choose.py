@@ -17,7 +17,7 @@ Candidates are chosen by measuring once per (device, mlx version, dtype, shape c
 
 The candidates for the loss are in losses/fused.py. Recurrences, of which those of a single architecture have no row (ours always
 replace them), are in kernels/recurrent.py, which only their models load. Norms and rotations have no row either: models call
-mx.fast.rms_norm and mx.fast.rope, and ours would not be faster (docs/decisions.md).
+mx.fast.rms_norm and mx.fast.rope, and ours would not be faster (docs/development/decisions.md).
 
 A shape class is (size, ...): a size rounded to a power of two, then properties that must be equal.
 

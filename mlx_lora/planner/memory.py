@@ -19,7 +19,7 @@ A run has phases, and its peak is that of the largest phase:
 In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps,
 and what its backward pass allocates at a time, is read from the block's graph (trainer/fit.py) and given as
 `Block.memory`. If a graph cannot be read, the formulas here count the block as a llama block, and the plan says that its
-memory is not known. docs/planner.md compares predictions with measurements.
+memory is not known. docs/development/planner.md compares predictions with measurements.
 
 A rollout has two moments (models/generator.py). First, prompts are computed one by one, and each layer keeps a prompt's
 keys and values. Then these are copied for each answer, and grow with it: mlx-lm's caches by CACHE_STEP tokens at a time. A

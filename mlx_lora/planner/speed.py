@@ -399,7 +399,7 @@ def plan_trunk(
 ASSUMED_BYTES_PER_S = 3e9
 # Of a Mac's memory, copied by one thread; not measured.
 ASSUMED_COPIED_PER_S = 20e9
-# The Python of a block in one pass: measured on a 2-core x86 processor (docs/measurements.md), assumed for any other.
+# The Python of a block in one pass: measured on a 2-core x86 processor (docs/development/measured.md), assumed for any other.
 BLOCK_PLANNED_S = 6e-3
 
 

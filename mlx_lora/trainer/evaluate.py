@@ -8,7 +8,7 @@ has their number, so that a resumed run, with more steps too, measures the same 
 
 Rows differ far more from each other than a row differs before and after training, so two measurements are compared row by
 row. The change of the mean loss per token is a ratio of sums over rows, because the tokens of one row are not independent.
-utils/statistics.py has its interval, and docs/measurements.md says how often it holds.
+utils/statistics.py has its interval, and docs/development/measured.md says how often it holds.
 
 Shapes: R rows.
 """

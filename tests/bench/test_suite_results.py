@@ -29,7 +29,7 @@ from mlx_lora.bench.results import (
 from mlx_lora.bench.run import WORKLOADS, digest_of
 from mlx_lora.utils.errors import InputError
 
-DOCS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "development" / "benchmarks.md"
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results"
 
 

@@ -4,7 +4,7 @@
 
 The bar is 1e-5 of the largest logit, which is 35 to 38: 3.6e-4. It was 1e-4 absolute at first, which half of the
 adapters miss by up to twice (the table marks them). That this is rounding is seen from double precision: each side
-is about as far from it as the other, and as the bare base is. docs/parity.md has the table.
+is about as far from it as the other, and as the bare base is. docs/development/parity.md has the table.
 """
 
 from __future__ import annotations

@@ -365,7 +365,7 @@ def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
         assert (
             run("convert", "--model", smollm2_gguf(), "--out", model, "--no-quantize", "--dtype", "float16").code == 0
         )
-    # A shared base uses our loss; MLX's own is 1e-5 too small over 49,152 logits on a CPU (docs/decisions.md).
+    # A shared base uses our loss; MLX's own is 1e-5 too small over 49,152 logits on a CPU (docs/development/decisions.md).
     short = ("--iters", 3, "--learning-rate", 1e-3, "--val-batches", 2, "--kernels", "ours")
     words = command(model, chats, tmp_path / "one", *short)
     assert run("train", *words).code == 0

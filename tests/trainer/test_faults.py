@@ -1,4 +1,4 @@
-"""Faults put into real runs: what is lost, what is said, and that `--resume` goes on. docs/faults.md has the table."""
+"""Faults put into real runs: what is lost, what is said, and that `--resume` goes on. docs/development/faults.md has the table."""
 
 from __future__ import annotations
 
