@@ -987,9 +987,7 @@ def check_power(kit: Kit) -> Iterator[CheckFinding]:
 # The planner
 
 BOUND = 0.10  # of the measured peak
-PLAN_ADVICE = (
-    "give --memory-budget with some room; docs/development/planner.md says how the plan counts; report it with these numbers"
-)
+PLAN_ADVICE = "give --memory-budget with some room; docs/development/planner.md says how the plan counts; report it with these numbers"
 # SmolLM2's and Llama 3.2 1B's widths. In a much smaller model, what the plan rounds up is more than a tenth.
 MODEL_ON_CPU = {**SMOLLM2.config, "num_hidden_layers": 6}
 MODEL_ON_GPU = {**LLAMA_1B.config, "num_hidden_layers": 8}
