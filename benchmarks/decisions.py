@@ -41,7 +41,7 @@ COLUMNS = {
 }
 SPLITS, HELD_OUT = 20, 200
 COVERAGES = (0.9, 0.95)
-FIRST, ADDED, ROUNDS = 60, 40, 4  # texts that are labeled at first and in each round
+FIRST, ADDED, ROUNDS = 60, 60, 3  # texts that are labeled at first and in each round
 
 
 def data_of(out: Path, task: str, seed: int) -> Path:
@@ -234,11 +234,12 @@ def label(out: Path, model: str, task: str, seed: int) -> None:
         chosen = list(np.random.default_rng(seed).permutation(len(pool))[:FIRST])
         results[way] = []
         for number in range(ROUNDS):
-            folder = out / "label" / f"{Path(model).name}-{task}-{seed}-{way}-{number}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "train.csv", [pool[i] for i in chosen])
-            write(folder / "valid.csv", examples(task, "valid", seed))
-            trained(model, folder, folder / "adapter", ",".join(COLUMNS[task]), seed)
+            folder = out / "label" / f"{Path(model).name}-{task}-{seed}-{way if number else 'first'}-{number}"
+            if number or way == "drawn":  # the first round is the same in both ways
+                folder.mkdir(parents=True, exist_ok=True)
+                write(folder / "train.csv", [pool[i] for i in chosen])
+                write(folder / "valid.csv", examples(task, "valid", seed))
+                trained(model, folder, folder / "adapter", ",".join(COLUMNS[task]), seed)
             left = [i for i in range(len(pool)) if i not in chosen]
             asked = [str(row["text"]) for row in [*test, *(pool[i] for i in left)]]
             questions, scores = scores_of(model, folder / "adapter", asked)
