@@ -82,6 +82,7 @@ BIOME = $(NPX) @biomejs/biome@2.6.8
 lint: setup
 	$(BIN)/python scripts/prose.py
 	$(BIN)/python scripts/house.py
+	$(BIN)/python scripts/measured.py --check
 	$(BIOME) check --error-on-warnings
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)

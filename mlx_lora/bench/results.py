@@ -3,9 +3,8 @@
 A file that cannot be read is reported with one line. There is one table per workload, with ratios only if the work and the
 versions are equal.
 
-The schema, version 1, has every field with its type and meaning; files are checked against it. docs/development/benchmarks.md has
-the same table; a test compares the two. A name ending in `[]` means each entry of a list, one ending in `{}` each value
-of a mapping.
+The schema, version 1, has every field with its type and meaning; files are checked against it, and `document` returns it. A name
+ending in `[]` means each entry of a list, one ending in `{}` each value of a mapping.
 
 The report page is one HTML file with charts, without network access or scripts.
 
@@ -404,7 +403,7 @@ def read_result(path: Path) -> ResultFile:
 
 
 def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
-    """Read files, and all .json files in folders and their subfolders.
+    """Read files, and all .json files in folders and their subfolders but `measured`, whose files are of another kind.
 
     Returns:
         The valid results, in the order given (those of a folder by name), and a line for each invalid file.
@@ -416,7 +415,8 @@ def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder; give result files or folders of them")
-        found = sorted(one for one in path.rglob("*.json") if one.is_file()) if path.is_dir() else [path]
+        inside = [one for one in path.rglob("*.json") if one.is_file() and one.parent.name != "measured"]
+        found = sorted(inside) if path.is_dir() else [path]
         for one in found:
             files.setdefault(one.resolve(), one)  # a file that is named twice is one result
     results, problems = [], []

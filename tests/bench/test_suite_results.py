@@ -91,13 +91,13 @@ def test_what_could_not_be_read_may_be_null(path):
     assert problems_of(changed(path, None)) == []
 
 
-def test_the_documentation_has_the_schema():
-    assert document() in DOCS.read_text(encoding="utf-8")
+def test_the_documentation_says_how_to_print_the_schema():
+    assert "print(results.document())" in DOCS.read_text(encoding="utf-8")
     assert len(document().splitlines()) > len(FIGURES) + len(POWER) + len(PREDICTED)
 
 
 def test_committed_results_are_valid_and_of_workloads_as_they_are():
-    files = sorted(COMMITTED.rglob("*.json"))
+    files = sorted(COMMITTED.rglob("2*.json"))
     known = {one.name: one.definition() for one in WORKLOADS}
     if not files:
         pytest.skip("no result is committed yet")

@@ -599,3 +599,32 @@ def test_a_submitted_file_comes_into_the_table_with_the_fastest_first(script, tm
         ("M2 Pro, 16 GPU cores", speed, True) for speed in ("1,020", "980")
     ]
     assert " old " not in page.PAGE.read_text()
+
+
+# --- measured figures
+
+
+def test_the_page_of_measured_figures_is_current(script):
+    assert script("measured").main(["--check"]) == 0, "run python scripts/measured.py"
+
+
+def test_a_changed_figure_changes_every_page_that_quotes_it(script, tmp_path, monkeypatch, capsys):
+    measured = script("measured")
+    for name, there in (("ROOT", "."), ("FILES", "files"), ("PAGE", "docs/measured.md")):
+        monkeypatch.setattr(measured, name, tmp_path / there)
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "a.md", tmp_path / "docs" / "b" / "c.md"]
+    for path in (*pages, tmp_path / "files" / "speed.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "A <!-- measured: speed.ratio -->old<!-- /measured --> and <!--measured:speed.ratio--><!--/measured-->."
+        )
+    record = dict.fromkeys(measured.FIELDS, "x") | {"tables": [], "notes": []}
+    for value in ("3.0", "2.9"):
+        (tmp_path / "files" / "speed.json").write_text(json.dumps(record | {"values": {"ratio": value}}))
+        assert [measured.main(["--check"]), measured.main([]), measured.main(["--check"])] == [1, 0, 0]
+        assert [re.findall(r"-->([^ ]*)<!--", path.read_text()) for path in pages] == [[value, value]] * 3
+    assert "docs/b/c.md is stale" in capsys.readouterr().out
+    for key, end, words in (("rate", "<!--/measured-->", "quotes speed.rate, which"), ("ratio", "", "has 1 measured")):
+        pages[1].write_text(f"A <!--measured:speed.{key}-->1{end}")
+        with pytest.raises(SystemExit, match=f"Error: docs/a.md {words}"):
+            measured.main([])
