@@ -130,7 +130,7 @@ class Reference:
     """The rows that a marked template makes of conversations: what is right to train, found another way than mlx_lora finds it.
 
     The test templates say themselves what the model writes (`{% generation %}`), and transformers returns that per token.
-    From it follow the rows of a conversation, token by token, by the rules that docs/data.md states:
+    From it follow the rows of a conversation, token by token, by the rules that docs/data-forms.md states:
 
     1. A turn is what the template's marks say, in the rendering that ends with it; its prompt is the rendering of what came
        before, with the generation prompt.

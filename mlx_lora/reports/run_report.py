@@ -1,8 +1,8 @@
 """Tell what became of a run, and write its report.html: the verdict, tiles, curves and sampled answers, without network or script.
 
 `diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first. Where they cannot be checked, the
-losses of the held-out rows tell. docs/overfitting.md says how often a run is named rightly. A verdict has one headline, notes on
-what went wrong, and the command that mends it.
+losses of the held-out rows tell. docs/development/measured.md says how often a run is named rightly. A verdict has one
+headline, notes on what went wrong, and the command that mends it.
 
 The page is made from metrics.jsonl, run.yaml and report.json, which has what the other two do not: the command, the machine,
 the data, and texts before and after training. It is written at every save, so a killed run has one as well.
