@@ -119,6 +119,7 @@ NOT_RUN = {
     r"(PYTHONPATH=\S+ )?mlx-lora train .*verifiers:": "needs an extra; test_verifiers_run.py runs others where it is installed",
     r"mlx-lora evaluate .*--tasks (arc_easy|list)": "needs the network, or reads 14,000 files; test_harness.py runs tasks with local data",
     r"mlx-lora \w+ .*all-MiniLM-L6-v2": "needs an encoder; test_embed_command.py and test_sentence_transformers.py have tiny ones",
+    r"mlx-lora \w+ .*(ModernBERT|cross-encoder/)": "needs an encoder; test_encoder_heads_parity.py has tiny ones",
     r"mlx-lora \w+ .*SmolVLM": "needs a vision-language model and pictures; test_vision_run.py and its neighbors have tiny ones",
     r"curl .*/v1/embeddings": "needs an encoder; test_serving_embeddings.py asks a server with one",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",

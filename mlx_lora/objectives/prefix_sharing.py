@@ -119,7 +119,7 @@ def saved_share(rows: EncodedSet) -> float:
 # Decision
 
 # What a score costs, in its two products: masks, exponentials and passes over memory included. From eight answers of 100
-# tokens to a prompt of 20, which took 19% longer in one row on a CPU (docs/rewards.md, SmolLM2).
+# tokens to a prompt of 20, which took 19% longer in one row on a CPU (SmolLM2).
 SCORE_COST = 4.0
 LEAST_SAVED = 0.02  # share of a step's products; a smaller saving is not worth a mask for each row
 

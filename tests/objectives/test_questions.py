@@ -190,8 +190,8 @@ def test_the_program_of_the_page_gets_the_same_answers_from_peft(tiny_folder, de
     succeeds(
         "export", "--model", tiny_folder, "--adapter-path", deciding, "--to", "peft", "--out", tmp_path / "inbox-peft"
     )
-    page = (Path(__file__).parents[2] / "docs/classifiers.md").read_text()
-    (program,) = re.findall(r"```python\n(import json\n\nimport peft.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs/decisions-with-confidence.md").read_text()
+    (program,) = re.findall(r"```text title=\"with_peft.py\"\n(import json\n\nimport peft.*?)```", page, re.DOTALL)
     program = program.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny_folder)).replace(
         "pad_token_id=0", "pad_token_id=256"
     )
