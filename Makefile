@@ -59,7 +59,7 @@ test-all: setup
 	$(BIN)/python scripts/get_models.py --gemma
 	MLX_LORA_TEST_PROCESSES=real $(BIN)/python -m pytest -m "not metal and not cuda"
 
-# More than a thousand bad inputs through the commands, and a table of what became of them (docs/security.md).
+# More than a thousand bad inputs through the commands, and a table of what became of them (docs/development/security-tests.md).
 CASES ?= 1200
 SEED ?= 0
 fuzz: setup

@@ -1,4 +1,4 @@
-"""What each kind of unwelcome request gets: the table of docs/serving.md, row by row."""
+"""What each kind of unwelcome request gets: the table of docs/serving-reference.md, row by row."""
 
 from __future__ import annotations
 
