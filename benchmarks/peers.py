@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-# Versions that the figures in docs/performance.md were taken with. MLX and mlx-lm are those of this environment.
+# Versions that the figures in docs/development/performance.md were taken with. MLX and mlx-lm are those of this environment.
 PEERS: dict[str, tuple[list[str], list[str]]] = {
     "mlx-lm-lora": (["mlx-lm-lora==5.10.2"], []),
     # Its own requirements include torch on Linux, which its MLX trainer does not use.

@@ -1,6 +1,6 @@
-"""Try an architecture of mlx-lm or mlx-vlm on its first day: a tiny random model of it goes through all stages of docs/models.md.
+"""Try an architecture of mlx-lm or mlx-vlm on its first day: a tiny random model of it goes through all stages of the sweep.
 
-python scripts/new_architecture.py qwen4_exp     the row for docs/models.md, and a measured gradient
+python scripts/new_architecture.py qwen4_exp     what is found, and a measured gradient
 python scripts/new_architecture.py --new         all of both packages that docs/models.md does not name
 
 The configuration is made from the settings that the module reads. If it does not fit (an error names what is missing), add what the
@@ -9,7 +9,6 @@ family needs to CHANGES in tests/architectures/vlm.py. A family that transformer
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from architectures.build import tiny_architecture, tiny_config
 from architectures.configs import CONFIGS, architecture_modules
 from architectures.sweep import try_architecture
-from architectures.table import images_text, row_of, saved_text
+from architectures.table import images_text, read_found, row_of, saved_text
 from architectures.trial import batch, naive_loss
 from architectures.vlm import CHANGES
 
@@ -31,7 +30,6 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.kernels.measure import left_unchanged
 
-MODELS = Path(__file__).parents[1] / "docs" / "models.md"
 STEP = 3e-5  # along the gradient, as a share of the size of the factors: a larger one changes which experts and keys are chosen
 
 
@@ -59,8 +57,8 @@ def measured_gradient(name: str) -> float:
 @click.option("--new", is_flag=True, help="All that docs/models.md does not name.")
 @click.argument("names", nargs=-1)
 def main(new: bool, names: Sequence[str]) -> None:
-    """Print the row of docs/models.md for each architecture; exit with 1 if one is not right."""
-    known, bad = {*CONFIGS, *CHANGES, *re.findall(r"^\| (\w+) \|", MODELS.read_text(encoding="utf-8"), re.MULTILINE)}, 0
+    """Print what is found of each architecture; exit with 1 if one is not right."""
+    known, bad = {*CONFIGS, *CHANGES, *read_found().rows}, 0
     for name in [*names, *(name for name in architecture_modules() if new and name not in known)]:
         try:
             tiny_config(name)

@@ -56,7 +56,7 @@ AVOIDED = re.compile(
 )
 # Checks of proselint that do not fit: we write straight quotes and three dots, and tables and technical terms repeat words.
 OFF = ("typography", "lexical_illusions", "misc.but", "hyperbole", "dates_times", "annotations")
-GENERATED = {"models.md"}  # what a sweep wrote: model names and error messages
+GENERATED = {"models.md", "families.md"}  # what a sweep wrote: model names and error messages
 FENCE, CODE, LINK = re.compile(r"^\s*```"), re.compile(r"`[^`]*`"), re.compile(r"\]\([^)]*\)|<[^>]+>|https?://\S+")
 Finding = tuple[str, int, str]
 

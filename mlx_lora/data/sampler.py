@@ -45,7 +45,7 @@ DEALS = 4  # tries at a distribution whose targets fit into P
 class ShapePrice:
     """What a shape and a padded position cost.
 
-    The defaults were measured on a 2-core CPU with a 135M model (docs/performance.md): a new shape costs as
+    The defaults were measured on a 2-core CPU with a 135M model (docs/development/performance.md): a new shape costs as
     much as 110 tokens. They are the same for every device, because the plan must not depend on the device;
     a GPU computes far more tokens in the time of a retrace, but pays it only once per run and shape.
 

@@ -39,7 +39,7 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
 
 # The fraction of the listed peaks that real products and real passes over memory reach (module docstring). That of products is by
-# generation the median of LoRA runs that others published (docs/performance.md); the M5's is the M4's, in its matrix units.
+# generation the median of LoRA runs that others published (docs/development/performance.md); the M5's is the M4's, in its matrix units.
 REACHED_FLOPS = {"M1": 0.44, "M2": 0.54, "M3": 0.36, "M4": 0.68, "M5": 0.68}
 REACHED_BANDWIDTH = 122 / 153
 

@@ -2,10 +2,10 @@
 
 PYTHONPATH=tests python -m architectures.sweep --out sweep.json            everything, about 15 minutes
 PYTHONPATH=tests python -m architectures.sweep --out sweep.json llama phi  some
-PYTHONPATH=tests python -m architectures.table --results sweep.json        docs/models.md from it
+PYTHONPATH=tests python -m architectures.table --results sweep.json        the pages from it
 
 PYTHONPATH=tests python -m architectures.sweep --stage saved --out saved.json      what transformers 5 saved, 2 minutes
-PYTHONPATH=tests python -m architectures.table --results saved.json --only saved   only that column of docs/models.md; also images
+PYTHONPATH=tests python -m architectures.table --results saved.json --only saved   only that field of found.json; also images
 """
 
 from __future__ import annotations

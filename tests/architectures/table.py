@@ -1,47 +1,71 @@
-"""Writes docs/models.md from a sweep's results.
+"""Writes docs/models.md and docs/development/families.md from found.json, which has what sweeps found.
 
-PYTHONPATH=tests python -m architectures.table --results sweep.json"""
+PYTHONPATH=tests python -m architectures.table --results sweep.json     takes a sweep's results into found.json first"""
 
 from __future__ import annotations
 
 import importlib.metadata
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
 from architectures.configs import CONFIGS, architecture_modules, ways
-from architectures.images import NOT_COMPARED, TEXT_ONLY, without_images
+from architectures.images import NOT_COMPARED, without_images
 from architectures.saved import ABSENT
 from architectures.sweep import Result, Stage, read_results
 from architectures.vlm import CHANGES, KINDS
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+ROOT = Path(__file__).parents[2]
+PAGE, PROOF = ROOT / "docs" / "models.md", ROOT / "docs" / "development" / "families.md"
+FOUND = Path(__file__).with_name("found.json")
 UNTRIED = "not yet tried"
-ORDER = ("right", "right, with a note", "in part", "refused", "fails", UNTRIED)
+RIGHT, NOTED = "right", "right, with a note"
+ORDER = (RIGHT, NOTED, "in part", "refused", "fails", UNTRIED)
 # Without these there is nothing to train: a refusal here is one of the whole architecture.
 NEEDED = ("load", "train")
-# They have columns of their own: one is about another program's files, and one about models with a tower.
+# They have fields of their own: one is about another program's files, and one about models with a tower.
 SAVED, IMAGES = "saved", "images"
-AGREE = "logits agree"
-LONGEST = 150  # of a refusal in that column, which lists parameters
+AGREE, DIFFER = "logits agree", "logits differ: "
+LONGEST = 150  # of a refusal in that field, which lists parameters
+SHORT = 80  # of a note on a page
+WIDTH = 140
 
 
 class Row(NamedTuple):
-    """One architecture of the page.
+    """What was found of one architecture.
 
     Attributes:
-        name: of mlx-lm's module.
+        name: of mlx-lm's module, or of mlx-vlm's package.
         verdict: one of ORDER.
         text: notes, the refusal's line, or the failure.
+        images: what came of its models with a tower, on pictures.
+        saved: what came of the folders that transformers 5 saves.
     """
 
     name: str
     verdict: str
     text: str
+    images: str = ""
+    saved: str = ""
+
+
+class Found(NamedTuple):
+    """What found.json has.
+
+    Attributes:
+        versions: of the packages in the last sweep.
+        worst: error of a factor's gradient, relative.
+        rows: by the architecture's name.
+    """
+
+    versions: str
+    worst: float
+    rows: dict[str, Row]
 
 
 def row_of(name: str, results: Iterable[Result]) -> Row:
@@ -49,7 +73,7 @@ def row_of(name: str, results: Iterable[Result]) -> Row:
     results = list(results)
     if not results:
         return Row(name, UNTRIED, "")
-    found = [(stage, told) for result in results for stage, told in result.stages.items() if stage not in COLUMNS]
+    found = [(stage, told) for result in results for stage, told in result.stages.items() if stage not in TEXTS]
     failures = [(stage, told.text) for stage, told in found if told.outcome == "fails"]
     refusals = [(stage, told.text) for stage, told in found if told.outcome == "refused"]
     notes = [told.text for _, told in found if told.outcome == "right" and told.text]
@@ -102,88 +126,220 @@ def images_text(results: Iterable[Result]) -> str:
     return "; ".join(sorted(texts))
 
 
-# Stages with a column of their own: what a page says of them, and where that is in a line.
-COLUMNS: dict[str, tuple[Callable[[Iterable[Result]], str], int]] = {IMAGES: (images_text, 5), SAVED: (saved_text, 6)}
-CELLS = 8  # of a line, its ends included
+# Stages with a field of their own.
+TEXTS: dict[str, Callable[[Iterable[Result]], str]] = {IMAGES: images_text, SAVED: saved_text}
 
 
 def rows(modules: Iterable[str], results: Mapping[tuple[str, bool], Result]) -> list[Row]:
     """Return a row for each module; one that the sweep does not know is not yet tried."""
-    return [row_of(name, (result for key, result in results.items() if key[0] == name)) for name in modules]
+    found = {name: [result for key, result in results.items() if key[0] == name] for name in modules}
+    return [
+        row_of(name, told)._replace(**{stage: text_of(told) for stage, text_of in TEXTS.items()})
+        for name, told in found.items()
+    ]
 
 
-def page(table: list[Row], results: Mapping[tuple[str, bool], Result], before: str = "") -> str:
-    """Return the text of docs/models.md.
+def read_found(path: Path = FOUND) -> Found:
+    """Return what sweeps found."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return Found(told["versions"], told["worst"], {name: Row(name, **row) for name, row in told["rows"].items()})
+
+
+def write_found(found: Found, path: Path = FOUND) -> None:
+    """Write what sweeps found, a line for each architecture."""
+    lines = []
+    for row in found.rows.values():
+        said = {
+            key: value
+            for key, value in row._asdict().items()
+            if key != "name" and (value or key in ("verdict", "text"))
+        }
+        lines.append(f"  {json.dumps(row.name)}: {json.dumps(said, ensure_ascii=False)}")
+    before = f'{{"versions": {json.dumps(found.versions)}, "worst": {found.worst}, "rows": {{\n'
+    path.write_text(before + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def with_results(found: Found, table: Iterable[Row], results: Mapping[tuple[str, bool], Result]) -> Found:
+    """Return what was found, with a sweep's rows; those of architectures that the sweep did not try stay.
 
     Args:
+        found: before.
         table: a row for each architecture.
-        results: of a sweep.
-        before: the page as it was, whose lines of architectures that the sweep did not try stay.
+        results: of the sweep.
     """
     tried = {name for name, _ in results}
-    kept = {line.split("|")[1].strip(): line for line in before.splitlines() if line.startswith("| ")}
-    kept = {name: line for name, line in kept.items() if name not in tried}
-    counts = Counter(verdicts(before).get(row.name, row.verdict) if row.name in kept else row.verdict for row in table)
-    summary = "\n".join(f"| {verdict} | {counts[verdict]} |" for verdict in ORDER if counts[verdict])
+    new = {row.name: row if row.name in tried else found.rows.get(row.name, row) for row in table}
     errors = [result.facts["worst_factor_error"] for result in results.values() if "worst_factor_error" in result.facts]
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "mlx-vlm", "transformers")
+    if any(row.verdict != UNTRIED for name, row in new.items() if name not in tried):
+        errors.append(found.worst)
+    packages = ("mlx", "mlx-lm", "mlx-vlm", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return Found(versions, float(f"{max(errors, default=0):.0e}"), new)
+
+
+def with_field(found: Found, stage: str, results: Mapping[tuple[str, bool], Result]) -> Found:
+    """Return what was found with one stage's field written anew; the rest stays."""
+    told = {name: [result for key, result in results.items() if key[0] == name] for name, _ in results}
+    changed = {
+        name: row._replace(**{stage: TEXTS[stage](told[name])}) for name, row in found.rows.items() if name in told
+    }
+    return found._replace(rows={**found.rows, **changed})
+
+
+def verdicts(found: Found) -> dict[str, str]:
+    """Return architecture -> verdict."""
+    return {name: row.verdict for name, row in found.rows.items()}
+
+
+def column(found: Found, stage: str) -> dict[str, str]:
+    """Return architecture -> what was found in a stage with a field of its own."""
+    return {name: getattr(row, stage) for name, row in found.rows.items()}
+
+
+# The pages
+
+
+def pages(found: Found) -> dict[Path, str]:
+    """Return the text of both pages."""
+    told = list(found.rows.values())
+    trained = [row for row in told if row.verdict in (RIGHT, NOTED)]
+    agree, absent = (sum(row.saved == said for row in told) for said in (AGREE, ABSENT))
+    words = {
+        "trained": len(trained), "all": len(told), "versions": found.versions, "worst": f"{found.worst:.0e}", "agree": agree, "absent": absent,
+        "forms": sum(len(ways(row.name)) for row in told if row.name in CONFIGS or row.name in CHANGES),
+        "here": "\n".join(_by_letter([row for row in trained if row.name in CONFIGS])),
+        "others": _wrapped("- " + "; ".join(_named(row.name) for row in trained if row.name not in CONFIGS), "  "),
+        "pictures": _ids(row for row in told if row.images == RIGHT), "not_compared": _ids(row for row in told if row.images == NOT_COMPARED),
+        "no": "\n".join(f"| {_named(row.name)} | {_reason(row)} |" for row in told if row.verdict in ORDER[2:5]),
+        "untried": _ids(row for row in told if row.verdict == UNTRIED),
+        "counts": "\n".join(f"| {verdict} | {count} |" for verdict in ORDER if (count := sum(row.verdict == verdict for row in told))),
+        "notes": _table((row.name, _short(row.text)) for row in told if row.verdict == NOTED),
+        "differ": _table((row.name, row.saved.rpartition(DIFFER)[2]) for row in told if DIFFER in row.saved),
+        "refused": _ids(row for row in told if "refused: " in row.saved),
+        "kinds": "\n".join(f"| {names.replace(' ', ', ')} | {reason} |" for reason, names in KINDS.items()),
+    }  # fmt: skip
+    return {PAGE: _folded(TEXT.format(**words)), PROOF: _folded(PROOF_TEXT.format(**words))}
+
+
+def _folded(text: str) -> str:
+    """Return a page with its long paragraphs in lines of WIDTH."""
+    parts = text.split("\n\n")
+    return "\n\n".join(_wrapped(part) if part[:1].isalpha() else part for part in parts).rstrip("\n") + "\n"
+
+
+def _by_letter(told: Iterable[Row]) -> Iterator[str]:
+    for _, group in groupby(sorted(told, key=lambda row: row.name.lower()), key=lambda row: row.name[0].lower()):
+        yield _wrapped("- " + "; ".join(_named(row.name) for row in group), "  ")
+
+
+def _named(name: str) -> str:
+    """Return an architecture with the models that it serves, which are left out if they have its name."""
+    models = MODELS.get(name, "")
+    plain = "".join(filter(str.isalnum, models)).lower()
+    return f"`{name}`" if plain == "".join(filter(str.isalnum, name)).lower() else f"`{name}` {models}".strip()
+
+
+def _ids(told: Iterable[Row]) -> str:
+    return _names(row.name for row in told)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _reason(row: Row) -> str:
+    """Return in a reader's words why an architecture cannot be trained, or what of it does not work."""
+    if "needs Metal" in row.text:
+        return "needs a Mac's GPU; not tried"
+    return REASONS.get(row.name) or _cell(_short(row.text))
+
+
+def _table(told: Iterable[tuple[str, str]]) -> str:
+    """Return a line for each text, with the architectures that it is said of."""
+    found: dict[str, list[str]] = {}
+    for name, text in told:
+        found.setdefault(text, []).append(name)
+    return "\n".join(f"| {_names(names)} | {_cell(text)} |" for text, names in found.items())
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return "\n".join(
+        textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     )
-    by_name = {row.name: [result for key, result in results.items() if key[0] == row.name] for row in table}
-    lines = [
-        kept.get(row.name)
-        or f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(images_text(by_name[row.name]))} | {_cell(saved_text(by_name[row.name]))} |"
-        for row in table
-    ]
-    forms = sum(len(ways(row.name)) for row in table if row.name in CONFIGS or row.name in CHANGES)
-    return TEXT.format(
-        modules=sum(row.name in CONFIGS for row in table), others=sum(row.name not in CONFIGS for row in table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
-        table="\n".join(lines), others_table="\n".join(f"| {names.replace(' ', ', ')} | {reason} |" for reason, names in KINDS.items()), untried=UNTRIED, absent=ABSENT, text_only=TEXT_ONLY, not_compared=NOT_COMPARED,
-    )  # fmt: skip
+
+
+def _short(text: str) -> str:
+    text = text.replace("`", "")
+    return f"`{text if len(text) <= SHORT else text[: SHORT - 4].rstrip() + ' ...'}`"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def with_column(text: str, stage: str, results: Mapping[tuple[str, bool], Result]) -> str:
-    """Return a page with one stage's column written anew from results of that stage; the rest of it stays."""
-    text_of, place = COLUMNS[stage]
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        cells = re.split(r"(?<!\\)\|", line)
-        name = cells[1].strip() if len(cells) == CELLS else ""
-        if found := [result for key, result in results.items() if key[0] == name]:
-            lines[number] = "|".join([*cells[:place], f" {_cell(text_of(found))} ", *cells[place + 1 :]])
-    return "\n".join(lines) + "\n"
-
-
-def column(text: str, stage: str) -> dict[str, str]:
-    """Return architecture -> what a page says in a stage's column."""
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in text.splitlines()]
-    return {row[1]: row[COLUMNS[stage][1]] for row in cells if len(row) == CELLS and row[3] in ORDER}
-
-
-def verdicts(text: str) -> dict[str, str]:
-    """Return architecture -> verdict as a page has them."""
-    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| ")]
-    return {row[1]: row[3] for row in cells if len(row) >= 6 and row[3] in ORDER}
-
+REASONS = {
+    "deepseek_v41": "refused: it has no gradient",
+    "gear": "trains; cannot generate with this mlx-lm",
+    "olmo": "refused: needs the package `ai2-olmo`",
+    "prism_hadamard_qwen35": "trains; cannot be fused or quantized",
+    "xing4_0": "trains; fails with `--grad-checkpoint`",
+}
 
 TEXT = """\
-# Which models can be trained
+# Architectures
 
-mlx-lm has a module for each model architecture, and a config.json names the one it needs in `model_type`. Where mlx-lm has none, the
-language model of mlx-vlm is taken (`pip install 'mlx-lora[vision]'`). This page shows the result of trying all {modules} modules of
-mlx-lm and {others} packages that only mlx-vlm has. It is generated, so do not edit it:
+Can your model be trained? Ask before you download its weights:
 
-    PYTHONPATH=tests python -m architectures.sweep --out sweep.json
-    PYTHONPATH=tests python -m architectures.table --results sweep.json
+```bash
+mlx-lora plan --model Qwen/Qwen3-4B
+```
 
-Each architecture was tried with a tiny random model of two to four blocks that has every kind of block of the architecture, saved
-as a folder as it would be published. Where an architecture can share its output head with its embedding, it was tried both ways:
-{forms} models in all. No real weights were used, so this page is about correctness, not about how well a model learns. Versions:
-{versions}; float32 on an x86 CPU, not on a Mac.
+A model that cannot be trained is refused in one line. {trained} of {all} architectures train correctly; each was tried with tiny random models, on a
+CPU, not on a Mac. Find yours by the `model_type` in its config.json, or by its name. [Families](development/families.md) has what was compared,
+and where mlx-lm computes otherwise than transformers. This page is generated by `tests/architectures/table.py`; do not edit it.
+
+## In mlx-lm
+
+{here}
+
+## Only in mlx-vlm
+
+Run `pip install 'mlx-lora[vision]'` first. Only their language models are trained; `convert` and `fuse` copy the towers.
+
+{others}
+
+## Pictures
+
+Training on [images](images.md) gives the numbers of transformers and PEFT for {pictures}. It should work for {not_compared}. SmolVLM, Idefics 3,
+LLaVA, and PaliGemma see pictures, too. Of all other models, only the language model is trained.
+
+## What does not work
+
+| architecture | why |
+|---|---|
+{no}
+
+Not yet tried: {untried}. They may work, but some have no language model. If `train` stops with an error in mlx-lm's own code, try a newer mlx-lm, or
+[report it](https://github.com/mlx-lora/mlx-lora/issues).
+"""
+
+PROOF_TEXT = """\
+# Families of architectures
+
+This page says how [each architecture](../models.md) was tried, and what was found. It is generated, so do not edit it:
+
+```bash
+PYTHONPATH=tests python -m architectures.sweep --out sweep.json
+PYTHONPATH=tests python -m architectures.table --results sweep.json
+```
+
+`tests/architectures/found.json` has what was found of each, with whole error messages. Each architecture was tried with a tiny random model of
+two to four blocks that has every kind of block, saved as it would be published, with a tied and with an own head where it can have
+both: {forms} models. No real weights were used. Versions: {versions}; float32 on an x86 CPU.
+
+| verdict | architectures |
+|---|---|
+{counts}
 
 ## What "right" means
 
@@ -191,71 +347,61 @@ Every one of these stages passed:
 
 | stage | what must be true |
 |---|---|
-| load | the folder loads, and its logits are finite |
-| plan | the memory planner reads the architecture, as `train` does before it loads a model |
-| adapt | every linear layer of the blocks gets a LoRA of rank 4 |
+| load, plan, adapt | logits are finite; the planner reads the architecture; every linear layer of the blocks gets a LoRA of rank 4 |
 | gradients | loss and the gradient of every factor equal those of a naive cross-entropy with mlx-lm's own layers, within 1e-4 relative; worst seen: {worst} |
 | checkpointing | `selective` and `block` give the same loss and gradients as `none` |
-| train | three steps of the `train` command; every loss is finite and reported |
-| reload | `evaluate` with the stored adapter gives the run's last validation loss, and without the adapter another loss |
-| stock | mlx-lm itself loads the adapter folder and gives the same logits; or mlx-vlm loads the model and gives the same logits |
+| train | three steps of `train`; every loss is finite and reported |
+| reload | `evaluate` with the adapter gives the run's last validation loss, and without it another |
+| stock | mlx-lm (or mlx-vlm) loads the adapter folder, or the model, and gives the same logits |
 | fuse | the folder that `fuse` writes gives the logits of base and adapter |
 | quantized | `convert` to 4 bits (group 32), the same check of the loss, and a QLoRA step |
-| bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
-| generate | the greedy text of the `generate` command equals that of a loop over mlx-lm's model |
+| bfloat16 | the loss is within 5% of the float32 one, and every gradient is finite; products of experts are float32 on a CPU |
+| generate | greedy text equals that of a loop over mlx-lm's model |
+| images | with a tower: `train`, `evaluate`, `generate --image`, `fuse`, and `convert` work, and numbers are those of transformers and PEFT |
 
-The column "images" is about training on pictures ([Images](images.md)), of models that have a tower: "right" if `train`, `evaluate`,
-`generate --image`, `fuse` and `convert` to 4 bits work with a tiny one, and its numbers are those of transformers and PEFT on torch.
-"{not_compared}" is a model that should work and was not tried; of "{text_only}" models, only the language model is trained. SmolVLM,
-Idefics 3, LLaVA and PaliGemma see pictures, too, and have no row, because mlx-lm has no module for them. The verdict does not depend on
-this column.
+## Right, with a note
 
-The last column is about folders that transformers 5 saves, which have other keys in config.json than older ones, and other names
-of some weights: a tiny model of transformers is saved by `save_pretrained`, loaded here, and "logits agree" if its logits are torch's
-within 1e-4 relative. Where they are further apart, the cell says which part mlx-lm computes otherwise, whoever saved the model.
-"{absent}" is an architecture that only mlx-lm or mlx-vlm has. The verdict does not depend on this column.
-
-MLX has no bfloat16 products of experts on a CPU. For mixtures of experts, the bfloat16 stage computes these products in float32 and
-rounds the result, which tests everything around them.
-
-"Right, with a note" passed as well; the note says what is special. "In part" trains, but a later stage refuses the model. "Refused"
-cannot be trained; the table quotes what `train` says. "{untried}" is an architecture without a tiny configuration here: one
-of a newer mlx-lm, which may well work, or a package of mlx-vlm, of which some have no language model. Architectures that only mlx-vlm has
-are trained on text; their towers are copied by `convert` and `fuse` and not used.
-
-| verdict | architectures |
+| architecture | note |
 |---|---|
-{summary}
+{notes}
 
-## The table
+## Folders that transformers 5 saves
 
-| architecture | models it serves | verdict | note, or what `train` says | images | saved by transformers 5 |
-|---|---|---|---|---|---|
-{table}
+A tiny model of transformers was saved by `save_pretrained` and loaded here. Logits agree within 1e-4 for {agree} architectures; {absent} are not in transformers. mlx-lm
+computes otherwise, whoever saved the model, for these:
 
-## Packages of mlx-vlm without a row
+| architecture | what differs |
+|---|---|
+{differ}
+
+Of these, such a folder is refused, because mlx-lm does not know its names or shapes: {refused}. The others could not be built, run, or saved
+by transformers.
+
+## Packages of mlx-vlm that are not tried
 
 | package | because it |
 |---|---|
-{others_table}
+{kinds}
 """
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path, exists=True), required=True, help="What a sweep wrote.")
+@click.option("--results", type=click.Path(path_type=Path, exists=True), help="What a sweep wrote.")
 @click.option(
-    "--only", type=click.Choice(list(COLUMNS)), help="Write only this column anew; the results need no other stage."
+    "--only", type=click.Choice(list(TEXTS)), help="Take only this stage from the results, which need no other."
 )
-def main(results: Path, only: str | None) -> None:
-    """Write docs/models.md."""
-    found = read_results(results)
-    if only:
-        PAGE.write_text(with_column(PAGE.read_text(encoding="utf-8"), only, found), encoding="utf-8")
-        return
-    table = rows(architecture_modules(), found)
-    PAGE.write_text(page(table, found, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    for verdict, count in Counter(row.verdict for row in table).items():
-        click.echo(f"{verdict}: {count}")
+def main(results: Path | None, only: str | None) -> None:
+    """Write docs/models.md and docs/development/families.md."""
+    found = read_found()
+    if results is not None:
+        new = read_results(results)
+        found = with_field(found, only, new) if only else with_results(found, rows(architecture_modules(), new), new)
+        write_found(found)
+    for path, text in pages(found).items():
+        path.write_text(text, encoding="utf-8")
+    for verdict in ORDER:
+        if count := list(verdicts(found).values()).count(verdict):
+            click.echo(f"{verdict}: {count}")
 
 
 MODELS = {

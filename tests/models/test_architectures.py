@@ -72,8 +72,8 @@ def test_the_sweep_sees_a_wrong_gradient(uncompiled, monkeypatch):
     assert "differs by 1.0e-02" in found.text
 
 
-def test_every_installed_architecture_is_in_the_page():
-    stated = table.verdicts(table.PAGE.read_text(encoding="utf-8"))
+def test_every_installed_architecture_was_tried():
+    stated = table.verdicts(table.read_found())
     tried = [name for name in architecture_modules() if name in CONFIGS or name in CHANGES]
     assert len(tried) > 100
     assert set(tried) <= stated.keys()
@@ -81,8 +81,25 @@ def test_every_installed_architecture_is_in_the_page():
     assert PARTS.isdisjoint(stated)
 
 
-def test_the_page_has_a_column_on_pictures():
-    column = table.column(table.PAGE.read_text(encoding="utf-8"), table.IMAGES)
+def test_the_pages_are_made_of_what_was_found():
+    for path, text in table.pages(table.read_found()).items():
+        assert path.read_text(encoding="utf-8") == text, f"PYTHONPATH=tests python -m architectures.table writes {path}"
+
+
+def test_a_sweep_of_some_architectures_leaves_the_others(tmp_path):
+    before = table.read_found()
+    results = {("llama", False): Result("llama", False, {"train": Stage("fails", "it is late")})}
+    after = table.with_results(before, table.rows(before.rows, results), results)
+    assert {name for name, row in after.rows.items() if row != before.rows[name]} == {"llama"}
+    assert after.worst == before.worst
+    table.write_found(after, tmp_path / "found.json")
+    assert table.read_found(tmp_path / "found.json") == after
+    only = table.with_field(before, table.SAVED, {("llama", False): Result("llama", False, {"saved": Stage("right")})})
+    assert only == before
+
+
+def test_what_was_found_on_pictures():
+    column = table.column(table.read_found(), table.IMAGES)
     assert {column[name] for name in images.OF_MODULE} == {"right"}
     assert {name: images.without_images(name) for name in column.keys() & CONFIGS.keys() - images.OF_MODULE.keys()} == {
         name: text for name, text in column.items() if name in CONFIGS and name not in images.OF_MODULE
@@ -95,8 +112,11 @@ def test_an_unknown_architecture_shows_as_not_yet_tried(monkeypatch):
     results = {("llama", False): Result("llama", False, {"train": Stage("right")})}
     rows = {row.name: row.verdict for row in table.rows(["llama", "mamba9"], results)}
     assert rows == {"llama": "right", "mamba9": table.UNTRIED}
-    text = table.page(table.rows(["llama", "mamba9"], results), results)
-    assert table.verdicts(text) == rows
+    found = table.with_results(table.Found("", 0.0, {}), table.rows(["llama", "mamba9"], results), results)
+    assert table.verdicts(found) == rows
+    pages = table.pages(found)
+    assert "- `llama` Llama 1 to 3.3" in pages[table.PAGE]
+    assert "Not yet tried: `mamba9`." in pages[table.PAGE]
     monkeypatch.setattr(sweep, "architecture_modules", lambda: ["mamba9"])
     assert sweep.asked_for(()) == []
 
@@ -216,6 +236,6 @@ def test_the_page_says_what_the_sweep_finds(tmp_path):
     results = {(result.name, result.tied): result for result in sweep.sweep(sweep.asked_for(()))}
     sweep.write_results(tmp_path / "sweep.json", results.values())
     found = {row.name: row.verdict for row in table.rows(architecture_modules(), results)}
-    stated = table.verdicts(table.PAGE.read_text(encoding="utf-8"))
+    stated = table.verdicts(table.read_found())
     assert {name: (verdict, stated.get(name)) for name, verdict in found.items() if verdict != stated.get(name)} == {}
     assert json.loads((tmp_path / "sweep.json").read_text())

@@ -180,8 +180,8 @@ def test_a_rotation_that_does_not_fit_its_config_is_seen(tmp_path):
 
 
 def test_the_page_has_a_column_for_it():
-    text = table.PAGE.read_text(encoding="utf-8")
-    column, verdicts = table.column(text, table.SAVED), table.verdicts(text)
+    found = table.read_found()
+    column, verdicts = table.column(found, table.SAVED), table.verdicts(found)
     assert len(column) > 100
     assert all(said for name, said in column.items() if verdicts[name] != table.UNTRIED)
     assert {column[name] for name in ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_moe")} == {table.AGREE}
@@ -221,4 +221,4 @@ def test_the_page_says_what_transformers_5_saves():
     pytest.importorskip("torch")
     results = sweep.sweep(sweep.asked_for(()), stages=("saved",))
     found = {name: table.saved_text([r for r in results if r.name == name]) for name in {r.name for r in results}}
-    assert found == table.column(table.PAGE.read_text(encoding="utf-8"), table.SAVED)
+    assert found == table.column(table.read_found(), table.SAVED)
