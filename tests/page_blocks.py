@@ -1,4 +1,4 @@
-"""Fenced blocks of the pages and the commands in them, and why some commands are not run."""
+"""Fenced blocks of the pages, the commands and the printed lines in them, and why some are not run or not compared."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", SKILL, *sorted((ROOT / "docs").
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)(?P<more>[^`\n]*)$")
 TITLE = re.compile(r'title="([^"]+)"')
 VARIABLE = re.compile(r"^[A-Z_]+=\S*$")
+TYPED = re.compile(
+    r"(from|import) \w|%pip |mlx-lora "
+)  # how a text begins that nothing prints: a reader types it elsewhere
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ class Command:
         return ()
 
 
+@dataclass(frozen=True)
+class Printed:
+    """A line that a page shows as printed; `command` is the last one that the page gives before it, None before the first."""
+
+    block: Block
+    command: Command | None
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.block}: {self.line}"
+
+
 def blocks_of(path: Path) -> list[Block]:
     """Return the fenced blocks of a page in order."""
     blocks, opened, held, start = [], None, [], 0
@@ -98,6 +113,36 @@ def _command(block: Block, line: str) -> Command | None:
         bar = words.index("|")
         return Command(block, tuple(words[bar + 1 :]), tuple(words[:bar]))
     return Command(block, tuple(words))
+
+
+def printed_of(blocks: list[Block]) -> list[Printed]:
+    """Return the lines of a page's blocks that are shown as printed: those of `text` without a title, and of `console`."""
+    found: list[Printed] = []
+    command = None
+    for block in blocks:
+        shown = block.language == "console" or (block.language == "text" and not block.title)
+        if not shown or TYPED.match(block.text):
+            command = [command, *commands_of(block)][-1]
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if block.language == "console" and line.startswith("$ "):
+                command = _command(block, line[2:])
+            elif line.strip(" ."):
+                found.append(Printed(block, command, line.strip()))
+    return found
+
+
+def skeleton(line: str) -> str:
+    """Return a printed line with what may differ made equal: numbers, their bytes' thousands, paths, spaces."""
+    line = re.sub(r"[\w.~-]*/[\w./-]+", "/", line)
+    line = re.sub(r"\d[\d,.]*(e[+-]?\d+)?", "#", line)
+    return " ".join(re.sub(r"# [kMGT]B\b", "# B", line).split())
+
+
+def is_printed(line: str, output: str) -> bool:
+    """Tell whether a line of an output has the words of a page's line in order; `...` stands for any."""
+    wanted = re.compile(re.escape(skeleton(line)).replace(r"\.\.\.", ".*"))
+    return any(wanted.search(skeleton(text)) for text in output.splitlines())
 
 
 def all_blocks() -> list[Block]:
@@ -152,3 +197,27 @@ def reason_not_to_run(command: Command) -> str | None:
     """Return why no test runs a command; None if one does."""
     text = shlex.join(command.words)
     return next((why for start, why in NOT_RUN.items() if re.match(start, text)), None)
+
+
+# The beginning of a printed line, or of the command that prints it, as a regular expression -> why the short run on the stand-in does
+# not print it. The package must still have its words.
+NOT_SHOWN = {
+    r"(Error|ImportError|Warning): |note  ": "is printed when something is wrong, or for such rows; other tests bring it about",
+    r"Chosen for ": "the tests' runs are given their length; test_defaults.py has what is chosen",
+    r"Learned|Knows |Overfitted |Held-out ": "judges a run that is long enough; test_answer_counts.py has the verdicts",
+    r"mine .*better|base .*interval": "needs more rows, and an adapter that is better",
+    r"Step: fused": "needs a model and rows for which kernels are measured",
+    r"mlx-lora plan .*Qwen": "plans a larger model than the stand-in",
+}
+# The same, of lines whose words are not the package's -> who says them.
+NOT_OURS = {
+    r"mlx-lora (generate|chat) ": "a model",
+    r".*(↵|⟧|lines …)$": "a row of the data",
+    r"pytest ": "the tests",
+}
+
+
+def reason_not_shown(printed: Printed, reasons: dict[str, str] = NOT_SHOWN) -> str | None:
+    """Return why the tests' run of a command does not print a line, or the block that it is in; None if it does."""
+    texts = (printed.line, printed.block.text, shlex.join(printed.command.words) if printed.command else "")
+    return next((why for start, why in reasons.items() if any(re.match(start, text) for text in texts)), None)

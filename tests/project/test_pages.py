@@ -21,7 +21,23 @@ import pytest
 import yaml
 from gguf_families import write_folder_with_merges
 from make_adapters import make_adapter
-from page_blocks import NOT_RUN, PAGES, ROOT, Block, Command, all_blocks, blocks_of, commands_of, reason_not_to_run
+from page_blocks import (
+    NOT_OURS,
+    NOT_RUN,
+    NOT_SHOWN,
+    PAGES,
+    ROOT,
+    Block,
+    Command,
+    Printed,
+    all_blocks,
+    blocks_of,
+    commands_of,
+    is_printed,
+    printed_of,
+    reason_not_shown,
+    reason_not_to_run,
+)
 from run_cli import run, succeeds
 from serving_process import Server
 
@@ -34,6 +50,7 @@ from mlx_lora.config.settings import FIELDS
 
 DOCS = ROOT / "docs"
 TYPED = [command for block in all_blocks() for command in commands_of(block)]
+SHOWN = [line for page in PAGES for line in printed_of(blocks_of(page)) if not reason_not_shown(line, NOT_OURS)]
 SCRIPT = re.compile(r"^(benchmarks|scripts|data|tests)/\w+\.py$")
 
 
@@ -147,6 +164,68 @@ def test_every_quoted_error_occurs_in_the_package():
     gone = [f"{block} {block.text}" for block in ERRORS if not occurs(block.text, messages)]
     assert not gone, "\n".join(gone)
     assert not occurs("--out ...: exists and is not empty; give a new folder, or two", messages)
+
+
+# Printed lines.
+
+
+def test_every_reason_not_to_compare_has_a_line():
+    lines = [line for page in PAGES for line in printed_of(blocks_of(page))]
+    for reasons in (NOT_SHOWN, NOT_OURS):
+        idle = [start for start in reasons if not any(reason_not_shown(line, {start: "this"}) for line in lines)]
+        assert not idle
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("step 0/95,  val loss 4.7211", True),
+        ("step 0/95, train loss 4.7211", False),
+        ("12 steps done, ... in runs/bard", True),
+        ("12 steps done; adapter of 9.8 MB in runs/bard", False),
+    ],
+)
+def test_a_line_is_printed_if_its_words_are(line, same):
+    output = "step 0/2, val loss 6.1\n2 steps done, loss 5.86; adapter of 96.3 kB in /tmp/bard"
+    assert is_printed(line, output) == same
+
+
+def compared(line: Printed) -> bool:
+    """Tell whether a line is compared with what the page's commands print."""
+    return not reason_not_shown(line) and not (line.command and reason_not_to_run(line.command))
+
+
+def test_printed_lines_that_no_run_shows_have_the_packages_words():
+    clauses = clauses_of_the_package()
+    assert unsaid("Chosen for 9 examples: learning rate 0.1 for a llama of size 576", clauses)
+    wrong = [f"{line} ({words})" for line in SHOWN if not compared(line) and (words := unsaid(line.line, clauses))]
+    assert not wrong, "\n".join(wrong)
+
+
+def clauses_of_the_package() -> set[tuple[str, ...]]:
+    """Return the clauses of all messages and templates, each as its parts between values and numbers."""
+    templates = [path.read_text() for path in (ROOT / "mlx_lora" / "cli" / "pages").glob("*.txt")]
+    messages = [re.sub(r"\{[{%#].*?[}%#]\}", "\0", text, flags=re.DOTALL) for text in templates]
+    messages += [text for template in templates for text in re.findall(r'"(.*?)"', template)]
+    found = set()
+    for clause in re.split(r"[.,;:()\n]", "\n".join([*messages_of_the_package({""}), *messages])):
+        parts = (" ".join(part.split()) for part in re.split(r"\0|\d[\d,.]*", clause))
+        found.add(tuple(part for part in parts if part))
+    return {parts for parts in found if max(map(len, parts), default=0) >= 8}
+
+
+def unsaid(line: str, clauses: set[tuple[str, ...]]) -> str:
+    """Return three or more words in a row (12 letters) that are of no clause of the package which this line has; else nothing."""
+    text = " ".join(line.split())
+    left = list(text)
+    for parts in clauses:
+        if all(part in text for part in parts):
+            for found in re.finditer(".*?".join(rf"(?<!\w)({re.escape(part)})(?!\w)" for part in parts), text):
+                for number in range(1, len(parts) + 1):
+                    start, end = found.span(number)
+                    left[start:end] = "\0" * (end - start)
+    runs = (found[0] for found in re.finditer(r"[^\W\d]+( [^\W\d]+){2,}", "".join(left)))
+    return next((words for words in runs if len(words) >= 12), "")
 
 
 MISTAKES = {  # what a newcomer does wrong -> the flags after --model, and files with their bytes
@@ -389,6 +468,7 @@ class Reader:
             ADDRESS,
         )
         self.ran: list[str] = []
+        self.output = ""
         self.own = {path.name for path in folder.iterdir()} | set(ADAPTERS)
 
     def take(self, block: Block) -> None:
@@ -406,14 +486,17 @@ class Reader:
     def python(self, block: Block) -> None:
         """Run a Python block; blocks of one page share their names."""
         text = block.text.replace(ADDRESS, self.address)
-        exec(compile(text, str(block), "exec"), self.names)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(text, str(block), "exec"), self.names)
+        self.output += printed.getvalue()
         self.ran.append(str(block))
 
     def run(self, command: Command) -> None:
         """Run one command, in this process where it ends by itself."""
         if command.words[0] == "curl":
             words = [word.replace(ADDRESS, self.address) for word in command.words]
-            subprocess.run([*words, "--fail", "--silent"], check=True, stdout=subprocess.PIPE)
+            done = subprocess.run([*words, "--fail", "--silent"], check=True, stdout=subprocess.PIPE, text=True)
+            self.output += done.stdout
             return
         name, *words = [stand_in(word) for word in command.ours]
         if name.startswith("-"):
@@ -432,6 +515,7 @@ class Reader:
             self.stack.enter_context(typing(typed))
         ran = run(name, *words)
         assert ran.code == 0, f"{command}\n{' '.join(words)}\n{ran.err}"
+        self.output += f"{ran.out}\n{ran.err}\n"
         self.ran.append(str(command))
 
     def make_room(self, name: str, words: list[str]) -> None:
@@ -481,10 +565,13 @@ def shortened(name: str, words: list[str]) -> list[str]:
     """Return a command's words with what makes it short."""
     if name == "train" and "--resume" not in words:
         fewer = ("--num-layers", "1") if "--num-layers" in words else ()  # the tiny model has two
-        return beaten(without(words, "--epochs", "--batch-size"), (*SHORT, *fewer))
+        longer = (
+            ("--iters", "80") if "--learning-rate auto" in " ".join(words) else ()
+        )  # it tries rates in a fifth of its steps
+        return beaten(without(words, "--epochs", "--batch-size"), (*(longer or SHORT[:2]), *SHORT[2:], *fewer))
     if name == "train":
         return beaten(words, ("--iters", "3"))
-    if name == "evaluate":
+    if name == "evaluate" and "--tasks" not in words:
         return beaten(words, ("--max-seq-length", LONGEST))
     return beaten(words, FEW.get(name, ()))
 
@@ -503,4 +590,8 @@ def test_every_command_of_a_page_runs(page, stock, tmp_path, monkeypatch):
     with reader.stack:
         for block in blocks:
             reader.take(block)
-    print(f"{page.name}: {len(reader.ran)} run")
+    output = "\n".join([reader.output, *(log.read_text() for log in folder.glob("*.log"))])
+    lines = [line for line in printed_of(blocks) if compared(line) and not reason_not_shown(line, NOT_OURS)]
+    gone = [str(line) for line in lines if not is_printed(line.line, output)]
+    assert not gone, "no command of the page prints this; mend it, or name it in NOT_SHOWN:\n" + "\n".join(gone)
+    print(f"{page.name}: {len(reader.ran)} run, {len(lines)} lines compared")
