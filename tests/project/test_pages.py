@@ -484,7 +484,7 @@ def shortened(name: str, words: list[str]) -> list[str]:
         return beaten(without(words, "--epochs", "--batch-size"), (*SHORT, *fewer))
     if name == "train":
         return beaten(words, ("--iters", "3"))
-    if name == "evaluate":
+    if name == "evaluate" and "--tasks" not in words:
         return beaten(words, ("--max-seq-length", LONGEST))
     return beaten(words, FEW.get(name, ()))
 
