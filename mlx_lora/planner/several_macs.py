@@ -130,8 +130,8 @@ class Sending:
         sum_s: of adding up the gradients.
         sent_bytes: that each Mac sends.
         beside: whether messages go out while units are computed. On a CPU they did not: a step was as long as computing and
-            sending in turn (docs/distributed.md, mlx 0.32.4), because the threads of mlx's ring keep all cores busy while they
-            send. A GPU leaves those cores free, which nobody has measured.
+            sending in turn (docs/development/distributed.md, mlx 0.32.4), because the threads of mlx's ring keep all cores
+            busy while they send. A GPU leaves those cores free, which nobody has measured.
     """
 
     units: tuple[tuple[float, int], ...] = ()

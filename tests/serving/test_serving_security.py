@@ -1,4 +1,4 @@
-"""What each kind of unwelcome request gets: the table of docs/serving-reference.md, row by row."""
+"""What each kind of unwelcome request gets: the table of docs/serving-reference.md, and more."""
 
 from __future__ import annotations
 

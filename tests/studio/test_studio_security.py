@@ -1,4 +1,4 @@
-"""What each kind of unwelcome request gets from the studio: the table of docs/studio.md, row by row."""
+"""What each kind of unwelcome request gets from the studio: the table of docs/studio.md, and more."""
 
 from __future__ import annotations
 

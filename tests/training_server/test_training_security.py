@@ -1,4 +1,4 @@
-"""What each kind of unwelcome request gets from the training server: the table of docs/training-server.md, row by row."""
+"""What each kind of unwelcome request gets from the training server: the table of docs/training-server.md, and more."""
 
 from __future__ import annotations
 
