@@ -186,7 +186,7 @@ class Classify(ScoredTexts):
                 lost, weight, right, have = (
                     (each * real).sum() for each in one.trained(scores[:, columns], own[:, targets])
                 )
-                total, count = total + one.weight * lost, count + one.weight * weight
+                total, count = total + one.share * lost, count + one.share * weight
                 found |= {f"loss/{one.name}": lost, f"{ACCURACY}/{one.name}": right, f"{TEXTS}/{one.name}": have}
                 if one in rated:
                     found |= {ACCURACY: found[ACCURACY] + right, TEXTS: found[TEXTS] + have}
@@ -256,7 +256,7 @@ class Classify(ScoredTexts):
             how = question.calibration if apart or not fits else Calibration()
             losses, weight, _, _ = one.trained(mx.array(how.scaled(one.problem_type, mine[0])), mx.array(mine[1]))
             lost, weights = (float(np.array(each).sum(dtype=np.float64)) for each in (losses, weight))
-            total, count = total + one.weight * lost, count + one.weight * weights
+            total, count = total + one.share * lost, count + one.share * weights
             if sure is not None:
                 told |= {name: sure["after"][name][0] for name in ("ece", "brier")}
                 tables["confidence"] = sure

@@ -156,6 +156,11 @@ class Question:
         return self.outputs if self.problem_type == SEVERAL else 1
 
     @property
+    def share(self) -> float:
+        """Its weight among questions: each of several labels is an answer, as is the one label of others."""
+        return self.weight * self.columns
+
+    @property
     def _unit(self) -> float:
         """What a difference of 1 between outputs is for a number."""
         return self.spread or 1.0

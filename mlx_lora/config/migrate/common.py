@@ -770,7 +770,9 @@ def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> 
     """
     weights = sheet.take("reward_weights")
     if foreign := ", ".join(name for name, ours in functions.items() if ours is None):
-        sheet.refuse(key, "no function in a file of yours, and no reward of docs/reward-functions.md", foreign, "reward")
+        sheet.refuse(
+            key, "no function in a file of yours, and no reward of docs/reward-functions.md", foreign, "reward"
+        )
     elif functions:
         many = texts(weights.strip("[]") if isinstance(weights, str) else weights)
         sheet.put(reward=",".join(filter(None, functions.values())), reward_weights=",".join(many) or None)
