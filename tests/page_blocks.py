@@ -206,7 +206,6 @@ NOT_SHOWN = {
     r"Chosen for ": "the tests' runs are given their length; test_defaults.py has what is chosen",
     r"Learned|Knows |Overfitted |Held-out ": "judges a run that is long enough; test_answer_counts.py has the verdicts",
     r"mine .*better|base .*interval": "needs more rows, and an adapter that is better",
-    r"Step: fused": "needs a model and rows for which kernels are measured",
     r"mlx-lora plan .*Qwen": "plans a larger model than the stand-in",
 }
 # The same, of lines whose words are not the package's -> who says them.
