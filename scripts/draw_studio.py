@@ -1,4 +1,4 @@
-"""Take the pictures of the studio in docs/studio/: the real server with two short runs of SmolLM2, in light, in dark, and 390 px wide.
+"""Take the pictures of the studio in docs/studio/: the real server with two short runs of SmolLM2.
 
     python scripts/draw_studio.py                  needs Chromium, pip install 'mlx-lora[serve,studio-test]' pillow
     python scripts/draw_studio.py --home DIR       another home than ~/mlx-lora-pictures; runs that are there are not trained again
@@ -30,12 +30,7 @@ RUNS = {
     "bard-1e-4": {"learning_rate": 1e-4},
     "bard-5e-4": {"learning_rate": 5e-4},
 }  # the last one is looked at and talked to
-# name: dark, width in pixels, places
-KINDS = {
-    "light": (False, 1280, ("model", "data", "train", "run", "answers", "compare", "talk", "ship")),
-    "dark": (True, 1280, ("data", "train", "run", "talk")),
-    "390": (False, 390, ("model", "data", "run", "talk")),
-}
+PLACES = ("model", "data", "train", "run", "answers", "talk")
 QUESTION = "How do I boil an egg?"
 ANSWERED = "tokens/s, first token"
 
@@ -50,14 +45,12 @@ def main(home: str) -> None:
         model = smollm2_gguf()
         with studio(folder, model.parent) as url, chromium() as browser:
             project, ids = prepare(url, model)
-            for kind, (dark, width, places) in KINDS.items():
-                watched = open_studio(browser, url, dark, width, project)
-                watched.page.set_default_timeout(PATIENCE_MS)
-                for name in places:
-                    look_at(watched, name, ids)
-                    save_small(watched.page, out / f"{name}-{kind}.png")
-                assert not watched.problems, watched.problems
-                watched.page.close()
+            watched = open_studio(browser, url, False, 1280, project)
+            watched.page.set_default_timeout(PATIENCE_MS)
+            for name in PLACES:
+                look_at(watched, name, ids)
+                save_small(watched.page, out / f"{name}-light.png")
+            assert not watched.problems, watched.problems
     except pytest.skip.Exception as missing:
         raise click.ClickException(f"no pictures: {missing}") from None
     for path in sorted(out.glob("*.png")):
@@ -98,13 +91,7 @@ def prepare(url: str, model: Path) -> tuple[dict[str, Any], list[str]]:
 def look_at(watched: Watched, name: str, ids: list[str]) -> None:
     """Go to a place, and wait until everything in it is there."""
     page = watched.page
-    places = {
-        "run": f"runs/{ids[-1]}",
-        "answers": f"runs/{ids[-1]}",
-        "compare": f"runs/compare/{','.join(ids)}",
-        "ship": "talk",
-    }
-    watched.go(places.get(name, name))
+    watched.go(f"runs/{ids[-1]}" if name in ("run", "answers") else name)
     if name == "model":
         page.locator(".chosen-model .memory-bar").wait_for()
         page.locator(".model-row [aria-busy=true]").first.wait_for(state="detached")
@@ -114,16 +101,13 @@ def look_at(watched: Watched, name: str, ids: list[str]) -> None:
         page.get_by_role("radio", name="New run").check()
         page.locator(".plan .memory-bar").wait_for()
         page.locator(".run-card .pending").first.wait_for(state="detached")
-    if name in ("run", "compare"):
+    if name == "run":
         page.locator(".chart canvas").nth(2).wait_for()
     if name == "answers":
         card = page.locator(".card", has=page.get_by_role("heading", name="Questions and answers"))
         card.get_by_role("table").wait_for()
         page.wait_for_timeout(1500)  # charts above it
         card.evaluate("one => one.scrollIntoView()")
-    if name == "ship":
-        page.get_by_role("radio", name="Ship").check()
-        page.get_by_text("For which program").wait_for()
     if name == "talk":
         page.get_by_text("Sampling and system prompt").click()
         page.get_by_label("Temperature").fill("0")
