@@ -28,7 +28,7 @@ GALLERY, SETS = ROOT / "docs/gallery", ROOT / "benchmarks/first_result"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 WIDTH, PAD, LINE, CHARACTERS = 480, 22, 19, 58
 BARS = ".bar{fill:#d0d7de}.own{fill:#0969da}@media (prefers-color-scheme:dark){.bar{fill:#3d444d}.own{fill:#4493f8}}"
-# Name -> title, data, options beside the data, test, its unit, whether fewer is better.
+# Name -> title, data, options beside the data, and what its test counts.
 RUNS: dict[str, tuple[str, str, list[str], str]] = {
     "shop": ("Answers from your own notes", "shop.jsonl", [], "questions in new words, answered right"),
     "orders": ("Orders to JSON", "orders.jsonl", [], "new orders, every field right"),
@@ -94,11 +94,19 @@ def answers_of(name: str, work: Path, model: str, adapter: Path) -> list[tuple[s
             (row["text"], f"{most} (the most frequent folder)", one["predicted"], row["label"] == most, row["label"] == one["predicted"])
             for row, one in zip(tests, found, strict=True)
         ]  # fmt: skip
-    tests = lines_of(ROOT / "data/preferences/style.jsonl")[180:] if name == "brief" else lines_of(SETS / f"{name}.tests.jsonl")
+    tests = (
+        lines_of(ROOT / "data/preferences/style.jsonl")[180:]
+        if name == "brief"
+        else lines_of(SETS / f"{name}.tests.jsonl")
+    )
     rows = []
     for test in tests:
         texts = [base.generate(test["prompt"], adapter=one, max_tokens=160) for one in (None, adapter)]
-        count = (lambda text: len(text.split())) if name == "brief" else (lambda text, test=test: first_results.is_right(text, test))
+        count = (
+            (lambda text: len(text.split()))
+            if name == "brief"
+            else (lambda text, test=test: first_results.is_right(text, test))
+        )
         rows.append((test["prompt"], *texts, *map(count, texts)))
     return rows
 
@@ -135,13 +143,22 @@ def draw(facts: dict[str, Any]) -> str:
     """Return the picture of one run: what it took, its test before and after, and the first example."""
     y, parts = 92, []
     parts.append(label(PAD, 34, facts["title"], "ink bold"))
-    parts.append(label(PAD, 54, f"{facts['rows']} rows · {facts['minutes']:.0f} minutes · {facts['adapter_mb']:.1f} MB", "dim small"))
+    parts.append(
+        label(
+            PAD,
+            54,
+            f"{facts['rows']} rows · {facts['minutes']:.0f} minutes · {facts['adapter_mb']:.1f} MB",
+            "dim small",
+        )
+    )
     parts.append(label(PAD, 82, facts["test"], "ink"))
     most = facts["of"] or max(facts["before"], facts["after"])
     for name, kind in (("before", "bar"), ("after", "own")):
         told = f"{facts[name]}" + (f" of {facts['of']}" if facts["of"] else "")
         parts.append(label(PAD, y + 13, name, "dim small"))
-        parts.append(f'<rect x="{PAD + 46}" y="{y}" width="{max(2, 310 * facts[name] / most):.0f}" height="16" rx="3" class="{kind}"/>')
+        parts.append(
+            f'<rect x="{PAD + 46}" y="{y}" width="{max(2, 310 * facts[name] / most):.0f}" height="16" rx="3" class="{kind}"/>'
+        )
         parts.append(label(PAD + 366, y + 13, told, "ink bold"))
         y += 24
     example, y = facts["examples"][0], y + 22
@@ -150,7 +167,9 @@ def draw(facts: dict[str, Any]) -> str:
         lines = lines if len(lines) <= 4 else [*lines[:3], lines[3][: CHARACTERS - 3].rstrip() + " …"]
         if kind:
             height = LINE * len(lines) + 30
-            parts.append(f'<rect x="{PAD}" y="{y - 12}" width="{WIDTH - 2 * PAD}" height="{height}" rx="8" class="{kind}"/>')
+            parts.append(
+                f'<rect x="{PAD}" y="{y - 12}" width="{WIDTH - 2 * PAD}" height="{height}" rx="8" class="{kind}"/>'
+            )
             parts.append(label(PAD + 12, y + 8, name.upper(), "dim small bold"))
             y += 28
         parts += [label(PAD + (12 if kind else 0), y + LINE * number, line, "ink") for number, line in enumerate(lines)]

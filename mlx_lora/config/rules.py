@@ -380,9 +380,7 @@ COMMANDS: dict[str, tuple[Rule, ...]] = {
         needs("objective=embed", "it measures queries and their documents", "name some", data=GIVEN),
         excludes(("report", "show"), "it writes no text", objective="embed"),
         *(
-            excludes(
-                "report", "only imitation with the whole base has a page", "leave it out, or use --json", **otherwise
-            )
+            excludes("report", "only imitation with the whole base has a page", "drop it, or use --json", **otherwise)
             for otherwise in ({"objective": other_than(*ANSWERED, None)}, {"images": True}, *DIVIDED)
         ),
         needs("corpus", "only that searches in one", objective="embed"),

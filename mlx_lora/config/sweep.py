@@ -116,9 +116,7 @@ def _range(name: str, text: str) -> list[float]:
         raise InputError(f"--vary {name}={text}: not a range; {_EXAMPLE}") from None
     if not (0 < low < high < math.inf):
         advice = "from a smaller to a larger number, both above 0"
-        raise InputError(
-            f"--vary {name}={text}: not a range; write it {advice}, or give the values, separated by commas"
-        )
+        raise InputError(f"--vary {name}={text}: not a range; write it {advice}, or give values, separated by commas")
     if slash and not 2 <= count <= MOST_VALUES:
         raise InputError(f"--vary {name}={text}: {count} values; from 2 to {MOST_VALUES} are allowed")
     count = count or max(2, round(math.log2(high / low)) + 1)

@@ -703,9 +703,7 @@ def read_reference(sheet: Sheet, model: Any, reference: str) -> None:
     """Drop a reference that is the model itself; refuse any other, because the run would then train toward another goal."""
     sheet.drop({reference: (model,)})
     if sheet.found["objective"] in OWNERS["reference_adapter"]:
-        sheet.refuse(
-            reference, "the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
-        )
+        sheet.refuse(reference, "it is --model itself or an adapter on it (--reference-adapter); leave it out")
     sheet.leave(reference)
 
 
@@ -770,9 +768,7 @@ def put_rewards(sheet: Sheet, functions: Mapping[str, str | None], key: str) -> 
     """
     weights = sheet.take("reward_weights")
     if foreign := ", ".join(name for name, ours in functions.items() if ours is None):
-        sheet.refuse(
-            key, "no function in a file of yours, and no reward of docs/reward-functions.md", foreign, "reward"
-        )
+        sheet.refuse(key, "no function of a file, and no reward of docs/reward-functions.md", foreign, "reward")
     elif functions:
         many = texts(weights.strip("[]") if isinstance(weights, str) else weights)
         sheet.put(reward=",".join(filter(None, functions.values())), reward_weights=",".join(many) or None)
