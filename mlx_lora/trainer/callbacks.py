@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -862,6 +862,8 @@ def held_out_prompts(
 ) -> list[tuple[int, list[int]]]:
     """Return the number of some typical rows and their tokens before the first trained one, the middle row by length first.
 
+    Of an example with several rows, the first one counts: the chosen answer of a pair. Of rated answers, the good ones count, if any.
+
     Args:
         rows: at least one.
         most: how many to return; fewer if the rows are few, or begin alike.
@@ -870,16 +872,25 @@ def held_out_prompts(
     Returns:
         Token ids, at most the last 2048 of each; for a row that is trained from the start, its first 24 or a few less.
     """
-    order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
+    answers, firsts = of_answers(rows), np.arange(0, len(rows), rows.group)
+    if rows.trained_rows is not None and rows.labels is not None and rows.labels[firsts].any():
+        firsts = firsts[rows.labels[firsts] > 0]
+    firsts = firsts[:CANDIDATES]
+    order = firsts[np.argsort(rows.lengths[firsts], kind="stable")].tolist()
     middle = len(order) // 2
     found: dict[int, list[int]] = {}
     for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
-        beginning = _beginning(*rows.row(number), begins_word)
+        beginning = _beginning(*answers.row(number), begins_word)
         seen = [other for other, one in found.items() if beginning == one]
         alike = any(rows.pictures is None or rows.pictures[number] == rows.pictures[other] for other in seen)
         if len(found) < most and not alike:
             found[number] = beginning
     return list(found.items())
+
+
+def of_answers(rows: EncodedSet) -> EncodedSet:
+    """Return rows whose targets are those of the answers alone: ORPO trains the prompts too."""
+    return rows if rows.answers is None else replace(rows, mask=rows.answers)
 
 
 def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
@@ -926,7 +937,7 @@ def before_answer(rows: EncodedSet, number: int) -> list[int]:
 
 def row_answer(rows: EncodedSet, number: int) -> list[int]:
     """Return the trained tokens after a row's prompt, up to the next turn; none for plain text, or for a prompt alone."""
-    tokens, mask = rows.row(number)
+    tokens, mask = of_answers(rows).row(number)
     trained = np.flatnonzero(mask)
     if not len(trained) or trained[0] <= 1:
         return []

@@ -367,6 +367,14 @@ STOPPING = ("--iters", 30, "--steps-per-eval", 2, "--save-every", 2, "--keep", 0
             "--early-stopping-patience", 2)  # fmt: skip
 
 
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_the_report_expects_the_better_answer(objective, tmp_path, tiny_folder, data):
+    trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 1, "--sample-tokens", 30)
+    samples = json.loads((tmp_path / "a/report.json").read_text())["samples"]
+    assert samples
+    assert all(one["expected"].startswith("It is") for one in samples)
+
+
 @pytest.fixture
 def held_out(monkeypatch):
     """Make validations find `HELD_OUT` from a step on, then ever worse numbers."""
