@@ -201,7 +201,7 @@ def words(out: Path, task: str, seed: int) -> None:
 def table(out: Path) -> None:
     """Print means over seeds, with standard deviations of the accuracy."""
     groups = defaultdict(list)
-    for file in sorted(out.glob("*.json")):
+    for file in sorted({*out.glob("*.json")} - {*out.glob("label-*")}):
         name, task, _, kind = file.stem.rsplit("-", 3)
         groups[task, name, kind].append(json.loads(file.read_text()))
     print(

@@ -38,15 +38,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.data_sets import find_sets, is_local, named_sets
 from mlx_lora.data.downloads import ImageDownloads, is_on_web
-from mlx_lora.data.examples import (
-    Completion,
-    Conversation,
-    Example,
-    Fields,
-    FormatError,
-    Text,
-    as_conversation,
-)
+from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Text, as_conversation
 from mlx_lora.data.file_formats import Record, read_records
 from mlx_lora.data.preferences import OUR_NAMES, Pair, Rated
 from mlx_lora.data.prompts import Prompt, prompt_of

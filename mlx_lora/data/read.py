@@ -31,16 +31,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of
 from mlx_lora.data.data_sets import DataFile
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import (
-    BadRow,
-    EmptyPart,
-    EmptyRecord,
-    Example,
-    FormatError,
-    MissingColumn,
-    OwnEntry,
-    Record,
-)
+from mlx_lora.data.examples import BadRow, EmptyPart, EmptyRecord, Example, FormatError, MissingColumn, OwnEntry, Record
 from mlx_lora.data.file_formats import read_records, without_empty_cells
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Pair, Rated, columns_not_read, parse_pairs, parse_rated

@@ -180,10 +180,7 @@ class DataReport:
             color: Show the trained part in green (ANSI) instead of between ⟦ and ⟧.
         """
         formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
-        lines = [
-            _line("data", self.data),
-            _line("rows read", f"{self.rows_read:,} ({formats or 'none usable'})"),
-        ]
+        lines = [_line("data", self.data), _line("rows read", f"{self.rows_read:,} ({formats or 'none usable'})")]
         for one in self.sets:
             times = "" if one.weight == 1 else f" x {one.weight:g} = {one.rows_per_epoch:,} per epoch"
             found = f"{one.rows_read:,} read, {one.rows:,} {UNITS[self.records]} to train on"
