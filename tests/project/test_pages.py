@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -596,3 +597,16 @@ def test_every_command_of_a_page_runs(page, stock, tmp_path, monkeypatch):
     gone = [str(line) for line in lines if not is_printed(line.line, output)]
     assert not gone, "no command of the page prints this; mend it, or name it in NOT_SHOWN:\n" + "\n".join(gone)
     print(f"{page.name}: {len(reader.ran)} run, {len(lines)} lines compared")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/gallery").glob("*.json")), ids=lambda file: file.stem)
+def test_the_gallery_shows_its_runs(file, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import gallery
+
+    facts, page = json.loads(file.read_text(encoding="utf-8")), (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
+    assert facts["after"] != facts["before"]
+    assert facts["minutes"] > 0
+    assert facts["command"] in " ".join(page.replace("\\\n", " ").split())
+    assert f"(gallery/{file.stem}.svg)" in page
+    assert file.with_suffix(".svg").read_text(encoding="utf-8") == gallery.draw(facts)
