@@ -18,7 +18,7 @@ from architectures.configs import CONFIGS, architecture_modules, ways
 from architectures.images import NOT_COMPARED, without_images
 from architectures.saved import ABSENT
 from architectures.sweep import Result, Stage, read_results
-from architectures.vlm import CHANGES, KINDS
+from architectures.vlm import CHANGES
 
 ROOT = Path(__file__).parents[2]
 PAGE, PROOF = ROOT / "docs" / "models.md", ROOT / "docs" / "development" / "families.md"
@@ -216,7 +216,6 @@ def pages(found: Found) -> dict[Path, str]:
         "notes": _table((row.name, _short(row.text)) for row in told if row.verdict == NOTED),
         "differ": _table((row.name, row.saved.rpartition(DIFFER)[2]) for row in told if DIFFER in row.saved),
         "refused": _ids(row for row in told if "refused: " in row.saved),
-        "kinds": "\n".join(f"| {names.replace(' ', ', ')} | {reason} |" for reason, names in KINDS.items()),
     }  # fmt: skip
     return {PAGE: _folded(TEXT.format(**words)), PROOF: _folded(PROOF_TEXT.format(**words))}
 
@@ -377,11 +376,7 @@ computes otherwise, whoever saved the model, for these:
 Of these, such a folder is refused, because mlx-lm does not know its names or shapes: {refused}. The others could not be built, run, or saved
 by transformers.
 
-## Packages of mlx-vlm that are not tried
-
-| package | because it |
-|---|---|
-{kinds}
+`KINDS` in `tests/architectures/vlm.py` lists the packages of mlx-vlm that are not tried, and why.
 """
 
 
