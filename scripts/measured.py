@@ -21,16 +21,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FILES = ROOT / "benchmarks" / "results" / "measured"
 PAGE = ROOT / "docs" / "development" / "measured.md"
-FIELDS = ["title", "question", "command", "commit", "date", "machine", "tables", "values", "notes"]
+FIELDS = ["title", "question", "command", "commit", "date", "load", "tables", "values", "notes"]
 TABLE_FIELDS = ["key", "columns", "rows", "note"]
 BEGIN = re.compile(r"<!--\s*measured:\s*([\w.-]+)\s*-->")
 QUOTED = re.compile(rf"({BEGIN.pattern})(?:(?!<!--).)*(<!--\s*/measured\s*-->)", re.DOTALL)
 HEAD = """# What was measured
 
 `python scripts/measured.py` writes this page from `benchmarks/results/measured`; to change a figure, change its file. Nobody has run this
-version on a Mac yet: all times are of Linux CPUs with 24 GiB, in float32 unless a table says otherwise, with OpenBLAS 0.3.34, mlx 0.32.4,
-and mlx-lm 0.32.2. Compare only within a table. Least and largest rounds are in parentheses. `git show COMMIT:benchmarks/SCRIPT` shows a
-script that is gone.
+version on a Mac yet: all times are of 2-core x86 machines with 24 GiB and Linux, in float32 unless a table says otherwise, with OpenBLAS
+0.3.34, mlx 0.32.4, and mlx-lm 0.32.2. Compare only within a table. Least and largest rounds are in parentheses.
+`git show COMMIT:benchmarks/SCRIPT` shows a script that is gone.
 """
 Record = dict[str, Any]
 
@@ -82,8 +82,8 @@ def parts_of(record: Record) -> Iterator[str]:
 
 def page(records: dict[str, Record]) -> str:
     """Return the page of all files."""
-    questions = [[f"[{one['question']}](#{anchor(one['title'])})", one["machine"]] for one in records.values()]
-    parts = [HEAD, rows_of(["question", "machine"], questions)]
+    questions = [[f"[{one['question']}](#{anchor(one['title'])})", one["load"]] for one in records.values()]
+    parts = [HEAD, rows_of(["question", "load of the machine"], questions)]
     for record in records.values():
         parts += parts_of(record)
     return "\n\n".join(part.strip() for part in parts) + "\n"
