@@ -1,15 +1,16 @@
 """Train the adapters of docs/gallery.md and ask them (`run`), and draw what was recorded (`draw`).
 
-    python scripts/gallery.py run WORK shop orders brief tools sorted    writes docs/gallery/NAME.json
-    python scripts/gallery.py draw                                       writes docs/gallery/NAME.svg
+    python scripts/gallery.py run WORK shop orders brief tools sorted search    writes docs/gallery/NAME.json
+    python scripts/gallery.py draw                                              writes docs/gallery/NAME.svg
 
 A run is the command that its page shows, with defaults, and `brief` alone sets a few options. The generating ones train a float copy of SmolLM2,
 which is three times as fast on a CPU. Their tests lie in benchmarks/first_result; each picture shows the first test whose answer changed to a
-right one. `sorted` expects the files of all-MiniLM-L6-v2 in WORK/minilm, and `tools` needs openai, pydantic, and mlx-lora[serve].
+right one. `sorted` and `search` expect the files of all-MiniLM-L6-v2 in WORK/minilm, and `tools` needs openai, pydantic, and mlx-lora[serve].
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ RUNS: dict[str, tuple[str, str, list[str], str]] = {
     "brief": ("Short answers, from pairs", "style.jsonl", ["--objective", "dpo", "--loss-type", "sigmoid,sft", "--batch-size", "4", "--iters", "30"], "words in an answer, mean of 20 new questions"),
     "tools": ("Calls of tools", "calls.jsonl", ["--chat-template", "chatml", "--epochs", "6"], "right calls of tools that no training row has"),
     "sorted": ("Sorted mail", "mails", ["--objective", "classify"], "new mails, in the right folder"),
+    "search": ("Search in your documents", "pairs.jsonl", ["--objective", "embed"], "questions in new words, right passage of 203 first"),
 }  # fmt: skip
 
 
@@ -48,6 +50,24 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def searched() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return (question, passage) pairs to train, and to test: four sets of questions, and other words for some of them."""
+    trained, tests = [], []
+    for name in ("clinic", "garden", "roastery", "rowing"):
+        if (SETS / f"{name}.csv").is_file():
+            with (SETS / f"{name}.csv").open(encoding="utf-8") as file:
+                records = [{key.lower(): value for key, value in row.items()} for row in csv.DictReader(file)]
+            pairs = [{"query": row["question"], "positive": row["answer"]} for row in records]
+        else:
+            pairs = [
+                {"query": row["prompt"], "positive": row["completion"]} for row in lines_of(SETS / f"{name}.jsonl")
+            ]
+        asked = lines_of(SETS / f"{name}.tests.jsonl")
+        tests += [{"query": test["prompt"], "positive": pairs[test["row"]]["positive"]} for test in asked]
+        trained += pairs
+    return trained, tests
+
+
 def prepare(name: str, data: Path) -> None:
     """Write a run's data where the command reads them."""
     import _tool_rows
@@ -56,6 +76,8 @@ def prepare(name: str, data: Path) -> None:
         subprocess.run([sys.executable, ROOT / "scripts/make_mails.py", data], check=True)
     elif name == "brief":
         write_lines(data, lines_of(ROOT / "data/preferences/style.jsonl")[:160])
+    elif name == "search":
+        write_lines(data, searched()[0])
     elif name == "tools":
         write_lines(data, _tool_rows.training_rows(60))
     else:
@@ -98,6 +120,17 @@ def answers_of(name: str, work: Path, model: str, adapter: Path) -> list[tuple[s
             (row["text"], f"{most} (the most frequent folder)", one["predicted"], row["label"] == most, row["label"] == one["predicted"])
             for row, one in zip(tests, found, strict=True)
         ]  # fmt: skip
+    if name == "search":
+        pairs, tests = searched()
+        passages, found = [pair["positive"] for pair in pairs], []
+        for one in (None, adapter):
+            vectors = mlx_lora.embed(base, passages, adapter=one)
+            asked = mlx_lora.embed(base, [test["query"] for test in tests], adapter=one, query=True)
+            found.append([passages[best] for best in (asked @ vectors.T).argmax(-1)])
+        return [
+            (test["query"], before, after, test["positive"] == before, test["positive"] == after)
+            for test, before, after in zip(tests, *found, strict=True)
+        ]
     tests = (
         [row for row in lines_of(ROOT / "data/preferences/style.jsonl")[160:] if isinstance(row["prompt"], str)][-20:]
         if name == "brief"
@@ -120,7 +153,7 @@ def run(name: str, work: Path) -> None:
     title, file, options, test = RUNS[name]
     data, adapter = work / file, work / name
     prepare(name, data)
-    model = str(work / ("minilm" if name == "sorted" else "smollm2"))
+    model = str(work / ("minilm" if name in ("sorted", "search") else "smollm2"))
     shutil.rmtree(adapter, ignore_errors=True)
     start = time.perf_counter()
     words = ["train", "--model", model, "--data", data, "--adapter-path", adapter, *options]
