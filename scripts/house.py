@@ -234,6 +234,8 @@ def main(argv: list[str]) -> int:
         goal, bar = BARS[name]
         above += value > bar
         print(f"{name:45} {value:>9,} {bar:>9,} {goal:>9,}{'  above the bar' if value > bar else ''}")
+    if above:
+        print("Above the bar: delete something, or raise the bar in BARS of scripts/house.py in the same commit.")
     return int(above > 0)
 
 

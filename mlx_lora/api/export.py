@@ -583,8 +583,8 @@ def commands(job: Export) -> list[str]:
                 run = f"llama-mtmd-cli -m {job.path} --mmproj {tower} --image FILE -p 'What is it?'"
                 lines = [run, f"mkdir -p {LMSTUDIO} && cp {job.path} {tower} {LMSTUDIO}  # LM Studio"]
             if job.gguf_type in FLOATS:
-                small = shlex.quote(str(out.with_name(f"{out.stem}-Q4_K_M.gguf")))
-                lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
+                small = shlex.quote(str(out.with_name(f"{out.stem}-Q8_0.gguf")))
+                lines.append(f"llama-quantize {job.path} {small} Q8_0  # half as large; 4 bits may lose much")
             return lines
         case "ollama":
             name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().name.lower()).strip("-._") or "my-model"

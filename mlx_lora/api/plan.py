@@ -234,7 +234,12 @@ def plan_run(
         longest = int(size.rows.lengths.max(initial=2))
         settings = replace(settings, data=replace(settings.data, max_seq_length=longest))
         shape = _with_data(shape, replace(settings, model=typed), size, objective, outline)
-    problems = [rate_problem(settings, shape.model_type, shape.width)]
+    problems = [
+        rate_problem(settings, shape.model_type, shape.width),
+        f"--data {settings.data.data}: not read, because it or the model's tokenizer is not on this disk; planned for rows of "
+        f"{settings.data.max_seq_length:,} tokens, and a time of one epoch"
+        * (splits is None and settings.data.data is not None),
+    ]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
     reading = None
     if settings.loop.offload_base == "on":

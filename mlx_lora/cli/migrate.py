@@ -42,7 +42,7 @@ def main(settings: str, out: Path | None, force: bool, as_json: bool) -> None:
         refused = [line for line in sheet.refused if line.split(" ")[0].split(".")[0] == key]
         ours = [f"{name} {value}" for name, value in decides[key].items()]
         harmless = any(name.split(".")[0] == key for name in sheet.harmless)
-        return "; ".join([*refused, *ours]) or ("changes no result" if harmless else "as without it")
+        return "; ".join([*refused, *ours]) or ("changes no result" if harmless else f"{dialect.name}'s default")
 
     rows = {key: told(key) for key in content}
     if as_json:
@@ -61,7 +61,7 @@ def main(settings: str, out: Path | None, force: bool, as_json: bool) -> None:
         )
     if sheet.refused:
         raise InputError(
-            f"{settings}: {len(sheet.refused)} of its keys ask for what is not here; a copy without them can be trained"
+            f"{settings} asks for what is not here: {'; '.join(sheet.refused)}. A copy without these keys can be trained"
         )
     if out is not None:
         out.write_text(yaml.safe_dump(sheet.found, sort_keys=False, allow_unicode=True), encoding="utf-8")

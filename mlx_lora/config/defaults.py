@@ -80,9 +80,8 @@ def learning_rate_for(model_type: str, width: int, settings: TrainSettings) -> f
     if PRESETS[adapter.method].scale == "sqrt_rank":  # the update is sqrt(r) times as large as with alpha / r
         rate /= math.sqrt(adapter.rank)
     if settings.objective.row.scores_texts:
-        # A step that serves Q questions goes 1 / sqrt(Q) as far for each, if they have nothing in common. The whole of it trapped
-        # 2 of 25 runs of MiniLM in the commonest answers; its root trapped none.
-        rate *= OF_LABELS * (1 + (settings.data.label_columns or "").count(",")) ** 0.25
+        # A step that serves Q questions goes 1 / sqrt(Q) as far for each, if they have nothing in common.
+        rate *= OF_LABELS * math.sqrt(1 + (settings.data.label_columns or "").count(","))
     elif settings.objective.objective not in IMITATION:
         rate *= OTHER_OBJECTIVES
     return float(f"{min(MOST_RATE, max(LEAST_RATE, rate)):.1e}")

@@ -142,11 +142,14 @@ class ScoreHead(NamedTuple):
         outputs: numbers that it gives a row.
         scale: of its random start, as a share of transformers'.
         about: what the outputs mean, as JSON values that are kept with the adapter; None: nothing to say.
+        encoder_rate: multiple of the learning rate for an encoder's head. The pooled state is between -1 and 1, so that a head
+            at the factors' rate learns more slowly than they do, and they may lose what tells texts apart before it can use it.
     """
 
     outputs: int = 1
     scale: float = 1.0
     about: dict[str, Any] | None = None
+    encoder_rate: float = 1.0
 
 
 @dataclass

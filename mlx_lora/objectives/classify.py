@@ -63,7 +63,7 @@ class Classify(ScoredTexts):
 
     @property
     def head(self) -> ScoreHead:
-        return ScoreHead(sum(one.outputs for one in self.questions), about=self._about())
+        return ScoreHead(sum(one.outputs for one in self.questions), encoder_rate=3, about=self._about())
 
     def _about(self) -> dict[str, Any]:
         about: dict[str, Any] = {"objective": self.options.objective}

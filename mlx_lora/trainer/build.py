@@ -19,6 +19,7 @@ from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.choose import assumed, exchanging
 from mlx_lora.losses.agree import choose_compute, choose_step_variant
+from mlx_lora.models.config import is_encoder
 from mlx_lora.objectives.table import other_models_bytes
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.trainer.adapter import about_head, adapt, first_qat_step
@@ -194,7 +195,7 @@ def make_step(
         exchanging(variant.attend, variant.choose),
         variant.compiled,
         wait=loop.short_buffers,
-        rate_of=rates_of(adapter),
+        rate_of=rates_of(adapter, objective.head.encoder_rate if objective.head and is_encoder(model) else 1.0),
         events=make_events(adapter, model, steps, loop.seed),
         prepare=lambda batches: bound.prepare(batches, strategy),
         arrays_of=bound.arrays_of,

@@ -134,11 +134,12 @@ def restart_warmup(settings: AdapterSettings, total_steps: int) -> int:
     return (restart_every(settings, total_steps) or 0) // 10
 
 
-def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
-    """Return a function that gives each parameter's multiple of the learning rate by name, None if all rates are equal."""
+def rates_of(adapter: AdapterSettings, of_head: float = 1.0) -> Callable[[str], float] | None:
+    """Return a function that gives each parameter's multiple of the learning rate by name, None if all are equal; `of_head`: a score head's."""
     preset = PRESETS[adapter.method]
     ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
-    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0
+    of_b = lambda name: ratio if name.endswith("lora_b") else 1.0  # noqa: E731
+    return None if ratio == of_head == 1 else lambda name: of_head if name.startswith("score.") else of_b(name)
 
 
 # ReLoRA

@@ -22,16 +22,13 @@ from mlx_lora.data.read import SplitRows, parse_rows
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"x": 1}}}
 TOOL = {"type": "function", "function": {"name": "sum", "parameters": {}}}
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 EXAMPLES = [
     ({"instruction": "q", "input": "", "output": "a", "text": "q a"}, "alpaca", Conversation([USER, ASSISTANT])),
     ({"prompt": "q", "completion": "a"}, "completions", Completion("q", "a")),
     ({"text": "t"}, "text", Text("t")),
     ({"messages": [USER, ASSISTANT], "tools": None}, "messages", Conversation([USER, ASSISTANT])),
-    (
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        "sharegpt",
-        Conversation([USER, ASSISTANT]),
-    ),
+    ({"conversations": SHAREGPT}, "sharegpt", Conversation([USER, ASSISTANT])),
     ({"conversation": [USER, ASSISTANT]}, "sharegpt", Conversation([USER, ASSISTANT])),
 ]
 
@@ -86,7 +83,7 @@ TURNS_OF = {
         [{"role": "system", "content": "s"}, USER, CALLED, RESULT, ASSISTANT],
     ),
     "sharegpt, with a list of tools": (
-        {"conversations": EXAMPLES[4][0]["conversations"], "tools": [TOOL]}, [USER, ASSISTANT],
+        {"conversations": SHAREGPT, "tools": [TOOL]}, [USER, ASSISTANT],
     ),
     "parts and nulls": (
         {"messages": [
@@ -99,7 +96,7 @@ TURNS_OF = {
         [{"role": "user", "content": "q!"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]},
          {**RESULT, "tool_call_id": "c1"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}],
     ),
-    "lists as JSON text, of a table": ({"conversations": json.dumps(EXAMPLES[4][0]["conversations"]), "tools": ""}, [USER, ASSISTANT]),
+    "lists as JSON text, of a table": ({"conversations": json.dumps(SHAREGPT), "tools": ""}, [USER, ASSISTANT]),
     "only the completion is trained": (
         {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
         [{**turn, "weight": 0} for turn in (USER, ASSISTANT, USER)] + [ASSISTANT],

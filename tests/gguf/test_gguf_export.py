@@ -439,7 +439,7 @@ def test_what_to_type_next_is_said_for_each_program(folder, tmp_path):
     holds(
         merged,
         f"lms import {tmp_path / 'm.gguf'}",
-        f"llama-quantize {tmp_path / 'm.gguf'} {tmp_path / 'm-Q4_K_M.gguf'} Q4_K_M",
+        f"llama-quantize {tmp_path / 'm.gguf'} {tmp_path / 'm-Q8_0.gguf'} Q8_0",
     )
     assert "llama-quantize" not in told("gguf", "q.gguf", "--gguf-type", "q8_0")  # it is small already
     assert f"--lora {tmp_path / 'a.gguf'}" in told("gguf-adapter", "a.gguf")

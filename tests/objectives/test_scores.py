@@ -1081,6 +1081,21 @@ def test_a_run_may_start_from_another_adapter(encoders, on_encoders, tmp_path):
     assert [a["score"] for a in one] == pytest.approx([a["score"] for a in other], abs=by_dtype(1e-6, 1e-2))
 
 
+def test_a_classifiers_head_on_an_encoder_learns_three_times_as_fast(encoders, on_encoders, tmp_path):
+    data = ("--data", on_encoders("xlm-roberta", "classify").parent / "classify.jsonl", "--objective", "classify")
+    found = []
+    for rate in ("1e-4", "1e-12"):
+        still = ("--learning-rate", rate, "--warmup", 0, "--iters", 1, "--rank", 4, "--kernels", "ours")
+        succeeds("train", "--model", encoders["bert"], *data, "--adapter-path", tmp_path / rate, *still)
+        found.append(mx.load(str(tmp_path / rate / "adapters.safetensors")))
+    moved = {
+        name: mx.abs(found[0][name] - found[1][name]).max().item() for name in ("score.weight", "pooler.dense.weight")
+    }
+    assert moved["score.weight"] == pytest.approx(
+        3 * moved["pooler.dense.weight"], rel=0.1
+    )  # Adam's first step is the rate
+
+
 def test_all_of_the_head_is_saved_with_the_adapter(on_encoders):
     stored = mx.load(str(on_encoders("bert", "rerank") / "adapters.safetensors"))
     head = {name: value for name, value in stored.items() if name.startswith(("pooler", "score"))}

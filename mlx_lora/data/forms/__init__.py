@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from mlx_lora.data.examples import Example, Fields, MissingColumn, as_string, keys_of
+from mlx_lora.data.examples import EmptyPart, Example, Fields, MissingColumn, as_string, keys_of
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,8 @@ def need(record: Fields, key: str, form: str) -> Any:
 
 
 def need_string(record: Fields, key: str, form: str) -> str:
-    """Return the text of a column that a form requires."""
-    return as_string(need(record, key, form), key)
+    """Return the text of a column that a form requires, and that must not be empty."""
+    text = as_string(need(record, key, form), key)
+    if not text.strip():
+        raise EmptyPart(f"empty {key}")
+    return text

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from mlx_lora.data.examples import Conversation, EmptyPart, Fields, as_string
 from mlx_lora.data.formats import SYSTEM, opening
-from mlx_lora.data.forms import DataForm, need_string
+from mlx_lora.data.forms import DataForm, need, need_string
 
 
 def parse(record: Fields) -> Conversation:
-    instruction, output = (need_string(record, key, "alpaca") for key in ("instruction", "output"))
-    given = as_string(record.get("input", ""), "input")
-    if not output.strip():
-        raise EmptyPart("empty output")
-    question = "\n".join(part for part in (instruction, given) if part.strip())
+    instruction, output = need(record, "instruction", "alpaca"), need_string(record, "output", "alpaca")
+    parts = as_string(instruction, "instruction"), as_string(record.get("input", ""), "input")
+    question = "\n".join(part for part in parts if part.strip())
     if not question:
         raise EmptyPart("empty instruction")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]

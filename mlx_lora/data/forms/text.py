@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from mlx_lora.data.examples import EmptyPart, Fields, Text
+from mlx_lora.data.examples import Fields, Text
 from mlx_lora.data.formats import has_question_and_answer
 from mlx_lora.data.forms import DataForm, need_string
 
 
 def parse(record: Fields) -> Text:
-    text = need_string(record, "text", "text")
-    if not text.strip():
-        raise EmptyPart("empty text")
-    return Text(text)
+    return Text(need_string(record, "text", "text"))
 
 
 # Last: Alpaca's own set, and many others, repeat each row as one text.
