@@ -452,6 +452,12 @@ def stock(tmp_path_factory) -> Path:
     (folder / "my-adapter" / "run.yaml").write_text("model: smollm2\ndata: chats.jsonl\nrank: 4\n")
     for name in ("chats.jsonl", "more.jsonl", "new-questions.jsonl"):
         shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / name)
+    for of_gallery in (
+        "benchmarks/first_result/shop.jsonl",
+        "benchmarks/first_result/orders.jsonl",
+        "data/preferences/style.jsonl",
+    ):
+        shutil.copy(ROOT / of_gallery, folder)
     (folder / "benchmarks").mkdir()
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     for name in ("model.gguf", "FILE.gguf"):
