@@ -170,6 +170,8 @@ NOT_RUN = {
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
     r"mlx-lora doctor --full": "checks for minutes; test_owner_kit.py runs the parts",
     r"mlx-lora mcp ": "serves until its client ends; test_mcp_server.py drives it",
+    r"mlx-lora serve .*--adapter tool-adapter": "needs the adapter of the rows with tools; test_tool_run.py has one",
+    r"mlx-lora sweep .*--vary": "trains dozens of runs; test_sweep.py has smaller ones",
     r"mlx-lora serve .*--training": "needs Tinker's client; test_training_client.py runs it against such a server",
     r"mlx-lora fuse .*--(compensate|bits-budget)": "needs a quantized base; test_compensate.py has one",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
@@ -206,6 +208,7 @@ NOT_SHOWN = {
     r"Chosen for ": "the tests' runs are given their length; test_defaults.py has what is chosen",
     r"Learned|Knows |Overfitted |Held-out ": "judges a run that is long enough; test_answer_counts.py has the verdicts",
     r"mine .*better|base .*interval": "needs more rows, and an adapter that is better",
+    r"Predicted: ": "is said of a larger model on a Mac",
     r"mlx-lora plan .*Qwen": "plans a larger model than the stand-in",
 }
 # The same, of lines whose words are not the package's -> who says them.
